@@ -1,0 +1,1 @@
+"""Where patches live on disk, how batches are drawn, how they are augmented."""

@@ -1,0 +1,297 @@
+"""Augmentation of a whole mini-batch on the training device, with MONAI's meaning.
+
+Each letter is one transform; a string of letters applies them in order. ``draw`` makes the random
+parameters of every sample (small tensors on the CPU), ``apply`` uses them, so that a test can hand
+the same parameters to MONAI's own transforms.
+
+A sample is a volume of C channels that share every parameter: a patch has one channel, the k
+neighbours of a subject are one volume of k channels. Axes are the array's, (z, y, x) for a patch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.layout import HU_MAX, HU_MIN, StoreError
+
+HALF_RANGE = (HU_MAX - HU_MIN) / 2  # 632 HU; intensities are (HU + 1024) / 632 - 1, in [-1, 1]
+
+ROTATION = math.pi / 18  # radians, about each axis
+TRANSLATION = 12.0  # voxels, along each axis
+SCALING = 0.1  # about 1, on each axis
+ELASTIC_SIGMA = (8.0, 12.0)  # voxels
+ELASTIC_MAGNITUDE = (0.0, float(HU_MAX - HU_MIN))  # voxels before smoothing; as published
+ELASTIC_CUTOFF = 3.0  # standard deviations
+NOISE_PROB, NOISE_MAX_STD = 0.25, 50.0  # HU
+CONTRAST_PROB, GAMMA = 0.25, (0.5, 4.5)
+CONTRAST_EPSILON = 1e-7
+FLIP_PROB = 0.5
+
+Parameters = dict[str, Any]
+
+
+def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+# ---------------------------------------------------------------- resampling
+
+
+def rotation_matrix(angles: torch.Tensor) -> torch.Tensor:
+    """R0 R1 R2 with the signs of monai.transforms.utils.create_rotate: (n, 3) radians -> (n, 3, 3)."""
+    sin, cos = torch.sin(angles), torch.cos(angles)
+    zero, one = torch.zeros_like(sin[:, 0]), torch.ones_like(sin[:, 0])
+
+    def rows(*values):
+        return torch.stack(values, dim=1).view(-1, 3, 3)
+
+    s0, s1, s2 = sin.unbind(1)
+    c0, c1, c2 = cos.unbind(1)
+    first = rows(one, zero, zero, zero, c0, -s0, zero, s0, c0)
+    second = rows(c1, zero, s1, zero, one, zero, -s1, zero, c1)
+    third = rows(c2, -s2, zero, s2, c2, zero, zero, zero, one)
+    return first @ second @ third
+
+
+def affine_matrix(parameters: Parameters) -> torch.Tensor:
+    """Output to input voxel about the patch centre: rotation (scale x + translation), (n, 3, 4)."""
+    rotation = rotation_matrix(parameters["rotation"])
+    linear = rotation * parameters["scale"][:, None, :]
+    offset = rotation @ parameters["translation"][:, :, None]
+    return torch.cat([linear, offset], dim=2)
+
+
+def _normalized(matrix: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """A voxel matrix in the units and axis order of torch's grids (align_corners=False)."""
+    half = torch.tensor(size, dtype=matrix.dtype, device=matrix.device) / 2
+    linear = matrix[:, :, :3] * half[None, None, :] / half[None, :, None]
+    offset = matrix[:, :, 3:] / half[None, :, None]
+    # torch names the last axis first
+    return torch.cat([linear.flip(1, 2), offset.flip(1)], dim=2)
+
+
+def _sample(volumes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    return F.grid_sample(volumes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+    return {
+        "rotation": _uniform((count, 3), -ROTATION, ROTATION, generator),
+        "translation": _uniform((count, 3), -TRANSLATION, TRANSLATION, generator),
+        "scale": _uniform((count, 3), 1 - SCALING, 1 + SCALING, generator),
+    }
+
+
+def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
+    size = volumes.shape[2:]
+    theta = _normalized(affine_matrix(parameters), size).to(volumes)
+    return _sample(volumes, F.affine_grid(theta, [len(volumes), 1, *size], align_corners=False))
+
+
+def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+    return {
+        "offset": torch.rand(count, 3, *size, generator=generator) * 2 - 1,
+        "magnitude": _uniform((count,), *ELASTIC_MAGNITUDE, generator),
+        "sigma": _uniform((count,), *ELASTIC_SIGMA, generator),
+        **draw_affine(count, size, generator),
+    }
+
+
+def gaussian_band(sigma: torch.Tensor, size: int) -> torch.Tensor:
+    """Gaussian smoothing of a zero-padded axis as a matrix: (n,) -> (n, size, size).
+
+    MONAI's kernel: the difference of error functions over each voxel, cut off at
+    int(3 sigma + 0.5) voxels and not normalised again. As a matrix product it costs 32 multiplications
+    a voxel; the kernel itself has up to 73 taps.
+    """
+    index = torch.arange(size, dtype=torch.float64, device=sigma.device)
+    distance = (index[:, None] - index[None, :])[None]  # (1, size, size)
+    scale = (0.70710678 / sigma.abs().double())[:, None, None]
+    band = 0.5 * (torch.erf(scale * (distance + 0.5)) - torch.erf(scale * (distance - 0.5)))
+    tail = torch.floor(torch.clamp(sigma.double() * ELASTIC_CUTOFF, min=0.5) + 0.5)
+    return torch.where(distance.abs() <= tail[:, None, None], band.clamp(min=0), 0.0)
+
+
+def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
+    size = volumes.shape[2:]
+    offset = parameters["offset"].to(volumes)  # (n, 3, *size)
+    for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
+        band = gaussian_band(parameters["sigma"], size[axis]).to(volumes)
+        offset = torch.einsum(subscripts, band, offset)
+    offset = offset * parameters["magnitude"].to(volumes)[:, None, None, None, None]
+
+    matrix = affine_matrix(parameters)
+    theta = _normalized(matrix, size).to(volumes)
+    grid = F.affine_grid(theta, [len(volumes), 1, *size], align_corners=False)  # (n, *size, 3), x first
+    # The grid holds M x + t; the offsets add M offset, in the same units.
+    linear = torch.cat([matrix[:, :, :3], torch.zeros_like(matrix[:, :, :1])], dim=2)
+    half = torch.tensor(size, dtype=volumes.dtype, device=volumes.device) / 2
+    moved = torch.einsum("nij,njdhw->ndhwi", linear[:, :, :3].to(volumes), offset) / half
+    return _sample(volumes, grid + moved.flip(-1))
+
+
+# ---------------------------------------------------------------- flip, noise, contrast
+
+
+def draw_flip(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+    return {"flip": torch.rand(count, 3, generator=generator) < FLIP_PROB}
+
+
+def apply_flip(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.RandFlip on each axis by itself. Not in the publication."""
+    volumes = volumes.clone()
+    for axis in range(3):
+        chosen = parameters["flip"][:, axis].nonzero()[:, 0].to(volumes.device)
+        if len(chosen):
+            volumes[chosen] = volumes[chosen].flip(axis + 2)
+    return volumes
+
+
+def draw_noise(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+    return {
+        "chosen": (torch.rand(count, generator=generator) < NOISE_PROB).nonzero()[:, 0],
+        "std": _uniform((count,), 0.0, NOISE_MAX_STD, generator),
+    }
+
+
+def apply_noise(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.RandGaussianNoise: the standard deviation is itself drawn.
+
+    ``parameters["noise"]``, of unit variance, replaces the generator's where it is given.
+    """
+    chosen = parameters["chosen"]
+    if not len(chosen):
+        return volumes
+    noise = parameters.get("noise")
+    if noise is None:
+        noise = torch.randn(
+            len(chosen), *volumes.shape[1:], generator=generator, device=volumes.device, dtype=volumes.dtype
+        )
+    std = parameters["std"][chosen].to(volumes)
+    noise = noise * std[:, None, None, None, None]
+    return volumes.index_add(0, chosen.to(volumes.device), noise)
+
+
+def draw_contrast(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+    return {
+        "chosen": (torch.rand(count, generator=generator) < CONTRAST_PROB).nonzero()[:, 0],
+        "gamma": _uniform((count,), *GAMMA, generator),
+    }
+
+
+def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.RandAdjustContrast: gamma between the minimum and maximum over all channels."""
+    chosen = parameters["chosen"]
+    if not len(chosen):
+        return volumes
+    rows = chosen.to(volumes.device)
+    some = volumes[rows]
+    flat = some.flatten(1)
+    low = flat.amin(1)[:, None, None, None, None]
+    span = flat.amax(1)[:, None, None, None, None] - low
+    gamma = parameters["gamma"][chosen].to(volumes)[:, None, None, None, None]
+    some = ((some - low) / (span + CONTRAST_EPSILON)).pow(gamma) * span + low
+    return volumes.index_copy(0, rows, some)
+
+
+TRANSFORMS: dict[str, tuple[Callable, Callable]] = {
+    "f": (draw_flip, apply_flip),
+    "a": (draw_affine, apply_affine),
+    "e": (draw_elastic, apply_elastic),
+    "g": (draw_noise, apply_noise),
+    "c": (draw_contrast, apply_contrast),
+}
+
+
+# ---------------------------------------------------------------- a training step's views
+
+
+def step_generators(
+    seed: int, epoch: int, location: int, step: int, rank: int, device: torch.device
+) -> tuple[torch.Generator, torch.Generator]:
+    """Two streams for one step of one rank: parameters on the CPU, noise on the device.
+
+    Five numbers in, so no two steps, epochs, locations or ranks share a stream, and a resumed run
+    draws what the uninterrupted one would have drawn.
+    """
+    state = np.random.SeedSequence([seed, epoch, location, step, rank]).generate_state(2, np.uint64)
+    parameters = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    noise = torch.Generator(device).manual_seed(int(state[1] >> np.uint64(1)))
+    return parameters, noise
+
+
+class Augmentation:
+    """Transforms named by letters, in order: f flip, a affine, e elastic, g noise, c contrast.
+
+    Raises:
+        StoreError: an unknown letter.
+    """
+
+    def __init__(self, letters: str):
+        unknown = sorted(set(letters) - set(TRANSFORMS))
+        if unknown:
+            raise StoreError(
+                f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are "
+                "f (flip), a (affine), e (elastic), g (Gaussian noise), c (contrast)"
+            )
+        self.letters = letters
+
+    def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
+        """Parameters of ``count`` samples of spatial ``size``, one entry per letter."""
+        return [TRANSFORMS[letter][0](count, size, generator) for letter in self.letters]
+
+    def apply(
+        self, volumes: torch.Tensor, parameters: Sequence[Parameters], generator: torch.Generator
+    ) -> torch.Tensor:
+        """Transform (n, C, D, H, W); the input is not modified. ``generator`` makes the noise."""
+        for letter, drawn in zip(self.letters, parameters, strict=True):
+            volumes = TRANSFORMS[letter][1](volumes, drawn, generator)
+        return volumes
+
+    def __call__(
+        self, volumes: torch.Tensor, parameters: torch.Generator, noise: torch.Generator
+    ) -> torch.Tensor:
+        """Draw for every sample and apply."""
+        return self.apply(volumes, self.draw(len(volumes), volumes.shape[2:], parameters), noise)
+
+
+def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
+    """HU -> float32 in [0, 1264]: clipped to [-1024, 240], plus 1024. Augmentation works on these."""
+    return patches.float().clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)
+
+
+def to_unit(volumes: torch.Tensor) -> torch.Tensor:
+    """[0, 1264] -> [-1, 1], the network's input."""
+    return volumes / HALF_RANGE - 1
+
+
+def make_views(
+    patches: torch.Tensor,
+    neighbors: torch.Tensor,
+    augmentation: Augmentation,
+    generators: tuple[torch.Generator, torch.Generator],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three inputs of a step from raw HU.
+
+    Args:
+        patches: (B, 32, 32, 32).
+        neighbors: (B, k, 32, 32, 32); the k of a subject are one volume and share one draw.
+        augmentation: what to apply.
+        generators: from :func:`step_generators`.
+
+    Returns:
+        Two independent views of the patches, each (B, 1, 32, 32, 32), and one of the neighbours,
+        (B, k, 32, 32, 32); all in the network's units.
+    """
+    batch = len(patches)
+    shifted = shift_to_zero(patches)[:, None]
+    views = augmentation(torch.cat([shifted, shifted]), *generators)
+    around = augmentation(shift_to_zero(neighbors), *generators)
+    views = to_unit(views)
+    return views[:batch], views[batch:], to_unit(around)

@@ -1,0 +1,58 @@
+"""Batches of raw patches with their neighbours, read by worker processes."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.locations import neighbor_table
+from data.sampler import BatchIndex, LocationBatchSampler
+from data.store import PatchStore
+
+
+class PatchBatch(NamedTuple):
+    """One step's input, in HU, before augmentation."""
+
+    epoch: int
+    location: int
+    step: int
+    patches: torch.Tensor  # (B, 32, 32, 32) int16, or float32 where the store is of floats
+    neighbors: torch.Tensor  # (B, k, 32, 32, 32)
+
+
+class PatchDataset(Dataset):
+    """Maps a :class:`BatchIndex` to its :class:`PatchBatch`.
+
+    Args:
+        store: grouped store.
+        k_neighbors: neighbours of each location to read with it.
+    """
+
+    def __init__(self, store: PatchStore, k_neighbors: int):
+        self.store = store
+        self.neighbors = neighbor_table(store.locations, k_neighbors)
+
+    def __getitem__(self, index: BatchIndex) -> PatchBatch:
+        patches = self.store.read(index.location, index.rows)
+        around = [self.store.read(int(near), index.rows) for near in self.neighbors[index.location]]
+        return PatchBatch(
+            index.epoch,
+            index.location,
+            index.step,
+            torch.from_numpy(np.ascontiguousarray(patches)),
+            torch.from_numpy(np.stack(around, axis=1)),
+        )
+
+
+def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader whose every item is a whole batch, whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
+    )

@@ -1,0 +1,121 @@
+"""File names of a patch store, and how its files are written. The one place that knows either."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+HU_MIN, HU_MAX = -1024, 240  # what patches are clipped to, in Hounsfield units
+PATCH_SIZE = 32  # voxels of 1 mm
+PATCH_SUFFIX = "_patch.npy"
+
+
+class StoreError(ValueError):
+    """A patch store is missing something or disagrees with itself; the message says what to do."""
+
+
+class StoreLayout:
+    """Paths inside ``--root-dir``; see the README's table of files."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+
+    @property
+    def atlas_patch_loc(self) -> Path:
+        return self.root / "atlas_patch_loc.npy"
+
+    def lung_mask(self, sid: str) -> Path:
+        return self.root / "lung_mask" / f"{sid}.nii.gz"
+
+    def transform(self, sid: str) -> Path:
+        return self.root / "transform" / f"{sid}_Reg_Atlas_Affine_0GenericAffine.mat"
+
+    @property
+    def patch_dir(self) -> Path:
+        return self.root / "patch"
+
+    def patch(self, sid: str) -> Path:
+        return self.patch_dir / f"{sid}{PATCH_SUFFIX}"
+
+    def patch_loc(self, sid: str) -> Path:
+        return self.root / "patch_loc" / f"{sid}_patch_loc.npy"
+
+    @property
+    def grouped_dir(self) -> Path:
+        return self.root / "grouped_patch"
+
+    def grouped(self, location: int) -> Path:
+        return self.grouped_dir / f"patch_loc_{location}.npy"
+
+    @property
+    def subjects(self) -> Path:
+        return self.root / "subjects.csv"
+
+    def report(self, script: str) -> Path:
+        return self.root / "report" / f"{script}.csv"
+
+    def qc(self, sid: str) -> Path:
+        return self.root / "qc" / f"{sid}.png"
+
+    def patch_sids(self) -> list[str]:
+        """Subjects that have a file in patch/, sorted: the row order where subjects.csv is missing."""
+        names = (entry.name for entry in os.scandir(self.patch_dir)) if self.patch_dir.is_dir() else ()
+        return sorted(name.removesuffix(PATCH_SUFFIX) for name in names if name.endswith(PATCH_SUFFIX))
+
+    def find_atlas_patch_loc(self) -> Path:
+        """The location table: atlas_patch_loc.npy, or the older layout's only ``*_patch_loc.npy``.
+
+        Raises:
+            StoreError: neither is there, or several files could be the older one.
+        """
+        if self.atlas_patch_loc.is_file():
+            return self.atlas_patch_loc
+        if not self.root.is_dir():
+            raise StoreError(f"--root-dir {self.root} is not a folder; make a store with preprocess/run_preprocess.sh")
+        older = sorted(self.root.glob("*_patch_loc.npy"))
+        if len(older) == 1:
+            return older[0]
+        found = f"; of {', '.join(p.name for p in older)} name one atlas_patch_loc.npy" if older else ""
+        raise StoreError(
+            f"--root-dir {self.root} is no patch store: it has no atlas_patch_loc.npy{found or '; run preprocess/run_preprocess.sh'}"
+        )
+
+
+def write_aside(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call ``write`` with a file beside ``path``, then rename: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as stream:
+            write(stream)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save, written aside and renamed."""
+    write_aside(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def load_locations(path: Path) -> np.ndarray:
+    """Read a table of patch corners: (L, 3) int64, atlas voxel index (x, y, z).
+
+    Raises:
+        StoreError: unreadable, of another shape, not whole numbers, negative, or with a row twice.
+    """
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read as a NumPy table of patch locations: {error}") from error
+    if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0:
+        raise StoreError(f"{path} has shape {table.shape}; patch locations are (L, 3) corners (x, y, z)")
+    if not np.issubdtype(table.dtype, np.integer):
+        raise StoreError(f"{path} has dtype {table.dtype}; patch locations are whole atlas voxels (int64)")
+    if table.min() < 0:
+        raise StoreError(f"{path} has negative corners; patch locations are atlas voxel indices from 0")
+    if len(np.unique(table, axis=0)) != len(table):
+        raise StoreError(f"{path} has the same location in more than one row")
+    return table.astype(np.int64)

@@ -1,0 +1,39 @@
+"""What the network is told of where a patch lies, and which patches are its neighbours."""
+
+import numpy as np
+
+from data.layout import StoreError
+
+
+def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
+    """Corners scaled by the table's own maximum to [-1, 1]: (L, 3) int -> (L, 3) float32.
+
+    ``loc / loc.max(0) * 2 - 1`` as published (data/copd_patch.py). So the table as a whole sets
+    every value: with another table, the published weights are asked about other places. An axis
+    whose maximum is 0 gives -1.
+    """
+    table = np.asarray(atlas_patch_loc, dtype=np.float64)
+    maximum = table.max(axis=0)
+    return (table / np.where(maximum == 0, 1, maximum) * 2 - 1).astype(np.float32)
+
+
+def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest other locations of each: (L, 3) int -> (L, k) int64, nearest first.
+
+    Euclidean distance of corners, ties to the lower index. Squared distances of whole numbers are
+    exact, so a tie is a tie; on the published atlas nearly every location has some.
+
+    Raises:
+        StoreError: there are not k other locations.
+    """
+    table = np.asarray(atlas_patch_loc)
+    if not 1 <= k < len(table):
+        raise StoreError(
+            f"--k-neighbors {k} with {len(table)} locations: it must be at least 1 and less than the number of locations"
+        )
+    neighbors = np.empty((len(table), k), dtype=np.int64)
+    for index, corner in enumerate(table):
+        squared = ((table - corner) ** 2).sum(axis=1)
+        order = np.argsort(squared, kind="stable")
+        neighbors[index] = order[order != index][:k]
+    return neighbors

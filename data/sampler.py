@@ -1,0 +1,78 @@
+"""Which subjects at which location make up each step."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from data.layout import StoreError
+
+
+class BatchIndex(NamedTuple):
+    """One step of one rank. The location travels with the batch, so any number of workers serve it."""
+
+    epoch: int
+    location: int
+    step: int  # within the location
+    rows: np.ndarray  # (batch per rank,) rows of the store
+
+
+class LocationBatchSampler:
+    """Batches of an epoch: for each location in turn, floor(N / B) steps over shuffled subjects.
+
+    The order of the subjects follows from (seed, epoch, location) alone; ranks take consecutive
+    shares of each step's B subjects, so they never overlap and all are at the same location.
+
+    Args:
+        num_subjects: N.
+        num_locations: L.
+        batch_size: B, over all ranks.
+        seed: of the shuffle.
+        rank, world_size: this process and how many there are.
+
+    Raises:
+        StoreError: B exceeds N, does not divide among the ranks, or leaves a rank with fewer than 2
+            samples, of which BatchNorm has no statistics.
+    """
+
+    def __init__(
+        self, num_subjects: int, num_locations: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        if batch_size < 1 or batch_size % world_size:
+            raise StoreError(f"--batch-size {batch_size} is over all ranks and must be a multiple of the {world_size} ranks")
+        if batch_size // world_size < 2:
+            raise StoreError(
+                f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks; "
+                "BatchNorm needs at least 2: raise it or use fewer ranks"
+            )
+        if batch_size > num_subjects:
+            raise StoreError(
+                f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store; a step takes "
+                f"different subjects: use --batch-size {num_subjects // world_size * world_size} or less"
+            )
+        self.num_subjects = num_subjects
+        self.num_locations = num_locations
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    @property
+    def steps_per_location(self) -> int:
+        return self.num_subjects // self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps_per_location * self.num_locations
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (finished epochs so far) that the next iteration draws."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[BatchIndex]:
+        share = self.batch_size // self.world_size
+        for location in range(self.num_locations):
+            order = np.random.default_rng([self.seed, self.epoch, location]).permutation(self.num_subjects)
+            for step in range(self.steps_per_location):
+                start = step * self.batch_size + self.rank * share
+                yield BatchIndex(self.epoch, location, step, order[start : start + share])

@@ -1,0 +1,1 @@
+"""The method: tensors in, logits out."""

@@ -1,0 +1,207 @@
+"""DrasCLR: momentum contrast with one queue per anatomical location and two tasks.
+
+The patch task matches two views of the same patch. The neighbour task matches views of the k
+nearest patches of the same subject with that patch's key. After MoCo v2 (He et al., CVPR 2020;
+Chen et al., 2020) and DrasCLR (Yu et al., Medical Image Analysis 2024).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import distributed
+
+
+class DrasCLR(nn.Module):
+    """Query encoder, momentum (key) encoder, and a queue of K keys for every location.
+
+    Args:
+        base_encoder: called as ``base_encoder(rep_dim=, moco_dim=, num_experts=, num_coordinates=)``.
+        num_patch: L, the number of locations.
+        rep_dim, moco_dim: sizes of the representation and of its projection.
+        num_experts: experts per convolution.
+        num_coordinates: 3-D points per location; only 1 is defined here.
+        K: keys in each location's queue; a multiple of the batch over all ranks.
+        m: momentum of the key encoder.
+        T: softmax temperature.
+        mlp: put a hidden layer before the projection (MoCo v2).
+
+    Raises:
+        ValueError: num_coordinates is not 1.
+    """
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        num_patch: int,
+        rep_dim: int,
+        moco_dim: int,
+        num_experts: int,
+        num_coordinates: int,
+        K: int,
+        m: float,
+        T: float,
+        mlp: bool,
+    ):
+        super().__init__()
+        if num_coordinates != 1:
+            raise ValueError(f"num_coordinates is {num_coordinates}; a location is one 3-D point, so it must be 1")
+        self.K = K
+        self.m = m
+        self.T = T
+        self.num_locs = num_patch
+
+        sizes = dict(
+            rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates
+        )
+        self.encoder_q = base_encoder(**sizes)
+        self.encoder_k = base_encoder(**sizes)
+        if mlp:
+            for encoder in (self.encoder_q, self.encoder_k):
+                width = encoder.fc.in_features
+                encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+
+        # (L, K, dim): a step touches one location, here one contiguous block. On disk the published
+        # layout is (dim, K, L); the two hooks below turn one into the other.
+        queue = F.normalize(torch.randn(num_patch, K, moco_dim), dim=2)
+        self.register_buffer("queue", queue)
+        self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))
+
+    # ------------------------------------------------------------ state dict, in the disk layout
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A view, as every other entry: at published sizes a copy would be 1.2 GB.
+        destination[prefix + "queue"] = destination[prefix + "queue"].permute(2, 1, 0)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        key = prefix + "queue"
+        on_disk = state_dict.get(key)
+        if on_disk is not None and on_disk.dim() == 3:
+            state_dict[key] = on_disk.permute(2, 1, 0)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if on_disk is not None:
+            state_dict[key] = on_disk
+
+    # ------------------------------------------------------------ parts of a step
+
+    @torch.no_grad()
+    def _update_key_encoder(self) -> None:
+        """key parameters <- m * key + (1 - m) * query (MoCo, equation 2); buffers are left alone."""
+        keys = list(self.encoder_k.parameters())
+        queries = list(self.encoder_q.parameters())
+        torch._foreach_mul_(keys, self.m)
+        torch._foreach_add_(keys, queries, alpha=1.0 - self.m)
+
+    @torch.no_grad()
+    def _encode_keys(self, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
+        """Keys of all ranks in rank order: (B, 1, 32, 32, 32) on each rank -> (world * B, dim).
+
+        Shuffled BatchNorm (MoCo, section 3.3): every rank encodes a random share of the whole batch,
+        so that a query and its key do not share BatchNorm statistics. With one rank the statistics
+        do not depend on the order, and nothing is moved.
+        """
+        world, rank = distributed.world_size(), distributed.rank()
+        batch = patches.shape[0]
+        if world == 1:
+            return F.normalize(self._project(self.encoder_k, patches, locs), dim=1)
+
+        order = torch.randperm(world * batch, device=patches.device)
+        torch.distributed.broadcast(order, src=0)
+        mine = order.view(world, batch)[rank]
+        patches = distributed.all_gather_rows(patches)[mine]
+        if locs.shape[0] == batch:  # one location per sample travels with its patch
+            locs = distributed.all_gather_rows(locs)[mine]
+        keys = F.normalize(self._project(self.encoder_k, patches, locs), dim=1)
+        shuffled = distributed.all_gather_rows(keys)  # row i is sample order[i]
+        return shuffled[torch.argsort(order)]
+
+    @torch.no_grad()
+    def _enqueue(self, keys: torch.Tensor, patch_idx: int) -> None:
+        """Replace the oldest keys of one location. keys: (world * B, dim)."""
+        count = keys.shape[0]
+        pointer = self.queue_ptr[patch_idx]
+        # Indices are computed on the device: reading the pointer would wait for it at every step.
+        rows = (pointer + torch.arange(count, device=keys.device)) % self.K
+        self.queue[patch_idx].index_copy_(0, rows, keys.to(self.queue.dtype))
+        self.queue_ptr[patch_idx] = (pointer + count) % self.K
+
+    @staticmethod
+    def _project(encoder: nn.Module, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
+        """z in float32, also under autocast: the logits are divided by a small temperature."""
+        return encoder(patches, locs)[0].float()
+
+    def forward(
+        self,
+        patch_idx: int,
+        pch_q: Sequence[torch.Tensor],
+        pch_k: Sequence[torch.Tensor],
+        ngb_q: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step: encode, compare with the queue, update the queue and the key encoder.
+
+        All of it happens in ``eval()`` too. Inputs are not modified.
+
+        Args:
+            patch_idx: index l of the location that the whole batch shares.
+            pch_q: first view (B, 1, 32, 32, 32) and its locations, (1, 3) or (B, 3).
+            pch_k: second view of the same patches, likewise.
+            ngb_q: one view of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or
+                (B, k, 3). One row for the whole batch is the fast path: kernels are mixed once.
+
+        Returns:
+            logits_pch (B, 1 + K), logits_ngb (B, 1 + K), labels (B,), all zero: column 0 is the key.
+
+        Raises:
+            ValueError: a location tensor has neither 1 nor B rows, or K is not a multiple of the
+                batch over all ranks.
+        """
+        (query_patch, query_loc), (key_patch, key_loc), (neighbor_patch, neighbor_loc) = pch_q, pch_k, ngb_q
+        batch, k = neighbor_patch.shape[:2]
+        for name, locs in (("pch_q", query_loc), ("pch_k", key_loc), ("ngb_q", neighbor_loc)):
+            if locs.shape[0] not in (1, batch):
+                raise ValueError(f"{name} has {locs.shape[0]} location rows for a batch of {batch}; give 1 or {batch}")
+        total = batch * distributed.world_size()
+        if self.K % total:
+            raise ValueError(f"the queue of K = {self.K} keys is not a multiple of the batch of {total} over all ranks")
+
+        # -------- queries: patches and neighbours in two BatchNorm passes
+        query = F.normalize(self._project(self.encoder_q, query_patch, query_loc), dim=1)  # (B, dim)
+        if neighbor_loc.shape[0] == 1:
+            # Location-major, so that block j of B samples shares the kernel of neighbour j.
+            # BatchNorm does not mind the order.
+            flat = neighbor_patch.transpose(0, 1).reshape(k * batch, 1, *neighbor_patch.shape[2:])
+            neighbors = self._project(self.encoder_q, flat, neighbor_loc[0])
+            neighbors = neighbors.view(k, batch, -1).transpose(0, 1)
+        else:
+            flat = neighbor_patch.reshape(batch * k, 1, *neighbor_patch.shape[2:])
+            neighbors = self._project(self.encoder_q, flat, neighbor_loc.reshape(batch * k, 3))
+            neighbors = neighbors.view(batch, k, -1)
+        neighbors = F.normalize(neighbors, dim=2)  # (B, k, dim)
+
+        # -------- keys: momentum first, then the pass
+        self._update_key_encoder()
+        all_keys = self._encode_keys(key_patch, key_loc)  # (world * B, dim)
+        rank = distributed.rank()
+        key = all_keys[rank * batch : (rank + 1) * batch]  # (B, dim)
+
+        # -------- logits, with the queue as it was before this step's keys
+        with torch.autocast(query.device.type, enabled=False):
+            # Cloned, because the backward pass needs it after the queue has moved on.
+            negatives = self.queue[patch_idx].clone()  # (K, dim)
+            neighbor_sum = neighbors.sum(dim=1)  # sum over k of r . x = (sum over k of r) . x
+            logits_pch = self._logits(query, key, negatives)
+            logits_ngb = self._logits(neighbor_sum, key, negatives)
+        labels = torch.zeros(batch, dtype=torch.long, device=query.device)
+
+        self._enqueue(all_keys, patch_idx)
+        return logits_pch, logits_ngb, labels
+
+    def _logits(self, query: torch.Tensor, key: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+        """[query . key, query . negatives] / T: (B, dim), (B, dim), (K, dim) -> (B, 1 + K)."""
+        positive = (query * key).sum(dim=1, keepdim=True)
+        return torch.cat([positive, query @ negatives.t()], dim=1) / self.T

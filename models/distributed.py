@@ -1,0 +1,45 @@
+"""Collectives that are no-ops when there is one process, so that callers need no second path."""
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate every rank's rows in rank order: (n, ...) on each rank -> (world * n, ...).
+
+    No gradient flows through it. All ranks must pass the same shape.
+    """
+    world = world_size()
+    if world == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+@torch.no_grad()
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over the ranks, in place; returns the tensor."""
+    world = world_size()
+    if world > 1:
+        dist.all_reduce(tensor)
+        tensor /= world
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
