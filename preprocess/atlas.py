@@ -1,0 +1,36 @@
+"""The atlas and the transforms from it, which steps 3 and 4 share."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from preprocess.scan import ScanError, read_atlas_mask
+
+
+@lru_cache(maxsize=1)
+def load_atlas(path: str) -> sitk.Image:
+    """The atlas's lung mask, once per process."""
+    return read_atlas_mask(path)
+
+
+def atlas_fingerprint(mask: sitk.Image) -> str:
+    """Tells one atlas from another, whatever the file is called."""
+    digest = hashlib.sha256(np.ascontiguousarray(sitk.GetArrayViewFromImage(mask)).tobytes())
+    digest.update(repr((mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())).encode())
+    return digest.hexdigest()[:12]
+
+
+def read_affine(path: Path) -> sitk.Transform:
+    """An ITK affine from atlas points to scan points. Raises ScanError."""
+    if not path.is_file():
+        raise ScanError(f"no transform at {path}; run preprocess/register.py, and see its report for this subject")
+    try:
+        transform = sitk.ReadTransform(str(path))
+    except RuntimeError as error:
+        raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
+    if transform.GetDimension() != 3 or not transform.IsLinear():
+        raise ScanError(f"{path} is not a 3-D affine transform")
+    return transform

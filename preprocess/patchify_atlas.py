@@ -1,0 +1,126 @@
+"""Step 1: where patches lie, as a table of corners in the atlas.
+
+    python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches
+
+lays a grid over the atlas's lung mask and keeps the patches with enough lung in them. To use the
+published weights, adopt their table instead (their locations do not follow from the mask alone):
+
+    python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches \\
+        --atlas-patch-loc atlas_patch_loc.npy
+
+Writes <root-dir>/atlas_patch_loc.npy, (L, 3) int64: lowest corner (x, y, z), atlas voxel index.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.layout import StoreError, StoreLayout, load_locations, save_array
+from preprocess.scan import read_atlas_mask
+from preprocess.subjects import script_main
+
+MAX_PATCHES = 1000  # with as many or more, the threshold rises
+
+
+def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
+    """Corners of the grid's patches that have enough lung in them.
+
+    A patch is kept when strictly more than the threshold of its voxels are lung. The threshold is
+    0.1 and rises by 0.1 while 1000 patches or more are kept. Corners run over x, then y, then z
+    (z fastest) and stop before size - patch_size, as in the published code.
+
+    Args:
+        lung: (x, y, z) bool.
+        patch_size, step_size: voxels.
+
+    Returns:
+        (L, 3) int64.
+
+    Raises:
+        StoreError: the atlas is smaller than a patch, or no patch has enough lung.
+    """
+    axes = [np.arange(0, size - patch_size, step_size) for size in lung.shape]
+    if min(len(axis) for axis in axes) == 0:
+        raise StoreError(f"the atlas, {lung.shape} voxels, has no room for patches of {patch_size}")
+    # Inclusive sums from a corner of the volume: eight look-ups count a patch's lung voxels.
+    total = np.zeros([size + 1 for size in lung.shape], dtype=np.int64)
+    total[1:, 1:, 1:] = lung.astype(np.int64).cumsum(0).cumsum(1).cumsum(2)
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    count = np.zeros(x.shape, dtype=np.int64)
+    for upper in np.ndindex(2, 2, 2):
+        sign = (-1) ** (3 - sum(upper))
+        count += sign * total[x + upper[0] * patch_size, y + upper[1] * patch_size, z + upper[2] * patch_size]
+    corners = np.stack([x, y, z], axis=-1)
+    for tenths in range(1, 10):
+        # Whole numbers: a share of exactly the threshold must not depend on rounding.
+        kept = count * 10 > tenths * patch_size**3
+        if kept.sum() < MAX_PATCHES:
+            break
+    if not kept.any():
+        raise StoreError(f"no patch of {patch_size} voxels holds more than a tenth of lung; is this an atlas mask of 1 mm?")
+    return corners[kept].astype(np.int64)
+
+
+def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, source: str) -> None:
+    """Raise StoreError unless every patch lies inside the atlas."""
+    outside = ((table + patch_size) > np.array(size)).any(axis=1)
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise StoreError(
+            f"{source}: row {row}, corner {table[row].tolist()}, leaves the atlas of {size} voxels; "
+            "the table belongs to another atlas mask"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--atlas-mask", required=True, help="atlas lung mask at 1 mm: 50 right lung, 100 left lung")
+    parser.add_argument("--root-dir", required=True, help="the patch store, made where it is missing")
+    parser.add_argument(
+        "--patch-size", type=int, default=32, help="voxels; the encoder takes 32 only, leave it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--step-size", type=int, default=26, help="voxels between corners; smaller gives more patches (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--atlas-patch-loc", help="adopt this table of corners; needed with the published weights (default: make one)"
+    )
+    args = parser.parse_args()
+    for flag, value in (("--patch-size", args.patch_size), ("--step-size", args.step_size)):
+        if value < 1:
+            raise StoreError(f"{flag} {value}: at least 1 voxel")
+
+    mask = read_atlas_mask(args.atlas_mask)
+    size = mask.GetSize()
+    lung = sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
+    if args.atlas_patch_loc:
+        table = load_locations(Path(args.atlas_patch_loc))
+        check_table(table, size, args.patch_size, args.atlas_patch_loc)
+    else:
+        table = grid_locations(lung, args.patch_size, args.step_size)
+
+    layout = StoreLayout(args.root_dir)
+    target = layout.atlas_patch_loc
+    if target.exists():
+        there = load_locations(target)
+        if not np.array_equal(there, table):
+            raise StoreError(
+                f"{target} holds another table ({len(there)} locations, this one has {len(table)}); everything in the "
+                "store belongs to it. Choose another --root-dir, or name the right --atlas-patch-loc"
+            )
+        print(f"patchify_atlas: {target} is there already, {len(table)} locations")
+        return 0
+    save_array(target, table)
+    centre = table + args.patch_size // 2
+    inside = lung[tuple(centre.T)].mean()
+    print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas's lungs; {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    script_main(main)

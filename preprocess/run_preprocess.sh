@@ -1,0 +1,62 @@
+#!/bin/sh
+# All five preprocessing steps, in order:
+#
+#   sh preprocess/run_preprocess.sh --input-csv dataset.csv --root-dir /data/patches \
+#       --atlas-mask atlas_lung_mask.nii.gz [--atlas-patch-loc atlas_patch_loc.npy] \
+#       [--method threshold | --lungmask-weights FILE] [--num-workers 4] [--scheduler tcp://host:port] \
+#       [--min-dice 0.5] [--strict] [--no-qc] [--no-progress]
+#
+# What is done already is skipped; start it again after a stop, or after adding subjects.
+set -eu
+
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+PYTHON=${PYTHON:-python}
+
+usage() {
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+}
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+csv= root= mask= loc= method= weights= workers= scheduler= dice= strict= qc= progress= overwrite=
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --strict) strict=1; shift; continue ;;
+        --no-qc) qc=1; shift; continue ;;
+        --no-progress) progress=1; shift; continue ;;
+        --overwrite) overwrite=1; shift; continue ;;
+        --*=*) flag=${1%%=*}; value=${1#*=}; shift ;;
+        --*) flag=$1; [ $# -ge 2 ] || fail "$flag needs a value"; value=$2; shift 2 ;;
+        *) fail "unexpected $1; see --help" ;;
+    esac
+    case $flag in
+        --input-csv) csv=$value ;;
+        --root-dir) root=$value ;;
+        --atlas-mask) mask=$value ;;
+        --atlas-patch-loc) loc=$value ;;
+        --method) method=$value ;;
+        --lungmask-weights) weights=$value ;;
+        --num-workers) workers=$value ;;
+        --scheduler) scheduler=$value ;;
+        --min-dice) dice=$value ;;
+        *) fail "unknown flag $flag; see --help" ;;
+    esac
+done
+[ -n "$csv" ] || fail "--input-csv is missing: the table with columns sid and image"
+[ -n "$root" ] || fail "--root-dir is missing: where the patch store goes"
+[ -n "$mask" ] || fail "--atlas-mask is missing: the atlas's lung mask"
+
+"$PYTHON" "$here/patchify_atlas.py" --atlas-mask "$mask" --root-dir "$root" ${loc:+--atlas-patch-loc "$loc"}
+common() {
+    script=$1
+    shift
+    "$PYTHON" "$here/$script" --input-csv "$csv" --root-dir "$root" ${workers:+--num-workers "$workers"} \
+        ${scheduler:+--scheduler "$scheduler"} ${strict:+--strict} ${progress:+--no-progress} ${overwrite:+--overwrite} "$@"
+}
+common segment_lung.py ${method:+--method "$method"} ${weights:+--lungmask-weights "$weights"}
+common register.py --atlas-mask "$mask" ${dice:+--min-dice "$dice"}
+common patchify_images.py --atlas-mask "$mask" ${qc:+--no-qc}
+"$PYTHON" "$here/group_patches.py" --root-dir "$root" ${progress:+--no-progress}

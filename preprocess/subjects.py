@@ -1,0 +1,234 @@
+"""Running one step over a table of subjects: workers, skipping, failures, the report and the exit status."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm import tqdm
+
+from data.layout import StoreError, StoreLayout, write_aside
+from data.tables import read_table
+from preprocess.scan import ScanError, limit_threads
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Skip(Exception):
+    """Raised by a step whose output is there and verified; carries its figures for the report."""
+
+    def __init__(self, figures: dict[str, Any] | None = None):
+        super().__init__("done already")
+        self.figures = figures or {}
+
+
+class Subject(NamedTuple):
+    """One row of the input table."""
+
+    sid: str
+    image: str  # absolute path; empty where the table has none
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that steps 2 to 4 share."""
+    parser.add_argument(
+        "--input-csv", required=True, help="table with columns sid and image; image paths are relative to the table"
+    )
+    parser.add_argument("--root-dir", required=True, help="the patch store, made where it is missing")
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=1,
+        help="subjects at a time, each in a process of its own; raise it to the number of cores, memory "
+        "allowing (about 2 GB each) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="send the subjects to this Dask scheduler instead; its workers must see the same files and packages",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="make again what is already done")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 when any subject failed")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+
+
+def read_subjects(path: str | os.PathLike) -> list[Subject]:
+    """The input table. Raises StoreError for what concerns the table as a whole."""
+    table = read_table(path, required=("sid", "image"))
+    folder = Path(path).resolve().parent
+    return [
+        Subject(sid, str(folder / image.strip()) if image.strip() else "")
+        for sid, image in zip(table["sid"], table["image"])
+    ]
+
+
+def file_stamp(path: str) -> str:
+    """Tells one version of a file from another: size and modification time."""
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
+    """The last report's rows by sid, to tell with which settings an output was made."""
+    path = layout.report(script)
+    if not path.is_file():
+        return {}
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError):
+        return {}
+    return {row["sid"]: row for row in table.to_dict("records")} if "sid" in table.columns else {}
+
+
+def run_subjects(
+    script: str,
+    work: Callable[..., dict[str, Any]],
+    subjects: list[Subject],
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+) -> int:
+    """Run ``work(subject, previous, **settings)`` for each subject and report.
+
+    ``work`` returns figures for the report, raises Skip where nothing is to do, and ScanError where
+    the subject is at fault. It is a function of a script in preprocess/, which workers import.
+
+    Returns:
+        The exit status: 0 unless nothing succeeded, or anything failed under ``--strict``.
+    """
+    layout = StoreLayout(args.root_dir)
+    before = previous_figures(layout, script)
+    rows: dict[str, dict[str, Any]] = {}
+    bar = tqdm(
+        total=len(subjects), desc=script, unit="subject", disable=True if args.no_progress else None, dynamic_ncols=True
+    )
+    try:
+        for row in _outcomes(work, subjects, before, args, settings):
+            rows[row["sid"]] = row
+            if row["status"] == "failed":
+                tqdm.write(f"{script}: {row['sid']} failed: {row['message']}", file=sys.stderr)
+            bar.update()
+            bar.set_postfix_str(row["sid"], refresh=False)
+    finally:
+        bar.close()
+        if rows:
+            # Subjects that this run did not reach, or that are not in its table, keep their last row.
+            merged = {**before, **rows}
+            _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
+    counts = {status: sum(row["status"] == status for row in rows.values()) for status in ("ok", "skipped", "failed")}
+    print(f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}")
+    if counts["ok"] + counts["skipped"] == 0:
+        print(f"error: {script}: no subject succeeded", file=sys.stderr)
+        return 1
+    return 1 if args.strict and counts["failed"] else 0
+
+
+def _write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
+    first = ["sid", "status", "seconds", "message"]
+    table = table[first + [name for name in table.columns if name not in first]]
+    write_aside(path, lambda stream: stream.write(table.to_csv(index=False, lineterminator="\n").encode()))
+
+
+def attempt(work: Callable[..., dict], subject: Subject, previous: dict, threads: int, settings: dict) -> dict[str, Any]:
+    """One subject's row of the report; whatever goes wrong is that subject's."""
+    limit_threads(threads)
+    start = time.perf_counter()
+    status, message, figures = "ok", "", {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            figures = work(subject, previous, **settings)
+    except Skip as skip:
+        status, figures = "skipped", skip.figures
+    except ScanError as error:
+        status, message = "failed", str(error)
+    except MemoryError:
+        status, message = "failed", "not enough memory; use fewer --num-workers"
+    except Exception as error:  # a subject's fault, or ours: it must not cost the others
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+        status = "failed"
+        message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
+    message = " ".join(message.split())
+    return {"sid": subject.sid, "status": status, "seconds": round(time.perf_counter() - start, 2), "message": message, **figures}
+
+
+def _outcomes(
+    work: Callable, subjects: list[Subject], before: dict, args: argparse.Namespace, settings: dict
+) -> Iterator[dict[str, Any]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if args.num_workers < 1:
+        raise StoreError(f"--num-workers {args.num_workers}: at least 1")
+    if args.num_workers == 1 and not args.scheduler:
+        for subject in subjects:
+            yield attempt(work, subject, before.get(subject.sid, {}), cores, settings)
+        return
+
+    from dask.distributed import Client, LocalCluster, as_completed
+
+    root, name = str(ROOT), work.__qualname__
+    # The running script is __main__ here, but not in a worker.
+    module = f"preprocess.{Path(sys.modules[work.__module__].__file__).stem}"
+
+    def remote(subject_fields, previous, threads):
+        # Sent by value, because it is nested: the worker may not have the project on its path yet.
+        import importlib
+        import sys
+
+        if root not in sys.path:
+            sys.path.insert(0, root)
+        runner = importlib.import_module("preprocess.subjects")
+        function = getattr(importlib.import_module(module), name)
+        return runner.attempt(function, runner.Subject(*subject_fields), previous, threads, settings)
+
+    cluster = None
+    if args.scheduler:
+        try:
+            client = Client(args.scheduler, timeout="30s")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"--scheduler {args.scheduler} does not answer: {error}") from error
+        threads = 1
+    else:
+        workers = min(args.num_workers, max(1, len(subjects)))
+        threads = max(1, cores // workers)
+        # A worker that dies (out of memory, a crash in a library) is restarted and costs its subject.
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+        )
+        client = Client(cluster)
+    try:
+        futures = {
+            client.submit(remote, tuple(subject), before.get(subject.sid, {}), threads, pure=False, retries=0): subject
+            for subject in subjects
+        }
+        for future in as_completed(list(futures)):
+            subject = futures[future]
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            else:
+                reason = "its worker process died (out of memory?)" if "Killed" in type(error).__name__ else str(error)
+                yield {"sid": subject.sid, "status": "failed", "seconds": 0.0, "message": " ".join(reason.split())[:300]}
+            future.release()
+    finally:
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+
+def script_main(main: Callable[[], int | None]) -> None:
+    """Run a script's main; what is wrong with flags or files becomes one line, not a traceback."""
+    try:
+        sys.exit(main())
+    except (StoreError, ScanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; start again to go on", file=sys.stderr)
+        sys.exit(130)

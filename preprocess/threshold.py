@@ -1,0 +1,199 @@
+"""Lung masks without a network: thresholding, airway tracking, and a left-right split.
+
+The classical recipe (Hu et al., IEEE TMI 2001; van Rikxoort et al., Medical Physics 2009) for
+machines where lungmask's weights are not to be had. It takes air-filled lungs; dense consolidation
+is left out of the mask, which a network would keep.
+"""
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+from skimage.segmentation import watershed
+
+from preprocess.scan import AIR, ScanError, orient
+
+RIGHT, LEFT = 1, 2
+AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
+GAS_BELOW = -975  # HU; the median of bowel gas or of the air in a cushion, lungs have vessels
+AIRWAY_BELOW = -880  # HU; mean over a cross-section of the trachea
+ADULT_WIDTH = 320.0  # mm, chest; lengths below are for it and shrink with the scan
+
+WORKING_SPACING = 2.0  # mm
+CLOSING_RADIUS = 8.0  # mm; fills vessels and hilum
+TRACHEA_AREA = (40.0, 900.0)  # mm2, cross-section
+TRACHEA_LENGTH = 20.0  # mm, at least
+MERGED_LENGTH = 12.0  # mm along the airway over which its wall may be lost
+
+
+def segment_lungs(scan: sitk.Image) -> sitk.Image:
+    """Mask of both lungs: uint8, 1 right, 2 left (the patient's), on the scan's own grid.
+
+    Args:
+        scan: chest CT in HU, any orientation and spacing.
+
+    Raises:
+        ScanError: nothing in it looks like a pair of lungs.
+    """
+    oriented = orient(scan, "LPS")
+    width = oriented.GetSize()[0] * oriented.GetSpacing()[0]
+    scale = float(np.clip(width / ADULT_WIDTH, 0.2, 1.0))
+    spacing = max(WORKING_SPACING * scale, min(oriented.GetSpacing()))
+    working = _resample(oriented, spacing)
+    volume = sitk.GetArrayFromImage(working)  # (z, y, x): z to the head, y to the back, x to the left
+    air = _air_in_body(volume)
+    airway = _find_airway(volume, air, spacing, scale)
+    labels = _split_sides(air & ~airway)
+    labels = _fill_vessels(labels, CLOSING_RADIUS * scale / spacing)
+    labels[airway] = 0
+
+    # Each side is interpolated on its own, so that the boundary is smooth on the scan's finer grid.
+    sides = []
+    for label in (RIGHT, LEFT):
+        side = sitk.GetImageFromArray((labels == label).astype(np.float32))
+        side.CopyInformation(working)
+        sides.append(sitk.GetArrayFromImage(sitk.Resample(side, scan, sitk.Transform(), sitk.sitkLinear, 0.0)))
+    right, left = sides
+    mask = np.zeros(right.shape, dtype=np.uint8)
+    mask[(right >= 0.5) & (right >= left)] = RIGHT
+    mask[(left >= 0.5) & (left > right)] = LEFT
+    image = sitk.GetImageFromArray(mask)
+    image.CopyInformation(scan)
+    return image
+
+
+def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
+    """Isotropic working copy, averaged over the voxels that it drops."""
+    factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
+    image = sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
+    size = [max(2, round(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
+    return sitk.Resample(
+        image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), AIR
+    )
+
+
+def _sizes(labels: np.ndarray, count: int) -> np.ndarray:
+    return np.bincount(labels.ravel(), minlength=count + 1)
+
+
+def _air_in_body(volume: np.ndarray) -> np.ndarray:
+    """Air that no path through air joins to the sides of the image, less small pockets and bowel gas."""
+    labels, count = ndimage.label(volume < AIR_BELOW)
+    sizes = _sizes(labels, count)
+    sizes[0] = 0
+    # Only the sides: a scan may start or end inside the lungs.
+    for face in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+        sizes[np.unique(face)] = 0
+    if sizes.max(initial=0) < 0.002 * volume.size:
+        raise ScanError(
+            "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin around it?"
+        )
+    largest = int(sizes.argmax())
+    kept = [largest]
+    for label in np.flatnonzero(sizes >= 0.1 * sizes[largest]):
+        if label != largest and np.median(volume[labels == label]) > GAS_BELOW:
+            kept.append(int(label))
+    return np.isin(labels, kept)
+
+
+def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: float) -> np.ndarray:
+    """Trachea and main bronchi with their wall, followed down slice by slice until they enter a lung."""
+    low, high = (area * scale**2 / spacing**2 for area in TRACHEA_AREA)  # voxels
+    columns = np.flatnonzero(air.any(axis=(0, 1)))
+    middle = (columns[0] + columns[-1]) / 2
+    reach = 0.2 * (columns[-1] - columns[0])
+    slices = np.flatnonzero(air.any(axis=(1, 2)))
+    bottom = slices[0] + 0.4 * (slices[-1] - slices[0])
+    for top in range(slices[-1], int(bottom), -1):
+        labels, count = ndimage.label(air[top])
+        for label in range(1, count + 1):
+            seed = labels == label
+            if not low <= seed.sum() <= high or abs(np.nonzero(seed)[1].mean() - middle) > reach:
+                continue
+            if volume[top][seed].mean() > AIRWAY_BELOW + 80:
+                continue
+            airway = _track_down(air, top, seed, high, round(MERGED_LENGTH * scale / spacing))
+            if np.flatnonzero(airway.any(axis=(1, 2))).size * spacing >= TRACHEA_LENGTH * scale:
+                return ndimage.binary_dilation(airway, iterations=1)
+    return np.zeros_like(air)
+
+
+def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int) -> np.ndarray:
+    """Cross-sections below ``seed`` that overlap their upper neighbour and do not grow into a lung.
+
+    The thin wall between trachea and lung is lost in a slice here and there: for up to
+    ``most_merged`` slices the section is carried down as it was. Where it does not come free again,
+    those slices are given back, for that is where a bronchus enters its lung.
+    """
+    airway = np.zeros_like(air)
+    airway[top] = seed
+    current, area = seed, float(seed.sum())
+    merged: list[int] = []
+    for level in range(top - 1, -1, -1):
+        labels, count = ndimage.label(air[level])
+        sizes = _sizes(labels, count)
+        following = np.zeros_like(current)
+        for label in np.unique(labels[current]):
+            if label and sizes[label] <= min(2.0 * area + 4, largest_area):
+                following |= labels == label
+        if following.any():
+            merged.clear()
+            area = max(0.9 * area, float(following.sum()))
+        else:
+            following = air[level] & current
+            merged.append(level)
+            if not following.any() or len(merged) > most_merged:
+                break
+        airway[level] = current = following
+    airway[merged] = False
+    return airway
+
+
+def _split_sides(lungs: np.ndarray) -> np.ndarray:
+    """Label right (1) and left (2) by the patient's side, also where the lungs touch."""
+    markers = None
+    depth = ndimage.distance_transform_edt(lungs)
+    for step in range(0, int(depth.max()) + 1):
+        labels, count = ndimage.label(depth > step)
+        sizes = _sizes(labels, count)
+        sizes[0] = 0
+        if count < 2:
+            continue
+        first, second = np.argsort(sizes)[::-1][:2]
+        if sizes[second] < 0.15 * sizes[first]:
+            continue
+        centres = ndimage.center_of_mass(np.ones_like(labels), labels, [first, second])
+        # Two lungs lie side by side; pieces of one lie above each other.
+        if abs(centres[0][2] - centres[1][2]) < 0.25 * np.ptp(np.nonzero(lungs.any(axis=(0, 1)))[0]):
+            continue
+        right, left = (first, second) if centres[0][2] < centres[1][2] else (second, first)
+        markers = np.zeros(lungs.shape, dtype=np.int8)
+        markers[labels == right] = RIGHT
+        markers[labels == left] = LEFT
+        break
+    if markers is None:
+        raise ScanError("found one air-filled space, not two lungs side by side")
+    split = watershed(-depth, markers, mask=lungs).astype(np.int8)
+
+    # Pieces that no marker reached: to the nearer lung, unless they are small.
+    rest, count = ndimage.label(lungs & (split == 0))
+    if count:
+        nearest = ndimage.distance_transform_edt(split == 0, return_distances=False, return_indices=True)
+        sizes = _sizes(rest, count)
+        large = np.isin(rest, np.flatnonzero(sizes >= 0.01 * lungs.sum())) & (rest > 0)
+        split[large] = split[tuple(nearest[:, large])]
+    return split
+
+
+def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
+    """Close each lung with a ball and fill its holes; voxels of the other lung stay the other lung's."""
+    filled = np.zeros(labels.shape, dtype=np.int8)
+    margin = int(np.ceil(radius)) + 1
+    for label in (RIGHT, LEFT):
+        side = np.pad(labels == label, margin)
+        near = ndimage.distance_transform_edt(~side) <= radius
+        closed = ndimage.distance_transform_edt(near) > radius
+        # The pad lets the ball pass the image's border; cut it away again.
+        closed = (closed | side)[margin:-margin, margin:-margin, margin:-margin]
+        closed = ndimage.binary_fill_holes(closed)
+        filled[closed & (labels != RIGHT + LEFT - label) & (filled == 0)] = label
+    return filled
