@@ -254,9 +254,7 @@ class Augmentation:
             volumes = TRANSFORMS[letter][1](volumes, drawn, generator)
         return volumes
 
-    def __call__(
-        self, volumes: torch.Tensor, parameters: torch.Generator, noise: torch.Generator
-    ) -> torch.Tensor:
+    def __call__(self, volumes: torch.Tensor, parameters: torch.Generator, noise: torch.Generator) -> torch.Tensor:
         """Draw for every sample and apply."""
         return self.apply(volumes, self.draw(len(volumes), volumes.shape[2:], parameters), noise)
 

@@ -39,7 +39,9 @@ class LocationBatchSampler:
         self, num_subjects: int, num_locations: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ):
         if batch_size < 1 or batch_size % world_size:
-            raise StoreError(f"--batch-size {batch_size} is over all ranks and must be a multiple of the {world_size} ranks")
+            raise StoreError(
+                f"--batch-size {batch_size} is over all ranks and must be a multiple of the {world_size} ranks"
+            )
         if batch_size // world_size < 2:
             raise StoreError(
                 f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks; "
@@ -57,6 +59,7 @@ class LocationBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.skip = 0
 
     @property
     def steps_per_location(self) -> int:
@@ -65,14 +68,25 @@ class LocationBatchSampler:
     def __len__(self) -> int:
         return self.steps_per_location * self.num_locations
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (finished epochs so far) that the next iteration draws."""
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch (finished epochs so far) that the next iteration draws.
+
+        ``skip`` leaves out its first steps, which a stopped run has done; ``len`` still counts them.
+        """
         self.epoch = epoch
+        self.skip = skip
 
     def __iter__(self) -> Iterator[BatchIndex]:
         share = self.batch_size // self.world_size
+        done = 0
         for location in range(self.num_locations):
+            if done + self.steps_per_location <= self.skip:
+                done += self.steps_per_location
+                continue
             order = np.random.default_rng([self.seed, self.epoch, location]).permutation(self.num_subjects)
             for step in range(self.steps_per_location):
+                done += 1
+                if done <= self.skip:
+                    continue
                 start = step * self.batch_size + self.rank * share
                 yield BatchIndex(self.epoch, location, step, order[start : start + share])

@@ -70,7 +70,9 @@ class PatchStore:
                 )
         extra = self.layout.grouped(self.num_locations)
         if extra.exists():
-            raise StoreError(f"{extra} exists, but the location table has only {self.num_locations} rows: another table's store")
+            raise StoreError(
+                f"{extra} exists, but the location table has only {self.num_locations} rows: another table's store"
+            )
 
     def _open_by_subject(self) -> None:
         self.sids = self.layout.patch_sids()
@@ -110,7 +112,9 @@ class _PatchFile:
         try:
             with open(path, "rb") as stream:
                 version = np.lib.format.read_magic(stream)
-                reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                reader = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
                 self.shape, self.fortran, self.dtype = reader(stream)
                 self.offset = stream.tell()
                 size = os.fstat(stream.fileno()).st_size
@@ -169,6 +173,8 @@ def read_labels(path: str | os.PathLike, sids: list[str]) -> tuple[np.ndarray, l
     if not numeric:
         raise StoreError(f"{path} has no numeric column beside sid")
     if not set(sids) & set(table.index):
-        raise StoreError(f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, the table's {table.index[0]!r})")
+        raise StoreError(
+            f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, the table's {table.index[0]!r})"
+        )
     labels = pd.DataFrame(numeric, index=table.index).reindex(sids)
     return labels.to_numpy(dtype=np.float32), list(numeric)

@@ -53,9 +53,7 @@ class DrasCLR(nn.Module):
         self.T = T
         self.num_locs = num_patch
 
-        sizes = dict(
-            rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates
-        )
+        sizes = dict(rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates)
         self.encoder_q = base_encoder(**sizes)
         self.encoder_k = base_encoder(**sizes)
         if mlp:

@@ -56,7 +56,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     content = dict(content)
     if "state_dict" not in content:
         if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise CheckpointError(f"{path} has no 'state_dict' and is not a bare state dict; keys: {sorted(content)[:5]}")
+            raise CheckpointError(
+                f"{path} has no 'state_dict' and is not a bare state dict; keys: {sorted(content)[:5]}"
+            )
         content = {"state_dict": content}
     return content
 

@@ -45,7 +45,10 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
             print(f"group_patches: {sid} left out: {path} cannot be read ({error})", file=sys.stderr)
             continue
         if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iuf":
-            print(f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not {count} patches", file=sys.stderr)
+            print(
+                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not {count} patches",
+                file=sys.stderr,
+            )
             continue
         good.setdefault((patches.shape[1:], patches.dtype), []).append(sid)
     if not good:
@@ -119,11 +122,15 @@ def main() -> int:
         _note(state_file, {"key": key, "rows": 0})
 
     chunk = max(1, CHUNK_BYTES // (patch_bytes * count))
-    bar = tqdm(total=len(sids), initial=row, desc="group_patches", unit="subject", disable=True if args.no_progress else None)
+    bar = tqdm(
+        total=len(sids), initial=row, desc="group_patches", unit="subject", disable=True if args.no_progress else None
+    )
     with bar:
         while row < len(sids):
             some = sids[row : row + chunk]
-            patches = np.stack([np.load(layout.patch(sid), allow_pickle=False) for sid in some], axis=1)  # (L, n, z, y, x)
+            patches = np.stack(
+                [np.load(layout.patch(sid), allow_pickle=False) for sid in some], axis=1
+            )  # (L, n, z, y, x)
             for index in range(count):
                 with open(aside / layout.grouped(index).name, "r+b") as stream:
                     stream.seek(len(header) + row * patch_bytes)

@@ -62,7 +62,9 @@ def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndar
         if kept.sum() < MAX_PATCHES:
             break
     if not kept.any():
-        raise StoreError(f"no patch of {patch_size} voxels holds more than a tenth of lung; is this an atlas mask of 1 mm?")
+        raise StoreError(
+            f"no patch of {patch_size} voxels holds more than a tenth of lung; is this an atlas mask of 1 mm?"
+        )
     return corners[kept].astype(np.int64)
 
 
@@ -85,7 +87,10 @@ def main() -> int:
         "--patch-size", type=int, default=32, help="voxels; the encoder takes 32 only, leave it (default: %(default)s)"
     )
     parser.add_argument(
-        "--step-size", type=int, default=26, help="voxels between corners; smaller gives more patches (default: %(default)s)"
+        "--step-size",
+        type=int,
+        default=26,
+        help="voxels between corners; smaller gives more patches (default: %(default)s)",
     )
     parser.add_argument(
         "--atlas-patch-loc", help="adopt this table of corners; needed with the published weights (default: make one)"

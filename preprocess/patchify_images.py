@@ -85,7 +85,13 @@ def share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask:
 
 
 def draw_boxes(
-    path: Path, volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
+    path: Path,
+    volume: sitk.Image,
+    values: np.ndarray,
+    mask: sitk.Image | None,
+    corners: np.ndarray,
+    patch_size: int,
+    title: str,
 ) -> None:
     """Coronal, sagittal and axial slices with the lung mask's outline and the patches that they cross."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +103,7 @@ def draw_boxes(
         labels = sitk.GetArrayFromImage(sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor, 0))
     low = np.clip(corners.min(0) - 20, 0, None)
     high = np.minimum(corners.max(0) + patch_size + 20, volume.GetSize())
-    middle = (corners + patch_size // 2)
+    middle = corners + patch_size // 2
     # A plane through the middle of the mask, or of the patches; for x, through one lung.
     centre = np.median(middle, axis=0)
     figure = Figure(figsize=(15, 5.6))
@@ -107,7 +113,9 @@ def draw_boxes(
     letters = ("x", "y", "z")
     for panel, (axis, across, up) in enumerate(((1, 0, 2), (0, 1, 2), (2, 0, 1))):
         candidates = middle[:, axis]
-        position = int(candidates[np.argmin(np.abs(candidates - (np.quantile(candidates, 0.25) if axis == 0 else centre[axis])))])
+        position = int(
+            candidates[np.argmin(np.abs(candidates - (np.quantile(candidates, 0.25) if axis == 0 else centre[axis])))]
+        )
         position = int(np.clip(position, 0, volume.GetSize()[axis] - 1))
         plane = np.take(values, position, axis=2 - axis)  # rows: the later of the two axes
         extent_x, extent_y = (low[across], high[across]), (low[up], high[up])
@@ -120,7 +128,9 @@ def draw_boxes(
         crossed = (corners[:, axis] <= position) & (position < corners[:, axis] + patch_size)
         for corner in corners[crossed]:
             panel_axes.add_patch(
-                Rectangle((corner[across], corner[up]), patch_size, patch_size, fill=False, edgecolor="#35c8ff", linewidth=0.8)
+                Rectangle(
+                    (corner[across], corner[up]), patch_size, patch_size, fill=False, edgecolor="#35c8ff", linewidth=0.8
+                )
             )
         panel_axes.set_xlim(*extent_x)
         panel_axes.set_ylim(*extent_y)
@@ -137,7 +147,14 @@ def draw_boxes(
     write_aside(path, lambda stream: figure.savefig(stream, dpi=70, format="png"))
 
 
-FIGURES = ("patches", "patches_outside", "patches_partly_outside", "voxels_outside", "centres_in_lungs", "centres_in_atlas_lungs")
+FIGURES = (
+    "patches",
+    "patches_outside",
+    "patches_partly_outside",
+    "voxels_outside",
+    "centres_in_lungs",
+    "centres_in_atlas_lungs",
+)
 
 
 def atlas_share(table: np.ndarray, atlas: sitk.Image, patch_size: int) -> float:
@@ -146,7 +163,15 @@ def atlas_share(table: np.ndarray, atlas: sitk.Image, patch_size: int) -> float:
 
 
 def patchify(
-    subject: Subject, previous: dict, *, root_dir: str, atlas_mask: str, atlas: str, patch_size: int, qc: bool, overwrite: bool
+    subject: Subject,
+    previous: dict,
+    *,
+    root_dir: str,
+    atlas_mask: str,
+    atlas: str,
+    patch_size: int,
+    qc: bool,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Step 4 for one subject; see run_subjects."""
     layout = StoreLayout(root_dir)
@@ -180,7 +205,9 @@ def patchify(
     scan_corners = corners - PADDING
     _, outside = cut_patches(values[PADDING:-PADDING, PADDING:-PADDING, PADDING:-PADDING], scan_corners, patch_size)
     if (outside == patch_size**3).all():
-        raise ScanError(f"every patch lies outside {subject.image}; the transform {transform_path} belongs to another scan")
+        raise ScanError(
+            f"every patch lies outside {subject.image}; the transform {transform_path} belongs to another scan"
+        )
 
     figures: dict[str, Any] = {
         "patches": len(table),
@@ -194,7 +221,11 @@ def patchify(
     if mask is not None:
         figures["centres_in_lungs"] = round(share_inside(corners, patch_size, volume, mask), 4)
     if qc:
-        shares = f"{figures['centres_in_lungs']:.2f} of centres in the lungs (atlas {figures['centres_in_atlas_lungs']:.2f})" if mask is not None else "no mask"
+        shares = (
+            f"{figures['centres_in_lungs']:.2f} of centres in the lungs (atlas {figures['centres_in_atlas_lungs']:.2f})"
+            if mask is not None
+            else "no mask"
+        )
         title = f"{subject.sid}: {len(table)} patches, {shares}; {figures['patches_outside']} outside, {figures['patches_partly_outside']} partly"
         draw_boxes(layout.qc(subject.sid), volume, values, mask, corners, patch_size, title)
     save_array(targets[1], corners)
@@ -245,7 +276,9 @@ def main() -> int:
     atlas_mask = os.path.abspath(args.atlas_mask)
     atlas_image = load_atlas(atlas_mask)
     if ((table + args.patch_size) > np.array(atlas_image.GetSize())).any():
-        raise StoreError(f"{layout.atlas_patch_loc} leaves the atlas {args.atlas_mask}: it belongs to another atlas mask")
+        raise StoreError(
+            f"{layout.atlas_patch_loc} leaves the atlas {args.atlas_mask}: it belongs to another atlas mask"
+        )
     check_disk(layout.root, subjects, len(table), args.patch_size)
     return run_subjects(
         "patchify_images",

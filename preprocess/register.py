@@ -85,9 +85,13 @@ def register(
         fresh = not source.exists() or source.stat().st_mtime_ns <= target.stat().st_mtime_ns
         if not made_here or (previous["atlas"] == atlas and fresh):
             read_affine(target)
-            raise Skip({name: previous[name] for name in ("dice", "dice_right", "dice_left", "atlas") if name in previous})
+            raise Skip(
+                {name: previous[name] for name in ("dice", "dice_right", "dice_left", "atlas") if name in previous}
+            )
     if not source.is_file():
-        raise ScanError(f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject")
+        raise ScanError(
+            f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject"
+        )
     fixed_mask, moving_mask = load_atlas(atlas_mask), read_mask(source)
 
     extent = max(n * own for n, own in zip(fixed_mask.GetSize(), fixed_mask.GetSpacing()))

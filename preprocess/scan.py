@@ -51,7 +51,9 @@ def read_image(path: str | os.PathLike) -> sitk.Image:
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3:
-        raise ScanError(f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; a scan is one 3-D volume")
+        raise ScanError(
+            f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; a scan is one 3-D volume"
+        )
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values per voxel; a CT has one")
     if min(image.GetSize()) < 2:
@@ -76,7 +78,9 @@ def _read_dicom(folder: Path) -> sitk.Image:
         raise ScanError(f"{folder} is not one 3-D volume with one value per voxel")
 
     if reader.HasMetaDataKey(0, "0020|0032"):  # ImagePositionPatient, mm
-        places = np.array([[float(v) for v in reader.GetMetaData(i, "0020|0032").split("\\")] for i in range(len(names))])
+        places = np.array(
+            [[float(v) for v in reader.GetMetaData(i, "0020|0032").split("\\")] for i in range(len(names))]
+        )
         normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
         gaps = np.abs(np.diff(places @ normal))
         if gaps.min() <= 0:
@@ -177,7 +181,9 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     mask = read_mask(path)
     labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
     if labels != [0, 50, 100]:
-        raise ScanError(f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left)")
+        raise ScanError(
+            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left)"
+        )
     return mask
 
 

@@ -113,7 +113,9 @@ def segment(
                 raise
         else:
             if not ours and not same_grid(mask, read_scan(subject.image)):
-                raise ScanError(f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it")
+                raise ScanError(
+                    f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
+                )
             raise Skip({**figures, **(stamp if ours else {})})
 
     scan = read_scan(subject.image)
@@ -138,7 +140,9 @@ def main() -> int:
         "air-filled lungs, emphysema included (default: %(default)s)",
     )
     parser.add_argument(
-        "--lungmask-weights", metavar="FILE", help="R231 state dict, for machines that cannot download it (default: download)"
+        "--lungmask-weights",
+        metavar="FILE",
+        help="R231 state dict, for machines that cannot download it (default: download)",
     )
     args = parser.parse_args()
 

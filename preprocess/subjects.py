@@ -121,7 +121,9 @@ def run_subjects(
             merged = {**before, **rows}
             _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
     counts = {status: sum(row["status"] == status for row in rows.values()) for status in ("ok", "skipped", "failed")}
-    print(f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}")
+    print(
+        f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
+    )
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1
@@ -135,7 +137,9 @@ def _write_report(path: Path, rows: list[dict[str, Any]]) -> None:
     write_aside(path, lambda stream: stream.write(table.to_csv(index=False, lineterminator="\n").encode()))
 
 
-def attempt(work: Callable[..., dict], subject: Subject, previous: dict, threads: int, settings: dict) -> dict[str, Any]:
+def attempt(
+    work: Callable[..., dict], subject: Subject, previous: dict, threads: int, settings: dict
+) -> dict[str, Any]:
     """One subject's row of the report; whatever goes wrong is that subject's."""
     limit_threads(threads)
     start = time.perf_counter()
@@ -156,7 +160,13 @@ def attempt(work: Callable[..., dict], subject: Subject, previous: dict, threads
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     message = " ".join(message.split())
-    return {"sid": subject.sid, "status": status, "seconds": round(time.perf_counter() - start, 2), "message": message, **figures}
+    return {
+        "sid": subject.sid,
+        "status": status,
+        "seconds": round(time.perf_counter() - start, 2),
+        "message": message,
+        **figures,
+    }
 
 
 def _outcomes(
@@ -214,7 +224,12 @@ def _outcomes(
                 yield future.result()
             else:
                 reason = "its worker process died (out of memory?)" if "Killed" in type(error).__name__ else str(error)
-                yield {"sid": subject.sid, "status": "failed", "seconds": 0.0, "message": " ".join(reason.split())[:300]}
+                yield {
+                    "sid": subject.sid,
+                    "status": "failed",
+                    "seconds": 0.0,
+                    "message": " ".join(reason.split())[:300],
+                }
             future.release()
     finally:
         client.close()

@@ -1,0 +1,286 @@
+"""Write the features of every patch and every patient of a store.
+
+    python extract_feature.py --exp-name=ssl_exp/NAME --checkpoint-patch=checkpoint_patch_0020.pth.tar
+
+with all GPUs of a machine:
+
+    torchrun --standalone --nproc-per-node 4 extract_feature.py --exp-name=ssl_exp/NAME \\
+        --checkpoint-patch=checkpoint_patch_0020.pth.tar --labels labels.csv
+
+with the published weights on your own store (its atlas_patch_loc.npy must be the published table):
+
+    python extract_feature.py --exp-name=weights --checkpoint-patch=checkpoint_patch_0002.pth.tar \\
+        --root-dir=/data/patches --out-dir=features
+
+Writes <exp-name>/patch_rep/<epoch>/, or --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
+(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, and with --labels
+feature_arr_patch_full.npy (N, P) and label_names.json. Stopped half-way, it goes on where it was.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.augment import shift_to_zero, to_unit
+from data.layout import StoreError, save_array, write_aside
+from data.locations import normalize_locations
+from data.store import PatchStore, read_labels
+from models import distributed
+from models.checkpoint import CheckpointError, build_query_encoder, read_checkpoint, strip_module
+from models.cnn3d import Encoder
+from models.device import DeviceError, end_process, start_process
+
+SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
+ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
+    parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
+    parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
+    parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
+    parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="patches encoded at a time; raise it on GPUs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--amp",
+        choices=("off", "bf16"),
+        default="off",
+        help="bf16: faster, features to within 1 %% (default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: at least 1")
+    return args
+
+
+# ============================================================ inputs
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """A name in the folder, or a path. read_checkpoint says what is there when neither exists."""
+    inside = folder / name
+    return Path(name) if not inside.is_file() and Path(name).is_file() else inside
+
+
+def find_store(root_dir: str | None, folder: Path) -> str:
+    """--root-dir, else the one that the experiment was trained on. Raises StoreError."""
+    if root_dir:
+        return root_dir
+    configs = folder / "configs.json"
+    try:
+        return json.loads(configs.read_text())["root_dir"]
+    except FileNotFoundError:
+        raise StoreError(f"{configs} is not there to tell the patch store; give --root-dir") from None
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{configs} names no root_dir; give --root-dir") from None
+
+
+def finished_epochs(content: dict[str, Any], path: Path) -> int:
+    """The checkpoint's epoch; for a bare state dict the number in its name, else 0."""
+    if "epoch" in content:
+        return int(content["epoch"])
+    number = re.search(r"(\d+)", path.name)
+    return int(number[1]) if number else 0
+
+
+# ============================================================ encoding
+
+
+class Unit(NamedTuple):
+    """A piece of work whose result is one file: all subjects at a location, or all locations of some subjects."""
+
+    name: str
+    locations: range
+    rows: range
+
+
+def plan(store: PatchStore) -> list[Unit]:
+    """Location-major over grouped files; over patch/, subjects in blocks, so that each file is read once."""
+    if store.grouped:
+        return [
+            Unit(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
+            for index in range(store.num_locations)
+        ]
+    starts = range(0, store.num_subjects, SUBJECT_BLOCK)
+    return [
+        Unit(f"subjects_{a:07d}.npy", range(store.num_locations), range(a, min(a + SUBJECT_BLOCK, store.num_subjects)))
+        for a in starts
+    ]
+
+
+@torch.inference_mode()
+def encode_unit(
+    encoder: torch.nn.Module, store: PatchStore, locations: torch.Tensor, unit: Unit, batch_size: int, amp: str
+) -> np.ndarray:
+    """Representations h of one unit: (rows, locations, rep_dim) float32."""
+    device = locations.device
+    result = None
+    rows = np.asarray(unit.rows)
+    for column, location in enumerate(unit.locations):
+        here = locations[location : location + 1]  # (1, 3): kernels are mixed once for the batch
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            patches = torch.from_numpy(store.read(location, some)).to(device)
+            volumes = to_unit(shift_to_zero(patches))[:, None]
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+                _, h = encoder(volumes, here)
+            if result is None:
+                result = np.empty((len(rows), len(unit.locations), h.shape[1]), dtype=np.float32)
+            result[start : start + len(some), column] = h.float().cpu().numpy()
+    return result
+
+
+# ============================================================ output
+
+
+def work_key(checkpoint: Path, store: PatchStore, amp: str) -> str:
+    """Changes with anything that the features depend on, so that old pieces are not taken for new ones."""
+    digest = hashlib.sha256()
+    for path in (checkpoint, store.layout.grouped(0) if store.grouped else store.layout.patch(store.sids[0])):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    digest.update(repr((store.grouped, store.sids, store.locations.tolist(), amp)).encode())
+    return digest.hexdigest()
+
+
+def prepare_pieces(pieces: Path, key: str) -> None:
+    """An empty folder for this work, or the one that a stopped run left."""
+    note = pieces / "key.txt"
+    if note.is_file() and note.read_text() == key:
+        return
+    shutil.rmtree(pieces, ignore_errors=True)
+    pieces.mkdir(parents=True)
+    write_aside(note, lambda stream: stream.write(key.encode()))
+
+
+def blocks(pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
+    """The pieces as blocks of whole subjects in row order: (n, L, rep_dim) float32."""
+    arrays = [np.load(pieces / unit.name, mmap_mode="r") for unit in units]
+    if not store.grouped:
+        yield from (np.asarray(array) for array in arrays)
+        return
+    step = max(1, ASSEMBLY_BYTES // (store.num_locations * rep_dim * 4))
+    for start in range(0, store.num_subjects, step):
+        yield np.concatenate([array[start : start + step] for array in arrays], axis=1)
+
+
+def assemble(out_dir: Path, pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> None:
+    """Put the pieces together, a block of subjects at a time, and take each patient's mean."""
+    patient = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
+
+    def write_patches(stream) -> None:
+        shape = (store.num_subjects, store.num_locations, rep_dim)
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        row = 0
+        for block in blocks(pieces, units, store, rep_dim):
+            patient[row : row + len(block)] = block.mean(axis=1, dtype=np.float64)
+            stream.write(np.ascontiguousarray(block, dtype="<f4").data)
+            row += len(block)
+
+    write_aside(out_dir / "pred_arr_patch_full.npy", write_patches)
+    save_array(out_dir / "pred_arr_patient_full.npy", patient)
+    save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
+    aside = out_dir / ".patient_features.csv.partial"
+    with open(aside, "w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        width = max(3, len(str(rep_dim - 1)))
+        writer.writerow(["sid", *(f"f{index:0{width}d}" for index in range(rep_dim))])
+        for sid, row in zip(store.sids, patient):
+            writer.writerow([sid, *(f"{value:.9g}" for value in row)])  # nine digits give the same float32 back
+    os.replace(aside, out_dir / "patient_features.csv")
+
+
+# ============================================================ the script
+
+
+def extract(args: argparse.Namespace) -> None:
+    device = start_process(args.device)
+    rank, world = distributed.rank(), distributed.world_size()
+    folder = Path(args.exp_name)
+    checkpoint = find_checkpoint(folder, args.checkpoint_patch)
+    content = read_checkpoint(checkpoint)
+    encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
+    store = PatchStore(find_store(args.root_dir, folder))
+    queue = strip_module(content["state_dict"]).get("queue")
+    if queue is not None and queue.shape[-1] != store.num_locations:
+        raise StoreError(
+            f"{checkpoint} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
+            f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
+        )
+    out_dir = (
+        Path(args.out_dir) if args.out_dir else folder / "patch_rep" / f"{finished_epochs(content, checkpoint):04d}"
+    )
+    labels = read_labels(args.labels, store.sids) if args.labels else None
+    del content, queue
+
+    encoder.to(device)
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
+    units = plan(store)
+    pieces = out_dir / ".pieces"
+    if rank == 0:
+        prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
+    distributed.barrier()
+    mine = units[rank::world]
+    todo = [unit for unit in mine if not (pieces / unit.name).is_file()]
+    bar = tqdm(
+        total=len(mine),
+        initial=len(mine) - len(todo),
+        desc="extract_feature",
+        unit="location" if store.grouped else "block",
+        disable=rank != 0 or args.no_progress or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+    with bar:
+        for unit in todo:
+            save_array(pieces / unit.name, encode_unit(encoder, store, locations, unit, args.batch_size, args.amp))
+            bar.update()
+    distributed.barrier()
+
+    if rank == 0:
+        assemble(out_dir, pieces, units, store, sizes["rep_dim"])
+        for name in ("feature_arr_patch_full.npy", "label_names.json"):
+            (out_dir / name).unlink(missing_ok=True)
+        if labels is not None:
+            save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
+            write_aside(out_dir / "label_names.json", lambda stream: stream.write(json.dumps(labels[1]).encode()))
+        shutil.rmtree(pieces)
+        print(
+            f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x {sizes['rep_dim']} features; {out_dir}"
+        )
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        extract(args)
+    except (StoreError, CheckpointError, DeviceError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; start again to go on", file=sys.stderr)
+        return 130
+    finally:
+        end_process()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

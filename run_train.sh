@@ -1,0 +1,61 @@
+#!/bin/sh
+# Set up, and train.
+#
+#   sh run_train.sh                              try it: a synthetic cohort, the whole way, on what is there
+#   ROOT_DIR=/data/patches sh run_train.sh       the published hyper-parameters on 4 GPUs
+#   ROOT_DIR=/data/patches NGPUS=8 sh run_train.sh --exp-name mine --amp bf16      more flags go to train.py
+#
+# Several machines, on each of them:
+#   ROOT_DIR=/data/patches NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=node0:29500 sh run_train.sh
+#
+# VENV: where the Python environment is or goes (.venv in the project).
+set -eu
+
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+case ${1:-} in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+SETUP_ROOT=$here
+. "$here/tools/setup_env.sh"
+
+if [ -z "${ROOT_DIR:-}" ]; then
+    echo "ROOT_DIR is not set: trying everything on a small synthetic cohort (set it to train on your own patch store)."
+    exec sh "$here/tools/run_demo.sh" "$PYTHON" "$@"
+fi
+[ -d "$ROOT_DIR" ] || {
+    echo "error: ROOT_DIR=$ROOT_DIR is not a folder; make a patch store with preprocess/run_preprocess.sh" >&2
+    exit 2
+}
+
+NGPUS=${NGPUS:-4}
+NNODES=${NNODES:-1}
+if [ "$NNODES" -gt 1 ]; then
+    [ -n "${RDZV_ENDPOINT:-}" ] || {
+        echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=host:port of the first machine" >&2
+        exit 2
+    }
+    rendezvous="--nnodes $NNODES --node-rank ${NODE_RANK:-0} --rdzv-backend c10d --rdzv-endpoint $RDZV_ENDPOINT --rdzv-id drasclr"
+else
+    rendezvous="--standalone"
+fi
+
+# The published hyper-parameters; a flag given again in "$@" wins.
+# shellcheck disable=SC2086 # rendezvous is several words
+exec "$PYTHON" -m torch.distributed.run $rendezvous --nproc-per-node "$NGPUS" "$here/train.py" \
+    --root-dir "$ROOT_DIR" \
+    --exp-name exp_neighbor_2_128_expert_8 \
+    --epochs 20 \
+    --batch-size 128 \
+    --lr 0.01 \
+    --lr-schedule cosine \
+    --momentum 0.9 \
+    --weight-decay 1e-4 \
+    --rep-dim 128 \
+    --moco-dim 128 \
+    --moco-k 4096 \
+    --moco-m 0.999 \
+    --moco-t 0.2 \
+    --num-experts 8 \
+    --k-neighbors 2 \
+    --beta 1.0 \
+    --warm-up 0 \
+    --augmentation agc \
+    "$@"

@@ -1,0 +1,9 @@
+#!/bin/sh
+# Set up, and run the tests:  sh tests/run_tests.sh [more flags for pytest, such as -m "not slow"]
+set -eu
+
+here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+SETUP_ROOT=$here
+. "$here/tools/setup_env.sh"
+cd "$here"
+exec "$PYTHON" -m pytest "$@"

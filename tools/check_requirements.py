@@ -1,0 +1,39 @@
+"""Does this Python have every package of a requirements file, in an admitted version?
+
+    python tools/check_requirements.py requirements.txt
+
+Prints what is missing and exits with 1, or prints nothing and exits with 0. Uses the standard
+library and pip's own copy of packaging, so that it runs in an empty environment; asks no registry.
+"""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+
+def unmet(path: Path) -> list[str]:
+    """Lines of the file that the installed packages do not satisfy."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        from pip._vendor.packaging.requirements import Requirement
+    missing = []
+    for line in path.read_text().splitlines():
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        requirement = Requirement(text)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing.append(f"{text}: not installed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            missing.append(f"{text}: {version} is installed")
+    return missing
+
+
+if __name__ == "__main__":
+    lines = unmet(Path(sys.argv[1]))
+    print("\n".join(lines), end="\n" if lines else "")
+    sys.exit(bool(lines))

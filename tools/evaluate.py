@@ -1,0 +1,99 @@
+"""How well do patient features predict a number? Cross-validated R² of a ridge regression.
+
+    python tools/evaluate.py --features ssl_exp/NAME/patch_rep/0020/patient_features.csv \\
+        --labels labels.csv --columns emphysema_fraction FEV1pp
+
+With --compare FILE the same folds are used for a second table, such as an untrained encoder's.
+Each column's line has the mean and the standard deviation of R² over repeated 5-fold
+cross-validation; the penalty is chosen inside each training fold.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.layout import StoreError
+from data.store import read_labels
+from data.tables import read_table
+
+FOLDS, REPEATS = 5, 10
+
+
+def cross_validated_r2(features: np.ndarray, target: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation over repeats of the out-of-fold R²: (N, D), (N,) -> two numbers.
+
+    Every subject is predicted once in each repeat by a model that has not seen it; R² is of those
+    N predictions together, so that small folds do not distort it.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 25)))
+    scores = []
+    for repeat in range(REPEATS):
+        folds = KFold(FOLDS, shuffle=True, random_state=seed + repeat)
+        scores.append(r2_score(target, cross_val_predict(model, features, target, cv=folds)))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def read_features(path: str) -> pd.DataFrame:
+    """patient_features.csv by sid. Raises StoreError."""
+    table = read_table(path).set_index("sid")
+    try:
+        return table.astype(np.float64)
+    except ValueError as error:
+        raise StoreError(f"{path} has a cell that is no number: {error}") from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", required=True, help="patient_features.csv of extract_feature.py")
+    parser.add_argument("--compare", help="a second patient_features.csv, evaluated on the same folds")
+    parser.add_argument("--labels", required=True, help="CSV with sid and numeric columns")
+    parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
+    parser.add_argument("--json", help="write the numbers here too")
+    args = parser.parse_args()
+
+    tables = {"features": read_features(args.features)}
+    if args.compare:
+        tables["compare"] = read_features(args.compare)
+    sids = [sid for sid in tables["features"].index if all(sid in table.index for table in tables.values())]
+    values, names = read_labels(args.labels, sids)
+    wanted = args.columns or [name for name, column in zip(names, values.T) if np.nanstd(column) > 0]
+    results = {}
+    for name in wanted:
+        if name not in names:
+            raise StoreError(f"{args.labels} has no numeric column {name!r}; it has {', '.join(names)}")
+        target = values[:, names.index(name)].astype(np.float64)
+        known = ~np.isnan(target)
+        if known.sum() < 2 * FOLDS:
+            raise StoreError(f"column {name!r} is known for {known.sum()} subjects; at least {2 * FOLDS} are needed")
+        results[name] = {"subjects": int(known.sum())}
+        for key, table in tables.items():
+            features = table.loc[[sid for sid, ok in zip(sids, known) if ok]].to_numpy()
+            results[name][key] = cross_validated_r2(features, target[known])
+    heading = f"{'column':<24}{'subjects':>9}{'R² features':>18}" + (f"{'R² compared':>18}" if args.compare else "")
+    print(heading)
+    for name, row in results.items():
+        cells = [f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in tables]
+        print(f"{name:<24}{row['subjects']:>9}" + "".join(f"{cell:>18}" for cell in cells))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

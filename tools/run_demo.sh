@@ -1,0 +1,72 @@
+#!/bin/sh
+# What run_train.sh does without ROOT_DIR: a synthetic cohort goes the whole way, from scans to features.
+#
+#   sh tools/run_demo.sh PYTHON [more flags for train.py]
+#
+# Everything goes to ssl_exp/demo and ssl_exp/demo_data; what is done already is kept. Remove the two
+# folders to start anew.
+set -eu
+
+here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+PYTHON=${1:?usage: run_demo.sh PYTHON [train.py flags]}
+shift
+export PYTHON
+cd "$here"
+
+data=ssl_exp/demo_data
+experiment=ssl_exp/demo
+epochs=${DEMO_EPOCHS:-8}
+subjects=${DEMO_SUBJECTS:-36}
+cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
+started=$(date +%s)
+step() {
+    echo
+    echo "== $1  ($(($(date +%s) - started)) s)"
+}
+
+step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema and lesions"
+if [ -f "$data/cohort/labels.csv" ]; then
+    echo "make_cohort: $data/cohort is there already"
+else
+    "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --num-workers "$workers"
+fi
+
+step "2/5 preprocessing: lung masks, registration to the atlas, patches"
+sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
+    --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
+
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+ranks=1
+[ "$gpus" -ge 2 ] && ranks=2
+[ "$gpus" -ge 4 ] && ranks=4
+step "3/5 training: $epochs epochs on $([ "$gpus" -gt 0 ] && echo "$ranks GPU(s), NCCL" || echo "the CPU, Gloo")"
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" train.py \
+    --root-dir "$data/patches" --exp-name demo --resume auto --save-initial \
+    --epochs "$epochs" --batch-size 12 --moco-k 24 --moco-m 0.99 --num-experts 4 --lr 0.02 \
+    --workers 2 --print-freq 23 "$@"
+
+step "4/5 features, of the trained and of the untrained encoder"
+last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)
+for checkpoint in "$last" checkpoint_patch_0000.pth.tar; do
+    "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$checkpoint" --labels "$data/cohort/labels.csv"
+done
+
+step "5/5 do the features know of the disease? 5-fold cross-validated R2, 'compared' is the untrained encoder"
+number=$(echo "$last" | sed 's/[^0-9]//g')
+features=$experiment/patch_rep/$number
+"$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
+    --compare "$experiment/patch_rep/0000/patient_features.csv" --labels "$data/cohort/labels.csv" \
+    --columns emphysema_fraction centrilobular_fraction paraseptal_fraction FEV1pp --json "$experiment/evaluation.json"
+
+cat <<EOF
+
+Done in $(($(date +%s) - started)) s. What to look at:
+  scans and their truth   $here/$data/cohort/image, labels.csv
+  patch boxes on scans    $here/$data/patches/qc/*.png
+  reports by subject      $here/$data/patches/report/*.csv
+  training curves         tensorboard --logdir $here/$experiment   (or log.jsonl)
+  checkpoint              $here/$experiment/$last
+  features                $here/$features/patient_features.csv
+To train on your own scans, see "Your own scans" in README.md.
+EOF
