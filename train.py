@@ -356,15 +356,7 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         bare.encoder_q.compile()
         bare.encoder_k.compile()
-    model: nn.Module = bare
-    if torch.distributed.is_initialized():
-        # BatchNorm buffers stay each rank's own and the queue stays equal by itself: nothing is broadcast.
-        model = nn.parallel.DistributedDataParallel(
-            bare,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+    model = distributed.data_parallel(bare, device)
     model.train()
 
     # -------------------------------------------------------- records

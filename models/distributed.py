@@ -1,7 +1,11 @@
 """Collectives that are no-ops when there is one process, so that callers need no second path."""
 
+import inspect
+
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def world_size() -> int:
@@ -37,6 +41,25 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         tensor /= world
     return tensor
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a model in DistributedDataParallel where there is a process group; else return it as it is.
+
+    Buffers are made equal once, here. In steps nothing but gradients is exchanged: BatchNorm
+    statistics stay each rank's own, and the queue stays equal by itself, since every rank enqueues
+    the same gathered keys. (torch's own broadcast would send its 1.2 GB at every forward.)
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return model
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    # torch 2.15 renamed the flag.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    keep_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **keep_buffers
+    )
 
 
 def barrier() -> None:

@@ -138,7 +138,7 @@ def draw_boxes(
         panel_axes.set_axis_off()
         # Heads up and faces up, whichever way the index axes run.
         direction = np.array(volume.GetDirection()).reshape(3, 3)
-        if up == 2 and direction[2, 2] < 0 or up == 1 and direction[1, 1] > 0:
+        if (up == 2 and direction[2, 2] < 0) or (up == 1 and direction[1, 1] > 0):
             panel_axes.invert_yaxis()
         if across == 0 and direction[0, 0] < 0:
             panel_axes.invert_xaxis()

@@ -65,7 +65,8 @@ def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     """Isotropic working copy, averaged over the voxels that it drops."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
     image = sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
-    size = [max(2, round(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
+    # Not past the last voxel: a slice of air above the trachea would join the lungs to the outside.
+    size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), AIR
     )

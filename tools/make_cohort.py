@@ -36,7 +36,7 @@ LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 4
 EMPHYSEMA_HU = -975.0
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "LPI", "SPL")
 ATLAS_ORIENTATION = "LAS"  # as the published atlas
-SIZES = {"tiny": 0.34, "small": 0.62, "full": 1.0}  # of an adult's thorax
+SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # of an adult's thorax
 SPACING = {"tiny": (1.1, 1.6), "small": (0.9, 1.5), "full": (0.65, 0.85)}  # mm in the axial plane, range over subjects
 SLICES = {"tiny": (1.0, 1.8), "small": (1.0, 2.0), "full": (0.7, 1.25)}  # mm between slices
 
@@ -287,7 +287,8 @@ def plant_disease(
         lung: (z, y, x), 0 outside, 1 right, 2 left.
         spacing: mm (x, y, z).
         disease: wanted strengths.
-        scale: of the anatomy; holes shrink with the square root, to stay visible in a small one.
+        scale: of the anatomy; blebs and lesions shrink with its square root, centrilobular holes not at all: a small
+            phantom has lungs of a small animal but the disease of a man, or its scans would not show it.
 
     Returns:
         The strengths as they came out, measured on the voxels.
@@ -304,7 +305,7 @@ def plant_disease(
     where = np.flatnonzero(parenchyma)
     upper = np.clip(height, 0.03, 1)[where // (hu.shape[1] * hu.shape[2])] ** 2
     holes = _holes(
-        parenchyma, where, upper / upper.sum(), disease.centrilobular * voxels, (1.6, 4.5), shrink, sampling, rng
+        parenchyma, where, upper / upper.sum(), disease.centrilobular * voxels, (1.6, 4.5), 1.0, sampling, rng
     )
 
     depth = ndimage.distance_transform_edt(mask, sampling=sampling)

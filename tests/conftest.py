@@ -1,0 +1,106 @@
+"""Fixtures that several folders of tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_reference = pytest.mark.skip(reason=f"the published outputs are not at {SHARED}")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "reference" in item.keywords and not (SHARED / "reference").is_dir():
+            item.add_marker(no_reference)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The published implementation's outputs."""
+    return SHARED / "reference"
+
+
+def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subprocess.CompletedProcess:
+    """Run a script of the project with this Python, from another folder, without PYTHONPATH."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2", **(env or {})}
+    first, *rest = [str(part) for part in command]
+    program = ["sh", str(ROOT / first)] if first.endswith(".sh") else [sys.executable, str(ROOT / first)]
+    result = subprocess.run(
+        [*program, *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if check:
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_script
+
+
+def relative_error(value, wanted) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    a = torch.as_tensor(value).detach().double()
+    b = torch.as_tensor(wanted).detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="session")
+def rel():
+    return relative_error
+
+
+def write_store(root: Path, num_subjects: int, locations: np.ndarray, seed: int = 0, grouped: bool = True) -> np.ndarray:
+    """A store of random patches; returns them as (N, L, 32, 32, 32) int16."""
+    rng = np.random.default_rng(seed)
+    patches = rng.integers(-1024, 241, (num_subjects, len(locations), 32, 32, 32), dtype=np.int16)
+    root.mkdir(parents=True, exist_ok=True)
+    np.save(root / "atlas_patch_loc.npy", np.asarray(locations, dtype=np.int64))
+    sids = [f"{index:03d}" for index in range(num_subjects)]
+    if grouped:
+        (root / "grouped_patch").mkdir()
+        for index in range(len(locations)):
+            np.save(root / "grouped_patch" / f"patch_loc_{index}.npy", patches[:, index])
+        (root / "subjects.csv").write_text("sid\n" + "\n".join(sids) + "\n")
+    else:
+        (root / "patch").mkdir()
+        for sid, one in zip(sids, patches):
+            np.save(root / "patch" / f"{sid}_patch.npy", one)
+    return patches
+
+
+@pytest.fixture(scope="session")
+def make_store():
+    return write_store
+
+
+@pytest.fixture(scope="session")
+def grid():
+    """Six locations, some as far from each other as others."""
+    return np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [26, 26, 0], [0, 0, 26], [52, 0, 0]], dtype=np.int64)
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """A tiny synthetic cohort of six, and its preprocessed store: (cohort folder, store folder)."""
+    folder = tmp_path_factory.mktemp("cohort with a space")
+    run_script("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
+    run_script(
+        "preprocess/run_preprocess.sh",
+        *("--input-csv", folder / "cohort" / "dataset.csv", "--root-dir", folder / "store"),
+        *("--atlas-mask", folder / "cohort" / "atlas_lung_mask.nii.gz", "--method=threshold", "--num-workers", 2),
+        "--strict",
+    )
+    return folder / "cohort", folder / "store"

@@ -1,0 +1,288 @@
+"""Batched augmentation against MONAI's own transforms, given the same drawn parameters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import (
+    AdjustContrast,
+    Affine,
+    Flip,
+    Rand3DElastic,
+    RandAdjustContrast,
+    RandAffine,
+    RandGaussianNoise,
+)
+from scipy.stats import ks_2samp
+
+from data import augment
+from data.augment import Augmentation, StoreError, make_views, shift_to_zero, step_generators, to_unit
+
+SIZE = (32, 32, 32)
+RANGE = 1264.0
+
+
+def volumes(count, channels=1, dtype=torch.float64, size=SIZE, seed=0):
+    """Smooth random volumes in [0, 1264]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(count, channels, *[n // 4 for n in size], generator=generator, dtype=torch.float64)
+    smooth = torch.nn.functional.interpolate(noise, size=size, mode="trilinear", align_corners=True)
+    return (smooth * RANGE).to(dtype)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tolerance(dtype):
+    """MONAI returns float32 whatever goes in, so its rounding bounds the float64 comparison too."""
+    return 1e-6 * RANGE if dtype == torch.float64 else 1e-4 * RANGE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
+def test_affine_is_monais(dtype, size):
+    inputs = volumes(5, 2, dtype, size)
+    drawn = augment.draw_affine(5, size, generator(1))
+    ours = augment.apply_affine(inputs, drawn, generator())
+    for index in range(5):
+        monai = Affine(
+            rotate_params=drawn["rotation"][index].tolist(),
+            translate_params=drawn["translation"][index].tolist(),
+            scale_params=drawn["scale"][index].tolist(),
+            padding_mode="border",
+            image_only=True,
+            dtype=np.float64,
+        )
+        wanted = torch.as_tensor(monai(inputs[index].double())).to(dtype)
+        assert float((ours[index] - wanted).abs().max()) < tolerance(dtype)
+
+
+def test_affine_conventions_in_closed_form():
+    """Output voxel x reads input R (s x + t) about the centre: spelt out on a linear ramp."""
+    z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
+    ramp = torch.from_numpy(2.0 * z - 3.0 * y + 5.0 * x)[None, None]
+    a, b, c = 0.10, -0.07, 0.05
+    s, t = (0.9, 0.8, 0.7), (1.0, -2.0, 0.5)
+    drawn = {
+        "rotation": torch.tensor([[a, b, c]], dtype=torch.float64),
+        "scale": torch.tensor([s], dtype=torch.float64),
+        "translation": torch.tensor([t], dtype=torch.float64),
+    }
+    first = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
+    second = np.array([[math.cos(b), 0, math.sin(b)], [0, 1, 0], [-math.sin(b), 0, math.cos(b)]])
+    third = np.array([[math.cos(c), -math.sin(c), 0], [math.sin(c), math.cos(c), 0], [0, 0, 1]])
+    rotation = first @ second @ third
+    inside = slice(8, 24)
+    points = np.stack([z, y, x], -1)[inside, inside, inside]
+    source = (points * s + t) @ rotation.T
+    wanted = source @ [2.0, -3.0, 5.0]
+    ours = augment.apply_affine(ramp, drawn, generator())[0, 0, inside, inside, inside].numpy()
+    np.testing.assert_allclose(ours, wanted, atol=1e-9)
+
+
+def test_scale_above_one_zooms_out():
+    cube = torch.zeros(1, 1, *SIZE, dtype=torch.float64)
+    cube[:, :, 8:24, 8:24, 8:24] = 1
+    drawn = {"rotation": torch.zeros(1, 3), "translation": torch.zeros(1, 3), "scale": torch.full((1, 3), 1.1)}
+    assert augment.apply_affine(cube, drawn, generator()).sum() < cube.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_elastic_is_monais(dtype):
+    inputs = volumes(3, 2, dtype)
+    drawn = augment.draw_elastic(3, SIZE, generator(3))
+    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs on both sides of a half
+    # Smaller than drawn in training, so that most voxels land inside and the deformation is seen.
+    drawn["magnitude"] = drawn["magnitude"] / 8
+    ours = augment.apply_elastic(inputs, drawn, generator())
+    monai = Rand3DElastic((8, 12), (0, RANGE), prob=1.0, padding_mode="border", spatial_size=SIZE)
+    for index in range(3):
+        monai._do_transform = True
+        monai.rand_offset = drawn["offset"][index].numpy()
+        monai.magnitude = float(drawn["magnitude"][index])
+        monai.sigma = float(drawn["sigma"][index])
+        grid = monai.rand_affine_grid
+        grid.rotate_params = drawn["rotation"][index].tolist()
+        grid.shear_params = []
+        grid.translate_params = drawn["translation"][index].tolist()
+        grid.scale_params = drawn["scale"][index].tolist()
+        grid.randomize = lambda: None  # called again inside
+        monai.randomize = lambda grid_size: None
+        wanted = torch.as_tensor(monai(inputs[index].float()))
+        # MONAI makes this grid in float32 whatever the input is; its rounding is the tolerance.
+        assert float((ours[index].float() - wanted).abs().max()) < 1e-4 * RANGE
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 8.0, 8.1666, 8.1667, 9.99, 12.0])
+def test_elastic_kernel_and_cutoff_are_monais(sigma):
+    from monai.networks.layers.convutils import gaussian_1d
+
+    size = 80
+    band = augment.gaussian_band(torch.tensor([sigma]), size)[0]
+    kernel = gaussian_1d(torch.tensor(sigma), truncated=3.0)
+    tail = len(kernel) // 2
+    middle = band[size // 2]
+    assert int((middle > 0).sum()) == int((kernel > 0).sum())
+    np.testing.assert_allclose(middle[size // 2 - tail : size // 2 + tail + 1].numpy(), kernel.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_noise_scales_what_is_drawn_and_leaves_the_rest(dtype):
+    inputs = volumes(4, 2, dtype)
+    unit = torch.randn(2, 2, *SIZE, generator=generator(5), dtype=torch.float64).to(dtype)
+    drawn = {"chosen": torch.tensor([1, 3]), "std": torch.tensor([9.0, 20.0, 30.0, 50.0]), "noise": unit}
+    ours = augment.apply_noise(inputs, drawn, generator())
+    assert torch.equal(ours[0], inputs[0]) and torch.equal(ours[2], inputs[2])
+    for row, (index, std) in enumerate(((1, 20.0), (3, 50.0))):
+        monai = RandGaussianNoise(prob=1.0, std=50, dtype=np.float64)
+        monai._do_transform = True
+        monai.noise = (unit[row] * std).numpy()
+        wanted = torch.as_tensor(monai(inputs[index].double(), randomize=False)).to(dtype)
+        assert float((ours[index] - wanted).abs().max()) < tolerance(dtype)
+
+
+def test_noise_is_normal_with_the_drawn_deviation():
+    drawn = {"chosen": torch.tensor([0]), "std": torch.tensor([37.0])}
+    noise = augment.apply_noise(torch.zeros(1, 1, *SIZE), drawn, generator(2))
+    assert float(noise.std()) == pytest.approx(37.0, rel=0.02) and abs(float(noise.mean())) < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_contrast_is_monais_over_all_channels(dtype):
+    inputs = volumes(3, 2, dtype)
+    inputs[:, 1] *= 0.3  # the channels' own ranges differ
+    drawn = {"chosen": torch.tensor([0, 2]), "gamma": torch.tensor([0.5, 2.0, 4.5])}
+    ours = augment.apply_contrast(inputs, drawn, generator())
+    assert torch.equal(ours[1], inputs[1])
+    for index, gamma in ((0, 0.5), (2, 4.5)):
+        wanted = torch.as_tensor(AdjustContrast(gamma)(inputs[index].double())).to(dtype)
+        assert float((ours[index] - wanted).abs().max()) < tolerance(dtype)
+
+
+def test_contrast_of_a_constant_patch_stays_finite():
+    drawn = {"chosen": torch.tensor([0]), "gamma": torch.tensor([0.5])}
+    constant = torch.full((1, 1, *SIZE), 100.0)
+    assert torch.equal(augment.apply_contrast(constant, drawn, generator()), constant)
+
+
+def test_flip_is_monais():
+    inputs = volumes(2, 2)
+    drawn = {"flip": torch.tensor([[True, False, True], [False, True, False]])}
+    before = inputs.clone()
+    ours = augment.apply_flip(inputs, drawn, generator())
+    assert torch.equal(inputs, before)
+    for index, axes in ((0, [0, 2]), (1, [1])):
+        assert torch.equal(ours[index], torch.as_tensor(Flip(axes)(inputs[index])))
+
+
+def test_drawn_parameters_have_monais_distributions():
+    count = 4000
+    affine = augment.draw_affine(count, SIZE, generator(1))
+    monai = RandAffine(
+        prob=1.0, rotate_range=[math.pi / 18] * 3, translate_range=[12] * 3, scale_range=[0.1] * 3, spatial_size=SIZE
+    ).rand_affine_grid
+    monai.set_random_state(0)
+    drawn = {"rotation": [], "translation": [], "scale": []}
+    for _ in range(count):
+        monai.randomize()
+        for name, values in zip(drawn, (monai.rotate_params, monai.translate_params, monai.scale_params)):
+            drawn[name].append(values)
+    for name, values in drawn.items():
+        for axis in range(3):
+            assert ks_2samp(affine[name][:, axis].numpy(), np.array(values)[:, axis]).pvalue > 1e-3, name
+
+    noise, contrast, flip = (f(count, SIZE, generator(2)) for f in (augment.draw_noise, augment.draw_contrast, augment.draw_flip))
+    for drawn_here in (noise, contrast):
+        assert len(drawn_here["chosen"]) / count == pytest.approx(0.25, abs=0.03)
+    assert float(flip["flip"].float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert ks_2samp(noise["std"].numpy(), np.random.default_rng(0).uniform(0, 50, count)).pvalue > 1e-3
+    gammas = RandAdjustContrast(prob=1.0)
+    gammas.set_random_state(0)
+    values = []
+    for _ in range(count):
+        gammas.randomize()
+        values.append(gammas.gamma_value)
+    assert ks_2samp(contrast["gamma"].numpy(), values).pvalue > 1e-3
+
+    elastic = augment.draw_elastic(300, (4, 4, 4), generator(3))
+    monai = Rand3DElastic((8, 12), (0, 1264), prob=1.0)
+    monai.set_random_state(0)
+    sigmas, magnitudes, offsets = [], [], []
+    for _ in range(300):
+        monai.randomize((4, 4, 4))
+        sigmas.append(monai.sigma)
+        magnitudes.append(monai.magnitude)
+        offsets.append(monai.rand_offset)
+    assert ks_2samp(elastic["sigma"].numpy(), sigmas).pvalue > 1e-3
+    assert ks_2samp(elastic["magnitude"].numpy(), magnitudes).pvalue > 1e-3
+    assert ks_2samp(elastic["offset"].numpy().ravel(), np.ravel(offsets)).pvalue > 1e-3
+
+
+def test_letters_are_applied_in_their_order():
+    inputs = volumes(2)
+    for letters in ("fc", "cf", "ga", "ag"):
+        drawn = Augmentation(letters).draw(2, SIZE, generator(4))
+        for parameters in drawn:
+            if "chosen" in parameters:
+                parameters["chosen"] = torch.arange(2)
+        chained = inputs
+        for letter, parameters in zip(letters, drawn):
+            chained = augment.TRANSFORMS[letter][1](chained, parameters, generator(6))
+        assert torch.equal(Augmentation(letters).apply(inputs, drawn, generator(6)), chained)
+    # The order matters: noise before a resampling is smoothed by it.
+    everyone = {"chosen": torch.arange(2), "std": torch.full((2,), 50.0)}
+    move = augment.draw_affine(2, SIZE, generator(4))
+    flat = torch.zeros(2, 1, *SIZE)
+    first = Augmentation("ga").apply(flat, [everyone, move], generator(6))
+    last = Augmentation("ag").apply(flat, [move, everyone], generator(6))
+    assert float(first.std()) < 0.8 * float(last.std())
+
+
+def test_unknown_letter():
+    with pytest.raises(StoreError, match="'agx' has the unknown letter 'x'"):
+        Augmentation("agx")
+
+
+def test_streams_are_never_shared():
+    seen = set()
+    for seed in range(2):
+        for epoch in range(3):
+            for location in range(3):
+                for step in range(3):
+                    for rank in range(3):
+                        one, two = step_generators(seed, epoch, location, step, rank, torch.device("cpu"))
+                        seen |= {one.initial_seed(), two.initial_seed()}
+    assert len(seen) == 2 * 3**4 * 2
+
+
+def test_a_step_can_be_drawn_again():
+    patches = torch.randint(-1024, 241, (3, *SIZE), dtype=torch.int16, generator=generator(1))
+    neighbors = torch.randint(-1024, 241, (3, 2, *SIZE), dtype=torch.int16, generator=generator(2))
+    views = [make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 3, 0, torch.device("cpu"))) for _ in range(2)]
+    other = make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 4, 0, torch.device("cpu")))
+    for a, b, c in zip(*views, other):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_views_are_independent_and_neighbors_share_one_draw():
+    one = torch.randint(-1024, 241, (1, *SIZE), dtype=torch.int16, generator=generator(1))
+    patches = one.expand(2, -1, -1, -1)
+    neighbors = one[:, None].expand(2, 3, -1, -1, -1)
+    query, key, around = make_views(patches, neighbors, Augmentation("a"), step_generators(0, 0, 0, 0, 0, torch.device("cpu")))
+    assert query.shape == key.shape == (2, 1, *SIZE) and around.shape == (2, 3, *SIZE)
+    drawn = [query[0], query[1], key[0], key[1], around[0, :1], around[1, :1]]
+    for i, first in enumerate(drawn):
+        for second in drawn[:i]:
+            assert not torch.allclose(first, second)
+    for subject in around:
+        assert torch.equal(subject[0], subject[1]) and torch.equal(subject[0], subject[2])
+
+
+def test_intensities_without_augmentation():
+    hu = torch.tensor([-2000, -1024, -392, 240, 3000], dtype=torch.int16)
+    torch.testing.assert_close(to_unit(shift_to_zero(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
+    patches = hu[1:2, None, None, None].expand(2, *SIZE)
+    query, key, around = make_views(patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu")))
+    assert all(torch.equal(view, torch.full_like(view, -1.0)) for view in (query, key, around))

@@ -1,0 +1,140 @@
+"""Reading patch stores: ours, the published layout, and damaged ones."""
+
+import numpy as np
+import pytest
+
+from data.layout import StoreError
+from data.store import PatchStore, read_labels
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_reads_what_was_written(tmp_path, make_store, grid, grouped):
+    patches = make_store(tmp_path, 5, grid, grouped=grouped)
+    store = PatchStore(tmp_path)
+    assert (store.num_subjects, store.num_locations, store.grouped) == (5, 6, grouped)
+    assert store.sids == ["000", "001", "002", "003", "004"]
+    rows = np.array([4, 0, 3])
+    for location in range(6):
+        read = store.read(location, rows)
+        assert read.dtype == np.int16
+        np.testing.assert_array_equal(read, patches[rows, location])
+
+
+def test_older_layout(tmp_path, make_store, grid):
+    """The published implementation's: another name for the table, no subjects.csv, rows by sorted file names."""
+    make_store(tmp_path, 2, grid)
+    (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
+    (tmp_path / "subjects.csv").unlink()
+    (tmp_path / "patch").mkdir()
+    for sid in ("b02", "a10"):
+        np.save(tmp_path / "patch" / f"{sid}_patch.npy", np.zeros((6, 32, 32, 32), dtype=np.int16))
+    store = PatchStore(tmp_path)
+    assert store.sids == ["a10", "b02"]
+    np.save(tmp_path / "another_patch_loc.npy", grid)
+    with pytest.raises(StoreError, match=r"no atlas_patch_loc\.npy; of .* name one"):
+        PatchStore(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "<f4", "<f2", ">f4", "<i4", ">i2", "<i8", "<u2", "u1", "<i1"])
+def test_any_real_dtype(tmp_path, make_store, grid, dtype):
+    make_store(tmp_path, 2, grid[:2])
+    values = np.full((2, 32, 32, 32), 100, dtype=dtype)
+    values[0, 0, 0, 0] = 120
+    if values.dtype.kind == "f":
+        values[0, 0, 0, 1:4] = np.nan, np.inf, -np.inf
+    np.save(tmp_path / "grouped_patch" / "patch_loc_0.npy", values)
+    read = PatchStore(tmp_path).read(0, np.array([0]))
+    assert read[0, 0, 0, 0] == 120 and read[0, 1, 1, 1] == 100
+    assert read.dtype == (np.float32 if values.dtype.kind == "f" else np.int16)
+    if values.dtype.kind == "f":
+        assert read[0, 0, 0, 1:4].tolist() == [-1024, 240, -1024]
+
+
+def test_wide_integers_are_clipped_not_wrapped(tmp_path, make_store, grid):
+    make_store(tmp_path, 1, grid[:2])
+    values = np.full((1, 32, 32, 32), 70000, dtype=np.int32)
+    values[0, 0, 0, 0] = -70000
+    np.save(tmp_path / "grouped_patch" / "patch_loc_0.npy", values)
+    read = PatchStore(tmp_path).read(0, np.array([0]))
+    assert read[0, 0, 0, 0] == -1024 and read[0, 1, 1, 1] == 240
+
+
+def damage_truncate(root):
+    path = root / "grouped_patch" / "patch_loc_3.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def damage_rows(root):
+    np.save(root / "grouped_patch" / "patch_loc_3.npy", np.zeros((4, 32, 32, 32), dtype=np.int16))
+
+
+def damage_header(root):
+    (root / "grouped_patch" / "patch_loc_3.npy").write_bytes(b"nothing")
+
+
+def damage_kind(root):
+    np.save(root / "grouped_patch" / "patch_loc_3.npy", np.zeros((5, 32, 32, 32), dtype=np.complex64))
+
+
+def damage_missing(root):
+    (root / "grouped_patch" / "patch_loc_3.npy").unlink()
+
+
+def damage_subjects(root):
+    (root / "subjects.csv").write_text("sid\na\nb\n")
+
+
+def damage_table(root):
+    np.save(root / "atlas_patch_loc.npy", np.array([[0, 0, 0], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "patch_loc_3.npy is truncated"),
+        (damage_rows, "patch_loc_3.npy has shape"),
+        (damage_header, "patch_loc_3.npy cannot be read"),
+        (damage_kind, "patch_loc_3.npy has dtype complex64"),
+        (damage_missing, "patch_loc_3.npy cannot be read"),
+        (damage_subjects, "lists 2 subjects"),
+        (damage_table, "patch_loc_2.npy exists, but the location table has only 2 rows"),
+    ],
+)
+def test_damage_is_named(tmp_path, make_store, grid, damage, message):
+    make_store(tmp_path, 5, grid)
+    damage(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        PatchStore(tmp_path)
+
+
+def test_no_store(tmp_path, make_store, grid):
+    with pytest.raises(StoreError, match="is not a folder"):
+        PatchStore(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="is no patch store"):
+        PatchStore(tmp_path)
+    make_store(tmp_path, 2, grid, grouped=False)
+    with pytest.raises(StoreError, match="group_patches"):
+        PatchStore(tmp_path, require_grouped=True)
+
+
+def test_labels_follow_the_rows_and_miss_nothing(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("sid,age,sex,FEV1pp\n007,61,F,80.5\n010,,M,NA\nzz,50,F,1e2\n")
+    values, names = read_labels(path, ["010", "007", "absent"])
+    assert names == ["age", "FEV1pp"]  # sex is no number
+    np.testing.assert_array_equal(values, np.array([[np.nan, np.nan], [61, 80.5], [np.nan, np.nan]], dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,age\n1,2\n", "no column 'sid'"),
+        ("sid,sex\n007,F\n", "no numeric column"),
+        ("sid,age\n7,2\n", "none of the store's subjects"),
+        ("sid,age\n007,2\n007,3\n", "'007' more than once"),
+    ],
+)
+def test_bad_labels(tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(StoreError, match=message):
+        read_labels(tmp_path / "labels.csv", ["007"])

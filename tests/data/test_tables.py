@@ -1,0 +1,44 @@
+"""A sid is text, and no sid leaves its folder."""
+
+import pytest
+
+from data.layout import StoreError
+from data.tables import check_sid, read_table
+
+
+@pytest.mark.parametrize("sid", ["007", "10005Q_INSP", "a.b-c", "été", "x 1", "A+B@2"])
+def test_good_sids(sid):
+    check_sid(sid)
+
+
+@pytest.mark.parametrize("sid", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a..b", "-x", "a\nb", "a\0", "~x", "$(x)", "a;b", "x" * 200])
+def test_bad_sids(sid):
+    with pytest.raises(StoreError, match="cannot be a file name"):
+        check_sid(sid)
+
+
+def test_text_stays_text(tmp_path):
+    (tmp_path / "t.csv").write_bytes("\ufeffsid,image\n007, a.nii\n1e5,b.nii\nNA,c.nii\n".encode())
+    table = read_table(tmp_path / "t.csv", ("sid", "image"))
+    assert table["sid"].tolist() == ["007", "1e5", "NA"] and table["image"].tolist() == ["a.nii", "b.nii", "c.nii"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sid\n", "no rows"),
+        ("", "cannot be read"),
+        ("sid,image\n../x,a\n", "line 2: sid '../x'"),
+        ("sid,image\na,1\nb,2\na,3\n", "'a' more than once"),
+        ("name,image\na,1\n", "no column 'sid'; its columns are name, image"),
+    ],
+)
+def test_bad_tables(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(StoreError, match=message):
+        read_table(tmp_path / "t.csv")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(StoreError, match="no table at"):
+        read_table(tmp_path / "none.csv")

@@ -1,0 +1,180 @@
+"""DrasCLR's step against a loop that writes the method out, and its state on disk."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+
+L, K, DIM, B, NEAR = 3, 12, 6, 4, 2
+
+
+def build(mlp=True, seed=0, T=0.2, m=0.9, K=K):
+    torch.manual_seed(seed)
+    return DrasCLR(Encoder, L, 8, DIM, 2, 1, K, m, T, mlp)
+
+
+def draw_inputs(seed=1, k=NEAR):
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(2, B, 1, 32, 32, 32, generator=generator)
+    neighbors = torch.randn(B, k, 32, 32, 32, generator=generator)
+    locs = torch.rand(1 + k, 3, generator=generator) * 2 - 1
+    return patches[0], patches[1], neighbors, locs[:1], locs[1:][None]
+
+
+def literal_step(model, index, query, key, neighbors, here, near):
+    """The method sample by sample: logits of both tasks, and the new queue of the location."""
+    encoder_q, encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+    k = neighbors.shape[1]
+    z = encoder_q(query, here.expand(B, 3))[0]
+    r = encoder_q(neighbors.reshape(B * k, 1, 32, 32, 32), near.expand(B, k, 3).reshape(-1, 3))[0]
+    for slow, fast in zip(encoder_k.parameters(), encoder_q.parameters()):
+        slow.data = slow.data * model.m + fast.data * (1 - model.m)
+    keys = encoder_k(key, here.expand(B, 3))[0]
+    queue = model.state_dict()["queue"][:, :, index].clone()  # (dim, K)
+
+    def unit(vector):
+        return vector / vector.norm()
+
+    patch_logits, neighbor_logits = [], []
+    for i in range(B):
+        own = unit(keys[i])
+        around = [unit(r[i * k + j]) for j in range(k)]
+        patch_logits.append([unit(z[i]) @ own] + [unit(z[i]) @ queue[:, n] for n in range(model.K)])
+        neighbor_logits.append(
+            [sum(v @ own for v in around)] + [sum(v @ queue[:, n] for v in around) for n in range(model.K)]
+        )
+    pointer = int(model.queue_ptr[index])
+    for i in range(B):
+        queue[:, (pointer + i) % model.K] = unit(keys[i])
+    stacked = [torch.stack([torch.stack(row) for row in rows]) / model.T for rows in (patch_logits, neighbor_logits)]
+    return *stacked, queue.detach()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("mlp", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_step_against_the_method_written_out(training, mlp, k):
+    model = build(mlp).train(training)
+    query, key, neighbors, here, near = draw_inputs(k=k)
+    for step in range(2):
+        wanted_patch, wanted_neighbor, wanted_queue = literal_step(model, 1, query, key, neighbors, here, near)
+        others = model.state_dict()["queue"].clone()
+        patch, neighbor, labels = model(1, [query, here], [key, here], [neighbors, near])
+        torch.testing.assert_close(patch, wanted_patch, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(neighbor, wanted_neighbor, rtol=1e-4, atol=1e-5)
+        after = model.state_dict()["queue"]
+        torch.testing.assert_close(after[:, :, 1], wanted_queue, rtol=1e-4, atol=1e-5)
+        assert torch.equal(after[:, :, [0, 2]], others[:, :, [0, 2]])
+        assert labels.dtype == torch.int64 and not labels.any()
+        assert model.queue_ptr.tolist() == [0, B * (step + 1), 0]
+
+
+def test_rows_per_sample_equal_one_row_for_all():
+    query, key, neighbors, here, near = draw_inputs()
+    first, second = build().eval(), build().eval()
+    a = first(0, (query, here), (key, here), (neighbors, near))
+    b = second(0, (query, here.expand(B, 3)), (key, here.expand(B, 3)), (neighbors, near.expand(B, NEAR, 3)))
+    for fast, slow in zip(a, b):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_different_locations_are_honoured_as_given():
+    """Neighbours are flattened sample-major: row i, j is sample i's neighbour j."""
+    query, key, neighbors, _, _ = draw_inputs()
+    own = torch.rand(B, 3) * 2 - 1
+    near = torch.rand(B, NEAR, 3) * 2 - 1
+    model = build().eval()
+    encoder_q = copy.deepcopy(model.encoder_q)
+    queue = model.state_dict()["queue"][:, :, 0].clone()
+    patch, neighbor, _ = model(0, [query, own], [key, own], [neighbors, near])
+    with torch.no_grad():
+        for i in range(B):
+            z = F.normalize(encoder_q(query[i : i + 1], own[i : i + 1])[0][0], dim=0)
+            torch.testing.assert_close(patch[i, 1:], z @ queue / model.T, rtol=1e-4, atol=1e-5)
+            r = [F.normalize(encoder_q(neighbors[i, j][None, None], near[i, j][None])[0][0], dim=0) for j in range(NEAR)]
+            torch.testing.assert_close(neighbor[i, 1:], sum(r) @ queue / model.T, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_are_not_modified():
+    query, key, neighbors, here, near = draw_inputs()
+    given = [query, key, neighbors, here, near]
+    copies = [tensor.clone() for tensor in given]
+    pch_k = [key, here]
+    build()(0, [query, here], pch_k, [neighbors, near])
+    assert all(torch.equal(a, b) for a, b in zip(given, copies))
+    assert pch_k[0] is key and pch_k[1] is here
+
+
+def test_key_encoder_starts_as_a_copy_and_learns_nothing():
+    model = build()
+    for (name, q), k in zip(model.encoder_q.named_parameters(), model.encoder_k.parameters()):
+        assert torch.equal(q, k) and q.requires_grad and not k.requires_grad, name
+    query, key, neighbors, here, near = draw_inputs()
+    patch, neighbor, labels = model(0, [query, here], [key, here], [neighbors, near])
+    (F.cross_entropy(patch, labels) + F.cross_entropy(neighbor, labels)).backward()
+    assert all(p.grad is None for p in model.encoder_k.parameters())
+    assert all(p.grad is not None for p in model.encoder_q.parameters())
+
+
+def test_queue_starts_as_unit_noise_and_pointers_at_zero():
+    queue = build(K=2048).state_dict()["queue"]
+    assert queue.shape == (DIM, 2048, L)
+    torch.testing.assert_close(queue.norm(dim=0), torch.ones(2048, L))
+    assert abs(float(queue.mean())) < 0.01
+    # A coordinate of a random direction in d dimensions has the variance 1 / d.
+    assert float(queue.var()) == pytest.approx(1 / DIM, rel=0.02)
+
+
+def test_random_unit_keys_give_log_of_one_plus_k():
+    """With the temperature large, every logit is alike: the loss is ln(1 + K)."""
+    model = build(T=1e6)
+    query, key, neighbors, here, near = draw_inputs()
+    patch, neighbor, labels = model(0, [query, here], [key, here], [neighbors, near])
+    for logits in (patch, neighbor):
+        assert float(F.cross_entropy(logits, labels).detach()) == pytest.approx(math.log(1 + K), abs=1e-4)
+
+
+def test_a_pointer_that_is_no_multiple_of_the_batch_wraps():
+    model = build()
+    model.queue_ptr[0] = K - 2
+    query, key, neighbors, here, near = draw_inputs()
+    model(0, [query, here], [key, here], [neighbors, near])
+    assert int(model.queue_ptr[0]) == B - 2
+
+
+def test_disk_layout_goes_out_and_in():
+    model, other = build(seed=0), build(seed=5)
+    query, key, neighbors, here, near = draw_inputs()
+    model(2, [query, here], [key, here], [neighbors, near])
+    state = model.state_dict()
+    assert state["queue"].shape == (DIM, K, L) and state["queue_ptr"].shape == (L,)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    other.load_state_dict(state)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert state["queue"].shape == (DIM, K, L)
+
+
+@pytest.mark.parametrize("what", ["pch_q", "pch_k", "ngb_q"])
+def test_wrong_number_of_location_rows(what):
+    query, key, neighbors, here, near = draw_inputs()
+    inputs = {"pch_q": [query, here], "pch_k": [key, here], "ngb_q": [neighbors, near]}
+    inputs[what][1] = inputs[what][1].expand(3, *inputs[what][1].shape[1:])
+    with pytest.raises(ValueError, match=f"{what} has 3 location rows for a batch of 4"):
+        build()(0, **inputs)
+
+
+def test_queue_must_hold_whole_batches():
+    query, key, neighbors, here, near = draw_inputs()
+    with pytest.raises(ValueError, match="K = 10 keys is not a multiple of the batch of 4"):
+        build(K=10)(0, [query, here], [key, here], [neighbors, near])
+
+
+def test_only_one_coordinate():
+    with pytest.raises(ValueError, match="num_coordinates is 2"):
+        DrasCLR(Encoder, L, 8, DIM, 2, 2, K, 0.9, 0.2, True)

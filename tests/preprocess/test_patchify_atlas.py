@@ -1,0 +1,119 @@
+"""Step 1 against a loop that writes the rule out, and the published table."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from data.layout import StoreError
+from preprocess.patchify_atlas import grid_locations
+
+
+def literal_grid(lung, patch, step):
+    threshold = 1
+    while True:
+        found = []
+        for x in range(0, lung.shape[0] - patch, step):
+            for y in range(0, lung.shape[1] - patch, step):
+                for z in range(0, lung.shape[2] - patch, step):
+                    count = int(lung[x : x + patch, y : y + patch, z : z + patch].sum())
+                    if 10 * count > threshold * patch**3:
+                        found.append((x, y, z))
+        if len(found) < 1000:
+            return np.array(found)
+        threshold += 1
+
+
+@pytest.mark.parametrize(("shape", "patch", "step"), [((30, 25, 28), 10, 4), ((60, 55, 62), 8, 13), ((26, 24, 25), 4, 2)])
+def test_grid_is_the_rule_written_out(shape, patch, step):
+    rng = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    lung = (x**2 + y**2 + z**2 < 0.9) & (rng.random(shape) < 0.7)
+    ours = grid_locations(lung, patch, step)
+    assert ours.dtype == np.int64
+    np.testing.assert_array_equal(ours, literal_grid(lung, patch, step))
+
+
+def test_threshold_rises_while_a_thousand_are_kept():
+    lung = np.zeros((26, 26, 26), dtype=bool)
+    lung[:, :, ::4] = True  # a quarter of each patch: kept at 0.1 and 0.2
+    with pytest.raises(StoreError, match="no patch"):
+        grid_locations(lung, 4, 2)  # 11**3 = 1331 at 0.1 and at 0.2, none at 0.3
+    assert len(grid_locations(lung, 4, 3)) == 8**3  # fewer than 1000 at 0.1: kept
+
+
+def test_exactly_the_threshold_is_not_enough():
+    lung = np.zeros((21, 21, 21), dtype=bool)
+    lung[:10, :10, 0] = True  # 100 of 1000 voxels in the first patch
+    lung[15, 15, 15] = True
+    with pytest.raises(StoreError, match="no patch"):
+        grid_locations(lung, 10, 10)
+    lung[0, 0, 1] = True
+    assert grid_locations(lung, 10, 10).tolist() == [[0, 0, 0]]
+
+
+def test_scan_order_stops_before_the_edge():
+    lung = np.ones((21, 20, 25), dtype=bool)
+    # 21 - 10 = 11 -> 0, 5, 10; 20 - 10 -> 0, 5; 25 - 10 -> 0, 5, 10. z runs fastest.
+    ours = grid_locations(lung, 10, 5)
+    assert ours.tolist() == [[x, y, z] for x in (0, 5, 10) for y in (0, 5) for z in (0, 5, 10)]
+
+
+def test_atlas_smaller_than_a_patch():
+    with pytest.raises(StoreError, match="has no room for patches of 32"):
+        grid_locations(np.ones((40, 32, 40), dtype=bool), 32, 26)
+
+
+@pytest.fixture
+def atlas(tmp_path):
+    """A mask of 70 x 64 x 60 voxels, right lung and left lung as two blocks."""
+    labels = np.zeros((60, 64, 70), dtype=np.int16)  # (z, y, x)
+    labels[5:55, 5:60, 5:33] = 50
+    labels[5:55, 5:60, 37:66] = 100
+    path = tmp_path / "atlas.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(path))
+    return path
+
+
+def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
+    def call(*flags, check=True):
+        command = ("preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "s", *flags)
+        return run(*command, cwd=tmp_path, check=check)
+
+    call()
+    table = np.load(tmp_path / "s" / "atlas_patch_loc.npy")
+    assert table.dtype == np.int64 and table[0].tolist() == [0, 0, 0]
+    assert "there already" in call().stdout
+    other = tmp_path / "other.npy"
+    np.save(other, table[:-1].astype(np.int32))
+    refused = call("--atlas-patch-loc", other, check=False)
+    assert refused.returncode == 2 and "holds another table" in refused.stderr and "Traceback" not in refused.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "s" / "atlas_patch_loc.npy"), table)
+    adopted = run("preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "t", "--atlas-patch-loc", other)
+    assert "locations" in adopted.stdout
+    kept = np.load(tmp_path / "t" / "atlas_patch_loc.npy")
+    assert kept.dtype == np.int64
+    np.testing.assert_array_equal(kept, table[:-1])
+    np.save(other, table + 100)
+    outside = run(
+        "preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "u", "--atlas-patch-loc", other, check=False
+    )
+    assert outside.returncode == 2 and "leaves the atlas" in outside.stderr
+
+
+def test_atlas_with_other_labels(tmp_path, run):
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((40, 40, 40), dtype=np.uint8)), str(tmp_path / "a.nii.gz"))
+    wrong = run("preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "a.nii.gz", "--root-dir", tmp_path, check=False)
+    assert wrong.returncode == 2 and "50 (right lung), 100 (left)" in wrong.stderr
+
+
+@pytest.mark.reference
+def test_published_mask_and_table(reference):
+    from preprocess.scan import read_atlas_mask
+
+    lung = sitk.GetArrayFromImage(read_atlas_mask(reference / "atlas_lung_mask.nii.gz")).transpose(2, 1, 0) > 0
+    published = np.load(reference / "atlas_patch_loc.npy")
+    ours = grid_locations(lung, 32, 26)
+    assert len(ours) == 575
+    np.testing.assert_array_equal(ours, np.delete(published, [296, 297, 299, 303, 304, 369], axis=0))
+    centres = published + 16
+    assert float(lung[tuple(centres.T)].mean()) == pytest.approx(0.64, abs=0.005)

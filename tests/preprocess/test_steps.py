@@ -1,0 +1,313 @@
+"""Steps 2 to 5 through their command lines: failures, skipping, resuming, reports."""
+
+import os
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+
+from data.store import PatchStore
+
+
+def report(store, script):
+    table = pd.read_csv(store / "report" / f"{script}.csv", dtype=str, keep_default_na=False)
+    return table.set_index("sid")
+
+
+def test_cohort_went_through(cohort):
+    folder, store = cohort
+    sids = pd.read_csv(folder / "dataset.csv", dtype=str)["sid"].tolist()
+    table = np.load(store / "atlas_patch_loc.npy")
+    assert 20 <= len(table) <= 40
+    for script in ("segment_lung", "register", "patchify_images"):
+        assert report(store, script)["status"].tolist() == ["ok"] * 6
+    assert (report(store, "register")["dice"].astype(float) > 0.85).all()
+    figures = report(store, "patchify_images")
+    inside, atlas = (figures[name].astype(float) for name in ("centres_in_lungs", "centres_in_atlas_lungs"))
+    assert (abs(inside - atlas) < 0.15).all()
+    opened = PatchStore(store)
+    assert opened.sids == sids and opened.grouped
+    for row, sid in enumerate(sids):
+        patches = np.load(store / "patch" / f"{sid}_patch.npy")
+        assert patches.shape == (len(table), 32, 32, 32) and patches.dtype == np.int16
+        assert patches.min() >= -1024 and patches.max() <= 240
+        for location in range(len(table)):
+            np.testing.assert_array_equal(opened.read(location, np.array([row]))[0], patches[location])
+        corners = np.load(store / "patch_loc" / f"{sid}_patch_loc.npy")
+        assert corners.shape == (len(table), 3) and corners.dtype == np.int64
+        mask = sitk.ReadImage(str(store / "lung_mask" / f"{sid}.nii.gz"))
+        assert mask.GetPixelID() == sitk.sitkUInt8 and set(np.unique(sitk.GetArrayFromImage(mask))) == {0, 1, 2}
+        assert (store / "qc" / f"{sid}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_patches_show_the_lungs_they_are_of(cohort):
+    """Voxels of the patches against the scan itself, through physical space, whatever its orientation."""
+    folder, store = cohort
+    table = pd.read_csv(folder / "dataset.csv", dtype=str)
+    for sid, name in zip(table["sid"], table["image"]):
+        scan = sitk.Cast(sitk.ReadImage(str(folder / name)), sitk.sitkFloat32)
+        transform = sitk.ReadTransform(str(store / "transform" / f"{sid}_Reg_Atlas_Affine_0GenericAffine.mat"))
+        atlas = sitk.ReadImage(str(folder / "atlas_lung_mask.nii.gz"))
+        corners = np.load(store / "atlas_patch_loc.npy")
+        patches = np.load(store / "patch" / f"{sid}_patch.npy")
+        differences = []
+        for corner, patch in zip(corners, patches):
+            point = np.array(transform.TransformPoint(atlas.TransformIndexToPhysicalPoint([int(v) for v in corner])))
+            # The atlas is LAS: x to the left, y to the front, z to the head, 1 mm a voxel.
+            for z, y, x in ((0, 0, 0), (16, 16, 16), (31, 5, 20)):
+                place = point + np.array([x, -y, z])
+                index = scan.TransformPhysicalPointToContinuousIndex(place)
+                if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
+                    value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
+                    differences.append(abs(value - patch[z, y, x]))
+        assert np.median(differences) < 60 and len(differences) > 30  # noise, half a voxel of rounding
+
+
+def test_everything_done_is_skipped(cohort, run):
+    folder, store = cohort
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.n*") if path.is_file()}
+    result = run(
+        "preprocess/run_preprocess.sh",
+        *("--input-csv", folder / "dataset.csv", f"--root-dir={store}", "--method", "threshold"),
+        *("--atlas-mask", folder / "atlas_lung_mask.nii.gz"),
+    )
+    assert result.stdout.count("0 ok, 6 skipped, 0 failed") == 3 and "done already" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*.n*") if path.is_file()}
+    assert float(report(store, "register")["dice"].iloc[0]) > 0.8  # figures survive
+
+
+@pytest.fixture
+def small(cohort, tmp_path):
+    """Two subjects of the cohort and four that cannot work, in a store of their own."""
+    folder, _ = cohort
+    broken, four, scaled = tmp_path / "broken.nii.gz", tmp_path / "four.nii.gz", tmp_path / "scaled.nii.gz"
+    broken.write_bytes((folder / "image" / "0001.nii.gz").read_bytes()[:5000])
+    image = sitk.ReadImage(str(folder / "image" / "0001.nii.gz"))
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(four))
+    sitk.WriteImage(image + 1024, str(scaled))
+    (tmp_path / "table.csv").write_text(
+        "sid,image\n"
+        f"001,{folder}/image/0001.nii.gz\n002,{folder}/image/0002.nii.gz\n"
+        "absent,nowhere.nii.gz\nnone,\nbroken,broken.nii.gz\nfour,four.nii.gz\nscaled,scaled.nii.gz\n"
+    )
+    return folder, tmp_path
+
+
+def test_a_bad_scan_costs_one_subject(small, run):
+    folder, tmp_path = small
+    command = ("--input-csv", tmp_path / "table.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
+    atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    result = run("preprocess/run_preprocess.sh", *command, *atlas, cwd=tmp_path)
+    assert "Traceback" not in result.stderr
+    figures = report(tmp_path / "s", "segment_lung")
+    assert figures["status"].to_dict() == {
+        **{"001": "ok", "002": "ok"},
+        **dict.fromkeys(("absent", "none", "broken", "four", "scaled"), "failed"),
+    }
+    for sid, words in {
+        "absent": "does not exist",
+        "none": "no image for this subject",
+        "broken": "broken.nii.gz",
+        "four": "4 dimensions",
+        "scaled": "rescale intercept",
+    }.items():
+        assert words in figures.loc[sid, "message"]
+    assert "no transform at" in report(tmp_path / "s", "patchify_images").loc["absent", "message"]
+    assert PatchStore(tmp_path / "s").sids == ["001", "002"]
+
+    strict = run("preprocess/segment_lung.py", *command, "--strict", check=False)
+    assert strict.returncode == 1
+    # A scan that is replaced is done again; so is what follows from it.
+    image = folder / "image" / "0003.nii.gz"
+    table = (tmp_path / "table.csv").read_text().splitlines()[:3]
+    table[1] = f"001,{image}"
+    (tmp_path / "table.csv").write_text("\n".join(table) + "\n")
+    again = run("preprocess/run_preprocess.sh", *command, *atlas, "--strict").stdout
+    assert again.count("1 ok, 1 skipped, 0 failed") == 3
+    assert "2 subjects" in again.splitlines()[-1]
+
+
+def test_nothing_succeeded_is_a_failure(tmp_path, run):
+    (tmp_path / "t.csv").write_text("sid,image\na,nowhere.nii\n")
+    result = run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--method=threshold", check=False)
+    assert result.returncode == 1 and "no subject succeeded" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sid,path\na,b\n", "no column 'image'"),
+        ("sid,image\na,b\na,c\n", "'a' more than once"),
+        ("sid,image\n../a,b\n", "cannot be a file name"),
+    ],
+)
+def test_bad_tables_are_one_line(tmp_path, run, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    result = run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", check=False)
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_mask_of_the_users_own_is_kept(cohort, tmp_path, run):
+    folder, store = cohort
+    (tmp_path / "t.csv").write_text(f"sid,image\nmine,{folder}/image/0001.nii.gz\nother,{folder}/image/0002.nii.gz\n")
+    target = tmp_path / "s" / "lung_mask"
+    target.mkdir(parents=True)
+    own = (store / "lung_mask" / "0001.nii.gz").read_bytes()
+    for sid in ("mine", "other"):  # right for one, of another grid for the other
+        (target / f"{sid}.nii.gz").write_bytes(own)
+    run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
+    figures = report(tmp_path / "s", "segment_lung")
+    assert figures.loc["mine", "status"] == "skipped" and "not on the grid" in figures.loc["other", "message"]
+    assert (target / "mine.nii.gz").read_bytes() == own
+
+
+def test_lungmask_without_weights_says_what_to_do(cohort, tmp_path, run):
+    folder, _ = cohort
+    flags = ("--input-csv", folder / "dataset.csv", "--root-dir", tmp_path / "s")
+    # A proxy that refuses stands for a machine without the download, wherever the test runs.
+    offline = {"TORCH_HOME": str(tmp_path), **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")}
+    result = run("preprocess/segment_lung.py", *flags, check=False, env=offline)
+    assert result.returncode == 2 and "--lungmask-weights FILE" in result.stderr and "--method threshold" in result.stderr
+    assert "Traceback" not in result.stderr
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    result = run("preprocess/segment_lung.py", *flags, "--lungmask-weights", tmp_path / "bad.pth", check=False)
+    assert result.returncode == 2 and "bad.pth" in result.stderr and "Traceback" not in result.stderr
+
+
+def lungmask_weights(path):
+    """A state dict for lungmask's network whose last layer says right for bright, left for dark."""
+    from lungmask.resunet import UNet
+
+    torch.manual_seed(0)
+    network = UNet(n_classes=3, padding=True, depth=5, up_mode="upsample", batch_norm=True, residual=False)
+    torch.save(network.state_dict(), path)
+
+
+@pytest.mark.slow
+def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
+    """The plumbing: lungmask's own network with random weights; its labels are what the file holds."""
+    from lungmask import LMInferer
+
+    from preprocess.scan import read_scan
+
+    folder, _ = cohort
+    lungmask_weights(tmp_path / "w.pth")
+    (tmp_path / "t.csv").write_text(f"sid,image\na,{folder}/image/0002.nii.gz\n")
+    flags = ("--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--lungmask-weights", tmp_path / "w.pth")
+    result = run("preprocess/segment_lung.py", *flags, check=False)
+    scan = read_scan(folder / "image" / "0002.nii.gz")
+    wanted = LMInferer(modelpath=str(tmp_path / "w.pth"), tqdm_disable=True).apply(scan)
+    written = tmp_path / "s" / "lung_mask" / "a.nii.gz"
+    if min((wanted == 1).sum(), (wanted == 2).sum()) * np.prod(scan.GetSpacing()) < 1000:
+        assert result.returncode == 1 and "no pair of lungs" in report(tmp_path / "s", "segment_lung").loc["a", "message"]
+    else:
+        assert result.returncode == 0
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), wanted)
+
+
+def test_registration_finds_a_known_affine(cohort):
+    """The atlas's own lungs, moved by a known affine, come back to the atlas."""
+    from types import SimpleNamespace
+
+    from preprocess.register import overlap, register
+
+    folder, _ = cohort
+    atlas_path = folder / "atlas_lung_mask.nii.gz"
+    atlas = sitk.Cast(sitk.ReadImage(str(atlas_path)), sitk.sitkUInt8)
+    known = sitk.AffineTransform(3)
+    known.SetMatrix((1.12, 0.06, 0, -0.05, 0.9, 0.03, 0, 0.02, 1.05))
+    centre = atlas.TransformContinuousIndexToPhysicalPoint([n / 2 for n in atlas.GetSize()])
+    known.SetCenter(centre)
+    known.SetTranslation((9, -14, 25))  # atlas points -> scan points
+    corner = np.array(known.TransformPoint(atlas.GetOrigin()))
+    grid = sitk.Image([int(n * 1.35) for n in atlas.GetSize()], sitk.sitkUInt8)
+    grid.SetDirection(atlas.GetDirection())
+    grid.SetOrigin((corner + np.array([-8, 12, -8])).tolist())
+    moved = sitk.Resample(atlas, grid, known.GetInverse(), sitk.sitkNearestNeighbor, 0)
+    moved = sitk.Cast(moved == 50, sitk.sitkUInt8) + 2 * sitk.Cast(moved == 100, sitk.sitkUInt8)
+    store = folder.parent / "known"
+    (store / "lung_mask").mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(moved, str(store / "lung_mask" / "k.nii.gz"))
+    figures = register(
+        SimpleNamespace(sid="k", image=""), {}, root_dir=str(store), atlas_mask=str(atlas_path), atlas="x", min_dice=0.5, overwrite=True
+    )
+    assert figures["dice"] > 0.97 and min(figures["dice_right"], figures["dice_left"]) > 0.96
+    found = sitk.ReadTransform(str(store / "transform" / "k_Reg_Atlas_Affine_0GenericAffine.mat"))
+    labels = np.argwhere(sitk.GetArrayFromImage(atlas) > 0)[::997, ::-1]
+    errors = []
+    for index in labels:
+        point = atlas.TransformIndexToPhysicalPoint([int(v) for v in index])
+        errors.append(np.linalg.norm(np.subtract(found.TransformPoint(point), known.TransformPoint(point))))
+    assert np.mean(errors) < 1.5  # mm
+    assert overlap(atlas, moved, known)["dice"] > 0.98
+
+
+def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monkeypatch):
+    import preprocess.group_patches as step
+
+    patches = make_store(tmp_path, 5, grid, grouped=False)
+    monkeypatch.setattr(step, "CHUNK_BYTES", 2 * 6 * 65536)  # two subjects at a time
+    monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
+    notes = []
+    original = step._note
+
+    def stop_after_two_chunks(path, content):
+        original(path, content)
+        notes.append(content)
+        if content.get("rows") == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "_note", stop_after_two_chunks)
+    with pytest.raises(KeyboardInterrupt):
+        step.main()
+    monkeypatch.setattr(step, "_note", original)
+    untouched = os.stat(tmp_path / "grouped_patch" / ".partial" / "patch_loc_0.npy").st_ino
+    time.sleep(0.01)
+    assert step.main() == 0
+    assert os.stat(tmp_path / "grouped_patch" / "patch_loc_0.npy").st_ino == untouched
+    store = PatchStore(tmp_path)
+    for location in range(6):
+        np.testing.assert_array_equal(store.read(location, np.arange(5)), patches[:, location])
+    assert "done already" in run("preprocess/group_patches.py", "--root-dir", tmp_path).stdout
+    # One subject more: grouped anew.
+    np.save(tmp_path / "patch" / "zz_patch.npy", patches[0])
+    run("preprocess/group_patches.py", "--root-dir", tmp_path)
+    store = PatchStore(tmp_path)
+    assert store.sids[-1] == "zz" and store.num_subjects == 6
+    np.testing.assert_array_equal(store.read(2, np.array([5]))[0], patches[0, 2])
+
+
+def test_grouping_leaves_out_what_does_not_fit(tmp_path, make_store, grid, run):
+    make_store(tmp_path, 2, grid, grouped=False)
+    np.save(tmp_path / "patch" / "short_patch.npy", np.zeros((5, 32, 32, 32), dtype=np.int16))
+    (tmp_path / "patch" / "torn_patch.npy").write_bytes(b"x")
+    result = run("preprocess/group_patches.py", "--root-dir", tmp_path)
+    assert "short left out" in result.stderr and "torn left out" in result.stderr
+    assert PatchStore(tmp_path).sids == ["000", "001"]
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    from data.layout import StoreError
+    from preprocess.patchify_images import check_disk
+    from preprocess.subjects import Subject
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
+    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # 33 MB twice
+    with pytest.raises(StoreError, match="need 0.1 GB, but .* has 0.1 GB free"):
+        check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
+
+
+def test_scheduler_that_does_not_answer(cohort, tmp_path, run):
+    folder, _ = cohort
+    result = run(
+        "preprocess/segment_lung.py",
+        *("--input-csv", folder / "dataset.csv", "--root-dir", tmp_path / "s", "--method", "threshold"),
+        *("--scheduler", "nonsense"),
+        check=False,
+    )
+    assert result.returncode == 2 and "--scheduler nonsense" in result.stderr

@@ -1,0 +1,105 @@
+"""Classical lung masks against the phantoms' truth."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+
+from preprocess.scan import ScanError, read_scan
+from preprocess.threshold import segment_lungs
+from tools.make_cohort import (
+    SIZES,
+    add_texture,
+    draw_anatomy,
+    draw_disease,
+    finish,
+    plant_disease,
+    to_image,
+)
+from tools.make_cohort import Phantom as MakePhantom
+
+
+def phantom(index, orientation="LPS"):
+    rng = np.random.default_rng([7, index])
+    anatomy = draw_anatomy(rng, SIZES["tiny"])
+    spacing = np.array([1.2, 1.2, 1.4])
+    made = MakePhantom(anatomy, tuple(spacing), rng)
+    plant_disease(made.hu, made.lung, spacing, draw_disease(rng), anatomy.scale, rng)
+    add_texture(made.hu, made.lung, spacing, rng, 15, 0.5)
+    truth = to_image(made.lung, made.origin, spacing, orientation)
+    return to_image(finish(made.hu), made.origin, spacing, orientation), truth
+
+
+def dice(mask, truth, label):
+    a, b = sitk.GetArrayFromImage(mask) == label, sitk.GetArrayFromImage(truth) == label
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize(("index", "orientation"), [(0, "LPS"), (1, "RAI"), (2, "SPL"), (3, "LAS")])
+def test_phantoms(index, orientation):
+    image, truth = phantom(index, orientation)
+    mask = segment_lungs(image)
+    assert mask.GetSize() == image.GetSize() and mask.GetDirection() == image.GetDirection()
+    assert mask.GetPixelID() == sitk.sitkUInt8
+    for label in (1, 2):
+        assert dice(mask, truth, label) > 0.97
+
+
+def test_touching_lungs_are_split_by_the_patients_side():
+    image, truth = phantom(0)
+    hu, labels = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(truth)
+    gap = ndimage.binary_dilation(labels == 1, iterations=30) & ndimage.binary_dilation(labels == 2, iterations=30)
+    middle = np.zeros_like(gap)
+    level = np.flatnonzero((labels == 1).any((1, 2)) & (labels == 2).any((1, 2)))
+    z = level[int(len(level) * 0.75)]
+    middle[z : z + 5, : labels.shape[1] // 2 - 4] = True  # a bridge in front of the trachea
+    bridge = gap & middle & (np.abs(hu) < 150)
+    assert bridge.sum() > 50
+    hu[bridge] = -850
+    joined, count = ndimage.label(hu < -400)
+    inside = [n for n in np.unique(joined[labels == 1])]
+    assert set(np.unique(joined[labels == 2])) & set(inside)  # they touch indeed
+    touching = sitk.GetImageFromArray(hu)
+    touching.CopyInformation(image)
+    mask = segment_lungs(touching)
+    for label in (1, 2):
+        assert dice(mask, truth, label) > 0.9
+
+
+def test_trachea_open_at_the_top_does_not_let_the_lungs_out():
+    """The working grid must not reach past the scan: air there would join the lungs to the outside."""
+    image, truth = phantom(1)
+    for spacing in (1.41, 1.63, 1.75):
+        size = [int(n * s / spacing) for n, s in zip(image.GetSize(), image.GetSpacing())]
+        coarse = sitk.Resample(
+            image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), -1024
+        )
+        mask = segment_lungs(coarse)
+        back = sitk.Resample(mask, truth, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+        assert min(dice(back, truth, 1), dice(back, truth, 2)) > 0.93
+
+
+def test_no_lungs():
+    hu = np.full((40, 50, 60), -1000, dtype=np.int16)
+    hu[:, 10:40, 10:50] = 40
+    with pytest.raises(ScanError, match="no lungs found"):
+        segment_lungs(sitk.GetImageFromArray(hu))
+    hu[10:30, 15:35, 15:45] = -860
+    with pytest.raises(ScanError, match="not two lungs side by side"):
+        segment_lungs(sitk.GetImageFromArray(hu))
+
+
+@pytest.mark.reference
+def test_real_scan(reference):
+    """Volumes of an adult's lungs, the right one larger, the trachea outside the mask."""
+    scan = read_scan(reference.parent / "real" / "thorax_ct.nii.gz")
+    mask = segment_lungs(scan)
+    labels = sitk.GetArrayFromImage(mask)
+    litres = [(labels == label).sum() * 1.5**3 / 1e6 for label in (1, 2)]
+    assert 2.2 < litres[0] < 2.6 and 1.6 < litres[1] < 1.9
+    hu = sitk.GetArrayFromImage(scan)
+    x = np.nonzero(labels == 1)[2].mean()
+    assert x < np.nonzero(labels == 2)[2].mean()  # LPS: the patient's right has the lower x
+    # Lung tissue, vessels filled: mostly dark, some bright.
+    assert -880 < np.median(hu[labels > 0]) < -780 and (hu[labels > 0] > -100).mean() > 0.01
+    assert hu[150, 86:90, 118:123].mean() < -900 and not labels[150, 86:90, 118:123].any()  # trachea

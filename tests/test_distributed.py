@@ -1,0 +1,125 @@
+"""Several Gloo ranks against one: losses, gradients, queues, shuffled BatchNorm, and the trainer."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+
+from .conftest import ROOT
+from .distributed_step import NEAR, TOTAL, K, L, inputs
+
+
+def run_ranks(folder, world, mode):
+    torch.manual_seed(7)
+    model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
+    for module in model.modules():  # statistics and slopes of no special value
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "start.pt")
+    script = ROOT / "tests" / "distributed_step.py"
+    processes = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(world), str(folder), mode], stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return {mode: run_ranks(folder / mode, 1, mode)[0] for mode in ("eval", "rows")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(single, tmp_path, world):
+    """With BatchNorm in eval mode the batch may be cut anywhere: same loss, gradients, queue, weights."""
+    wanted = single["eval"]
+    ranks = run_ranks(tmp_path / "r", world, "eval")
+    for result in ranks:
+        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        for name, gradient in wanted["gradients"].items():
+            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+        for name, tensor in wanted["state"].items():
+            torch.testing.assert_close(result["state"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_shuffled_batchnorm(tmp_path, world):
+    """Ranks encode each other's keys, every patch once with its own location, and queues stay equal to the bit."""
+    ranks = run_ranks(tmp_path / "r", world, "rows")
+    for step in range(2):
+        _, key, _, locs = inputs(step)
+        order = []
+        for result in ranks:
+            patches, where = result["encoded"][step]
+            for patch, loc in zip(patches, where):
+                found = [i for i in range(TOTAL) if torch.equal(key[i], patch)]
+                assert len(found) == 1 and torch.equal(locs[found[0], 0], loc)
+                order += found
+        assert sorted(order) == list(range(TOTAL)) and order != list(range(TOTAL))
+    for result in ranks[1:]:
+        for name in ("queue", "queue_ptr"):
+            assert torch.equal(result["state"][name], ranks[0]["state"][name])
+        for name, gradient in ranks[0]["gradients"].items():
+            assert torch.equal(result["gradients"][name], gradient), name
+    assert ranks[0]["state"]["queue_ptr"].tolist() == [TOTAL, TOTAL, 0]
+    # In training each rank has BatchNorm statistics of its own.
+    name = "encoder_q.bn1.running_mean"
+    assert not torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
+
+
+@pytest.mark.slow
+def test_keys_enter_the_queue_in_rank_order(single, tmp_path):
+    """The queue after a step with frozen BatchNorm is the keys of samples 0, 1, 2, ... of the whole batch."""
+    torch.manual_seed(7)
+    folder = tmp_path / "r"
+    ranks = run_ranks(folder, 2, "eval")
+    model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True).eval()
+    model.load_state_dict(torch.load(folder / "start.pt", weights_only=True))
+    _, key, _, locs = inputs(0)
+    with torch.no_grad():
+        model._update_key_encoder()
+        wanted = torch.nn.functional.normalize(model.encoder_k(key, locs[:1, 0])[0], dim=1)
+    torch.testing.assert_close(ranks[1]["state"]["queue"][:, :TOTAL, 0].t(), wanted, rtol=1e-4, atol=1e-5)
+    assert NEAR == 2
+
+
+def torchrun(ranks, script, *flags, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / script)]
+    result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
+    make_store(tmp_path / "store", 9, grid)
+    flags = ("--root-dir", "store", "--exp-name", "two", "--epochs", 1, "--batch-size", 4, "--moco-k", 8, "--rep-dim", 8)
+    more = ("--moco-dim", 4, "--num-experts", 2, "--workers", 2, "--print-freq", 2, "--device", "cpu", "--save-initial")
+    output = torchrun(2, "train.py", *flags, *more, cwd=tmp_path)
+    assert output.count("2 x cpu") == 1 and output.count("epoch 1/1") == 1  # one rank speaks
+    folder = tmp_path / "ssl_exp" / "two"
+    assert json.loads((folder / "configs.json").read_text())["world_size"] == 2
+    content = torch.load(folder / "checkpoint_patch_0001.pth.tar", weights_only=True)
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps of 4 keys, modulo 8
+    start = torch.load(folder / "checkpoint_patch_0000.pth.tar", weights_only=True)
+    assert not torch.equal(content["state_dict"]["module.queue"], start["state_dict"]["module.queue"])
+
+    common = ("--exp-name", "ssl_exp/two", "--checkpoint-patch", "checkpoint_patch_0001.pth.tar", "--device", "cpu")
+    torchrun(2, "extract_feature.py", *common, "--out-dir", "two", cwd=tmp_path)
+    subprocess.run([sys.executable, str(ROOT / "extract_feature.py"), *common, "--out-dir", "one"], cwd=tmp_path, check=True)
+    two, one = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in ("two", "one"))
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)

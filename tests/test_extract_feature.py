@@ -1,0 +1,175 @@
+"""Extraction: what it writes, against the encoder called by hand."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import extract_feature
+from data.locations import normalize_locations
+from models.builder import DrasCLR
+from models.checkpoint import add_module, save_checkpoint
+from models.cnn3d import Encoder
+
+
+def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
+    torch.manual_seed(seed)
+    sizes = {"rep_dim": 12, "moco_dim": 5, "num_experts": 3, "mlp": True, **sizes}
+    model = DrasCLR(Encoder, num_patch, sizes["rep_dim"], sizes["moco_dim"], sizes["num_experts"], 1, 8, 0.9, 0.2, sizes["mlp"])
+    # Statistics as after training, not the 0 and 1 of a new network.
+    model.train()
+    with torch.no_grad():
+        model.encoder_q(torch.randn(8, 1, 32, 32, 32), torch.zeros(1, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if bare else {"epoch": 3, "arch": "custom", "state_dict": add_module(model.state_dict())}
+    save_checkpoint(path, state)
+    return model.encoder_q.eval()
+
+
+@torch.no_grad()
+def literal(encoder, patches, table):
+    """One patch at a time: (N, L, 32, 32, 32) -> (N, L, rep_dim)."""
+    locations = torch.from_numpy(normalize_locations(table))
+    volumes = torch.from_numpy((np.clip(patches.astype(np.float32), -1024, 240) + 1024) / 632 - 1)
+    return np.stack(
+        [[encoder(volumes[n, l][None, None], locations[l][None])[1][0].numpy() for l in range(len(table))] for n in range(len(patches))]
+    )
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("mlp", [True, False])
+def test_features_are_the_encoders(tmp_path, make_store, grid, run, rel, grouped, mlp):
+    patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
+    encoder = make_checkpoint(tmp_path / "e x p" / "checkpoint_patch_0003.pth.tar", mlp=mlp)
+    (tmp_path / "labels.csv").write_text("sid,FEV1pp,sex\n002,71.5,F\n000,88,M\n")
+    run(
+        "extract_feature.py",
+        *(f"--exp-name={tmp_path / 'e x p'}", "--checkpoint-patch=checkpoint_patch_0003.pth.tar"),
+        *("--root-dir", tmp_path / "store", "--labels", tmp_path / "labels.csv", "--batch-size", 2),
+    )
+    out = tmp_path / "e x p" / "patch_rep" / "0003"
+    names = {"sid_arr_full.npy", "pred_arr_patch_full.npy", "pred_arr_patient_full.npy", "feature_arr_patch_full.npy"}
+    assert {path.name for path in out.iterdir()} == names | {"label_names.json", "patient_features.csv"}
+    patch, patient, sids, labels = (
+        np.load(out / f"{name}_full.npy", allow_pickle=False)
+        for name in ("pred_arr_patch", "pred_arr_patient", "sid_arr", "feature_arr_patch")
+    )
+    wanted = literal(encoder, patches, grid)
+    assert patch.shape == (5, 6, 12) and patch.dtype == patient.dtype == np.float32
+    assert rel(patch, wanted) < 1e-5
+    np.testing.assert_allclose(patient, patch.mean(axis=1), rtol=1e-5, atol=1e-6)
+    assert sids.tolist() == ["000", "001", "002", "003", "004"]
+    np.testing.assert_array_equal(labels[:, 0], np.array([88, np.nan, 71.5, np.nan, np.nan], dtype=np.float32))
+    assert json.loads((out / "label_names.json").read_text()) == ["FEV1pp"]
+    with open(out / "patient_features.csv") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["sid", *(f"f{i:03d}" for i in range(12))] and [row[0] for row in rows] == sids.tolist()
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], dtype=np.float32), patient)
+
+
+def extract(*flags):
+    extract_feature.extract(extract_feature.parse_arguments([str(flag) for flag in flags]))
+
+
+def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
+    make_store(tmp_path / "store", 4, grid)
+    make_checkpoint(tmp_path / "c.pth.tar")
+    flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store", "--device", "cpu")
+    original, seen = extract_feature.encode_unit, []
+
+    def stop_at_the_fourth(encoder, store, locations, unit, *rest):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(unit.name)
+        return original(encoder, store, locations, unit, *rest)
+
+    monkeypatch.setattr(extract_feature, "encode_unit", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*flags, "--out-dir", tmp_path / "a")
+    assert not (tmp_path / "a" / "pred_arr_patch_full.npy").exists()
+    again = []
+    monkeypatch.setattr(extract_feature, "encode_unit", lambda *a: again.append(a[3].name) or original(*a))
+    extract(*flags, "--out-dir", tmp_path / "a")
+    assert len(again) == 3 and not set(again) & set(seen)
+    extract(*flags, "--out-dir", tmp_path / "b")
+    first, second = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in "ab")
+    np.testing.assert_array_equal(first, second)
+    assert not (tmp_path / "a" / ".pieces").exists()
+
+    # Pieces of another checkpoint are not taken for this one's.
+    monkeypatch.setattr(extract_feature, "encode_unit", stop_at_the_fourth)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        extract(*flags, "--out-dir", tmp_path / "c")
+    make_checkpoint(tmp_path / "c.pth.tar", seed=9)
+    monkeypatch.setattr(extract_feature, "encode_unit", original)
+    extract(*flags, "--out-dir", tmp_path / "c")
+    extract(*flags, "--out-dir", tmp_path / "d")
+    third, fourth = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in "cd")
+    np.testing.assert_array_equal(third, fourth)
+
+
+def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid, monkeypatch):
+    make_store(tmp_path / "g", 7, grid)
+    make_store(tmp_path / "u", 7, grid, grouped=False)
+    make_checkpoint(tmp_path / "c.pth.tar")
+    monkeypatch.setattr(extract_feature, "SUBJECT_BLOCK", 3)
+    monkeypatch.setattr(extract_feature, "ASSEMBLY_BYTES", 2 * 6 * 12 * 4)
+    for name in "gu":
+        extract("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / name, "--out-dir", tmp_path / f"o{name}")
+    for array in ("pred_arr_patch_full", "pred_arr_patient_full"):
+        first, second = (np.load(tmp_path / f"o{name}" / f"{array}.npy") for name in "gu")
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
+    make_store(tmp_path / "store", 2, grid)
+    make_checkpoint(tmp_path / "w" / "weights_0007.pth.tar", bare=True)
+    (tmp_path / "e").mkdir()
+    run("extract_feature.py", "--exp-name", "e", "--checkpoint-patch", "w/weights_0007.pth.tar", "--root-dir", "store", cwd=tmp_path)
+    assert (tmp_path / "e" / "patch_rep" / "0007" / "patient_features.csv").is_file()
+
+
+def test_refusals(tmp_path, make_store, grid, run):
+    make_store(tmp_path / "store", 2, grid)
+    make_checkpoint(tmp_path / "e" / "five.pth.tar", num_patch=5)
+    make_checkpoint(tmp_path / "e" / "good.pth.tar")
+    content = torch.load(tmp_path / "e" / "good.pth.tar", weights_only=True)
+    content["state_dict"]["module.encoder_q.conv2.weight"] = torch.zeros(3, 8, 8, 3, 3)
+    torch.save(content, tmp_path / "e" / "shape.pth.tar")
+    del content["state_dict"]["module.encoder_q.conv2.weight"]
+    torch.save(content, tmp_path / "e" / "key.pth.tar")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "e" / "other.pth.tar")
+    torch.save({"state_dict": os.getcwd}, tmp_path / "e" / "unsafe.pth.tar")
+    (tmp_path / "e" / "torn.pth.tar").write_bytes((tmp_path / "e" / "good.pth.tar").read_bytes()[:3000])
+    cases = {
+        "five.pth.tar": "trained on 5 locations, --root-dir store has 6",
+        "none.pth.tar": "no checkpoint at e/none.pth.tar; e has",
+        "shape.pth.tar": "conv2.weight of shape (3, 8, 8, 3, 3), the model of shape (3, 8, 8, 3, 3, 3)",
+        "key.pth.tar": "lacks conv2.weight of shape (3, 8, 8, 3, 3, 3)",
+        "other.pth.tar": "no key that starts with encoder_q.",
+        "unsafe.pth.tar": "cannot be read as a checkpoint of plain tensors",
+        "torn.pth.tar": "cannot be read as a checkpoint",
+    }
+    for name, message in cases.items():
+        result = run("extract_feature.py", "--exp-name=e", f"--checkpoint-patch={name}", "--root-dir=store", cwd=tmp_path, check=False)
+        assert result.returncode == 2 and message in result.stderr, (name, result.stderr)
+        assert len(result.stderr.strip().splitlines()) == 1
+    result = run("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "give --root-dir" in result.stderr
+
+
+@pytest.mark.reference
+def test_published_checkpoint_as_it_is(reference, tmp_path, make_store, run):
+    """No configs.json, read-only folder, five locations."""
+    table = np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [0, 0, 26], [26, 26, 26]])
+    make_store(tmp_path / "store", 3, table)
+    run(
+        "extract_feature.py",
+        *(f"--exp-name={reference / 'train'}", "--checkpoint-patch=checkpoint_patch_0001.pth.tar"),
+        *("--root-dir", tmp_path / "store", "--out-dir", tmp_path / "out"),
+    )
+    assert np.load(tmp_path / "out" / "pred_arr_patch_full.npy").shape == (3, 5, 32)

@@ -1,0 +1,250 @@
+"""The trainer: schedule, loop, resuming, refusals; through the command line where it matters."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data.augment import Augmentation, make_views, step_generators
+from data.dataset import PatchBatch
+from data.locations import neighbor_table, normalize_locations
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+
+from .conftest import ROOT
+
+SMALL = ("--batch-size", 3, "--moco-k", 6, "--rep-dim", 8, "--moco-dim", 4, "--num-experts", 2, "--workers", 0, "--save-minutes", 0)
+
+
+def arguments(*flags):
+    return train.parse_arguments(["--root-dir", "x", "--exp-name", "x", *map(str, flags)])
+
+
+def lines(folder, kind="step"):
+    return [record for record in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if record["kind"] == kind]
+
+
+def test_defaults_are_the_published_values():
+    args = arguments()
+    published = dict(epochs=20, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, rep_dim=128, moco_dim=128, moco_k=4096)
+    published |= dict(moco_m=0.999, moco_t=0.2, num_experts=8, num_coordinates=1, k_neighbors=2, beta=1.0, warm_up=0)
+    published |= dict(augmentation="agc", workers=16, print_freq=10, seed=0, mlp=True, lr_schedule="cosine", schedule=[120, 160])
+    assert {name: getattr(args, name) for name in published} == published
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7, 19])
+def test_cosine(epoch):
+    assert train.learning_rate(epoch, arguments()) == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 20)))
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.5), (1, 0.5), (2, 0.05), (4, 0.05), (5, 0.005), (9, 0.005)])
+def test_steps(epoch, rate):
+    args = arguments("--lr", 0.5, "--lr-schedule", "step", "--schedule", 2, 5)
+    assert train.learning_rate(epoch, args) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_losses_warm_up_beta_and_accuracy(grid, epoch):
+    """One step's figures, computed again from the model's logits."""
+    args = arguments("--warm-up", 1, "--beta", 0.3, "--moco-k", 6, "--batch-size", 3)
+    torch.manual_seed(0)
+    model = DrasCLR(Encoder, 6, 8, 4, 2, 1, 6, 0.9, 0.2, True)
+    twin = DrasCLR(Encoder, 6, 8, 4, 2, 1, 6, 0.9, 0.2, True)
+    twin.load_state_dict(model.state_dict())
+    patches = torch.randint(-1024, 241, (3, 3, 32, 32, 32), dtype=torch.int16)
+    batch = PatchBatch(epoch, 4, 1, patches[:, 0], patches[:, 1:])
+    table, near = torch.from_numpy(normalize_locations(grid)), torch.from_numpy(neighbor_table(grid, 2))
+    augmentation = Augmentation("agc")
+    loss, figures = train.compute_losses(model, batch, table, near, augmentation, args)
+
+    generators = step_generators(0, epoch, 4, 1, 0, torch.device("cpu"))
+    query, key, around = make_views(batch.patches, batch.neighbors, augmentation, generators)
+    here = table[4].expand(3, 3)
+    patch, neighbor, labels = twin(4, [query, here], [key, here], [around, table[near[4]].expand(3, 2, 3)])
+    wanted = [F.cross_entropy(patch, labels), F.cross_entropy(neighbor, labels)]
+    total = wanted[0] + (0.3 * wanted[1] if epoch >= 1 else 0)
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
+    accuracies = [100 * sum(int(row.argmax()) == 0 for row in logits) / 3 for logits in (patch, neighbor)]
+    torch.testing.assert_close(figures, torch.stack([*wanted, total, *map(torch.tensor, accuracies)]).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, make_store, grid):
+    folder = tmp_path_factory.mktemp("store")
+    make_store(folder, 7, grid)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(store, run, tmp_path_factory):
+    """Two epochs without a stop."""
+    folder = tmp_path_factory.mktemp("run")
+    result = run("train.py", "--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL, cwd=folder)
+    return folder, result.stdout
+
+
+def test_what_a_run_leaves(trained, store):
+    folder, output = trained
+    experiment = folder / "ssl_exp" / "a"
+    names = {path.name.split(".out.")[0] for path in experiment.iterdir()}
+    assert names == {"configs.json", "log.jsonl", "events", "checkpoint_patch_0001.pth.tar", "checkpoint_patch_0002.pth.tar"}
+    configs = json.loads((experiment / "configs.json").read_text())
+    assert configs["root_dir"] == str(store) and configs["batch_size"] == 3 and configs["versions"]["torch"] == torch.__version__
+    assert configs["git_commit"]
+    steps, epochs = lines(experiment), lines(experiment, "epoch")
+    assert [(r["epoch"], r["step"], r["location"]) for r in steps] == [
+        (epoch, step, (step - 1) // 2) for epoch in (1, 2) for step in range(1, 13)
+    ]
+    assert [r["lr"] for r in epochs] == [0.01, 0.005]
+    for epoch in (1, 2):  # the epoch's figures are the mean of its steps'
+        mean = np.mean([r["loss"] for r in steps if r["epoch"] == epoch])
+        assert epochs[epoch - 1]["loss"] == pytest.approx(mean, rel=1e-4)
+    content = torch.load(experiment / "checkpoint_patch_0002.pth.tar", weights_only=True)
+    assert content["epoch"] == 2 and content["arch"] == "custom"
+    assert content["state_dict"]["module.queue"].shape == (4, 6, 6)
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 epochs x 2 steps x 3 keys, modulo 6
+    assert len(content["optimizer"]["param_groups"][0]["params"]) == 164
+    assert "epoch 2/2" in output and "samples/s" in output
+
+
+def test_curves_are_there(trained):
+    from tensorboard_logger.tf_protobuf.event_pb2 import Event
+
+    folder, _ = trained
+    (path,) = (folder / "ssl_exp" / "a").glob("events.out.tfevents.*")
+    data, tags, offset = path.read_bytes(), set(), 0
+    while offset < len(data):
+        length = int.from_bytes(data[offset : offset + 8], "little")
+        event = Event.FromString(data[offset + 12 : offset + 12 + length])
+        tags |= {value.tag for value in event.summary.value}
+        offset += 12 + length + 4
+    assert {f"train/{name}" for name in (*train.METERS, "lr", "samples_per_s")} <= tags
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers):
+    flags = list(SMALL)
+    flags[flags.index("--workers") + 1] = workers
+    code = "import os, sys; os.sched_getaffinity = lambda _: range(4); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    # Four workers although the machine may have fewer cores.
+    command = [sys.executable, "-W", "ignore", "-c", code, str(ROOT / "train.py"), "--root-dir", str(store), "--exp-name", "w"]
+    command += ["--epochs", "1", "--print-freq", "1", *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"{workers} reading processes" in result.stdout
+    # One epoch of one has another cosine than the first of two only after the first epoch.
+    ours = [record["loss"] for record in lines(tmp_path / "ssl_exp" / "w")]
+    assert ours == [record["loss"] for record in lines(trained[0] / "ssl_exp" / "a") if record["epoch"] == 1]
+
+
+def same_checkpoint(first, second):
+    a, b = (torch.load(path, weights_only=True) for path in (first, second))
+    assert a["epoch"] == b["epoch"]
+    for name, tensor in a["state_dict"].items():
+        assert torch.equal(tensor, b["state_dict"][name]), name
+    for index, entry in a["optimizer"]["state"].items():
+        assert torch.equal(entry["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert torch.equal(a["rng_state"], b["rng_state"])
+
+
+def test_a_resumed_run_is_the_run(trained, store, run, tmp_path):
+    done = trained[0] / "ssl_exp" / "a"
+    ours = tmp_path / "ssl_exp" / "a"
+    ours.mkdir(parents=True)
+    (ours / "checkpoint_patch_0001.pth.tar").write_bytes((done / "checkpoint_patch_0001.pth.tar").read_bytes())
+    flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, *SMALL)
+    refused = run("train.py", *flags, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "has checkpoints already; give --resume auto" in refused.stderr
+    result = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
+    assert "1 epochs done" in result.stdout
+    same_checkpoint(done / "checkpoint_patch_0002.pth.tar", ours / "checkpoint_patch_0002.pth.tar")
+    again = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
+    assert "nothing to do: 2 of 2 epochs are done" in again.stdout
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
+    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "epoch 1 [3/12]" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped by SIGTERM; saved" in rest
+    folder = tmp_path / "ssl_exp" / "a"
+    assert torch.load(folder / train.UNFINISHED, weights_only=True)["step"] in range(3, 12)
+    result = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
+    assert "0 epochs done and" in result.stdout
+    done = trained[0] / "ssl_exp" / "a"
+    same_checkpoint(done / "checkpoint_patch_0001.pth.tar", folder / "checkpoint_patch_0001.pth.tar")
+    same_checkpoint(done / "checkpoint_patch_0002.pth.tar", folder / "checkpoint_patch_0002.pth.tar")
+    assert not (folder / train.UNFINISHED).exists()
+    assert lines(folder, "epoch")[0]["loss"] == pytest.approx(lines(done, "epoch")[0]["loss"], rel=1e-5)
+
+
+def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
+    done = trained[0] / "ssl_exp" / "a"
+    run("train.py", "--root-dir", store, "--exp-name", "a", "--resume", "checkpoint_patch_0001.pth.tar", "--epochs", 1, *SMALL, cwd=trained[0])
+    path = done / "checkpoint_patch_0001.pth.tar"
+    result = run("train.py", "--root-dir", store, "--exp-name", "b", "--resume", path, "--epochs", 1, *SMALL, cwd=tmp_path)
+    assert "nothing to do" in result.stdout
+    missing = run("train.py", "--root-dir", store, "--exp-name", "a", "--resume", "no.pth.tar", *SMALL, cwd=trained[0], check=False)
+    assert missing.returncode == 2 and "no checkpoint at no.pth.tar" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch-size", 8, "--moco-k", 8), "--batch-size 8 exceeds the 7 subjects"),
+        (("--batch-size", 1), "leaves 1 sample"),
+        (("--moco-k", 7), "--moco-k 7 is not a multiple of --batch-size 3"),
+        (("--augmentation", "ax"), "unknown letter 'x'"),
+        (("--k-neighbors", 6), "--k-neighbors 6 with 6 locations"),
+        (("--root-dir", "nowhere"), "nowhere is not a folder"),
+        (("--num-coordinates", 2), "only 1 is defined"),
+        (("--epochs", 0), "--epochs 0: at least 1"),
+        (("--rep-dim", 16, "--resume", "{a}"), r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)"),
+    ],
+)
+def test_refusals_are_one_line(trained, store, run, tmp_path, flags, message):
+    import re
+
+    path = trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar"
+    flags = [str(path) if flag == "{a}" else flag for flag in flags]
+    result = run("train.py", "--root-dir", store, "--exp-name", "new", *SMALL, *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "ssl_exp").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
+    result = run(
+        "train.py", "--root-dir", store, "--exp-name", "n", "--print-freq", 1, *SMALL, "--lr", 1e30, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 2 and "the loss is not finite at epoch 1" in result.stderr and "lower --lr" in result.stderr
+
+
+def test_stops_quickly_without_workers_left(store, tmp_path):
+    """SIGINT from a terminal, while reading processes run."""
+    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch 1 [2/12]" in line:
+            break
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "--resume auto" in output and time.monotonic() - start < 30

@@ -1,0 +1,32 @@
+"""Set-up: what counts as satisfied, and doing nothing where nothing is to do."""
+
+import os
+import subprocess
+import sys
+
+from tools.check_requirements import unmet
+
+from ..conftest import ROOT
+
+
+def test_requirements_are_met_here():
+    assert unmet(ROOT / "requirements.txt") == []
+
+
+def test_what_is_unmet_is_named(tmp_path):
+    (tmp_path / "r.txt").write_text("# a comment\nnumpy<1  # old\nsurely-not-a-package>=2\npytest\n\n")
+    lines = unmet(tmp_path / "r.txt")
+    assert [line.split(":")[0] for line in lines] == ["numpy<1", "surely-not-a-package>=2"]
+
+
+def test_nothing_is_installed_where_all_is_there(tmp_path):
+    """From another folder, through a link whose name has a space."""
+    link = tmp_path / "a project"
+    link.symlink_to(ROOT)
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    environment.pop("VENV", None)
+    result = subprocess.run(
+        ["sh", str(link / "tools" / "setup_env.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("nothing to do") and len(result.stdout.splitlines()) == 1
