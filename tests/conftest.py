@@ -38,7 +38,7 @@ def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subproc
     first, *rest = [str(part) for part in command]
     program = ["sh", str(ROOT / first)] if first.endswith(".sh") else [sys.executable, str(ROOT / first)]
     result = subprocess.run(
-        [*program, *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*program, *rest], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=timeout, check=False
     )
     if check:
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"

@@ -81,10 +81,10 @@ def main() -> int:
         for key, table in tables.items():
             features = table.loc[[sid for sid, ok in zip(sids, known) if ok]].to_numpy()
             results[name][key] = cross_validated_r2(features, target[known])
-    heading = f"{'column':<24}{'subjects':>9}{'R² features':>18}" + (f"{'R² compared':>18}" if args.compare else "")
+    heading = f"{'column':<24}{'subjects':>9}{'R2 features':>18}" + (f"{'R2 compared':>18}" if args.compare else "")
     print(heading)
     for name, row in results.items():
-        cells = [f"{row[key][0]:.2f} ± {row[key][1]:.2f}" for key in tables]
+        cells = [f"{row[key][0]:.2f} +- {row[key][1]:.2f}" for key in tables]
         print(f"{name:<24}{row['subjects']:>9}" + "".join(f"{cell:>18}" for cell in cells))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

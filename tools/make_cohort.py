@@ -336,7 +336,7 @@ def plant_disease(
         if len(inner):
             centre = np.array(np.unravel_index(rng.choice(inner), hu.shape))
             reach = np.ceil(0.75 * lesion_mm / sampling).astype(int) + 1
-            box = tuple(slice(max(0, c - r), c + r + 1) for c, r in zip(centre, reach))
+            box = _box(centre, reach, hu.shape)
             grid = np.ogrid[box]
             distance = np.sqrt(sum(((g - c) * d) ** 2 for g, c, d in zip(grid, centre, sampling)))
             bumps = ndimage.gaussian_filter(rng.normal(size=distance.shape), 2) * 2.0
@@ -350,6 +350,11 @@ def plant_disease(
         "emphysema_fraction": round(float((holes | blebs).sum()) / voxels, 5),
         "lesion_diameter_mm": round(lesion_mm, 1),
     }
+
+
+def _box(centre: tuple[int, ...], reach: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The voxels within ``reach`` of ``centre``, inside the array."""
+    return tuple(slice(max(0, c - r), min(n, c + r + 1)) for c, r, n in zip(centre, reach, shape))
 
 
 def _holes(
@@ -372,7 +377,7 @@ def _holes(
         centre = np.unravel_index(where[min(np.searchsorted(cumulative, rng.random()), len(where) - 1)], allowed.shape)
         radius = rng.uniform(*radii) * shrink
         reach = np.ceil(radius / sampling).astype(int)
-        box = tuple(slice(max(0, c - r), c + r + 1) for c, r in zip(centre, reach))
+        box = _box(centre, reach, allowed.shape)
         grid = np.ogrid[box]
         ball = sum(((g - c) * d) ** 2 for g, c, d in zip(grid, centre, sampling)) <= radius**2
         new = ball & allowed[box] & ~holes[box]
