@@ -342,7 +342,7 @@ def train(args: argparse.Namespace) -> None:
                 torch.cuda.set_rng_state(content["cuda_rng_state"], device)
         totals = content.get("totals", totals)
         for name, before in (content.get("config") or {}).items():
-            now = getattr(args, name, before)
+            now = store.num_subjects if name == "num_subjects" else getattr(args, name, before)
             if now != before and name not in ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress"):
                 say(f"note: --{name.replace('_', '-')} was {before} in {resume.name} and is {now} now")
         say(f"resuming from {resume}: {first_epoch} epochs done" + (f" and {first_step} steps" if first_step else ""))
@@ -387,7 +387,7 @@ def train(args: argparse.Namespace) -> None:
             "step": step,
             "totals": sums.cpu().double(),
             "rng_state": torch.get_rng_state(),
-            "config": vars(args),
+            "config": {**vars(args), "num_subjects": store.num_subjects},
         }
         if device.type == "cuda":
             checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(device)

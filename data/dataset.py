@@ -55,4 +55,7 @@ def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: i
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
+        # Its own, for the workers' seeds, which nothing uses: an iterator started anew after a stop
+        # must not advance the process's stream, or a resumed run would shuffle its keys differently.
+        generator=torch.Generator(),
     )

@@ -62,7 +62,9 @@ def rel():
     return relative_error
 
 
-def write_store(root: Path, num_subjects: int, locations: np.ndarray, seed: int = 0, grouped: bool = True) -> np.ndarray:
+def write_store(
+    root: Path, num_subjects: int, locations: np.ndarray, seed: int = 0, grouped: bool = True
+) -> np.ndarray:
     """A store of random patches; returns them as (N, L, 32, 32, 32) int16."""
     rng = np.random.default_rng(seed)
     patches = rng.integers(-1024, 241, (num_subjects, len(locations), 32, 32, 32), dtype=np.int16)

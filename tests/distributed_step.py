@@ -52,7 +52,8 @@ def main(rank, world, folder, mode):
         optimizer.step()
         losses.append(distributed.all_reduce_mean(loss.detach().clone()).item())
     torch.save(
-        {"losses": losses, "gradients": gradients, "state": bare.state_dict(), "encoded": encoded}, f"{folder}/rank{rank}.pt"
+        {"losses": losses, "gradients": gradients, "state": bare.state_dict(), "encoded": encoded},
+        f"{folder}/rank{rank}.pt",
     )
     torch.distributed.destroy_process_group()
 

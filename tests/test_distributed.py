@@ -26,7 +26,9 @@ def run_ranks(folder, world, mode):
     torch.save(model.state_dict(), folder / "start.pt")
     script = ROOT / "tests" / "distributed_step.py"
     processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(world), str(folder), mode], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(world), str(folder), mode], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(world)
     ]
     for process in processes:
@@ -98,7 +100,15 @@ def test_keys_enter_the_queue_in_rank_order(single, tmp_path):
 
 
 def torchrun(ranks, script, *flags, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(ROOT / script),
+    ]
     result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -107,7 +117,20 @@ def torchrun(ranks, script, *flags, cwd):
 @pytest.mark.slow
 def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
     make_store(tmp_path / "store", 9, grid)
-    flags = ("--root-dir", "store", "--exp-name", "two", "--epochs", 1, "--batch-size", 4, "--moco-k", 8, "--rep-dim", 8)
+    flags = (
+        "--root-dir",
+        "store",
+        "--exp-name",
+        "two",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--moco-k",
+        8,
+        "--rep-dim",
+        8,
+    )
     more = ("--moco-dim", 4, "--num-experts", 2, "--workers", 2, "--print-freq", 2, "--device", "cpu", "--save-initial")
     output = torchrun(2, "train.py", *flags, *more, cwd=tmp_path)
     assert output.count("2 x cpu") == 1 and output.count("epoch 1/1") == 1  # one rank speaks
@@ -120,6 +143,8 @@ def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
 
     common = ("--exp-name", "ssl_exp/two", "--checkpoint-patch", "checkpoint_patch_0001.pth.tar", "--device", "cpu")
     torchrun(2, "extract_feature.py", *common, "--out-dir", "two", cwd=tmp_path)
-    subprocess.run([sys.executable, str(ROOT / "extract_feature.py"), *common, "--out-dir", "one"], cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "extract_feature.py"), *common, "--out-dir", "one"], cwd=tmp_path, check=True
+    )
     two, one = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in ("two", "one"))
     np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)

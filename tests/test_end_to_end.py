@@ -20,7 +20,12 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
     )
     run(
         "extract_feature.py",
-        *("--exp-name=ssl_exp/tiny", "--checkpoint-patch=checkpoint_patch_0001.pth.tar", "--labels", folder / "labels.csv"),
+        *(
+            "--exp-name=ssl_exp/tiny",
+            "--checkpoint-patch=checkpoint_patch_0001.pth.tar",
+            "--labels",
+            folder / "labels.csv",
+        ),
         cwd=tmp_path,
     )
     out = tmp_path / "ssl_exp" / "tiny" / "patch_rep" / "0001"
@@ -34,7 +39,15 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
 
 
 def test_top_level_is_the_layout():
-    allowed = {"README.md", "requirements.txt", "run_train.sh", "train.py", "extract_feature.py", "LICENSE", "pyproject.toml"}
+    allowed = {
+        "README.md",
+        "requirements.txt",
+        "run_train.sh",
+        "train.py",
+        "extract_feature.py",
+        "LICENSE",
+        "pyproject.toml",
+    }
     allowed |= {"models", "data", "preprocess", "tools", "misc", "tests", "ssl_exp", "__pycache__"}
     assert {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} <= allowed
 
@@ -42,7 +55,10 @@ def test_top_level_is_the_layout():
 @pytest.mark.parametrize(
     "script",
     ["train.py", "extract_feature.py"]
-    + [f"preprocess/{name}.py" for name in ("patchify_atlas", "segment_lung", "register", "patchify_images", "group_patches")]
+    + [
+        f"preprocess/{name}.py"
+        for name in ("patchify_atlas", "segment_lung", "register", "patchify_images", "group_patches")
+    ]
     + ["tools/make_cohort.py", "tools/evaluate.py", "preprocess/run_preprocess.sh", "run_train.sh"],
 )
 def test_every_script_explains_itself_from_any_folder(run, tmp_path, script):

@@ -18,7 +18,9 @@ from models.cnn3d import Encoder
 def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
     torch.manual_seed(seed)
     sizes = {"rep_dim": 12, "moco_dim": 5, "num_experts": 3, "mlp": True, **sizes}
-    model = DrasCLR(Encoder, num_patch, sizes["rep_dim"], sizes["moco_dim"], sizes["num_experts"], 1, 8, 0.9, 0.2, sizes["mlp"])
+    model = DrasCLR(
+        Encoder, num_patch, sizes["rep_dim"], sizes["moco_dim"], sizes["num_experts"], 1, 8, 0.9, 0.2, sizes["mlp"]
+    )
     # Statistics as after training, not the 0 and 1 of a new network.
     model.train()
     with torch.no_grad():
@@ -35,7 +37,10 @@ def literal(encoder, patches, table):
     locations = torch.from_numpy(normalize_locations(table))
     volumes = torch.from_numpy((np.clip(patches.astype(np.float32), -1024, 240) + 1024) / 632 - 1)
     return np.stack(
-        [[encoder(volumes[n, l][None, None], locations[l][None])[1][0].numpy() for l in range(len(table))] for n in range(len(patches))]
+        [
+            [encoder(volumes[n, l][None, None], locations[l][None])[1][0].numpy() for l in range(len(table))]
+            for n in range(len(patches))
+        ]
     )
 
 
@@ -77,7 +82,16 @@ def extract(*flags):
 def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
-    flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store", "--device", "cpu")
+    flags = (
+        "--exp-name",
+        tmp_path,
+        "--checkpoint-patch",
+        "c.pth.tar",
+        "--root-dir",
+        tmp_path / "store",
+        "--device",
+        "cpu",
+    )
     original, seen = extract_feature.encode_unit, []
 
     def stop_at_the_fourth(encoder, store, locations, unit, *rest):
@@ -119,7 +133,16 @@ def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid
     monkeypatch.setattr(extract_feature, "SUBJECT_BLOCK", 3)
     monkeypatch.setattr(extract_feature, "ASSEMBLY_BYTES", 2 * 6 * 12 * 4)
     for name in "gu":
-        extract("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / name, "--out-dir", tmp_path / f"o{name}")
+        extract(
+            "--exp-name",
+            tmp_path,
+            "--checkpoint-patch",
+            "c.pth.tar",
+            "--root-dir",
+            tmp_path / name,
+            "--out-dir",
+            tmp_path / f"o{name}",
+        )
     for array in ("pred_arr_patch_full", "pred_arr_patient_full"):
         first, second = (np.load(tmp_path / f"o{name}" / f"{array}.npy") for name in "gu")
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
@@ -129,7 +152,16 @@ def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "w" / "weights_0007.pth.tar", bare=True)
     (tmp_path / "e").mkdir()
-    run("extract_feature.py", "--exp-name", "e", "--checkpoint-patch", "w/weights_0007.pth.tar", "--root-dir", "store", cwd=tmp_path)
+    run(
+        "extract_feature.py",
+        "--exp-name",
+        "e",
+        "--checkpoint-patch",
+        "w/weights_0007.pth.tar",
+        "--root-dir",
+        "store",
+        cwd=tmp_path,
+    )
     assert (tmp_path / "e" / "patch_rep" / "0007" / "patient_features.csv").is_file()
 
 
@@ -155,7 +187,14 @@ def test_refusals(tmp_path, make_store, grid, run):
         "torn.pth.tar": "cannot be read as a checkpoint",
     }
     for name, message in cases.items():
-        result = run("extract_feature.py", "--exp-name=e", f"--checkpoint-patch={name}", "--root-dir=store", cwd=tmp_path, check=False)
+        result = run(
+            "extract_feature.py",
+            "--exp-name=e",
+            f"--checkpoint-patch={name}",
+            "--root-dir=store",
+            cwd=tmp_path,
+            check=False,
+        )
         assert result.returncode == 2 and message in result.stderr, (name, result.stderr)
         assert len(result.stderr.strip().splitlines()) == 1
     result = run("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path, check=False)

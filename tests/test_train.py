@@ -22,7 +22,22 @@ from models.cnn3d import Encoder
 
 from .conftest import ROOT
 
-SMALL = ("--batch-size", 3, "--moco-k", 6, "--rep-dim", 8, "--moco-dim", 4, "--num-experts", 2, "--workers", 0, "--save-minutes", 0)
+SMALL = (
+    "--batch-size",
+    3,
+    "--moco-k",
+    6,
+    "--rep-dim",
+    8,
+    "--moco-dim",
+    4,
+    "--num-experts",
+    2,
+    "--workers",
+    0,
+    "--save-minutes",
+    0,
+)
 
 
 def arguments(*flags):
@@ -30,14 +45,20 @@ def arguments(*flags):
 
 
 def lines(folder, kind="step"):
-    return [record for record in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if record["kind"] == kind]
+    return [
+        record for record in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if record["kind"] == kind
+    ]
 
 
 def test_defaults_are_the_published_values():
     args = arguments()
-    published = dict(epochs=20, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, rep_dim=128, moco_dim=128, moco_k=4096)
+    published = dict(
+        epochs=20, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, rep_dim=128, moco_dim=128, moco_k=4096
+    )
     published |= dict(moco_m=0.999, moco_t=0.2, num_experts=8, num_coordinates=1, k_neighbors=2, beta=1.0, warm_up=0)
-    published |= dict(augmentation="agc", workers=16, print_freq=10, seed=0, mlp=True, lr_schedule="cosine", schedule=[120, 160])
+    published |= dict(
+        augmentation="agc", workers=16, print_freq=10, seed=0, mlp=True, lr_schedule="cosine", schedule=[120, 160]
+    )
     assert {name: getattr(args, name) for name in published} == published
 
 
@@ -74,7 +95,9 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     total = wanted[0] + (0.3 * wanted[1] if epoch >= 1 else 0)
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
     accuracies = [100 * sum(int(row.argmax()) == 0 for row in logits) / 3 for logits in (patch, neighbor)]
-    torch.testing.assert_close(figures, torch.stack([*wanted, total, *map(torch.tensor, accuracies)]).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        figures, torch.stack([*wanted, total, *map(torch.tensor, accuracies)]).detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +111,9 @@ def store(tmp_path_factory, make_store, grid):
 def trained(store, run, tmp_path_factory):
     """Two epochs without a stop."""
     folder = tmp_path_factory.mktemp("run")
-    result = run("train.py", "--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL, cwd=folder)
+    result = run(
+        "train.py", "--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL, cwd=folder
+    )
     return folder, result.stdout
 
 
@@ -96,9 +121,19 @@ def test_what_a_run_leaves(trained, store):
     folder, output = trained
     experiment = folder / "ssl_exp" / "a"
     names = {path.name.split(".out.")[0] for path in experiment.iterdir()}
-    assert names == {"configs.json", "log.jsonl", "events", "checkpoint_patch_0001.pth.tar", "checkpoint_patch_0002.pth.tar"}
+    assert names == {
+        "configs.json",
+        "log.jsonl",
+        "events",
+        "checkpoint_patch_0001.pth.tar",
+        "checkpoint_patch_0002.pth.tar",
+    }
     configs = json.loads((experiment / "configs.json").read_text())
-    assert configs["root_dir"] == str(store) and configs["batch_size"] == 3 and configs["versions"]["torch"] == torch.__version__
+    assert (
+        configs["root_dir"] == str(store)
+        and configs["batch_size"] == 3
+        and configs["versions"]["torch"] == torch.__version__
+    )
     assert configs["git_commit"]
     steps, epochs = lines(experiment), lines(experiment, "epoch")
     assert [(r["epoch"], r["step"], r["location"]) for r in steps] == [
@@ -136,7 +171,18 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
     flags[flags.index("--workers") + 1] = workers
     code = "import os, sys; os.sched_getaffinity = lambda _: range(4); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     # Four workers although the machine may have fewer cores.
-    command = [sys.executable, "-W", "ignore", "-c", code, str(ROOT / "train.py"), "--root-dir", str(store), "--exp-name", "w"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        code,
+        str(ROOT / "train.py"),
+        "--root-dir",
+        str(store),
+        "--exp-name",
+        "w",
+    ]
     command += ["--epochs", "1", "--print-freq", "1", *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -176,7 +222,11 @@ def test_a_resumed_run_is_the_run(trained, store, run, tmp_path):
 def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
     flags = [str(f) for f in ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if "epoch 1 [3/12]" in line:
@@ -198,11 +248,36 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run,
 
 def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
     done = trained[0] / "ssl_exp" / "a"
-    run("train.py", "--root-dir", store, "--exp-name", "a", "--resume", "checkpoint_patch_0001.pth.tar", "--epochs", 1, *SMALL, cwd=trained[0])
+    run(
+        "train.py",
+        "--root-dir",
+        store,
+        "--exp-name",
+        "a",
+        "--resume",
+        "checkpoint_patch_0001.pth.tar",
+        "--epochs",
+        1,
+        *SMALL,
+        cwd=trained[0],
+    )
     path = done / "checkpoint_patch_0001.pth.tar"
-    result = run("train.py", "--root-dir", store, "--exp-name", "b", "--resume", path, "--epochs", 1, *SMALL, cwd=tmp_path)
+    result = run(
+        "train.py", "--root-dir", store, "--exp-name", "b", "--resume", path, "--epochs", 1, *SMALL, cwd=tmp_path
+    )
     assert "nothing to do" in result.stdout
-    missing = run("train.py", "--root-dir", store, "--exp-name", "a", "--resume", "no.pth.tar", *SMALL, cwd=trained[0], check=False)
+    missing = run(
+        "train.py",
+        "--root-dir",
+        store,
+        "--exp-name",
+        "a",
+        "--resume",
+        "no.pth.tar",
+        *SMALL,
+        cwd=trained[0],
+        check=False,
+    )
     assert missing.returncode == 2 and "no checkpoint at no.pth.tar" in missing.stderr
 
 
@@ -217,7 +292,10 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--root-dir", "nowhere"), "nowhere is not a folder"),
         (("--num-coordinates", 2), "only 1 is defined"),
         (("--epochs", 0), "--epochs 0: at least 1"),
-        (("--rep-dim", 16, "--resume", "{a}"), r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)"),
+        (
+            ("--rep-dim", 16, "--resume", "{a}"),
+            r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)",
+        ),
     ],
 )
 def test_refusals_are_one_line(trained, store, run, tmp_path, flags, message):
@@ -232,15 +310,35 @@ def test_refusals_are_one_line(trained, store, run, tmp_path, flags, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
     result = run(
-        "train.py", "--root-dir", store, "--exp-name", "n", "--print-freq", 1, *SMALL, "--lr", 1e30, cwd=tmp_path, check=False
+        "train.py",
+        "--root-dir",
+        store,
+        "--exp-name",
+        "n",
+        "--print-freq",
+        1,
+        *SMALL,
+        "--lr",
+        1e30,
+        cwd=tmp_path,
+        check=False,
     )
-    assert result.returncode == 2 and "the loss is not finite at epoch 1" in result.stderr and "lower --lr" in result.stderr
+    assert (
+        result.returncode == 2
+        and "the loss is not finite at epoch 1" in result.stderr
+        and "lower --lr" in result.stderr
+    )
 
 
 def test_stops_quickly_without_workers_left(store, tmp_path):
     """SIGINT from a terminal, while reading processes run."""
-    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    flags = [
+        str(f)
+        for f in ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if "epoch 1 [2/12]" in line:
             break

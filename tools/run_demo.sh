@@ -3,8 +3,8 @@
 #
 #   sh tools/run_demo.sh PYTHON [more flags for train.py]
 #
-# Everything goes to ssl_exp/demo and ssl_exp/demo_data; what is done already is kept. Remove the two
-# folders to start anew.
+# Everything goes to ssl_exp/demo, demo_untrained and demo_data; what is done already is kept. Remove
+# the folders to start anew.
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
@@ -15,8 +15,8 @@ cd "$here"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
-epochs=${DEMO_EPOCHS:-8}
-subjects=${DEMO_SUBJECTS:-36}
+epochs=${DEMO_EPOCHS:-4}
+subjects=${DEMO_SUBJECTS:-44}
 cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)
@@ -41,22 +41,25 @@ ranks=1
 [ "$gpus" -ge 2 ] && ranks=2
 [ "$gpus" -ge 4 ] && ranks=4
 step "3/5 training: $epochs epochs on $([ "$gpus" -gt 0 ] && echo "$ranks GPU(s), NCCL" || echo "the CPU, Gloo")"
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" train.py \
-    --root-dir "$data/patches" --exp-name demo --resume auto --save-initial \
-    --epochs "$epochs" --batch-size 12 --moco-k 24 --moco-m 0.99 --num-experts 4 --lr 0.02 \
-    --workers 2 --print-freq 23 "$@"
+train() {
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
+        --resume auto --batch-size 12 --moco-k 36 --moco-m 0.99 --num-experts 4 --workers 2 --print-freq 36 "$@"
+}
+train --exp-name demo --epochs "$epochs" --lr 0.02 "$@"
+echo
+echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
+train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1
 
 step "4/5 features, of the trained and of the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)
-for checkpoint in "$last" checkpoint_patch_0000.pth.tar; do
-    "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$checkpoint" --labels "$data/cohort/labels.csv"
-done
+"$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --labels "$data/cohort/labels.csv"
+"$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
 step "5/5 do the features know of the disease? 5-fold cross-validated R2, 'compared' is the untrained encoder"
 number=$(echo "$last" | sed 's/[^0-9]//g')
 features=$experiment/patch_rep/$number
 "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
-    --compare "$experiment/patch_rep/0000/patient_features.csv" --labels "$data/cohort/labels.csv" \
+    --compare "${experiment}_untrained/patch_rep/0001/patient_features.csv" --labels "$data/cohort/labels.csv" \
     --columns emphysema_fraction centrilobular_fraction paraseptal_fraction FEV1pp --json "$experiment/evaluation.json"
 
 cat <<EOF

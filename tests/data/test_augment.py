@@ -193,7 +193,9 @@ def test_drawn_parameters_have_monais_distributions():
         for axis in range(3):
             assert ks_2samp(affine[name][:, axis].numpy(), np.array(values)[:, axis]).pvalue > 1e-3, name
 
-    noise, contrast, flip = (f(count, SIZE, generator(2)) for f in (augment.draw_noise, augment.draw_contrast, augment.draw_flip))
+    noise, contrast, flip = (
+        f(count, SIZE, generator(2)) for f in (augment.draw_noise, augment.draw_contrast, augment.draw_flip)
+    )
     for drawn_here in (noise, contrast):
         assert len(drawn_here["chosen"]) / count == pytest.approx(0.25, abs=0.03)
     assert float(flip["flip"].float().mean()) == pytest.approx(0.5, abs=0.03)
@@ -260,7 +262,10 @@ def test_streams_are_never_shared():
 def test_a_step_can_be_drawn_again():
     patches = torch.randint(-1024, 241, (3, *SIZE), dtype=torch.int16, generator=generator(1))
     neighbors = torch.randint(-1024, 241, (3, 2, *SIZE), dtype=torch.int16, generator=generator(2))
-    views = [make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 3, 0, torch.device("cpu"))) for _ in range(2)]
+    views = [
+        make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 3, 0, torch.device("cpu")))
+        for _ in range(2)
+    ]
     other = make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 4, 0, torch.device("cpu")))
     for a, b, c in zip(*views, other):
         assert torch.equal(a, b) and not torch.equal(a, c)
@@ -270,7 +275,9 @@ def test_views_are_independent_and_neighbors_share_one_draw():
     one = torch.randint(-1024, 241, (1, *SIZE), dtype=torch.int16, generator=generator(1))
     patches = one.expand(2, -1, -1, -1)
     neighbors = one[:, None].expand(2, 3, -1, -1, -1)
-    query, key, around = make_views(patches, neighbors, Augmentation("a"), step_generators(0, 0, 0, 0, 0, torch.device("cpu")))
+    query, key, around = make_views(
+        patches, neighbors, Augmentation("a"), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
+    )
     assert query.shape == key.shape == (2, 1, *SIZE) and around.shape == (2, 3, *SIZE)
     drawn = [query[0], query[1], key[0], key[1], around[0, :1], around[1, :1]]
     for i, first in enumerate(drawn):
@@ -284,5 +291,7 @@ def test_intensities_without_augmentation():
     hu = torch.tensor([-2000, -1024, -392, 240, 3000], dtype=torch.int16)
     torch.testing.assert_close(to_unit(shift_to_zero(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
     patches = hu[1:2, None, None, None].expand(2, *SIZE)
-    query, key, around = make_views(patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu")))
+    query, key, around = make_views(
+        patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
+    )
     assert all(torch.equal(view, torch.full_like(view, -1.0)) for view in (query, key, around))

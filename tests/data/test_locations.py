@@ -19,7 +19,9 @@ def literal_neighbors(table, k):
     """Sort (distance, index) pairs."""
     result = []
     for a in range(len(table)):
-        pairs = sorted((sum((int(x) - int(y)) ** 2 for x, y in zip(table[a], table[b])), b) for b in range(len(table)) if b != a)
+        pairs = sorted(
+            (sum((int(x) - int(y)) ** 2 for x, y in zip(table[a], table[b])), b) for b in range(len(table)) if b != a
+        )
         result.append([b for _, b in pairs[:k]])
     return np.array(result)
 

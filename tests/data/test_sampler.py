@@ -84,6 +84,8 @@ def test_loader_serves_the_right_location(tmp_path, make_store, grid, workers):
             assert (batch.epoch, batch.location, batch.step) == (epoch, index.location, index.step)
             np.testing.assert_array_equal(batch.patches.numpy(), patches[index.rows, index.location])
             for j in range(2):
-                np.testing.assert_array_equal(batch.neighbors[:, j].numpy(), patches[index.rows, near[index.location][j]])
+                np.testing.assert_array_equal(
+                    batch.neighbors[:, j].numpy(), patches[index.rows, near[index.location][j]]
+                )
             count += 1
         assert count == 12

@@ -11,7 +11,10 @@ def test_good_sids(sid):
     check_sid(sid)
 
 
-@pytest.mark.parametrize("sid", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a..b", "-x", "a\nb", "a\0", "~x", "$(x)", "a;b", "x" * 200])
+@pytest.mark.parametrize(
+    "sid",
+    ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a..b", "-x", "a\nb", "a\0", "~x", "$(x)", "a;b", "x" * 200],
+)
 def test_bad_sids(sid):
     with pytest.raises(StoreError, match="cannot be a file name"):
         check_sid(sid)

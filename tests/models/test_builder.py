@@ -96,7 +96,9 @@ def test_rows_of_different_locations_are_honoured_as_given():
         for i in range(B):
             z = F.normalize(encoder_q(query[i : i + 1], own[i : i + 1])[0][0], dim=0)
             torch.testing.assert_close(patch[i, 1:], z @ queue / model.T, rtol=1e-4, atol=1e-5)
-            r = [F.normalize(encoder_q(neighbors[i, j][None, None], near[i, j][None])[0][0], dim=0) for j in range(NEAR)]
+            r = [
+                F.normalize(encoder_q(neighbors[i, j][None, None], near[i, j][None])[0][0], dim=0) for j in range(NEAR)
+            ]
             torch.testing.assert_close(neighbor[i, 1:], sum(r) @ queue / model.T, rtol=1e-4, atol=1e-5)
 
 

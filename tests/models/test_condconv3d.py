@@ -21,7 +21,9 @@ def literal(layer: CondConv3D, inputs: torch.Tensor, locs: torch.Tensor) -> torc
             score = sum(layer._routing_fn.fc.weight[expert, i] * loc[i] for i in range(len(loc)))
             score = score + layer._routing_fn.fc.bias[expert]
             kernel = kernel + 1 / (1 + torch.exp(-score)) * layer.weight[expert]
-        outputs.append(F.conv3d(sample[None], kernel, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups))
+        outputs.append(
+            F.conv3d(sample[None], kernel, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        )
     return torch.cat(outputs)
 
 

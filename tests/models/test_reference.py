@@ -73,7 +73,10 @@ def replayed(golden, request, tmp_path_factory):
         index = golden.number(f"step{step}_location")
         here, near = locations[index : index + 1], locations[golden[f"step{step}_neighbor_idx"]][None]
         patch, neighbor, labels = model(
-            index, [golden[f"step{step}_query"], here], [golden[f"step{step}_key"], here], [golden[f"step{step}_neighbors"], near]
+            index,
+            [golden[f"step{step}_query"], here],
+            [golden[f"step{step}_key"], here],
+            [golden[f"step{step}_neighbors"], near],
         )
         losses = F.cross_entropy(patch, labels), F.cross_entropy(neighbor, labels)
         optimizer.zero_grad()
@@ -153,7 +156,12 @@ def test_what_we_save_is_the_published_format(golden, tmp_path):
     path = tmp_path / "c.pth.tar"
     save_checkpoint(
         path,
-        {"epoch": 0, "arch": "custom", "state_dict": add_module(model.state_dict()), "optimizer": train.optimizer_state(optimizer)},
+        {
+            "epoch": 0,
+            "arch": "custom",
+            "state_dict": add_module(model.state_dict()),
+            "optimizer": train.optimizer_state(optimizer),
+        },
     )
     ours, wanted = torch.load(path, weights_only=True), golden.before
     assert list(ours) == list(wanted)

@@ -23,7 +23,9 @@ def literal_grid(lung, patch, step):
         threshold += 1
 
 
-@pytest.mark.parametrize(("shape", "patch", "step"), [((30, 25, 28), 10, 4), ((60, 55, 62), 8, 13), ((26, 24, 25), 4, 2)])
+@pytest.mark.parametrize(
+    ("shape", "patch", "step"), [((30, 25, 28), 10, 4), ((60, 55, 62), 8, 13), ((26, 24, 25), 4, 2)]
+)
 def test_grid_is_the_rule_written_out(shape, patch, step):
     rng = np.random.default_rng(0)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
@@ -88,21 +90,32 @@ def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
     refused = call("--atlas-patch-loc", other, check=False)
     assert refused.returncode == 2 and "holds another table" in refused.stderr and "Traceback" not in refused.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "s" / "atlas_patch_loc.npy"), table)
-    adopted = run("preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "t", "--atlas-patch-loc", other)
+    adopted = run(
+        "preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "t", "--atlas-patch-loc", other
+    )
     assert "locations" in adopted.stdout
     kept = np.load(tmp_path / "t" / "atlas_patch_loc.npy")
     assert kept.dtype == np.int64
     np.testing.assert_array_equal(kept, table[:-1])
     np.save(other, table + 100)
     outside = run(
-        "preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "u", "--atlas-patch-loc", other, check=False
+        "preprocess/patchify_atlas.py",
+        "--atlas-mask",
+        atlas,
+        "--root-dir",
+        tmp_path / "u",
+        "--atlas-patch-loc",
+        other,
+        check=False,
     )
     assert outside.returncode == 2 and "leaves the atlas" in outside.stderr
 
 
 def test_atlas_with_other_labels(tmp_path, run):
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((40, 40, 40), dtype=np.uint8)), str(tmp_path / "a.nii.gz"))
-    wrong = run("preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "a.nii.gz", "--root-dir", tmp_path, check=False)
+    wrong = run(
+        "preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "a.nii.gz", "--root-dir", tmp_path, check=False
+    )
     assert wrong.returncode == 2 and "50 (right lung), 100 (left)" in wrong.stderr
 
 

@@ -133,7 +133,15 @@ def test_a_bad_scan_costs_one_subject(small, run):
 
 def test_nothing_succeeded_is_a_failure(tmp_path, run):
     (tmp_path / "t.csv").write_text("sid,image\na,nowhere.nii\n")
-    result = run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--method=threshold", check=False)
+    result = run(
+        "preprocess/segment_lung.py",
+        "--input-csv",
+        tmp_path / "t.csv",
+        "--root-dir",
+        tmp_path / "s",
+        "--method=threshold",
+        check=False,
+    )
     assert result.returncode == 1 and "no subject succeeded" in result.stderr
 
 
@@ -147,7 +155,9 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
 )
 def test_bad_tables_are_one_line(tmp_path, run, text, message):
     (tmp_path / "t.csv").write_text(text)
-    result = run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", check=False)
+    result = run(
+        "preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", check=False
+    )
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
@@ -159,7 +169,15 @@ def test_a_mask_of_the_users_own_is_kept(cohort, tmp_path, run):
     own = (store / "lung_mask" / "0001.nii.gz").read_bytes()
     for sid in ("mine", "other"):  # right for one, of another grid for the other
         (target / f"{sid}.nii.gz").write_bytes(own)
-    run("preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
+    run(
+        "preprocess/segment_lung.py",
+        "--input-csv",
+        tmp_path / "t.csv",
+        "--root-dir",
+        tmp_path / "s",
+        "--method",
+        "threshold",
+    )
     figures = report(tmp_path / "s", "segment_lung")
     assert figures.loc["mine", "status"] == "skipped" and "not on the grid" in figures.loc["other", "message"]
     assert (target / "mine.nii.gz").read_bytes() == own
@@ -169,9 +187,14 @@ def test_lungmask_without_weights_says_what_to_do(cohort, tmp_path, run):
     folder, _ = cohort
     flags = ("--input-csv", folder / "dataset.csv", "--root-dir", tmp_path / "s")
     # A proxy that refuses stands for a machine without the download, wherever the test runs.
-    offline = {"TORCH_HOME": str(tmp_path), **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")}
+    offline = {
+        "TORCH_HOME": str(tmp_path),
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9"),
+    }
     result = run("preprocess/segment_lung.py", *flags, check=False, env=offline)
-    assert result.returncode == 2 and "--lungmask-weights FILE" in result.stderr and "--method threshold" in result.stderr
+    assert (
+        result.returncode == 2 and "--lungmask-weights FILE" in result.stderr and "--method threshold" in result.stderr
+    )
     assert "Traceback" not in result.stderr
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     result = run("preprocess/segment_lung.py", *flags, "--lungmask-weights", tmp_path / "bad.pth", check=False)
@@ -233,7 +256,13 @@ def test_registration_finds_a_known_affine(cohort):
     (store / "lung_mask").mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(moved, str(store / "lung_mask" / "k.nii.gz"))
     figures = register(
-        SimpleNamespace(sid="k", image=""), {}, root_dir=str(store), atlas_mask=str(atlas_path), atlas="x", min_dice=0.5, overwrite=True
+        SimpleNamespace(sid="k", image=""),
+        {},
+        root_dir=str(store),
+        atlas_mask=str(atlas_path),
+        atlas="x",
+        min_dice=0.5,
+        overwrite=True,
     )
     assert figures["dice"] > 0.97 and min(figures["dice_right"], figures["dice_left"]) > 0.96
     found = sitk.ReadTransform(str(store / "transform" / "k_Reg_Atlas_Affine_0GenericAffine.mat"))

@@ -72,7 +72,14 @@ def test_trachea_open_at_the_top_does_not_let_the_lungs_out():
     for spacing in (1.41, 1.63, 1.75):
         size = [int(n * s / spacing) for n, s in zip(image.GetSize(), image.GetSpacing())]
         coarse = sitk.Resample(
-            image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), -1024
+            image,
+            size,
+            sitk.Transform(),
+            sitk.sitkLinear,
+            image.GetOrigin(),
+            [spacing] * 3,
+            image.GetDirection(),
+            -1024,
         )
         mask = segment_lungs(coarse)
         back = sitk.Resample(mask, truth, sitk.Transform(), sitk.sitkNearestNeighbor, 0)

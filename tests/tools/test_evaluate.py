@@ -22,9 +22,13 @@ def test_command(tmp_path, run):
     features = rng.normal(size=(40, 3))
     lines = ["sid,f000,f001,f002", *(f"{i:03d}," + ",".join(map(str, row)) for i, row in enumerate(features))]
     (tmp_path / "f.csv").write_text("\n".join(lines) + "\n")
-    (tmp_path / "l.csv").write_text("sid,good\n" + "".join(f"{i:03d},{row[0] * 3 - row[2]}\n" for i, row in enumerate(features)))
+    (tmp_path / "l.csv").write_text(
+        "sid,good\n" + "".join(f"{i:03d},{row[0] * 3 - row[2]}\n" for i, row in enumerate(features))
+    )
     result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
     name, subjects, mean, _, _ = result.stdout.splitlines()[1].split()
     assert (name, subjects) == ("good", "40") and float(mean) > 0.98
-    wrong = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "bad", cwd=tmp_path, check=False)
+    wrong = run(
+        "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "bad", cwd=tmp_path, check=False
+    )
     assert wrong.returncode == 2 and "no numeric column 'bad'" in wrong.stderr

@@ -23,7 +23,15 @@ def test_cohort_on_disk(cohort):
     assert table["sid"].tolist() == labels["sid"].tolist() == [f"000{i}" for i in range(1, 7)]
     numeric = labels.drop(columns="sid")
     assert all(np.issubdtype(kind, np.number) for kind in numeric.dtypes) and not numeric.isna().any().any()
-    assert {"FEV1pp", "FEV1_FVC", "GOLD", "survival_years", "died", "centrilobular_fraction", "paraseptal_fraction"} <= set(numeric)
+    assert {
+        "FEV1pp",
+        "FEV1_FVC",
+        "GOLD",
+        "survival_years",
+        "died",
+        "centrilobular_fraction",
+        "paraseptal_fraction",
+    } <= set(numeric)
     codes, spacings = set(), set()
     for name in table["image"]:
         image = sitk.ReadImage(str(folder / name))
@@ -39,7 +47,12 @@ def test_cohort_on_disk(cohort):
     labels = sitk.GetArrayFromImage(mask)
     assert set(np.unique(labels)) == {0, 50, 100} and mask.GetSpacing() == (1.0, 1.0, 1.0)
     sides = [
-        np.mean([mask.TransformIndexToPhysicalPoint([int(v) for v in index])[0] for index in np.argwhere(labels == label)[::500, ::-1]])
+        np.mean(
+            [
+                mask.TransformIndexToPhysicalPoint([int(v) for v in index])[0]
+                for index in np.argwhere(labels == label)[::500, ::-1]
+            ]
+        )
         for label in (50, 100)
     ]
     assert sides[0] < sides[1]  # the right lung lies at the lower LPS x
@@ -114,7 +127,11 @@ def test_template_mode(cohort, tmp_path, run):
     first = (tmp_path / "a" / "image" / "0001.nii.gz").read_bytes()
     assert first == (tmp_path / "b" / "image" / "0001.nii.gz").read_bytes()
     assert first != (tmp_path / "a" / "image" / "0002.nii.gz").read_bytes()
-    assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a" / "atlas_lung_mask.nii.gz"))))) == {0, 50, 100}
+    assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a" / "atlas_lung_mask.nii.gz"))))) == {
+        0,
+        50,
+        100,
+    }
 
 
 def test_template_that_is_not_there(tmp_path, run):
