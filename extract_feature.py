@@ -262,7 +262,8 @@ def extract(args: argparse.Namespace) -> None:
             write_aside(out_dir / "label_names.json", lambda stream: stream.write(json.dumps(labels[1]).encode()))
         shutil.rmtree(pieces)
         print(
-            f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x {sizes['rep_dim']} features; {out_dir}"
+            f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
+            f"{sizes['rep_dim']} features; {out_dir}"
         )
 
 

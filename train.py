@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         run,
         "--resume",
         "",
-        "'auto': the experiment's latest checkpoint, or a new start where it has none; or a name in its folder, or a path",
+        "'auto': the experiment's latest checkpoint, a new start where it has none; or a name in its folder; or a path",
     )
     add(run, "--start-epoch", None, "count epochs from here instead of from the checkpoint's", type=int)
     add(run, "--epochs", 20, "epochs in all; each visits every location once", type=int)
@@ -452,8 +452,10 @@ def train(args: argparse.Namespace) -> None:
                     if bar.disable:
                         say(
                             f"epoch {epoch + 1} [{done}/{len(sampler)}] location {batch.location}  "
-                            f"loss {point['loss']:.4f} (patch {point['loss_patch']:.4f}, neighbour {point['loss_neighbor']:.4f})  "
-                            f"accuracy {point['accuracy_patch']:.1f} % {point['accuracy_neighbor']:.1f} %  {speed:.1f} samples/s"
+                            f"loss {point['loss']:.4f} "
+                            f"(patch {point['loss_patch']:.4f}, neighbour {point['loss_neighbor']:.4f})  "
+                            f"accuracy {point['accuracy_patch']:.1f} % {point['accuracy_neighbor']:.1f} %  "
+                            f"{speed:.1f} samples/s"
                         )
                 window.zero_()
                 window_steps, window_start = 0, time.perf_counter()
@@ -466,7 +468,8 @@ def train(args: argparse.Namespace) -> None:
                 if stopping:
                     bar.close()
                     say(
-                        f"stopped by {signal.Signals(stopping[0]).name}; saved {folder / UNFINISHED}, go on with --resume auto"
+                        f"stopped by {signal.Signals(stopping[0]).name}; saved {folder / UNFINISHED}, "
+                        "go on with --resume auto"
                     )
                     sys.stdout.flush()
                     os._exit(128 + stopping[0])  # workers and other ranks are not waited for
@@ -492,8 +495,9 @@ def train(args: argparse.Namespace) -> None:
                 (folder / UNFINISHED).unlink(missing_ok=True)
                 saved_at = time.monotonic()
             say(
-                f"epoch {finished}/{args.epochs}: loss {summary['loss']:.4f}, accuracy {summary['accuracy_patch']:.1f} % "
-                f"(patch) {summary['accuracy_neighbor']:.1f} % (neighbour), {time.perf_counter() - epoch_start:.0f} s"
+                f"epoch {finished}/{args.epochs}: loss {summary['loss']:.4f}, "
+                f"accuracy {summary['accuracy_patch']:.1f} % (patch) {summary['accuracy_neighbor']:.1f} % (neighbour), "
+                f"{time.perf_counter() - epoch_start:.0f} s"
             )
             if stopping:
                 say(f"stopped by {signal.Signals(stopping[0]).name}; go on with --resume auto")

@@ -79,7 +79,8 @@ class StoreLayout:
             return older[0]
         found = f"; of {', '.join(p.name for p in older)} name one atlas_patch_loc.npy" if older else ""
         raise StoreError(
-            f"--root-dir {self.root} is no patch store: it has no atlas_patch_loc.npy{found or '; run preprocess/run_preprocess.sh'}"
+            f"--root-dir {self.root} is no patch store: it has no atlas_patch_loc.npy"
+            f"{found or '; run preprocess/run_preprocess.sh'}"
         )
 
 

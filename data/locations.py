@@ -29,7 +29,7 @@ def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
     table = np.asarray(atlas_patch_loc)
     if not 1 <= k < len(table):
         raise StoreError(
-            f"--k-neighbors {k} with {len(table)} locations: it must be at least 1 and less than the number of locations"
+            f"--k-neighbors {k} with {len(table)} locations: it must be at least 1 and below the number of locations"
         )
     neighbors = np.empty((len(table), k), dtype=np.int64)
     for index, corner in enumerate(table):

@@ -174,7 +174,8 @@ def read_labels(path: str | os.PathLike, sids: list[str]) -> tuple[np.ndarray, l
         raise StoreError(f"{path} has no numeric column beside sid")
     if not set(sids) & set(table.index):
         raise StoreError(
-            f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, the table's {table.index[0]!r})"
+            f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, "
+            f"the table's {table.index[0]!r})"
         )
     labels = pd.DataFrame(numeric, index=table.index).reindex(sids)
     return labels.to_numpy(dtype=np.float32), list(numeric)

@@ -113,7 +113,8 @@ def main() -> int:
         free = shutil.disk_usage(layout.root).free
         if file_bytes * count > free:
             raise StoreError(
-                f"{len(sids)} subjects at {count} locations need {file_bytes * count / 1e9:.1f} GB, but {layout.root} has "
+                f"{len(sids)} subjects at {count} locations need {file_bytes * count / 1e9:.1f} GB, but "
+                f"{layout.root} has "
                 f"{free / 1e9:.1f} GB free"
             )
         aside.mkdir(parents=True)
@@ -148,7 +149,8 @@ def main() -> int:
     _note(done_file, {"key": key})
     shutil.rmtree(aside)
     print(
-        f"group_patches: {len(sids)} subjects at {count} locations, {file_bytes * count / 1e9:.2f} GB; {layout.grouped_dir}"
+        f"group_patches: {len(sids)} subjects at {count} locations, {file_bytes * count / 1e9:.2f} GB; "
+        f"{layout.grouped_dir}"
     )
     return 0
 

@@ -226,7 +226,8 @@ def patchify(
             if mask is not None
             else "no mask"
         )
-        title = f"{subject.sid}: {len(table)} patches, {shares}; {figures['patches_outside']} outside, {figures['patches_partly_outside']} partly"
+        edge = f"{figures['patches_outside']} outside, {figures['patches_partly_outside']} partly"
+        title = f"{subject.sid}: {len(table)} patches, {shares}; {edge}"
         draw_boxes(layout.qc(subject.sid), volume, values, mask, corners, patch_size, title)
     save_array(targets[1], corners)
     save_array(targets[0], patches)
@@ -254,7 +255,8 @@ def check_disk(root_dir: Path, subjects: list[Subject], count: int, patch_size: 
     free = shutil.disk_usage(root_dir).free
     if needed > free:
         raise StoreError(
-            f"{missing} subjects at {each / 1e6:.0f} MB, cut and grouped, need {needed / 1e9:.1f} GB, but {root_dir} has "
+            f"{missing} subjects at {each / 1e6:.0f} MB, cut and grouped, need {needed / 1e9:.1f} GB, but "
+            f"{root_dir} has "
             f"{free / 1e9:.1f} GB free; choose another --root-dir or fewer subjects"
         )
 

@@ -114,7 +114,8 @@ def segment(
         else:
             if not ours and not same_grid(mask, read_scan(subject.image)):
                 raise ScanError(
-                    f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
+                    f"{target}, which was not made here, is not on the grid of {subject.image}; "
+                    "remove it or resample it"
                 )
             raise Skip({**figures, **(stamp if ours else {})})
 

@@ -86,7 +86,7 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
         sizes[np.unique(face)] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
-            "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin around it?"
+            "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin?"
         )
     largest = int(sizes.argmax())
     kept = [largest]

@@ -38,7 +38,7 @@ def literal(encoder, patches, table):
     volumes = torch.from_numpy((np.clip(patches.astype(np.float32), -1024, 240) + 1024) / 632 - 1)
     return np.stack(
         [
-            [encoder(volumes[n, l][None, None], locations[l][None])[1][0].numpy() for l in range(len(table))]
+            [encoder(volumes[n, i][None, None], locations[i][None])[1][0].numpy() for i in range(len(table))]
             for n in range(len(patches))
         ]
     )

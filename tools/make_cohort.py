@@ -570,7 +570,7 @@ def main() -> int:
         "--size",
         choices=tuple(SIZES),
         default="tiny",
-        help="tiny: a third of an adult, for tests, under 2 s a subject; full: an adult, about a minute (default: %(default)s)",
+        help="tiny: a third of an adult, under 2 s a subject; full: an adult, about a minute (default: %(default)s)",
     )
     parser.add_argument(
         "--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used"

@@ -12,10 +12,10 @@ setup_env() {
     setup_log=
     requirements=$setup_root/requirements.txt
 
-    # With --quiet, pip's dry run would ask the registry; this asks only what is installed.
+    # pip's dry run would ask the registry; this asks only what is installed.
     satisfied() {
         [ -x "$1" ] || command -v "$1" >/dev/null 2>&1 || return 1
-        "$1" "$setup_root/tools/check_requirements.py" "$requirements" 2>/dev/null
+        "$1" "$setup_root/tools/check_requirements.py" "$requirements" >/dev/null 2>&1
     }
 
     active=$(command -v python3 || true)

@@ -126,7 +126,7 @@ def test_dicom_folder_and_its_gaps(tmp_path):
     np.testing.assert_allclose(image.GetSpacing(), (0.7, 0.8, 2.0))
     np.testing.assert_allclose(image.GetOrigin(), (-10, -20, 0))
     write_dicom(tmp_path / "gap", [0, 2, 4, 8, 10])
-    with pytest.raises(ScanError, match="lacks slices: steps between 2.00 and 4.00 mm"):
+    with pytest.raises(ScanError, match=r"lacks slices: steps between 2\.00 and 4\.00 mm"):
         read_image(tmp_path / "gap")
 
 

@@ -328,7 +328,7 @@ def test_too_little_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
     check_disk(tmp_path, [Subject("a", "")], 500, 32)  # 33 MB twice
-    with pytest.raises(StoreError, match="need 0.1 GB, but .* has 0.1 GB free"):
+    with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
         check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 
 
