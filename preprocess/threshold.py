@@ -77,13 +77,22 @@ def _sizes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _air_in_body(volume: np.ndarray) -> np.ndarray:
-    """Air that no path through air joins to the sides of the image, less small pockets and bowel gas."""
-    labels, count = ndimage.label(volume < AIR_BELOW)
+    """Air inside the body: not joined to the image's sides within its axial slice; no pockets, no bowel gas.
+
+    Slice by slice, because in three dimensions the trachea may lead outside: a scan that was
+    rotated or tilt-corrected ends in slices of nothing but padding.
+    """
+    air = volume < AIR_BELOW
+    within_slice = np.zeros((3, 3, 3), dtype=bool)
+    within_slice[1] = ndimage.generate_binary_structure(2, 1)
+    planes, count = ndimage.label(air, within_slice)
+    outside = np.zeros(count + 1, dtype=bool)
+    for face in (planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]):
+        outside[np.unique(face)] = True
+    outside[0] = True
+    labels, count = ndimage.label(~outside[planes])
     sizes = _sizes(labels, count)
     sizes[0] = 0
-    # Only the sides: a scan may start or end inside the lungs.
-    for face in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
-        sizes[np.unique(face)] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
             "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin?"

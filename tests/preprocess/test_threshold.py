@@ -85,6 +85,14 @@ def test_trachea_open_at_the_top_does_not_let_the_lungs_out():
         assert min(dice(back, truth, 1), dice(back, truth, 2)) > 0.93
 
 
+def test_slices_of_padding_above_the_trachea():
+    """A rotated or tilt-corrected scan ends in them; through them the trachea leads to the outside."""
+    image, truth = phantom(2)
+    padded, truth = (sitk.ConstantPad(one, [0, 0, 3], [0, 0, 4], fill) for one, fill in ((image, -1024), (truth, 0)))
+    mask = segment_lungs(padded)
+    assert min(dice(mask, truth, 1), dice(mask, truth, 2)) > 0.97
+
+
 def test_no_lungs():
     hu = np.full((40, 50, 60), -1000, dtype=np.int16)
     hu[:, 10:40, 10:50] = 40
