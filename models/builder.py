@@ -130,8 +130,9 @@ class DrasCLR(nn.Module):
 
     @staticmethod
     def _project(encoder: nn.Module, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-        """z in float32, also under autocast: the logits are divided by a small temperature."""
-        return encoder(patches, locs)[0].float()
+        """z, in float32 at least, also under autocast: the logits are divided by a small temperature."""
+        z = encoder(patches, locs)[0]
+        return z if z.dtype == torch.float64 else z.float()
 
     def forward(
         self,
