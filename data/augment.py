@@ -31,6 +31,8 @@ CONTRAST_PROB, GAMMA = 0.25, (0.5, 4.5)
 CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 
+SAMPLE_CHUNK = 4  # samples resampled together on the CPU, so that they stay in its cache
+
 Parameters = dict[str, Any]
 
 
@@ -65,17 +67,78 @@ def affine_matrix(parameters: Parameters) -> torch.Tensor:
     return torch.cat([linear, offset], dim=2)
 
 
-def _normalized(matrix: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A voxel matrix in the units and axis order of torch's grids (align_corners=False)."""
-    half = torch.tensor(size, dtype=matrix.dtype, device=matrix.device) / 2
-    linear = matrix[:, :, :3] * half[None, None, :] / half[None, :, None]
-    offset = matrix[:, :, 3:] / half[None, :, None]
-    # torch names the last axis first
-    return torch.cat([linear.flip(1, 2), offset.flip(1)], dim=2)
+def _voxels(matrix: torch.Tensor, size: Sequence[int], offset: torch.Tensor | None = None) -> torch.Tensor:
+    """Input voxel of every output voxel, (n, 3, *size): centre + matrix (x - centre + offset).
+
+    Args:
+        matrix: (n, 3, 4) from :func:`affine_matrix`, in the volumes' dtype.
+        size: (D, H, W).
+        offset: (n, 3, *size) voxels, or none.
+    """
+    centre = [(length - 1) / 2 for length in size]
+    along = [
+        torch.arange(length, dtype=matrix.dtype, device=matrix.device) - middle for length, middle in zip(size, centre)
+    ]
+    points = []
+    for axis in range(3):
+        a, b, c, shift = (value[:, None, None] for value in matrix[:, axis].unbind(1))
+        plane = a * along[0][:, None] + (b * along[1] + (shift + centre[axis]))  # (n, D, H)
+        points.append(plane[..., None] + (c * along[2])[:, None])
+    voxels = torch.stack(points, dim=1)
+    if offset is not None:
+        voxels += torch.einsum("nij,njdhw->nidhw", matrix[:, :, :3], offset)
+    return voxels
 
 
-def _sample(volumes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    return F.grid_sample(volumes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+def _sample(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """Trilinear values at (n, 3, *size) voxel coordinates; beyond the border, the border's. (n, C, *size)."""
+    if volumes.device.type != "cpu":
+        return _sample_volumes(volumes, voxels)
+    out = torch.empty_like(volumes)
+    for some, where, to in zip(volumes.split(SAMPLE_CHUNK), voxels.split(SAMPLE_CHUNK), out.split(SAMPLE_CHUNK)):
+        _sample_slices(some, where, to)
+    return out
+
+
+def _sample_volumes(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """torch's own sampler, which counts from -1 to 1 between the outer faces of the outer voxels."""
+    grid = (voxels.movedim(1, -1) + 0.5) * (2 / voxels.new_tensor(volumes.shape[2:])) - 1
+    return F.grid_sample(volumes, grid.flip(-1), mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _sample_slices(volumes: torch.Tensor, voxels: torch.Tensor, out: torch.Tensor) -> None:
+    """Trilinear sampling as two bilinear ones, in the slices below and above, into ``out``.
+
+    torch's sampler is vectorised for images and not for volumes. So the slices lie one under the
+    other in one tall image, and each of them beside its successor as a second set of channels. The
+    image is padded to a power of two plus one, so that coordinates are scaled without rounding.
+    Measured on one core with AVX-512, an affine view of 32^3: 1.4 ms with the sampler for volumes,
+    0.4 ms so.
+    """
+    count, channels, depth, height, width = volumes.shape
+    z, y, x = (
+        voxels[:, axis].clamp(0, length - 1) for axis, length in enumerate((depth, height, width))
+    )  # (n, D, H, W)
+    rows, columns = 1 << (depth * height + height).bit_length(), 1 << width.bit_length()
+    image = volumes.new_empty(count, 2 * channels, rows + 1, columns + 1)
+    used = depth * height
+    flat = volumes.reshape(count, channels, used, width)
+    image[:, :channels, :used, :width] = flat
+    image[:, channels:, : used - height, :width] = flat[:, :, height:]
+    # Read with a weight of zero, so it must be finite.
+    image[:, :channels, used : used + height + 1] = 0
+    image[:, channels:, used - height : used + height + 1] = 0
+    image[:, :, :, width : width + 1] = 0
+
+    below = z.floor()
+    share = z.sub_(below)[:, None]
+    grid = volumes.new_empty(count, depth, height * width, 2)
+    flat_grid = grid.view(count, depth, height, width, 2)
+    torch.mul(x.sub_(columns / 2), 2 / columns, out=flat_grid[..., 0])
+    torch.add(below.mul_(2 * height / rows).sub_(1), y, alpha=2 / rows, out=flat_grid[..., 1])
+    both = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    both = both.view(count, 2, channels, depth, height, width)
+    torch.lerp(both[:, 0], both[:, 1], share, out=out)
 
 
 def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -88,9 +151,7 @@ def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> 
 
 def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
     """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
-    size = volumes.shape[2:]
-    theta = _normalized(affine_matrix(parameters), size).to(volumes)
-    return _sample(volumes, F.affine_grid(theta, [len(volumes), 1, *size], align_corners=False))
+    return _sample(volumes, _voxels(affine_matrix(parameters).to(volumes), volumes.shape[2:]))
 
 
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -126,14 +187,7 @@ def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torc
         offset = torch.einsum(subscripts, band, offset)
     offset = offset * parameters["magnitude"].to(volumes)[:, None, None, None, None]
 
-    matrix = affine_matrix(parameters)
-    theta = _normalized(matrix, size).to(volumes)
-    grid = F.affine_grid(theta, [len(volumes), 1, *size], align_corners=False)  # (n, *size, 3), x first
-    # The grid holds M x + t; the offsets add M offset, in the same units.
-    linear = torch.cat([matrix[:, :, :3], torch.zeros_like(matrix[:, :, :1])], dim=2)
-    half = torch.tensor(size, dtype=volumes.dtype, device=volumes.device) / 2
-    moved = torch.einsum("nij,njdhw->ndhwi", linear[:, :, :3].to(volumes), offset) / half
-    return _sample(volumes, grid + moved.flip(-1))
+    return _sample(volumes, _voxels(affine_matrix(parameters).to(volumes), size, offset))
 
 
 # ---------------------------------------------------------------- flip, noise, contrast

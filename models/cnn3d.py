@@ -3,11 +3,13 @@
 Module names, and so the keys of a state dict, are the published checkpoint's.
 """
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.condconv3d import CondConv3D
+from models.norm_elu import norm_elu
 
 PATCH_SIZE = 32  # voxels; five halvings take it to 1, so that h has rep_dim numbers
 
@@ -15,11 +17,6 @@ PATCH_SIZE = 32  # voxels; five halvings take it to 1, so that h has rep_dim num
 def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordinates: int, stride: int = 1):
     """3 x 3 x 3 conditional convolution with padding 1."""
     return CondConv3D(in_channels, out_channels, 3, num_experts, num_coordinates, stride=stride, padding=1)
-
-
-def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
-    """BatchNorm, then ELU in place: the backward pass of neither needs the value in between."""
-    return F.elu(norm(x), inplace=True)
 
 
 class Block(nn.Module):
@@ -34,10 +31,9 @@ class Block(nn.Module):
         self.conv3 = conv3x3x3(out_channels, out_channels, num_experts, num_coordinates, stride=2)
         self.bn3 = nn.BatchNorm3d(out_channels)
 
-    def forward(self, x: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-        x = norm_elu(self.bn1, self.conv1(x, loc))
-        x = norm_elu(self.bn2, self.conv2(x, loc))
-        return norm_elu(self.bn3, self.conv3(x, loc))
+    def layers(self) -> Iterator[tuple[CondConv3D, nn.BatchNorm3d]]:
+        """Convolutions in order, each with the normalisation that follows it."""
+        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
 
 
 class Encoder(nn.Module):
@@ -66,6 +62,14 @@ class Encoder(nn.Module):
         self.bn4 = nn.BatchNorm3d(rep_dim)
         self.fc = nn.Linear(rep_dim, moco_dim)
 
+    def layers(self) -> Iterator[tuple[CondConv3D, nn.BatchNorm3d]]:
+        """Convolutions in order, each with the normalisation that follows it; an ELU follows that."""
+        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2))  # 8 x 32^3, 8 x 16^3
+        yield from self.downsample1.layers()  # 16 x 8^3
+        yield from self.downsample2.layers()  # 32 x 4^3
+        yield from self.downsample3.layers()  # 64 x 2^3
+        yield from ((self.conv3, self.bn3), (self.conv4, self.bn4))  # 128 x 2^3, rep_dim x 1^3
+
     def forward(self, x: torch.Tensor, loc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch of patches.
 
@@ -77,12 +81,7 @@ class Encoder(nn.Module):
             z (B, moco_dim) and h (B, rep_dim).
         """
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        x = norm_elu(self.bn1, self.conv1(x, loc))  # (B, 8, 32, 32, 32)
-        x = norm_elu(self.bn2, self.conv2(x, loc))  # (B, 8, 16, 16, 16)
-        x = self.downsample1(x, loc)  # (B, 16, 8, 8, 8)
-        x = self.downsample2(x, loc)  # (B, 32, 4, 4, 4)
-        x = self.downsample3(x, loc)  # (B, 64, 2, 2, 2)
-        x = norm_elu(self.bn3, self.conv3(x, loc))  # (B, 128, 2, 2, 2)
-        x = norm_elu(self.bn4, self.conv4(x, loc))  # (B, rep_dim, 1, 1, 1)
+        for conv, norm in self.layers():
+            x = norm_elu(norm, conv(x, loc))
         h = x.flatten(1)
         return self.fc(h), h

@@ -90,8 +90,8 @@ def draw_disease(rng: np.random.Generator) -> Disease:
     burden = rng.beta(1.1, 1.6) if rng.random() > 0.3 else 0.0
     mix = rng.uniform(0.35, 1.0)
     return Disease(
-        centrilobular=round(0.38 * burden * mix, 4),
-        paraseptal=round(0.10 * burden * (1.25 - mix), 4),
+        centrilobular=round(0.55 * burden * mix, 4),
+        paraseptal=round(0.14 * burden * (1.25 - mix), 4),
         lesion_mm=round(rng.uniform(8, 24), 1) if rng.random() < 0.3 else 0.0,
     )
 
@@ -99,10 +99,10 @@ def draw_disease(rng: np.random.Generator) -> Disease:
 def simulate_labels(rng: np.random.Generator, planted: dict[str, float]) -> dict[str, float]:
     """Spirometry and survival that follow from the planted disease, plus noise."""
     emphysema = planted["centrilobular_fraction"] + 1.5 * planted["paraseptal_fraction"]
-    fev1 = float(np.clip(100 - 165 * emphysema + rng.normal(0, 7), 15, 130))
-    ratio = float(np.clip(0.79 - 0.95 * emphysema + rng.normal(0, 0.035), 0.2, 0.92))
+    fev1 = float(np.clip(100 - 125 * emphysema + rng.normal(0, 7), 15, 130))
+    ratio = float(np.clip(0.79 - 0.72 * emphysema + rng.normal(0, 0.035), 0.2, 0.92))
     gold = 0 if ratio >= 0.7 else 1 + int(np.searchsorted([-80, -50, -30], -fev1))
-    hazard = 0.05 * np.exp(6.0 * emphysema + 0.5 * (planted["lesion_diameter_mm"] > 0))
+    hazard = 0.05 * np.exp(4.5 * emphysema + 0.5 * (planted["lesion_diameter_mm"] > 0))
     death, end = rng.exponential(1 / hazard), rng.uniform(6, 12)
     return {
         "FEV1pp": round(fev1, 1),

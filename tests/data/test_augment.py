@@ -295,3 +295,21 @@ def test_intensities_without_augmentation():
         patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
     )
     assert all(torch.equal(view, torch.full_like(view, -1.0)) for view in (query, key, around))
+
+
+@pytest.mark.parametrize("size", [(32, 32, 32), (5, 7, 6), (1, 4, 3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sampling_slice_by_slice_is_trilinear(size, channels):
+    """On white noise, the worst case, with coordinates on, between and beyond the voxels."""
+    stream = generator()
+    noise = torch.rand(5, channels, *size, generator=stream, dtype=torch.float64) * RANGE
+    voxels = torch.rand(5, 3, *size, generator=stream, dtype=torch.float64) * 2 - 0.5
+    voxels *= torch.tensor(size, dtype=torch.float64)[None, :, None, None, None]
+    voxels[0] = voxels[0].round()
+    wanted = augment._sample_volumes(noise, voxels)
+    torch.testing.assert_close(augment._sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
+    single = augment._sample(noise.float(), voxels.float())
+    torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
+    whole = augment._sample(noise.float()[:1], voxels.float()[:1])  # whole voxels come back as they are
+    index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
+    assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import condconv3d
 from models.condconv3d import CondConv3D
 
 
@@ -94,3 +95,27 @@ def test_initial_bound_counts_the_output_channels():
 def test_blocks_must_divide_the_batch(blocks):
     with pytest.raises(ValueError, match=f"{blocks} locations do not divide a batch of 4"):
         CondConv3D(1, 1, 3, 2, 1)(torch.zeros(4, 1, 5, 5, 5), torch.zeros(blocks, 3))
+
+
+@pytest.mark.parametrize("width,quick", [(6, True), (7, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_channel_two_voxels_at_a_time(width, quick, bias, monkeypatch):
+    """The quick way for one input channel: values, layout and gradients as torch's own convolution."""
+    torch.manual_seed(0)
+    taken = []
+    pairs = condconv3d._convolve_pairs
+    monkeypatch.setattr(condconv3d, "_convolve_pairs", lambda *inputs: taken.append(1) or pairs(*inputs))
+    x = torch.randn(3, 1, 4, 5, width, dtype=torch.float64).requires_grad_()
+    kernel = torch.randn(8, 1, 3, 3, 3, dtype=torch.float64).requires_grad_()
+    offset = torch.randn(8, dtype=torch.float64).requires_grad_() if bias else None
+    parameters = [x, kernel] + ([offset] if bias else [])
+    y = condconv3d.dense_conv3d(x, kernel, offset, (1, 1, 1), (1, 1, 1))
+    wanted = F.conv3d(x, kernel, offset, padding=1)
+    assert bool(taken) == quick
+    assert not quick or y.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, parameters, weights), torch.autograd.grad(wanted, parameters, weights)
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

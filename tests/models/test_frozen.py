@@ -1,0 +1,46 @@
+"""The frozen encoder against the ordinary one in eval mode."""
+
+import torch
+from torch import nn
+
+from models.cnn3d import Encoder
+from models.frozen import FrozenEncoder
+
+
+def trained_encoder():
+    torch.manual_seed(0)
+    encoder = Encoder(24, 6, 3, 1).eval()
+    for norm in encoder.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            with torch.no_grad():
+                norm.running_mean.normal_(0, 0.1)
+                norm.running_var.uniform_(0.01, 0.2)
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.3)
+    return encoder
+
+
+def test_representations_are_the_encoders():
+    encoder = trained_encoder()
+    x = torch.rand(5, 1, 32, 32, 32) * 2 - 1
+    for loc in (torch.tensor([[-1.0, 0.2, 1.0]]), torch.tensor([[0.5, -0.7, 0.1]])):
+        with torch.no_grad():
+            wanted = encoder(x, loc)[1]
+        h = FrozenEncoder(encoder, loc)(x)
+        assert h.dtype == torch.float32 and h.shape == (5, 24)
+        assert float((h - wanted).norm() / wanted.norm()) < 1e-5
+        half = FrozenEncoder(encoder, loc, torch.bfloat16)(x)
+        assert half.dtype == torch.float32
+        assert 1e-5 < float((half - wanted).norm() / wanted.norm()) < 1e-2
+
+
+def test_the_encoder_is_not_touched_and_not_followed():
+    encoder = trained_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    x, loc = torch.rand(2, 1, 32, 32, 32), torch.zeros(1, 3)
+    frozen = FrozenEncoder(encoder, loc)
+    first = frozen(x)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    with torch.no_grad():
+        encoder.conv1.weight.mul_(2)
+    assert torch.equal(frozen(x), first)

@@ -1,0 +1,860 @@
+"""How fast is it on this machine, part by part, beside the same thing written out slowly?
+
+    python tools/benchmark.py --quick            under 2 minutes on 2 cores
+    python tools/benchmark.py --json speed.json  the whole table, some 15 minutes on 2 cores
+
+Every row has two timings taken in turns in the same run: this project's, and a literal version that
+is written out in this file (a loop over samples in every convolution, a loop over MONAI's transforms,
+a queue of shape (moco_dim, K, L)). The figure that carries over between machines is their ratio, given
+as the median over the rounds with the smallest and the largest. Before anything is timed the two must
+give the same loss. Rows that this machine cannot measure stay in the table, marked so.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.augment import (
+    CONTRAST_PROB,
+    GAMMA,
+    NOISE_MAX_STD,
+    NOISE_PROB,
+    ROTATION,
+    SCALING,
+    TRANSLATION,
+    Augmentation,
+    make_views,
+    shift_to_zero,
+    step_generators,
+    to_unit,
+)
+from data.dataset import PatchBatch, PatchDataset, make_loader
+from data.layout import save_array
+from data.locations import normalize_locations
+from data.sampler import LocationBatchSampler
+from data.store import PatchStore
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.condconv3d import CondConv3D
+from models.device import keep_freed_memory
+from models.frozen import FrozenEncoder
+
+PUBLISHED_LOCATIONS = 581
+FORWARD_GFLOP = 0.194  # one patch, multiplications and additions
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and back, key forward
+DISTINCT_FILES = 8  # contents of a benchmark store's location files; the others are links to these
+
+
+# ============================================================ timing
+
+
+@dataclass
+class Row:
+    """One line of the table; None where it was not measured."""
+
+    what: str
+    unit: str
+    ours: float | None = None
+    literal: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    of_matrix_rate: float | None = None
+    goal: str = ""
+    note: str = ""
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time the jobs one after the other, several times over, after one call that does not count."""
+    for work in jobs.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, work in jobs.items():
+            times[name].append(seconds(work))
+    return times
+
+
+def compare(
+    what: str,
+    unit: str,
+    ours: list[float],
+    literal: list[float] | None,
+    amount: float,
+    literal_amount: float = 0.0,
+    gflop: float = 0.0,
+    rate: float = 0.0,
+    **more,
+) -> Row:
+    """A row from timings of the same rounds.
+
+    Args:
+        what, unit: the row's name; a unit that ends in '/s' is a rate, else a time per amount.
+        ours, literal: seconds a round.
+        amount, literal_amount: how much was done in a round.
+        gflop: arithmetic of one unit of the amount, for the share of ``rate`` (GFLOP/s).
+    """
+    row = Row(what, unit, **more)
+    middle = statistics.median(ours)
+    is_rate = unit.endswith("/s")
+    row.ours = amount / middle if is_rate else middle / amount
+    if gflop and rate:
+        row.of_matrix_rate = gflop * amount / middle / rate
+    if literal:
+        slow = statistics.median(literal)
+        row.literal = literal_amount / slow if is_rate else slow / literal_amount
+        ratios = [(b / literal_amount) / (a / amount) for a, b in zip(ours, literal)]
+        row.ratio, row.ratio_low, row.ratio_high = statistics.median(ratios), min(ratios), max(ratios)
+    return row
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product: what the machine's own library reaches."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = in_turns({"product": lambda: a @ b}, 5)["product"]
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, as far as it matters for a timing."""
+    name = platform.processor() or platform.machine()
+    flags = ""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.+)", text)[1]
+        flags = " ".join(sorted(set(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16)\b", text))))
+    except (OSError, TypeError):
+        pass
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": name,
+        "instructions": flags,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+    found["matrix_gflops_float32"] = matrix_rate(device, torch.float32)
+    found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
+    return found
+
+
+# ============================================================ a store to read from
+
+
+def make_store(folder: Path, locations: int, subjects: int, seed: int = 0) -> PatchStore:
+    """A grouped store of smooth random patches; few distinct files, linked under every location's name."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(locations ** (1 / 3)))
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)[:locations]
+    save_array(folder / "atlas_patch_loc.npy", (grid * 26 + 5).astype(np.int64))
+    (folder / "subjects.csv").write_text("sid\n" + "".join(f"{n:05d}\n" for n in range(subjects)))
+    grouped = folder / "grouped_patch"
+    for index in range(min(DISTINCT_FILES, locations)):
+        noise = ndimage.gaussian_filter(rng.normal(size=(32, 32, 32 * 16)), 2)
+        noise = noise / noise.std() * 200 - 700
+        patches = [np.roll(noise, int(rng.integers(512)), axis=2)[:, :, :32] for _ in range(subjects)]
+        save_array(grouped / f"patch_loc_{index}.npy", np.clip(patches, -1024, 240).astype(np.int16))
+    for index in range(DISTINCT_FILES, locations):
+        os.link(grouped / f"patch_loc_{index % DISTINCT_FILES}.npy", grouped / f"patch_loc_{index}.npy")
+    return PatchStore(folder, require_grouped=True)
+
+
+# ============================================================ the literal versions
+
+
+def literal_convolution(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+    """One sample, (1, in, D, H, W), with the kernel that its own location mixes."""
+    routing = torch.sigmoid(conv._routing_fn.fc(loc))
+    kernel = (routing[:, None, None, None, None, None] * conv.weight).sum(0)
+    return F.conv3d(sample, kernel, conv.bias, conv.stride, conv.padding)
+
+
+def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The encoder with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
+    for conv, norm in encoder.layers():
+        x = torch.cat([literal_convolution(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
+        x = F.elu(norm(x))
+    h = x.flatten(1)
+    return encoder.fc(h), h
+
+
+class LiteralStep:
+    """DrasCLR's step with the queue as published, (moco_dim, K, L), and a loop wherever there was one."""
+
+    def __init__(self, model: DrasCLR):
+        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.m, self.T, self.K = model.m, model.T, model.K
+        self.queue = model.state_dict()["queue"].clone(memory_format=torch.contiguous_format)
+        self.queue_ptr = model.queue_ptr.clone()
+        self.optimizer = torch.optim.SGD(
+            self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
+        )
+
+    def losses(self, index, query, key, neighbors, here, near) -> torch.Tensor:
+        batch, k = neighbors.shape[:2]
+        q = F.normalize(literal_encode(self.encoder_q, query, here.expand(batch, 3))[0], dim=1)
+        r = literal_encode(
+            self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), near.expand(batch, k, 3).reshape(-1, 3)
+        )[0]
+        r = F.normalize(r.view(batch, k, -1), dim=2)
+        with torch.no_grad():
+            for slow, fast in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+                slow.data = slow.data * self.m + fast.data * (1.0 - self.m)
+            keys = F.normalize(literal_encode(self.encoder_k, key, here.expand(batch, 3))[0], dim=1)
+        negatives = self.queue[:, :, index].clone()
+        logits_pch = torch.cat([(q * keys).sum(1, keepdim=True), q @ negatives], dim=1) / self.T
+        positive = sum((r[:, j] * keys).sum(1, keepdim=True) for j in range(k))
+        logits_ngb = torch.cat([positive, sum(r[:, j] @ negatives for j in range(k))], dim=1) / self.T
+        pointer = int(self.queue_ptr[index])
+        self.queue[:, pointer : pointer + batch, index] = keys.T
+        self.queue_ptr[index] = (pointer + batch) % self.K
+        labels = torch.zeros(batch, dtype=torch.long, device=q.device)
+        return F.cross_entropy(logits_pch, labels) + F.cross_entropy(logits_ngb, labels)
+
+    def step(self, *inputs) -> float:
+        loss = self.losses(*inputs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class LiteralAugmentation:
+    """MONAI's own transforms, one sample after the other."""
+
+    def __init__(self, letters: str):
+        from monai import transforms
+
+        affine = dict(
+            prob=1.0,
+            rotate_range=(ROTATION,) * 3,
+            translate_range=(TRANSLATION,) * 3,
+            scale_range=(SCALING,) * 3,
+            mode="bilinear",
+            padding_mode="border",
+        )
+        made = {
+            "a": lambda: transforms.RandAffine(**affine),
+            "e": lambda: transforms.Rand3DElastic(sigma_range=(8, 12), magnitude_range=(0, 1264), **affine),
+            "g": lambda: transforms.RandGaussianNoise(prob=NOISE_PROB, mean=0.0, std=NOISE_MAX_STD),
+            "c": lambda: transforms.RandAdjustContrast(prob=CONTRAST_PROB, gamma=GAMMA),
+        }
+        self.chain = [made[letter]() for letter in letters]
+
+    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
+        """(C, 32, 32, 32) in [0, 1264]."""
+        for transform in self.chain:
+            volume = transform(volume)
+        return torch.as_tensor(volume)
+
+
+def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
+    """The three views of a step, sample by sample."""
+    shifted = shift_to_zero(patches)[:, None]
+    around = shift_to_zero(neighbors)
+    query = torch.stack([augment(volume) for volume in shifted])
+    key = torch.stack([augment(volume) for volume in shifted])
+    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in around]))
+
+
+# ============================================================ this project's step
+
+
+class Step:
+    """Reading, augmenting and one step of training, composed as train.py composes them."""
+
+    def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, amp: bool, workers: int = 0):
+        torch.manual_seed(0)
+        self.device, self.amp = device, amp
+        self.dataset = PatchDataset(store, 2)
+        self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
+        self.loader = make_loader(self.dataset, self.sampler, workers, pin_memory=device.type == "cuda")
+        self.locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
+        self.near = self.locations[torch.from_numpy(self.dataset.neighbors)]  # (L, k, 3)
+        self.augmentation = Augmentation("agc")
+        self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
+        self.batches = self._forever()
+
+    def _forever(self) -> Iterator[PatchBatch]:
+        epoch = 0
+        while True:
+            self.sampler.set_epoch(epoch, 0)
+            yield from self.loader
+            epoch += 1
+
+    def views(self, batch: PatchBatch):
+        generators = step_generators(0, batch.epoch, batch.location, batch.step, 0, self.device)
+        patches = batch.patches.to(self.device, non_blocking=True)
+        around = batch.neighbors.to(self.device, non_blocking=True)
+        return make_views(patches, around, self.augmentation, generators)
+
+    def loss(self, location: int, query, key, around) -> torch.Tensor:
+        here, near = self.locations[location : location + 1], self.near[location : location + 1]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            pch, ngb, labels = self.model(location, [query, here], [key, here], [around, near])
+        return F.cross_entropy(pch, labels) + F.cross_entropy(ngb, labels)
+
+    def descend(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = next(self.batches)
+            self.descend(self.loss(batch.location, *self.views(batch)))
+
+
+# ============================================================ rows
+
+
+def check_equal_losses(fast: Step, literal: LiteralStep) -> dict[str, float]:
+    """First-step losses of both on the same views. Raises AssertionError where they differ."""
+    batch = next(fast.batches)
+    query, key, around = fast.views(batch)
+    here, near = fast.locations[batch.location : batch.location + 1], fast.near[batch.location : batch.location + 1]
+    ours = float(fast.loss(batch.location, query, key, around).detach())
+    slow = float(literal.losses(batch.location, query, key, around, here, near).detach())
+    if abs(ours - slow) > 1e-4 * abs(slow):
+        raise AssertionError(f"losses differ, {ours} here and {slow} in the literal version: the timings mean nothing")
+    return {"ours": ours, "literal": slow}
+
+
+def rows_training(store: PatchStore, K: int, args, machine: dict, report: dict) -> list[Row]:
+    """Encoder, and the whole step with reading and augmentation."""
+    device, B = args.device, args.batch
+    rate = {False: machine["matrix_gflops_float32"], True: machine["matrix_gflops_bf16"]}
+    fast = Step(store, B, K, device, amp=False)
+    literal = LiteralStep(fast.model)
+    report["first_step_loss"] = check_equal_losses(fast, literal)
+    halved = Step(store, B, K, device, amp=True)
+    augment = LiteralAugmentation("agc")
+    rows = []
+
+    x = torch.randn(B, 1, 32, 32, 32, device=device)
+    here = fast.locations[:1]
+
+    def encode(encoder: nn.Module, amp: bool, slow: bool) -> Callable[[], None]:
+        def work() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z = literal_encode(encoder, x, here.expand(B, 3))[0] if slow else encoder(x, here)[0]
+            z.float().sum().backward()
+
+        return work
+
+    times = in_turns(
+        {
+            "ours": encode(fast.model.encoder_q, False, False),
+            "bf16": encode(fast.model.encoder_q, True, False),
+            "literal": encode(literal.encoder_q, False, True),
+        },
+        args.rounds,
+    )
+    for amp, name in ((False, "ours"), (True, "bf16")):
+        rows.append(
+            compare(
+                f"encoder, {B} patches, forward and backward, {'bf16' if amp else 'float32'}",
+                "samples/s",
+                times[name],
+                times["literal"],
+                B,
+                B,
+                3 * FORWARD_GFLOP,
+                rate[amp],
+            )
+        )
+
+    def literal_step() -> None:
+        batch = next(halved.batches)
+        views = literal_views(batch.patches, batch.neighbors, augment)
+        location = batch.location
+        literal.step(
+            location,
+            *(view.to(device) for view in views),
+            fast.locations[location : location + 1],
+            fast.near[location : location + 1],
+        )
+
+    times = in_turns(
+        {
+            "ours": lambda: fast.run(args.steps),
+            "bf16": lambda: halved.run(args.steps),
+            "literal": literal_step,
+        },
+        args.rounds,
+    )
+    for amp, name in ((False, "ours"), (True, "bf16")):
+        rows.append(
+            compare(
+                f"training step, {store.num_locations} locations, K {K}, batch {B}, {'bf16' if amp else 'float32'}, "
+                "reading and augmentation included",
+                "samples/s",
+                times[name],
+                times["literal"],
+                B * args.steps,
+                B,
+                STEP_GFLOP,
+                rate[amp],
+                goal="7 times" if amp else "4 times",
+                note="" if not amp or machine["fast_bf16"] else "the processor has no bf16 arithmetic",
+            )
+        )
+    report["profile_ms"] = {"float32": profile(fast, args), "bf16": profile(halved, args)}
+    return rows
+
+
+def profile(step: Step, args) -> dict[str, float]:
+    """Milliseconds of each part of a step, median over steps."""
+    parts: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable):
+        def run(*inputs, **more):
+            synchronize()
+            start = time.perf_counter()
+            result = work(*inputs, **more)
+            synchronize()
+            parts.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    model = step.model
+    inner = {name: getattr(model, name) for name in ("_update_key_encoder", "_encode_keys", "_enqueue")}
+    names = {"_update_key_encoder": "momentum", "_encode_keys": "forward, keys", "_enqueue": "queue"}
+    for method, name in names.items():
+        setattr(model, method, timed(name, inner[method]))
+    try:
+        for _ in range(args.steps * args.rounds):
+            batch = timed("reading", next)(step.batches)
+            timed("copying", lambda batch: (batch.patches.to(step.device), batch.neighbors.to(step.device)))(batch)
+            views = timed("augmenting", step.views)(batch)
+            loss = timed("forward, all", step.loss)(batch.location, *views)
+            step.optimizer.zero_grad(set_to_none=True)
+            timed("backward", loss.backward)()
+            timed("update", step.optimizer.step)()
+    finally:
+        for method, work in inner.items():
+            setattr(model, method, work)
+    middle = {name: 1e3 * statistics.median(values) for name, values in parts.items()}
+    within = sum(middle[name] for name in names.values())
+    middle["forward, queries and logits"] = middle.pop("forward, all") - within
+    return {name: round(value, 3) for name, value in middle.items()}
+
+
+def rows_extraction(store: PatchStore, args, machine: dict) -> list[Row]:
+    """Features of a 581-patch subject over a cohort, location by location."""
+    device, N = args.device, min(32, store.num_subjects)
+    torch.manual_seed(0)
+    encoder = Encoder(128, 128, 8, 1).to(device).eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm3d):  # statistics as after training, not the identity
+            module.running_mean.normal_(0, 0.05)
+            module.running_var.uniform_(0.01, 0.1)
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
+    rows = np.arange(N)
+
+    def read(location: int) -> torch.Tensor:
+        return to_unit(shift_to_zero(torch.from_numpy(store.read(location, rows)).to(device)))[:, None]
+
+    @torch.inference_mode()
+    def ours(dtype: torch.dtype) -> None:
+        for location in range(args.extract_locations):
+            FrozenEncoder(encoder, locations[location : location + 1], dtype)(read(location)).cpu()
+
+    @torch.inference_mode()
+    def literal() -> None:
+        literal_encode(encoder, read(0), locations[:1].expand(N, 3))[1].cpu()
+
+    with torch.inference_mode():
+        wanted = literal_encode(encoder, read(0), locations[:1].expand(N, 3))[1]
+        errors = {
+            dtype: float((FrozenEncoder(encoder, locations[:1], dtype)(read(0)) - wanted).norm() / wanted.norm())
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    times = in_turns(
+        {"ours": lambda: ours(torch.float32), "bf16": lambda: ours(torch.bfloat16), "literal": literal}, args.rounds
+    )
+    made = []
+    for dtype, name, goal in ((torch.float32, "ours", "9 times"), (torch.bfloat16, "bf16", "20 times")):
+        bf16 = dtype == torch.bfloat16
+        made.append(
+            compare(
+                f"features of a subject of {PUBLISHED_LOCATIONS} patches, {N} subjects location by location, "
+                f"{'bf16' if bf16 else 'float32'}, reading included",
+                "s",
+                times[name],
+                times["literal"],
+                N * args.extract_locations / PUBLISHED_LOCATIONS,
+                N / PUBLISHED_LOCATIONS,
+                FORWARD_GFLOP * PUBLISHED_LOCATIONS,
+                machine["matrix_gflops_bf16" if bf16 else "matrix_gflops_float32"],
+                goal=goal,
+                note=f"error of h {errors[dtype]:.0e}"
+                + ("" if not bf16 or machine["fast_bf16"] else "; the processor has no bf16 arithmetic"),
+            )
+        )
+    return made
+
+
+def rows_augmentation(args) -> list[Row]:
+    """One view of one patch on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = []
+    try:
+        for letters, count, slow_count, goal in (("agc", 64, 64, "3 times"), ("e", 32, 2, "10 times")):
+            volumes = torch.rand(count, 1, 32, 32, 32) * 1264
+            ours, literal = Augmentation(letters), LiteralAugmentation(letters)
+            generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+            times = in_turns(
+                {
+                    "ours": lambda ours=ours, volumes=volumes, pair=generators: ours(volumes, *pair),
+                    "literal": lambda literal=literal, volumes=volumes, n=slow_count: [literal(v) for v in volumes[:n]],
+                },
+                args.rounds,
+            )
+            made.append(
+                compare(
+                    f"augmentation {letters}, one view, one core",
+                    "ms",
+                    times["ours"],
+                    times["literal"],
+                    count / 1e3,
+                    slow_count / 1e3,
+                    goal=goal,
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return made
+
+
+def rows_reading(folder: Path, args) -> list[Row]:
+    """Rows of shuffled batches out of one location file, beside dd on the same file."""
+    store = make_store(folder, 1, args.reading_subjects)
+    path = store.layout.grouped(0)
+    total = path.stat().st_size
+    order = np.random.default_rng(0).permutation(store.num_subjects)
+
+    def forget() -> None:
+        """Drop the file from the page cache."""
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def batches() -> None:
+        fresh = PatchStore(folder, require_grouped=True)  # opened anew, or its mapping keeps the pages
+        for start in range(0, len(order), 32):
+            fresh.read(0, order[start : start + 32])
+
+    def dd() -> None:
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
+
+    made = []
+    for cold in (True, False):
+        times: dict[str, list[float]] = {"ours": [], "dd": []}
+        for _ in range(args.rounds):
+            for name, work in (("ours", batches), ("dd", dd)):
+                if cold:
+                    forget()
+                else:
+                    work()
+                times[name].append(seconds(work))
+        made.append(
+            compare(
+                f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'} (beside it: dd)",
+                "GB/s",
+                times["ours"],
+                times["dd"],
+                total / 1e9,
+                total / 1e9,
+            )
+        )
+    return made
+
+
+def launch_training(store: PatchStore, folder: Path, ranks: int, flags: str) -> subprocess.Popen:
+    """train.py on the store, in its own process group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+    return subprocess.Popen(
+        [*command, "--exp-name", "x", "--no-progress", *flags.split()],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
+    """Peak memory of train.py itself, from the kernel's own count."""
+    row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
+    if not Path("/proc/self/status").exists():
+        row.note = "unmeasured: this system does not tell a process's peak memory"
+        return row
+    process = launch_training(
+        store,
+        folder,
+        1,
+        [
+            "--batch-size",
+            str(args.batch),
+            "--moco-k",
+            str(K),
+            "--epochs",
+            "1",
+            "--workers",
+            "1",
+            "--print-freq",
+            "2",
+            "--device",
+            args.device.type,
+        ],
+    )
+    try:
+        printed = 0
+        for line in process.stdout:
+            printed += line.startswith("epoch")
+            if printed == 4:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                row.ours = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e9
+                break
+        if row.ours is None:
+            row.note = "unmeasured: train.py ended early"
+    finally:
+        stop(process)
+    return row
+
+
+def ranks_rate(folder: Path, ranks: int, args) -> float | None:
+    """Samples a second of train.py over several ranks on this machine, the batch shared among them."""
+    store = make_store(folder / "store", 8, 64)
+    process = launch_training(
+        store,
+        folder,
+        ranks,
+        [
+            "--batch-size",
+            str(args.batch),
+            "--moco-k",
+            str(4 * args.batch),
+            "--epochs",
+            "2",
+            "--workers",
+            "1",
+            "--device",
+            args.device.type,
+        ],
+    )
+    try:
+        process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return None
+    lines = (folder / "ssl_exp/x/log.jsonl").read_text().splitlines()
+    epochs = [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
+    steps = 8 * (64 // args.batch)
+    return steps * args.batch / epochs[-1]["seconds"]
+
+
+def scaling(folder: Path, args) -> list[dict]:
+    """Milliseconds a step as one size grows and the others stay."""
+    base = dict(batch=args.batch, locations=37, subjects=64, K=1024)
+    cases: list[dict] = []
+    grown = {
+        "batch": [8, 16, 32, 64],
+        "locations": [37, PUBLISHED_LOCATIONS],
+        "subjects": [64, 512],
+        "K": [1024, 4096, 16384],
+    }
+    for what, values in grown.items():
+        steps = {}
+        for value in values:
+            size = {**base, what: value}
+            store = make_store(folder / f"{what}_{value}", size["locations"], size["subjects"])
+            steps[value] = Step(store, size["batch"], size["K"], args.device, amp=False)
+        jobs = {value: (lambda step=step: step.run(2)) for value, step in steps.items()}
+        for value, times in in_turns(jobs, args.rounds).items():
+            cases.append({"grown": what, "value": value, "ms_per_step": 1e3 * statistics.median(times) / 2})
+        del steps, jobs
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" else 4
+    for ranks in (1, 2, 4):
+        if ranks <= gpus:
+            rate = ranks_rate(folder / f"ranks_{ranks}", ranks, args)
+            cases.append(
+                {"grown": "ranks", "value": ranks, "ms_per_step": None if rate is None else 1e3 * args.batch / rate}
+            )
+    return cases
+
+
+def rows_gpu(args, store_folder: Path, machine: dict) -> list[Row]:
+    """The GPU's rows; marked unmeasured where there is none."""
+    rows = [
+        Row("training, one GPU, reading from a store and agc, batch 128, bf16", "samples/s", goal="10,000"),
+        Row("features, one GPU, from the page cache, bf16", "subjects/s", goal="over 100"),
+    ]
+    if args.device.type != "cuda":
+        for row in rows:
+            row.note = "unmeasured: no GPU at hand"
+        return rows
+    store = make_store(store_folder, PUBLISHED_LOCATIONS, 512)
+    step = Step(store, 128, 4096, args.device, amp=True, workers=min(16, os.cpu_count() or 1))
+    times = in_turns({"ours": lambda: step.run(50)}, args.rounds)["ours"]
+    rows[0].ours = 128 * 50 / statistics.median(times)
+    rows[0].of_matrix_rate = STEP_GFLOP * rows[0].ours / machine["matrix_gflops_bf16"]
+    encoder = Encoder(128, 128, 8, 1).to(args.device).eval()
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(args.device)
+
+    @torch.inference_mode()
+    def extract() -> None:
+        for location in range(32):
+            patches = torch.from_numpy(store.read(location, np.arange(512))).to(args.device)
+            frozen = FrozenEncoder(encoder, locations[location : location + 1], torch.bfloat16)
+            frozen(to_unit(shift_to_zero(patches))[:, None]).cpu()
+
+    times = in_turns({"ours": extract}, args.rounds)["ours"]
+    rows[1].ours = 512 * 32 / PUBLISHED_LOCATIONS / statistics.median(times)
+    return rows
+
+
+# ============================================================ the table
+
+
+def show(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+
+    def number(value: float | None, unit: str) -> str:
+        return "unmeasured" if value is None else f"{value:.3g} {unit}"
+
+    lines = [
+        "| what | here | literal | ratio (range) | of the matrix rate | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.1f} ({row.ratio_low:.1f} to {row.ratio_high:.1f})"
+        share = "" if row.of_matrix_rate is None else f"{100 * row.of_matrix_rate:.0f} %"
+        what = f"{row.what} ({row.note})" if row.note else row.what
+        literal = "" if row.literal is None else number(row.literal, row.unit)
+        lines.append(f"| {what} | {number(row.ours, row.unit)} | {literal} | {ratio} | {share} | {row.goal} |")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds, no scaling section")
+    parser.add_argument("--json", help="write all figures here too")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="samples a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="timings of each job (default: 5, with --quick 2)")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda, but this machine has no usable GPU")
+    args.device = torch.device("cuda" if gpu and args.device != "cpu" else "cpu")
+    args.rounds = args.rounds or (2 if args.quick else 5)
+    args.steps = 2 if args.quick else 6
+    args.extract_locations = 2 if args.quick else 16
+    args.reading_subjects = 256 if args.quick else 4096
+    if args.batch < 2 or args.rounds < 1:
+        parser.error("--batch is at least 2, --rounds at least 1")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.device.type == "cpu":
+        keep_freed_memory()
+    machine = {**describe(args.device), "fast_bf16": has_fast_bf16(args.device)}
+    print(
+        ", ".join(
+            f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()
+        )
+    )
+    locations, K = (64, 512) if args.quick else (PUBLISHED_LOCATIONS, 4096)
+    report: dict = {"machine": machine, "quick": args.quick}
+    with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
+        folder = Path(scratch)
+        store = make_store(folder / "store", locations, 64)
+        rows = rows_training(store, K, args, machine, report)
+        rows += rows_extraction(store, args, machine)
+        rows += rows_augmentation(args)
+        rows += rows_reading(folder / "reading", args)
+        rows.append(row_memory(store, K, folder / "memory_run", args))
+        rows += rows_gpu(args, folder / "gpu", machine)
+        print(show(rows))
+        print(f"\nfirst-step loss {report['first_step_loss']}")
+        for name, parts in report["profile_ms"].items():
+            listed = ", ".join(
+                f"{part} {value:.1f}" for part, value in sorted(parts.items(), key=lambda item: -item[1])
+            )
+            print(f"profile of a step, ms, {name}: {listed}")
+        if not args.quick:
+            report["scaling"] = scaling(folder / "scaling", args)
+            print("\n| grown | to | ms a step |\n| --- | --- | --- |")
+            for case in report["scaling"]:
+                value = "unmeasured" if case["ms_per_step"] is None else f"{case['ms_per_step']:.0f}"
+                print(f"| {case['grown']} | {case['value']} | {value} |")
+    report["rows"] = [asdict(row) for row in rows]
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
