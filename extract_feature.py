@@ -36,11 +36,13 @@ from tqdm import tqdm
 from data.augment import shift_to_zero, to_unit
 from data.layout import StoreError, save_array, write_aside
 from data.locations import normalize_locations
+from data.prefetch import read_ahead
 from data.store import PatchStore, read_labels
 from models import distributed
 from models.checkpoint import CheckpointError, build_query_encoder, read_checkpoint, strip_module
 from models.cnn3d import Encoder
 from models.device import DeviceError, end_process, start_process
+from models.frozen import FrozenEncoder
 
 SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
@@ -54,7 +56,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
     parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="patches encoded at a time; raise it on GPUs (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        default=64,
+        help="patches encoded at a time; raise it to 512 on GPUs (default: %(default)s)",
     )
     parser.add_argument(
         "--amp",
@@ -125,26 +130,53 @@ def plan(store: PatchStore) -> list[Unit]:
     ]
 
 
-@torch.inference_mode()
-def encode_unit(
-    encoder: torch.nn.Module, store: PatchStore, locations: torch.Tensor, unit: Unit, batch_size: int, amp: str
-) -> np.ndarray:
-    """Representations h of one unit: (rows, locations, rep_dim) float32."""
+class Batch(NamedTuple):
+    """Patches of some rows of a unit at one of its locations."""
+
+    unit: Unit
+    column: int  # of the unit's locations
+    start: int  # of the unit's rows
+    rows: np.ndarray
+    last: bool  # of the unit
+
+
+def split(units: list[Unit], batch_size: int) -> Iterator[Batch]:
+    """The units' batches, location by location."""
+    for unit in units:
+        rows = np.asarray(unit.rows)
+        starts = range(0, len(rows), batch_size)
+        for column in range(len(unit.locations)):
+            for start in starts:
+                last = column == len(unit.locations) - 1 and start == starts[-1]
+                yield Batch(unit, column, start, rows[start : start + batch_size], last)
+
+
+def encode(
+    encoder: Encoder, store: PatchStore, locations: torch.Tensor, units: list[Unit], batch_size: int, dtype: torch.dtype
+) -> Iterator[tuple[Unit, np.ndarray]]:
+    """Representations h of one unit after the other: (rows, locations, rep_dim) float32.
+
+    Patches are read ahead in threads; at each location the encoder is frozen once for all rows.
+    """
     device = locations.device
-    result = None
-    rows = np.asarray(unit.rows)
-    for column, location in enumerate(unit.locations):
-        here = locations[location : location + 1]  # (1, 3): kernels are mixed once for the batch
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            patches = torch.from_numpy(store.read(location, some)).to(device)
-            volumes = to_unit(shift_to_zero(patches))[:, None]
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-                _, h = encoder(volumes, here)
-            if result is None:
-                result = np.empty((len(rows), len(unit.locations), h.shape[1]), dtype=np.float32)
-            result[start : start + len(some), column] = h.float().cpu().numpy()
-    return result
+
+    def read(batch: Batch) -> torch.Tensor:
+        patches = torch.from_numpy(store.read(batch.unit.locations[batch.column], batch.rows))
+        return patches.pin_memory() if device.type == "cuda" else patches
+
+    frozen, result = None, None
+    for batch, patches in read_ahead(read, split(units, batch_size)):
+        unit = batch.unit
+        if batch.start == 0:
+            location = unit.locations[batch.column]
+            frozen = FrozenEncoder(encoder, locations[location : location + 1], dtype)
+        h = frozen(to_unit(shift_to_zero(patches.to(device, non_blocking=True)))[:, None])
+        if result is None:  # on the device: a copy for every batch would wait for it every time
+            result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
+        result[batch.start : batch.start + len(h), batch.column] = h
+        if batch.last:
+            yield unit, result.cpu().numpy()
+            result = None
 
 
 # ============================================================ output
@@ -248,8 +280,9 @@ def extract(args: argparse.Namespace) -> None:
         dynamic_ncols=True,
     )
     with bar:
-        for unit in todo:
-            save_array(pieces / unit.name, encode_unit(encoder, store, locations, unit, args.batch_size, args.amp))
+        dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+        for unit, features in encode(encoder, store, locations, todo, args.batch_size, dtype):
+            save_array(pieces / unit.name, features)
             bar.update()
     distributed.barrier()
 

@@ -320,7 +320,7 @@ def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
 
 def to_unit(volumes: torch.Tensor) -> torch.Tensor:
     """[0, 1264] -> [-1, 1], the network's input."""
-    return volumes / HALF_RANGE - 1
+    return (volumes / HALF_RANGE).sub_(1)
 
 
 def make_views(

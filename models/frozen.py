@@ -1,10 +1,10 @@
 """The encoder frozen at one location, for inference: every convolution dense, every BatchNorm folded in."""
 
 import torch
-import torch.nn.functional as F
 
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
+from models.norm_elu import elu_
 
 
 class FrozenEncoder:
@@ -34,10 +34,10 @@ class FrozenEncoder:
             kernel = kernel.to(dtype).contiguous(memory_format=torch.channels_last_3d)
             self._layers.append((kernel, bias.to(dtype), conv.stride, conv.padding))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1, 32, 32, 32), intensities in [-1, 1] -> h (B, rep_dim) float32."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
         for kernel, bias, stride, padding in self._layers:
-            x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding))
+            x = elu_(dense_conv3d(x, kernel, bias, stride, padding))
         return x.flatten(1).float()

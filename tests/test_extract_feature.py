@@ -92,20 +92,26 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
         "--device",
         "cpu",
     )
-    original, seen = extract_feature.encode_unit, []
+    original, seen = extract_feature.encode, []
 
-    def stop_at_the_fourth(encoder, store, locations, unit, *rest):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(unit.name)
-        return original(encoder, store, locations, unit, *rest)
+    def stop_at_the_fourth(*inputs):
+        for unit, features in original(*inputs):
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            seen.append(unit.name)
+            yield unit, features
 
-    monkeypatch.setattr(extract_feature, "encode_unit", stop_at_the_fourth)
+    def follow(*inputs):
+        for unit, features in original(*inputs):
+            again.append(unit.name)
+            yield unit, features
+
+    monkeypatch.setattr(extract_feature, "encode", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         extract(*flags, "--out-dir", tmp_path / "a")
     assert not (tmp_path / "a" / "pred_arr_patch_full.npy").exists()
     again = []
-    monkeypatch.setattr(extract_feature, "encode_unit", lambda *a: again.append(a[3].name) or original(*a))
+    monkeypatch.setattr(extract_feature, "encode", follow)
     extract(*flags, "--out-dir", tmp_path / "a")
     assert len(again) == 3 and not set(again) & set(seen)
     extract(*flags, "--out-dir", tmp_path / "b")
@@ -114,12 +120,12 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     assert not (tmp_path / "a" / ".pieces").exists()
 
     # Pieces of another checkpoint are not taken for this one's.
-    monkeypatch.setattr(extract_feature, "encode_unit", stop_at_the_fourth)
+    monkeypatch.setattr(extract_feature, "encode", stop_at_the_fourth)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
         extract(*flags, "--out-dir", tmp_path / "c")
     make_checkpoint(tmp_path / "c.pth.tar", seed=9)
-    monkeypatch.setattr(extract_feature, "encode_unit", original)
+    monkeypatch.setattr(extract_feature, "encode", original)
     extract(*flags, "--out-dir", tmp_path / "c")
     extract(*flags, "--out-dir", tmp_path / "d")
     third, fourth = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in "cd")
