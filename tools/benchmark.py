@@ -4,15 +4,17 @@
     python tools/benchmark.py --json speed.json  the whole table, some 15 minutes on 2 cores
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
-is written out in this file (a loop over samples in every convolution, a loop over MONAI's transforms,
-a queue of shape (moco_dim, K, L)). The figure that carries over between machines is their ratio, given
-as the median over the rounds with the smallest and the largest. Before anything is timed the two must
-give the same loss. Rows that this machine cannot measure stay in the table, marked so.
+is written out in this file and runs in a process of its own (a loop over samples in every
+convolution, a loop over MONAI's transforms, a queue of shape (moco_dim, K, L), a subject's patches
+encoded at once). The figure that carries over between machines is their ratio, given as the median
+over the rounds with the smallest and the largest. Before anything is timed the two must give the
+same loss. Rows that this machine cannot measure stay in the table, marked so.
 """
 
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -205,6 +207,59 @@ def make_store(folder: Path, locations: int, subjects: int, seed: int = 0) -> Pa
     return PatchStore(folder, require_grouped=True)
 
 
+# ============================================================ this project's step
+
+
+class Step:
+    """Reading, augmenting and one step of training, composed as train.py composes them."""
+
+    def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, amp: bool, workers: int = 0):
+        torch.manual_seed(0)
+        self.device, self.amp = device, amp
+        self.dataset = PatchDataset(store, 2)
+        self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
+        self.loader = make_loader(self.dataset, self.sampler, workers, pin_memory=device.type == "cuda")
+        self.locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
+        self.near = self.locations[torch.from_numpy(self.dataset.neighbors)]  # (L, k, 3)
+        self.augmentation = Augmentation("agc")
+        self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
+        self.batches = self._forever()
+
+    def _forever(self) -> Iterator[PatchBatch]:
+        epoch = 0
+        while True:
+            self.sampler.set_epoch(epoch, 0)
+            yield from self.loader
+            epoch += 1
+
+    def views(self, batch: PatchBatch):
+        generators = step_generators(0, batch.epoch, batch.location, batch.step, 0, self.device)
+        patches = batch.patches.to(self.device, non_blocking=True)
+        around = batch.neighbors.to(self.device, non_blocking=True)
+        return make_views(patches, around, self.augmentation, generators)
+
+    def here_and_near(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The location, (1, 3), and its neighbours', (1, k, 3)."""
+        return self.locations[location : location + 1], self.near[location : location + 1]
+
+    def loss(self, location: int, query, key, around) -> torch.Tensor:
+        here, near = self.here_and_near(location)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            pch, ngb, labels = self.model(location, [query, here], [key, here], [around, near])
+        return F.cross_entropy(pch, labels) + F.cross_entropy(ngb, labels)
+
+    def descend(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = next(self.batches)
+            self.descend(self.loss(batch.location, *self.views(batch)))
+
+
 # ============================================================ the literal versions
 
 
@@ -303,147 +358,124 @@ def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: Liter
     return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in around]))
 
 
-# ============================================================ this project's step
+def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
+    """Answer the names of literal jobs by doing them, with memory allocated as the system does by default."""
+    fast = Step(PatchStore(store_folder, require_grouped=True), batch, K, device, amp=False)  # weights and batches
+    literal = LiteralStep(fast.model)
+    encoder = trained_encoder(device)
+    augment = LiteralAugmentation("agc")
+    x = torch.randn(batch, 1, 32, 32, 32, device=device)
+    everywhere = torch.rand(PUBLISHED_LOCATIONS, 3, device=device)
+
+    def loss() -> float:
+        drawn = next(fast.batches)
+        return float(literal.losses(drawn.location, *fast.views(drawn), *fast.here_and_near(drawn.location)).detach())
+
+    def encode() -> None:
+        literal_encode(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
+
+    def step() -> None:
+        drawn = next(fast.batches)
+        views = literal_views(drawn.patches, drawn.neighbors, augment)
+        literal.step(drawn.location, *(view.to(device) for view in views), *fast.here_and_near(drawn.location))
+
+    @torch.no_grad()
+    def features() -> None:
+        patches = torch.zeros(PUBLISHED_LOCATIONS, 32, 32, 32, dtype=torch.int16).to(device)
+        literal_encode(encoder, to_unit(shift_to_zero(patches))[:, None], everywhere)[1].cpu()
+
+    jobs = {work.__name__: work for work in (loss, encode, step, features)}
+    while (name := pipe.recv()) is not None:
+        result = jobs[name]()
+        synchronize()
+        pipe.send(result)
 
 
-class Step:
-    """Reading, augmenting and one step of training, composed as train.py composes them."""
+class Apart:
+    """The literal versions in a process of their own: call it with a job's name."""
 
-    def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, amp: bool, workers: int = 0):
-        torch.manual_seed(0)
-        self.device, self.amp = device, amp
-        self.dataset = PatchDataset(store, 2)
-        self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
-        self.loader = make_loader(self.dataset, self.sampler, workers, pin_memory=device.type == "cuda")
-        self.locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
-        self.near = self.locations[torch.from_numpy(self.dataset.neighbors)]  # (L, k, 3)
-        self.augmentation = Augmentation("agc")
-        self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True)
-        self.batches = self._forever()
+    def __init__(self, store: PatchStore, K: int, args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
+        self.process = context.Process(target=literal_process, args=inputs, daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is an error here, not a wait
 
-    def _forever(self) -> Iterator[PatchBatch]:
-        epoch = 0
-        while True:
-            self.sampler.set_epoch(epoch, 0)
-            yield from self.loader
-            epoch += 1
+    def __call__(self, name: str):
+        self.pipe.send(name)
+        return self.pipe.recv()
 
-    def views(self, batch: PatchBatch):
-        generators = step_generators(0, batch.epoch, batch.location, batch.step, 0, self.device)
-        patches = batch.patches.to(self.device, non_blocking=True)
-        around = batch.neighbors.to(self.device, non_blocking=True)
-        return make_views(patches, around, self.augmentation, generators)
-
-    def loss(self, location: int, query, key, around) -> torch.Tensor:
-        here, near = self.locations[location : location + 1], self.near[location : location + 1]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            pch, ngb, labels = self.model(location, [query, here], [key, here], [around, near])
-        return F.cross_entropy(pch, labels) + F.cross_entropy(ngb, labels)
-
-    def descend(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            batch = next(self.batches)
-            self.descend(self.loss(batch.location, *self.views(batch)))
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
 
 
 # ============================================================ rows
 
 
-def check_equal_losses(fast: Step, literal: LiteralStep) -> dict[str, float]:
-    """First-step losses of both on the same views. Raises AssertionError where they differ."""
+def check_equal_losses(fast: Step, apart: Apart) -> dict[str, float]:
+    """First-step losses of both from the same weights on the same views. Raises where they differ."""
     batch = next(fast.batches)
-    query, key, around = fast.views(batch)
-    here, near = fast.locations[batch.location : batch.location + 1], fast.near[batch.location : batch.location + 1]
-    ours = float(fast.loss(batch.location, query, key, around).detach())
-    slow = float(literal.losses(batch.location, query, key, around, here, near).detach())
+    ours, slow = float(fast.loss(batch.location, *fast.views(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
-        raise AssertionError(f"losses differ, {ours} here and {slow} in the literal version: the timings mean nothing")
+        raise RuntimeError(f"losses differ, {ours} here and {slow} in the literal version: the timings mean nothing")
     return {"ours": ours, "literal": slow}
 
 
-def rows_training(store: PatchStore, K: int, args, machine: dict, report: dict) -> list[Row]:
+def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, report: dict) -> list[Row]:
     """Encoder, and the whole step with reading and augmentation."""
     device, B = args.device, args.batch
     rate = {False: machine["matrix_gflops_float32"], True: machine["matrix_gflops_bf16"]}
     fast = Step(store, B, K, device, amp=False)
-    literal = LiteralStep(fast.model)
-    report["first_step_loss"] = check_equal_losses(fast, literal)
+    report["first_step_loss"] = check_equal_losses(fast, apart)
     halved = Step(store, B, K, device, amp=True)
-    augment = LiteralAugmentation("agc")
-    rows = []
-
+    no_bf16 = "" if machine["fast_bf16"] else "the processor has no bf16 arithmetic"
     x = torch.randn(B, 1, 32, 32, 32, device=device)
-    here = fast.locations[:1]
+    encoder, here = fast.model.encoder_q, fast.locations[:1]
 
-    def encode(encoder: nn.Module, amp: bool, slow: bool) -> Callable[[], None]:
-        def work() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                z = literal_encode(encoder, x, here.expand(B, 3))[0] if slow else encoder(x, here)[0]
-            z.float().sum().backward()
+    def encode(amp: bool) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            z = encoder(x, here)[0]
+        z.float().sum().backward()
 
-        return work
-
-    times = in_turns(
-        {
-            "ours": encode(fast.model.encoder_q, False, False),
-            "bf16": encode(fast.model.encoder_q, True, False),
-            "literal": encode(literal.encoder_q, False, True),
-        },
+    encoder_times = in_turns(
+        {False: lambda: encode(False), True: lambda: encode(True), "literal": lambda: apart("encode")}, args.rounds
+    )
+    step_times = in_turns(
+        {False: lambda: fast.run(args.steps), True: lambda: halved.run(args.steps), "literal": lambda: apart("step")},
         args.rounds,
     )
-    for amp, name in ((False, "ours"), (True, "bf16")):
+    rows = []
+    for amp in (False, True):
+        kind = "bf16" if amp else "float32"
         rows.append(
             compare(
-                f"encoder, {B} patches, forward and backward, {'bf16' if amp else 'float32'}",
+                f"encoder, {B} patches, forward and backward, {kind}",
                 "samples/s",
-                times[name],
-                times["literal"],
+                encoder_times[amp],
+                encoder_times["literal"],
                 B,
                 B,
                 3 * FORWARD_GFLOP,
                 rate[amp],
+                note=no_bf16 if amp else "",
             )
         )
-
-    def literal_step() -> None:
-        batch = next(halved.batches)
-        views = literal_views(batch.patches, batch.neighbors, augment)
-        location = batch.location
-        literal.step(
-            location,
-            *(view.to(device) for view in views),
-            fast.locations[location : location + 1],
-            fast.near[location : location + 1],
-        )
-
-    times = in_turns(
-        {
-            "ours": lambda: fast.run(args.steps),
-            "bf16": lambda: halved.run(args.steps),
-            "literal": literal_step,
-        },
-        args.rounds,
-    )
-    for amp, name in ((False, "ours"), (True, "bf16")):
+    for amp in (False, True):
         rows.append(
             compare(
                 f"training step, {store.num_locations} locations, K {K}, batch {B}, {'bf16' if amp else 'float32'}, "
                 "reading and augmentation included",
                 "samples/s",
-                times[name],
-                times["literal"],
+                step_times[amp],
+                step_times["literal"],
                 B * args.steps,
                 B,
                 STEP_GFLOP,
                 rate[amp],
-                goal="7 times" if amp else "4 times",
-                note="" if not amp or machine["fast_bf16"] else "the processor has no bf16 arithmetic",
+                goal="50; 7 times" if amp else "30; 4 times",
+                note=no_bf16 if amp else "",
             )
         )
     report["profile_ms"] = {"float32": profile(fast, args), "bf16": profile(halved, args)}
@@ -488,56 +520,62 @@ def profile(step: Step, args) -> dict[str, float]:
     return {name: round(value, 3) for name, value in middle.items()}
 
 
-def rows_extraction(store: PatchStore, args, machine: dict) -> list[Row]:
-    """Features of a 581-patch subject over a cohort, location by location."""
-    device, N = args.device, min(32, store.num_subjects)
+def trained_encoder(device: torch.device) -> Encoder:
+    """In eval mode, with statistics as after training and not the identity."""
     torch.manual_seed(0)
-    encoder = Encoder(128, 128, 8, 1).to(device).eval()
+    encoder = Encoder(128, 128, 8, 1).eval()
     for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm3d):  # statistics as after training, not the identity
+        if isinstance(module, nn.BatchNorm3d):
             module.running_mean.normal_(0, 0.05)
             module.running_var.uniform_(0.01, 0.1)
+    return encoder.to(device)
+
+
+def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> list[Row]:
+    """Features of a 581-patch subject over a cohort, location by location."""
+    device, N = args.device, store.num_subjects
+    encoder = trained_encoder(device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     rows = np.arange(N)
 
     def read(location: int) -> torch.Tensor:
         return to_unit(shift_to_zero(torch.from_numpy(store.read(location, rows)).to(device)))[:, None]
 
-    @torch.inference_mode()
-    def ours(dtype: torch.dtype) -> None:
+    def features(dtype: torch.dtype) -> None:
         for location in range(args.extract_locations):
             FrozenEncoder(encoder, locations[location : location + 1], dtype)(read(location)).cpu()
 
-    @torch.inference_mode()
-    def literal() -> None:
-        literal_encode(encoder, read(0), locations[:1].expand(N, 3))[1].cpu()
-
-    with torch.inference_mode():
+    with torch.no_grad():
         wanted = literal_encode(encoder, read(0), locations[:1].expand(N, 3))[1]
-        errors = {
-            dtype: float((FrozenEncoder(encoder, locations[:1], dtype)(read(0)) - wanted).norm() / wanted.norm())
-            for dtype in (torch.float32, torch.bfloat16)
-        }
     times = in_turns(
-        {"ours": lambda: ours(torch.float32), "bf16": lambda: ours(torch.bfloat16), "literal": literal}, args.rounds
+        {
+            torch.float32: lambda: features(torch.float32),
+            torch.bfloat16: lambda: features(torch.bfloat16),
+            "literal": lambda: apart("features"),
+        },
+        args.rounds,
     )
     made = []
-    for dtype, name, goal in ((torch.float32, "ours", "9 times"), (torch.bfloat16, "bf16", "20 times")):
-        bf16 = dtype == torch.bfloat16
+    for dtype, kind, goal in (
+        (torch.float32, "float32", "1.5 s; 9 times"),
+        (torch.bfloat16, "bf16", "0.6 s; 20 times"),
+    ):
+        error = float((FrozenEncoder(encoder, locations[:1], dtype)(read(0)) - wanted).norm() / wanted.norm())
+        note = f"error of h {error:.0e}"
+        if kind == "bf16" and not machine["fast_bf16"]:
+            note += "; the processor has no bf16 arithmetic"
         made.append(
             compare(
-                f"features of a subject of {PUBLISHED_LOCATIONS} patches, {N} subjects location by location, "
-                f"{'bf16' if bf16 else 'float32'}, reading included",
+                f"features of a subject of {PUBLISHED_LOCATIONS} patches, in a cohort of {N}, {kind}, reading included",
                 "s",
-                times[name],
+                times[dtype],
                 times["literal"],
                 N * args.extract_locations / PUBLISHED_LOCATIONS,
-                N / PUBLISHED_LOCATIONS,
+                1.0,
                 FORWARD_GFLOP * PUBLISHED_LOCATIONS,
-                machine["matrix_gflops_bf16" if bf16 else "matrix_gflops_float32"],
+                machine[f"matrix_gflops_{kind}"],
                 goal=goal,
-                note=f"error of h {errors[dtype]:.0e}"
-                + ("" if not bf16 or machine["fast_bf16"] else "; the processor has no bf16 arithmetic"),
+                note=note,
             )
         )
     return made
@@ -549,7 +587,7 @@ def rows_augmentation(args) -> list[Row]:
     torch.set_num_threads(1)
     made = []
     try:
-        for letters, count, slow_count, goal in (("agc", 64, 64, "3 times"), ("e", 32, 2, "10 times")):
+        for letters, count, slow_count, goal in (("agc", 64, 64, "0.5 ms; 3 times"), ("e", 32, 2, "10 ms; 10 times")):
             volumes = torch.rand(count, 1, 32, 32, 32) * 1264
             ours, literal = Augmentation(letters), LiteralAugmentation(letters)
             generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
@@ -831,8 +869,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
         store = make_store(folder / "store", locations, 64)
-        rows = rows_training(store, K, args, machine, report)
-        rows += rows_extraction(store, args, machine)
+        apart = Apart(store, K, args)
+        rows = rows_training(store, K, apart, args, machine, report)
+        rows += rows_extraction(store, apart, args, machine)
+        apart.close()
         rows += rows_augmentation(args)
         rows += rows_reading(folder / "reading", args)
         rows.append(row_memory(store, K, folder / "memory_run", args))

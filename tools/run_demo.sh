@@ -15,8 +15,8 @@ cd "$here"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
-epochs=${DEMO_EPOCHS:-4}
-subjects=${DEMO_SUBJECTS:-44}
+epochs=${DEMO_EPOCHS:-3}
+subjects=${DEMO_SUBJECTS:-64}
 cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)
@@ -43,9 +43,9 @@ ranks=1
 step "3/5 training: $epochs epochs on $([ "$gpus" -gt 0 ] && echo "$ranks GPU(s), NCCL" || echo "the CPU, Gloo")"
 train() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
-        --resume auto --batch-size 12 --moco-k 36 --moco-m 0.99 --num-experts 4 --workers 2 --print-freq 36 "$@"
+        --resume auto --batch-size 8 --moco-k 64 --moco-m 0.99 --num-experts 4 --workers 2 --print-freq 96 "$@"
 }
-train --exp-name demo --epochs "$epochs" --lr 0.02 "$@"
+train --exp-name demo --epochs "$epochs" --lr 0.03 "$@"
 echo
 echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
 train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1
