@@ -349,3 +349,24 @@ def test_stops_quickly_without_workers_left(store, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and "--resume auto" in output and time.monotonic() - start < 30
+
+
+def test_bf16_follows_float32_over_fifty_steps(tmp_path, make_store, grid, run):
+    make_store(tmp_path / "store", 12, grid)
+    losses = {}
+    for amp in ("off", "bf16"):
+        run(
+            "train.py",
+            *("--root-dir", tmp_path / "store", "--exp-name", amp, "--device", "cpu", "--amp", amp, "--workers", 0),
+            *("--batch-size", 4, "--moco-k", 12, "--epochs", 3, "--print-freq", 1),
+            cwd=tmp_path,
+        )
+        losses[amp] = np.array([[r["loss_patch"], r["loss_neighbor"]] for r in lines(tmp_path / "ssl_exp" / amp)])
+    assert losses["off"].shape == (54, 2)
+    apart = np.abs(losses["bf16"] - losses["off"]) / losses["off"]
+    assert 0 < apart.mean() < 0.01 and apart.max() < 0.1
+    content = torch.load(
+        tmp_path / "ssl_exp" / "bf16" / "checkpoint_patch_0003.pth.tar", map_location="cpu", weights_only=True
+    )
+    floats = [value.dtype for value in content["state_dict"].values() if value.is_floating_point()]
+    assert set(floats) == {torch.float32}  # weights, statistics and queue stay in float32

@@ -4,7 +4,7 @@
     python tools/benchmark.py --json speed.json  the whole table, some 15 minutes on 2 cores
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
-is written out in this file and runs in a process of its own (a loop over samples in every
+is written out in literal.py and runs in a process of its own (a loop over samples in every
 convolution, a loop over MONAI's transforms, a queue of shape (moco_dim, K, L), a subject's patches
 encoded at once). The figure that carries over between machines is their ratio, given as the median
 over the rounds with the smallest and the largest. Before anything is timed the two must give the
@@ -12,7 +12,6 @@ same loss. Rows that this machine cannot measure stay in the table, marked so.
 """
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
@@ -36,20 +35,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.augment import (
-    CONTRAST_PROB,
-    GAMMA,
-    NOISE_MAX_STD,
-    NOISE_PROB,
-    ROTATION,
-    SCALING,
-    TRANSLATION,
-    Augmentation,
-    make_views,
-    shift_to_zero,
-    step_generators,
-    to_unit,
-)
+from data.augment import Augmentation, make_views, shift_to_zero, step_generators, to_unit
 from data.dataset import PatchBatch, PatchDataset, make_loader
 from data.layout import save_array
 from data.locations import normalize_locations
@@ -57,9 +43,9 @@ from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.condconv3d import CondConv3D
 from models.device import keep_freed_memory
 from models.frozen import FrozenEncoder
+from tools.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
 
 PUBLISHED_LOCATIONS = 581
 FORWARD_GFLOP = 0.194  # one patch, multiplications and additions
@@ -260,102 +246,7 @@ class Step:
             self.descend(self.loss(batch.location, *self.views(batch)))
 
 
-# ============================================================ the literal versions
-
-
-def literal_convolution(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    """One sample, (1, in, D, H, W), with the kernel that its own location mixes."""
-    routing = torch.sigmoid(conv._routing_fn.fc(loc))
-    kernel = (routing[:, None, None, None, None, None] * conv.weight).sum(0)
-    return F.conv3d(sample, kernel, conv.bias, conv.stride, conv.padding)
-
-
-def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The encoder with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
-    for conv, norm in encoder.layers():
-        x = torch.cat([literal_convolution(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
-        x = F.elu(norm(x))
-    h = x.flatten(1)
-    return encoder.fc(h), h
-
-
-class LiteralStep:
-    """DrasCLR's step with the queue as published, (moco_dim, K, L), and a loop wherever there was one."""
-
-    def __init__(self, model: DrasCLR):
-        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
-        self.m, self.T, self.K = model.m, model.T, model.K
-        self.queue = model.state_dict()["queue"].clone(memory_format=torch.contiguous_format)
-        self.queue_ptr = model.queue_ptr.clone()
-        self.optimizer = torch.optim.SGD(
-            self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
-        )
-
-    def losses(self, index, query, key, neighbors, here, near) -> torch.Tensor:
-        batch, k = neighbors.shape[:2]
-        q = F.normalize(literal_encode(self.encoder_q, query, here.expand(batch, 3))[0], dim=1)
-        r = literal_encode(
-            self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), near.expand(batch, k, 3).reshape(-1, 3)
-        )[0]
-        r = F.normalize(r.view(batch, k, -1), dim=2)
-        with torch.no_grad():
-            for slow, fast in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
-                slow.data = slow.data * self.m + fast.data * (1.0 - self.m)
-            keys = F.normalize(literal_encode(self.encoder_k, key, here.expand(batch, 3))[0], dim=1)
-        negatives = self.queue[:, :, index].clone()
-        logits_pch = torch.cat([(q * keys).sum(1, keepdim=True), q @ negatives], dim=1) / self.T
-        positive = sum((r[:, j] * keys).sum(1, keepdim=True) for j in range(k))
-        logits_ngb = torch.cat([positive, sum(r[:, j] @ negatives for j in range(k))], dim=1) / self.T
-        pointer = int(self.queue_ptr[index])
-        self.queue[:, pointer : pointer + batch, index] = keys.T
-        self.queue_ptr[index] = (pointer + batch) % self.K
-        labels = torch.zeros(batch, dtype=torch.long, device=q.device)
-        return F.cross_entropy(logits_pch, labels) + F.cross_entropy(logits_ngb, labels)
-
-    def step(self, *inputs) -> float:
-        loss = self.losses(*inputs)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
-class LiteralAugmentation:
-    """MONAI's own transforms, one sample after the other."""
-
-    def __init__(self, letters: str):
-        from monai import transforms
-
-        affine = dict(
-            prob=1.0,
-            rotate_range=(ROTATION,) * 3,
-            translate_range=(TRANSLATION,) * 3,
-            scale_range=(SCALING,) * 3,
-            mode="bilinear",
-            padding_mode="border",
-        )
-        made = {
-            "a": lambda: transforms.RandAffine(**affine),
-            "e": lambda: transforms.Rand3DElastic(sigma_range=(8, 12), magnitude_range=(0, 1264), **affine),
-            "g": lambda: transforms.RandGaussianNoise(prob=NOISE_PROB, mean=0.0, std=NOISE_MAX_STD),
-            "c": lambda: transforms.RandAdjustContrast(prob=CONTRAST_PROB, gamma=GAMMA),
-        }
-        self.chain = [made[letter]() for letter in letters]
-
-    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """(C, 32, 32, 32) in [0, 1264]."""
-        for transform in self.chain:
-            volume = transform(volume)
-        return torch.as_tensor(volume)
-
-
-def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
-    """The three views of a step, sample by sample."""
-    shifted = shift_to_zero(patches)[:, None]
-    around = shift_to_zero(neighbors)
-    query = torch.stack([augment(volume) for volume in shifted])
-    key = torch.stack([augment(volume) for volume in shifted])
-    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in around]))
+# ============================================================ the literal versions' process
 
 
 def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
@@ -658,14 +549,14 @@ def rows_reading(folder: Path, args) -> list[Row]:
     return made
 
 
-def launch_training(store: PatchStore, folder: Path, ranks: int, flags: str) -> subprocess.Popen:
+def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str, object]) -> subprocess.Popen:
     """train.py on the store, in its own process group."""
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
     return subprocess.Popen(
-        [*command, "--exp-name", "x", "--no-progress", *flags.split()],
+        [*command, "--exp-name", "x", "--no-progress", *(f"--{name}={value}" for name, value in flags.items())],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -686,25 +577,8 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
     if not Path("/proc/self/status").exists():
         row.note = "unmeasured: this system does not tell a process's peak memory"
         return row
-    process = launch_training(
-        store,
-        folder,
-        1,
-        [
-            "--batch-size",
-            str(args.batch),
-            "--moco-k",
-            str(K),
-            "--epochs",
-            "1",
-            "--workers",
-            "1",
-            "--print-freq",
-            "2",
-            "--device",
-            args.device.type,
-        ],
-    )
+    sizes = {"batch-size": args.batch, "moco-k": K, "epochs": 1, "workers": 1, "device": args.device.type}
+    process = launch_training(store, folder, 1, {**sizes, "print-freq": 2})
     try:
         printed = 0
         for line in process.stdout:
@@ -723,23 +597,8 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
 def ranks_rate(folder: Path, ranks: int, args) -> float | None:
     """Samples a second of train.py over several ranks on this machine, the batch shared among them."""
     store = make_store(folder / "store", 8, 64)
-    process = launch_training(
-        store,
-        folder,
-        ranks,
-        [
-            "--batch-size",
-            str(args.batch),
-            "--moco-k",
-            str(4 * args.batch),
-            "--epochs",
-            "2",
-            "--workers",
-            "1",
-            "--device",
-            args.device.type,
-        ],
-    )
+    sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
+    process = launch_training(store, folder, ranks, sizes)
     try:
         process.communicate(timeout=600)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,61 @@
+"""The benchmark's literal versions are the method; its table is made of what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.cnn3d import Encoder
+from tools import benchmark
+from tools.literal import LiteralAugmentation, literal_encode, literal_views
+
+
+def test_literal_encoder_is_the_encoder():
+    torch.manual_seed(0)
+    encoder = Encoder(8, 4, 2, 1).double().eval()
+    x, locs = torch.randn(2, 1, 32, 32, 32, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for ours, slow in zip(encoder(x, locs), literal_encode(encoder, x, locs)):
+            torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-10)
+
+
+def test_literal_views_have_the_networks_shapes_and_range():
+    patches = torch.randint(-1024, 241, (3, 32, 32, 32), dtype=torch.int16)
+    neighbors = torch.randint(-1024, 241, (3, 2, 32, 32, 32), dtype=torch.int16)
+    query, key, around = literal_views(patches, neighbors, LiteralAugmentation("ac"))
+    assert query.shape == key.shape == (3, 1, 32, 32, 32) and around.shape == (3, 2, 32, 32, 32)
+    assert not torch.equal(query, key)
+    for view in (query, key, around):
+        assert -1.01 <= float(view.min()) < float(view.max()) <= 1.01
+
+
+def test_a_row_says_what_was_measured():
+    row = benchmark.compare("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
+    assert row.ours == pytest.approx(5) and row.literal == pytest.approx(0.625)
+    assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((8, 4, 16))
+    assert row.of_matrix_rate == pytest.approx(0.15)
+    row = benchmark.compare("x", "s", [2.0], [12.0], 4.0, 1.0)
+    assert row.ours == pytest.approx(0.5) and row.literal == pytest.approx(12) and row.ratio == pytest.approx(24)
+    assert "unmeasured" in benchmark.show([benchmark.Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
+
+
+def test_the_store_has_every_location(tmp_path):
+    store = benchmark.make_store(tmp_path, 20, 4)
+    assert (store.num_locations, store.num_subjects) == (20, 4)
+    first, again = store.read(1, np.arange(4)), store.read(1 + benchmark.DISTINCT_FILES, np.arange(4))
+    assert np.array_equal(first, again) and not np.array_equal(first, store.read(2, np.arange(4)))
+    assert first.min() >= -1024 and first.max() <= 240 and first.std() > 50
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs(tmp_path, run):
+    result = run("tools/benchmark.py", "--quick", "--batch", 4, "--rounds", 1, "--json", tmp_path / "speed.json")
+    report = json.loads((tmp_path / "speed.json").read_text())
+    losses = report["first_step_loss"]
+    assert losses["ours"] == pytest.approx(losses["literal"], rel=1e-4)
+    measured = [row for row in report["rows"] if row["ours"] is not None]
+    assert len(measured) >= 11 and all(row["ours"] > 0 for row in measured)
+    assert all(row["note"] for row in report["rows"] if row["ours"] is None)
+    assert {"reading", "copying", "augmenting", "backward", "update", "queue"} <= set(report["profile_ms"]["float32"])
+    assert "| training step" in result.stdout

@@ -1,0 +1,120 @@
+"""The method written out slowly, as published: what the benchmark measures against. Nothing else uses it."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from data.augment import (
+    CONTRAST_PROB,
+    ELASTIC_MAGNITUDE,
+    ELASTIC_SIGMA,
+    GAMMA,
+    NOISE_MAX_STD,
+    NOISE_PROB,
+    ROTATION,
+    SCALING,
+    TRANSLATION,
+    shift_to_zero,
+    to_unit,
+)
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.condconv3d import CondConv3D
+
+
+def literal_convolution(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+    """One sample, (1, in, D, H, W), with the kernel that its own location mixes."""
+    routing = torch.sigmoid(conv._routing_fn.fc(loc))
+    kernel = (routing[:, None, None, None, None, None] * conv.weight).sum(0)
+    return F.conv3d(sample, kernel, conv.bias, conv.stride, conv.padding)
+
+
+def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The encoder with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
+    for conv, norm in encoder.layers():
+        x = torch.cat([literal_convolution(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
+        x = F.elu(norm(x))
+    h = x.flatten(1)
+    return encoder.fc(h), h
+
+
+class LiteralStep:
+    """DrasCLR's step with the queue as published, (moco_dim, K, L), and a loop wherever there was one."""
+
+    def __init__(self, model: DrasCLR):
+        self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+        self.m, self.T, self.K = model.m, model.T, model.K
+        self.queue = model.state_dict()["queue"].clone(memory_format=torch.contiguous_format)
+        self.queue_ptr = model.queue_ptr.clone()
+        self.optimizer = torch.optim.SGD(
+            self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
+        )
+
+    def losses(self, index, query, key, neighbors, here, near) -> torch.Tensor:
+        batch, k = neighbors.shape[:2]
+        q = F.normalize(literal_encode(self.encoder_q, query, here.expand(batch, 3))[0], dim=1)
+        r = literal_encode(
+            self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), near.expand(batch, k, 3).reshape(-1, 3)
+        )[0]
+        r = F.normalize(r.view(batch, k, -1), dim=2)
+        with torch.no_grad():
+            for slow, fast in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+                slow.data = slow.data * self.m + fast.data * (1.0 - self.m)
+            keys = F.normalize(literal_encode(self.encoder_k, key, here.expand(batch, 3))[0], dim=1)
+        negatives = self.queue[:, :, index].clone()
+        logits_pch = torch.cat([(q * keys).sum(1, keepdim=True), q @ negatives], dim=1) / self.T
+        positive = sum((r[:, j] * keys).sum(1, keepdim=True) for j in range(k))
+        logits_ngb = torch.cat([positive, sum(r[:, j] @ negatives for j in range(k))], dim=1) / self.T
+        pointer = int(self.queue_ptr[index])
+        self.queue[:, pointer : pointer + batch, index] = keys.T
+        self.queue_ptr[index] = (pointer + batch) % self.K
+        labels = torch.zeros(batch, dtype=torch.long, device=q.device)
+        return F.cross_entropy(logits_pch, labels) + F.cross_entropy(logits_ngb, labels)
+
+    def step(self, *inputs) -> float:
+        loss = self.losses(*inputs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class LiteralAugmentation:
+    """MONAI's own transforms, one sample after the other."""
+
+    def __init__(self, letters: str):
+        from monai import transforms
+
+        affine = dict(
+            prob=1.0,
+            rotate_range=(ROTATION,) * 3,
+            translate_range=(TRANSLATION,) * 3,
+            scale_range=(SCALING,) * 3,
+            mode="bilinear",
+            padding_mode="border",
+        )
+        made = {
+            "a": lambda: transforms.RandAffine(**affine),
+            "e": lambda: transforms.Rand3DElastic(
+                sigma_range=ELASTIC_SIGMA, magnitude_range=ELASTIC_MAGNITUDE, **affine
+            ),
+            "g": lambda: transforms.RandGaussianNoise(prob=NOISE_PROB, mean=0.0, std=NOISE_MAX_STD),
+            "c": lambda: transforms.RandAdjustContrast(prob=CONTRAST_PROB, gamma=GAMMA),
+        }
+        self.chain = [made[letter]() for letter in letters]
+
+    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
+        """(C, 32, 32, 32) in [0, 1264]."""
+        for transform in self.chain:
+            volume = transform(volume)
+        return torch.as_tensor(volume)
+
+
+def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
+    """The three views of a step, sample by sample."""
+    shifted = shift_to_zero(patches)[:, None]
+    around = shift_to_zero(neighbors)
+    query = torch.stack([augment(volume) for volume in shifted])
+    key = torch.stack([augment(volume) for volume in shifted])
+    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in around]))
