@@ -106,7 +106,7 @@ class DrasCLR(nn.Module):
         world, rank = distributed.world_size(), distributed.rank()
         batch = patches.shape[0]
         if world == 1:
-            return F.normalize(self._project(self.encoder_k, patches, locs), dim=1)
+            return F.normalize(self.encoder_k(patches, locs)[0], dim=1)
 
         order = torch.randperm(world * batch, device=patches.device)
         torch.distributed.broadcast(order, src=0)
@@ -114,7 +114,7 @@ class DrasCLR(nn.Module):
         patches = distributed.all_gather_rows(patches)[mine]
         if locs.shape[0] == batch:  # one location per sample travels with its patch
             locs = distributed.all_gather_rows(locs)[mine]
-        keys = F.normalize(self._project(self.encoder_k, patches, locs), dim=1)
+        keys = F.normalize(self.encoder_k(patches, locs)[0], dim=1)
         shuffled = distributed.all_gather_rows(keys)  # row i is sample order[i]
         return shuffled[torch.argsort(order)]
 
@@ -127,12 +127,6 @@ class DrasCLR(nn.Module):
         rows = (pointer + torch.arange(count, device=keys.device)) % self.K
         self.queue[patch_idx].index_copy_(0, rows, keys.to(self.queue.dtype))
         self.queue_ptr[patch_idx] = (pointer + count) % self.K
-
-    @staticmethod
-    def _project(encoder: nn.Module, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-        """z, in float32 at least, also under autocast: the logits are divided by a small temperature."""
-        z = encoder(patches, locs)[0]
-        return z if z.dtype == torch.float64 else z.float()
 
     def forward(
         self,
@@ -169,16 +163,16 @@ class DrasCLR(nn.Module):
             raise ValueError(f"the queue of K = {self.K} keys is not a multiple of the batch of {total} over all ranks")
 
         # -------- queries: patches and neighbours in two BatchNorm passes
-        query = F.normalize(self._project(self.encoder_q, query_patch, query_loc), dim=1)  # (B, dim)
+        query = F.normalize(self.encoder_q(query_patch, query_loc)[0], dim=1)  # (B, dim)
         if neighbor_loc.shape[0] == 1:
             # Location-major, so that block j of B samples shares the kernel of neighbour j.
             # BatchNorm does not mind the order.
             flat = neighbor_patch.transpose(0, 1).reshape(k * batch, 1, *neighbor_patch.shape[2:])
-            neighbors = self._project(self.encoder_q, flat, neighbor_loc[0])
+            neighbors = self.encoder_q(flat, neighbor_loc[0])[0]
             neighbors = neighbors.view(k, batch, -1).transpose(0, 1)
         else:
             flat = neighbor_patch.reshape(batch * k, 1, *neighbor_patch.shape[2:])
-            neighbors = self._project(self.encoder_q, flat, neighbor_loc.reshape(batch * k, 3))
+            neighbors = self.encoder_q(flat, neighbor_loc.reshape(batch * k, 3))[0]
             neighbors = neighbors.view(batch, k, -1)
         neighbors = F.normalize(neighbors, dim=2)  # (B, k, dim)
 

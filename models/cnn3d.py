@@ -13,6 +13,12 @@ from models.norm_elu import norm_elu
 
 PATCH_SIZE = 32  # voxels; five halvings take it to 1, so that h has rep_dim numbers
 
+# The last layers leave 8, 8 and 1 voxels of a patch, and BatchNorm stretches what little differs
+# between so few values. Rounded to bfloat16 they can be equal, and a variance of 0 multiplies the
+# gradient by 1 / sqrt(eps): batches of 3 collapsed within ten steps. So these layers stay in float32
+# under autocast; they are 3 % of the arithmetic.
+FLOAT32_LAYERS = 3
+
 
 def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordinates: int, stride: int = 1):
     """3 x 3 x 3 conditional convolution with padding 1."""
@@ -81,7 +87,12 @@ class Encoder(nn.Module):
             z (B, moco_dim) and h (B, rep_dim).
         """
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        for conv, norm in self.layers():
+        layers = list(self.layers())
+        for conv, norm in layers[:-FLOAT32_LAYERS]:
             x = norm_elu(norm, conv(x, loc))
-        h = x.flatten(1)
-        return self.fc(h), h
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.bn4.weight.dtype)
+            for conv, norm in layers[-FLOAT32_LAYERS:]:
+                x = norm_elu(norm, conv(x, loc))
+            h = x.flatten(1)
+            return self.fc(h), h

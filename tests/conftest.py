@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -60,6 +61,29 @@ def relative_error(value, wanted) -> float:
 @pytest.fixture(scope="session")
 def rel():
     return relative_error
+
+
+def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
+    """Statistics of every BatchNorm as after training, so that eval mode tells patches apart.
+
+    With a new network's statistics, 0 and 1, its small kernels give every patch nearly the same
+    output, and a comparison could not tell whose it is.
+    """
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.randn(batch, 1, 32, 32, 32, generator=generator)
+    locs = torch.rand(batch, 3, generator=generator) * 2 - 1
+    for encoder in encoders:
+        norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm3d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            encoder.train()(patches, locs)
+        for norm in norms:
+            norm.momentum = 0.1
+        encoder.eval()
+        with torch.no_grad():
+            directions = nn.functional.normalize(encoder(patches, locs)[0], dim=1)
+        assert float(directions.std(dim=0).mean()) > 0.1
 
 
 def write_store(

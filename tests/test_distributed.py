@@ -11,17 +11,14 @@ import torch
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 
-from .conftest import ROOT
+from .conftest import ROOT, calibrate
 from .distributed_step import NEAR, TOTAL, K, L, inputs
 
 
 def run_ranks(folder, world, mode):
     torch.manual_seed(7)
     model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
-    for module in model.modules():  # statistics and slopes of no special value
-        if isinstance(module, torch.nn.BatchNorm3d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    calibrate(model.encoder_q, model.encoder_k)
     folder.mkdir()
     torch.save(model.state_dict(), folder / "start.pt")
     script = ROOT / "tests" / "distributed_step.py"
@@ -95,6 +92,8 @@ def test_keys_enter_the_queue_in_rank_order(single, tmp_path):
     with torch.no_grad():
         model._update_key_encoder()
         wanted = torch.nn.functional.normalize(model.encoder_k(key, locs[:1, 0])[0], dim=1)
+    apart = torch.cdist(wanted, wanted) + 10 * torch.eye(TOTAL)
+    assert float(apart.min()) > 1e-2  # no two keys are alike, or their order would not show
     torch.testing.assert_close(ranks[1]["state"]["queue"][:, :TOTAL, 0].t(), wanted, rtol=1e-4, atol=1e-5)
     assert NEAR == 2
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 
+from ..conftest import calibrate
+
 L, K, DIM, B, NEAR = 3, 12, 6, 4, 2
 
 
@@ -77,7 +79,9 @@ def test_step_against_the_method_written_out(training, mlp, k):
 
 def test_rows_per_sample_equal_one_row_for_all():
     query, key, neighbors, here, near = draw_inputs()
-    first, second = build().eval(), build().eval()
+    first, second = build(), build()
+    for model in (first, second):
+        calibrate(model.eval().encoder_q, model.encoder_k)
     a = first(0, (query, here), (key, here), (neighbors, near))
     b = second(0, (query, here.expand(B, 3)), (key, here.expand(B, 3)), (neighbors, near.expand(B, NEAR, 3)))
     for fast, slow in zip(a, b):
@@ -90,6 +94,7 @@ def test_rows_of_different_locations_are_honoured_as_given():
     own = torch.rand(B, 3) * 2 - 1
     near = torch.rand(B, NEAR, 3) * 2 - 1
     model = build().eval()
+    calibrate(model.encoder_q, model.encoder_k)
     encoder_q = copy.deepcopy(model.encoder_q)
     queue = model.state_dict()["queue"][:, :, 0].clone()
     patch, neighbor, _ = model(0, [query, own], [key, own], [neighbors, near])
