@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tensorboard_logger import Logger
@@ -238,7 +239,7 @@ def environment() -> dict[str, Any]:
         commit += " with uncommitted changes" if changed else ""
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if torch.cuda.is_available():
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
     return {"git_commit": commit, "versions": versions}

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.locations import neighbor_table
+from data.prefetch import FileWarmer
 from data.sampler import BatchIndex, LocationBatchSampler
 from data.store import PatchStore
 
@@ -32,8 +33,19 @@ class PatchDataset(Dataset):
     def __init__(self, store: PatchStore, k_neighbors: int):
         self.store = store
         self.neighbors = neighbor_table(store.locations, k_neighbors)
+        self._warmer = FileWarmer()
+        self._location = -1
+
+    def _warm_next(self, location: int) -> None:
+        """Bring the files that the next location needs into the page cache while this one is trained on."""
+        following = location + 1
+        if location != self._location and following < self.store.num_locations:
+            needed = (following, *self.neighbors[following])
+            self._warmer(self.store.layout.grouped(int(index)) for index in needed)
+        self._location = location
 
     def __getitem__(self, index: BatchIndex) -> PatchBatch:
+        self._warm_next(index.location)
         patches = self.store.read(index.location, index.rows)
         around = [self.store.read(int(near), index.rows) for near in self.neighbors[index.location]]
         return PatchBatch(

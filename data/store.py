@@ -122,8 +122,6 @@ class _PatchFile:
             raise StoreError(f"{path} cannot be read as a NumPy file of patches: {error}") from error
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}; patches are real numbers in HU")
-        if self.fortran:
-            raise StoreError(f"{path} is stored in Fortran order; save it again in C order")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
         if size < expected:
             raise StoreError(f"{path} is truncated: {size} bytes of {expected}; make it again")
@@ -131,7 +129,8 @@ class _PatchFile:
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
         if self._array is None:
-            self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+            order = "F" if self.fortran else "C"
+            self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
         return _to_hu(np.asarray(self._array[rows]))
 
 

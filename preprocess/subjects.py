@@ -18,6 +18,7 @@ from data.tables import read_table
 from preprocess.scan import ScanError, limit_threads
 
 ROOT = Path(__file__).resolve().parent.parent
+FAILURES_SHOWN = 20
 
 
 class Skip(Exception):
@@ -124,6 +125,11 @@ def run_subjects(
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
     )
+    failed = [row for row in rows.values() if row["status"] == "failed"]
+    for row in failed[:FAILURES_SHOWN]:  # once more at the end: they scrolled away
+        print(f"  {row['sid']}  failed  {row['message']}")
+    if len(failed) > FAILURES_SHOWN:
+        print(f"  and {len(failed) - FAILURES_SHOWN} more")
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1

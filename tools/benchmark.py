@@ -39,6 +39,7 @@ from data.augment import Augmentation, make_views, shift_to_zero, step_generator
 from data.dataset import PatchBatch, PatchDataset, make_loader
 from data.layout import save_array
 from data.locations import normalize_locations
+from data.prefetch import FileWarmer
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from models.builder import DrasCLR
@@ -506,31 +507,36 @@ def rows_augmentation(args) -> list[Row]:
 
 
 def rows_reading(folder: Path, args) -> list[Row]:
-    """Rows of shuffled batches out of one location file, beside dd on the same file."""
-    store = make_store(folder, 1, args.reading_subjects)
-    path = store.layout.grouped(0)
-    total = path.stat().st_size
+    """Rows of shuffled batches out of location files in turn, beside dd on the same files."""
+    store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
+    paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
+    total = sum(path.stat().st_size for path in paths)
     order = np.random.default_rng(0).permutation(store.num_subjects)
 
     def forget() -> None:
-        """Drop the file from the page cache."""
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        """Drop the files from the page cache."""
+        for path in paths:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def batches() -> None:
+    def batches(warmer: Callable[[list[Path]], None] = lambda _: None) -> None:
         fresh = PatchStore(folder, require_grouped=True)  # opened anew, or its mapping keeps the pages
-        for start in range(0, len(order), 32):
-            fresh.read(0, order[start : start + 32])
+        for location in range(DISTINCT_FILES):
+            warmer(paths[location + 1 : location + 2])
+            for start in range(0, len(order), 32):
+                fresh.read(location, order[start : start + 32])
 
     def dd() -> None:
-        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
+        for path in paths:
+            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
 
     made = []
-    for cold in (True, False):
+    for cold, ahead in ((True, False), (True, True), (False, True)):
         times: dict[str, list[float]] = {"ours": [], "dd": []}
         for _ in range(args.rounds):
-            for name, work in (("ours", batches), ("dd", dd)):
+            jobs = {"ours": (lambda: batches(FileWarmer())) if ahead else batches, "dd": dd}
+            for name, work in jobs.items():
                 if cold:
                     forget()
                 else:
@@ -538,7 +544,8 @@ def rows_reading(folder: Path, args) -> list[Row]:
                 times[name].append(seconds(work))
         made.append(
             compare(
-                f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'} (beside it: dd)",
+                f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'}, "
+                f"{'next location read ahead' if ahead else 'not read ahead'} (beside it: dd)",
                 "GB/s",
                 times["ours"],
                 times["dd"],
@@ -707,7 +714,7 @@ def parse_arguments() -> argparse.Namespace:
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = 2 if args.quick else 6
     args.extract_locations = 2 if args.quick else 16
-    args.reading_subjects = 256 if args.quick else 4096
+    args.reading_subjects = 64 if args.quick else 1024
     if args.batch < 2 or args.rounds < 1:
         parser.error("--batch is at least 2, --rounds at least 1")
     return args

@@ -59,6 +59,13 @@ def test_wide_integers_are_clipped_not_wrapped(tmp_path, make_store, grid):
     assert read[0, 0, 0, 0] == -1024 and read[0, 1, 1, 1] == 240
 
 
+def test_fortran_order_reads_alike(tmp_path, make_store, grid):
+    patches = make_store(tmp_path, 5, grid)
+    np.save(tmp_path / "grouped_patch" / "patch_loc_3.npy", np.asfortranarray(patches[:, 3]))
+    rows = np.array([4, 0, 2])
+    np.testing.assert_array_equal(PatchStore(tmp_path).read(3, rows), patches[rows, 3])
+
+
 def damage_truncate(root):
     path = root / "grouped_patch" / "patch_loc_3.npy"
     path.write_bytes(path.read_bytes()[:-10])

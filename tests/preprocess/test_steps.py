@@ -102,6 +102,7 @@ def test_a_bad_scan_costs_one_subject(small, run):
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.sh", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
+    assert "  broken  failed  " in result.stdout  # listed at the end, with the reason
     figures = report(tmp_path / "s", "segment_lung")
     assert figures["status"].to_dict() == {
         **{"001": "ok", "002": "ok"},
