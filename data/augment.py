@@ -40,6 +40,19 @@ def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Gen
     return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
+def _moved(drawn: torch.Tensor, volumes: torch.Tensor) -> torch.Tensor:
+    """Parameters where the volumes are, numbers in their dtype, indices as they are.
+
+    From pinned memory, because a copy from ordinary memory waits until a GPU has done all that it
+    was given before; the step after would start only then.
+    """
+    if drawn.is_floating_point():
+        drawn = drawn.to(volumes.dtype)
+    if volumes.device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(volumes.device, non_blocking=True)
+
+
 # ---------------------------------------------------------------- resampling
 
 
@@ -102,8 +115,8 @@ def _sample(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
 
 def _sample_volumes(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
     """torch's own sampler, which counts from -1 to 1 between the outer faces of the outer voxels."""
-    grid = (voxels.movedim(1, -1) + 0.5) * (2 / voxels.new_tensor(volumes.shape[2:])) - 1
-    return F.grid_sample(volumes, grid.flip(-1), mode="bilinear", padding_mode="border", align_corners=False)
+    grid = torch.stack([(voxels[:, axis] + 0.5) * (2 / volumes.shape[2 + axis]) - 1 for axis in (2, 1, 0)], dim=-1)
+    return F.grid_sample(volumes, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _sample_slices(volumes: torch.Tensor, voxels: torch.Tensor, out: torch.Tensor) -> None:
@@ -151,7 +164,7 @@ def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> 
 
 def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
     """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
-    return _sample(volumes, _voxels(affine_matrix(parameters).to(volumes), volumes.shape[2:]))
+    return _sample(volumes, _voxels(_moved(affine_matrix(parameters), volumes), volumes.shape[2:]))
 
 
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -181,13 +194,13 @@ def gaussian_band(sigma: torch.Tensor, size: int) -> torch.Tensor:
 def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
     """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
     size = volumes.shape[2:]
-    offset = parameters["offset"].to(volumes)  # (n, 3, *size)
+    offset = _moved(parameters["offset"], volumes)  # (n, 3, *size)
     for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
-        band = gaussian_band(parameters["sigma"], size[axis]).to(volumes)
+        band = _moved(gaussian_band(parameters["sigma"], size[axis]), volumes)
         offset = torch.einsum(subscripts, band, offset)
-    offset = offset * parameters["magnitude"].to(volumes)[:, None, None, None, None]
+    offset = offset * _moved(parameters["magnitude"], volumes)[:, None, None, None, None]
 
-    return _sample(volumes, _voxels(affine_matrix(parameters).to(volumes), size, offset))
+    return _sample(volumes, _voxels(_moved(affine_matrix(parameters), volumes), size, offset))
 
 
 # ---------------------------------------------------------------- flip, noise, contrast
@@ -201,7 +214,7 @@ def apply_flip(volumes: torch.Tensor, parameters: Parameters, generator: torch.G
     """monai.transforms.RandFlip on each axis by itself. Not in the publication."""
     volumes = volumes.clone()
     for axis in range(3):
-        chosen = parameters["flip"][:, axis].nonzero()[:, 0].to(volumes.device)
+        chosen = _moved(parameters["flip"][:, axis].nonzero()[:, 0], volumes)
         if len(chosen):
             volumes[chosen] = volumes[chosen].flip(axis + 2)
     return volumes
@@ -227,9 +240,9 @@ def apply_noise(volumes: torch.Tensor, parameters: Parameters, generator: torch.
         noise = torch.randn(
             len(chosen), *volumes.shape[1:], generator=generator, device=volumes.device, dtype=volumes.dtype
         )
-    std = parameters["std"][chosen].to(volumes)
+    std = _moved(parameters["std"][chosen], volumes)
     noise = noise * std[:, None, None, None, None]
-    return volumes.index_add(0, chosen.to(volumes.device), noise)
+    return volumes.index_add(0, _moved(chosen, volumes), noise)
 
 
 def draw_contrast(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -244,12 +257,12 @@ def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: tor
     chosen = parameters["chosen"]
     if not len(chosen):
         return volumes
-    rows = chosen.to(volumes.device)
+    rows = _moved(chosen, volumes)
     some = volumes[rows]
     flat = some.flatten(1)
     low = flat.amin(1)[:, None, None, None, None]
     span = flat.amax(1)[:, None, None, None, None] - low
-    gamma = parameters["gamma"][chosen].to(volumes)[:, None, None, None, None]
+    gamma = _moved(parameters["gamma"][chosen], volumes)[:, None, None, None, None]
     some = ((some - low) / (span + CONTRAST_EPSILON)).pow(gamma) * span + low
     return volumes.index_copy(0, rows, some)
 

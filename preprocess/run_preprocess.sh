@@ -6,14 +6,14 @@
 #       [--method threshold | --lungmask-weights FILE] [--num-workers 4] [--scheduler tcp://host:port] \
 #       [--min-dice 0.5] [--strict] [--no-qc] [--no-progress]
 #
-# What is done already is skipped; start it again after a stop, or after adding subjects.
+# What is done already is skipped; start it again after a stop, or after adding subjects. It runs in
+# $PYTHON, else in the active environment, else in the one that tools/setup_env.sh made.
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
-PYTHON=${PYTHON:-python}
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
 }
 fail() {
     echo "error: $1" >&2
@@ -48,6 +48,15 @@ done
 [ -n "$csv" ] || fail "--input-csv is missing: the table with columns sid and image"
 [ -n "$root" ] || fail "--root-dir is missing: where the patch store goes"
 [ -n "$mask" ] || fail "--atlas-mask is missing: the atlas's lung mask"
+
+if [ -z "${PYTHON:-}" ]; then
+    made=${VENV:-$here/../.venv}/bin/python
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$made" ]; then PYTHON=$made; else PYTHON=python; fi
+fi
+"$PYTHON" -c '
+import importlib.util, sys
+sys.exit(not all(map(importlib.util.find_spec, ("SimpleITK", "ants", "pandas"))))' 2>/dev/null ||
+    fail "'$PYTHON' lacks the packages of requirements.txt: run sh tools/setup_env.sh, and activate the environment"
 
 "$PYTHON" "$here/patchify_atlas.py" --atlas-mask "$mask" --root-dir "$root" ${loc:+--atlas-patch-loc "$loc"}
 common() {
