@@ -97,12 +97,15 @@ def find_store(root_dir: str | None, folder: Path) -> str:
         raise StoreError(f"{configs} names no root_dir; give --root-dir") from None
 
 
-def finished_epochs(content: dict[str, Any], path: Path) -> int:
-    """The checkpoint's epoch; for a bare state dict the number in its name, else 0."""
-    if "epoch" in content:
-        return int(content["epoch"])
+def default_out_dir(folder: Path, content: dict[str, Any], path: Path) -> Path:
+    """<folder>/patch_rep/<epoch>, by the finished epochs; of a bare state dict by the number in its name, else 0.
+
+    A checkpoint from within an epoch has its step in the name: it must not overwrite the epoch's.
+    """
     number = re.search(r"(\d+)", path.name)
-    return int(number[1]) if number else 0
+    epoch = int(content["epoch"]) if "epoch" in content else int(number[1]) if number else 0
+    step = f"_step{content['step']}" if content.get("step") else ""
+    return folder / "patch_rep" / f"{epoch:04d}{step}"
 
 
 # ============================================================ encoding
@@ -185,7 +188,7 @@ def encode(
 def work_key(checkpoint: Path, store: PatchStore, amp: str) -> str:
     """Changes with anything that the features depend on, so that old pieces are not taken for new ones."""
     digest = hashlib.sha256()
-    for path in (checkpoint, store.layout.grouped(0) if store.grouped else store.layout.patch(store.sids[0])):
+    for path in (checkpoint, *store.files):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     digest.update(repr((store.grouped, store.sids, store.locations.tolist(), amp)).encode())
@@ -204,13 +207,17 @@ def prepare_pieces(pieces: Path, key: str) -> None:
 
 def blocks(pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
     """The pieces as blocks of whole subjects in row order: (n, L, rep_dim) float32."""
-    arrays = [np.load(pieces / unit.name, mmap_mode="r") for unit in units]
     if not store.grouped:
-        yield from (np.asarray(array) for array in arrays)
+        for unit in units:
+            yield np.load(pieces / unit.name)
         return
     step = max(1, ASSEMBLY_BYTES // (store.num_locations * rep_dim * 4))
     for start in range(0, store.num_subjects, step):
-        yield np.concatenate([array[start : start + step] for array in arrays], axis=1)
+        count = min(step, store.num_subjects - start)
+        block = np.empty((count, store.num_locations, rep_dim), dtype=np.float32)
+        for index, unit in enumerate(units):  # one open at a time: a process may have 1024 files
+            block[:, index] = np.load(pieces / unit.name, mmap_mode="r")[start : start + count, 0]
+        yield block
 
 
 def assemble(out_dir: Path, pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> None:
@@ -256,10 +263,9 @@ def extract(args: argparse.Namespace) -> None:
             f"{checkpoint} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
             f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
         )
-    out_dir = (
-        Path(args.out_dir) if args.out_dir else folder / "patch_rep" / f"{finished_epochs(content, checkpoint):04d}"
-    )
-    labels = read_labels(args.labels, store.sids) if args.labels else None
+    out_dir = Path(args.out_dir) if args.out_dir else default_out_dir(folder, content, checkpoint)
+    say = print if rank == 0 else (lambda _: None)
+    labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content, queue
 
     encoder.to(device)
@@ -304,9 +310,8 @@ def main() -> int:
     args = parse_arguments()
     try:
         extract(args)
-    except (StoreError, CheckpointError, DeviceError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (StoreError, CheckpointError, DeviceError, OSError) as error:
+        print(f"error: {distributed.rank_note()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; start again to go on", file=sys.stderr)

@@ -151,9 +151,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.root_dir = os.path.abspath(args.root_dir)  # configs.json is read from elsewhere
     at_least = {"epochs": 1, "batch_size": 1, "seed": 0, "workers": 0, "rep_dim": 1, "moco_dim": 1, "moco_k": 1}
     at_least |= {"num_experts": 1, "k_neighbors": 1, "warm_up": 0, "print_freq": 1, "save_freq": 1, "save_minutes": 0}
+    at_least |= {"lr": 0, "momentum": 0, "weight_decay": 0, "beta": 0}
     for name, least in at_least.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    if args.start_epoch is not None and args.start_epoch < 0:
+        parser.error(f"--start-epoch {args.start_epoch}: at least 0")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: below 2^32")
     if args.num_coordinates != 1:
         parser.error(f"--num-coordinates {args.num_coordinates}: a location is one 3-D point, only 1 is defined")
     if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
@@ -226,7 +231,33 @@ def find_resume(resume: str, folder: Path) -> Path | None:
             )
         return None
     inside = folder / resume
-    return inside if inside.is_file() else Path(resume)
+    found = inside if inside.is_file() else Path(resume)
+    if (
+        found.is_file()
+        and found.resolve().parent != folder.resolve()
+        and any(folder.glob("checkpoint_patch_*.pth.tar"))
+    ):
+        raise CheckpointError(
+            f"{folder} has checkpoints already, which going on from {found} would overwrite; choose another --exp-name"
+        )
+    return found
+
+
+def set_aside_later(folder: Path, resumed: Path, epoch: int) -> list[str]:
+    """Rename the checkpoints of the resumed folder that are further on: their epochs will be trained anew.
+
+    Under another name they are kept, and --resume auto does not take them for this run's.
+    """
+    if resumed.resolve().parent != folder.resolve():
+        return []
+    later = [path for path in folder.iterdir() if (m := CHECKPOINT_PATTERN.fullmatch(path.name)) and int(m[1]) > epoch]
+    unfinished = folder / UNFINISHED
+    if unfinished.is_file() and unfinished.resolve() != resumed.resolve():
+        later.append(unfinished)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for path in later:
+        path.rename(folder / f"superseded-{stamp}-{path.name}")
+    return sorted(path.name for path in later)
 
 
 def environment() -> dict[str, Any]:
@@ -347,12 +378,25 @@ def train(args: argparse.Namespace) -> None:
             if now != before and name not in ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress"):
                 say(f"note: --{name.replace('_', '-')} was {before} in {resume.name} and is {now} now")
         say(f"resuming from {resume}: {first_epoch} epochs done" + (f" and {first_step} steps" if first_step else ""))
+        recorded = content.get("config") or {}
+        sizes = {"batch_size": args.batch_size, "seed": args.seed, "num_subjects": store.num_subjects}
+        for name, now in sizes.items():
+            if first_step and args.start_epoch is None and recorded.get(name, now) != now:
+                raise CheckpointError(
+                    f"{resume} is from within an epoch with {name} {recorded[name]}, now it is {now}: its steps are "
+                    f"others; give the same, or --start-epoch {first_epoch} to begin that epoch again"
+                )
         del content
     if args.start_epoch is not None:
         first_epoch, first_step = args.start_epoch, 0
+        totals = torch.zeros_like(totals)
     if first_epoch >= args.epochs:
         say(f"nothing to do: {first_epoch} of {args.epochs} epochs are done")
         return
+    if resume is not None:
+        distributed.barrier()  # every rank has read it
+        for name in set_aside_later(folder, resume, first_epoch) if main_process else ():
+            say(f"note: {name}, further on, is kept as superseded-*-{name}")
 
     if args.compile:
         bare.encoder_q.compile()
@@ -386,7 +430,7 @@ def train(args: argparse.Namespace) -> None:
             "state_dict": add_module(bare.state_dict()),
             "optimizer": optimizer_state(optimizer),
             "step": step,
-            "totals": sums.cpu().double(),
+            "totals": sums,
             "rng_state": torch.get_rng_state(),
             "config": {**vars(args), "num_subjects": store.num_subjects},
         }
@@ -410,8 +454,9 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = rate
         skip = first_step if epoch == first_epoch else 0
         sampler.set_epoch(epoch, skip)
-        sums = (totals if epoch == first_epoch else torch.zeros_like(totals)).to(device)
-        window, window_start, window_steps = torch.zeros_like(sums), time.perf_counter(), 0
+        sums = totals if epoch == first_epoch else torch.zeros_like(totals)  # over all ranks, but for the window
+        window = torch.zeros_like(sums, device=device)
+        window_start, window_steps = time.perf_counter(), 0
         epoch_start = time.perf_counter()
         bar = tqdm(
             total=len(sampler),
@@ -426,13 +471,14 @@ def train(args: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            sums += figures
             window += figures
             window_steps += 1
             bar.update()
 
             if done % args.print_freq == 0 or done == len(sampler):
-                mean = distributed.all_reduce_mean(window / window_steps).tolist()  # waits for the device
+                reduced = distributed.all_reduce_mean(window).cpu()  # waits for the device
+                sums = sums + reduced
+                mean = (reduced / window_steps).tolist()
                 seconds = time.perf_counter() - window_start
                 if not all(map(math.isfinite, mean)):
                     raise FloatingPointError(
@@ -464,7 +510,7 @@ def train(args: argparse.Namespace) -> None:
             if main_process and done < len(sampler):
                 due = args.save_minutes and time.monotonic() - saved_at > 60 * args.save_minutes
                 if stopping or due:
-                    save(UNFINISHED, epoch, done, sums)
+                    save(UNFINISHED, epoch, done, sums + window.cpu())
                     saved_at = time.monotonic()
                 if stopping:
                     bar.close()
@@ -476,7 +522,7 @@ def train(args: argparse.Namespace) -> None:
                     os._exit(128 + stopping[0])  # workers and other ranks are not waited for
         bar.close()
 
-        mean = distributed.all_reduce_mean(sums / len(sampler)).tolist()
+        mean = (sums / len(sampler)).tolist()
         if main_process:
             finished = epoch + 1
             summary = dict(zip(METERS, mean))
@@ -518,9 +564,8 @@ def main() -> int:
     args = parse_arguments()
     try:
         train(args)
-    except (StoreError, CheckpointError, DeviceError, FloatingPointError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (StoreError, CheckpointError, DeviceError, FloatingPointError, OSError) as error:
+        print(f"error: {distributed.rank_note()}{error}", file=sys.stderr)
         return 2
     finally:
         with contextlib.suppress(RuntimeError, ValueError):

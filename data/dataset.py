@@ -1,5 +1,6 @@
 """Batches of raw patches with their neighbours, read by worker processes."""
 
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,12 @@ class PatchDataset(Dataset):
         )
 
 
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """A signal for the whole process group must not end the workers before the trainer has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
     """A loader whose every item is a whole batch, whatever the number of workers."""
     return DataLoader(
@@ -67,6 +74,7 @@ def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: i
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
+        worker_init_fn=_leave_stopping_to_the_trainer,
         # Its own, for the workers' seeds, which nothing uses: an iterator started anew after a stop
         # must not advance the process's stream, or a resumed run would shuffle its keys differently.
         generator=torch.Generator(),

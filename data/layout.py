@@ -60,9 +60,21 @@ class StoreLayout:
         return self.root / "qc" / f"{sid}.png"
 
     def patch_sids(self) -> list[str]:
-        """Subjects that have a file in patch/, sorted: the row order where subjects.csv is missing."""
+        """Subjects that have a file in patch/, by sorted file name: the row order where subjects.csv is missing.
+
+        Of the names, not of the subjects: A1_patch.npy comes before A_patch.npy.
+        """
         names = (entry.name for entry in os.scandir(self.patch_dir)) if self.patch_dir.is_dir() else ()
-        return sorted(name.removesuffix(PATCH_SUFFIX) for name in names if name.endswith(PATCH_SUFFIX))
+        return [name.removesuffix(PATCH_SUFFIX) for name in sorted(names) if name.endswith(PATCH_SUFFIX)]
+
+    @property
+    def grouping(self) -> Path:
+        """Where grouped files are written before they get their names; there while grouping is under way."""
+        return self.grouped_dir / ".partial"
+
+    def older_tables(self) -> list[Path]:
+        """Location tables under a name of the published implementation's choice."""
+        return sorted(self.root.glob("*_patch_loc.npy"))
 
     def find_atlas_patch_loc(self) -> Path:
         """The location table: atlas_patch_loc.npy, or the older layout's only ``*_patch_loc.npy``.
@@ -74,7 +86,7 @@ class StoreLayout:
             return self.atlas_patch_loc
         if not self.root.is_dir():
             raise StoreError(f"--root-dir {self.root} is not a folder; make a store with preprocess/run_preprocess.sh")
-        older = sorted(self.root.glob("*_patch_loc.npy"))
+        older = self.older_tables()
         if len(older) == 1:
             return older[0]
         found = f"; of {', '.join(p.name for p in older)} name one atlas_patch_loc.npy" if older else ""
@@ -120,3 +132,15 @@ def load_locations(path: Path) -> np.ndarray:
     if len(np.unique(table, axis=0)) != len(table):
         raise StoreError(f"{path} has the same location in more than one row")
     return table.astype(np.int64)
+
+
+def to_hu(patches: np.ndarray) -> np.ndarray:
+    """int16 unchanged; any other real dtype clipped to the HU range, NaN as the lowest value."""
+    if patches.dtype == np.int16 and patches.dtype.isnative:
+        return patches
+    if patches.dtype.kind == "f":
+        patches = np.nan_to_num(patches.astype(np.float32), nan=HU_MIN, posinf=HU_MAX, neginf=HU_MIN)
+        return np.clip(patches, HU_MIN, HU_MAX)
+    if patches.dtype.kind == "u":
+        return np.minimum(patches, HU_MAX).astype(np.int16)
+    return np.clip(patches.astype(np.int64), HU_MIN, HU_MAX).astype(np.int16)

@@ -48,9 +48,15 @@ class LocationBatchSampler:
                 "BatchNorm needs at least 2: raise it or use fewer ranks"
             )
         if batch_size > num_subjects:
+            most = num_subjects // world_size * world_size
+            advice = (
+                f"use --batch-size {most} or less"
+                if most >= 2 * world_size
+                else f"{world_size} ranks need at least {2 * world_size} subjects"
+            )
             raise StoreError(
                 f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store; a step takes "
-                f"different subjects: use --batch-size {num_subjects // world_size * world_size} or less"
+                f"different subjects: {advice}"
             )
         self.num_subjects = num_subjects
         self.num_locations = num_locations

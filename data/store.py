@@ -1,13 +1,17 @@
 """Reading a patch store: ours, and the published implementation's as it is."""
 
 import os
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data.layout import HU_MAX, HU_MIN, PATCH_SIZE, StoreError, StoreLayout, load_locations
+from data.layout import PATCH_SIZE, StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
+
+MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, of which a process may have 1024
 
 
 class PatchStore:
@@ -29,6 +33,7 @@ class PatchStore:
 
     def __init__(self, root: str | os.PathLike, require_grouped: bool = False):
         self.layout = StoreLayout(root)
+        self._mapped: deque[_PatchFile] = deque()
         self.locations = load_locations(self.layout.find_atlas_patch_loc())
         self.grouped = self.layout.grouped(0).is_file()
         if self.grouped:
@@ -49,13 +54,23 @@ class PatchStore:
     def num_subjects(self) -> int:
         return len(self.sids)
 
+    @property
+    def files(self) -> list[Path]:
+        """Every file that patches are read from."""
+        return [file.path for file in self._files]
+
     # ------------------------------------------------------------ opening
 
     def _open_grouped(self) -> None:
-        self._files = [_PatchFile(self.layout.grouped(index)) for index in range(self.num_locations)]
+        self._files = [_PatchFile(self.layout.grouped(index), self._mapped) for index in range(self.num_locations)]
         if self.layout.subjects.is_file():
-            self.sids = read_table(self.layout.subjects)["sid"].tolist()
+            self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
             source = self.layout.subjects
+        elif self.layout.grouping.is_dir():
+            raise StoreError(
+                f"{self.layout.grouped_dir} is half renamed, grouping was stopped; run "
+                f"python preprocess/group_patches.py --root-dir {self.layout.root} to go on"
+            )
         else:
             self.sids = self.layout.patch_sids()
             source = self.layout.patch_dir
@@ -78,7 +93,7 @@ class PatchStore:
         self.sids = self.layout.patch_sids()
         if not self.sids:
             raise StoreError(f"--root-dir {self.layout.root} has neither grouped_patch/ nor patch/ with patches in it")
-        self._files = [_PatchFile(self.layout.patch(sid)) for sid in self.sids]
+        self._files = [_PatchFile(self.layout.patch(sid), self._mapped) for sid in self.sids]
         wanted = (self.num_locations, PATCH_SIZE, PATCH_SIZE, PATCH_SIZE)
         for file in self._files:
             if file.shape != wanted:
@@ -105,10 +120,14 @@ class PatchStore:
 
 
 class _PatchFile:
-    """One .npy file of patches, opened when first read so that worker processes open their own."""
+    """One .npy file of patches, mapped when first read so that worker processes map their own.
 
-    def __init__(self, path: Path):
+    ``mapped`` lists the store's files that are mapped now; the one mapped first makes room.
+    """
+
+    def __init__(self, path: Path, mapped: "deque[_PatchFile]"):
         self.path = path
+        self._mapped = mapped
         try:
             with open(path, "rb") as stream:
                 version = np.lib.format.read_magic(stream)
@@ -128,31 +147,29 @@ class _PatchFile:
         self._array = None
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
-        if self._array is None:
+        array = self._array  # kept here: another thread may take it off the list
+        if array is None:
             order = "F" if self.fortran else "C"
-            self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
-        return _to_hu(np.asarray(self._array[rows]))
+            array = self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
+            self._mapped.append(self)
+            if len(self._mapped) > MAX_OPEN:
+                self._mapped.popleft()._array = None
+        return to_hu(np.asarray(array[rows]))
 
 
-def _to_hu(patches: np.ndarray) -> np.ndarray:
-    """int16 unchanged; any other real dtype clipped to the HU range, NaN as the lowest value."""
-    if patches.dtype == np.int16 and patches.dtype.isnative:
-        return patches
-    if patches.dtype.kind == "f":
-        patches = np.nan_to_num(patches.astype(np.float32), nan=HU_MIN, posinf=HU_MAX, neginf=HU_MIN)
-        return np.clip(patches, HU_MIN, HU_MAX)
-    if patches.dtype.kind == "u":
-        return np.minimum(patches, HU_MAX).astype(np.int16)
-    return np.clip(patches.astype(np.int64), HU_MIN, HU_MAX).astype(np.int16)
+MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
-def read_labels(path: str | os.PathLike, sids: list[str]) -> tuple[np.ndarray, list[str]]:
+def read_labels(
+    path: str | os.PathLike, sids: list[str], note: Callable[[str], None] = lambda _: None
+) -> tuple[np.ndarray, list[str]]:
     """Numeric columns of a label CSV for the given subjects.
 
     Args:
         path: CSV with a column sid, each subject at most once; columns without a number in every
-            filled cell are left out.
+            filled cell are left out. NA, N/A, null and the like are missing values.
         sids: the wanted row order.
+        note: told of each column that is left out, and why.
 
     Returns:
         (N, P) float32, NaN where the subject or the value is missing; the P column names.
@@ -161,13 +178,18 @@ def read_labels(path: str | os.PathLike, sids: list[str]) -> tuple[np.ndarray, l
         StoreError: no such file, no sid column, a sid twice, no numeric column, or no subject of
             the store in it.
     """
-    table = read_table(path).set_index("sid")
+    table = read_table(path, file_names=False).set_index("sid")
     numeric = {}
     for name in table.columns:
         text = table[name].str.strip()
-        values = pd.to_numeric(text.where(~text.isin(["", "NA", "NaN", "nan", "."])), errors="coerce")
-        filled = ~text.isin(["", "NA", "NaN", "nan", "."])
-        if filled.any() and values[filled].notna().all():
+        filled = ~text.str.lower().isin(MISSING)
+        values = pd.to_numeric(text.where(filled), errors="coerce")
+        wrong = filled & values.isna()
+        if wrong.any():
+            note(
+                f"{path}: column {name!r} left out, {text[wrong].iloc[0]!r} of sid {text[wrong].index[0]} is no number"
+            )
+        elif filled.any():
             numeric[name] = values
     if not numeric:
         raise StoreError(f"{path} has no numeric column beside sid")

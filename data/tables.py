@@ -1,5 +1,6 @@
 """CSV tables keyed by sid. A sid is text everywhere: 007 stays 007."""
 
+import csv
 import os
 import re
 from pathlib import Path
@@ -20,28 +21,31 @@ def check_sid(sid: str) -> None:
         )
 
 
-def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",)) -> pd.DataFrame:
+def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), file_names: bool = True) -> pd.DataFrame:
     """Read a CSV as text, every cell a string, and check its sid column.
 
+    Args:
+        path: with a header. Empty cells beyond it, as a spreadsheet's trailing commas, are left out.
+        required: columns that must be there.
+        file_names: whether files will be named after the sids, so that each must be safe for that.
+
     Raises:
-        StoreError: missing or unreadable file, missing column, no rows, a sid that is empty, twice,
-            or unsafe as a file name.
+        StoreError: missing or unreadable file, missing column, more cells than columns, no rows, a
+            sid that is twice or unsafe as a file name.
     """
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"no table at {path}")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except (ValueError, OSError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
+        table = _read_text(path)
+    except (ValueError, OSError, csv.Error) as error:  # a UnicodeDecodeError is a ValueError
         raise StoreError(f"{path} cannot be read as a CSV table: {error}") from error
-    table.columns = [str(name).strip() for name in table.columns]
     for name in required:
         if name not in table.columns:
             raise StoreError(f"{path} has no column {name!r}; its columns are {', '.join(table.columns)}")
     if table.empty:
         raise StoreError(f"{path} has a header and no rows")
-    table["sid"] = table["sid"].str.strip()
-    for line, sid in enumerate(table["sid"], start=2):
+    for line, sid in enumerate(table["sid"] if file_names else (), start=2):
         try:
             check_sid(sid)
         except StoreError as error:
@@ -50,3 +54,20 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",)) ->
     if len(twice):
         raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
     return table
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    """A CSV's cells as they are, stripped; blank lines are left out, cells missing at a line's end are empty."""
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        lines = csv.reader(stream, skipinitialspace=True, strict=True)
+        header = [name.strip() for name in next(lines, [])]
+        if not header:
+            raise ValueError("its first line is empty")
+        rows = []
+        for line in lines:
+            if any(cell.strip() for cell in line[len(header) :]):
+                raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header")
+            if line:
+                padded = line[: len(header)] + [""] * (len(header) - len(line))
+                rows.append([cell.strip() for cell in padded])
+    return pd.DataFrame(rows, columns=header, dtype=str)

@@ -65,7 +65,9 @@ class DrasCLR(nn.Module):
 
         # (L, K, dim): a step touches one location, here one contiguous block. On disk the published
         # layout is (dim, K, L); the two hooks below turn one into the other.
-        queue = F.normalize(torch.randn(num_patch, K, moco_dim), dim=2)
+        queue = torch.randn(num_patch, K, moco_dim)
+        for keys in queue:  # in place, a location at a time: at published sizes a copy would be 1.2 GB
+            F.normalize(keys, dim=1, out=keys)
         self.register_buffer("queue", queue)
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))
 

@@ -1,6 +1,7 @@
 """Collectives that are no-ops when there is one process, so that callers need no second path."""
 
 import inspect
+import os
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,12 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def rank_note() -> str:
+    """Says which rank speaks, for errors: '' on the first rank. Works without a process group."""
+    number = int(os.environ.get("RANK", 0))
+    return f"(rank {number}) " if number else ""
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Run it again after adding subjects.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,22 +17,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.layout import StoreError, StoreLayout, load_locations, write_aside
+from data.layout import StoreError, StoreLayout, load_locations, to_hu, write_aside
 from data.tables import read_table
 from preprocess.subjects import script_main
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
 
 
-def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...], np.dtype]:
-    """Subjects of patch/, sorted, whose files have the table's number of locations.
+def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
+    """Subjects of patch/, in the order of their files, whose files have the table's number of locations.
 
     Returns:
-        Their names, the shape of one patch, and the dtype that all share.
+        Their names, and the shape of one patch.
 
     Raises:
         StoreError: there are none.
@@ -44,24 +46,30 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
         except (OSError, ValueError, EOFError) as error:
             print(f"group_patches: {sid} left out: {path} cannot be read ({error})", file=sys.stderr)
             continue
-        if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iuf":
+        if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iufb":
             print(
                 f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not {count} patches",
                 file=sys.stderr,
             )
             continue
-        good.setdefault((patches.shape[1:], patches.dtype), []).append(sid)
+        good.setdefault(patches.shape[1:], []).append(sid)
     if not good:
         raise StoreError(f"{layout.patch_dir} has no usable patches; run preprocess/patchify_images.py")
-    (shape, dtype), sids = max(good.items(), key=lambda item: len(item[1]))
-    for (other_shape, other_dtype), others in good.items():
+    shape, sids = max(good.items(), key=lambda item: len(item[1]))
+    for other_shape, others in good.items():
         if others is not sids:
             print(
-                f"group_patches: {len(others)} subjects left out, {others[0]} first: their patches are {other_dtype} "
-                f"{other_shape}, those of most are {dtype} {shape}",
+                f"group_patches: {len(others)} subjects left out, {others[0]} first: their patches are {other_shape}, "
+                f"those of most are {shape}",
                 file=sys.stderr,
             )
-    return sids, shape, dtype
+    return sids, shape
+
+
+def load_patches(path: Path) -> np.ndarray:
+    """One subject's patches as int16 HU; the published implementation allowed other dtypes."""
+    patches = to_hu(np.load(path, allow_pickle=False))
+    return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
 
 
 def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
@@ -77,7 +85,10 @@ def is_done(layout: StoreLayout, state_file: Path, key: str, sids: list[str], co
     """Whether the grouped files are there, whole, and of these subjects."""
     if not (state_file.is_file() and layout.subjects.is_file()):
         return False
-    if json.loads(state_file.read_text()).get("key") != key or read_table(layout.subjects)["sid"].tolist() != sids:
+    if (
+        json.loads(state_file.read_text()).get("key") != key
+        or read_table(layout.subjects, file_names=False)["sid"].tolist() != sids
+    ):
         return False
     files = [layout.grouped(index) for index in range(count)]
     return all(file.is_file() and file.stat().st_size == size for file in files)
@@ -91,7 +102,8 @@ def main() -> int:
 
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
-    sids, shape, dtype = usable_subjects(layout, count)
+    sids, shape = usable_subjects(layout, count)
+    dtype = np.dtype(np.int16)
     key = fingerprint(layout, sids)
     header = _header((len(sids), *shape), dtype)
     patch_bytes = int(np.prod(shape)) * dtype.itemsize
@@ -102,7 +114,7 @@ def main() -> int:
         return 0
 
     # Written in a folder beside the final names, with a note of how far it came.
-    aside = layout.grouped_dir / ".partial"
+    aside = layout.grouping
     state_file = aside / "state.json"
     row = 0
     if state_file.is_file():
@@ -129,13 +141,11 @@ def main() -> int:
     with bar:
         while row < len(sids):
             some = sids[row : row + chunk]
-            patches = np.stack(
-                [np.load(layout.patch(sid), allow_pickle=False) for sid in some], axis=1
-            )  # (L, n, z, y, x)
+            patches = np.stack([load_patches(layout.patch(sid)) for sid in some], axis=1)  # (L, n, z, y, x)
             for index in range(count):
                 with open(aside / layout.grouped(index).name, "r+b") as stream:
                     stream.seek(len(header) + row * patch_bytes)
-                    stream.write(patches[index].data)
+                    stream.write(np.ascontiguousarray(patches[index]).data)
             row += len(some)
             _note(state_file, {"key": key, "rows": row})
             bar.update(len(some))
@@ -144,8 +154,10 @@ def main() -> int:
     layout.subjects.unlink(missing_ok=True)
     done_file.unlink(missing_ok=True)
     for index in range(count):
-        os.replace(aside / layout.grouped(index).name, layout.grouped(index))
-    write_aside(layout.subjects, lambda stream: stream.write(("sid\n" + "".join(f"{sid}\n" for sid in sids)).encode()))
+        with contextlib.suppress(FileNotFoundError):  # moved already, by a run that was stopped here
+            os.replace(aside / layout.grouped(index).name, layout.grouped(index))
+    table = pd.DataFrame({"sid": sids}).to_csv(index=False, lineterminator="\n")
+    write_aside(layout.subjects, lambda stream: stream.write(table.encode()))
     _note(done_file, {"key": key})
     shutil.rmtree(aside)
     print(

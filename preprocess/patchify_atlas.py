@@ -111,7 +111,8 @@ def main() -> int:
 
     layout = StoreLayout(args.root_dir)
     target = layout.atlas_patch_loc
-    if target.exists():
+    if target.exists() or layout.older_tables():
+        target = layout.find_atlas_patch_loc()
         there = load_locations(target)
         if not np.array_equal(there, table):
             raise StoreError(

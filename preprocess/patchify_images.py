@@ -192,6 +192,9 @@ def patchify(
         if current and fresh and _intact(targets, len(table), patch_size):
             raise Skip({name: previous[name] for name in (*FIGURES, *stamp) if name in previous})
 
+    if previous.get("atlas"):  # made here, of other inputs: should this fail, they must not be grouped
+        for path in (*targets, layout.qc(subject.sid)):
+            path.unlink(missing_ok=True)
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
     volume = pad(resample_isotropic(orient(read_scan(subject.image), orientation_of(atlas_image))))

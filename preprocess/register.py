@@ -82,12 +82,14 @@ def register(
     source, target = layout.lung_mask(subject.sid), layout.transform(subject.sid)
     made_here = bool(previous.get("atlas"))
     if target.exists() and not overwrite:
-        fresh = not source.exists() or source.stat().st_mtime_ns <= target.stat().st_mtime_ns
+        fresh = source.is_file() and source.stat().st_mtime_ns <= target.stat().st_mtime_ns
         if not made_here or (previous["atlas"] == atlas and fresh):
             read_affine(target)
             raise Skip(
                 {name: previous[name] for name in ("dice", "dice_right", "dice_left", "atlas") if name in previous}
             )
+    if made_here:  # of another mask or atlas: should this fail, the subject must not go on with it
+        target.unlink(missing_ok=True)
     if not source.is_file():
         raise ScanError(
             f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject"

@@ -119,6 +119,8 @@ def segment(
                 )
             raise Skip({**figures, **(stamp if ours else {})})
 
+    if ours:  # of another image or with other settings: should this fail, the subject must not go on with it
+        target.unlink(missing_ok=True)
     scan = read_scan(subject.image)
     if method == "threshold":
         mask = threshold.segment_lungs(scan)

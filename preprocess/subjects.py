@@ -19,6 +19,8 @@ from preprocess.scan import ScanError, limit_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
+REPORT_SECONDS = 30  # between reports while a step runs: what made an output must outlive a crash
+STAMPS = ("method", "atlas", "image_stamp")  # columns of a report that tell what an output was made from
 
 
 class Skip(Exception):
@@ -108,9 +110,19 @@ def run_subjects(
     bar = tqdm(
         total=len(subjects), desc=script, unit="subject", disable=True if args.no_progress else None, dynamic_ncols=True
     )
+
+    def write_report() -> None:
+        # Subjects that this run did not reach, or that are not in its table, keep their last row.
+        merged = {**before, **rows}
+        _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
+
+    written = time.monotonic()
     try:
         for row in _outcomes(work, subjects, before, args, settings):
             rows[row["sid"]] = row
+            if time.monotonic() - written > REPORT_SECONDS:
+                write_report()
+                written = time.monotonic()
             if row["status"] == "failed":
                 tqdm.write(f"{script}: {row['sid']} failed: {row['message']}", file=sys.stderr)
             bar.update()
@@ -118,9 +130,7 @@ def run_subjects(
     finally:
         bar.close()
         if rows:
-            # Subjects that this run did not reach, or that are not in its table, keep their last row.
-            merged = {**before, **rows}
-            _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
+            write_report()
     counts = {status: sum(row["status"] == status for row in rows.values()) for status in ("ok", "skipped", "failed")}
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
@@ -165,6 +175,9 @@ def attempt(
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
+    if status == "failed":
+        # What is left of an earlier output is still ours, not the user's own.
+        figures = {name: previous[name] for name in STAMPS if previous.get(name)}
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -235,6 +248,7 @@ def _outcomes(
                     "status": "failed",
                     "seconds": 0.0,
                     "message": " ".join(reason.split())[:300],
+                    **{name: value for name, value in before.get(subject.sid, {}).items() if name in STAMPS},
                 }
             future.release()
     finally:
@@ -247,7 +261,7 @@ def script_main(main: Callable[[], int | None]) -> None:
     """Run a script's main; what is wrong with flags or files becomes one line, not a traceback."""
     try:
         sys.exit(main())
-    except (StoreError, ScanError) as error:
+    except (StoreError, ScanError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

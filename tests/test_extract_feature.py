@@ -10,6 +10,7 @@ import torch
 
 import extract_feature
 from data.locations import normalize_locations
+from data.store import PatchStore
 from models.builder import DrasCLR
 from models.checkpoint import add_module, save_checkpoint
 from models.cnn3d import Encoder
@@ -119,7 +120,10 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     np.testing.assert_array_equal(first, second)
     assert not (tmp_path / "a" / ".pieces").exists()
 
-    # Pieces of another checkpoint are not taken for this one's.
+    # Pieces of other patches or of another checkpoint are not taken for this one's.
+    key = extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
+    os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
+    assert key != extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     monkeypatch.setattr(extract_feature, "encode", stop_at_the_fourth)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -171,6 +175,13 @@ def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
     assert (tmp_path / "e" / "patch_rep" / "0007" / "patient_features.csv").is_file()
 
 
+def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
+    out = extract_feature.default_out_dir
+    assert out(tmp_path, {"epoch": 3}, tmp_path / "x") == tmp_path / "patch_rep" / "0003"
+    assert out(tmp_path, {"epoch": 3, "step": 0}, tmp_path / "x") == tmp_path / "patch_rep" / "0003"
+    assert out(tmp_path, {"epoch": 3, "step": 12}, tmp_path / "x") == tmp_path / "patch_rep" / "0003_step12"
+
+
 def test_refusals(tmp_path, make_store, grid, run):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "e" / "five.pth.tar", num_patch=5)
@@ -182,6 +193,7 @@ def test_refusals(tmp_path, make_store, grid, run):
     torch.save(content, tmp_path / "e" / "key.pth.tar")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "e" / "other.pth.tar")
     torch.save({"state_dict": os.getcwd}, tmp_path / "e" / "unsafe.pth.tar")
+    (tmp_path / "e" / "table.csv").write_text("sid,age\nabc,1\n")
     (tmp_path / "e" / "torn.pth.tar").write_bytes((tmp_path / "e" / "good.pth.tar").read_bytes()[:3000])
     cases = {
         "five.pth.tar": "trained on 5 locations, --root-dir store has 6",
@@ -191,6 +203,7 @@ def test_refusals(tmp_path, make_store, grid, run):
         "other.pth.tar": "no key that starts with encoder_q.",
         "unsafe.pth.tar": "cannot be read as a checkpoint of plain tensors",
         "torn.pth.tar": "cannot be read as a checkpoint",
+        "table.csv": "cannot be read as a checkpoint",
     }
     for name, message in cases.items():
         result = run(
@@ -205,6 +218,9 @@ def test_refusals(tmp_path, make_store, grid, run):
         assert len(result.stderr.strip().splitlines()) == 1
     result = run("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path, check=False)
     assert result.returncode == 2 and "give --root-dir" in result.stderr
+    flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
+    result = run("extract_feature.py", *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "table.csv" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.reference

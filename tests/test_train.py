@@ -297,6 +297,9 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--root-dir", "nowhere"), "nowhere is not a folder"),
         (("--num-coordinates", 2), "only 1 is defined"),
         (("--epochs", 0), "--epochs 0: at least 1"),
+        (("--start-epoch", -1), "--start-epoch -1: at least 0"),
+        (("--lr", -1), "--lr -1.0: at least 0"),
+        (("--seed", 2**40), "below 2"),
         (
             ("--rep-dim", 16, "--resume", "{a}"),
             r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)",
@@ -351,6 +354,60 @@ def test_stops_quickly_without_workers_left(store, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and "--resume auto" in output and time.monotonic() - start < 30
+
+
+def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_path):
+    for name in ("a", "c"):
+        (tmp_path / "ssl_exp" / name).mkdir(parents=True)
+        for number in (1, 2):
+            file = f"checkpoint_patch_{number:04d}.pth.tar"
+            (tmp_path / "ssl_exp" / name / file).write_bytes((trained[0] / "ssl_exp" / "a" / file).read_bytes())
+    folder = tmp_path / "ssl_exp" / "a"
+    before = (folder / "checkpoint_patch_0002.pth.tar").read_bytes()
+    flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, *SMALL)
+    refused = run("train.py", *flags, "--resume", "ssl_exp/c/checkpoint_patch_0001.pth.tar", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "has checkpoints already, which going on from" in refused.stderr
+    assert (folder / "checkpoint_patch_0002.pth.tar").read_bytes() == before
+    # An older one of its own: what is further on is kept under another name.
+    run("train.py", *flags, "--resume", "checkpoint_patch_0001.pth.tar", cwd=tmp_path)
+    (kept,) = folder.glob("superseded-*-checkpoint_patch_0002.pth.tar")
+    assert kept.read_bytes() == before
+    same_checkpoint(kept, folder / "checkpoint_patch_0002.pth.tar")
+
+
+def test_an_unfinished_epoch_of_other_steps_is_refused(trained, store, run, tmp_path):
+    content = torch.load(trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar", weights_only=True)
+    content["step"] = 9
+    torch.save(content, tmp_path / "u.pth.tar")
+    flags = ("--root-dir", store, "--exp-name", "u", "--resume", "u.pth.tar", "--epochs", 2, *SMALL)
+    refused = run("train.py", *flags, "--batch-size", 6, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "from within an epoch with batch_size 3, now it is 6" in refused.stderr
+    run("train.py", *flags, "--batch-size", 6, "--start-epoch", 1, cwd=tmp_path)
+    (epoch,) = lines(tmp_path / "ssl_exp" / "u", "epoch")
+    steps = lines(tmp_path / "ssl_exp" / "u")
+    assert epoch["epoch"] == 2 and 0 < epoch["loss"] < 20 and steps[-1]["step"] == 6
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_under_torchrun_saves(store, tmp_path):
+    """As a scheduler or a container's stop does it: reading processes get the signal too."""
+    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL)]
+    flags[flags.index("--workers") + 1] = "2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    process = subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *flags, "--device", "cpu"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "epoch 1 [3/12]" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM; saved" in rest, rest
+    assert torch.load(tmp_path / "ssl_exp" / "t" / train.UNFINISHED, weights_only=True)["step"] >= 3
 
 
 @pytest.mark.slow

@@ -10,6 +10,12 @@ set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 PYTHON=${1:?usage: run_demo.sh PYTHON [train.py flags]}
 shift
+for flag; do
+    case $flag in --exp-name* | --root-dir*)
+        echo "error: $flag goes with ROOT_DIR set; the try-out has folders of its own, ssl_exp/demo and ssl_exp/demo_data" >&2
+        exit 2 ;;
+    esac
+done
 export PYTHON
 cd "$here"
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data import store as store_module
 from data.layout import StoreError
 from data.store import PatchStore, read_labels
 
@@ -26,10 +27,10 @@ def test_older_layout(tmp_path, make_store, grid):
     (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
     (tmp_path / "subjects.csv").unlink()
     (tmp_path / "patch").mkdir()
-    for sid in ("b02", "a10"):
+    for sid in ("b_INSP", "b"):  # by file name b_INSP comes first, by subject b
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", np.zeros((6, 32, 32, 32), dtype=np.int16))
     store = PatchStore(tmp_path)
-    assert store.sids == ["a10", "b02"]
+    assert store.sids == ["b_INSP", "b"]
     np.save(tmp_path / "another_patch_loc.npy", grid)
     with pytest.raises(StoreError, match=r"no atlas_patch_loc\.npy; of .* name one"):
         PatchStore(tmp_path)
@@ -122,6 +123,34 @@ def test_no_store(tmp_path, make_store, grid):
     make_store(tmp_path, 2, grid, grouped=False)
     with pytest.raises(StoreError, match="group_patches"):
         PatchStore(tmp_path, require_grouped=True)
+
+
+def test_few_files_are_open_at_a_time(tmp_path, make_store, grid, monkeypatch):
+    monkeypatch.setattr(store_module, "MAX_OPEN", 2)
+    for grouped in (True, False):
+        patches = make_store(tmp_path / str(grouped), 4, grid, grouped=grouped)
+        store = PatchStore(tmp_path / str(grouped))
+        for location in (0, 1, 2, 3, 1, 0):
+            np.testing.assert_array_equal(store.read(location, np.arange(4)), patches[:, location])
+            assert sum(file._array is not None for file in store._files) <= 2
+
+
+def test_a_store_half_renamed_is_refused(tmp_path, make_store, grid):
+    make_store(tmp_path, 2, grid)
+    (tmp_path / "subjects.csv").unlink()
+    (tmp_path / "grouped_patch" / ".partial").mkdir()
+    with pytest.raises(StoreError, match=r"grouping was stopped; run .*group_patches\.py"):
+        PatchStore(tmp_path)
+
+
+def test_label_columns_left_out_are_told_and_missing_values_are_not_words(tmp_path):
+    (tmp_path / "l.csv").write_text("sid,age,FEV1,sex\n007,61,N/A,F\n12/34,50,null,M\n,40,80,M\n")
+    notes = []
+    values, names = read_labels(tmp_path / "l.csv", ["007", "12/34"], notes.append)
+    assert names == ["age", "FEV1"] and notes == [
+        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no number"
+    ]
+    np.testing.assert_array_equal(values, np.array([[61, np.nan], [50, np.nan]], dtype=np.float32))
 
 
 def test_labels_follow_the_rows_and_miss_nothing(tmp_path):

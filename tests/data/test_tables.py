@@ -45,3 +45,12 @@ def test_bad_tables(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(StoreError, match="no table at"):
         read_table(tmp_path / "none.csv")
+
+
+def test_trailing_commas_shift_nothing_and_a_cell_too_many_is_an_error(tmp_path):
+    (tmp_path / "t.csv").write_text("sid,age\n007,55,\n008,60,,\n")
+    table = read_table(tmp_path / "t.csv")
+    assert table["sid"].tolist() == ["007", "008"] and table["age"].tolist() == ["55", "60"]
+    (tmp_path / "t.csv").write_text("sid,image\n007,a.nii\n008,b.nii,c\n")
+    with pytest.raises(StoreError, match="line 3 has more cells than the 2 of the header"):
+        read_table(tmp_path / "t.csv")

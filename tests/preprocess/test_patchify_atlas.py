@@ -111,6 +111,17 @@ def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
     assert outside.returncode == 2 and "leaves the atlas" in outside.stderr
 
 
+def test_an_older_stores_own_table_is_not_shadowed(tmp_path, run, atlas):
+    store = tmp_path / "s"
+    store.mkdir()
+    np.save(store / "19676E_patch_loc.npy", np.array([[0, 0, 0], [26, 0, 0]]))
+    flags = ("--atlas-mask", atlas, "--root-dir", store)
+    refused = run("preprocess/patchify_atlas.py", *flags, check=False)
+    assert refused.returncode == 2 and "19676E_patch_loc.npy holds another table" in refused.stderr
+    same = run("preprocess/patchify_atlas.py", *flags, "--atlas-patch-loc", store / "19676E_patch_loc.npy")
+    assert "there already, 2 locations" in same.stdout and not (store / "atlas_patch_loc.npy").exists()
+
+
 def test_atlas_with_other_labels(tmp_path, run):
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((40, 40, 40), dtype=np.uint8)), str(tmp_path / "a.nii.gz"))
     wrong = run(

@@ -311,6 +311,73 @@ def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monk
     np.testing.assert_array_equal(store.read(2, np.array([5]))[0], patches[0, 2])
 
 
+def test_grouping_stopped_while_renaming_goes_on(tmp_path, make_store, grid, run, monkeypatch):
+    import preprocess.group_patches as step
+
+    patches = make_store(tmp_path, 3, grid, grouped=False)
+    monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
+    original, renamed = os.replace, []
+
+    def stop_at_the_third(source, target):
+        if "patch_loc_" in str(target):
+            renamed.append(target)
+            if len(renamed) == 3:
+                raise KeyboardInterrupt
+        original(source, target)
+
+    monkeypatch.setattr(step.os, "replace", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        step.main()
+    monkeypatch.setattr(step.os, "replace", original)
+    assert step.main() == 0
+    store = PatchStore(tmp_path)
+    for location in range(6):
+        np.testing.assert_array_equal(store.read(location, np.arange(3)), patches[:, location])
+
+
+def test_grouping_brings_every_dtype_layout_and_name_to_one(tmp_path, make_store, grid, run):
+    patches = make_store(tmp_path, 1, grid, grouped=False)[0]
+    floats = patches.astype(np.float64)
+    floats[0, 0, 0, :3] = np.nan, -5000, 17.4
+    np.save(tmp_path / "patch" / "Doe,J_patch.npy", floats)
+    np.save(tmp_path / "patch" / "f(1)_patch.npy", np.asfortranarray(patches))
+    run("preprocess/group_patches.py", "--root-dir", tmp_path)
+    store = PatchStore(tmp_path)
+    assert store.sids == ["000", "Doe,J", "f(1)"]
+    grouped = np.load(tmp_path / "grouped_patch" / "patch_loc_0.npy")
+    assert grouped.dtype == np.int16 and grouped[1, 0, 0, :3].tolist() == [-1024, -1024, 17]
+    for location in range(6):
+        wanted = np.stack([patches[location]] * 3)
+        read = store.read(location, np.arange(3))
+        if location == 0:
+            wanted[1, 0, 0, :3] = read[1, 0, 0, :3]
+        np.testing.assert_array_equal(read, wanted)
+
+
+def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_path, run):
+    """A mask made again that is bad: no stale transform, and the failure stays one in later runs."""
+    folder, _ = cohort
+    (tmp_path / "t.csv").write_text(f"sid,image\na,{folder}/image/0001.nii.gz\nb,{folder}/image/0002.nii.gz\n")
+    store, atlas = tmp_path / "s", ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    flags = ("--input-csv", tmp_path / "t.csv", "--root-dir", store)
+    run("preprocess/run_preprocess.sh", *flags, *atlas, "--method", "threshold", "--no-qc")
+    path = store / "lung_mask" / "a.nii.gz"
+    mask = sitk.ReadImage(str(path))
+    labels = np.zeros_like(sitk.GetArrayFromImage(mask))
+    labels[:12, :12, :12], labels[-12:, -12:, -12:] = 1, 2
+    wrong = sitk.GetImageFromArray(labels)
+    wrong.CopyInformation(mask)
+    time.sleep(0.01)
+    sitk.WriteImage(wrong, str(path))
+    for _ in range(2):
+        run("preprocess/register.py", *flags, *atlas, "--min-dice", 0.8)
+        assert report(store, "register")["status"].to_dict() == {"a": "failed", "b": "skipped"}
+    assert not list((store / "transform").glob("a_*"))
+    run("preprocess/patchify_images.py", *flags, *atlas, "--no-qc")
+    run("preprocess/group_patches.py", "--root-dir", store)
+    assert PatchStore(store).sids == ["b"]
+
+
 def test_grouping_leaves_out_what_does_not_fit(tmp_path, make_store, grid, run):
     make_store(tmp_path, 2, grid, grouped=False)
     np.save(tmp_path / "patch" / "short_patch.npy", np.zeros((5, 32, 32, 32), dtype=np.int16))
