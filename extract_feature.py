@@ -58,8 +58,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size",
         type=int,
-        default=64,
-        help="patches encoded at a time; raise it to 512 on GPUs (default: %(default)s)",
+        default=256,
+        help="patches encoded at a time; lower it where memory is short, 256 take about 1 GB (default: %(default)s)",
     )
     parser.add_argument(
         "--amp",

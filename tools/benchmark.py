@@ -13,6 +13,7 @@ same loss. Rows that this machine cannot measure stay in the table, marked so.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -51,6 +52,7 @@ from tools.literal import LiteralAugmentation, LiteralStep, literal_encode, lite
 PUBLISHED_LOCATIONS = 581
 FORWARD_GFLOP = 0.194  # one patch, multiplications and additions
 STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and back, key forward
+EXTRACT_BATCH = 256  # the default of extract_feature.py
 DISTINCT_FILES = 8  # contents of a benchmark store's location files; the others are links to these
 
 
@@ -428,17 +430,20 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
     device, N = args.device, store.num_subjects
     encoder = trained_encoder(device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
-    rows = np.arange(N)
+    batches = np.array_split(np.arange(N), math.ceil(N / EXTRACT_BATCH))
 
-    def read(location: int) -> torch.Tensor:
+    def read(location: int, rows: np.ndarray) -> torch.Tensor:
         return to_unit(shift_to_zero(torch.from_numpy(store.read(location, rows)).to(device)))[:, None]
 
     def features(dtype: torch.dtype) -> None:
         for location in range(args.extract_locations):
-            FrozenEncoder(encoder, locations[location : location + 1], dtype)(read(location)).cpu()
+            frozen = FrozenEncoder(encoder, locations[location : location + 1], dtype)
+            for rows in batches:
+                frozen(read(location, rows)).cpu()
 
+    x = read(0, batches[0])
     with torch.no_grad():
-        wanted = literal_encode(encoder, read(0), locations[:1].expand(N, 3))[1]
+        wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
     times = in_turns(
         {
             torch.float32: lambda: features(torch.float32),
@@ -452,7 +457,7 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
         (torch.float32, "float32", "1.5 s; 9 times"),
         (torch.bfloat16, "bf16", "0.6 s; 20 times"),
     ):
-        error = float((FrozenEncoder(encoder, locations[:1], dtype)(read(0)) - wanted).norm() / wanted.norm())
+        error = float((FrozenEncoder(encoder, locations[:1], dtype)(x) - wanted).norm() / wanted.norm())
         note = f"error of h {error:.0e}"
         if kind == "bf16" and not machine["fast_bf16"]:
             note += "; the processor has no bf16 arithmetic"
@@ -713,7 +718,7 @@ def parse_arguments() -> argparse.Namespace:
     args.device = torch.device("cuda" if gpu and args.device != "cpu" else "cpu")
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = 2 if args.quick else 6
-    args.extract_locations = 2 if args.quick else 16
+    args.extract_locations = 2 if args.quick else 6
     args.reading_subjects = 64 if args.quick else 1024
     if args.batch < 2 or args.rounds < 1:
         parser.error("--batch is at least 2, --rounds at least 1")
@@ -734,7 +739,7 @@ def main() -> int:
     report: dict = {"machine": machine, "quick": args.quick}
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
-        store = make_store(folder / "store", locations, 64)
+        store = make_store(folder / "store", locations, 64 if args.quick else 256)
         apart = Apart(store, K, args)
         rows = rows_training(store, K, apart, args, machine, report)
         rows += rows_extraction(store, apart, args, machine)
