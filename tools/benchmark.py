@@ -1,7 +1,7 @@
 """How fast is it on this machine, part by part, beside the same thing written out slowly?
 
     python tools/benchmark.py --quick            under 2 minutes on 2 cores
-    python tools/benchmark.py --json speed.json  the whole table, some 15 minutes on 2 cores
+    python tools/benchmark.py --json speed.json  the whole table, some 10 minutes on 2 cores
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
 is written out in literal.py and runs in a process of its own (a loop over samples in every
