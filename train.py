@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the encoders; minutes at the start, worth it for long runs",
+        help="torch.compile the encoders, for long runs on GPUs; on CPUs it measured slower, 41 against 49 samples/s",
     )
 
     method = parser.add_argument_group("the method, with the published values as defaults")
@@ -567,6 +568,10 @@ def main() -> int:
     except (StoreError, CheckpointError, DeviceError, FloatingPointError, OSError) as error:
         print(f"error: {distributed.rank_note()}{error}", file=sys.stderr)
         return 2
+    except Exception:  # not foreseen: say all, and do not wait for reading processes or other ranks
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
     finally:
         with contextlib.suppress(RuntimeError, ValueError):
             end_process()

@@ -12,6 +12,8 @@ from data.prefetch import FileWarmer
 from data.sampler import BatchIndex, LocationBatchSampler
 from data.store import PatchStore
 
+STOP_SECONDS = 60
+
 
 class PatchBatch(NamedTuple):
     """One step's input, in HU, before augmentation."""
@@ -59,9 +61,12 @@ class PatchDataset(Dataset):
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A signal for the whole process group must not end the workers before the trainer has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal for the whole process group must not end the workers before the trainer has saved.
+
+    They end STOP_SECONDS after a SIGTERM all the same, or a trainer that fails would wait for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_SECONDS))
 
 
 def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:

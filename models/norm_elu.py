@@ -44,6 +44,8 @@ def elu_(x: torch.Tensor) -> torch.Tensor:
 
 def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
     """elu(norm(x)) for x (B, C, D, H, W); updates the running statistics as ``norm`` would."""
+    if norm.training and torch.compiler.is_compiling():
+        return _train_compiled(norm, x)
     if _worth_it(norm, x):
         return _train(norm, x)
     # In place: the backward pass of neither needs the value in between.
@@ -82,6 +84,22 @@ def _train(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
         norm.running_mean.data.lerp_(mean, norm.momentum)
         norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
+
+
+def _train_compiled(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
+    """For torch.compile, whose graphs keep the statistics that they were given for the backward pass.
+
+    Patches and neighbours go through a layer one after the other, so those of the first pass would
+    have changed by then. Here the layer gets none, and they are updated beside it.
+    """
+    y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+    with torch.no_grad():
+        count = x.numel() // x.shape[1]
+        variance = inverse.detach() ** -2 - norm.eps
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.detach(), norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return F.elu(y)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,13 @@
 """The location travels with the batch; ranks never overlap."""
 
+import multiprocessing
+import signal
+import time
+
 import numpy as np
 import pytest
 
+from data import dataset as dataset_module
 from data.dataset import PatchDataset, make_loader
 from data.layout import StoreError
 from data.locations import neighbor_table
@@ -89,3 +94,23 @@ def test_loader_serves_the_right_location(tmp_path, make_store, grid, workers):
                 )
             count += 1
         assert count == 12
+
+
+def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
+    """Long enough for the trainer to save; a trainer that fails must not wait for it for ever."""
+    monkeypatch.setattr(dataset_module, "STOP_SECONDS", 1)
+    ready = multiprocessing.get_context("fork").Event()
+
+    def work():
+        dataset_module._leave_stopping_to_the_trainer(0)
+        ready.set()
+        time.sleep(30)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    assert ready.wait(10)
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGALRM

@@ -93,3 +93,23 @@ def test_elu_in_every_layout(dtype, tolerance, monkeypatch):
     for y in (x.clone(), x.contiguous(memory_format=torch.channels_last_3d), x.transpose(0, 1).clone().transpose(0, 1)):
         assert elu_(y) is y
         torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_also_twice_in_a_step():
+    """As patches and neighbours go through one encoder; the backward pass must not meet changed statistics."""
+    from models.cnn3d import Encoder
+
+    torch.manual_seed(0)
+    plain = Encoder(8, 4, 2, 1).double().train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager")
+    first, second = torch.randn(2, 6, 1, 32, 32, 32, dtype=torch.float64)
+    locs = torch.rand(3, 3, dtype=torch.float64)
+    for encoder in (plain, compiled):
+        total = encoder(first, locs[:1])[0].square().sum() + encoder(second, locs[1:])[0].sum()
+        total.backward()
+    for (name, wanted), ours in zip(plain.named_parameters(), compiled.parameters()):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-6, atol=1e-9, msg=name)
+    for name, wanted in plain.named_buffers():
+        torch.testing.assert_close(compiled.get_buffer(name), wanted, rtol=1e-7, atol=1e-10, msg=name)
