@@ -49,7 +49,8 @@ def test_ranks_equal_one_process(single, tmp_path, world):
     for result in ranks:
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for name, gradient in wanted["gradients"].items():
-            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+            # Of the whole tensor: single elements of a sum over voxels cancel, and their rounding shows.
+            assert float((result["gradients"][name] - gradient).norm()) < 1e-3 * float(gradient.norm()) + 1e-6, name
         for name, tensor in wanted["state"].items():
             torch.testing.assert_close(result["state"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
