@@ -225,19 +225,16 @@ def find_resume(resume: str, folder: Path) -> Path | None:
     """What --resume means; None starts anew. Raises CheckpointError."""
     if resume == "auto":
         return latest_checkpoint(folder)
+    occupied = any(folder.glob("checkpoint_patch_*.pth.tar"))
     if not resume:
-        if any(folder.glob("checkpoint_patch_*.pth.tar")):
+        if occupied:
             raise CheckpointError(
                 f"{folder} has checkpoints already; give --resume auto to go on, or another --exp-name"
             )
         return None
     inside = folder / resume
     found = inside if inside.is_file() else Path(resume)
-    if (
-        found.is_file()
-        and found.resolve().parent != folder.resolve()
-        and any(folder.glob("checkpoint_patch_*.pth.tar"))
-    ):
+    if occupied and found.is_file() and found.resolve().parent != folder.resolve():
         raise CheckpointError(
             f"{folder} has checkpoints already, which going on from {found} would overwrite; choose another --exp-name"
         )
@@ -362,6 +359,7 @@ def train(args: argparse.Namespace) -> None:
 
     # -------------------------------------------------------- resume
     first_epoch, first_step = 0, 0
+    settings = {**vars(args), "num_subjects": store.num_subjects}
     totals = torch.zeros(len(METERS), dtype=torch.float64)  # sums over the steps of an epoch under way
     if resume is not None:
         content = read_checkpoint(resume)
@@ -374,18 +372,18 @@ def train(args: argparse.Namespace) -> None:
             if device.type == "cuda" and "cuda_rng_state" in content:
                 torch.cuda.set_rng_state(content["cuda_rng_state"], device)
         totals = content.get("totals", totals)
-        for name, before in (content.get("config") or {}).items():
-            now = store.num_subjects if name == "num_subjects" else getattr(args, name, before)
-            if now != before and name not in ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress"):
-                say(f"note: --{name.replace('_', '-')} was {before} in {resume.name} and is {now} now")
-        say(f"resuming from {resume}: {first_epoch} epochs done" + (f" and {first_step} steps" if first_step else ""))
         recorded = content.get("config") or {}
-        sizes = {"batch_size": args.batch_size, "seed": args.seed, "num_subjects": store.num_subjects}
-        for name, now in sizes.items():
-            if first_step and args.start_epoch is None and recorded.get(name, now) != now:
+        changed = [name for name, before in recorded.items() if settings.get(name, before) != before]
+        for name in changed:
+            if name not in ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress"):
+                flag = name.replace("_", "-")
+                say(f"note: --{flag} was {recorded[name]} in {resume.name} and is {settings[name]} now")
+        say(f"resuming from {resume}: {first_epoch} epochs done" + (f" and {first_step} steps" if first_step else ""))
+        for name in ("batch_size", "seed", "num_subjects"):
+            if name in changed and first_step and args.start_epoch is None:
                 raise CheckpointError(
-                    f"{resume} is from within an epoch with {name} {recorded[name]}, now it is {now}: its steps are "
-                    f"others; give the same, or --start-epoch {first_epoch} to begin that epoch again"
+                    f"{resume} is from within an epoch with {name} {recorded[name]}, now it is {settings[name]}: its "
+                    f"steps are others; give the same, or --start-epoch {first_epoch} to begin that epoch again"
                 )
         del content
     if args.start_epoch is not None:
@@ -409,12 +407,7 @@ def train(args: argparse.Namespace) -> None:
     curves = log = None
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            **vars(args),
-            "num_patch": store.num_locations,
-            "num_subjects": store.num_subjects,
-            "world_size": world,
-        }
+        config = {**settings, "num_patch": store.num_locations, "world_size": world}
         (folder / "configs.json").write_text(json.dumps({**config, **environment()}, indent=2) + "\n")
         curves = Logger(str(folder), flush_secs=10)
         log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the whole run)
@@ -433,7 +426,7 @@ def train(args: argparse.Namespace) -> None:
             "step": step,
             "totals": sums,
             "rng_state": torch.get_rng_state(),
-            "config": {**vars(args), "num_subjects": store.num_subjects},
+            "config": settings,
         }
         if device.type == "cuda":
             checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(device)

@@ -89,6 +89,11 @@ def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, st
     return {row["sid"]: row for row in table.to_dict("records")} if "sid" in table.columns else {}
 
 
+def stamps_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a failed subject's row keeps of the one before: what is left of its output is ours, not the user's own."""
+    return {name: row[name] for name in STAMPS if row.get(name)}
+
+
 def run_subjects(
     script: str,
     work: Callable[..., dict[str, Any]],
@@ -176,8 +181,7 @@ def attempt(
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     if status == "failed":
-        # What is left of an earlier output is still ours, not the user's own.
-        figures = {name: previous[name] for name in STAMPS if previous.get(name)}
+        figures = stamps_of(previous)
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -248,7 +252,7 @@ def _outcomes(
                     "status": "failed",
                     "seconds": 0.0,
                     "message": " ".join(reason.split())[:300],
-                    **{name: value for name, value in before.get(subject.sid, {}).items() if name in STAMPS},
+                    **stamps_of(before.get(subject.sid, {})),
                 }
             future.release()
     finally:

@@ -224,21 +224,23 @@ def test_a_resumed_run_is_the_run(trained, store, run, tmp_path):
     assert "nothing to do: 2 of 2 epochs are done" in again.stdout
 
 
-def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
-    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if "epoch 1 [3/12]" in line:
-            process.send_signal(signal.SIGTERM)
+def stop_at(line, number, *flags, cwd, launcher=()):
+    """Start train.py, send a signal when it prints a line: exit status, the output after it, seconds to the end."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, flags)]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for printed in process.stdout:
+        if line in printed:
             break
-    rest, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    start = time.monotonic()
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=120)
+    return process.returncode, rest, time.monotonic() - start
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
+    flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)
+    status, rest, _ = stop_at("epoch 1 [3/12]", signal.SIGTERM, *flags, cwd=tmp_path)
+    assert status == 128 + signal.SIGTERM, rest
     assert "stopped by SIGTERM; saved" in rest
     folder = tmp_path / "ssl_exp" / "a"
     assert torch.load(folder / train.UNFINISHED, weights_only=True)["step"] in range(3, 12)
@@ -340,20 +342,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
 
 def test_stops_quickly_without_workers_left(store, tmp_path):
     """SIGINT from a terminal, while reading processes run."""
-    flags = [
-        str(f)
-        for f in ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "epoch 1 [2/12]" in line:
-            break
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "--resume auto" in output and time.monotonic() - start < 30
+    flags = ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
+    status, rest, seconds = stop_at("epoch 1 [2/12]", signal.SIGINT, *flags, cwd=tmp_path)
+    assert status == 128 + signal.SIGINT and "--resume auto" in rest and seconds < 30
 
 
 def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_path):
@@ -391,21 +382,9 @@ def test_an_unfinished_epoch_of_other_steps_is_refused(trained, store, run, tmp_
 @pytest.mark.slow
 def test_sigterm_to_the_whole_group_under_torchrun_saves(store, tmp_path):
     """As a scheduler or a container's stop does it: reading processes get the signal too."""
-    flags = [str(f) for f in ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL)]
-    flags[flags.index("--workers") + 1] = "2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    process = subprocess.Popen(
-        [*command, str(ROOT / "train.py"), *flags, "--device", "cpu"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        if "epoch 1 [3/12]" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    rest, _ = process.communicate(timeout=120)
+    flags = ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    _, rest, _ = stop_at("epoch 1 [3/12]", signal.SIGTERM, *flags, "--device", "cpu", cwd=tmp_path, launcher=launcher)
     assert "stopped by SIGTERM; saved" in rest, rest
     assert torch.load(tmp_path / "ssl_exp" / "t" / train.UNFINISHED, weights_only=True)["step"] >= 3
 
