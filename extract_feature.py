@@ -311,7 +311,7 @@ def main() -> int:
     try:
         extract(args)
     except (StoreError, CheckpointError, DeviceError, OSError) as error:
-        print(f"error: {distributed.rank_note()}{error}", file=sys.stderr)
+        distributed.print_error(error)
         return 2
     except KeyboardInterrupt:
         print("stopped; start again to go on", file=sys.stderr)

@@ -39,7 +39,7 @@ fi
 
 # The published hyper-parameters; a flag given again in "$@" wins.
 # shellcheck disable=SC2086 # rendezvous is several words
-exec "$PYTHON" -m torch.distributed.run $rendezvous --nproc-per-node "$NGPUS" "$here/train.py" \
+exec "$PYTHON" "$here/tools/launch.py" $rendezvous --nproc-per-node "$NGPUS" "$here/train.py" \
     --root-dir "$ROOT_DIR" \
     --exp-name exp_neighbor_2_128_expert_8 \
     --epochs 20 \

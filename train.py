@@ -57,7 +57,7 @@ from models.checkpoint import (
     strip_module,
 )
 from models.cnn3d import Encoder
-from models.device import DeviceError, end_process, start_process
+from models.device import DeviceError, end_process, start_process, usable_cores
 
 METERS = ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor")
 UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # of an epoch under way
@@ -69,6 +69,8 @@ CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    parser.error = lambda message: (distributed.print_error(f"{message}; see --help"), sys.exit(2))  # usage is 20 lines
 
     def add(group, flag, default, text, **more):
         shown = "" if default in (None, False) else f" (default: {default})"
@@ -336,8 +338,7 @@ def train(args: argparse.Namespace) -> None:
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, args.batch_size, args.seed, rank, world)
     augmentation = Augmentation(args.augmentation)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = math.ceil(min(args.workers, cores) / local_world)
+    workers = math.ceil(min(args.workers, usable_cores()) / local_world)
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     neighbors = torch.from_numpy(dataset.neighbors)
@@ -559,7 +560,7 @@ def main() -> int:
     try:
         train(args)
     except (StoreError, CheckpointError, DeviceError, FloatingPointError, OSError) as error:
-        print(f"error: {distributed.rank_note()}{error}", file=sys.stderr)
+        distributed.print_error(error)
         return 2
     except Exception:  # not foreseen: say all, and do not wait for reading processes or other ranks
         traceback.print_exc()

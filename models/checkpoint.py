@@ -1,6 +1,7 @@
 """Checkpoints in the published format: written aside and renamed, read safely, loaded strictly."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of plain tensors ({reason}); "
-            "it is truncated, of another kind, or holds arbitrary objects, which are not loaded"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why_unreadable(path, error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     content = dict(content)
@@ -60,6 +57,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             )
         content = {"state_dict": content}
     return content
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """torch's own messages speak of its readers; the file's first bytes tell the cause."""
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip, or the pickle of torch before 1.6
+        return f"torch.save did not write it, it begins with {start!r}" if start else "it is empty"
+    if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+        return "it holds other objects than tensors and plain values, and none of them are loaded from a file"
+    return "it is cut short or damaged; copy it again, or go on from an earlier one"
 
 
 def strip_module(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -45,6 +45,11 @@ def start_process(device: str) -> torch.device:
     return chosen
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, which Slurm and containers keep below the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_process() -> None:
     """Leave the process group, where there is one."""
     if dist.is_available() and dist.is_initialized():

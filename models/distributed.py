@@ -2,11 +2,15 @@
 
 import inspect
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+LATER_SECONDS = 5  # for torchrun, which looks at its processes ten times a second
 
 
 def world_size() -> int:
@@ -19,10 +23,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def rank_note() -> str:
-    """Says which rank speaks, for errors: '' on the first rank. Works without a process group."""
+def print_error(message: object) -> None:
+    """One line on standard error. Works without a process group.
+
+    Ranks mostly share a fault: the others give the first one time to tell it, and the launcher to
+    end them, before they tell theirs.
+    """
     number = int(os.environ.get("RANK", 0))
-    return f"(rank {number}) " if number else ""
+    if number:
+        time.sleep(LATER_SECONDS)
+    print(f"error: {f'(rank {number}) ' if number else ''}{message}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -58,6 +58,12 @@ import importlib.util, sys
 sys.exit(not all(map(importlib.util.find_spec, ("SimpleITK", "ants", "pandas"))))' 2>/dev/null ||
     fail "'$PYTHON' lacks the packages of requirements.txt: run sh tools/setup_env.sh, and activate the environment"
 
+# A wrong table is told before anything is written.
+"$PYTHON" -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+from preprocess.subjects import read_subjects, script_main
+script_main(lambda: read_subjects(sys.argv[2]) and None)' "$here/.." "$csv"
 "$PYTHON" "$here/patchify_atlas.py" --atlas-mask "$mask" --root-dir "$root" ${loc:+--atlas-patch-loc "$loc"}
 common() {
     script=$1

@@ -5,8 +5,11 @@ Every image here is in Hounsfield units (HU) and millimetres, and keeps its phys
 """
 
 import contextlib
+import gzip
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +33,16 @@ def _itk_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")
-        raise ScanError(f"{path} cannot be read as {what}: {reason[:200]}") from error
+        raise ScanError(f"{path} cannot be read as {what}: {_itk_reason(str(error))}") from error
+
+
+def _itk_reason(text: str) -> str:
+    if "Unable to determine ImageIO reader" in text:
+        return "its content is none of NIfTI, NRRD and MetaImage; damaged, or another kind of file"
+    if "MetaImageIO" in text and "File cannot be read" in text:  # ITK's own last line is that of errno, unrelated
+        return "its data are cut short, or the data file that its header names is missing"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")[:200]
 
 
 def read_image(path: str | os.PathLike) -> sitk.Image:
@@ -46,8 +56,14 @@ def read_image(path: str | os.PathLike) -> sitk.Image:
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
         return _read_dicom(path)
+    # ITK fills what a cut NIfTI lacks with a constant and says nothing; the other formats' readers refuse.
+    pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)  # the older form of two files
+    data = next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
+    found = _unpacked_bytes(data)
     with _itk_errors(path, "an image"):
         image = sitk.ReadImage(str(path))
+    if found < (expected := _nifti_bytes(image)):
+        raise ScanError(f"{data} is cut short: {found} bytes of {expected:.0f}; copy it again")
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3:
@@ -61,19 +77,76 @@ def read_image(path: str | os.PathLike) -> sitk.Image:
     return image
 
 
+def _unpacked_bytes(path: Path) -> int:
+    """Bytes in a file, unpacked where it is gzip, whose checksum is compared (about 5 ms/MB, once a step).
+
+    Raises:
+        ScanError: the gzip stream is cut or damaged.
+    """
+    with open(path, "rb") as stream:
+        if stream.read(2) != b"\x1f\x8b":
+            return path.stat().st_size
+    found = 0
+    try:
+        with gzip.open(path) as stream:
+            while block := len(stream.read(1 << 20)):
+                found += block
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ScanError(f"{path} is cut short or damaged ({error}); copy it again") from error
+    return found
+
+
+def _nifti_bytes(image: sitk.Image) -> float:
+    """Bytes that an image's NIfTI header asks for; 0 where it was read from another format."""
+    if not image.HasMetaDataKey("vox_offset"):
+        return 0
+    header = {key: float(image.GetMetaData(key)) for key in ("vox_offset", "bitpix", "dim[0]")}
+    values = np.prod([float(image.GetMetaData(f"dim[{axis}]")) for axis in range(1, int(header["dim[0]"]) + 1)])
+    return header["vox_offset"] + values * header["bitpix"] / 8
+
+
+def _cut_slices(folder: Path, read: set[str], sop_class: str) -> list[str]:
+    """Names of files beside the ``read`` ones that should be slices of the class but are damaged.
+
+    GDCM leaves a slice that is cut short out of its series; at the volume's end no gap would show it.
+    """
+    import pydicom
+
+    cut = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or str(path) in read or path.name.startswith(".") or path.name == "DICOMDIR":
+            continue
+        with open(path, "rb") as stream:
+            if stream.read(132)[128:] != b"DICM" and path.suffix.lower() != ".dcm":
+                continue
+        try:
+            other = pydicom.filereader.read_file_meta_info(path).MediaStorageSOPClassUID != sop_class
+        except Exception:  # whatever pydicom trips over, the file's first bytes are damaged
+            other = False
+        if not other:
+            cut.append(path.name)
+    return cut
+
+
 def _read_dicom(folder: Path) -> sitk.Image:
-    """The series with most slices in a folder; a gap between slices is an error."""
+    """The series with most slices in a folder; a gap between slices, or a damaged slice, is an error."""
     reader = sitk.ImageSeriesReader()
     with _itk_errors(folder, "a DICOM series"):
-        series = reader.GetGDCMSeriesIDs(str(folder))
+        series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
         if not series:
             raise ScanError(f"{folder} is a folder without DICOM slices")
-        names = max((reader.GetGDCMSeriesFileNames(str(folder), one) for one in series), key=len)
-        if len(names) < 2:
-            raise ScanError(f"{folder} has no DICOM series of more than one slice")
+        names = max(series, key=len)
         reader.SetFileNames(names)
         reader.MetaDataDictionaryArrayUpdateOn()
         image = reader.Execute()
+    cut = _cut_slices(folder, {name for one in series for name in one}, reader.GetMetaData(0, "0008|0016"))
+    if cut:
+        raise ScanError(
+            f"{folder} has DICOM slices that are cut short or damaged: {cut[0]}"
+            + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
+        )
+    if len(names) < 2:
+        raise ScanError(f"{folder} has no DICOM series of more than one slice")
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{folder} is not one 3-D volume with one value per voxel")
 
@@ -197,5 +270,6 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
 
 def limit_threads(threads: int) -> None:
-    """Threads of ITK's filters in this process."""
+    """Threads of ITK's filters in this process; its warnings, of many lines each, are off: our errors say more."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(max(1, threads))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from dask.system import CPU_COUNT  # cores that this process may use
 from tqdm import tqdm
 
 from data.layout import StoreError, StoreLayout, write_aside
@@ -121,17 +122,16 @@ def run_subjects(
         merged = {**before, **rows}
         _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
 
-    written = time.monotonic()
+    written, failed = time.monotonic(), 0
     try:
         for row in _outcomes(work, subjects, before, args, settings):
             rows[row["sid"]] = row
             if time.monotonic() - written > REPORT_SECONDS:
                 write_report()
                 written = time.monotonic()
-            if row["status"] == "failed":
-                tqdm.write(f"{script}: {row['sid']} failed: {row['message']}", file=sys.stderr)
+            failed += row["status"] == "failed"
             bar.update()
-            bar.set_postfix_str(row["sid"], refresh=False)
+            bar.set_postfix_str(row["sid"] + (f", {failed} failed" if failed else ""), refresh=False)
     finally:
         bar.close()
         if rows:
@@ -140,11 +140,11 @@ def run_subjects(
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
     )
-    failed = [row for row in rows.values() if row["status"] == "failed"]
-    for row in failed[:FAILURES_SHOWN]:  # once more at the end: they scrolled away
+    failures = [row for row in rows.values() if row["status"] == "failed"]
+    for row in failures[:FAILURES_SHOWN]:
         print(f"  {row['sid']}  failed  {row['message']}")
-    if len(failed) > FAILURES_SHOWN:
-        print(f"  and {len(failed) - FAILURES_SHOWN} more")
+    if len(failures) > FAILURES_SHOWN:
+        print(f"  and {len(failures) - FAILURES_SHOWN} more")
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1
@@ -195,12 +195,11 @@ def attempt(
 def _outcomes(
     work: Callable, subjects: list[Subject], before: dict, args: argparse.Namespace, settings: dict
 ) -> Iterator[dict[str, Any]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if args.num_workers < 1:
         raise StoreError(f"--num-workers {args.num_workers}: at least 1")
     if args.num_workers == 1 and not args.scheduler:
         for subject in subjects:
-            yield attempt(work, subject, before.get(subject.sid, {}), cores, settings)
+            yield attempt(work, subject, before.get(subject.sid, {}), CPU_COUNT, settings)
         return
 
     from dask.distributed import Client, LocalCluster, as_completed
@@ -229,7 +228,7 @@ def _outcomes(
         threads = 1
     else:
         workers = min(args.num_workers, max(1, len(subjects)))
-        threads = max(1, cores // workers)
+        threads = max(1, CPU_COUNT // workers)
         # A worker that dies (out of memory, a crash in a library) is restarted and costs its subject.
         cluster = LocalCluster(
             n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50

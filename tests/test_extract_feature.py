@@ -194,6 +194,7 @@ def test_refusals(tmp_path, make_store, grid, run):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "e" / "other.pth.tar")
     torch.save({"state_dict": os.getcwd}, tmp_path / "e" / "unsafe.pth.tar")
     (tmp_path / "e" / "table.csv").write_text("sid,age\nabc,1\n")
+    (tmp_path / "e" / "empty.pth.tar").touch()
     (tmp_path / "e" / "torn.pth.tar").write_bytes((tmp_path / "e" / "good.pth.tar").read_bytes()[:3000])
     cases = {
         "five.pth.tar": "trained on 5 locations, --root-dir store has 6",
@@ -201,9 +202,10 @@ def test_refusals(tmp_path, make_store, grid, run):
         "shape.pth.tar": "conv2.weight of shape (3, 8, 8, 3, 3), the model of shape (3, 8, 8, 3, 3, 3)",
         "key.pth.tar": "lacks conv2.weight of shape (3, 8, 8, 3, 3, 3)",
         "other.pth.tar": "no key that starts with encoder_q.",
-        "unsafe.pth.tar": "cannot be read as a checkpoint of plain tensors",
-        "torn.pth.tar": "cannot be read as a checkpoint",
-        "table.csv": "cannot be read as a checkpoint",
+        "unsafe.pth.tar": "cannot be read as a checkpoint: it holds other objects than tensors",
+        "torn.pth.tar": "cannot be read as a checkpoint: it is cut short or damaged",
+        "table.csv": "cannot be read as a checkpoint: torch.save did not write it, it begins with b'sid,age",
+        "empty.pth.tar": "cannot be read as a checkpoint: it is empty",
     }
     for name, message in cases.items():
         result = run(

@@ -49,9 +49,19 @@ def read_features(path: str) -> pd.DataFrame:
     """patient_features.csv by sid. Raises StoreError."""
     table = read_table(path).set_index("sid")
     try:
-        return table.astype(np.float64)
+        table = table.astype(np.float64)
     except ValueError as error:
         raise StoreError(f"{path} has a cell that is no number: {error}") from error
+    if table.columns.empty:
+        raise StoreError(f"{path} has no column beside sid")
+    wrong = ~np.isfinite(table.to_numpy())
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise StoreError(
+            f"{path} has {table.iat[row, column]} in column {table.columns[column]} of sid {table.index[row]}; "
+            "features are finite: extract them again, from another checkpoint if this one's training diverged"
+        )
+    return table
 
 
 def main() -> int:
@@ -62,11 +72,15 @@ def main() -> int:
     parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
     parser.add_argument("--json", help="write the numbers here too")
     args = parser.parse_args()
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise StoreError(f"--json {args.json}: its folder does not exist")
 
     tables = {"features": read_features(args.features)}
     if args.compare:
         tables["compare"] = read_features(args.compare)
     sids = [sid for sid in tables["features"].index if all(sid in table.index for table in tables.values())]
+    if not sids:
+        raise StoreError(f"{args.features} and {args.compare} have no sid in common")
     values, names = read_labels(args.labels, sids)
     wanted = args.columns or [name for name, column in zip(names, values.T) if np.nanstd(column) > 0]
     results = {}
@@ -94,6 +108,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

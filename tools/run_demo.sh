@@ -48,7 +48,7 @@ ranks=1
 [ "$gpus" -ge 4 ] && ranks=4
 step "3/5 training: $epochs epochs on $([ "$gpus" -gt 0 ] && echo "$ranks GPU(s), NCCL" || echo "the CPU, Gloo")"
 train() {
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
+    "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
         --resume auto --batch-size 8 --moco-k 64 --moco-m 0.99 --num-experts 4 --workers 2 --print-freq 96 "$@"
 }
 train --exp-name demo --epochs "$epochs" --lr 0.03 "$@"

@@ -1,5 +1,6 @@
 """Reading, checking and orienting scans; patches against the reference's in every orientation."""
 
+import os
 from itertools import permutations, product
 
 import numpy as np
@@ -95,6 +96,30 @@ def test_unreadable_images(tmp_path):
         assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["nii.gz", "nii", "hdr", "hdr.gz", "nrrd", "mha", "mhd"])
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_cut_files_are_refused(tmp_path, suffix, share):
+    values = np.random.default_rng(0).integers(-1000, 400, (30, 40, 50), dtype=np.int16)  # compresses badly
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / f"scan.{suffix}"), useCompression="gz" in suffix)
+    read_scan(tmp_path / f"scan.{suffix}")
+    data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(data, int(data.stat().st_size * share))
+    with pytest.raises(ScanError, match=r"cut short|but received|fread got only") as caught:
+        read_scan(tmp_path / f"scan.{suffix}")
+    assert "\n" not in str(caught.value) and str(data if "hdr" in suffix else f"scan.{suffix}") in str(caught.value)
+
+
+def test_a_damaged_byte_is_noticed(tmp_path):
+    values = np.random.default_rng(0).integers(-1000, 400, (30, 40, 50), dtype=np.int16)
+    path = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum, so that every byte arrives and yet one of them must be wrong
+    path.write_bytes(content)
+    with pytest.raises(ScanError, match="cut short or damaged"):
+        read_scan(path)
+
+
 def write_dicom(folder, places):
     folder.mkdir()
     writer = sitk.ImageFileWriter()
@@ -128,6 +153,18 @@ def test_dicom_folder_and_its_gaps(tmp_path):
     write_dicom(tmp_path / "gap", [0, 2, 4, 8, 10])
     with pytest.raises(ScanError, match=r"lacks slices: steps between 2\.00 and 4\.00 mm"):
         read_image(tmp_path / "gap")
+
+
+@pytest.mark.parametrize("size", [0, 100, 300, 0.98])
+def test_a_dicom_slice_cut_at_the_end_of_the_volume(tmp_path, size):
+    write_dicom(tmp_path / "scan", [0, 2, 4, 6, 8])
+    (tmp_path / "scan" / "notes.txt").write_text("beside the slices")
+    (tmp_path / "scan" / "._4.dcm").write_text("left by a file manager")
+    assert read_image(tmp_path / "scan").GetSize() == (9, 8, 5)
+    last = tmp_path / "scan" / "4.dcm"
+    os.truncate(last, int(last.stat().st_size * size) if size < 1 else size)
+    with pytest.raises(ScanError, match=r"cut short or damaged: 4\.dcm$"):
+        read_image(tmp_path / "scan")
 
 
 @pytest.mark.reference

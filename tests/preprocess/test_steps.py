@@ -84,7 +84,8 @@ def small(cohort, tmp_path):
     """Two subjects of the cohort and four that cannot work, in a store of their own."""
     folder, _ = cohort
     broken, four, scaled = tmp_path / "broken.nii.gz", tmp_path / "four.nii.gz", tmp_path / "scaled.nii.gz"
-    broken.write_bytes((folder / "image" / "0001.nii.gz").read_bytes()[:5000])
+    whole = (folder / "image" / "0001.nii.gz").read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])  # enough for ITK to read a scan, its rest constant
     image = sitk.ReadImage(str(folder / "image" / "0001.nii.gz"))
     sitk.WriteImage(sitk.JoinSeries([image, image]), str(four))
     sitk.WriteImage(image + 1024, str(scaled))
@@ -102,7 +103,9 @@ def test_a_bad_scan_costs_one_subject(small, run):
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.sh", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
-    assert "  broken  failed  " in result.stdout  # listed at the end, with the reason
+    # Listed once in each step's table, with the reason; one reads half a scan only where that is not checked.
+    assert result.stdout.count("  broken  failed  ") == 3 and "broken" not in result.stderr
+    assert "cut short or damaged" in report(tmp_path / "s", "segment_lung").loc["broken", "message"]
     figures = report(tmp_path / "s", "segment_lung")
     assert figures["status"].to_dict() == {
         **{"001": "ok", "002": "ok"},
@@ -144,6 +147,16 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
         check=False,
     )
     assert result.returncode == 1 and "no subject succeeded" in result.stderr
+
+
+def test_a_wrong_table_is_told_before_anything_is_written(tmp_path, cohort, run):
+    (tmp_path / "t.csv").write_text("sid,path\na,b\n")
+    flags = ("--input-csv", "t.csv", "--root-dir", "s", "--atlas-mask", cohort[0] / "atlas_lung_mask.nii.gz")
+    result = run("preprocess/run_preprocess.sh", *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and result.stderr == (
+        "error: t.csv has no column 'image'; its columns are sid, path\n"
+    )
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -32,3 +32,31 @@ def test_command(tmp_path, run):
         "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "bad", cwd=tmp_path, check=False
     )
     assert wrong.returncode == 2 and "no numeric column 'bad'" in wrong.stderr
+
+
+def write_features(path, sids, value="0.5"):
+    path.write_text("sid,f000\n" + "".join(f"{sid},{value}\n" for sid in sids))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--compare", "others.csv"), "f.csv and others.csv have no sid in common"),
+        (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
+        (("--compare", "text.csv"), "text.csv has a cell that is no number"),
+        (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
+        (("--columns", "few"), "column 'few' is known for 3 subjects"),
+    ],
+)
+def test_refusals(tmp_path, run, flags, message):
+    sids = [f"s{index:02d}" for index in range(12)]
+    write_features(tmp_path / "f.csv", sids)
+    write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
+    (tmp_path / "nan.csv").write_text("sid,f000\ns00,1\ns01,nan\n")
+    (tmp_path / "text.csv").write_text("sid,f000\ns00,1\ns01,high\n")
+    (tmp_path / "l.csv").write_text(
+        "sid,age,few\n" + "".join(f"{sid},{index},{index if index < 3 else ''}\n" for index, sid in enumerate(sids))
+    )
+    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
