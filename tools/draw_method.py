@@ -80,7 +80,7 @@ def main() -> int:
         from matplotlib.image import imread
 
         drawn = imread(scan)
-        panel = drawn[int(0.12 * drawn.shape[0]) :, : drawn.shape[1] // 3]
+        panel = drawn[int(0.155 * drawn.shape[0]) :, : drawn.shape[1] // 3]
         place = figure.add_axes((1 / 130, 12 / 52, 27 / 130, 28 / 52))
         place.imshow(panel)
         place.set_axis_off()
@@ -97,22 +97,22 @@ def main() -> int:
     text(41.2, 15.3, "patch at l, view 2", 9.5, KEY)
     for height, color in rows.values():
         arrow((29, 26), (31 if color == NEIGHBOR else 35, height + 4.3), color)
-        arrow((51.5, height + 4.3), (57, height + 4.3), color)
+        arrow((51.5, height + 4.3), (56, height + 4.3), color)
 
     box(
-        58,
+        57,
         22,
-        16,
+        18,
         24,
         "query encoder\n\nkernel(l) =\n$\\sum_e$ sigmoid(W l + b)$_e$ · W$_e$\n\n3-D CNN, 13 layers",
         QUERY,
         9.5,
     )
-    box(58, 3, 16, 11, "key encoder\nmomentum of\nthe query encoder", KEY, 9.5)
+    box(57, 3, 18, 11, "key encoder\nmomentum of\nthe query encoder", KEY, 9.5)
     arrow((66, 21.3), (66, 14.9), INK, "-|>")
     text(69.5, 18, "m = 0.999", 8.5)
     for (height, color), name in zip(rows.values(), ("q", "r$_1$ ... r$_k$", "key")):
-        arrow((75, height + 4.3), (82, height + 4.3), color)
+        arrow((76, height + 4.3), (82, height + 4.3), color)
         text(85.2, height + 4.3, name, 12, color)
 
     box(93, 3, 34, 11, "queues: one of K keys for each location l\n(other subjects, the same place)", KEY, 9.5)
