@@ -50,6 +50,7 @@ ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put tog
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (distributed.print_error(f"{message}; see --help"), sys.exit(2))
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")

@@ -19,6 +19,7 @@ log.jsonl. Stopped by a signal, it saves first; --resume auto goes on from there
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -73,12 +74,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: (distributed.print_error(f"{message}; see --help"), sys.exit(2))  # usage is 20 lines
 
     def add(group, flag, default, text, **more):
-        shown = "" if default in (None, False) else f" (default: {default})"
+        shown = "" if default in (None, "") else f" (default: {default})"
         group.add_argument(flag, default=default, help=text + shown, **more)
 
     run = parser.add_argument_group("the run")
     run.add_argument("--root-dir", required=True, help="patch store made by preprocess/run_preprocess.sh")
-    run.add_argument("--exp-name", required=True, help="experiments go to ssl_exp/<exp-name> under the current folder")
+    run.add_argument(
+        "--exp-name",
+        required=True,
+        help="experiments go to ssl_exp/<exp-name> under the current folder; extract_feature.py wants that folder",
+    )
     add(
         run,
         "--resume",
@@ -156,8 +161,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     at_least |= {"num_experts": 1, "k_neighbors": 1, "warm_up": 0, "print_freq": 1, "save_freq": 1, "save_minutes": 0}
     at_least |= {"lr": 0, "momentum": 0, "weight_decay": 0, "beta": 0}
     for name, least in at_least.items():
-        if getattr(args, name) < least:
+        if not least <= getattr(args, name) < math.inf:  # nan is neither
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    if not Path(args.exp_name).name or Path(args.exp_name).is_absolute() or ".." in Path(args.exp_name).parts:
+        parser.error(f"--exp-name {args.exp_name!r}: the name of a folder that goes into ssl_exp/")
     if args.start_epoch is not None and args.start_epoch < 0:
         parser.error(f"--start-epoch {args.start_epoch}: at least 0")
     if args.seed >= 2**32:
@@ -260,6 +267,24 @@ def set_aside_later(folder: Path, resumed: Path, epoch: int) -> list[str]:
     return sorted(path.name for path in later)
 
 
+def occupy(folder: Path) -> Any:
+    """Make the folder this run's, until the returned file is closed or the process ends.
+
+    Raises:
+        CheckpointError: another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which reading processes would inherit
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        raise CheckpointError(f"{folder} is in use by another run; let it end, or choose another --exp-name") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def environment() -> dict[str, Any]:
     """What a run depends on beside its flags: the commit and the versions."""
     here = Path(__file__).resolve().parent
@@ -317,7 +342,8 @@ def compute_losses(
 # ============================================================ the script
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, stopping: list[int]) -> None:
+    """All of it. ``stopping`` takes the signal that asks this process to stop."""
     # -------------------------------------------------------- process group and device
     device = start_process(args.device)
     rank, world = distributed.rank(), distributed.world_size()
@@ -342,6 +368,12 @@ def train(args: argparse.Namespace) -> None:
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     neighbors = torch.from_numpy(dataset.neighbors)
+
+    if args.moco_k > store.num_subjects:
+        say(
+            f"note: --moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue comes to hold a "
+            "subject more than once, and its own keys among the negatives"
+        )
 
     # -------------------------------------------------------- model and optimiser
     bare = DrasCLR(
@@ -393,6 +425,7 @@ def train(args: argparse.Namespace) -> None:
     if first_epoch >= args.epochs:
         say(f"nothing to do: {first_epoch} of {args.epochs} epochs are done")
         return
+    lock = occupy(folder) if main_process else None
     if resume is not None:
         distributed.barrier()  # every rank has read it
         for name in set_aside_later(folder, resume, first_epoch) if main_process else ():
@@ -436,10 +469,9 @@ def train(args: argparse.Namespace) -> None:
     if main_process and args.save_initial and resume is None:
         save(checkpoint_name(0), 0, 0, totals)
 
-    # Asked to stop, rank 0 saves after the step under way; the others wait for their end in the next one.
-    stopping: list[int] = []
+    # Asked to stop, rank 0 saves after the step under way; the others' next step fails then, see main.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, (lambda received, _: stopping.append(received)) if main_process else signal.SIG_IGN)
+        signal.signal(number, lambda received, _: stopping.append(received))
 
     # -------------------------------------------------------- loop
     saved_at = time.monotonic()
@@ -545,8 +577,9 @@ def train(args: argparse.Namespace) -> None:
                 say(f"stopped by {signal.Signals(stopping[0]).name}; go on with --resume auto")
                 sys.stdout.flush()
                 os._exit(128 + stopping[0])
-    if log is not None:
+    if main_process:
         log.close()
+        lock.close()
 
 
 def write_log(stream, record: dict[str, Any]) -> None:
@@ -557,12 +590,15 @@ def write_log(stream, record: dict[str, Any]) -> None:
 
 def main() -> int:
     args = parse_arguments()
+    stopping: list[int] = []
     try:
-        train(args)
+        train(args, stopping)
     except (StoreError, CheckpointError, DeviceError, FloatingPointError, OSError) as error:
         distributed.print_error(error)
         return 2
     except Exception:  # not foreseen: say all, and do not wait for reading processes or other ranks
+        if stopping and distributed.rank():  # but for the end of rank 0, which has saved
+            os._exit(128 + stopping[0])
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)

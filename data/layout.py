@@ -56,6 +56,10 @@ class StoreLayout:
     def report(self, script: str) -> Path:
         return self.root / "report" / f"{script}.csv"
 
+    def claims(self, script: str) -> Path:
+        """A file for each subject whose outputs a step is making, until its report tells what from."""
+        return self.root / "report" / f".claims-{script}"
+
     def qc(self, sid: str) -> Path:
         return self.root / "qc" / f"{sid}.png"
 

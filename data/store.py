@@ -184,11 +184,10 @@ def read_labels(
         text = table[name].str.strip()
         filled = ~text.str.lower().isin(MISSING)
         values = pd.to_numeric(text.where(filled), errors="coerce")
-        wrong = filled & values.isna()
+        wrong = filled & ~np.isfinite(values)
         if wrong.any():
-            note(
-                f"{path}: column {name!r} left out, {text[wrong].iloc[0]!r} of sid {text[wrong].index[0]} is no number"
-            )
+            cell, sid = text[wrong].iloc[0], text[wrong].index[0]
+            note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number")
         elif filled.any():
             numeric[name] = values
     if not numeric:

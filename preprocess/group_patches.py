@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations, to_hu, write_aside
 from data.tables import read_table
-from preprocess.subjects import script_main
+from preprocess.subjects import one_line_errors, script_main
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
 
@@ -96,6 +96,7 @@ def is_done(layout: StoreLayout, state_file: Path, key: str, sids: list[str], co
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(parser)
     parser.add_argument("--root-dir", required=True, help="the patch store")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
     args = parser.parse_args()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations, save_array
 from preprocess.scan import read_atlas_mask
-from preprocess.subjects import script_main
+from preprocess.subjects import one_line_errors, script_main
 
 MAX_PATCHES = 1000  # with as many or more, the threshold rises
 
@@ -81,6 +81,7 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(parser)
     parser.add_argument("--atlas-mask", required=True, help="atlas lung mask at 1 mm: 50 right lung, 100 left lung")
     parser.add_argument("--root-dir", required=True, help="the patch store, made where it is missing")
     parser.add_argument(

@@ -26,9 +26,11 @@ from data.layout import HU_MAX, HU_MIN, StoreError, StoreLayout, load_locations,
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.scan import PADDING, ScanError, orient, orientation_of, pad, read_mask, read_scan, resample_isotropic
 from preprocess.subjects import (
+    EarlierFailure,
     Skip,
     Subject,
     add_common_arguments,
+    claim,
     file_stamp,
     read_subjects,
     run_subjects,
@@ -176,12 +178,16 @@ def patchify(
     """Step 4 for one subject; see run_subjects."""
     layout = StoreLayout(root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
+    transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
+    targets = (layout.patch(subject.sid), layout.patch_loc(subject.sid))
+    if not transform_path.is_file() and not targets[0].is_file():
+        raise EarlierFailure(
+            f"no transform at {transform_path}; run preprocess/register.py, and see its report for this subject"
+        )
     if not subject.image:
         raise ScanError("the input table has no image for this subject")
     if not os.path.exists(subject.image):
         raise ScanError(f"{subject.image} does not exist")
-    transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
-    targets = (layout.patch(subject.sid), layout.patch_loc(subject.sid))
     stamp = {"atlas": atlas, "image_stamp": file_stamp(subject.image)}
     if not overwrite and all(target.is_file() for target in targets) and (layout.qc(subject.sid).is_file() or not qc):
         # Without a report's row they were made elsewhere, with the published code perhaps.
@@ -192,6 +198,7 @@ def patchify(
         if current and fresh and _intact(targets, len(table), patch_size):
             raise Skip({name: previous[name] for name in (*FIGURES, *stamp) if name in previous})
 
+    claim(layout, "patchify_images", subject.sid)
     if previous.get("atlas"):  # made here, of other inputs: should this fail, they must not be grouped
         for path in (*targets, layout.qc(subject.sid)):
             path.unlink(missing_ok=True)

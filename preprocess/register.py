@@ -27,7 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.scan import ScanError, read_mask
-from preprocess.subjects import Skip, Subject, add_common_arguments, read_subjects, run_subjects, script_main
+from preprocess.subjects import (
+    EarlierFailure,
+    Skip,
+    Subject,
+    add_common_arguments,
+    claim,
+    read_subjects,
+    run_subjects,
+    script_main,
+)
 
 REGISTRATION_SPACING = 4.0  # mm
 SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on a proportionally finer grid
@@ -88,10 +97,11 @@ def register(
             raise Skip(
                 {name: previous[name] for name in ("dice", "dice_right", "dice_left", "atlas") if name in previous}
             )
+    claim(layout, "register", subject.sid)
     if made_here:  # of another mask or atlas: should this fail, the subject must not go on with it
         target.unlink(missing_ok=True)
     if not source.is_file():
-        raise ScanError(
+        raise EarlierFailure(
             f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject"
         )
     fixed_mask, moving_mask = load_atlas(atlas_mask), read_mask(source)

@@ -4,16 +4,18 @@
 #   sh preprocess/run_preprocess.sh --input-csv dataset.csv --root-dir /data/patches \
 #       --atlas-mask atlas_lung_mask.nii.gz [--atlas-patch-loc atlas_patch_loc.npy] \
 #       [--method threshold | --lungmask-weights FILE] [--num-workers 4] [--scheduler tcp://host:port] \
-#       [--min-dice 0.5] [--strict] [--no-qc] [--no-progress]
+#       [--min-dice 0.5] [--overwrite] [--strict] [--no-qc] [--no-progress]
 #
-# What is done already is skipped; start it again after a stop, or after adding subjects. It runs in
-# $PYTHON, else in the active environment, else in the one that tools/setup_env.sh made.
+# Flags go to the steps that know them; python preprocess/segment_lung.py --help and the other steps'
+# say what they do and when to change them. What is done already is skipped; start it again after a
+# stop, or after adding subjects. It runs in $PYTHON, else in the active environment, else in the one
+# that tools/setup_env.sh made.
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 
 usage() {
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
 }
 fail() {
     echo "error: $1" >&2
@@ -45,6 +47,7 @@ while [ $# -gt 0 ]; do
         *) fail "unknown flag $flag; see --help" ;;
     esac
 done
+. "$here/forward_signals.sh"
 [ -n "$csv" ] || fail "--input-csv is missing: the table with columns sid and image"
 [ -n "$root" ] || fail "--root-dir is missing: where the patch store goes"
 [ -n "$mask" ] || fail "--atlas-mask is missing: the atlas's lung mask"
@@ -64,14 +67,14 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from preprocess.subjects import read_subjects, script_main
 script_main(lambda: read_subjects(sys.argv[2]) and None)' "$here/.." "$csv"
-"$PYTHON" "$here/patchify_atlas.py" --atlas-mask "$mask" --root-dir "$root" ${loc:+--atlas-patch-loc "$loc"}
+run "$PYTHON" "$here/patchify_atlas.py" --atlas-mask "$mask" --root-dir "$root" ${loc:+--atlas-patch-loc "$loc"}
 common() {
     script=$1
     shift
-    "$PYTHON" "$here/$script" --input-csv "$csv" --root-dir "$root" ${workers:+--num-workers "$workers"} \
+    run "$PYTHON" "$here/$script" --input-csv "$csv" --root-dir "$root" ${workers:+--num-workers "$workers"} \
         ${scheduler:+--scheduler "$scheduler"} ${strict:+--strict} ${progress:+--no-progress} ${overwrite:+--overwrite} "$@"
 }
 common segment_lung.py ${method:+--method "$method"} ${weights:+--lungmask-weights "$weights"}
 common register.py --atlas-mask "$mask" ${dice:+--min-dice "$dice"}
 common patchify_images.py --atlas-mask "$mask" ${qc:+--no-qc}
-"$PYTHON" "$here/group_patches.py" --root-dir "$root" ${progress:+--no-progress}
+run "$PYTHON" "$here/group_patches.py" --root-dir "$root" ${progress:+--no-progress}

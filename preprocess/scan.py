@@ -18,8 +18,10 @@ import SimpleITK as sitk
 
 AIR = -1024  # HU; what lies outside a scan
 ISO_SPACING = 1.0  # mm
+MIN_EXTENT = 50.0  # mm along each axis
 PADDING = 60  # voxels of air around the resampled scan, as published
 MAX_HU = 32767
+AIR_BELOW = -850  # HU; air is -1000 and a good part of a lung below this, but not where values are halved or shifted
 PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones noise around air
 
 
@@ -134,7 +136,9 @@ def _read_dicom(folder: Path) -> sitk.Image:
     with _itk_errors(folder, "a DICOM series"):
         series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
         if not series:
-            raise ScanError(f"{folder} is a folder without DICOM slices")
+            below = next((entry.name for entry in sorted(folder.iterdir()) if entry.is_dir()), None)
+            hint = f"; subfolders are not searched, name the one with the slices ({below}?)" if below else ""
+            raise ScanError(f"{folder} is a folder without DICOM slices{hint}")
         names = max(series, key=len)
         reader.SetFileNames(names)
         reader.MetaDataDictionaryArrayUpdateOn()
@@ -183,18 +187,26 @@ def check_hounsfield(image: sitk.Image, path: str | os.PathLike) -> sitk.Image:
         raise ScanError(f"{seen}: not HU; intensities look rescaled, give the original CT")
     if low >= 0:
         raise ScanError(f"{seen}: not HU, air is about -1000; the rescale intercept (often -1024) was not applied")
-    air = float((values < -500).mean())
+    air = float((values < AIR_BELOW).mean())
     tissue = float(((values > -200) & (values < 300)).mean())
     if air < 0.01 or tissue < 0.01:
         raise ScanError(
-            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below -500) and {tissue:.1%} soft tissue "
-            "(-200 to 300), at least 1% of each is expected"
+            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} soft "
+            "tissue (-200 to 300), at least 1% of each is expected"
         )
     values = np.where(values < PADDING_BELOW, AIR, np.minimum(values, MAX_HU))
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
     checked = sitk.GetImageFromArray(values.astype(np.int16 if whole else np.float32))
     checked.CopyInformation(image)
     return checked
+
+
+def check_extent(image: sitk.Image, path: str | os.PathLike) -> None:
+    """Raise ScanError where a volume is too thin for a chest: a localizer, or a few slices of a scan."""
+    extent = [count * spacing for count, spacing in zip(image.GetSize(), image.GetSpacing())]
+    if min(extent) < MIN_EXTENT:
+        size = " x ".join(f"{length:.0f}" for length in extent)
+        raise ScanError(f"{path} spans {size} mm in {image.GetSize()[2]} slices, which is no whole chest")
 
 
 def read_scan(path: str | os.PathLike) -> sitk.Image:

@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout
 from preprocess import threshold
-from preprocess.scan import ScanError, read_mask, read_scan, write_image
+from preprocess.scan import ScanError, check_extent, read_mask, read_scan, write_image
 from preprocess.subjects import (
     Skip,
     Subject,
     add_common_arguments,
+    claim,
     file_stamp,
     read_subjects,
     run_subjects,
@@ -99,7 +100,8 @@ def segment(
         raise ScanError("the input table has no image for this subject")
     if not os.path.exists(subject.image):
         raise ScanError(f"{subject.image} does not exist")
-    target = StoreLayout(root_dir).lung_mask(subject.sid)
+    layout = StoreLayout(root_dir)
+    target = layout.lung_mask(subject.sid)
     stamp = {"method": settings, "image_stamp": file_stamp(subject.image)}
     ours = bool(previous.get("method"))
     current = all(previous.get(name) == value for name, value in stamp.items())
@@ -119,9 +121,11 @@ def segment(
                 )
             raise Skip({**figures, **(stamp if ours else {})})
 
+    claim(layout, "segment_lung", subject.sid)
     if ours:  # of another image or with other settings: should this fail, the subject must not go on with it
         target.unlink(missing_ok=True)
     scan = read_scan(subject.image)
+    check_extent(scan, subject.image)
     if method == "threshold":
         mask = threshold.segment_lungs(scan)
     else:

@@ -1,7 +1,12 @@
 """Running one step over a table of subjects: workers, skipping, failures, the report and the exit status."""
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import os
+import shutil
+import signal
 import sys
 import time
 import traceback
@@ -20,8 +25,10 @@ from preprocess.scan import ScanError, limit_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
+EARLIER = "failed in an earlier step: "  # begins the message of what an earlier step has told already
 REPORT_SECONDS = 30  # between reports while a step runs: what made an output must outlive a crash
 STAMPS = ("method", "atlas", "image_stamp")  # columns of a report that tell what an output was made from
+LEFTOVER_SECONDS = 3600  # age of a half-written file that no run can be writing any more
 
 
 class Skip(Exception):
@@ -32,6 +39,10 @@ class Skip(Exception):
         self.figures = figures or {}
 
 
+class EarlierFailure(ScanError):
+    """An earlier step failed for this subject, and has told why."""
+
+
 class Subject(NamedTuple):
     """One row of the input table."""
 
@@ -39,8 +50,14 @@ class Subject(NamedTuple):
     image: str  # absolute path; empty where the table has none
 
 
+def one_line_errors(parser: argparse.ArgumentParser) -> None:
+    """A wrong flag is one line, without the usage of every flag before it."""
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that steps 2 to 4 share."""
+    one_line_errors(parser)
     parser.add_argument(
         "--input-csv", required=True, help="table with columns sid and image; image paths are relative to the table"
     )
@@ -73,7 +90,11 @@ def read_subjects(path: str | os.PathLike) -> list[Subject]:
 
 
 def file_stamp(path: str) -> str:
-    """Tells one version of a file from another: size and modification time."""
+    """Tells one version of a file from another by size and modification time; of a folder, by its files'."""
+    if os.path.isdir(path):
+        files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
+        text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)
+        return f"{len(files)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -88,6 +109,33 @@ def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, st
     except (ValueError, OSError):
         return {}
     return {row["sid"]: row for row in table.to_dict("records")} if "sid" in table.columns else {}
+
+
+def claim(layout: StoreLayout, script: str, sid: str) -> None:
+    """Note, before a subject's outputs are touched, that they are this step's and not the user's own.
+
+    The report says so from its next writing on; a run that is killed before that leaves the note, and
+    the next one makes the outputs again.
+    """
+    folder = layout.claims(script)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / sid).touch()
+
+
+def _claimed(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
+    """Stamps, of nothing that is there, for subjects that a run was killed at."""
+    folder = layout.claims(script)
+    sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+    return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
+
+
+def _remove_leftovers(layout: StoreLayout) -> None:
+    """Half-written files and folders of runs that were killed."""
+    for folder in (layout.lung_mask("x"), layout.transform("x"), layout.patch("x"), layout.patch_loc("x")):
+        for path in (*folder.parent.glob(".partial-*"), *folder.parent.glob(".*.partial")):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def stamps_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -112,20 +160,26 @@ def run_subjects(
     """
     layout = StoreLayout(args.root_dir)
     before = previous_figures(layout, script)
+    for sid, stamps in _claimed(layout, script).items():
+        before[sid] = {**before.get(sid, {}), **stamps}
+    _remove_leftovers(layout)
     rows: dict[str, dict[str, Any]] = {}
+    unwritten: list[str] = []
     bar = tqdm(
         total=len(subjects), desc=script, unit="subject", disable=True if args.no_progress else None, dynamic_ncols=True
     )
 
     def write_report() -> None:
-        # Subjects that this run did not reach, or that are not in its table, keep their last row.
-        merged = {**before, **rows}
-        _write_report(layout.report(script), [merged[sid] for sid in sorted(merged)])
+        _write_report(layout, script, rows)
+        for sid in unwritten:
+            (layout.claims(script) / sid).unlink(missing_ok=True)
+        unwritten.clear()
 
     written, failed = time.monotonic(), 0
     try:
         for row in _outcomes(work, subjects, before, args, settings):
             rows[row["sid"]] = row
+            unwritten.append(row["sid"])
             if time.monotonic() - written > REPORT_SECONDS:
                 write_report()
                 written = time.monotonic()
@@ -140,22 +194,33 @@ def run_subjects(
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
     )
-    failures = [row for row in rows.values() if row["status"] == "failed"]
+    told, failures = [], []
+    for row in rows.values():
+        if row["status"] == "failed":
+            (told if row["message"].startswith(EARLIER) else failures).append(row)
     for row in failures[:FAILURES_SHOWN]:
         print(f"  {row['sid']}  failed  {row['message']}")
     if len(failures) > FAILURES_SHOWN:
         print(f"  and {len(failures) - FAILURES_SHOWN} more")
+    if told:
+        print(f"  {len(told)} of the failed had failed in an earlier step, {told[0]['sid']} first")
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1
     return 1 if args.strict and counts["failed"] else 0
 
 
-def _write_report(path: Path, rows: list[dict[str, Any]]) -> None:
-    table = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
-    first = ["sid", "status", "seconds", "message"]
-    table = table[first + [name for name in table.columns if name not in first]]
-    write_aside(path, lambda stream: stream.write(table.to_csv(index=False, lineterminator="\n").encode()))
+def _write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Put this run's rows into the report; subjects that it has not reached, or does not have, keep theirs."""
+    path = layout.report(script)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{script}.lock", "w") as lock:  # two runs may share a store, each with its table
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        merged = {**previous_figures(layout, script), **rows}
+        table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # whole numbers stay whole
+        first = ["sid", "status", "seconds", "message"]
+        table = table[first + [name for name in table.columns if name not in first]]
+        write_aside(path, lambda stream: stream.write(table.to_csv(index=False, lineterminator="\n").encode()))
 
 
 def attempt(
@@ -171,6 +236,8 @@ def attempt(
             figures = work(subject, previous, **settings)
     except Skip as skip:
         status, figures = "skipped", skip.figures
+    except EarlierFailure as error:
+        status, message = "failed", f"{EARLIER}{error}"
     except ScanError as error:
         status, message = "failed", str(error)
     except MemoryError:
@@ -230,9 +297,10 @@ def _outcomes(
         workers = min(args.num_workers, max(1, len(subjects)))
         threads = max(1, CPU_COUNT // workers)
         # A worker that dies (out of memory, a crash in a library) is restarted and costs its subject.
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
-        )
+        with _ignored(signal.SIGINT):  # workers inherit it: Ctrl-C is this process's to handle
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+            )
         client = Client(cluster)
     try:
         futures = {
@@ -260,8 +328,24 @@ def _outcomes(
             cluster.close()
 
 
+@contextlib.contextmanager
+def _ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _stop(*_: Any) -> None:
+    """SIGTERM stops as Ctrl-C does, with the report written. A second signal must not disturb that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def script_main(main: Callable[[], int | None]) -> None:
     """Run a script's main; what is wrong with flags or files becomes one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         sys.exit(main())
     except (StoreError, ScanError, OSError) as error:  # OSError: a full disk, a folder that may not be written

@@ -301,6 +301,9 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--epochs", 0), "--epochs 0: at least 1"),
         (("--start-epoch", -1), "--start-epoch -1: at least 0"),
         (("--lr", -1), "--lr -1.0: at least 0"),
+        (("--lr", "nan"), "--lr nan: at least 0"),
+        (("--exp-name", "../x"), r"--exp-name '\.\./x': the name of a folder"),
+        (("--exp-name", ""), "--exp-name '': the name of a folder"),
         (("--seed", 2**40), "below 2"),
         (
             ("--rep-dim", 16, "--resume", "{a}"),
@@ -316,6 +319,28 @@ def test_refusals_are_one_line(trained, store, run, tmp_path, flags, message):
     result = run("train.py", "--root-dir", store, "--exp-name", "new", *SMALL, *flags, cwd=tmp_path, check=False)
     assert result.returncode == 2 and re.search(message, result.stderr), result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "ssl_exp").exists()
+
+
+def test_two_runs_never_share_an_experiment(store, run, tmp_path):
+    flags = ("--root-dir", store, "--exp-name", "s", "--epochs", 50, "--print-freq", 1, *SMALL)
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert any("epoch 1 [1/12]" in line for line in first.stdout)
+        before = (tmp_path / "ssl_exp" / "s" / "configs.json").read_bytes()
+        for more in ((), ("--resume", "auto")):
+            refused = run("train.py", *flags, "--seed", 5, *more, cwd=tmp_path, check=False)
+            assert refused.returncode == 2 and "ssl_exp/s is in use by another run" in refused.stderr
+        assert (tmp_path / "ssl_exp" / "s" / "configs.json").read_bytes() == before
+    finally:
+        first.kill()
+        first.wait()
+    run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # free again at once
+
+
+def test_a_queue_longer_than_the_cohort_is_noted(store, run, tmp_path):
+    result = run("train.py", "--root-dir", store, "--exp-name", "q", *SMALL, "--moco-k", 9, "--epochs", 1, cwd=tmp_path)
+    assert "note: --moco-k 9 exceeds the 7 subjects" in result.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
@@ -380,12 +405,16 @@ def test_an_unfinished_epoch_of_other_steps_is_refused(trained, store, run, tmp_
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_whole_group_under_torchrun_saves(store, tmp_path):
-    """As a scheduler or a container's stop does it: reading processes get the signal too."""
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 3), (2, 4)])
+def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
+    """As a scheduler or a container's stop does it. No traceback, of whichever rank or of torchrun."""
     flags = ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-    _, rest, _ = stop_at("epoch 1 [3/12]", signal.SIGTERM, *flags, "--device", "cpu", cwd=tmp_path, launcher=launcher)
+    flags += ("--batch-size", batch, "--moco-k", 4 * batch, "--device", "cpu")
+    launcher = (str(ROOT / "tools" / "launch.py"), "--standalone", "--nproc-per-node", str(ranks))
+    line = f"epoch 1 [3/{6 * (7 // batch)}]"
+    status, rest, seconds = stop_at(line, signal.SIGTERM, *flags, cwd=tmp_path, launcher=launcher)
     assert "stopped by SIGTERM; saved" in rest, rest
+    assert "Traceback" not in rest and status == 128 + signal.SIGTERM and seconds < 30, rest
     assert torch.load(tmp_path / "ssl_exp" / "t" / train.UNFINISHED, weights_only=True)["step"] >= 3
 
 

@@ -81,20 +81,30 @@ def main() -> int:
     sids = [sid for sid in tables["features"].index if all(sid in table.index for table in tables.values())]
     if not sids:
         raise StoreError(f"{args.features} and {args.compare} have no sid in common")
-    values, names = read_labels(args.labels, sids)
-    wanted = args.columns or [name for name, column in zip(names, values.T) if np.nanstd(column) > 0]
+    values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
+    wanted = args.columns or names
     results = {}
     for name in wanted:
         if name not in names:
             raise StoreError(f"{args.labels} has no numeric column {name!r}; it has {', '.join(names)}")
         target = values[:, names.index(name)].astype(np.float64)
         known = ~np.isnan(target)
+        reason = ""
         if known.sum() < 2 * FOLDS:
-            raise StoreError(f"column {name!r} is known for {known.sum()} subjects; at least {2 * FOLDS} are needed")
+            reason = f"is known for {known.sum()} subjects; at least {2 * FOLDS} are needed"
+        elif np.ptp(target[known]) == 0:
+            reason = f"is {target[known][0]:g} for every subject; there is nothing to predict"
+        if reason and args.columns:
+            raise StoreError(f"column {name!r} {reason}")
+        if reason:
+            print(f"note: column {name!r} left out, it {reason}", file=sys.stderr)
+            continue
         results[name] = {"subjects": int(known.sum())}
         for key, table in tables.items():
             features = table.loc[[sid for sid, ok in zip(sids, known) if ok]].to_numpy()
             results[name][key] = cross_validated_r2(features, target[known])
+    if not results:
+        raise StoreError(f"{args.labels} has no column that can be predicted for these subjects")
     heading = f"{'column':<24}{'subjects':>9}{'R2 features':>18}" + (f"{'R2 compared':>18}" if args.compare else "")
     print(heading)
     for name, row in results.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch.distributed.elastic.multiprocessing.api import logger
+from torch.distributed.elastic.multiprocessing.api import SignalException, logger
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main, parse_args
 
@@ -45,6 +45,8 @@ def launch() -> int:
         if {failure.exitcode for failure in error.failures.values() if failure.exitcode >= 0} == {USER_ERROR}:
             return USER_ERROR
         raise
+    except SignalException as error:  # asked to stop, it has passed that on, and the ranks have told
+        return 128 + error.sigval
     return 0
 
 

@@ -18,6 +18,7 @@ for flag; do
 done
 export PYTHON
 cd "$here"
+. "$here/preprocess/forward_signals.sh"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
@@ -35,11 +36,11 @@ step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema and lesio
 if [ -f "$data/cohort/labels.csv" ]; then
     echo "make_cohort: $data/cohort is there already"
 else
-    "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --num-workers "$workers"
+    run "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --num-workers "$workers"
 fi
 
 step "2/5 preprocessing: lung masks, registration to the atlas, patches"
-sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
+run sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
     --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
@@ -48,7 +49,7 @@ ranks=1
 [ "$gpus" -ge 4 ] && ranks=4
 step "3/5 training: $epochs epochs on $([ "$gpus" -gt 0 ] && echo "$ranks GPU(s), NCCL" || echo "the CPU, Gloo")"
 train() {
-    "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
+    run "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
         --resume auto --batch-size 8 --moco-k 64 --moco-m 0.99 --num-experts 4 --workers 2 --print-freq 96 "$@"
 }
 train --exp-name demo --epochs "$epochs" --lr 0.03 "$@"
@@ -58,13 +59,13 @@ train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1
 
 step "4/5 features, of the trained and of the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)
-"$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --labels "$data/cohort/labels.csv"
-"$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
+run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --labels "$data/cohort/labels.csv"
+run "$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
 step "5/5 do the features know of the disease? 5-fold cross-validated R2, 'compared' is the untrained encoder"
 number=$(echo "$last" | sed 's/[^0-9]//g')
 features=$experiment/patch_rep/$number
-"$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
+run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
     --compare "${experiment}_untrained/patch_rep/0001/patient_features.csv" --labels "$data/cohort/labels.csv" \
     --columns emphysema_fraction centrilobular_fraction paraseptal_fraction FEV1pp --json "$experiment/evaluation.json"
 

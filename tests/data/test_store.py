@@ -148,7 +148,7 @@ def test_label_columns_left_out_are_told_and_missing_values_are_not_words(tmp_pa
     notes = []
     values, names = read_labels(tmp_path / "l.csv", ["007", "12/34"], notes.append)
     assert names == ["age", "FEV1"] and notes == [
-        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no number"
+        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no finite number"
     ]
     np.testing.assert_array_equal(values, np.array([[61, np.nan], [50, np.nan]], dtype=np.float32))
 

@@ -60,6 +60,8 @@ def test_formats(tmp_path, suffix):
         (lambda: sitk.Cast(scan_image() - 400, sitk.sitkFloat32) / 1400, "look rescaled"),
         (lambda: scan_image(7, 7) * 0 + 7, "the image is empty"),
         (lambda: scan_image(-100, 300), "not HU of a chest"),
+        (lambda: sitk.Cast(scan_image() / 2, sitk.sitkInt16), "0.0% of the voxels are air"),
+        (lambda: scan_image() + 300, "0.0% of the voxels are air"),
     ],
 )
 def test_values_that_cannot_be_hounsfield(make, message):
@@ -150,6 +152,10 @@ def test_dicom_folder_and_its_gaps(tmp_path):
     assert image.GetSize() == (9, 8, 5)
     np.testing.assert_allclose(image.GetSpacing(), (0.7, 0.8, 2.0))
     np.testing.assert_allclose(image.GetOrigin(), (-10, -20, 0))
+    (tmp_path / "above").mkdir()
+    (tmp_path / "whole").rename(tmp_path / "above" / "series1")
+    with pytest.raises(ScanError, match=r"without DICOM slices; .*\(series1\?\)"):
+        read_image(tmp_path / "above")
     write_dicom(tmp_path / "gap", [0, 2, 4, 8, 10])
     with pytest.raises(ScanError, match=r"lacks slices: steps between 2\.00 and 4\.00 mm"):
         read_image(tmp_path / "gap")

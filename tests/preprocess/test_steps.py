@@ -1,7 +1,12 @@
 """Steps 2 to 5 through their command lines: failures, skipping, resuming, reports."""
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +15,8 @@ import SimpleITK as sitk
 import torch
 
 from data.store import PatchStore
+
+from ..conftest import ROOT
 
 
 def report(store, script):
@@ -103,8 +110,9 @@ def test_a_bad_scan_costs_one_subject(small, run):
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.sh", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
-    # Listed once in each step's table, with the reason; one reads half a scan only where that is not checked.
-    assert result.stdout.count("  broken  failed  ") == 3 and "broken" not in result.stderr
+    # Listed once, where it fails; the later steps count it.
+    assert result.stdout.count("  broken  failed  ") == 1 and "broken" not in result.stderr
+    assert result.stdout.count("5 of the failed had failed in an earlier step, absent first") == 2
     assert "cut short or damaged" in report(tmp_path / "s", "segment_lung").loc["broken", "message"]
     figures = report(tmp_path / "s", "segment_lung")
     assert figures["status"].to_dict() == {
@@ -120,7 +128,7 @@ def test_a_bad_scan_costs_one_subject(small, run):
     }.items():
         assert words in figures.loc[sid, "message"]
     assert "no lung mask at" in report(tmp_path / "s", "register").loc["absent", "message"]
-    assert "does not exist" in report(tmp_path / "s", "patchify_images").loc["absent", "message"]
+    assert "no transform at" in report(tmp_path / "s", "patchify_images").loc["absent", "message"]
     assert PatchStore(tmp_path / "s").sids == ["001", "002"]
 
     strict = run("preprocess/segment_lung.py", *command, "--strict", check=False)
@@ -133,6 +141,173 @@ def test_a_bad_scan_costs_one_subject(small, run):
     again = run("preprocess/run_preprocess.sh", *command, *atlas, "--strict").stdout
     assert again.count("1 ok, 1 skipped, 0 failed") == 3
     assert "2 subjects" in again.splitlines()[-1]
+
+
+def two_subjects(folder, tmp_path):
+    (tmp_path / "t.csv").write_text(f"sid,image\na,{folder}/image/0001.nii.gz\nb,{folder}/image/0002.nii.gz\n")
+    return "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s"
+
+
+def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
+    """Killed after a transform was written and before the report was: the file must not pass for the user's own."""
+    folder, store = cohort
+    atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    flags = two_subjects(folder, tmp_path)
+    run("preprocess/segment_lung.py", *flags, "--method", "threshold")
+    other = (store / "transform" / "0003_Reg_Atlas_Affine_0GenericAffine.mat").read_bytes()
+    targets = {sid: tmp_path / "s" / "transform" / f"{sid}_Reg_Atlas_Affine_0GenericAffine.mat" for sid in "ab"}
+    targets["a"].parent.mkdir()
+    for target in targets.values():
+        target.write_bytes(other)
+    claims = tmp_path / "s" / "report" / ".claims-register"
+    claims.mkdir()
+    (claims / "a").touch()
+    run("preprocess/register.py", *flags, *atlas)
+    assert report(tmp_path / "s", "register")["status"].to_dict() == {"a": "ok", "b": "skipped"}
+    assert targets["a"].read_bytes() != other and targets["b"].read_bytes() == other
+    assert not list(claims.iterdir())
+    run("preprocess/register.py", *flags, *atlas)
+    assert report(tmp_path / "s", "register")["status"].to_dict() == {"a": "skipped", "b": "skipped"}
+
+
+def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, monkeypatch):
+    from data.layout import StoreLayout
+    from preprocess import patchify_images, register, segment_lung
+    from preprocess.subjects import Subject
+
+    folder, _ = cohort
+    layout, mask = StoreLayout(tmp_path), str(folder / "atlas_lung_mask.nii.gz")
+    one = Subject("a", str(folder / "image" / "0001.nii.gz"))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    def check(script):
+        assert [path.name for path in layout.claims(script).iterdir()] == ["a"]
+
+    settings = dict(root_dir=str(tmp_path), overwrite=False)
+    segmenting = dict(settings, method="threshold", weights=None, settings="threshold")
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_lung, "write_image", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment_lung.segment(one, {}, **segmenting)
+        check("segment_lung")
+    segment_lung.segment(one, {}, **segmenting)
+    np.save(tmp_path / "atlas_patch_loc.npy", np.array([[0, 0, 0], [20, 20, 20]]))
+    registering = dict(settings, atlas_mask=mask, atlas="x", min_dice=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(register.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register.register(one, {}, **registering)
+        check("register")
+    register.register(one, {}, **registering)
+    with monkeypatch.context() as patch:
+        patch.setattr(patchify_images, "save_array", killed)
+        with pytest.raises(KeyboardInterrupt):
+            patchify_images.patchify(one, {}, **settings, atlas_mask=mask, atlas="x", patch_size=32, qc=False)
+        check("patchify_images")
+
+
+def processes_of(folder):
+    """Command lines of running processes that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes())
+    return [line for line in found if str(folder).encode() in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("script", "number", "to_group"),
+    [
+        ("run_preprocess.sh", signal.SIGTERM, False),
+        ("run_preprocess.sh", signal.SIGINT, True),
+        ("segment_lung.py", signal.SIGINT, True),
+    ],
+)
+def test_a_signal_stops_the_step_under_way(cohort, tmp_path, script, number, to_group):
+    """SIGTERM to the launcher's shell alone, as from a batch system; Ctrl-C, which reaches the whole group."""
+    folder, _ = cohort
+    command = ["sh" if script.endswith("sh") else sys.executable, str(ROOT / "preprocess" / script)]
+    more = ["--input-csv", str(folder / "dataset.csv"), "--root-dir", str(tmp_path / "s")]
+    if script.endswith("sh"):
+        more += ["--atlas-mask", str(folder / "atlas_lung_mask.nii.gz")]
+    process = subprocess.Popen(
+        [*command, *more, "--method", "threshold", "--num-workers", "2"],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: list((tmp_path / "s").glob("lung_mask/*.nii.gz")))
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.strip() == "stopped; start again to go on"
+    wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
+    # What was made stands in the report, or is claimed.
+    made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
+    claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
+    path = tmp_path / "s" / "report" / "segment_lung.csv"
+    reported = set(report(tmp_path / "s", "segment_lung").index) if path.exists() else set()
+    assert made and made <= claimed | reported
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_two_runs_share_a_report(tmp_path):
+    """Each with its own table, as jobs of an array: neither loses the other's rows."""
+    from data.layout import StoreLayout
+    from preprocess.subjects import _write_report
+
+    row = {"status": "ok", "seconds": 1.0, "message": ""}
+    layout = StoreLayout(tmp_path)
+    for sids in ("ab", "cd", "b"):
+        _write_report(layout, "register", {sid: {"sid": sid, **row} for sid in sids})
+    assert list(report(tmp_path, "register").index) == ["a", "b", "c", "d"]
+
+
+def test_leftovers_of_killed_runs_go_when_they_are_old(tmp_path):
+    from data.layout import StoreLayout
+    from preprocess.subjects import LEFTOVER_SECONDS, _remove_leftovers
+
+    names = ("transform/.partial-old", "transform/.partial-new", "patch/.x_patch.npy.12.partial", "patch/x_patch.npy")
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if "partial-" in name else path.touch()
+        if "new" not in name:
+            os.utime(path, (0, time.time() - LEFTOVER_SECONDS - 1))
+    _remove_leftovers(StoreLayout(tmp_path))
+    assert [name for name in names if (tmp_path / name).exists()] == [names[1], names[3]]
+
+
+def test_a_slice_replaced_in_a_folder_changes_its_stamp(tmp_path):
+    from preprocess.subjects import file_stamp
+
+    (tmp_path / "1.dcm").write_bytes(b"a")
+    before = file_stamp(str(tmp_path))
+    assert file_stamp(str(tmp_path)) == before
+    (tmp_path / "1.dcm").write_bytes(b"b")
+    os.utime(tmp_path / "1.dcm", (0, 1))
+    assert file_stamp(str(tmp_path)) != before
+
+
+def test_a_few_slices_are_no_chest(tmp_path, run):
+    values = np.full((4, 200, 200), -1000, dtype=np.int16)
+    values[:, 50:150, 50:150] = 40
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "thin.nii.gz"))
+    (tmp_path / "t.csv").write_text("sid,image\nthin,thin.nii.gz\n")
+    flags = ("--input-csv", "t.csv", "--root-dir", "s", "--method", "threshold")
+    result = run("preprocess/segment_lung.py", *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 1 and "spans 200 x 200 x 4 mm in 4 slices, which is no whole chest" in result.stdout
 
 
 def test_nothing_succeeded_is_a_failure(tmp_path, run):
@@ -229,7 +404,9 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     image = sitk.ReadImage(str(folder / "image" / "0002.nii.gz"))
     image = sitk.DICOMOrient(image, "RAI")
     middle = image.GetSize()[2] // 2
-    sitk.WriteImage(image[:, :, middle : middle + 3], str(tmp_path / "a.nii.gz"))  # a slice takes seconds
+    some = image[:, :, middle : middle + 3]  # a slice takes seconds
+    some.SetSpacing((*some.GetSpacing()[:2], 20.0))
+    sitk.WriteImage(some, str(tmp_path / "a.nii.gz"))
     (tmp_path / "t.csv").write_text("sid,image\na,a.nii.gz\n")
     flags = ("--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", "--lungmask-weights", tmp_path / "w.pth")
     result = run("preprocess/segment_lung.py", *flags, check=False)

@@ -46,6 +46,8 @@ def write_features(path, sids, value="0.5"):
         (("--compare", "text.csv"), "text.csv has a cell that is no number"),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
         (("--columns", "few"), "column 'few' is known for 3 subjects"),
+        (("--columns", "same"), "column 'same' is 7 for every subject"),
+        (("--columns", "far"), "no numeric column 'far'"),
     ],
 )
 def test_refusals(tmp_path, run, flags, message):
@@ -54,9 +56,24 @@ def test_refusals(tmp_path, run, flags, message):
     write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
     (tmp_path / "nan.csv").write_text("sid,f000\ns00,1\ns01,nan\n")
     (tmp_path / "text.csv").write_text("sid,f000\ns00,1\ns01,high\n")
-    (tmp_path / "l.csv").write_text(
-        "sid,age,few\n" + "".join(f"{sid},{index},{index if index < 3 else ''}\n" for index, sid in enumerate(sids))
-    )
+    write_labels(tmp_path / "l.csv", sids)
     result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", *flags, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
+    assert result.returncode == 2 and not result.stdout
+    *notes, error = result.stderr.splitlines()
+    assert message in error and all("column 'far' left out" in note for note in notes)
+
+
+def write_labels(path, sids):
+    """age is known for all, few for three; same never varies, far has an infinite cell."""
+    rows = [f"{sid},{n},{n if n < 3 else ''},7,{'inf' if n == 2 else n}\n" for n, sid in enumerate(sids)]
+    path.write_text("sid,age,few,same,far\n" + "".join(rows))
+
+
+def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_path, run):
+    sids = [f"s{index:02d}" for index in range(12)]
+    write_features(tmp_path / "f.csv", sids)
+    write_labels(tmp_path / "l.csv", sids)
+    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["column", "age"]
+    for words in ("'few' left out, it is known for 3", "'same' left out, it is 7 for every", "'inf' of sid s02"):
+        assert words in result.stderr

@@ -1,0 +1,22 @@
+# Sourced by launchers of several steps. A signal that reaches the launcher's shell alone, as a batch
+# system's does, must stop the step under way too: the shell would end, and the step run on.
+#
+#   run COMMAND [ARG ...]     the command, until it ends or the launcher is asked to stop
+
+child=
+stop() {
+    trap '' INT TERM
+    if [ -n "$child" ]; then
+        kill -TERM "$child" 2>/dev/null || :
+        wait "$child" || :
+    fi
+    exit $((128 + $1))
+}
+trap 'stop 2' INT
+trap 'stop 15' TERM
+run() {
+    "$@" &
+    child=$!
+    wait "$child"
+    child=
+}
