@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -38,11 +39,15 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
         raise StoreError(f"no table at {path}")
     try:
         table = _read_text(path)
-    except (ValueError, OSError, csv.Error) as error:  # a UnicodeDecodeError is a ValueError
+    except UnicodeDecodeError:
+        raise StoreError(f"{path} is not in UTF-8; save it as CSV UTF-8") from None
+    except (ValueError, OSError, csv.Error) as error:
         raise StoreError(f"{path} cannot be read as a CSV table: {error}") from error
     for name in required:
         if name not in table.columns:
-            raise StoreError(f"{path} has no column {name!r}; its columns are {', '.join(table.columns)}")
+            raise StoreError(
+                f"{path} has no column {name!r}; its columns are {', '.join(table.columns)}{_hint(name, table.columns)}"
+            )
     if table.empty:
         raise StoreError(f"{path} has a header and no rows")
     for line, sid in enumerate(table["sid"] if file_names else (), start=2):
@@ -54,6 +59,14 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
     if len(twice):
         raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
     return table
+
+
+def _hint(name: str, columns: Sequence[str]) -> str:
+    """The usual reason for a missing column."""
+    if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
+        return "; cells must be separated by commas"
+    other = next((column for column in columns if column.lower() == name), None)
+    return f"; write {name} instead of {other}" if other else ""
 
 
 def _read_text(path: Path) -> pd.DataFrame:

@@ -34,6 +34,8 @@ def test_text_stays_text(tmp_path):
         ("sid,image\n../x,a\n", "line 2: sid '../x'"),
         ("sid,image\na,1\nb,2\na,3\n", "'a' more than once"),
         ("name,image\na,1\n", "no column 'sid'; its columns are name, image"),
+        ("sid;image\na;1\n", "no column 'sid'; its columns are sid;image; cells must be separated by commas"),
+        ("SID,image\na,1\n", "no column 'sid'; its columns are SID, image; write sid instead of SID"),
     ],
 )
 def test_bad_tables(tmp_path, text, message):
@@ -54,3 +56,10 @@ def test_trailing_commas_shift_nothing_and_a_cell_too_many_is_an_error(tmp_path)
     (tmp_path / "t.csv").write_text("sid,image\n007,a.nii\n008,b.nii,c\n")
     with pytest.raises(StoreError, match="line 3 has more cells than the 2 of the header"):
         read_table(tmp_path / "t.csv")
+
+
+def test_another_encoding_is_named(tmp_path):
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "t.csv").write_bytes("sid,image\nMüller,a.nii\n".encode(encoding))
+        with pytest.raises(StoreError, match="is not in UTF-8"):
+            read_table(tmp_path / "t.csv", ("sid", "image"))
