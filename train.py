@@ -267,22 +267,22 @@ def set_aside_later(folder: Path, resumed: Path, epoch: int) -> list[str]:
     return sorted(path.name for path in later)
 
 
-def occupy(folder: Path) -> Any:
-    """Make the folder this run's, until the returned file is closed or the process ends.
+def open_log(folder: Path) -> Any:
+    """log.jsonl, opened for this run alone, until it is closed or the process ends.
 
     Raises:
-        CheckpointError: another run has it.
+        CheckpointError: another run has it, and the folder with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")  # noqa: SIM115 (open for the whole run)
+    log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the whole run)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which reading processes would inherit
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which reading processes would inherit
     except (BlockingIOError, PermissionError):
-        lock.close()
+        log.close()
         raise CheckpointError(f"{folder} is in use by another run; let it end, or choose another --exp-name") from None
     except OSError:  # a file system without locks
         pass
-    return lock
+    return log
 
 
 def environment() -> dict[str, Any]:
@@ -425,7 +425,7 @@ def train(args: argparse.Namespace, stopping: list[int]) -> None:
     if first_epoch >= args.epochs:
         say(f"nothing to do: {first_epoch} of {args.epochs} epochs are done")
         return
-    lock = occupy(folder) if main_process else None
+    log = open_log(folder) if main_process else None
     if resume is not None:
         distributed.barrier()  # every rank has read it
         for name in set_aside_later(folder, resume, first_epoch) if main_process else ():
@@ -438,13 +438,11 @@ def train(args: argparse.Namespace, stopping: list[int]) -> None:
     model.train()
 
     # -------------------------------------------------------- records
-    curves = log = None
+    curves = None
     if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         config = {**settings, "num_patch": store.num_locations, "world_size": world}
         (folder / "configs.json").write_text(json.dumps({**config, **environment()}, indent=2) + "\n")
         curves = Logger(str(folder), flush_secs=10)
-        log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open for the whole run)
     say(
         f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps an epoch; "
         f"{world} x {device.type}, {workers} reading processes each; {folder}"
@@ -579,7 +577,6 @@ def train(args: argparse.Namespace, stopping: list[int]) -> None:
                 os._exit(128 + stopping[0])
     if main_process:
         log.close()
-        lock.close()
 
 
 def write_log(stream, record: dict[str, Any]) -> None:
