@@ -240,6 +240,8 @@ def test_a_signal_stops_the_step_under_way(cohort, tmp_path, script, number, to_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # These tests may run in the background, where a shell has its commands ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: list((tmp_path / "s").glob("lung_mask/*.nii.gz")))
     (os.killpg if to_group else os.kill)(process.pid, number)
