@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.augment import shift_to_zero, to_unit
+from data.augment import to_input
 from data.layout import StoreError, save_array, write_aside
 from data.locations import normalize_locations
 from data.prefetch import read_ahead
@@ -42,7 +42,7 @@ from models import distributed
 from models.checkpoint import CheckpointError, build_query_encoder, read_checkpoint, strip_module
 from models.cnn3d import Encoder
 from models.device import DeviceError, end_process, start_process
-from models.frozen import FrozenEncoder
+from models.frozen import TOGETHER, freeze
 
 SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
@@ -50,7 +50,7 @@ ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put tog
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (distributed.print_error(f"{message}; see --help"), sys.exit(2))
+    distributed.one_line_errors(parser)
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
@@ -160,7 +160,8 @@ def encode(
 ) -> Iterator[tuple[Unit, np.ndarray]]:
     """Representations h of one unit after the other: (rows, locations, rep_dim) float32.
 
-    Patches are read ahead in threads; at each location the encoder is frozen once for all rows.
+    Patches are read ahead in threads. The encoder is frozen once for all rows of a location, at TOGETHER
+    locations at a time: always the same ones, so that a run that goes on after a stop rounds alike.
     """
     device = locations.device
 
@@ -168,13 +169,14 @@ def encode(
         patches = torch.from_numpy(store.read(batch.unit.locations[batch.column], batch.rows))
         return patches.pin_memory() if device.type == "cuda" else patches
 
-    frozen, result = None, None
+    frozen, block, result = [], None, None
     for batch, patches in read_ahead(read, split(units, batch_size)):
         unit = batch.unit
-        if batch.start == 0:
-            location = unit.locations[batch.column]
-            frozen = FrozenEncoder(encoder, locations[location : location + 1], dtype)
-        h = frozen(to_unit(shift_to_zero(patches.to(device, non_blocking=True)))[:, None])
+        wanted, index = divmod(unit.locations[batch.column], TOGETHER)
+        if wanted != block:
+            block, first = wanted, wanted * TOGETHER
+            frozen = freeze(encoder, locations[first : first + TOGETHER], dtype)
+        h = frozen[index](to_input(patches.to(device, non_blocking=True), dtype))
         if result is None:  # on the device: a copy for every batch would wait for it every time
             result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h

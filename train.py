@@ -71,7 +71,7 @@ CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    parser.error = lambda message: (distributed.print_error(f"{message}; see --help"), sys.exit(2))  # usage is 20 lines
+    distributed.one_line_errors(parser)
 
     def add(group, flag, default, text, **more):
         shown = "" if default in (None, "") else f" (default: {default})"

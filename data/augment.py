@@ -32,6 +32,7 @@ CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 
 SAMPLE_CHUNK = 4  # samples resampled together on the CPU, so that they stay in its cache
+INPUT_CHUNK = 16  # patches converted together, likewise
 
 Parameters = dict[str, Any]
 
@@ -328,12 +329,24 @@ class Augmentation:
 
 def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
     """HU -> float32 in [0, 1264]: clipped to [-1024, 240], plus 1024. Augmentation works on these."""
-    return patches.float().clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)
+    return patches.to(torch.float32, copy=True).clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)  # the caller keeps its own
 
 
 def to_unit(volumes: torch.Tensor) -> torch.Tensor:
     """[0, 1264] -> [-1, 1], the network's input."""
     return (volumes / HALF_RANGE).sub_(1)
+
+
+def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """HU -> the network's input without augmentation: (B, 32, 32, 32) -> (B, 1, 32, 32, 32) in [-1, 1].
+
+    On the CPU a few patches at a time, which stay in the cache from one operation to the next.
+    """
+    x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
+    count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
+    for out, piece in zip(x.split(count), patches.split(count)):
+        out.copy_(shift_to_zero(piece).div_(HALF_RANGE).sub_(1))
+    return x[:, None]
 
 
 def make_views(

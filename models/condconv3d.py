@@ -5,6 +5,8 @@ CondConv (Yang et al., NeurIPS 2019) with the routing driven by where a patch li
 shows:  kernel(loc) = sum_e sigmoid(W loc + b)_e * weight_e.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,18 +33,24 @@ def dense_conv3d(
     padding: int | str | tuple[int, int, int],
     dilation: tuple[int, int, int] = (1, 1, 1),
     groups: int = 1,
+    convolve: Callable[..., torch.Tensor] = F.conv3d,
 ) -> torch.Tensor:
-    """F.conv3d in the layout of the inputs; of one channel, on the CPU, two voxels at a time."""
+    """F.conv3d in the layout of the inputs; of one channel, on the CPU, two voxels at a time.
+
+    ``convolve`` may add what is done number by number, an activation.
+    """
     one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.device.type == "cpu" and inputs.shape[-1] % 2 == 0
     same_size = (tuple(stride), padding, tuple(dilation), groups) == ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
     if one_channel and same_size and inputs.is_contiguous():
-        return _convolve_pairs(inputs, kernel, bias)
+        return _convolve_pairs(inputs, kernel, bias, convolve)
     if inputs.is_contiguous(memory_format=torch.channels_last_3d):
         kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
-    return F.conv3d(inputs, kernel, bias, stride, padding, dilation, groups)
+    return convolve(inputs, kernel, bias, stride, padding, dilation, groups)
 
 
-def _convolve_pairs(inputs: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _convolve_pairs(
+    inputs: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, convolve: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """3 x 3 x 3 convolution of one channel with padding 1, (B, 1, D, H, W) -> (B, out, D, H, W), channels last.
 
     An output pair, voxels 2 X and 2 X + 1 of a line, looks at the four voxels 2 X - 1 ... 2 X + 2: with a
@@ -56,7 +64,7 @@ def _convolve_pairs(inputs: torch.Tensor, kernel: torch.Tensor, bias: torch.Tens
     pairs = F.pad(inputs, (1, 1)).view(batch, depth, height, width // 2 + 1, 2).permute(0, 4, 1, 2, 3)
     taps = torch.stack([F.pad(kernel, (0, 1)), F.pad(kernel, (1, 0))])  # (2, out, 1, 3, 3, 4)
     taps = taps.reshape(2 * out, 3, 3, 2, 2).permute(0, 4, 1, 2, 3)  # (2 out, 2, 3, 3, 2)
-    both = F.conv3d(
+    both = convolve(
         pairs.contiguous(memory_format=torch.channels_last_3d),
         taps.contiguous(memory_format=torch.channels_last_3d),
         None if bias is None else bias.repeat(2),

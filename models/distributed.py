@@ -1,9 +1,11 @@
 """Collectives that are no-ops when there is one process, so that callers need no second path."""
 
+import argparse
 import inspect
 import os
 import sys
 import time
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,16 @@ def print_error(message: object) -> None:
     if number:
         time.sleep(LATER_SECONDS)
     print(f"error: {f'(rank {number}) ' if number else ''}{message}", file=sys.stderr, flush=True)
+
+
+def one_line_errors(parser: argparse.ArgumentParser) -> None:
+    """A wrong flag is one line of the first rank, without the usage of every flag before it."""
+
+    def error(message: str) -> NoReturn:
+        print_error(f"{message}; see --help")
+        sys.exit(2)
+
+    parser.error = error
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from data.augment import Augmentation
 from data.dataset import PatchBatch
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.frozen import FrozenEncoder
+from models.frozen import freeze
 
 from .conftest import calibrate
 
@@ -71,8 +71,8 @@ def test_features_are_the_cpus(gpu):
     encoder = build().encoder_q
     calibrate(encoder)
     x, loc = torch.rand(B, 1, 32, 32, 32) * 2 - 1, torch.tensor([[0.1, -0.5, 0.9]])
-    wanted = FrozenEncoder(encoder, loc)(x)
-    ours = FrozenEncoder(encoder.to(gpu), loc.to(gpu))(x.to(gpu)).cpu()
+    wanted = freeze(encoder, loc)[0](x)
+    ours = freeze(encoder.to(gpu), loc.to(gpu))[0](x.to(gpu)).cpu()
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-4
 
 

@@ -36,7 +36,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.augment import Augmentation, make_views, shift_to_zero, step_generators, to_unit
+from data.augment import Augmentation, make_views, step_generators, to_input
 from data.dataset import PatchBatch, PatchDataset, make_loader
 from data.layout import save_array
 from data.locations import normalize_locations
@@ -46,7 +46,7 @@ from data.store import PatchStore
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.device import keep_freed_memory
-from models.frozen import FrozenEncoder
+from models.frozen import TOGETHER, freeze
 from tools.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
 
 PUBLISHED_LOCATIONS = 581
@@ -276,7 +276,7 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
     @torch.no_grad()
     def features() -> None:
         patches = torch.zeros(PUBLISHED_LOCATIONS, 32, 32, 32, dtype=torch.int16).to(device)
-        literal_encode(encoder, to_unit(shift_to_zero(patches))[:, None], everywhere)[1].cpu()
+        literal_encode(encoder, to_input(patches), everywhere)[1].cpu()
 
     jobs = {work.__name__: work for work in (loss, encode, step, features)}
     while (name := pipe.recv()) is not None:
@@ -432,16 +432,15 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     batches = np.array_split(np.arange(N), math.ceil(N / EXTRACT_BATCH))
 
-    def read(location: int, rows: np.ndarray) -> torch.Tensor:
-        return to_unit(shift_to_zero(torch.from_numpy(store.read(location, rows)).to(device)))[:, None]
+    def read(location: int, rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return to_input(torch.from_numpy(store.read(location, rows)).to(device), dtype)
 
     def features(dtype: torch.dtype) -> None:
-        for location in range(args.extract_locations):
-            frozen = FrozenEncoder(encoder, locations[location : location + 1], dtype)
+        for location, frozen in enumerate(freeze(encoder, locations[: args.extract_locations], dtype)):
             for rows in batches:
-                frozen(read(location, rows)).cpu()
+                frozen(read(location, rows, dtype)).cpu()
 
-    x = read(0, batches[0])
+    x = read(0, batches[0], torch.float32)
     with torch.no_grad():
         wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
     times = in_turns(
@@ -457,7 +456,7 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
         (torch.float32, "float32", "1.5 s; 9 times"),
         (torch.bfloat16, "bf16", "0.6 s; 20 times"),
     ):
-        error = float((FrozenEncoder(encoder, locations[:1], dtype)(x) - wanted).norm() / wanted.norm())
+        error = float((freeze(encoder, locations[:1], dtype)[0](x) - wanted).norm() / wanted.norm())
         note = f"error of h {error:.0e}"
         if kind == "bf16" and not machine["fast_bf16"]:
             note += "; the processor has no bf16 arithmetic"
@@ -672,10 +671,10 @@ def rows_gpu(args, store_folder: Path, machine: dict) -> list[Row]:
 
     @torch.inference_mode()
     def extract() -> None:
-        for location in range(32):
-            patches = torch.from_numpy(store.read(location, np.arange(512))).to(args.device)
-            frozen = FrozenEncoder(encoder, locations[location : location + 1], torch.bfloat16)
-            frozen(to_unit(shift_to_zero(patches))[:, None]).cpu()
+        for start in range(0, 32, TOGETHER):
+            for index, frozen in enumerate(freeze(encoder, locations[start : start + TOGETHER], torch.bfloat16)):
+                patches = torch.from_numpy(store.read(start + index, np.arange(512))).to(args.device)
+                frozen(to_input(patches, torch.bfloat16)).cpu()
 
     times = in_turns({"ours": extract}, args.rounds)["ours"]
     rows[1].ours = 512 * 32 / PUBLISHED_LOCATIONS / statistics.median(times)
@@ -718,7 +717,7 @@ def parse_arguments() -> argparse.Namespace:
     args.device = torch.device("cuda" if gpu and args.device != "cpu" else "cpu")
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = 2 if args.quick else 6
-    args.extract_locations = 2 if args.quick else 6
+    args.extract_locations = 2 if args.quick else TOGETHER
     args.reading_subjects = 64 if args.quick else 1024
     if args.batch < 2 or args.rounds < 1:
         parser.error("--batch is at least 2, --rounds at least 1")

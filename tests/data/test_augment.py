@@ -17,7 +17,7 @@ from monai.transforms import (
 from scipy.stats import ks_2samp
 
 from data import augment
-from data.augment import Augmentation, StoreError, make_views, shift_to_zero, step_generators, to_unit
+from data.augment import Augmentation, StoreError, make_views, shift_to_zero, step_generators, to_input, to_unit
 
 SIZE = (32, 32, 32)
 RANGE = 1264.0
@@ -295,6 +295,18 @@ def test_intensities_without_augmentation():
         patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
     )
     assert all(torch.equal(view, torch.full_like(view, -1.0)) for view in (query, key, around))
+
+
+@pytest.mark.parametrize("kind", (np.int16, np.float32, np.float64))
+def test_the_networks_input_without_augmentation(kind):
+    """(HU + 1024) / 632 - 1 of what is clipped to [-1024, 240], for any number of patches."""
+    for count in (1, 16, 37):
+        hu = np.random.default_rng(count).integers(-1500, 500, (count, 4, 4, 4)).astype(kind)
+        wanted = torch.from_numpy((np.clip(hu.astype(np.float64), -1024, 240) + 1024) / 632 - 1)[:, None]
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+            x = to_input(torch.from_numpy(hu), dtype)
+            assert x.dtype == dtype and x.shape == (count, 1, 4, 4, 4)
+            torch.testing.assert_close(x.double(), wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", [(32, 32, 32), (5, 7, 6), (1, 4, 3)])

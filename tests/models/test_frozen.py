@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.cnn3d import Encoder
-from models.frozen import FrozenEncoder
+from models.frozen import freeze
 
 
 def trained_encoder():
@@ -26,10 +26,10 @@ def test_representations_are_the_encoders():
     for loc in (torch.tensor([[-1.0, 0.2, 1.0]]), torch.tensor([[0.5, -0.7, 0.1]])):
         with torch.no_grad():
             wanted = encoder(x, loc)[1]
-        h = FrozenEncoder(encoder, loc)(x)
+        h = freeze(encoder, loc)[0](x)
         assert h.dtype == torch.float32 and h.shape == (5, 24)
         assert float((h - wanted).norm() / wanted.norm()) < 1e-5
-        half = FrozenEncoder(encoder, loc, torch.bfloat16)(x)
+        half = freeze(encoder, loc, torch.bfloat16)[0](x)
         assert half.dtype == torch.float32
         assert 1e-5 < float((half - wanted).norm() / wanted.norm()) < 1e-2
 
@@ -38,9 +38,18 @@ def test_the_encoder_is_not_touched_and_not_followed():
     encoder = trained_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x, loc = torch.rand(2, 1, 32, 32, 32), torch.zeros(1, 3)
-    frozen = FrozenEncoder(encoder, loc)
+    frozen = freeze(encoder, loc)[0]
     first = frozen(x)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     with torch.no_grad():
         encoder.conv1.weight.mul_(2)
     assert torch.equal(frozen(x), first)
+
+
+def test_several_locations_at_once():
+    encoder = trained_encoder()
+    x, locs = torch.rand(3, 1, 32, 32, 32) * 2 - 1, torch.rand(4, 3) * 2 - 1
+    for loc, frozen in zip(locs, freeze(encoder, locs), strict=True):
+        with torch.no_grad():
+            wanted = encoder(x, loc[None])[1]
+        assert float((frozen(x) - wanted).norm() / wanted.norm()) < 1e-5
