@@ -17,10 +17,12 @@ class StoreError(ValueError):
 
 
 class StoreLayout:
-    """Paths inside ``--root-dir``; see the README's table of files."""
+    """Paths inside ``--root-dir``; see the README's table of files. Raises StoreError where it is a file."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"--root-dir {self.root} is a file; name a folder")
 
     @property
     def atlas_patch_loc(self) -> Path:
@@ -55,6 +57,10 @@ class StoreLayout:
 
     def report(self, script: str) -> Path:
         return self.root / "report" / f"{script}.csv"
+
+    def report_lock(self, script: str) -> Path:
+        """Held while the report is written."""
+        return self.root / "report" / f".{script}.lock"
 
     def claims(self, script: str) -> Path:
         """A file for each subject whose outputs a step is making, until its report tells what from."""

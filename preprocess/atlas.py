@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from preprocess.scan import ScanError, read_atlas_mask
+from preprocess.scan import EarlierFailure, ScanError, read_atlas_mask
 
 
 @lru_cache(maxsize=1)
@@ -24,9 +24,9 @@ def atlas_fingerprint(mask: sitk.Image) -> str:
 
 
 def read_affine(path: Path) -> sitk.Transform:
-    """An ITK affine from atlas points to scan points. Raises ScanError."""
+    """An ITK affine from atlas points to scan points. Raises ScanError, EarlierFailure where it is missing."""
     if not path.is_file():
-        raise ScanError(f"no transform at {path}; run preprocess/register.py, and see its report for this subject")
+        raise EarlierFailure(f"no transform at {path}; run preprocess/register.py, and see its report for this subject")
     try:
         transform = sitk.ReadTransform(str(path))
     except RuntimeError as error:

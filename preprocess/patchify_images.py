@@ -26,7 +26,6 @@ from data.layout import HU_MAX, HU_MIN, StoreError, StoreLayout, load_locations,
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.scan import PADDING, ScanError, orient, orientation_of, pad, read_mask, read_scan, resample_isotropic
 from preprocess.subjects import (
-    EarlierFailure,
     Skip,
     Subject,
     add_common_arguments,
@@ -180,10 +179,8 @@ def patchify(
     table = load_locations(layout.find_atlas_patch_loc())
     transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
     targets = (layout.patch(subject.sid), layout.patch_loc(subject.sid))
-    if not transform_path.is_file() and not targets[0].is_file():
-        raise EarlierFailure(
-            f"no transform at {transform_path}; run preprocess/register.py, and see its report for this subject"
-        )
+    if not targets[0].is_file():
+        read_affine(transform_path)  # raises before anything is touched
     if not subject.image:
         raise ScanError("the input table has no image for this subject")
     if not os.path.exists(subject.image):

@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
-from preprocess.scan import ScanError, read_mask
+from preprocess.scan import EarlierFailure, ScanError, read_mask
 from preprocess.subjects import (
-    EarlierFailure,
     Skip,
     Subject,
     add_common_arguments,

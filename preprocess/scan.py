@@ -29,6 +29,10 @@ class ScanError(ValueError):
     """One subject's scan, mask or transform cannot be used; the message says why."""
 
 
+class EarlierFailure(ScanError):
+    """An earlier step failed for this subject, and has told why."""
+
+
 @contextlib.contextmanager
 def _itk_errors(path: Path, what: str) -> Iterator[None]:
     """Turn ITK's many-line exceptions into one line that names the file."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.layout import StoreError, StoreLayout, write_aside
 from data.tables import read_table
-from preprocess.scan import ScanError, limit_threads
+from preprocess.scan import EarlierFailure, ScanError, limit_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
@@ -37,10 +37,6 @@ class Skip(Exception):
     def __init__(self, figures: dict[str, Any] | None = None):
         super().__init__("done already")
         self.figures = figures or {}
-
-
-class EarlierFailure(ScanError):
-    """An earlier step failed for this subject, and has told why."""
 
 
 class Subject(NamedTuple):
@@ -214,7 +210,7 @@ def _write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, An
     """Put this run's rows into the report; subjects that it has not reached, or does not have, keep theirs."""
     path = layout.report(script)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{script}.lock", "w") as lock:  # two runs may share a store, each with its table
+    with open(layout.report_lock(script), "w") as lock:  # two runs may share a store, each with its table
         fcntl.lockf(lock, fcntl.LOCK_EX)
         merged = {**previous_figures(layout, script), **rows}
         table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # whole numbers stay whole

@@ -118,6 +118,9 @@ def test_damage_is_named(tmp_path, make_store, grid, damage, message):
 def test_no_store(tmp_path, make_store, grid):
     with pytest.raises(StoreError, match="is not a folder"):
         PatchStore(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file is a file; name a folder"):
+        PatchStore(tmp_path / "file")
     with pytest.raises(StoreError, match="is no patch store"):
         PatchStore(tmp_path)
     make_store(tmp_path, 2, grid, grouped=False)

@@ -549,9 +549,8 @@ def test_grouping_brings_every_dtype_layout_and_name_to_one(tmp_path, make_store
 def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_path, run):
     """A mask made again that is bad: no stale transform, and the failure stays one in later runs."""
     folder, _ = cohort
-    (tmp_path / "t.csv").write_text(f"sid,image\na,{folder}/image/0001.nii.gz\nb,{folder}/image/0002.nii.gz\n")
     store, atlas = tmp_path / "s", ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
-    flags = ("--input-csv", tmp_path / "t.csv", "--root-dir", store)
+    flags = two_subjects(folder, tmp_path)
     run("preprocess/run_preprocess.sh", *flags, *atlas, "--method", "threshold", "--no-qc")
     path = store / "lung_mask" / "a.nii.gz"
     mask = sitk.ReadImage(str(path))
