@@ -37,13 +37,20 @@ EMPHYSEMA_HU = -975.0
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "LPI", "SPL")
 ATLAS_ORIENTATION = "LAS"  # as the published atlas
 SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # of an adult's thorax
+# Of the variation between adults. The 32 mm patches of a small phantom are mostly edges of the lung, an adult's
+# mostly lung: as much variation of shape would be nearly all that its patches show.
+VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
 SPACING = {"tiny": (1.1, 1.6), "small": (0.9, 1.5), "full": (0.65, 0.85)}  # mm in the axial plane, range over subjects
 SLICES = {"tiny": (1.0, 1.8), "small": (1.0, 2.0), "full": (0.7, 1.25)}  # mm between slices
 
 
 @dataclass
 class Anatomy:
-    """One subject's geometry. Lengths in mm for an adult, multiplied by ``scale``; angles in radians."""
+    """One subject's geometry. Lengths in mm for an adult, multiplied by ``scale``; angles in radians.
+
+    Fat is not scaled: patches at the pleura of a small phantom would reach through a thin chest wall
+    into the room, and show how thin it is.
+    """
 
     scale: float
     width: float = 130.0  # half-widths of the thoracic cavity
@@ -53,26 +60,30 @@ class Anatomy:
     heart: float = 50.0
     diaphragm: float = 62.0  # how high the domes rise
     notch: float = 1.0
-    fat: float = 24.0
+    fat: float = 24.0  # of the chest wall, in mm whatever the scale
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
     inflation: float = 0.0  # of breath, in HU
 
 
-def draw_anatomy(rng: np.random.Generator, scale: float) -> Anatomy:
+def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
     """A subject: size, shape, pose and breath."""
-    size = scale * rng.uniform(0.92, 1.08)
+    spread = VARIATION[size]
+
+    def around(middle: float, low: float, high: float) -> float:
+        return middle * (1 + spread * (rng.uniform(low, high) - 1))
+
     return Anatomy(
-        scale=size,
-        width=130 * rng.uniform(0.93, 1.07),
-        depth=88 * rng.uniform(0.92, 1.08),
-        height=260 * rng.uniform(0.92, 1.08),
-        mediastinum=22 * rng.uniform(0.85, 1.2),
-        heart=50 * rng.uniform(0.9, 1.12),
-        diaphragm=62 * rng.uniform(0.8, 1.25),
-        notch=rng.uniform(0.8, 1.2),
-        fat=24 * rng.uniform(0.6, 1.5),
-        rotation=tuple(np.deg2rad(rng.uniform(-4, 4, 3))),
-        inflation=rng.uniform(-25, 30),
+        scale=around(SIZES[size], 0.92, 1.08),
+        width=around(130, 0.93, 1.07),
+        depth=around(88, 0.92, 1.08),
+        height=around(260, 0.92, 1.08),
+        mediastinum=around(22, 0.85, 1.2),
+        heart=around(50, 0.9, 1.12),
+        diaphragm=around(62, 0.8, 1.25),
+        notch=around(1, 0.8, 1.2),
+        fat=around(24, 0.6, 1.5),
+        rotation=tuple(spread * np.deg2rad(rng.uniform(-4, 4, 3))),
+        inflation=spread * rng.uniform(-25, 30),
     )
 
 
@@ -132,7 +143,8 @@ class Phantom:
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        half_x, half_y = (a.width + a.fat + 30) * s, (a.depth + a.fat + 40) * s
+        self.fat = a.fat / s  # in adult millimetres, as the formulas below
+        half_x, half_y = (a.width + self.fat + 30) * s, (a.depth + self.fat + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
         self.size = np.ceil((high - low) / self.spacing).astype(int)  # (x, y, z)
@@ -188,7 +200,7 @@ class Phantom:
         self.lung[inside & (x < 0)] = 1  # x grows to the patient's left
         self.lung[inside & (x > 0)] = 2
 
-        body = ((np.abs(x) / (a.width + a.fat + 14)) ** 2.4 + (np.abs(y) / (a.depth + a.fat + 20)) ** 2.4) < 1
+        body = ((np.abs(x) / (a.width + self.fat + 14)) ** 2.4 + (np.abs(y) / (a.depth + self.fat + 20)) ** 2.4) < 1
         muscle = ((np.abs(x) / (a.width + 14)) ** 2.4 + (np.abs(y) / (a.depth + 18)) ** 2.4) < 1
         hu = np.full(inside.shape, AIR, dtype=np.float32)
         hu[np.broadcast_to(body, hu.shape)] = FAT_HU
@@ -202,7 +214,7 @@ class Phantom:
         hu[np.broadcast_to(spine, hu.shape) & body] = 220.0
         sternum = (np.abs(x) < 14) & (np.abs(y + a.depth + 7) < 6) & (t > 0.15) & (t < 0.85)
         hu[sternum & body] = BONE_HU
-        table = (y > a.depth + a.fat + 24) & (y < a.depth + a.fat + 31) & (np.abs(x) < a.width + 10)
+        table = (y > a.depth + self.fat + 24) & (y < a.depth + self.fat + 31) & (np.abs(x) < a.width + 10)
         hu[np.broadcast_to(table, hu.shape)] = TABLE_HU
 
         hu[inside] = (
@@ -426,7 +438,7 @@ def make_phantom(seed: int, index: int, size: str, out_dir: Path) -> dict:
     """Write subject ``index`` and return its row of labels."""
     rng = np.random.default_rng([seed, index])
     sid = subject_name(index)
-    anatomy, disease = draw_anatomy(rng, SIZES[size]), draw_disease(rng)
+    anatomy, disease = draw_anatomy(rng, size), draw_disease(rng)
     in_plane = rng.uniform(*SPACING[size])
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES[size])])
     phantom = Phantom(anatomy, tuple(spacing), rng)

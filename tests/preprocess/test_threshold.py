@@ -7,8 +7,8 @@ from scipy import ndimage
 
 from preprocess.scan import ScanError, read_scan
 from preprocess.threshold import segment_lungs
+from tools.make_cohort import Phantom as MakePhantom
 from tools.make_cohort import (
-    SIZES,
     add_texture,
     draw_anatomy,
     draw_disease,
@@ -16,12 +16,11 @@ from tools.make_cohort import (
     plant_disease,
     to_image,
 )
-from tools.make_cohort import Phantom as MakePhantom
 
 
 def phantom(index, orientation="LPS"):
     rng = np.random.default_rng([7, index])
-    anatomy = draw_anatomy(rng, SIZES["tiny"])
+    anatomy = draw_anatomy(rng, "tiny")
     spacing = np.array([1.2, 1.2, 1.4])
     made = MakePhantom(anatomy, tuple(spacing), rng)
     plant_disease(made.hu, made.lung, spacing, draw_disease(rng), anatomy.scale, rng)
