@@ -60,7 +60,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         default=256,
-        help="patches encoded at a time; lower it where memory is short, 256 take about 1 GB (default: %(default)s)",
+        help="patches read at a time; a GPU encodes them at once, lower it where its memory is short "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--amp",
@@ -278,7 +279,8 @@ def extract(args: argparse.Namespace) -> None:
     if rank == 0:
         prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
     distributed.barrier()
-    mine = units[rank::world]
+    # Neighbouring locations, which are frozen together.
+    mine = units[len(units) * rank // world : len(units) * (rank + 1) // world]
     todo = [unit for unit in mine if not (pieces / unit.name).is_file()]
     bar = tqdm(
         total=len(mine),

@@ -345,7 +345,7 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
     count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
     for out, piece in zip(x.split(count), patches.split(count)):
-        out.copy_(shift_to_zero(piece).div_(HALF_RANGE).sub_(1))
+        out.copy_(to_unit(shift_to_zero(piece)))
     return x[:, None]
 
 

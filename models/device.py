@@ -47,7 +47,9 @@ def start_process(device: str) -> torch.device:
 
 def usable_cores() -> int:
     """Cores that this process may run on, which Slurm and containers keep below the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from dask.system import CPU_COUNT  # knows a container's quota too
+
+    return CPU_COUNT
 
 
 def end_process() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 LATER_SECONDS = 5  # for torchrun, which looks at its processes ten times a second
+# torch 2.14 renamed it.
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def world_size() -> int:
@@ -58,7 +60,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     tensor = tensor.contiguous()
     gathered = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor)
+    _gather(gathered, tensor)
     return gathered
 
 

@@ -1,12 +1,28 @@
 """The encoder frozen at one location, for inference: every convolution dense, every BatchNorm folded in."""
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
 from models.fused import conv_elu
+from models.norm_elu import elu_
 
-TOGETHER = 8  # locations to freeze at a time: 31 MB of float32 kernels at the published sizes
+TOGETHER = 8  # locations to freeze at a time: 33 MB of float32 kernels at the published sizes
+# Patches encoded at a time on the CPU, in one pass a layer; a rest smaller than that takes two. One number, because
+# oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
+PIECE = 32
+
+
+class Layer(NamedTuple):
+    """A convolution and the ELU after it."""
+
+    kernel: torch.Tensor
+    bias: torch.Tensor
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
 
 
 class FrozenEncoder:
@@ -20,16 +36,23 @@ class FrozenEncoder:
     So a layer is one dense convolution and an ELU. Made by :func:`freeze`.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-        self._layers: list[tuple[torch.Tensor, torch.Tensor, tuple[int, ...], tuple[int, ...]]] = []
+    def __init__(self, layers: list[Layer]):
+        self._layers = layers
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1, 32, 32, 32), intensities in [-1, 1] -> h (B, rep_dim) float32."""
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        pieces = x.split(PIECE if x.device.type == "cpu" else max(1, len(x)))
+        return torch.cat([self._encode(piece) for piece in pieces])
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self._layers[0].kernel.dtype).contiguous(memory_format=torch.channels_last_3d)
+        one_pass = x.device.type == "cpu" and len(x) == PIECE
         for kernel, bias, stride, padding in self._layers:
-            x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)
+            if one_pass:
+                x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)
+            else:
+                x = elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))
         return x.flatten(1).float()
 
 
@@ -42,12 +65,12 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
         locs: (G, 3) normalised locations.
         dtype: of the computation; float32 or bfloat16.
     """
-    frozen = [FrozenEncoder(dtype) for _ in locs]
+    layers: list[list[Layer]] = [[] for _ in locs]
     for conv, norm in encoder.layers():
         factor = (norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)).float()
         bias = ((conv.bias - norm.running_mean) * factor + norm.bias).to(dtype)
-        for one, kernel in zip(frozen, conv.mix_kernels(locs)):
+        for mine, kernel in zip(layers, conv.mix_kernels(locs)):
             kernel = (kernel * factor[:, None, None, None, None]).to(dtype)
             kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
-            one._layers.append((kernel, bias, conv.stride, conv.padding))
-    return frozen
+            mine.append(Layer(kernel, bias, conv.stride, conv.padding))
+    return [FrozenEncoder(mine) for mine in layers]

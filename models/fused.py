@@ -13,65 +13,63 @@ import torch.nn.functional as F
 
 from models.norm_elu import elu_
 
-WARM_UP = 3  # calls: TorchScript looks at the shapes of two, and compiles at the third
-
 
 def conv_elu(
     x: torch.Tensor,
     kernel: torch.Tensor,
-    bias: torch.Tensor,
-    stride: tuple[int, ...] = (1, 1, 1),
-    padding: tuple[int, ...] = (0, 0, 0),
-    dilation: tuple[int, ...] = (1, 1, 1),
+    bias: torch.Tensor | None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | str | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """F.elu(F.conv3d(...)), without gradients. (B, in, D, H, W) -> (B, out, D', H', W')."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        layout = x.is_contiguous(memory_format=torch.channels_last_3d)
-        one_pass = _one_pass(x.shape, layout, x.dtype, kernel.shape, tuple(stride), tuple(padding), dilation, groups)
-        if one_pass is not None:
-            return one_pass(x, kernel, bias)
+    """F.elu(F.conv3d(...)), without gradients. (B, in, D, H, W) -> (B, out, D', H', W').
+
+    The first call with tensors of some shapes compiles, which takes as long as some ten calls; hold it
+    to few shapes. In one pass go float32 and bfloat16 volumes on the CPU that have a bias.
+    """
+    plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
+    if not plain and not torch.is_autocast_enabled("cpu"):
+        layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
+        fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
+        if fused is not None:
+            return fused(x, kernel, bias)
     return elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
 
 
-@functools.lru_cache(maxsize=256)  # 13 layers, a full and a last batch, two dtypes
+@functools.lru_cache(maxsize=64)  # of an encoder's 13 layers, in two dtypes
 def _one_pass(
     shape: torch.Size,
-    channels_last: bool,
-    dtype: torch.dtype,
     kernel_shape: torch.Size,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    channels_last: tuple[bool, bool],
+    dtype: torch.dtype,
+    *settings: int | str | tuple[int, ...],
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """The fused function for tensors of these shapes, ready; None where this torch has no fuser.
+    """The fused function for tensors of these shapes and layouts, ready; None where this torch has no fuser.
 
-    The fuser compiles for the shapes that it saw first and takes others unfused: so one for each.
+    The fuser compiles for what it saw first and takes all else unfused: so one function for each.
     """
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    examples = (
-        torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout),
-        torch.zeros(kernel_shape, dtype=dtype).contiguous(memory_format=layout),
-        torch.zeros(kernel_shape[0], dtype=dtype),
-    )
+    examples = [torch.zeros(shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
+    for index, last in enumerate(channels_last):
+        if last:
+            examples[index] = examples[index].contiguous(memory_format=torch.channels_last_3d)
+    examples.append(torch.zeros(kernel_shape[0], dtype=dtype))
 
     def layer(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.elu(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
+        return F.elu(F.conv3d(x, kernel, bias, *settings))
 
-    enabled = torch.jit.onednn_fusion_enabled() if hasattr(torch.jit, "onednn_fusion_enabled") else False
+    if not hasattr(torch.jit, "enable_onednn_fusion") or not hasattr(torch.jit, "trace"):
+        return None
+    before = torch.jit.onednn_fusion_enabled()
     try:
         torch.jit.enable_onednn_fusion(True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # TorchScript is deprecated; nothing that replaces it fuses ELU
             traced = torch.jit.trace(layer, examples, check_trace=False)
-            for _ in range(WARM_UP):
-                traced(*examples)
-        if "oneDNNFusionGroup" not in str(traced.graph_for(*examples)):
-            return None
-        return traced
-    except (AttributeError, RuntimeError):
+            traced(*examples)  # notes the shapes, unfused; the next call compiles
+            fused = "oneDNNFusionGroup" in str(traced.graph_for(*examples))
+        return traced if fused else None
+    except RuntimeError:
         return None
     finally:
-        if hasattr(torch.jit, "enable_onednn_fusion"):
-            torch.jit.enable_onednn_fusion(enabled)
+        torch.jit.enable_onednn_fusion(before)

@@ -128,6 +128,8 @@ def register(
             random_seed=1,
         )
         made = Path(aside) / "x_0GenericAffine.mat"
+        if not made.is_file():
+            raise ScanError("ANTs wrote no transform; see whether the temporary folder's disk is full")
         figures = overlap(fixed_mask, moving_mask, read_affine(made))
         if figures["dice"] < min_dice:
             raise ScanError(

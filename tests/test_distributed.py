@@ -111,6 +111,7 @@ def torchrun(ranks, script, *flags, cwd):
     ]
     result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr  # each rank would print it at every start
     return result.stdout
 
 
@@ -147,4 +148,6 @@ def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
         [sys.executable, str(ROOT / "extract_feature.py"), *common, "--out-dir", "one"], cwd=tmp_path, check=True
     )
     two, one = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in ("two", "one"))
-    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+    # oneDNN sums in another order with another number of threads.
+    assert np.linalg.norm(two - one) < 1e-5 * np.linalg.norm(one)
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)

@@ -80,7 +80,21 @@ def extract(*flags):
     extract_feature.extract(extract_feature.parse_arguments([str(flag) for flag in flags]))
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monkeypatch, rel, grouped):
+    """Six locations in blocks of four: the last block is another, and short."""
+    monkeypatch.setattr(extract_feature, "TOGETHER", 4)
+    patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
+    encoder = make_checkpoint(tmp_path / "c.pth.tar")
+    flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
+    extract(*flags, "--out-dir", tmp_path / "o", "--device", "cpu")
+    made = np.load(tmp_path / "o" / "pred_arr_patch_full.npy")
+    wanted = literal(encoder, patches, grid)
+    assert all(rel(made[:, index], wanted[:, index]) < 1e-5 for index in range(6))
+
+
 def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
+    monkeypatch.setattr(extract_feature, "TOGETHER", 4)  # it stops within a block
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (

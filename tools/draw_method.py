@@ -26,7 +26,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="patch store")
     parser.add_argument("--sid", help="subject to show (default: the first)")
-    parser.add_argument("--location", type=int, help="location to show (default: the one with most lung texture)")
+    parser.add_argument(
+        "--location", type=int, help="location to show (default: where it and its neighbours show most lung)"
+    )
     parser.add_argument("--out", required=True, help="PNG to write")
     args = parser.parse_args()
 
@@ -37,9 +39,12 @@ def main() -> int:
     store = PatchStore(args.store)
     row = store.sids.index(args.sid) if args.sid else 0
     everywhere = np.stack([store.read(index, np.array([row]))[0] for index in range(store.num_locations)])
-    lung = ((everywhere > -1000) & (everywhere < -500)).mean(axis=(1, 2, 3))
-    location = args.location if args.location is not None else int(lung.argmax())
-    near = neighbor_table(store.locations, 2)[location]
+    middle = everywhere[:, everywhere.shape[1] // 2]  # what is drawn of a patch
+    lung = ((middle > -1000) & (middle < -500)).mean(axis=(1, 2))
+    neighbors = neighbor_table(store.locations, 2)
+    shown = np.minimum(lung, lung[neighbors].min(axis=1))
+    location = args.location if args.location is not None else int(shown.argmax())
+    near = neighbors[location]
     query, key, around = make_views(
         torch.from_numpy(everywhere[location : location + 1].copy()),
         torch.from_numpy(everywhere[near][None].copy()),

@@ -46,10 +46,10 @@ SLICES = {"tiny": (1.0, 1.8), "small": (1.0, 2.0), "full": (0.7, 1.25)}  # mm be
 
 @dataclass
 class Anatomy:
-    """One subject's geometry. Lengths in mm for an adult, multiplied by ``scale``; angles in radians.
+    """One subject's geometry. Lengths but fat in mm for an adult, multiplied by ``scale``; angles in radians.
 
-    Fat is not scaled: patches at the pleura of a small phantom would reach through a thin chest wall
-    into the room, and show how thin it is.
+    Patches at the pleura of a small phantom would reach through a scaled chest wall into the room, and
+    show how thin it is.
     """
 
     scale: float
@@ -143,8 +143,8 @@ class Phantom:
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat = a.fat / s  # in adult millimetres, as the formulas below
-        half_x, half_y = (a.width + self.fat + 30) * s, (a.depth + self.fat + 40) * s
+        self.fat_adult = a.fat / s  # in adult millimetres, as the formulas below
+        half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
         self.size = np.ceil((high - low) / self.spacing).astype(int)  # (x, y, z)
@@ -200,7 +200,9 @@ class Phantom:
         self.lung[inside & (x < 0)] = 1  # x grows to the patient's left
         self.lung[inside & (x > 0)] = 2
 
-        body = ((np.abs(x) / (a.width + self.fat + 14)) ** 2.4 + (np.abs(y) / (a.depth + self.fat + 20)) ** 2.4) < 1
+        body = (
+            (np.abs(x) / (a.width + self.fat_adult + 14)) ** 2.4 + (np.abs(y) / (a.depth + self.fat_adult + 20)) ** 2.4
+        ) < 1
         muscle = ((np.abs(x) / (a.width + 14)) ** 2.4 + (np.abs(y) / (a.depth + 18)) ** 2.4) < 1
         hu = np.full(inside.shape, AIR, dtype=np.float32)
         hu[np.broadcast_to(body, hu.shape)] = FAT_HU
@@ -214,7 +216,7 @@ class Phantom:
         hu[np.broadcast_to(spine, hu.shape) & body] = 220.0
         sternum = (np.abs(x) < 14) & (np.abs(y + a.depth + 7) < 6) & (t > 0.15) & (t < 0.85)
         hu[sternum & body] = BONE_HU
-        table = (y > a.depth + self.fat + 24) & (y < a.depth + self.fat + 31) & (np.abs(x) < a.width + 10)
+        table = (y > a.depth + self.fat_adult + 24) & (y < a.depth + self.fat_adult + 31) & (np.abs(x) < a.width + 10)
         hu[np.broadcast_to(table, hu.shape)] = TABLE_HU
 
         hu[inside] = (

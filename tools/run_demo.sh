@@ -24,7 +24,11 @@ data=ssl_exp/demo_data
 experiment=ssl_exp/demo
 epochs=${DEMO_EPOCHS:-2}
 subjects=${DEMO_SUBJECTS:-64}
-cores=$("$PYTHON" -c 'from dask.system import CPU_COUNT; print(CPU_COUNT)')
+counts=$("$PYTHON" -c '
+import torch
+from models.device import usable_cores
+print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+cores=${counts% *} gpus=${counts#* }
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)
 step() {
@@ -43,7 +47,6 @@ step "2/5 preprocessing: lung masks, registration to the atlas, patches"
 run sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
     --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 places=$gpus
 [ "$gpus" -eq 0 ] && places=$cores
 # Two ranks on a CPU too: keys are encoded in batches mixed anew between the ranks. One rank alone can tell
@@ -51,6 +54,7 @@ places=$gpus
 ranks=1
 [ "$places" -ge 2 ] && ranks=2
 [ "$gpus" -ge 4 ] && ranks=4
+[ "$ranks" -gt 1 ] || echo "One GPU or core only, so one rank: it learns less of the disease than two do; see README.md, Limits."
 step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs, NCCL" || echo "the CPU, Gloo")"
 train() {
     run "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from models import fused
+from models.cnn3d import Encoder
+from models.frozen import PIECE, freeze
 from models.fused import conv_elu
 
 
@@ -29,9 +31,47 @@ def test_as_the_two(monkeypatch, fuses, layout, dtype, tolerance, stride, paddin
     assert float((y - wanted).norm() / wanted.norm()) < tolerance
 
 
+def fused_calls(work):
+    """How often oneDNN's fused code runs in a call of ``work``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return sum(event.name.startswith("Llga") for event in profile.events())
+
+
+def has_fuser():
+    x, kernel, _ = operands(8, 16, (6, 6, 6), torch.float32, torch.channels_last_3d)
+    return fused._one_pass(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is not None
+
+
+@pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_frozen_encoder_takes_one_pass_in_every_layer(dtype):
+    torch.manual_seed(0)
+    frozen = freeze(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
+    x = torch.rand(2 * PIECE + 3, 1, 32, 32, 32) * 2 - 1
+    frozen(x)  # compiles
+    assert fused_calls(lambda: frozen(x[: 2 * PIECE])) == 2 * 13
+    assert fused_calls(lambda: frozen(x[: PIECE - 1])) == 0  # a rest, not worth compiling for
+    apart = torch.cat([frozen(x[:PIECE]), frozen(x[PIECE : 2 * PIECE]), frozen(x[2 * PIECE :])])
+    assert torch.equal(frozen(x), apart)
+
+
+@pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
+@pytest.mark.parametrize("layouts", ((True, False), (False, True)))
+def test_a_kernel_in_another_layout_is_fused_too(layouts):
+    x, kernel, bias = operands(8, 16, (6, 6, 6), torch.float32, torch.contiguous_format)
+    x, kernel = (
+        value.contiguous(memory_format=torch.channels_last_3d) if last else value
+        for value, last in zip((x, kernel), layouts)
+    )
+    conv_elu(x, kernel, bias)
+    assert fused_calls(lambda: conv_elu(x, kernel, bias)) == 1
+
+
 def test_every_call_rounds_alike():
-    """TorchScript runs its first calls unfused; none of them may reach a caller."""
+    """TorchScript runs its first call unfused; it may not reach a caller."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
+    fused._one_pass.cache_clear()
     first = conv_elu(x, kernel, bias)
     assert all(torch.equal(conv_elu(x, kernel, bias), first) for _ in range(6))
 
@@ -47,18 +87,42 @@ def test_one_function_for_every_kernel_and_one_for_each_shape():
     assert fused._one_pass.cache_info().misses == 2
 
 
-def test_a_torch_without_the_fuser(monkeypatch):
-    def gone(*_, **__):
-        raise AttributeError("module 'torch.jit' has no attribute 'trace'")
+@pytest.mark.parametrize("gone", ("trace", "enable_onednn_fusion", "fails"))
+def test_a_torch_without_the_fuser(monkeypatch, gone):
+    def fails(*_, **__):
+        raise RuntimeError("Running oneDNN Graph fuser is only supported with MKLDNN builds.")
 
-    monkeypatch.setattr(torch.jit, "trace", gone)
+    if gone == "fails":
+        monkeypatch.setattr(torch.jit, "trace", fails)
+    else:
+        monkeypatch.delattr(torch.jit, gone)
     fused._one_pass.cache_clear()
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
     assert torch.allclose(conv_elu(x, kernel, bias), F.elu(F.conv3d(x, kernel, bias)), atol=1e-5)
+    assert fused._one_pass(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is None
     fused._one_pass.cache_clear()
 
 
-def test_other_dtypes_and_the_users_setting():
-    x, kernel, bias = (value.double() for value in operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d))
+@pytest.mark.parametrize("before", (False, True))
+def test_the_users_setting_of_the_fuser_stays(before):
+    x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
+    fused._one_pass.cache_clear()
+    torch.jit.enable_onednn_fusion(before)
+    try:
+        conv_elu(x, kernel, bias)
+        assert torch.jit.onednn_fusion_enabled() == before
+    finally:
+        torch.jit.enable_onednn_fusion(False)
+
+
+def test_what_takes_two_passes():
+    x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
+    assert torch.allclose(conv_elu(x, kernel, None, padding="same"), F.elu(F.conv3d(x, kernel, padding=1)), atol=1e-5)
+    assert torch.allclose(
+        conv_elu(x, kernel, bias, padding="same"), F.elu(F.conv3d(x, kernel, bias, padding=1)), atol=1e-5
+    )
+    with torch.autocast("cpu", torch.bfloat16):  # its casts must not be compiled in
+        assert conv_elu(x, kernel, bias).dtype == torch.bfloat16
+    assert conv_elu(x, kernel, bias).dtype == torch.float32
+    x, kernel, bias = x.double(), kernel.double(), bias.double()
     assert torch.allclose(conv_elu(x, kernel, bias), F.elu(F.conv3d(x, kernel, bias)), atol=1e-12)
-    assert not torch.jit.onednn_fusion_enabled()

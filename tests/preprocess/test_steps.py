@@ -208,6 +208,26 @@ def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, mon
         check("patchify_images")
 
 
+def test_registration_that_writes_nothing_is_registrations_own_failure(cohort, tmp_path, monkeypatch):
+    import ants
+
+    from data.layout import StoreLayout
+    from preprocess import register
+    from preprocess.scan import EarlierFailure, ScanError
+    from preprocess.subjects import Subject
+
+    folder, store = cohort
+    target = StoreLayout(tmp_path).lung_mask("a")
+    target.parent.mkdir()
+    target.write_bytes(StoreLayout(store).lung_mask("0001").read_bytes())
+    monkeypatch.setattr(ants, "registration", lambda *_, **__: {})
+    flags = dict(root_dir=str(tmp_path), overwrite=False, atlas="x", min_dice=0.5)
+    with pytest.raises(ScanError, match="wrote no transform") as caught:
+        register.register(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
+    assert not isinstance(caught.value, EarlierFailure)  # of which only a number is told
+    assert not list((tmp_path / "transform").iterdir())
+
+
 def processes_of(folder):
     """Command lines of running processes that name a folder."""
     found = []

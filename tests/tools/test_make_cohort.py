@@ -5,7 +5,20 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from tools.make_cohort import Disease, draw_disease, make_phantom, plant_disease, random_diffeomorphism, simulate_labels
+from tools.make_cohort import (
+    AIR,
+    FAT_HU,
+    VARIATION,
+    Anatomy,
+    Disease,
+    Phantom,
+    draw_anatomy,
+    draw_disease,
+    make_phantom,
+    plant_disease,
+    random_diffeomorphism,
+    simulate_labels,
+)
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -15,6 +28,27 @@ def test_same_seed_same_bytes(tmp_path):
     other = make_phantom(4, 4, "tiny", tmp_path / "c")
     files = [(tmp_path / folder / "image" / "0005.nii.gz").read_bytes() for folder in ("a", "b", "c")]
     assert files[0] == files[1] != files[2] and rows[0] == rows[1] != other
+
+
+def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():
+    for scale in (0.38, 0.62):
+        phantom = Phantom(Anatomy(scale=scale, fat=20.0), (1.0, 1.0, 2.0), np.random.default_rng(0))
+        middle = phantom.hu[phantom.hu.shape[0] // 2]
+        line = middle[middle.shape[0] // 2]
+        inside = np.flatnonzero(line > -950)
+        fat = line[inside[0] :] == FAT_HU
+        assert int(np.argmin(fat)) == pytest.approx(20, abs=1.5)  # mm, from the skin to the muscle
+        for face in (phantom.hu[:, 0], phantom.hu[:, :, 0], phantom.hu[:, :, -1]):
+            assert (face == AIR).all()  # the field of view holds the body
+
+    def spread(size):
+        rng = np.random.default_rng(0)
+        drawn = [draw_anatomy(rng, size) for _ in range(200)]
+        return np.array([[getattr(one, name) for name in ("width", "heart", "fat", "inflation")] for one in drawn]).std(
+            0
+        )
+
+    np.testing.assert_allclose(spread("tiny") / spread("full"), VARIATION["tiny"], rtol=1e-6)
 
 
 def test_cohort_on_disk(cohort):
