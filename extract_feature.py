@@ -177,7 +177,7 @@ def encode(
         if wanted != block:
             block, first = wanted, wanted * TOGETHER
             frozen = freeze(encoder, locations[first : first + TOGETHER], dtype)
-        h = frozen[index](to_input(patches.to(device, non_blocking=True), dtype))
+        h = frozen[index](patches.to(device, non_blocking=True), to_input)
         if result is None:  # on the device: a copy for every batch would wait for it every time
             result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h

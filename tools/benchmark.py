@@ -432,15 +432,15 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     batches = np.array_split(np.arange(N), math.ceil(N / EXTRACT_BATCH))
 
-    def read(location: int, rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return to_input(torch.from_numpy(store.read(location, rows)).to(device), dtype)
+    def read(location: int, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(store.read(location, rows)).to(device)
 
     def features(dtype: torch.dtype) -> None:
         for location, frozen in enumerate(freeze(encoder, locations[: args.extract_locations], dtype)):
             for rows in batches:
-                frozen(read(location, rows, dtype)).cpu()
+                frozen(read(location, rows), to_input).cpu()
 
-    x = read(0, batches[0], torch.float32)
+    x = to_input(read(0, batches[0]))
     with torch.no_grad():
         wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
     times = in_turns(
@@ -674,7 +674,7 @@ def rows_gpu(args, store_folder: Path, machine: dict) -> list[Row]:
         for start in range(0, 32, TOGETHER):
             for index, frozen in enumerate(freeze(encoder, locations[start : start + TOGETHER], torch.bfloat16)):
                 patches = torch.from_numpy(store.read(start + index, np.arange(512))).to(args.device)
-                frozen(to_input(patches, torch.bfloat16)).cpu()
+                frozen(patches, to_input).cpu()
 
     times = in_turns({"ours": extract}, args.rounds)["ours"]
     rows[1].ours = 512 * 32 / PUBLISHED_LOCATIONS / statistics.median(times)

@@ -1,10 +1,11 @@
 """The frozen encoder against the ordinary one in eval mode."""
 
+import pytest
 import torch
 from torch import nn
 
 from models.cnn3d import Encoder
-from models.frozen import freeze
+from models.frozen import PIECE, freeze
 
 
 def trained_encoder():
@@ -53,3 +54,22 @@ def test_several_locations_at_once():
         with torch.no_grad():
             wanted = encoder(x, loc[None])[1]
         assert float((frozen(x) - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3))
+def test_pieces_side_by_side(threads):
+    """The order and the number of patches, and what makes the input of them, for a batch of several pieces."""
+    encoder, count = trained_encoder(), 2 * PIECE + 5
+    loc, raw = torch.tensor([[0.5, -0.7, 0.1]]), torch.randint(0, 9, (count, 32, 32, 32), dtype=torch.int16)
+    x = raw[:, None].float() / 8
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        frozen = freeze(encoder, loc)[0]
+        h, from_raw = frozen(x), frozen(raw, lambda piece, dtype: piece[:, None].to(dtype) / 8)
+    finally:
+        torch.set_num_threads(before)
+    with torch.no_grad():
+        wanted = encoder(x, loc)[1]
+    assert torch.equal(h, from_raw) and h.shape == (count, 24) and not h.requires_grad
+    assert float((h - wanted).norm(dim=1).max() / wanted.norm(dim=1).min()) < 1e-5
