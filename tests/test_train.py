@@ -172,7 +172,7 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
     flags = list(SMALL)
     flags[flags.index("--workers") + 1] = workers
     code = (
-        "import os, runpy, sys; os.sched_getaffinity = lambda _: range(4); sys.argv = sys.argv[1:]; "
+        "import dask.system, runpy, sys; dask.system.CPU_COUNT = 4; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     # Four workers although the machine may have fewer cores.
