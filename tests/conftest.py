@@ -1,6 +1,8 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,28 @@ def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subproc
 @pytest.fixture(scope="session")
 def run():
     return run_script
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Like ``run`` for a Python script, in this process, which has torch already: for what is refused at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(script, *flags, cwd) -> subprocess.CompletedProcess:
+        command = [str(ROOT / script), *map(str, flags)]
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", command)
+            patched.chdir(cwd)
+            with pytest.raises(SystemExit) as left:
+                runpy.run_path(command[0], run_name="__main__")
+        code = left.value.code
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(command, code or 0, printed.out, printed.err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def relative_error(value, wanted) -> float:

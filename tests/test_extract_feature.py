@@ -196,7 +196,7 @@ def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
     assert out(tmp_path, {"epoch": 3, "step": 12}, tmp_path / "x") == tmp_path / "patch_rep" / "0003_step12"
 
 
-def test_refusals(tmp_path, make_store, grid, run):
+def test_refusals(tmp_path, make_store, grid, run_here):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "e" / "five.pth.tar", num_patch=5)
     make_checkpoint(tmp_path / "e" / "good.pth.tar")
@@ -222,20 +222,14 @@ def test_refusals(tmp_path, make_store, grid, run):
         "empty.pth.tar": "cannot be read as a checkpoint: it is empty",
     }
     for name, message in cases.items():
-        result = run(
-            "extract_feature.py",
-            "--exp-name=e",
-            f"--checkpoint-patch={name}",
-            "--root-dir=store",
-            cwd=tmp_path,
-            check=False,
-        )
+        flags = ("--exp-name=e", f"--checkpoint-patch={name}", "--root-dir=store")
+        result = run_here("extract_feature.py", *flags, cwd=tmp_path)
         assert result.returncode == 2 and message in result.stderr, (name, result.stderr)
         assert len(result.stderr.strip().splitlines()) == 1
-    result = run("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path, check=False)
+    result = run_here("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
     assert result.returncode == 2 and "give --root-dir" in result.stderr
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
-    result = run("extract_feature.py", *flags, cwd=tmp_path, check=False)
+    result = run_here("extract_feature.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and "table.csv" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -311,12 +312,10 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         ),
     ],
 )
-def test_refusals_are_one_line(trained, store, run, tmp_path, flags, message):
-    import re
-
+def test_refusals_are_one_line(trained, store, run_here, tmp_path, flags, message):
     path = trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar"
     flags = [str(path) if flag == "{a}" else flag for flag in flags]
-    result = run("train.py", "--root-dir", store, "--exp-name", "new", *SMALL, *flags, cwd=tmp_path, check=False)
+    result = run_here("train.py", "--root-dir", store, "--exp-name", "new", *SMALL, *flags, cwd=tmp_path)
     assert result.returncode == 2 and re.search(message, result.stderr), result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "ssl_exp").exists()
 
