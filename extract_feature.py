@@ -99,6 +99,20 @@ def find_store(root_dir: str | None, folder: Path) -> str:
         raise StoreError(f"{configs} names no root_dir; give --root-dir") from None
 
 
+def keep_other_features(out_dir: Path, folder: Path, store: PatchStore) -> None:
+    """Raise StoreError where the default folder has features of the store that the experiment was trained on."""
+    try:
+        own = Path(json.loads((folder / "configs.json").read_text())["root_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    there = (out_dir / "sid_arr_full.npy").is_file() and own.is_dir()
+    if there and own.resolve() != store.layout.root.resolve():
+        raise StoreError(
+            f"{out_dir} has features already, of {own} on which the experiment was trained, not of --root-dir "
+            f"{store.layout.root}; give --out-dir for these"
+        )
+
+
 def default_out_dir(folder: Path, content: dict[str, Any], path: Path) -> Path:
     """<folder>/patch_rep/<epoch>, by the finished epochs; of a bare state dict by the number in its name, else 0.
 
@@ -268,6 +282,8 @@ def extract(args: argparse.Namespace) -> None:
             f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
         )
     out_dir = Path(args.out_dir) if args.out_dir else default_out_dir(folder, content, checkpoint)
+    if not args.out_dir:
+        keep_other_features(out_dir, folder, store)
     say = print if rank == 0 else (lambda _: None)
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content, queue

@@ -21,7 +21,7 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations, save_array
-from preprocess.scan import read_atlas_mask
+from preprocess.scan import ISO_SPACING, read_atlas_mask
 from preprocess.subjects import one_line_errors, script_main
 
 MAX_PATCHES = 1000  # with as many or more, the threshold rises
@@ -103,6 +103,13 @@ def main() -> int:
 
     mask = read_atlas_mask(args.atlas_mask)
     size = mask.GetSize()
+    if not np.allclose(mask.GetSpacing(), ISO_SPACING, atol=1e-3):
+        spacing = " x ".join(f"{own:.3g}" for own in mask.GetSpacing())
+        print(
+            f"warning: --atlas-mask {args.atlas_mask} has voxels of {spacing} mm, and scans are cut at 1 mm: patches "
+            "that touch in the atlas will not in the scans. preprocess/make_atlas_mask.py brings a mask to 1 mm",
+            file=sys.stderr,
+        )
     lung = sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
     if args.atlas_patch_loc:
         table = load_locations(Path(args.atlas_patch_loc))

@@ -110,6 +110,8 @@ def register(
     fixed = coarse_labels(fixed_mask, {50: 50.0, 100: 100.0}, spacing)
     moving = coarse_labels(moving_mask, LABELS, spacing)
 
+    # ANTs draws the voxels that it compares; antspyx 0.6 takes a random_seed and ignores it, ANTs reads this.
+    os.environ["ANTS_RANDOM_SEED"] = "1"
     import ants
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,6 @@ def register(
             aff_smoothing_sigmas=(1, 0),
             aff_random_sampling_rate=0.5,
             singleprecision=False,
-            random_seed=1,
         )
         made = Path(aside) / "x_0GenericAffine.mat"
         if not made.is_file():

@@ -271,7 +271,8 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
     if labels != [0, 50, 100]:
         raise ScanError(
-            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left)"
+            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left); "
+            "preprocess/make_atlas_mask.py makes one of a scan's lung mask"
         )
     return mask
 

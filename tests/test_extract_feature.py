@@ -80,6 +80,22 @@ def extract(*flags):
     extract_feature.extract(extract_feature.parse_arguments([str(flag) for flag in flags]))
 
 
+def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, make_store, grid, run_here):
+    make_store(tmp_path / "own", 3, grid)
+    make_store(tmp_path / "other", 2, grid)
+    make_checkpoint(tmp_path / "e" / "checkpoint_patch_0001.pth.tar")
+    (tmp_path / "e" / "configs.json").write_text(json.dumps({"root_dir": str(tmp_path / "own")}))
+    flags = ("--exp-name", tmp_path / "e", "--checkpoint-patch", "checkpoint_patch_0001.pth.tar")
+    assert run_here("extract_feature.py", *flags, cwd=tmp_path).returncode == 0
+    refused = run_here("extract_feature.py", *flags, "--root-dir", tmp_path / "other", cwd=tmp_path)
+    assert refused.returncode == 2 and "give --out-dir" in refused.stderr
+    (kept,) = (tmp_path / "e" / "patch_rep").glob("*/sid_arr_full.npy")
+    assert len(np.load(kept)) == 3
+    elsewhere = ("--root-dir", tmp_path / "other", "--out-dir", tmp_path / "o")
+    assert run_here("extract_feature.py", *flags, *elsewhere, cwd=tmp_path).returncode == 0
+    assert len(np.load(tmp_path / "o" / "sid_arr_full.npy")) == 2
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monkeypatch, rel, grouped):
     """Six locations in blocks of four: the last block is another, and short."""

@@ -84,7 +84,7 @@ Done in $(($(date +%s) - started)) s. What to look at:
   scans and their truth   $here/$data/cohort/image, labels.csv
   patch boxes on scans    $here/$data/patches/qc/*.png
   reports by subject      $here/$data/patches/report/*.csv
-  training curves         tensorboard --logdir $here/$experiment   (or log.jsonl)
+  training curves         '$PYTHON' -m tensorboard.main --logdir '$here/$experiment'   (or log.jsonl)
   checkpoint              $here/$experiment/$last
   features                $here/$features/patient_features.csv
 To train on your own scans, see "Your own scans" in README.md.

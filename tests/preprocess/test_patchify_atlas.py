@@ -130,6 +130,36 @@ def test_atlas_with_other_labels(tmp_path, run):
     assert wrong.returncode == 2 and "50 (right lung), 100 (left)" in wrong.stderr
 
 
+def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
+    """An ellipsoid of two halves at 2 x 2 x 3 mm: the same body at 1 mm, labels of the atlas."""
+    z, y, x = np.meshgrid(np.arange(30) * 3.0, np.arange(50) * 2.0, np.arange(60) * 2.0, indexing="ij")
+    body = ((z - 43) / 40) ** 2 + ((y - 49) / 45) ** 2 + ((x - 59) / 55) ** 2 < 1
+    mask = sitk.GetImageFromArray((body * np.where(x < 59, 1, 2)).astype(np.uint8))
+    mask.SetSpacing((2, 2, 3))
+    mask.SetOrigin((-10, 5, 7))
+    sitk.WriteImage(mask, str(tmp_path / "lung.nii.gz"))
+    flags = ("--lung-mask", tmp_path / "lung.nii.gz", "--output", tmp_path / "atlas.nii.gz")
+    assert run_here("preprocess/make_atlas_mask.py", *flags, cwd=tmp_path).returncode == 0
+    atlas = sitk.ReadImage(str(tmp_path / "atlas.nii.gz"))
+    assert atlas.GetSpacing() == (1, 1, 1) and atlas.GetSize() == (119, 99, 88) and atlas.GetOrigin() == (-10, 5, 7)
+    array = sitk.GetArrayFromImage(atlas)
+    assert set(np.unique(array)) == {0, 50, 100}
+    for label, own in ((50, 1), (100, 2)):
+        where, was = np.argwhere(array == label), np.argwhere(sitk.GetArrayFromImage(mask) == own) * [3, 2, 2]
+        np.testing.assert_allclose(where.mean(0), was.mean(0), atol=1)
+        assert abs(len(where) / (len(was) * 12) - 1) < 0.02
+    refused = run_here("preprocess/make_atlas_mask.py", *flags, cwd=tmp_path)
+    assert refused.returncode == 2 and "is there already" in refused.stderr
+    step1 = ("--root-dir", tmp_path / "s", "--patch-size", 8, "--step-size", 8)
+    fine = run_here("preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "atlas.nii.gz", *step1, cwd=tmp_path)
+    assert fine.returncode == 0 and "warning" not in fine.stderr
+    coarse = sitk.GetImageFromArray(array)
+    coarse.SetSpacing((1.5, 1.5, 1.5))
+    sitk.WriteImage(coarse, str(tmp_path / "coarse.nii.gz"))
+    warned = run_here("preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "coarse.nii.gz", *step1, cwd=tmp_path)
+    assert "coarse.nii.gz has voxels of 1.5 x 1.5 x 1.5 mm" in warned.stderr
+
+
 @pytest.mark.reference
 def test_published_mask_and_table(reference):
     from preprocess.scan import read_atlas_mask

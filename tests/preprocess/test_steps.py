@@ -86,6 +86,19 @@ def test_everything_done_is_skipped(cohort, run):
     assert float(report(store, "register")["dice"].iloc[0]) > 0.8  # figures survive
 
 
+def test_registration_gives_the_same_transform_again(cohort, run, tmp_path):
+    """ANTs compares a random half of the voxels; which, must not depend on the clock."""
+    folder, store = cohort
+    name = "0001_Reg_Atlas_Affine_0GenericAffine.mat"
+    again = tmp_path / "s" / "lung_mask"
+    again.mkdir(parents=True)
+    (again / "0001.nii.gz").write_bytes((store / "lung_mask" / "0001.nii.gz").read_bytes())
+    (tmp_path / "one.csv").write_text(f"sid,image\n0001,{folder}/image/0001.nii.gz\n")
+    atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    run("preprocess/register.py", "--input-csv", tmp_path / "one.csv", "--root-dir", tmp_path / "s", *atlas)
+    assert (tmp_path / "s" / "transform" / name).read_bytes() == (store / "transform" / name).read_bytes()
+
+
 @pytest.fixture
 def small(cohort, tmp_path):
     """Two subjects of the cohort and four that cannot work, in a store of their own."""
