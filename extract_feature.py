@@ -81,8 +81,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """A name in the folder, or a path. read_checkpoint says what is there when neither exists."""
+    """A name in the folder, or a path. read_checkpoint says what is there when neither exists.
+
+    Raises:
+        CheckpointError: the folder is the name in training, without ssl_exp/.
+    """
     inside = folder / name
+    trained = Path("ssl_exp") / folder
+    if not folder.exists() and trained.is_dir():
+        raise CheckpointError(
+            f"--exp-name {folder} is no folder, {trained} is: here it is the folder of the experiment"
+        )
     return Path(name) if not inside.is_file() and Path(name).is_file() else inside
 
 
@@ -282,6 +291,8 @@ def extract(args: argparse.Namespace) -> None:
             f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
         )
     out_dir = Path(args.out_dir) if args.out_dir else default_out_dir(folder, content, checkpoint)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
     if not args.out_dir:
         keep_other_features(out_dir, folder, store)
     say = print if rank == 0 else (lambda _: None)

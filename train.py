@@ -243,6 +243,13 @@ def find_resume(resume: str, folder: Path) -> Path | None:
         return None
     inside = folder / resume
     found = inside if inside.is_file() else Path(resume)
+    if not found.is_file():
+        there = sorted(path.name for path in folder.glob("*.pth.tar"))
+        raise CheckpointError(
+            f"--resume {resume}: no checkpoint of that name in {folder}"
+            + (f", which has {', '.join(there)}" if there else "")
+            + ", and no file at that path"
+        )
     if occupied and found.is_file() and found.resolve().parent != folder.resolve():
         raise CheckpointError(
             f"{folder} has checkpoints already, which going on from {found} would overwrite; choose another --exp-name"

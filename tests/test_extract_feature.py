@@ -244,6 +244,12 @@ def test_refusals(tmp_path, make_store, grid, run_here):
         assert len(result.stderr.strip().splitlines()) == 1
     result = run_here("extract_feature.py", "--exp-name=e", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
     assert result.returncode == 2 and "give --root-dir" in result.stderr
+    flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv")
+    result = run_here("extract_feature.py", *flags, cwd=tmp_path)
+    assert result.returncode == 2 and "--out-dir e/table.csv is a file" in result.stderr
+    (tmp_path / "ssl_exp" / "mine").mkdir(parents=True)
+    result = run_here("extract_feature.py", "--exp-name=mine", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
+    assert result.returncode == 2 and "ssl_exp/mine is: here it is the folder" in result.stderr
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
     result = run_here("extract_feature.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and "table.csv" in result.stderr and "Traceback" not in result.stderr

@@ -286,7 +286,8 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         cwd=trained[0],
         check=False,
     )
-    assert missing.returncode == 2 and "no checkpoint at no.pth.tar" in missing.stderr
+    assert missing.returncode == 2 and "--resume no.pth.tar: no checkpoint" in missing.stderr
+    assert "ssl_exp/a, which has checkpoint_patch_0001.pth.tar" in missing.stderr
 
 
 @pytest.mark.parametrize(
