@@ -131,8 +131,10 @@ def load_locations(path: Path) -> np.ndarray:
     """
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise StoreError(f"{path} cannot be read as a NumPy table of patch locations: {error}") from error
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:  # NumPy's message advises to load it unsafely
+        raise StoreError(f"{path} is no table of patch locations: not a whole .npy file of numbers") from error
     if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0:
         raise StoreError(f"{path} has shape {table.shape}; patch locations are (L, 3) corners (x, y, z)")
     if not np.issubdtype(table.dtype, np.integer):

@@ -137,6 +137,8 @@ class _PatchFile:
                 self.shape, self.fortran, self.dtype = reader(stream)
                 self.offset = stream.tell()
                 size = os.fstat(stream.fileno()).st_size
+        except FileNotFoundError:
+            raise StoreError(f"{path} is not there; run preprocess/group_patches.py again") from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} cannot be read as a NumPy file of patches: {error}") from error
         if self.dtype.kind not in "iufb":

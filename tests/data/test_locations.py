@@ -65,5 +65,7 @@ def test_bad_tables(tmp_path, table, message):
     with pytest.raises(StoreError, match=message):
         load_locations(tmp_path / "t.npy")
     (tmp_path / "broken.npy").write_bytes(b"no array")
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match=r"broken\.npy is no table of patch locations: not a whole \.npy file"):
         load_locations(tmp_path / "broken.npy")
+    with pytest.raises(StoreError, match=r"absent\.npy cannot be read: No such file"):
+        load_locations(tmp_path / "absent.npy")

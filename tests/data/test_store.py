@@ -103,7 +103,7 @@ def damage_table(root):
         (damage_rows, "patch_loc_3.npy has shape"),
         (damage_header, "patch_loc_3.npy cannot be read"),
         (damage_kind, "patch_loc_3.npy has dtype complex64"),
-        (damage_missing, "patch_loc_3.npy cannot be read"),
+        (damage_missing, "patch_loc_3.npy is not there; run preprocess/group_patches.py"),
         (damage_subjects, "lists 2 subjects"),
         (damage_table, "patch_loc_2.npy exists, but the location table has only 2 rows"),
     ],
