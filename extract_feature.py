@@ -87,12 +87,15 @@ def find_checkpoint(folder: Path, name: str) -> Path:
         CheckpointError: the folder is the name in training, without ssl_exp/.
     """
     inside = folder / name
+    for path in (inside, Path(name)):
+        if path.is_file():
+            return path
     trained = Path("ssl_exp") / folder
     if not folder.exists() and trained.is_dir():
         raise CheckpointError(
             f"--exp-name {folder} is no folder, {trained} is: here it is the folder of the experiment"
         )
-    return Path(name) if not inside.is_file() and Path(name).is_file() else inside
+    return inside
 
 
 def find_store(root_dir: str | None, folder: Path) -> str:
@@ -111,8 +114,8 @@ def find_store(root_dir: str | None, folder: Path) -> str:
 def keep_other_features(out_dir: Path, folder: Path, store: PatchStore) -> None:
     """Raise StoreError where the default folder has features of the store that the experiment was trained on."""
     try:
-        own = Path(json.loads((folder / "configs.json").read_text())["root_dir"])
-    except (OSError, ValueError, KeyError, TypeError):
+        own = Path(find_store(None, folder))
+    except (StoreError, OSError, TypeError):
         return
     there = (out_dir / "sid_arr_full.npy").is_file() and own.is_dir()
     if there and own.resolve() != store.layout.root.resolve():

@@ -250,7 +250,7 @@ def find_resume(resume: str, folder: Path) -> Path | None:
             + (f", which has {', '.join(there)}" if there else "")
             + ", and no file at that path"
         )
-    if occupied and found.is_file() and found.resolve().parent != folder.resolve():
+    if occupied and found.resolve().parent != folder.resolve():
         raise CheckpointError(
             f"{folder} has checkpoints already, which going on from {found} would overwrite; choose another --exp-name"
         )

@@ -32,13 +32,8 @@ def atlas_of(mask: sitk.Image) -> sitk.Image:
     if labels not in ([0, 1, 2], [0, 50, 100]):
         raise ScanError(f"labels {labels[:8]}; a lung mask has 0, 1 (right lung), 2 (left), or 0, 50, 100")
     size = [int((n - 1) * own / ISO_SPACING) + 1 for n, own in zip(mask.GetSize(), mask.GetSpacing())]
-    resample = sitk.ResampleImageFilter()
-    resample.SetInterpolator(sitk.sitkNearestNeighbor)
-    resample.SetOutputSpacing([ISO_SPACING] * 3)
-    resample.SetOutputOrigin(mask.GetOrigin())
-    resample.SetOutputDirection(mask.GetDirection())
-    resample.SetSize(size)
-    fine = resample.Execute(mask)
+    grid = (mask.GetOrigin(), [ISO_SPACING] * 3, mask.GetDirection())
+    fine = sitk.Resample(mask, size, sitk.Transform(), sitk.sitkNearestNeighbor, *grid)
     return fine if labels[-1] == 100 else fine * 50
 
 

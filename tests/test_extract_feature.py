@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
     assert out(tmp_path, {"epoch": 3, "step": 12}, tmp_path / "x") == tmp_path / "patch_rep" / "0003_step12"
 
 
-def test_refusals(tmp_path, make_store, grid, run_here):
+def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "e" / "five.pth.tar", num_patch=5)
     make_checkpoint(tmp_path / "e" / "good.pth.tar")
@@ -250,6 +251,8 @@ def test_refusals(tmp_path, make_store, grid, run_here):
     (tmp_path / "ssl_exp" / "mine").mkdir(parents=True)
     result = run_here("extract_feature.py", "--exp-name=mine", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
     assert result.returncode == 2 and "ssl_exp/mine is: here it is the folder" in result.stderr
+    monkeypatch.chdir(tmp_path)  # a path is a checkpoint whatever --exp-name is
+    assert extract_feature.find_checkpoint(Path("mine"), "e/good.pth.tar") == Path("e/good.pth.tar")
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
     result = run_here("extract_feature.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and "table.csv" in result.stderr and "Traceback" not in result.stderr
