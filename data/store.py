@@ -171,7 +171,7 @@ def read_labels(
         path: CSV with a column sid, each subject at most once; columns without a number in every
             filled cell are left out. NA, N/A, null and the like are missing values.
         sids: the wanted row order.
-        note: told of each column that is left out, and why.
+        note: told of each column that is left out, and why, and how many subjects the table lacks.
 
     Returns:
         (N, P) float32, NaN where the subject or the value is missing; the P column names.
@@ -199,5 +199,8 @@ def read_labels(
             f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, "
             f"the table's {table.index[0]!r})"
         )
+    lacking = [sid for sid in sids if sid not in table.index]
+    if lacking:
+        note(f"{path}: no row for {len(lacking)} of {len(sids)} subjects, the first {lacking[0]!r}")
     labels = pd.DataFrame(numeric, index=table.index).reindex(sids)
     return labels.to_numpy(dtype=np.float32), list(numeric)

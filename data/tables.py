@@ -40,7 +40,7 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
     try:
         table = _read_text(path)
     except UnicodeDecodeError:
-        raise StoreError(f"{path} is not in UTF-8; save it as CSV UTF-8") from None
+        raise StoreError(f"{path} is no text in UTF-8; it must be a table saved as CSV UTF-8") from None
     except (ValueError, OSError, csv.Error) as error:
         raise StoreError(f"{path} cannot be read as a CSV table: {error}") from error
     for name in required:

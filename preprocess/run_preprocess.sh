@@ -51,6 +51,7 @@ done
 [ -n "$csv" ] || fail "--input-csv is missing: the table with columns sid and image"
 [ -n "$root" ] || fail "--root-dir is missing: where the patch store goes"
 [ -n "$mask" ] || fail "--atlas-mask is missing: the atlas's lung mask"
+case $method in '' | lungmask | threshold) ;; *) fail "--method $method is neither lungmask nor threshold" ;; esac
 
 if [ -z "${PYTHON:-}" ]; then
     made=${VENV:-$here/../.venv}/bin/python

@@ -1,6 +1,7 @@
 """The whole way through the real command lines: scans, store, training, features, a prediction."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,12 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
     assert values.shape == (6, 16) and np.isfinite(values).all() and (values.std(0) > 0).all()
     names = json.loads((out / "label_names.json").read_text())
     np.testing.assert_allclose(np.load(out / "feature_arr_patch_full.npy"), labels[names].to_numpy(), rtol=1e-6)
+
+
+def test_a_wrong_flag_of_the_embedded_run_is_told_before_it_begins(run):
+    result = run("tools/run_demo.sh", sys.executable, "--k-neighbours", 2, check=False)
+    assert result.returncode == 2 and result.stderr == "error: unrecognized arguments: --k-neighbours 2; see --help\n"
+    assert not result.stdout
 
 
 def test_top_level_is_the_layout():

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError
 from data.store import read_labels
 from data.tables import read_table
+from preprocess.subjects import one_line_errors
 
 FOLDS, REPEATS = 5, 10
 
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("--labels", required=True, help="CSV with sid and numeric columns")
     parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
     parser.add_argument("--json", help="write the numbers here too")
+    one_line_errors(parser)
     args = parser.parse_args()
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise StoreError(f"--json {args.json}: its folder does not exist")

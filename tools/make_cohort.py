@@ -31,6 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from preprocess.subjects import one_line_errors
+
 AIR, WATER = -1000.0, 0.0
 LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 450.0, 45.0, -300.0
 EMPHYSEMA_HU = -975.0
@@ -490,8 +492,6 @@ def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.
 
 def load_template(scan: str, mask: str | None, workdir: str) -> tuple[sitk.Image, sitk.Image]:
     """The scan and its lung mask in LPS; without --template-mask, preprocess/segment_lung.py makes it."""
-    if not Path(scan).exists():
-        sys.exit(f"error: --template {scan} does not exist")
     if mask is None:
         table = Path(workdir) / "template.csv"
         pd.DataFrame({"sid": ["template"], "image": [str(Path(scan).resolve())]}).to_csv(table, index=False)
@@ -594,6 +594,7 @@ def main() -> int:
     )
     parser.add_argument("--num-workers", type=int, default=1, help="subjects at a time (default: %(default)s)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    one_line_errors(parser)
     args = parser.parse_args()
     for flag, value, least in (
         ("--num-subjects", args.num_subjects, 1),
@@ -604,6 +605,9 @@ def main() -> int:
             parser.error(f"{flag} {value}: at least {least}")
     if args.template_mask and not args.template:
         parser.error("--template-mask goes with --template")
+    for flag, path in (("--template", args.template), ("--template-mask", args.template_mask)):
+        if path and not Path(path).exists():
+            parser.error(f"{flag} {path} does not exist")
 
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

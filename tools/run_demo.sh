@@ -11,9 +11,11 @@ here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 PYTHON=${1:?usage: run_demo.sh PYTHON [train.py flags]}
 shift
 for flag; do
-    case $flag in --exp-name* | --root-dir*)
-        echo "error: $flag goes with ROOT_DIR set; the try-out has folders of its own, ssl_exp/demo and ssl_exp/demo_data" >&2
-        exit 2 ;;
+    case $flag in
+        --exp-name* | --root-dir*)
+            echo "error: $flag goes with ROOT_DIR set; the try-out has folders of its own, ssl_exp/demo and ssl_exp/demo_data" >&2
+            exit 2 ;;
+        -h | --help) exec "$PYTHON" "$here/train.py" --help ;;
     esac
 done
 export PYTHON
@@ -24,10 +26,17 @@ data=ssl_exp/demo_data
 experiment=ssl_exp/demo
 epochs=${DEMO_EPOCHS:-2}
 subjects=${DEMO_SUBJECTS:-64}
+defaults="--root-dir $data/patches --exp-name demo --resume auto --epochs $epochs --batch-size 16 --lr 0.03 --moco-k 32
+    --moco-m 0.99 --num-experts 4 --augmentation agc --workers 1 --print-freq 48"
+# A wrong flag is told now, not when training begins.
+# shellcheck disable=SC2086 # defaults is several words
 counts=$("$PYTHON" -c '
+import sys
 import torch
 from models.device import usable_cores
-print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+from train import parse_arguments
+parse_arguments(sys.argv[1:])
+print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' $defaults "$@")
 cores=${counts% *} gpus=${counts#* }
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)
@@ -57,11 +66,10 @@ ranks=1
 [ "$ranks" -gt 1 ] || echo "One GPU or core only, so one rank: it learns less of the disease than two do; see README.md, Limits."
 step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs, NCCL" || echo "the CPU, Gloo")"
 train() {
-    run "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py --root-dir "$data/patches" \
-        --resume auto --batch-size 16 --moco-k 32 --moco-m 0.99 --num-experts 4 --augmentation agc \
-        --workers 1 --print-freq 48 "$@"
+    # shellcheck disable=SC2086
+    run "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py $defaults "$@"
 }
-train --exp-name demo --epochs "$epochs" --lr 0.03 "$@"
+train "$@"
 echo
 echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
 train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1

@@ -159,7 +159,9 @@ def test_label_columns_left_out_are_told_and_missing_values_are_not_words(tmp_pa
 def test_labels_follow_the_rows_and_miss_nothing(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("sid,age,sex,FEV1pp\n007,61,F,80.5\n010,,M,NA\nzz,50,F,1e2\n")
-    values, names = read_labels(path, ["010", "007", "absent"])
+    notes = []
+    values, names = read_labels(path, ["010", "007", "absent"], notes.append)
+    assert notes[-1] == f"{path}: no row for 1 of 3 subjects, the first 'absent'"
     assert names == ["age", "FEV1pp"]  # sex is no number
     np.testing.assert_array_equal(values, np.array([[np.nan, np.nan], [61, 80.5], [np.nan, np.nan]], dtype=np.float32))
 

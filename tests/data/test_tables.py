@@ -61,5 +61,5 @@ def test_trailing_commas_shift_nothing_and_a_cell_too_many_is_an_error(tmp_path)
 def test_another_encoding_is_named(tmp_path):
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / "t.csv").write_bytes("sid,image\nMüller,a.nii\n".encode(encoding))
-        with pytest.raises(StoreError, match="is not in UTF-8"):
+        with pytest.raises(StoreError, match="is no text in UTF-8"):
             read_table(tmp_path / "t.csv", ("sid", "image"))

@@ -359,13 +359,18 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
     assert result.returncode == 1 and "no subject succeeded" in result.stderr
 
 
-def test_a_wrong_table_is_told_before_anything_is_written(tmp_path, cohort, run):
-    (tmp_path / "t.csv").write_text("sid,path\na,b\n")
+@pytest.mark.parametrize(
+    ("header", "more", "message"),
+    [
+        ("sid,path", (), "t.csv has no column 'image'; its columns are sid, path"),
+        ("sid,image", ("--method", "thresh"), "--method thresh is neither lungmask nor threshold"),
+    ],
+)
+def test_a_wrong_table_or_method_is_told_before_anything_is_written(tmp_path, cohort, run, header, more, message):
+    (tmp_path / "t.csv").write_text(f"{header}\na,b\n")
     flags = ("--input-csv", "t.csv", "--root-dir", "s", "--atlas-mask", cohort[0] / "atlas_lung_mask.nii.gz")
-    result = run("preprocess/run_preprocess.sh", *flags, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and result.stderr == (
-        "error: t.csv has no column 'image'; its columns are sid, path\n"
-    )
+    result = run("preprocess/run_preprocess.sh", *flags, *more, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and result.stderr == f"error: {message}\n"
     assert not (tmp_path / "s").exists()
 
 

@@ -168,6 +168,14 @@ def test_template_mode(cohort, tmp_path, run):
     }
 
 
-def test_template_that_is_not_there(tmp_path, run):
-    result = run("tools/make_cohort.py", "--out-dir", tmp_path / "a", "--template", tmp_path / "no.nii", check=False)
-    assert result.returncode == 1 and "does not exist" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--template", "no.nii"), "--template no.nii does not exist"),
+        (("--num-subjects", 0), "--num-subjects 0: at least 1"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path, run_here, flags, message):
+    result = run_here("tools/make_cohort.py", "--out-dir", "a", *flags, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr == f"error: {message}; see --help\n"
+    assert not (tmp_path / "a").exists()
