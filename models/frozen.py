@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
+from models.first_layers import first_layers
 from models.fused import conv_elu
 from models.norm_elu import elu_
 
@@ -17,6 +18,7 @@ TOGETHER = 8  # locations to freeze at a time: 33 MB of float32 kernels at the p
 # Patches encoded at a time on the CPU, in one pass a layer; a rest smaller than that takes two. One number, because
 # oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
 PIECE = 32
+FEW_THREADS = 2  # for a piece: with more of them the library's first layers are faster than ours, which take one
 
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -44,6 +46,8 @@ class FrozenEncoder:
 
     def __init__(self, layers: list[Layer]):
         self._layers = layers
+        first, second = layers[:2]
+        self._first_two = first_layers((first.kernel, second.kernel), (first.bias, second.bias))
 
     def __call__(self, x: torch.Tensor, prepare: Prepare = torch.Tensor.to) -> torch.Tensor:
         """(B, 1, 32, 32, 32), intensities in [-1, 1] -> h (B, rep_dim) float32.
@@ -62,7 +66,10 @@ class FrozenEncoder:
     def _encode(self, x: torch.Tensor, prepare: Prepare) -> torch.Tensor:
         x = prepare(x, self._layers[0].kernel.dtype).contiguous(memory_format=torch.channels_last_3d)
         one_pass = x.device.type == "cpu" and len(x) == PIECE
-        for kernel, bias, stride, padding in self._layers:
+        layers = self._layers
+        if self._first_two and torch.get_num_threads() <= FEW_THREADS:
+            x, layers = self._first_two(x), layers[2:]
+        for kernel, bias, stride, padding in layers:
             if one_pass:
                 x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)
             else:
