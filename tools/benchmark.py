@@ -437,7 +437,7 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
         return torch.from_numpy(store.read(location, rows)).to(device)
 
     def features(dtype: torch.dtype) -> None:
-        for location, frozen in enumerate(freeze(encoder, locations[: args.extract_locations], dtype)):
+        for location, frozen in enumerate(freeze(encoder, locations[:TOGETHER], dtype)):
             for rows in batches:
                 frozen(read(location, rows), to_input).cpu()
 
@@ -469,7 +469,7 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
                 "s",
                 times[dtype],
                 times["literal"],
-                N * args.extract_locations / PUBLISHED_LOCATIONS,
+                N * TOGETHER / PUBLISHED_LOCATIONS,
                 1.0,
                 FORWARD_GFLOP * PUBLISHED_LOCATIONS,
                 machine[f"matrix_gflops_{kind}"],
@@ -720,7 +720,6 @@ def parse_arguments() -> argparse.Namespace:
     args.device = torch.device("cuda" if gpu and args.device != "cpu" else "cpu")
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = 2 if args.quick else 6
-    args.extract_locations = 2 if args.quick else TOGETHER
     args.reading_subjects = 64 if args.quick else 1024
     if args.batch < 2 or args.rounds < 1:
         parser.error("--batch is at least 2, --rounds at least 1")
