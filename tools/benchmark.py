@@ -461,8 +461,8 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
         note = f"error of h {error:.0e}"
         if kind == "bf16" and not machine["fast_bf16"]:
             note += "; the processor has no bf16 arithmetic"
-        elif kind == "bf16" and device.type == "cpu" and first_layers.load() is None:
-            note += "; the first layers by the library, there is no C compiler or no AVX512-BF16"
+        elif device.type == "cpu" and first_layers.load(dtype) is None:
+            note += "; the first layers by the library, there is no C compiler or no AVX-512"
         made.append(
             compare(
                 f"features of a subject of {PUBLISHED_LOCATIONS} patches, in a cohort of {N}, {kind}, reading included",

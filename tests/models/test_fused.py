@@ -55,7 +55,7 @@ def has_fuser():
 @pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_frozen_encoder_takes_one_pass_in_every_layer(dtype, one_thread, monkeypatch):
-    monkeypatch.setattr(first_layers, "load", lambda: None)  # which takes the first two in one pass of its own
+    monkeypatch.setattr(first_layers, "load", lambda dtype: None)  # which takes the first two in one pass of its own
     torch.manual_seed(0)
     frozen = freeze(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
     x = torch.rand(2 * PIECE + 3, 1, 32, 32, 32) * 2 - 1
