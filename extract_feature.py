@@ -4,7 +4,7 @@
 
 with all GPUs of a machine:
 
-    torchrun --standalone --nproc-per-node 4 extract_feature.py --exp-name=ssl_exp/NAME \\
+    python tools/launch.py --standalone --nproc-per-node 4 extract_feature.py --exp-name=ssl_exp/NAME \\
         --checkpoint-patch=checkpoint_patch_0020.pth.tar --labels labels.csv
 
 with the published weights on your own store (its atlas_patch_loc.npy must be the published table):
@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,9 @@ ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put tog
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     distributed.one_line_errors(parser)
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
@@ -341,8 +344,16 @@ def extract(args: argparse.Namespace) -> None:
         )
 
 
+def stop(*_: Any) -> None:
+    """SIGTERM stops as Ctrl-C does. A second signal must not disturb that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     args = parse_arguments()
+    if "RANK" not in os.environ:  # a rank is ended so too when another has failed, which tells why
+        signal.signal(signal.SIGTERM, stop)
     try:
         extract(args)
     except (StoreError, CheckpointError, DeviceError, OSError) as error:

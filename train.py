@@ -69,8 +69,9 @@ CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     distributed.one_line_errors(parser)
 
     def add(group, flag, default, text, **more):
@@ -173,6 +174,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num-coordinates {args.num_coordinates}: a location is one 3-D point, only 1 is defined")
     if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
         parser.error("--moco-t must be above 0, --moco-m between 0 and 1")
+    try:
+        Augmentation(args.augmentation)
+    except StoreError as error:
+        parser.error(str(error))
     if args.moco_k % args.batch_size:
         parser.error(
             f"--moco-k {args.moco_k} is not a multiple of --batch-size {args.batch_size}; a queue takes whole batches, "

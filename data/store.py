@@ -186,10 +186,11 @@ def read_labels(
         text = table[name].str.strip()
         filled = ~text.str.lower().isin(MISSING)
         values = pd.to_numeric(text.where(filled), errors="coerce")
-        wrong = filled & ~np.isfinite(values)
+        with np.errstate(over="ignore"):
+            wrong = filled & ~np.isfinite(values.astype(np.float32))
         if wrong.any():
             cell, sid = text[wrong].iloc[0], text[wrong].index[0]
-            note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number")
+            note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number of float32")
         elif filled.any():
             numeric[name] = values
     if not numeric:

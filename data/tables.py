@@ -74,13 +74,18 @@ def _read_text(path: Path) -> pd.DataFrame:
     with open(path, newline="", encoding="utf-8-sig") as stream:
         lines = csv.reader(stream, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(lines, [])]
+        while header and not header[-1]:
+            header.pop()
         if not header:
             raise ValueError("its first line is empty")
+        twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
+        if twice is not None:
+            raise ValueError(f"it has column {twice!r} twice")
         rows = []
         for line in lines:
             if any(cell.strip() for cell in line[len(header) :]):
                 raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header")
-            if line:
+            if any(cell.strip() for cell in line):
                 padded = line[: len(header)] + [""] * (len(header) - len(line))
                 rows.append([cell.strip() for cell in padded])
     return pd.DataFrame(rows, columns=header, dtype=str)

@@ -5,6 +5,7 @@ what is in the registers, but torch reaches that only through TorchScript's oneD
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from models.norm_elu import elu_
+
+# Compiling switches the fuser, which all threads share, on and off again: one at a time, or one is left unfused.
+_compiling = threading.Lock()
 
 
 def conv_elu(
@@ -31,7 +35,8 @@ def conv_elu(
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
     if not plain and not torch.is_autocast_enabled("cpu"):
         layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
-        fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
+        with _compiling:
+            fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
         if fused is not None:
             return fused(x, kernel, bias)
     return elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))

@@ -51,7 +51,16 @@ done
 [ -n "$csv" ] || fail "--input-csv is missing: the table with columns sid and image"
 [ -n "$root" ] || fail "--root-dir is missing: where the patch store goes"
 [ -n "$mask" ] || fail "--atlas-mask is missing: the atlas's lung mask"
+# A wrong flag or table is told before anything is written; step 3 would find its own hours later.
 case $method in '' | lungmask | threshold) ;; *) fail "--method $method is neither lungmask nor threshold" ;; esac
+case $workers in *[!0-9]* | 0*) fail "--num-workers $workers: a whole number, at least 1" ;; esac
+case $dice in
+    *[!0-9.]* | *.*.*) fail "--min-dice $dice: between 0 and 1" ;;
+    '' | 0 | 0.* | .[0-9]* | 1 | 1.0) ;;
+    *) fail "--min-dice $dice: between 0 and 1" ;;
+esac
+[ -z "$weights" ] || [ "$method" != threshold ] || fail "--lungmask-weights goes with --method lungmask"
+[ -z "$weights" ] || [ -f "$weights" ] || fail "--lungmask-weights $weights does not exist"
 
 if [ -z "${PYTHON:-}" ]; then
     made=${VENV:-$here/../.venv}/bin/python
@@ -62,7 +71,6 @@ import importlib.util, sys
 sys.exit(not all(map(importlib.util.find_spec, ("SimpleITK", "ants", "pandas"))))' 2>/dev/null ||
     fail "'$PYTHON' lacks the packages of requirements.txt: run sh tools/setup_env.sh, and activate the environment"
 
-# A wrong table is told before anything is written.
 "$PYTHON" -c '
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -267,7 +267,10 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     Raises:
         ScanError: it has other labels or lacks one of the two.
     """
-    mask = read_mask(path)
+    try:
+        mask = read_mask(path)
+    except ScanError as error:
+        raise ScanError(f"--atlas-mask: {error}") from error
     labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
     if labels != [0, 50, 100]:
         raise ScanError(

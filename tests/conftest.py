@@ -75,6 +75,15 @@ def run_here(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def one_thread():
+    """Of torch, as where patches are encoded side by side; and its profiler sees no other threads of a process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def relative_error(value, wanted) -> float:
     """‖a − b‖ / ‖b‖ in float64."""
     a = torch.as_tensor(value).detach().double()

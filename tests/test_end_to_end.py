@@ -39,10 +39,19 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
     np.testing.assert_allclose(np.load(out / "feature_arr_patch_full.npy"), labels[names].to_numpy(), rtol=1e-6)
 
 
-def test_a_wrong_flag_of_the_embedded_run_is_told_before_it_begins(run):
-    result = run("tools/run_demo.sh", sys.executable, "--k-neighbours", 2, check=False)
-    assert result.returncode == 2 and result.stderr == "error: unrecognized arguments: --k-neighbours 2; see --help\n"
-    assert not result.stdout
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--k-neighbours", 2), "unrecognized arguments: --k-neighbours 2; see --help"),
+        (("--exp", "mine"), "unrecognized arguments: --exp mine; see --help"),
+        (("--augmentation", "az"), "--augmentation 'az' has the unknown letter 'z'"),
+        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128: the try-out has 64 subjects"),
+    ],
+)
+def test_a_wrong_flag_of_the_embedded_run_is_told_before_it_begins(run, flags, message):
+    result = run("tools/run_demo.sh", sys.executable, *flags, check=False)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {message}")
+    assert not result.stdout and len(result.stderr.splitlines()) == 1
 
 
 def test_top_level_is_the_layout():

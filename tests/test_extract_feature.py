@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,20 @@ def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monk
     made = np.load(tmp_path / "o" / "pred_arr_patch_full.npy")
     wanted = literal(encoder, patches, grid)
     assert all(rel(made[:, index], wanted[:, index]) < 1e-5 for index in range(6))
+
+
+def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys):
+    make_store(tmp_path / "store", 3, grid)
+    make_checkpoint(tmp_path / "c.pth.tar")
+    flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
+    monkeypatch.setattr(sys, "argv", ["extract_feature.py", *map(str, flags), "--device", "cpu"])
+    monkeypatch.setattr(extract_feature, "encode", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert extract_feature.main() == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "stopped; start again to go on\n"
 
 
 def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):

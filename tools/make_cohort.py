@@ -610,7 +610,10 @@ def main() -> int:
             parser.error(f"{flag} {path} does not exist")
 
     out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out-dir {out_dir} cannot be made: {error.strerror}")
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
         if args.template:
             image, labels = load_template(args.template, args.template_mask, workdir)

@@ -35,8 +35,12 @@ import sys
 import torch
 from models.device import usable_cores
 from train import parse_arguments
-parse_arguments(sys.argv[1:])
-print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' $defaults "$@")
+subjects, *flags = sys.argv[1:]
+args = parse_arguments(flags)
+if args.batch_size > int(subjects):
+    print(f"error: --batch-size {args.batch_size}: the try-out has {subjects} subjects", file=sys.stderr)
+    sys.exit(2)
+print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' "$subjects" $defaults "$@")
 cores=${counts% *} gpus=${counts#* }
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)

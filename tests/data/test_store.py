@@ -151,9 +151,16 @@ def test_label_columns_left_out_are_told_and_missing_values_are_not_words(tmp_pa
     notes = []
     values, names = read_labels(tmp_path / "l.csv", ["007", "12/34"], notes.append)
     assert names == ["age", "FEV1"] and notes == [
-        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no finite number"
+        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no finite number of float32"
     ]
     np.testing.assert_array_equal(values, np.array([[61, np.nan], [50, np.nan]], dtype=np.float32))
+
+
+def test_a_label_too_large_for_float32_is_told(tmp_path):
+    (tmp_path / "l.csv").write_text("sid,age,huge\n007,61,1e39\n")
+    notes = []
+    values, names = read_labels(tmp_path / "l.csv", ["007"], notes.append)
+    assert names == ["age"] and "column 'huge' left out, '1e39' of sid 007" in notes[0] and np.isfinite(values).all()
 
 
 def test_labels_follow_the_rows_and_miss_nothing(tmp_path):

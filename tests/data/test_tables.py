@@ -35,6 +35,7 @@ def test_text_stays_text(tmp_path):
         ("sid,image\na,1\nb,2\na,3\n", "'a' more than once"),
         ("name,image\na,1\n", "no column 'sid'; its columns are name, image"),
         ("sid;image\na;1\n", "no column 'sid'; its columns are sid;image; cells must be separated by commas"),
+        ("sid,a,a\n1,2,3\n", "cannot be read as a CSV table: it has column 'a' twice"),
         ("SID,image\na,1\n", "no column 'sid'; its columns are SID, image; write sid instead of SID"),
     ],
 )
@@ -50,7 +51,7 @@ def test_missing_file(tmp_path):
 
 
 def test_trailing_commas_shift_nothing_and_a_cell_too_many_is_an_error(tmp_path):
-    (tmp_path / "t.csv").write_text("sid,age\n007,55,\n008,60,,\n")
+    (tmp_path / "t.csv").write_text("sid,age,,\n007,55,\n,,\n008,60,,\n  \n,\n")
     table = read_table(tmp_path / "t.csv")
     assert table["sid"].tolist() == ["007", "008"] and table["age"].tolist() == ["55", "60"]
     (tmp_path / "t.csv").write_text("sid,image\n007,a.nii\n008,b.nii,c\n")

@@ -1,5 +1,8 @@
 """Convolution and ELU in one pass against the two of torch."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,15 +39,6 @@ def fused_calls(work):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return sum(event.name.startswith("Llga") for event in profile.events())
-
-
-@pytest.fixture
-def one_thread():
-    """The profiler does not see other threads of this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def has_fuser():
@@ -136,3 +130,24 @@ def test_what_takes_two_passes():
     assert conv_elu(x, kernel, bias).dtype == torch.float32
     x, kernel, bias = x.double(), kernel.double(), bias.double()
     assert torch.allclose(conv_elu(x, kernel, bias), F.elu(F.conv3d(x, kernel, bias)), atol=1e-12)
+
+
+@pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
+def test_threads_that_meet_compile_once_and_leave_the_fuser_as_it_was(monkeypatch):
+    """Two that both switched it on and off left it on, or one of them unfused for good."""
+    trace = torch.jit.trace
+
+    def slow(*args, **flags):
+        time.sleep(0.3)
+        return trace(*args, **flags)
+
+    monkeypatch.setattr(torch.jit, "trace", slow)
+    fused._one_pass.cache_clear()
+    before = torch.jit.onednn_fusion_enabled()
+    jobs = [operands(4, out, (5, 5, 5), torch.float32, torch.channels_last_3d) for out in (8, 8, 16)]
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda job: conv_elu(*job), jobs))
+    assert torch.jit.onednn_fusion_enabled() == before and fused._one_pass.cache_info().misses == 2
+    assert torch.equal(made[0], made[1])
+    for job in jobs:
+        assert fused_calls(lambda job=job: conv_elu(*job)) == 1

@@ -364,9 +364,13 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
     [
         ("sid,path", (), "t.csv has no column 'image'; its columns are sid, path"),
         ("sid,image", ("--method", "thresh"), "--method thresh is neither lungmask nor threshold"),
+        ("sid,image", ("--num-workers", "0"), "--num-workers 0: a whole number, at least 1"),
+        ("sid,image", ("--min-dice", "7x"), "--min-dice 7x: between 0 and 1"),
+        ("sid,image", ("--min-dice", "1.5"), "--min-dice 1.5: between 0 and 1"),
+        ("sid,image", ("--lungmask-weights", "no.pth"), "--lungmask-weights no.pth does not exist"),
     ],
 )
-def test_a_wrong_table_or_method_is_told_before_anything_is_written(tmp_path, cohort, run, header, more, message):
+def test_a_wrong_table_or_flag_is_told_before_anything_is_written(tmp_path, cohort, run, header, more, message):
     (tmp_path / "t.csv").write_text(f"{header}\na,b\n")
     flags = ("--input-csv", "t.csv", "--root-dir", "s", "--atlas-mask", cohort[0] / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.sh", *flags, *more, cwd=tmp_path, check=False)

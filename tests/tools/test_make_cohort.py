@@ -173,9 +173,11 @@ def test_template_mode(cohort, tmp_path, run):
     [
         (("--template", "no.nii"), "--template no.nii does not exist"),
         (("--num-subjects", 0), "--num-subjects 0: at least 1"),
+        (("--out-dir", "file/b"), "--out-dir file/b cannot be made: Not a directory"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path, run_here, flags, message):
+    (tmp_path / "file").touch()
     result = run_here("tools/make_cohort.py", "--out-dir", "a", *flags, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr == f"error: {message}; see --help\n"
     assert not (tmp_path / "a").exists()
