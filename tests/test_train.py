@@ -322,7 +322,7 @@ def test_refusals_are_one_line(trained, store, run_here, tmp_path, flags, messag
 
 
 def test_two_runs_never_share_an_experiment(store, run, tmp_path):
-    flags = ("--root-dir", store, "--exp-name", "s", "--epochs", 50, "--print-freq", 1, *SMALL)
+    flags = ("--root-dir", store, "--exp-name", "s", "--epochs", 5000, "--print-freq", 1, *SMALL)
     command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
