@@ -195,12 +195,12 @@ def read_labels(
             numeric[name] = values
     if not numeric:
         raise StoreError(f"{path} has no numeric column beside sid")
-    if not set(sids) & set(table.index):
+    lacking = [sid for sid in sids if sid not in table.index]
+    if len(lacking) == len(sids):
         raise StoreError(
             f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, "
             f"the table's {table.index[0]!r})"
         )
-    lacking = [sid for sid in sids if sid not in table.index]
     if lacking:
         note(f"{path}: no row for {len(lacking)} of {len(sids)} subjects, the first {lacking[0]!r}")
     labels = pd.DataFrame(numeric, index=table.index).reindex(sids)

@@ -83,9 +83,9 @@ def _read_text(path: Path) -> pd.DataFrame:
             raise ValueError(f"it has column {twice!r} twice")
         rows = []
         for line in lines:
-            if any(cell.strip() for cell in line[len(header) :]):
+            cells = [cell.strip() for cell in line]
+            if any(cells[len(header) :]):
                 raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header")
-            if any(cell.strip() for cell in line):
-                padded = line[: len(header)] + [""] * (len(header) - len(line))
-                rows.append([cell.strip() for cell in padded])
+            if any(cells):
+                rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
     return pd.DataFrame(rows, columns=header, dtype=str)
