@@ -20,105 +20,61 @@ feature_arr_patch_full.npy (N, P) and label_names.json. Stopped half-way, it goe
 import argparse
 import csv
 import hashlib
+import io
 import json
-import os
-import re
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data.augment import to_input
-from data.layout import StoreError, save_array, write_aside
+from data.labels import read_labels
+from data.layout import StoreError
 from data.locations import normalize_locations
 from data.prefetch import read_ahead
-from data.store import PatchStore, read_labels
-from models import distributed
-from models.checkpoint import CheckpointError, build_query_encoder, read_checkpoint, strip_module
+from data.store import PatchStore
+from data.views import to_input
+from misc import process
+from misc.command import OneOf, Parser, UserError, at_least, run
+from misc.experiment import Experiment
+from misc.files import array_header, save_array, write_text, write_whole
+from misc.progress import progress_bar
+from models.checkpoint import build_query_encoder, position, read_checkpoint, strip_module
 from models.cnn3d import Encoder
-from models.device import DeviceError, end_process, start_process
-from models.frozen import TOGETHER, freeze
+from models.cpu.memory import keep_freed_memory
+from models.frozen import LOCATIONS_AT_ONCE, freeze
 
 SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    distributed.one_line_errors(parser)
+    parser = Parser(__doc__)
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
     parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
     parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=256,
-        help="patches read at a time; a GPU encodes them at once, lower it where its memory is short "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--amp",
-        choices=("off", "bf16"),
-        default="off",
-        help="bf16: faster, features to within 1 %% (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    text = "patches read at a time; a GPU encodes them at once, lower it where its memory is short"
+    parser.add_argument("--batch-size", type=at_least(int, 1), default=256, help=text)
+    text = "bf16: faster, features to within 1 %%"
+    parser.add_argument("--amp", type=OneOf("off", "bf16"), default="off", help=text)
+    text = "auto takes a GPU where there is one"
+    parser.add_argument("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help=text)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 # ============================================================ inputs
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
-    """A name in the folder, or a path. read_checkpoint says what is there when neither exists.
-
-    Raises:
-        CheckpointError: the folder is the name in training, without ssl_exp/.
-    """
-    inside = folder / name
-    for path in (inside, Path(name)):
-        if path.is_file():
-            return path
-    trained = Path("ssl_exp") / folder
-    if not folder.exists() and trained.is_dir():
-        raise CheckpointError(
-            f"--exp-name {folder} is no folder, {trained} is: here it is the folder of the experiment"
-        )
-    return inside
-
-
-def find_store(root_dir: str | None, folder: Path) -> str:
-    """--root-dir, else the one that the experiment was trained on. Raises StoreError."""
-    if root_dir:
-        return root_dir
-    configs = folder / "configs.json"
-    try:
-        return json.loads(configs.read_text())["root_dir"]
-    except FileNotFoundError:
-        raise StoreError(f"{configs} is not there to tell the patch store; give --root-dir") from None
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{configs} names no root_dir; give --root-dir") from None
-
-
-def keep_other_features(out_dir: Path, folder: Path, store: PatchStore) -> None:
+def keep_other_features(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
     """Raise StoreError where the default folder has features of the store that the experiment was trained on."""
     try:
-        own = Path(find_store(None, folder))
-    except (StoreError, OSError, TypeError):
+        own = Path(experiment.root_dir())
+    except (UserError, OSError):
         return
     there = (out_dir / "sid_arr_full.npy").is_file() and own.is_dir()
     if there and own.resolve() != store.layout.root.resolve():
@@ -128,15 +84,15 @@ def keep_other_features(out_dir: Path, folder: Path, store: PatchStore) -> None:
         )
 
 
-def default_out_dir(folder: Path, content: dict[str, Any], path: Path) -> Path:
-    """<folder>/patch_rep/<epoch>, by the finished epochs; of a bare state dict by the number in its name, else 0.
-
-    A checkpoint from within an epoch has its step in the name: it must not overwrite the epoch's.
-    """
-    number = re.search(r"(\d+)", path.name)
-    epoch = int(content["epoch"]) if "epoch" in content else int(number[1]) if number else 0
-    step = f"_step{content['step']}" if content.get("step") else ""
-    return folder / "patch_rep" / f"{epoch:04d}{step}"
+def open_store(root_dir: str, queue: torch.Tensor | None, checkpoint: Path) -> PatchStore:
+    """The store, whose locations must be as many as the checkpoint's queues. Raises StoreError."""
+    store = PatchStore(root_dir)
+    if queue is not None and queue.shape[-1] != store.num_locations:
+        raise StoreError(
+            f"{checkpoint} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
+            f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
+        )
+    return store
 
 
 # ============================================================ encoding
@@ -190,7 +146,7 @@ def encode(
 ) -> Iterator[tuple[Unit, np.ndarray]]:
     """Representations h of one unit after the other: (rows, locations, rep_dim) float32.
 
-    Patches are read ahead in threads. The encoder is frozen once for all rows of a location, at TOGETHER
+    Patches are read ahead in threads. The encoder is frozen once for all rows of a location, at LOCATIONS_AT_ONCE
     locations at a time: always the same ones, so that a run that goes on after a stop rounds alike.
     """
     device = locations.device
@@ -202,10 +158,10 @@ def encode(
     frozen, block, result = [], None, None
     for batch, patches in read_ahead(read, split(units, batch_size)):
         unit = batch.unit
-        wanted, index = divmod(unit.locations[batch.column], TOGETHER)
+        wanted, index = divmod(unit.locations[batch.column], LOCATIONS_AT_ONCE)
         if wanted != block:
-            block, first = wanted, wanted * TOGETHER
-            frozen = freeze(encoder, locations[first : first + TOGETHER], dtype)
+            block, first = wanted, wanted * LOCATIONS_AT_ONCE
+            frozen = freeze(encoder, locations[first : first + LOCATIONS_AT_ONCE], dtype)
         h = frozen[index](patches.to(device, non_blocking=True), to_input)
         if result is None:  # on the device: a copy for every batch would wait for it every time
             result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
@@ -235,7 +191,7 @@ def prepare_pieces(pieces: Path, key: str) -> None:
         return
     shutil.rmtree(pieces, ignore_errors=True)
     pieces.mkdir(parents=True)
-    write_aside(note, lambda stream: stream.write(key.encode()))
+    write_text(note, key)
 
 
 def blocks(pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
@@ -258,85 +214,88 @@ def assemble(out_dir: Path, pieces: Path, units: list[Unit], store: PatchStore, 
     patient = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
 
     def write_patches(stream) -> None:
-        shape = (store.num_subjects, store.num_locations, rep_dim)
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        stream.write(array_header((store.num_subjects, store.num_locations, rep_dim), np.dtype("<f4")))
         row = 0
         for block in blocks(pieces, units, store, rep_dim):
             patient[row : row + len(block)] = block.mean(axis=1, dtype=np.float64)
             stream.write(np.ascontiguousarray(block, dtype="<f4").data)
             row += len(block)
 
-    write_aside(out_dir / "pred_arr_patch_full.npy", write_patches)
+    write_whole(out_dir / "pred_arr_patch_full.npy", write_patches)
     save_array(out_dir / "pred_arr_patient_full.npy", patient)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
-    aside = out_dir / ".patient_features.csv.partial"
-    with open(aside, "w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        width = max(3, len(str(rep_dim - 1)))
-        writer.writerow(["sid", *(f"f{index:0{width}d}" for index in range(rep_dim))])
-        for sid, row in zip(store.sids, patient):
-            writer.writerow([sid, *(f"{value:.9g}" for value in row)])  # nine digits give the same float32 back
-    os.replace(aside, out_dir / "patient_features.csv")
+    write_text(out_dir / "patient_features.csv", feature_table(store.sids, patient))
+
+
+def feature_table(sids: list[str], features: np.ndarray) -> str:
+    """patient_features.csv: sid, f000 ...; (N, rep_dim) float32, in nine digits, which give the same float32 back."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    width = max(3, len(str(features.shape[1] - 1)))
+    writer.writerow(["sid", *(f"f{index:0{width}d}" for index in range(features.shape[1]))])
+    for sid, row in zip(sids, features):
+        writer.writerow([sid, *(f"{value:.9g}" for value in row)])
+    return stream.getvalue()
 
 
 # ============================================================ the script
 
 
-def extract(args: argparse.Namespace) -> None:
-    device = start_process(args.device)
-    rank, world = distributed.rank(), distributed.world_size()
-    folder = Path(args.exp_name)
-    checkpoint = find_checkpoint(folder, args.checkpoint_patch)
+def extract(args: argparse.Namespace, device: torch.device) -> None:
+    """All of it, on this rank."""
+    rank, world = process.rank(), process.world_size()
+    say = print if rank == 0 else (lambda _: None)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    # -------------------------------------------------------- inputs
+    experiment = Experiment(args.exp_name)
+    checkpoint = experiment.find_checkpoint(args.checkpoint_patch)
     content = read_checkpoint(checkpoint)
     encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
-    store = PatchStore(find_store(args.root_dir, folder))
-    queue = strip_module(content["state_dict"]).get("queue")
-    if queue is not None and queue.shape[-1] != store.num_locations:
-        raise StoreError(
-            f"{checkpoint} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
-            f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
-        )
-    out_dir = Path(args.out_dir) if args.out_dir else default_out_dir(folder, content, checkpoint)
+    root_dir = args.root_dir or experiment.root_dir()
+    store = open_store(root_dir, strip_module(content["state_dict"]).get("queue"), checkpoint)
+    out_dir = Path(args.out_dir or experiment.features(*position(content, checkpoint)))
     if out_dir.exists() and not out_dir.is_dir():
         raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
     if not args.out_dir:
-        keep_other_features(out_dir, folder, store)
-    say = print if rank == 0 else (lambda _: None)
+        keep_other_features(out_dir, experiment, store)
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
-    del content, queue
+    del content
 
+    # -------------------------------------------------------- encode
     encoder.to(device)
-    locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(device)  # (L, 3)
     units = plan(store)
     pieces = out_dir / ".pieces"
     if rank == 0:
         prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
-    distributed.barrier()
+    process.barrier()
     # Neighbouring locations, which are frozen together.
-    mine = units[len(units) * rank // world : len(units) * (rank + 1) // world]
-    todo = [unit for unit in mine if not (pieces / unit.name).is_file()]
-    bar = tqdm(
-        total=len(mine),
-        initial=len(mine) - len(todo),
+    share = units[len(units) * rank // world : len(units) * (rank + 1) // world]
+    todo = [unit for unit in share if not (pieces / unit.name).is_file()]
+    bar = progress_bar(
+        args.no_progress or rank != 0,
+        total=len(share),
+        initial=len(share) - len(todo),
         desc="extract_feature",
         unit="location" if store.grouped else "block",
-        disable=rank != 0 or args.no_progress or not sys.stderr.isatty(),
-        dynamic_ncols=True,
     )
     with bar:
         dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
         for unit, features in encode(encoder, store, locations, todo, args.batch_size, dtype):
             save_array(pieces / unit.name, features)
             bar.update()
-    distributed.barrier()
+    process.barrier()
 
+    # -------------------------------------------------------- put together
     if rank == 0:
         assemble(out_dir, pieces, units, store, sizes["rep_dim"])
         for name in ("feature_arr_patch_full.npy", "label_names.json"):
             (out_dir / name).unlink(missing_ok=True)
         if labels is not None:
             save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
-            write_aside(out_dir / "label_names.json", lambda stream: stream.write(json.dumps(labels[1]).encode()))
+            write_text(out_dir / "label_names.json", json.dumps(labels[1]))
         shutil.rmtree(pieces)
         print(
             f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
@@ -344,28 +303,11 @@ def extract(args: argparse.Namespace) -> None:
         )
 
 
-def stop(*_: Any) -> None:
-    """SIGTERM stops as Ctrl-C does. A second signal must not disturb that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
-    if "RANK" not in os.environ:  # a rank is ended so too when another has failed, which tells why
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        extract(args)
-    except (StoreError, CheckpointError, DeviceError, OSError) as error:
-        distributed.print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; start again to go on", file=sys.stderr)
-        return 130
-    finally:
-        end_process()
-    return 0
+    with process.joined(args.device) as device:
+        extract(args, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

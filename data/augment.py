@@ -10,15 +10,13 @@ neighbours of a subject are one volume of k channels. Axes are the array's, (z, 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data.layout import HU_MAX, HU_MIN, StoreError
-
-HALF_RANGE = (HU_MAX - HU_MIN) / 2  # 632 HU; intensities are (HU + 1024) / 632 - 1, in [-1, 1]
+from data.layout import StoreError
+from data.resample import Parameters, affine_matrix, sample, voxel_coordinates
+from misc.sizes import HU_MAX, HU_MIN
 
 ROTATION = math.pi / 18  # radians, about each axis
 TRANSLATION = 12.0  # voxels, along each axis
@@ -30,11 +28,6 @@ NOISE_PROB, NOISE_MAX_STD = 0.25, 50.0  # HU
 CONTRAST_PROB, GAMMA = 0.25, (0.5, 4.5)
 CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
-
-SAMPLE_CHUNK = 4  # samples resampled together on the CPU, so that they stay in its cache
-INPUT_CHUNK = 16  # patches converted together, likewise
-
-Parameters = dict[str, Any]
 
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
@@ -54,105 +47,7 @@ def _moved(drawn: torch.Tensor, volumes: torch.Tensor) -> torch.Tensor:
     return drawn.to(volumes.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------- resampling
-
-
-def rotation_matrix(angles: torch.Tensor) -> torch.Tensor:
-    """R0 R1 R2 with the signs of monai.transforms.utils.create_rotate: (n, 3) radians -> (n, 3, 3)."""
-    sin, cos = torch.sin(angles), torch.cos(angles)
-    zero, one = torch.zeros_like(sin[:, 0]), torch.ones_like(sin[:, 0])
-
-    def rows(*values):
-        return torch.stack(values, dim=1).view(-1, 3, 3)
-
-    s0, s1, s2 = sin.unbind(1)
-    c0, c1, c2 = cos.unbind(1)
-    first = rows(one, zero, zero, zero, c0, -s0, zero, s0, c0)
-    second = rows(c1, zero, s1, zero, one, zero, -s1, zero, c1)
-    third = rows(c2, -s2, zero, s2, c2, zero, zero, zero, one)
-    return first @ second @ third
-
-
-def affine_matrix(parameters: Parameters) -> torch.Tensor:
-    """Output to input voxel about the patch centre: rotation (scale x + translation), (n, 3, 4)."""
-    rotation = rotation_matrix(parameters["rotation"])
-    linear = rotation * parameters["scale"][:, None, :]
-    offset = rotation @ parameters["translation"][:, :, None]
-    return torch.cat([linear, offset], dim=2)
-
-
-def _voxels(matrix: torch.Tensor, size: Sequence[int], offset: torch.Tensor | None = None) -> torch.Tensor:
-    """Input voxel of every output voxel, (n, 3, *size): centre + matrix (x - centre + offset).
-
-    Args:
-        matrix: (n, 3, 4) from :func:`affine_matrix`, in the volumes' dtype.
-        size: (D, H, W).
-        offset: (n, 3, *size) voxels, or none.
-    """
-    centre = [(length - 1) / 2 for length in size]
-    along = [
-        torch.arange(length, dtype=matrix.dtype, device=matrix.device) - middle for length, middle in zip(size, centre)
-    ]
-    points = []
-    for axis in range(3):
-        a, b, c, shift = (value[:, None, None] for value in matrix[:, axis].unbind(1))
-        plane = a * along[0][:, None] + (b * along[1] + (shift + centre[axis]))  # (n, D, H)
-        points.append(plane[..., None] + (c * along[2])[:, None])
-    voxels = torch.stack(points, dim=1)
-    if offset is not None:
-        voxels += torch.einsum("nij,njdhw->nidhw", matrix[:, :, :3], offset)
-    return voxels
-
-
-def _sample(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Trilinear values at (n, 3, *size) voxel coordinates; beyond the border, the border's. (n, C, *size)."""
-    if volumes.device.type != "cpu":
-        return _sample_volumes(volumes, voxels)
-    out = torch.empty_like(volumes)
-    for some, where, to in zip(volumes.split(SAMPLE_CHUNK), voxels.split(SAMPLE_CHUNK), out.split(SAMPLE_CHUNK)):
-        _sample_slices(some, where, to)
-    return out
-
-
-def _sample_volumes(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """torch's own sampler, which counts from -1 to 1 between the outer faces of the outer voxels."""
-    grid = torch.stack([(voxels[:, axis] + 0.5) * (2 / volumes.shape[2 + axis]) - 1 for axis in (2, 1, 0)], dim=-1)
-    return F.grid_sample(volumes, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _sample_slices(volumes: torch.Tensor, voxels: torch.Tensor, out: torch.Tensor) -> None:
-    """Trilinear sampling as two bilinear ones, in the slices below and above, into ``out``.
-
-    torch's sampler is vectorised for images and not for volumes. So the slices lie one under the
-    other in one tall image, and each of them beside its successor as a second set of channels. The
-    image is padded to a power of two plus one, so that coordinates are scaled without rounding.
-    Measured on one core with AVX-512, an affine view of 32^3: 1.4 ms with the sampler for volumes,
-    0.4 ms so.
-    """
-    count, channels, depth, height, width = volumes.shape
-    z, y, x = (
-        voxels[:, axis].clamp(0, length - 1) for axis, length in enumerate((depth, height, width))
-    )  # (n, D, H, W)
-    rows, columns = 1 << (depth * height + height).bit_length(), 1 << width.bit_length()
-    image = volumes.new_empty(count, 2 * channels, rows + 1, columns + 1)
-    used = depth * height
-    flat = volumes.reshape(count, channels, used, width)
-    image[:, :channels, :used, :width] = flat
-    image[:, channels:, : used - height, :width] = flat[:, :, height:]
-    # Read with a weight of zero, so it must be finite.
-    image[:, :channels, used : used + height + 1] = 0
-    image[:, channels:, used - height : used + height + 1] = 0
-    image[:, :, :, width : width + 1] = 0
-
-    below = z.floor()
-    share = z.sub_(below)[:, None]
-    grid = volumes.new_empty(count, depth, height * width, 2)
-    flat_grid = grid.view(count, depth, height, width, 2)
-    torch.mul(x.sub_(columns / 2), 2 / columns, out=flat_grid[..., 0])
-    torch.add(below.mul_(2 * height / rows).sub_(1), y, alpha=2 / rows, out=flat_grid[..., 1])
-    both = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    both = both.view(count, 2, channels, depth, height, width)
-    torch.lerp(both[:, 0], both[:, 1], share, out=out)
+# ---------------------------------------------------------------- affine, elastic
 
 
 def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -165,7 +60,7 @@ def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> 
 
 def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
     """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
-    return _sample(volumes, _voxels(_moved(affine_matrix(parameters), volumes), volumes.shape[2:]))
+    return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), volumes.shape[2:]))
 
 
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
@@ -201,7 +96,7 @@ def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torc
         offset = torch.einsum(subscripts, band, offset)
     offset = offset * _moved(parameters["magnitude"], volumes)[:, None, None, None, None]
 
-    return _sample(volumes, _voxels(_moved(affine_matrix(parameters), volumes), size, offset))
+    return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), size, offset))
 
 
 # ---------------------------------------------------------------- flip, noise, contrast
@@ -268,34 +163,29 @@ def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: tor
     return volumes.index_copy(0, rows, some)
 
 
-TRANSFORMS: dict[str, tuple[Callable, Callable]] = {
-    "f": (draw_flip, apply_flip),
-    "a": (draw_affine, apply_affine),
-    "e": (draw_elastic, apply_elastic),
-    "g": (draw_noise, apply_noise),
-    "c": (draw_contrast, apply_contrast),
+class Transform(NamedTuple):
+    """What a letter stands for."""
+
+    draw: Callable[[int, Sequence[int], torch.Generator], Parameters]
+    apply: Callable[[torch.Tensor, Parameters, torch.Generator], torch.Tensor]
+    name: str
+
+
+TRANSFORMS = {
+    "f": Transform(draw_flip, apply_flip, "flip"),
+    "a": Transform(draw_affine, apply_affine, "affine"),
+    "e": Transform(draw_elastic, apply_elastic, "elastic"),
+    "g": Transform(draw_noise, apply_noise, "Gaussian noise"),
+    "c": Transform(draw_contrast, apply_contrast, "contrast"),
 }
+LETTERS = ", ".join(f"{letter} ({transform.name})" for letter, transform in TRANSFORMS.items())  # for help and errors
 
 
-# ---------------------------------------------------------------- a training step's views
-
-
-def step_generators(
-    seed: int, epoch: int, location: int, step: int, rank: int, device: torch.device
-) -> tuple[torch.Generator, torch.Generator]:
-    """Two streams for one step of one rank: parameters on the CPU, noise on the device.
-
-    Five numbers in, so no two steps, epochs, locations or ranks share a stream, and a resumed run
-    draws what the uninterrupted one would have drawn.
-    """
-    state = np.random.SeedSequence([seed, epoch, location, step, rank]).generate_state(2, np.uint64)
-    parameters = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-    noise = torch.Generator(device).manual_seed(int(state[1] >> np.uint64(1)))
-    return parameters, noise
+# ---------------------------------------------------------------- a string of letters
 
 
 class Augmentation:
-    """Transforms named by letters, in order: f flip, a affine, e elastic, g noise, c contrast.
+    """Transforms named by the letters of TRANSFORMS, in order.
 
     Raises:
         StoreError: an unknown letter.
@@ -304,72 +194,21 @@ class Augmentation:
     def __init__(self, letters: str):
         unknown = sorted(set(letters) - set(TRANSFORMS))
         if unknown:
-            raise StoreError(
-                f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are "
-                "f (flip), a (affine), e (elastic), g (Gaussian noise), c (contrast)"
-            )
+            raise StoreError(f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are {LETTERS}")
         self.letters = letters
 
     def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
         """Parameters of ``count`` samples of spatial ``size``, one entry per letter."""
-        return [TRANSFORMS[letter][0](count, size, generator) for letter in self.letters]
+        return [TRANSFORMS[letter].draw(count, size, generator) for letter in self.letters]
 
     def apply(
         self, volumes: torch.Tensor, parameters: Sequence[Parameters], generator: torch.Generator
     ) -> torch.Tensor:
         """Transform (n, C, D, H, W); the input is not modified. ``generator`` makes the noise."""
         for letter, drawn in zip(self.letters, parameters, strict=True):
-            volumes = TRANSFORMS[letter][1](volumes, drawn, generator)
+            volumes = TRANSFORMS[letter].apply(volumes, drawn, generator)
         return volumes
 
     def __call__(self, volumes: torch.Tensor, parameters: torch.Generator, noise: torch.Generator) -> torch.Tensor:
         """Draw for every sample and apply."""
         return self.apply(volumes, self.draw(len(volumes), volumes.shape[2:], parameters), noise)
-
-
-def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
-    """HU -> float32 in [0, 1264]: clipped to [-1024, 240], plus 1024. Augmentation works on these."""
-    return patches.to(torch.float32, copy=True).clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)  # the caller keeps its own
-
-
-def to_unit(volumes: torch.Tensor) -> torch.Tensor:
-    """[0, 1264] -> [-1, 1], the network's input."""
-    return (volumes / HALF_RANGE).sub_(1)
-
-
-def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """HU -> the network's input without augmentation: (B, 32, 32, 32) -> (B, 1, 32, 32, 32) in [-1, 1].
-
-    On the CPU a few patches at a time, which stay in the cache from one operation to the next.
-    """
-    x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
-    count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
-    for out, piece in zip(x.split(count), patches.split(count)):
-        out.copy_(to_unit(shift_to_zero(piece)))
-    return x[:, None]
-
-
-def make_views(
-    patches: torch.Tensor,
-    neighbors: torch.Tensor,
-    augmentation: Augmentation,
-    generators: tuple[torch.Generator, torch.Generator],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three inputs of a step from raw HU.
-
-    Args:
-        patches: (B, 32, 32, 32).
-        neighbors: (B, k, 32, 32, 32); the k of a subject are one volume and share one draw.
-        augmentation: what to apply.
-        generators: from :func:`step_generators`.
-
-    Returns:
-        Two independent views of the patches, each (B, 1, 32, 32, 32), and one of the neighbours,
-        (B, k, 32, 32, 32); all in the network's units.
-    """
-    batch = len(patches)
-    shifted = shift_to_zero(patches)[:, None]
-    views = augmentation(torch.cat([shifted, shifted]), *generators)
-    around = augmentation(shift_to_zero(neighbors), *generators)
-    views = to_unit(views)
-    return views[:batch], views[batch:], to_unit(around)

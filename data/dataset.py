@@ -50,13 +50,13 @@ class PatchDataset(Dataset):
     def __getitem__(self, index: BatchIndex) -> PatchBatch:
         self._warm_next(index.location)
         patches = self.store.read(index.location, index.rows)
-        around = [self.store.read(int(near), index.rows) for near in self.neighbors[index.location]]
+        neighbors = [self.store.read(int(neighbor), index.rows) for neighbor in self.neighbors[index.location]]
         return PatchBatch(
             index.epoch,
             index.location,
             index.step,
             torch.from_numpy(np.ascontiguousarray(patches)),
-            torch.from_numpy(np.stack(around, axis=1)),
+            torch.from_numpy(np.stack(neighbors, axis=1)),
         )
 
 

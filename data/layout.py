@@ -1,18 +1,17 @@
-"""File names of a patch store, and how its files are written. The one place that knows either."""
+"""File names of a patch store, and what its arrays may hold. The one place that knows either."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-HU_MIN, HU_MAX = -1024, 240  # what patches are clipped to, in Hounsfield units
-PATCH_SIZE = 32  # voxels of 1 mm
+from misc.command import UserError
+from misc.sizes import HU_MAX, HU_MIN
+
 PATCH_SUFFIX = "_patch.npy"
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A patch store is missing something or disagrees with itself; the message says what to do."""
 
 
@@ -69,6 +68,11 @@ class StoreLayout:
     def qc(self, sid: str) -> Path:
         return self.root / "qc" / f"{sid}.png"
 
+    @property
+    def subject_dirs(self) -> tuple[Path, ...]:
+        """Folders of one file a subject, which preprocessing writes."""
+        return tuple(name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc))
+
     def patch_sids(self) -> list[str]:
         """Subjects that have a file in patch/, by sorted file name: the row order where subjects.csv is missing.
 
@@ -104,23 +108,6 @@ class StoreLayout:
             f"--root-dir {self.root} is no patch store: it has no atlas_patch_loc.npy"
             f"{found or '; run preprocess/run_preprocess.sh'}"
         )
-
-
-def write_aside(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call ``write`` with a file beside ``path``, then rename: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as stream:
-            write(stream)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """np.save, written aside and renamed."""
-    write_aside(path, lambda stream: np.save(stream, array, allow_pickle=False))
 
 
 def load_locations(path: Path) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 import os
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from data.layout import PATCH_SIZE, StoreError, StoreLayout, load_locations, to_hu
+from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
+from misc.sizes import PATCH_SIZE
 
 MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, of which a process may have 1024
 
@@ -157,51 +156,3 @@ class _PatchFile:
             if len(self._mapped) > MAX_OPEN:
                 self._mapped.popleft()._array = None
         return to_hu(np.asarray(array[rows]))
-
-
-MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
-
-
-def read_labels(
-    path: str | os.PathLike, sids: list[str], note: Callable[[str], None] = lambda _: None
-) -> tuple[np.ndarray, list[str]]:
-    """Numeric columns of a label CSV for the given subjects.
-
-    Args:
-        path: CSV with a column sid, each subject at most once; columns without a number in every
-            filled cell are left out. NA, N/A, null and the like are missing values.
-        sids: the wanted row order.
-        note: told of each column that is left out, and why, and how many subjects the table lacks.
-
-    Returns:
-        (N, P) float32, NaN where the subject or the value is missing; the P column names.
-
-    Raises:
-        StoreError: no such file, no sid column, a sid twice, no numeric column, or no subject of
-            the store in it.
-    """
-    table = read_table(path, file_names=False).set_index("sid")
-    numeric = {}
-    for name in table.columns:
-        text = table[name].str.strip()
-        filled = ~text.str.lower().isin(MISSING)
-        values = pd.to_numeric(text.where(filled), errors="coerce")
-        with np.errstate(over="ignore"):
-            wrong = filled & ~np.isfinite(values.astype(np.float32))
-        if wrong.any():
-            cell, sid = text[wrong].iloc[0], text[wrong].index[0]
-            note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number of float32")
-        elif filled.any():
-            numeric[name] = values
-    if not numeric:
-        raise StoreError(f"{path} has no numeric column beside sid")
-    lacking = [sid for sid in sids if sid not in table.index]
-    if len(lacking) == len(sids):
-        raise StoreError(
-            f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, "
-            f"the table's {table.index[0]!r})"
-        )
-    if lacking:
-        note(f"{path}: no row for {len(lacking)} of {len(sids)} subjects, the first {lacking[0]!r}")
-    labels = pd.DataFrame(numeric, index=table.index).reindex(sids)
-    return labels.to_numpy(dtype=np.float32), list(numeric)

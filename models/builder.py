@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import distributed
+from misc import process
 
 
 class DrasCLR(nn.Module):
@@ -65,11 +65,11 @@ class DrasCLR(nn.Module):
 
         # (L, K, dim): a step touches one location, here one contiguous block. On disk the published
         # layout is (dim, K, L); the two hooks below turn one into the other.
-        queue = torch.randn(num_patch, K, moco_dim)
+        queue = torch.randn(num_patch, K, moco_dim)  # (L, K, dim)
         for keys in queue:  # in place, a location at a time: at published sizes a copy would be 1.2 GB
             F.normalize(keys, dim=1, out=keys)
         self.register_buffer("queue", queue)
-        self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))
+        self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
     # ------------------------------------------------------------ state dict, in the disk layout
 
@@ -105,28 +105,28 @@ class DrasCLR(nn.Module):
         so that a query and its key do not share BatchNorm statistics. With one rank the statistics
         do not depend on the order, and nothing is moved.
         """
-        world, rank = distributed.world_size(), distributed.rank()
+        world, rank = process.world_size(), process.rank()
         batch = patches.shape[0]
         if world == 1:
-            return F.normalize(self.encoder_k(patches, locs)[0], dim=1)
+            return F.normalize(self.encoder_k(patches, locs)[0], dim=1)  # (B, dim)
 
-        order = torch.randperm(world * batch, device=patches.device)
+        order = torch.randperm(world * batch, device=patches.device)  # (world * B,)
         torch.distributed.broadcast(order, src=0)
-        mine = order.view(world, batch)[rank]
-        patches = distributed.all_gather_rows(patches)[mine]
+        mine = order.view(world, batch)[rank]  # (B,) samples of the whole batch
+        patches = process.all_gather_rows(patches)[mine]  # (B, 1, 32, 32, 32)
         if locs.shape[0] == batch:  # one location per sample travels with its patch
-            locs = distributed.all_gather_rows(locs)[mine]
-        keys = F.normalize(self.encoder_k(patches, locs)[0], dim=1)
-        shuffled = distributed.all_gather_rows(keys)  # row i is sample order[i]
-        return shuffled[torch.argsort(order)]
+            locs = process.all_gather_rows(locs)[mine]  # (B, 3)
+        keys = F.normalize(self.encoder_k(patches, locs)[0], dim=1)  # (B, dim)
+        shuffled = process.all_gather_rows(keys)  # (world * B, dim), row i is sample order[i]
+        return shuffled[torch.argsort(order)]  # (world * B, dim), row i is sample i
 
     @torch.no_grad()
     def _enqueue(self, keys: torch.Tensor, patch_idx: int) -> None:
         """Replace the oldest keys of one location. keys: (world * B, dim)."""
         count = keys.shape[0]
-        pointer = self.queue_ptr[patch_idx]
+        pointer = self.queue_ptr[patch_idx]  # ()
         # Indices are computed on the device: reading the pointer would wait for it at every step.
-        rows = (pointer + torch.arange(count, device=keys.device)) % self.K
+        rows = (pointer + torch.arange(count, device=keys.device)) % self.K  # (world * B,)
         self.queue[patch_idx].index_copy_(0, rows, keys.to(self.queue.dtype))
         self.queue_ptr[patch_idx] = (pointer + count) % self.K
 
@@ -160,7 +160,7 @@ class DrasCLR(nn.Module):
         for name, locs in (("pch_q", query_loc), ("pch_k", key_loc), ("ngb_q", neighbor_loc)):
             if locs.shape[0] not in (1, batch):
                 raise ValueError(f"{name} has {locs.shape[0]} location rows for a batch of {batch}; give 1 or {batch}")
-        total = batch * distributed.world_size()
+        total = batch * process.world_size()
         if self.K % total:
             raise ValueError(f"the queue of K = {self.K} keys is not a multiple of the batch of {total} over all ranks")
 
@@ -169,34 +169,34 @@ class DrasCLR(nn.Module):
         if neighbor_loc.shape[0] == 1:
             # Location-major, so that block j of B samples shares the kernel of neighbour j.
             # BatchNorm does not mind the order.
-            flat = neighbor_patch.transpose(0, 1).reshape(k * batch, 1, *neighbor_patch.shape[2:])
-            neighbors = self.encoder_q(flat, neighbor_loc[0])[0]
-            neighbors = neighbors.view(k, batch, -1).transpose(0, 1)
+            flat = neighbor_patch.transpose(0, 1).reshape(k * batch, 1, *neighbor_patch.shape[2:])  # (k B, 1, 32, ...)
+            neighbors = self.encoder_q(flat, neighbor_loc[0])[0]  # (k B, dim)
+            neighbors = neighbors.view(k, batch, -1).transpose(0, 1)  # (B, k, dim)
         else:
-            flat = neighbor_patch.reshape(batch * k, 1, *neighbor_patch.shape[2:])
-            neighbors = self.encoder_q(flat, neighbor_loc.reshape(batch * k, 3))[0]
-            neighbors = neighbors.view(batch, k, -1)
+            flat = neighbor_patch.reshape(batch * k, 1, *neighbor_patch.shape[2:])  # (B k, 1, 32, ...)
+            neighbors = self.encoder_q(flat, neighbor_loc.reshape(batch * k, 3))[0]  # (B k, dim)
+            neighbors = neighbors.view(batch, k, -1)  # (B, k, dim)
         neighbors = F.normalize(neighbors, dim=2)  # (B, k, dim)
 
         # -------- keys: momentum first, then the pass
         self._update_key_encoder()
         all_keys = self._encode_keys(key_patch, key_loc)  # (world * B, dim)
-        rank = distributed.rank()
+        rank = process.rank()
         key = all_keys[rank * batch : (rank + 1) * batch]  # (B, dim)
 
         # -------- logits, with the queue as it was before this step's keys
         with torch.autocast(query.device.type, enabled=False):
             # Cloned, because the backward pass needs it after the queue has moved on.
             negatives = self.queue[patch_idx].clone()  # (K, dim)
-            neighbor_sum = neighbors.sum(dim=1)  # sum over k of r . x = (sum over k of r) . x
-            logits_pch = self._logits(query, key, negatives)
-            logits_ngb = self._logits(neighbor_sum, key, negatives)
-        labels = torch.zeros(batch, dtype=torch.long, device=query.device)
+            neighbor_sum = neighbors.sum(dim=1)  # (B, dim); sum over k of r . x = (sum over k of r) . x
+            logits_pch = self._logits(query, key, negatives)  # (B, 1 + K)
+            logits_ngb = self._logits(neighbor_sum, key, negatives)  # (B, 1 + K)
+        labels = torch.zeros(batch, dtype=torch.long, device=query.device)  # (B,)
 
         self._enqueue(all_keys, patch_idx)
         return logits_pch, logits_ngb, labels
 
     def _logits(self, query: torch.Tensor, key: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
         """[query . key, query . negatives] / T: (B, dim), (B, dim), (K, dim) -> (B, 1 + K)."""
-        positive = (query * key).sum(dim=1, keepdim=True)
+        positive = (query * key).sum(dim=1, keepdim=True)  # (B, 1)
         return torch.cat([positive, query @ negatives.t()], dim=1) / self.T

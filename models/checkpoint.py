@@ -1,36 +1,38 @@
-"""Checkpoints in the published format: written aside and renamed, read safely, loaded strictly."""
+"""Checkpoints in the published format: saved whole, read safely, loaded strictly."""
 
-import os
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from misc.command import UserError
+from misc.experiment import listed
+from misc.files import write_whole
 
-class CheckpointError(ValueError):
+# ============================================================ files
+
+
+class CheckpointError(UserError):
     """A checkpoint is missing, unreadable or of another shape; the message says what to do."""
 
 
-def checkpoint_name(epoch: int) -> str:
-    """File name after ``epoch`` finished epochs."""
-    return f"checkpoint_patch_{epoch:04d}.pth.tar"
-
-
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write aside, flush to the disk, rename: a crash leaves the old file or the new one, never half."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as stream:
-        torch.save(dict(checkpoint), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
+    """A crash leaves the old file or the new one, never half."""
+    write_whole(path, lambda stream: torch.save(dict(checkpoint), stream))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     """Read a checkpoint, or a bare state dict, onto the CPU without running any code in it.
+
+    Args:
+        path: of the file.
+        tensors: False leaves the tensors on the disk until their values are looked at: what stands
+            beside them is read in milliseconds, whatever the size. Files of torch before 1.6 have no such way.
 
     Returns:
         The checkpoint's entries; a bare state dict comes back as {'state_dict': ...}.
@@ -40,11 +42,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
-        listed = f"; {path.parent} has {', '.join(beside)}" if beside else ""
-        raise CheckpointError(f"no checkpoint at {path}{listed}")
+        beside = listed(path.parent)
+        raise CheckpointError(f"no checkpoint at {path}{f'; {beside}' if beside else ''}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = not tensors and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a file that is none
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why_unreadable(path, error)}") from error
     if not isinstance(content, Mapping):
@@ -59,6 +61,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def progress(path: Path) -> tuple[int, int]:
+    """How far a checkpoint got: finished epochs, and steps of the next. Raises CheckpointError."""
+    content = read_checkpoint(path, tensors=False)
+    return position(content, path)
+
+
+def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """Finished epochs, and steps of the next; of a bare state dict the number in its name, else 0."""
+    number = re.search(r"(\d+)", Path(path).name)
+    epoch = content["epoch"] if "epoch" in content else int(number[1]) if number else 0
+    return int(epoch), int(content.get("step", 0))
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
     """torch's own messages speak of its readers; the file's first bytes tell the cause."""
     with open(path, "rb") as stream:
@@ -68,6 +83,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
         return "it holds other objects than tensors and plain values, and none of them are loaded from a file"
     return "it is cut short or damaged; copy it again, or go on from an earlier one"
+
+
+# ============================================================ keys and shapes
 
 
 def strip_module(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,6 +117,95 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pat
     if extra is not None:
         raise CheckpointError(f"{source} has {extra} of shape {tuple(state[extra].shape)}, which the model lacks")
     model.load_state_dict(state, strict=True)
+
+
+# ============================================================ a run's state
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state as published: which implementation runs is this machine's matter."""
+    state = optimizer.state_dict()
+    groups = [{**group, "foreach": None, "fused": None} for group in state["param_groups"]]
+    return {"state": state["state"], "param_groups": groups}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: Path) -> None:
+    """Load momentum buffers and the group; keep this process's implementation. Raises CheckpointError."""
+    implementation = {name: optimizer.param_groups[0][name] for name in ("foreach", "fused")}
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: its optimizer state is of another model ({error})") from error
+    optimizer.param_groups[0].update(implementation)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint tells beside the tensors that it has filled."""
+
+    epoch: int  # finished
+    step: int  # of the epoch under way
+    totals: torch.Tensor | None  # sums over these steps of the meters' figures
+    config: dict[str, Any]  # the settings that it was trained with
+
+
+class TrainingState:
+    """All that a run needs to go on as if it had not stopped: weights, queue, optimiser, random streams, position.
+
+    Args:
+        model: DrasCLR itself, not wrapped.
+        optimizer: of its parameters.
+        device: where both are.
+        arch: a name that the published format keeps.
+        settings: kept in the checkpoint, to tell what a resumed run changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        arch: str,
+        settings: Mapping[str, Any],
+    ):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.arch, self.settings = arch, dict(settings)
+
+    def save(self, path: Path, epoch: int, step: int = 0, totals: torch.Tensor | None = None) -> None:
+        """Write the state after ``epoch`` finished epochs and ``step`` steps of the next."""
+        checkpoint = {
+            "epoch": epoch,
+            "arch": self.arch,
+            "state_dict": add_module(self.model.state_dict()),
+            "optimizer": optimizer_state(self.optimizer),
+            "step": step,
+            "totals": torch.zeros(0, dtype=torch.float64) if totals is None else totals,
+            "rng_state": torch.get_rng_state(),
+            "config": self.settings,
+        }
+        if self.device.type == "cuda":
+            checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(self.device)
+        save_checkpoint(path, checkpoint)
+
+    def restore(self, path: Path) -> Restored:
+        """Read a state back; one of weights alone leaves the rest as it is.
+
+        Raises:
+            CheckpointError: unreadable, or of another model.
+        """
+        content = read_checkpoint(path)
+        load_strict(self.model, strip_module(content["state_dict"]), path)
+        if "optimizer" in content:
+            load_optimizer(self.optimizer, content["optimizer"], path)
+        if "rng_state" in content:
+            torch.set_rng_state(content["rng_state"])
+            if self.device.type == "cuda" and "cuda_rng_state" in content:
+                torch.cuda.set_rng_state(content["cuda_rng_state"], self.device)
+        epoch, step = int(content.get("epoch", 0)), int(content.get("step", 0))
+        totals = content.get("totals")
+        return Restored(epoch, step, totals if step else None, content.get("config") or {})
+
+
+# ============================================================ the encoder alone
 
 
 def query_encoder_state(content: Mapping[str, Any], source: Path | str) -> dict[str, torch.Tensor]:

@@ -6,12 +6,11 @@ Module names, and so the keys of a state dict, are the published checkpoint's.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.condconv3d import CondConv3D
-from models.norm_elu import norm_elu
-
-PATCH_SIZE = 32  # voxels; five halvings take it to 1, so that h has rep_dim numbers
+from models.cpu.norm_elu import norm_elu_training
 
 # The last layers leave 8, 8 and 1 voxels of a patch, and BatchNorm stretches what little differs
 # between so few values. Rounded to bfloat16 they can be equal, and a variance of 0 multiplies the
@@ -23,6 +22,31 @@ FLOAT32_LAYERS = 3
 def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordinates: int, stride: int = 1):
     """3 x 3 x 3 conditional convolution with padding 1."""
     return CondConv3D(in_channels, out_channels, 3, num_experts, num_coordinates, stride=stride, padding=1)
+
+
+def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
+    """elu(norm(x)) for x (B, C, D, H, W); updates the running statistics as ``norm`` would."""
+    if norm.training and torch.compiler.is_compiling():
+        return _norm_elu_compiled(norm, x)
+    fast = norm_elu_training(norm, x)
+    # In place: the backward pass of neither needs the value in between.
+    return F.elu(norm(x), inplace=True) if fast is None else fast
+
+
+def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
+    """For torch.compile, whose graphs keep the statistics that they were given for the backward pass.
+
+    Patches and neighbours go through a layer one after the other, so those of the first pass would
+    have changed by then. Here the layer gets none, and they are updated beside it.
+    """
+    y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+    with torch.no_grad():
+        count = x.numel() // x.shape[1]
+        variance = inverse.detach() ** -2 - norm.eps  # (C,)
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.detach(), norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return F.elu(y)
 
 
 class Block(nn.Module):

@@ -1,8 +1,6 @@
 """The encoder frozen at one location, for inference: every convolution dense, every BatchNorm folded in."""
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -10,16 +8,11 @@ import torch.nn.functional as F
 
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
-from models.first_layers import first_layers
-from models.fused import conv_elu
-from models.norm_elu import elu_
+from models.cpu.fused import conv_elu
+from models.cpu.norm_elu import elu_
+from models.cpu.pieces import PIECE, encode_in_pieces
 
-TOGETHER = 8  # locations to freeze at a time: 33 MB of float32 kernels at the published sizes
-# Patches encoded at a time on the CPU, in one pass a layer; a rest smaller than that takes two. One number, because
-# oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
-PIECE = 32
-FEW_THREADS = 2  # for a piece: with more of them the library's first layers are faster than ours, which take one
-
+LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -27,8 +20,8 @@ Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 class Layer(NamedTuple):
     """A convolution and the ELU after it."""
 
-    kernel: torch.Tensor
-    bias: torch.Tensor
+    kernel: torch.Tensor  # (out, in, 3, 3, 3)
+    bias: torch.Tensor  # (out,)
     stride: tuple[int, int, int]
     padding: tuple[int, int, int]
 
@@ -46,44 +39,26 @@ class FrozenEncoder:
 
     def __init__(self, layers: list[Layer]):
         self._layers = layers
-        first, second = layers[:2]
-        self._first_two = first_layers((first.kernel, second.kernel), (first.bias, second.bias))
 
     def __call__(self, x: torch.Tensor, prepare: Prepare = torch.Tensor.to) -> torch.Tensor:
         """(B, 1, 32, 32, 32), intensities in [-1, 1] -> h (B, rep_dim) float32.
 
         ``prepare(x, dtype)`` makes such a tensor of each piece of the batch, where ``x`` is none yet.
         """
-        if x.device.type != "cpu" or len(x) <= PIECE:
-            return self._encode(x, prepare)
-        pieces, cores = x.split(PIECE), torch.get_num_threads()
-        threads = min(cores, len(pieces))
-        encode = functools.partial(self._encode, prepare=prepare)
-        made = map(encode, pieces) if threads == 1 else _pool(threads, cores // threads).map(encode, pieces)
-        return torch.cat(list(made))
+        encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare), x)  # (B, rep_dim)
+        return self._encode(x, prepare) if encoded is None else encoded
 
     @torch.no_grad()
     def _encode(self, x: torch.Tensor, prepare: Prepare) -> torch.Tensor:
-        x = prepare(x, self._layers[0].kernel.dtype).contiguous(memory_format=torch.channels_last_3d)
+        x = prepare(x, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         one_pass = x.device.type == "cpu" and len(x) == PIECE
-        layers = self._layers
-        if self._first_two and torch.get_num_threads() <= FEW_THREADS:
-            x, layers = self._first_two(x), layers[2:]
-        for kernel, bias, stride, padding in layers:
+        for kernel, bias, stride, padding in self._layers:
             if one_pass:
-                x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)
+                x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)
             else:
-                x = elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))
-        return x.flatten(1).float()
-
-
-@functools.lru_cache(maxsize=2)  # for full batches and the last one
-def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
-    """Threads with some cores each: pieces side by side, which never wait for each other within a layer.
-
-    Measured on 2 cores, 64 patches in bf16: 49 ms one piece after the other on both, 45 ms so.
-    """
-    return ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(cores,))
+                x = elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
+        return x.flatten(1).float()  # (B, rep_dim)
 
 
 @torch.no_grad()
@@ -97,10 +72,10 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
     """
     layers: list[list[Layer]] = [[] for _ in locs]
     for conv, norm in encoder.layers():
-        factor = (norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)).float()
-        bias = ((conv.bias - norm.running_mean) * factor + norm.bias).to(dtype)
-        for mine, kernel in zip(layers, conv.mix_kernels(locs)):
-            kernel = (kernel * factor[:, None, None, None, None]).to(dtype)
+        factor = (norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)).float()  # (out,)
+        bias = ((conv.bias - norm.running_mean) * factor + norm.bias).to(dtype)  # (out,)
+        for of_location, kernel in zip(layers, conv.mix_kernels(locs)):
+            kernel = (kernel * factor[:, None, None, None, None]).to(dtype)  # (out, in, 3, 3, 3)
             kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
-            mine.append(Layer(kernel, bias, conv.stride, conv.padding))
-    return [FrozenEncoder(mine) for mine in layers]
+            of_location.append(Layer(kernel, bias, conv.stride, conv.padding))
+    return [FrozenEncoder(of_location) for of_location in layers]

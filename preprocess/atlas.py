@@ -1,13 +1,33 @@
-"""The atlas and the transforms from it, which steps 3 and 4 share."""
+"""The atlas: its lung mask, and transforms from it."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from preprocess.scan import EarlierFailure, ScanError, read_atlas_mask
+from preprocess.scan import EarlierFailure, ScanError, read_mask
+
+
+def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
+    """The atlas's lung mask: 0 outside, 50 right lung, 100 left lung.
+
+    Raises:
+        ScanError: it has other labels or lacks one of the two.
+    """
+    try:
+        mask = read_mask(path)
+    except ScanError as error:
+        raise ScanError(f"--atlas-mask: {error}") from error
+    labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
+    if labels != [0, 50, 100]:
+        raise ScanError(
+            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left); "
+            "preprocess/make_atlas_mask.py makes one of a scan's lung mask"
+        )
+    return mask
 
 
 @lru_cache(maxsize=1)

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.layout import StoreError, StoreLayout, load_locations, to_hu, write_aside
+from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
-from preprocess.subjects import one_line_errors, script_main
+from misc.command import Parser, run
+from misc.files import array_header, write_text
+from misc.progress import progress_bar
+from preprocess.subjects import add_progress, add_store
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
 
@@ -81,106 +83,115 @@ def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
     return digest.hexdigest()
 
 
-def is_done(layout: StoreLayout, state_file: Path, key: str, sids: list[str], count: int, size: int) -> bool:
-    """Whether the grouped files are there, whole, and of these subjects."""
-    if not (state_file.is_file() and layout.subjects.is_file()):
-        return False
-    if (
-        json.loads(state_file.read_text()).get("key") != key
-        or read_table(layout.subjects, file_names=False)["sid"].tolist() != sids
-    ):
-        return False
-    files = [layout.grouped(index) for index in range(count)]
-    return all(file.is_file() and file.stat().st_size == size for file in files)
+class Grouping:
+    """The grouped files of some subjects, and how far they came.
+
+    Args:
+        layout: the store's.
+        sids: rows of the grouped files, in order.
+        shape: of one patch.
+        count: locations.
+    """
+
+    def __init__(self, layout: StoreLayout, sids: list[str], shape: tuple[int, ...], count: int):
+        self.layout, self.sids, self.count = layout, sids, count
+        self.key = fingerprint(layout, sids)
+        self.header = array_header((len(sids), *shape), np.dtype(np.int16))
+        self.patch_bytes = int(np.prod(shape)) * 2
+        self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
+        self.done_file = layout.grouped_dir / "grouped.json"
+        self.state_file = layout.grouping / "state.json"
+
+    def is_done(self) -> bool:
+        """Whether the grouped files are there, whole, and of these subjects."""
+        if not (self.done_file.is_file() and self.layout.subjects.is_file()):
+            return False
+        if json.loads(self.done_file.read_text()).get("key") != self.key:
+            return False
+        if read_table(self.layout.subjects, file_names=False)["sid"].tolist() != self.sids:
+            return False
+        files = [self.layout.grouped(index) for index in range(self.count)]
+        return all(file.is_file() and file.stat().st_size == self.file_bytes for file in files)
+
+    def aside(self, index: int) -> Path:
+        """Where a location's file is written before it gets its name."""
+        return self.layout.grouping / self.layout.grouped(index).name
+
+    def begin(self) -> int:
+        """Subjects that a stopped run has written; 0 after making the files anew. Raises StoreError: no room."""
+        if self.state_file.is_file():
+            state = json.loads(self.state_file.read_text())
+            if state["key"] == self.key and state["rows"]:
+                return state["rows"]
+        shutil.rmtree(self.layout.grouping, ignore_errors=True)
+        free, needed = shutil.disk_usage(self.layout.root).free, self.file_bytes * self.count
+        if needed > free:
+            raise StoreError(
+                f"{len(self.sids)} subjects at {self.count} locations need {needed / 1e9:.1f} GB, but "
+                f"{self.layout.root} has {free / 1e9:.1f} GB free"
+            )
+        self.layout.grouping.mkdir(parents=True)
+        for index in range(self.count):
+            self.aside(index).write_bytes(self.header)
+        _note(self.state_file, {"key": self.key, "rows": 0})
+        return 0
+
+    def write(self, row: int) -> int:
+        """Write some more subjects from row ``row`` on; how many."""
+        sids = self.sids[row : row + max(1, CHUNK_BYTES // (self.patch_bytes * self.count))]
+        patches = np.stack([load_patches(self.layout.patch(sid)) for sid in sids], axis=1)  # (L, n, z, y, x)
+        for index in range(self.count):
+            with open(self.aside(index), "r+b") as stream:
+                stream.seek(len(self.header) + row * self.patch_bytes)
+                stream.write(np.ascontiguousarray(patches[index]).data)
+        _note(self.state_file, {"key": self.key, "rows": row + len(sids)})
+        return len(sids)
+
+    def finish(self) -> None:
+        """Give the files their names. The table of rows goes first and comes back last: between, the store
+        reads as incomplete."""
+        self.layout.subjects.unlink(missing_ok=True)
+        self.done_file.unlink(missing_ok=True)
+        for index in range(self.count):
+            with contextlib.suppress(FileNotFoundError):  # moved already, by a run that was stopped here
+                os.replace(self.aside(index), self.layout.grouped(index))
+        write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
+        _note(self.done_file, {"key": self.key})
+        shutil.rmtree(self.layout.grouping)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(parser)
-    parser.add_argument("--root-dir", required=True, help="the patch store")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
-    args = parser.parse_args()
-
+def group_all(args: argparse.Namespace) -> int:
+    """The step, by its flags; its exit status."""
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
     sids, shape = usable_subjects(layout, count)
-    dtype = np.dtype(np.int16)
-    key = fingerprint(layout, sids)
-    header = _header((len(sids), *shape), dtype)
-    patch_bytes = int(np.prod(shape)) * dtype.itemsize
-    file_bytes = len(header) + len(sids) * patch_bytes
-    done_file = layout.grouped_dir / "grouped.json"
-    if is_done(layout, done_file, key, sids, count, file_bytes):
-        print(f"group_patches: done already, {len(sids)} subjects at {count} locations; {layout.grouped_dir}")
+    grouping = Grouping(layout, sids, shape, count)
+    found = f"{len(sids)} subjects at {count} locations"
+    if grouping.is_done():
+        print(f"group_patches: done already, {found}; {layout.grouped_dir}")
         return 0
-
-    # Written in a folder beside the final names, with a note of how far it came.
-    aside = layout.grouping
-    state_file = aside / "state.json"
-    row = 0
-    if state_file.is_file():
-        state = json.loads(state_file.read_text())
-        row = state["rows"] if state["key"] == key else 0
-    if row == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(layout.root).free
-        if file_bytes * count > free:
-            raise StoreError(
-                f"{len(sids)} subjects at {count} locations need {file_bytes * count / 1e9:.1f} GB, but "
-                f"{layout.root} has "
-                f"{free / 1e9:.1f} GB free"
-            )
-        aside.mkdir(parents=True)
-        for index in range(count):
-            (aside / layout.grouped(index).name).write_bytes(header)
-        _note(state_file, {"key": key, "rows": 0})
-
-    chunk = max(1, CHUNK_BYTES // (patch_bytes * count))
-    bar = tqdm(
-        total=len(sids), initial=row, desc="group_patches", unit="subject", disable=True if args.no_progress else None
-    )
+    row = grouping.begin()
+    bar = progress_bar(args.no_progress, total=len(sids), initial=row, desc="group_patches", unit="subject")
     with bar:
         while row < len(sids):
-            some = sids[row : row + chunk]
-            patches = np.stack([load_patches(layout.patch(sid)) for sid in some], axis=1)  # (L, n, z, y, x)
-            for index in range(count):
-                with open(aside / layout.grouped(index).name, "r+b") as stream:
-                    stream.seek(len(header) + row * patch_bytes)
-                    stream.write(np.ascontiguousarray(patches[index]).data)
-            row += len(some)
-            _note(state_file, {"key": key, "rows": row})
-            bar.update(len(some))
-
-    # The table of rows goes first and comes back last: between, the store reads as incomplete.
-    layout.subjects.unlink(missing_ok=True)
-    done_file.unlink(missing_ok=True)
-    for index in range(count):
-        with contextlib.suppress(FileNotFoundError):  # moved already, by a run that was stopped here
-            os.replace(aside / layout.grouped(index).name, layout.grouped(index))
-    table = pd.DataFrame({"sid": sids}).to_csv(index=False, lineterminator="\n")
-    write_aside(layout.subjects, lambda stream: stream.write(table.encode()))
-    _note(done_file, {"key": key})
-    shutil.rmtree(aside)
-    print(
-        f"group_patches: {len(sids)} subjects at {count} locations, {file_bytes * count / 1e9:.2f} GB; "
-        f"{layout.grouped_dir}"
-    )
+            written = grouping.write(row)
+            row += written
+            bar.update(written)
+    grouping.finish()
+    print(f"group_patches: {found}, {grouping.file_bytes * count / 1e9:.2f} GB; {layout.grouped_dir}")
     return 0
 
 
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    import io
-
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return stream.getvalue()
-
-
 def _note(path: Path, content: dict) -> None:
-    write_aside(path, lambda stream: stream.write(json.dumps(content).encode()))
+    write_text(path, json.dumps(content))
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    add_store(parser)
+    add_progress(parser)
+    return group_all(parser.parse_args())
 
 
 if __name__ == "__main__":
-    script_main(main)
+    run(main)

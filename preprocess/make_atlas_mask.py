@@ -8,7 +8,6 @@ Take the deep inspiration of a chest without deformity, and look at the mask fir
 and left lung, as step 2 writes them) become 50 and 100; a mask that has 50 and 100 is only resampled.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError
-from preprocess.scan import ISO_SPACING, ScanError, read_mask, write_image
-from preprocess.subjects import one_line_errors, script_main
+from misc.command import Parser, run
+from preprocess.geometry import ISO_SPACING, write_image
+from preprocess.scan import ScanError, read_mask
 
 
 def atlas_of(mask: sitk.Image) -> sitk.Image:
@@ -38,8 +38,7 @@ def atlas_of(mask: sitk.Image) -> sitk.Image:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(parser)
+    parser = Parser(__doc__)
     parser.add_argument("--lung-mask", required=True, help="lung mask of one scan, at any spacing")
     parser.add_argument("--output", required=True, help="where the atlas's mask goes, a .nii.gz; never overwritten")
     args = parser.parse_args()
@@ -59,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    script_main(main)
+    run(main)

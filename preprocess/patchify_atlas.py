@@ -20,9 +20,12 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.layout import StoreError, StoreLayout, load_locations, save_array
-from preprocess.scan import ISO_SPACING, read_atlas_mask
-from preprocess.subjects import one_line_errors, script_main
+from data.layout import StoreError, StoreLayout, load_locations
+from misc.command import Parser, at_least, run
+from misc.files import save_array
+from preprocess.atlas import load_atlas
+from preprocess.geometry import ISO_SPACING
+from preprocess.subjects import add_atlas, add_patch_size, add_store
 
 MAX_PATCHES = 1000  # with as many or more, the threshold rises
 
@@ -79,29 +82,9 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(parser)
-    parser.add_argument("--atlas-mask", required=True, help="atlas lung mask at 1 mm: 50 right lung, 100 left lung")
-    parser.add_argument("--root-dir", required=True, help="the patch store, made where it is missing")
-    parser.add_argument(
-        "--patch-size", type=int, default=32, help="voxels; the encoder takes 32 only, leave it (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--step-size",
-        type=int,
-        default=26,
-        help="voxels between corners; smaller gives more patches (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--atlas-patch-loc", help="adopt this table of corners; needed with the published weights (default: make one)"
-    )
-    args = parser.parse_args()
-    for flag, value in (("--patch-size", args.patch_size), ("--step-size", args.step_size)):
-        if value < 1:
-            raise StoreError(f"{flag} {value}: at least 1 voxel")
-
-    mask = read_atlas_mask(args.atlas_mask)
+def lay_locations(args: argparse.Namespace) -> int:
+    """The step, by its flags; its exit status."""
+    mask = load_atlas(args.atlas_mask)
     size = mask.GetSize()
     if not np.allclose(mask.GetSpacing(), ISO_SPACING, atol=1e-3):
         spacing = " x ".join(f"{own:.3g}" for own in mask.GetSpacing())
@@ -130,11 +113,27 @@ def main() -> int:
         print(f"patchify_atlas: {target} is there already, {len(table)} locations")
         return 0
     save_array(target, table)
-    centre = table + args.patch_size // 2
-    inside = lung[tuple(centre.T)].mean()
+    inside = lung[tuple((table + args.patch_size // 2).T)].mean()
     print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas's lungs; {target}")
     return 0
 
 
+def add_locations(parser: Parser) -> None:
+    """Flags of this step alone."""
+    text = "voxels between corners; smaller gives more patches"
+    parser.add_argument("--step-size", type=at_least(int, 1), default=26, help=text)
+    text = "adopt this table of corners; needed with the published weights (default: make one)"
+    parser.add_argument("--atlas-patch-loc", help=text)
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    add_atlas(parser)
+    add_store(parser)
+    add_patch_size(parser)
+    add_locations(parser)
+    return lay_locations(parser.parse_args())
+
+
 if __name__ == "__main__":
-    script_main(main)
+    run(main)

@@ -1,6 +1,6 @@
-"""Chest CT scans: read, checked, oriented, resampled. SimpleITK throughout, so axes are (x, y, z).
+"""Chest CT scans: read and checked. SimpleITK throughout, so axes are (x, y, z).
 
-Every image here is in Hounsfield units (HU) and millimetres, and keeps its physical coordinates
+Every image is in Hounsfield units (HU) and millimetres, and keeps its physical coordinates
 (LPS: x to the patient's left, y to the back, z to the head) through each step.
 """
 
@@ -8,7 +8,6 @@ import contextlib
 import gzip
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from misc.command import UserError
+
 AIR = -1024  # HU; what lies outside a scan
-ISO_SPACING = 1.0  # mm
 MIN_EXTENT = 50.0  # mm along each axis
-PADDING = 60  # voxels of air around the resampled scan, as published
 MAX_HU = 32767
 AIR_BELOW = -850  # HU; air is -1000 and a good part of a lung below this, but not where values are halved or shifted
 PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones noise around air
 
 
-class ScanError(ValueError):
+class ScanError(UserError):
     """One subject's scan, mask or transform cannot be used; the message says why."""
 
 
@@ -218,40 +217,6 @@ def read_scan(path: str | os.PathLike) -> sitk.Image:
     return check_hounsfield(read_image(path), path)
 
 
-def orientation_of(image: sitk.Image) -> str:
-    """Three letters, where each index axis points, such as LPS or LAS."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-
-
-def orient(image: sitk.Image, orientation: str) -> sitk.Image:
-    """Permute and flip index axes to ``orientation``; every voxel keeps its physical place.
-
-    A patch is cut along index axes from its lowest corner, so they must point the atlas's way.
-    """
-    return image if orientation_of(image) == orientation else sitk.DICOMOrient(image, orientation)
-
-
-def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Cubic B-spline to 1 mm on the image's own axes and origin; outside it -1024.
-
-    The size, floor(nx sx), floor(ny sy), floor((nz - 1) sz), is the published code's.
-    """
-    size, spacing = image.GetSize(), image.GetSpacing()
-    resample = sitk.ResampleImageFilter()
-    resample.SetInterpolator(sitk.sitkBSpline)
-    resample.SetDefaultPixelValue(AIR)
-    resample.SetOutputSpacing([ISO_SPACING] * 3)
-    resample.SetOutputOrigin(image.GetOrigin())
-    resample.SetOutputDirection(image.GetDirection())
-    resample.SetSize([int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])])
-    return resample.Execute(image)
-
-
-def pad(image: sitk.Image) -> sitk.Image:
-    """60 voxels of -1024 on every side; index 0 moves, physical places do not."""
-    return sitk.ConstantPad(image, [PADDING] * 3, [PADDING] * 3, AIR)
-
-
 def read_mask(path: str | os.PathLike) -> sitk.Image:
     """A label volume as uint8. Raises ScanError."""
     image = read_image(path)
@@ -259,34 +224,6 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
     if labels.min() < 0 or labels.max() > 255:
         raise ScanError(f"{path} has values from {labels.min()} to {labels.max()}; a mask has small whole labels")
     return sitk.Cast(image, sitk.sitkUInt8)
-
-
-def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
-    """The atlas's lung mask: 0 outside, 50 right lung, 100 left lung.
-
-    Raises:
-        ScanError: it has other labels or lacks one of the two.
-    """
-    try:
-        mask = read_mask(path)
-    except ScanError as error:
-        raise ScanError(f"--atlas-mask: {error}") from error
-    labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
-    if labels != [0, 50, 100]:
-        raise ScanError(
-            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left); "
-            "preprocess/make_atlas_mask.py makes one of a scan's lung mask"
-        )
-    return mask
-
-
-def write_image(image: sitk.Image, path: Path) -> None:
-    """Write aside in the same folder, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as aside:
-        name = os.path.join(aside, path.name)
-        sitk.WriteImage(image, name, useCompression=True)
-        os.replace(name, path)
 
 
 def limit_threads(threads: int) -> None:

@@ -10,7 +10,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from preprocess.scan import AIR, ScanError, orient
+from preprocess.geometry import orient
+from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above

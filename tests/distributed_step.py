@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import distributed
+from misc import process
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 
@@ -29,7 +29,7 @@ def main(rank, world, folder, mode):
     torch.manual_seed(1000 + rank)  # ranks start different: the wrapper must make them equal
     bare = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
     bare.load_state_dict(torch.load(f"{folder}/start.pt", weights_only=True) if rank == 0 else bare.state_dict())
-    model = distributed.data_parallel(bare, torch.device("cpu"))
+    model = process.data_parallel(bare, torch.device("cpu"))
     model.train(mode != "eval")
     share = TOTAL // world
     mine = slice(rank * share, (rank + 1) * share)
@@ -50,7 +50,7 @@ def main(rank, world, folder, mode):
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in bare.named_parameters() if p.grad is not None}
         optimizer.step()
-        losses.append(distributed.all_reduce_mean(loss.detach().clone()).item())
+        losses.append(process.all_reduce_mean(loss.detach().clone()).item())
     torch.save(
         {"losses": losses, "gradients": gradients, "state": bare.state_dict(), "encoded": encoded},
         f"{folder}/rank{rank}.pt",

@@ -14,8 +14,10 @@ import torch
 import extract_feature
 from data.locations import normalize_locations
 from data.store import PatchStore
+from misc.command import run as run_command
+from misc.experiment import Experiment
 from models.builder import DrasCLR
-from models.checkpoint import add_module, save_checkpoint
+from models.checkpoint import add_module, position, save_checkpoint
 from models.cnn3d import Encoder
 
 
@@ -80,7 +82,8 @@ def test_features_are_the_encoders(tmp_path, make_store, grid, run, rel, grouped
 
 
 def extract(*flags):
-    extract_feature.extract(extract_feature.parse_arguments([str(flag) for flag in flags]))
+    args = extract_feature.parse_arguments([str(flag) for flag in flags])
+    extract_feature.extract(args, torch.device("cpu"))
 
 
 def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, make_store, grid, run_here):
@@ -102,7 +105,7 @@ def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, ma
 @pytest.mark.parametrize("grouped", [True, False])
 def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monkeypatch, rel, grouped):
     """Six locations in blocks of four: the last block is another, and short."""
-    monkeypatch.setattr(extract_feature, "TOGETHER", 4)
+    monkeypatch.setattr(extract_feature, "LOCATIONS_AT_ONCE", 4)
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
@@ -120,14 +123,16 @@ def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys
     monkeypatch.setattr(extract_feature, "encode", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert extract_feature.main() == 130
+        with pytest.raises(SystemExit) as left:
+            run_command(extract_feature.main)
+        assert left.value.code == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "stopped; start again to go on\n"
 
 
 def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
-    monkeypatch.setattr(extract_feature, "TOGETHER", 4)  # it stops within a block
+    monkeypatch.setattr(extract_feature, "LOCATIONS_AT_ONCE", 4)  # it stops within a block
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (
@@ -223,10 +228,12 @@ def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
 
 
 def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
-    out = extract_feature.default_out_dir
-    assert out(tmp_path, {"epoch": 3}, tmp_path / "x") == tmp_path / "patch_rep" / "0003"
-    assert out(tmp_path, {"epoch": 3, "step": 0}, tmp_path / "x") == tmp_path / "patch_rep" / "0003"
-    assert out(tmp_path, {"epoch": 3, "step": 12}, tmp_path / "x") == tmp_path / "patch_rep" / "0003_step12"
+    def out(content):
+        return Experiment(tmp_path).features(*position(content, tmp_path / "x"))
+
+    assert out({"epoch": 3}) == tmp_path / "patch_rep" / "0003"
+    assert out({"epoch": 3, "step": 0}) == tmp_path / "patch_rep" / "0003"
+    assert out({"epoch": 3, "step": 12}) == tmp_path / "patch_rep" / "0003_step12"
 
 
 def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
@@ -268,7 +275,7 @@ def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
     result = run_here("extract_feature.py", "--exp-name=mine", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
     assert result.returncode == 2 and "ssl_exp/mine is: here it is the folder" in result.stderr
     monkeypatch.chdir(tmp_path)  # a path is a checkpoint whatever --exp-name is
-    assert extract_feature.find_checkpoint(Path("mine"), "e/good.pth.tar") == Path("e/good.pth.tar")
+    assert Experiment("mine").find_checkpoint("e/good.pth.tar") == Path("e/good.pth.tar")
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
     result = run_here("extract_feature.py", *flags, cwd=tmp_path)
     assert result.returncode == 2 and "table.csv" in result.stderr and "Traceback" not in result.stderr

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-import train
 from data.augment import Augmentation
 from data.dataset import PatchBatch
+from data.views import step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.frozen import freeze
+from models.step import LocationTable, compute_losses, descend, make_optimizer
 
 from .conftest import calibrate
 
@@ -78,20 +79,18 @@ def test_features_are_the_cpus(gpu):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_step_does_not_wait_for_the_device(gpu, amp):
-    args = train.parse_arguments(["--root-dir", "x", "--exp-name", "x", "--batch-size", "6", "--moco-k", "12"])
-    args.amp = amp
     model = build().to(gpu)
-    optimizer = train.make_optimizer(model, args)
+    optimizer = make_optimizer(model, 0.01, 0.9, 1e-4)
     locations = (torch.rand(L, 3) * 2 - 1).to(gpu)
     neighbors = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]])
+    table = LocationTable(locations, locations[neighbors.to(gpu)])
     try:
         for step in range(4):
             batch = draw_batch(step)
             batch = batch._replace(patches=batch.patches.pin_memory(), neighbors=batch.neighbors.pin_memory())
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps set up
-            loss, _ = train.compute_losses(model, batch, locations, neighbors, Augmentation("agcf"), args)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            views = step_views(batch, Augmentation("agcf"), 0, 0, gpu)
+            loss, _ = compute_losses(model, batch.location, views, table, 1.0, amp == "bf16")
+            descend(optimizer, loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")

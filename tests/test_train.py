@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.augment import Augmentation, make_views, step_generators
+from data.augment import Augmentation
 from data.dataset import PatchBatch, PatchDataset
 from data.locations import neighbor_table, normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
+from data.views import make_views, step_generators, step_views
+from misc.experiment import UNFINISHED
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
+from models.step import FIGURES, LocationTable, compute_losses, make_optimizer
+from tools.timing.measure import has_fast_bf16
 
 from .conftest import ROOT
 
@@ -88,7 +92,9 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     batch = PatchBatch(epoch, 4, 1, patches[:, 0], patches[:, 1:])
     table, near = torch.from_numpy(normalize_locations(grid)), torch.from_numpy(neighbor_table(grid, 2))
     augmentation = Augmentation("agc")
-    loss, figures = train.compute_losses(model, batch, table, near, augmentation, args)
+    places = LocationTable.of(normalize_locations(grid), neighbor_table(grid, 2), torch.device("cpu"))
+    views = step_views(batch, augmentation, args.seed, 0, torch.device("cpu"))
+    loss, figures = compute_losses(model, 4, views, places, args.beta if epoch >= args.warm_up else 0.0)
 
     generators = step_generators(0, epoch, 4, 1, 0, torch.device("cpu"))
     query, key, around = make_views(batch.patches, batch.neighbors, augmentation, generators)
@@ -165,7 +171,7 @@ def test_curves_are_there(trained):
         event = Event.FromString(data[offset + 12 : offset + 12 + length])
         tags |= {value.tag for value in event.summary.value}
         offset += 12 + length + 4
-    assert {f"train/{name}" for name in (*train.METERS, "lr", "samples_per_s")} <= tags
+    assert {f"train/{name}" for name in (*FIGURES, "lr", "samples_per_s")} <= tags
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -228,7 +234,7 @@ def test_a_resumed_run_is_the_run(trained, store, run, tmp_path):
 def stop_at(line, number, *flags, cwd, launcher=()):
     """Start train.py, send a signal when it prints a line: exit status, the output after it, seconds to the end."""
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, flags)]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     for printed in process.stdout:
         if line in printed:
             break
@@ -238,22 +244,24 @@ def stop_at(line, number, *flags, cwd, launcher=()):
     return process.returncode, rest, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)
     status, rest, _ = stop_at("epoch 1 [3/12]", signal.SIGTERM, *flags, cwd=tmp_path)
     assert status == 128 + signal.SIGTERM, rest
     assert "stopped by SIGTERM; saved" in rest
     folder = tmp_path / "ssl_exp" / "a"
-    assert torch.load(folder / train.UNFINISHED, weights_only=True)["step"] in range(3, 12)
+    assert torch.load(folder / UNFINISHED, weights_only=True)["step"] in range(3, 12)
     result = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
     assert "0 epochs done and" in result.stdout
     done = trained[0] / "ssl_exp" / "a"
     same_checkpoint(done / "checkpoint_patch_0001.pth.tar", folder / "checkpoint_patch_0001.pth.tar")
     same_checkpoint(done / "checkpoint_patch_0002.pth.tar", folder / "checkpoint_patch_0002.pth.tar")
-    assert not (folder / train.UNFINISHED).exists()
+    assert not (folder / UNFINISHED).exists()
     assert lines(folder, "epoch")[0]["loss"] == pytest.approx(lines(done, "epoch")[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
     done = trained[0] / "ssl_exp" / "a"
     run(
@@ -321,10 +329,11 @@ def test_refusals_are_one_line(trained, store, run_here, tmp_path, flags, messag
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "ssl_exp").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_never_share_an_experiment(store, run, tmp_path):
     flags = ("--root-dir", store, "--exp-name", "s", "--epochs", 5000, "--print-freq", 1, *SMALL)
     command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
-    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     try:
         assert any("epoch 1 [1/12]" in line for line in first.stdout)
         before = (tmp_path / "ssl_exp" / "s" / "configs.json").read_bytes()
@@ -365,6 +374,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_stops_quickly_without_workers_left(store, tmp_path):
     """SIGINT from a terminal, while reading processes run."""
     flags = ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
@@ -372,6 +382,7 @@ def test_stops_quickly_without_workers_left(store, tmp_path):
     assert status == 128 + signal.SIGINT and "--resume auto" in rest and seconds < 30
 
 
+@pytest.mark.slow
 def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_path):
     for name in ("a", "c"):
         (tmp_path / "ssl_exp" / name).mkdir(parents=True)
@@ -391,6 +402,7 @@ def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_p
     same_checkpoint(kept, folder / "checkpoint_patch_0002.pth.tar")
 
 
+@pytest.mark.slow
 def test_an_unfinished_epoch_of_other_steps_is_refused(trained, store, run, tmp_path):
     content = torch.load(trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar", weights_only=True)
     content["step"] = 9
@@ -415,7 +427,7 @@ def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
     status, rest, seconds = stop_at(line, signal.SIGTERM, *flags, cwd=tmp_path, launcher=launcher)
     assert "stopped by SIGTERM; saved" in rest, rest
     assert "Traceback" not in rest and status == 128 + signal.SIGTERM and seconds < 30, rest
-    assert torch.load(tmp_path / "ssl_exp" / "t" / train.UNFINISHED, weights_only=True)["step"] >= 3
+    assert torch.load(tmp_path / "ssl_exp" / "t" / UNFINISHED, weights_only=True)["step"] >= 3
 
 
 @pytest.mark.slow
@@ -427,22 +439,22 @@ def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path):
     """
     patches = PatchStore(cohort[1])
     batch, count = patches.num_subjects, patches.num_locations
-    args = {amp: arguments("--batch-size", batch, "--moco-k", 4 * batch, "--amp", amp) for amp in ("off", "bf16")}
     torch.manual_seed(0)
     model = DrasCLR(Encoder, count, 128, 128, 8, 1, 4 * batch, 0.999, 0.2, True).train()
-    optimizer = train.make_optimizer(model, args["off"])
+    optimizer = make_optimizer(model, 0.01, 0.9, 1e-4)
     dataset = PatchDataset(patches, 2)
-    tables = torch.from_numpy(normalize_locations(patches.locations)), torch.from_numpy(dataset.neighbors)
+    table = LocationTable.of(normalize_locations(patches.locations), dataset.neighbors, torch.device("cpu"))
     sampler = LocationBatchSampler(batch, count, batch, seed=0)
     apart = []
-    for step in range(50):
+    for step in range(50 if has_fast_bf16(torch.device("cpu")) else 3):  # seconds a step where it is emulated
         sampler.set_epoch(step // count)
         drawn = dataset[list(sampler)[step % count]]
         before = {name: value.clone() for name, value in model.state_dict().items()}
+        views = step_views(drawn, Augmentation("agc"), 0, 0, torch.device("cpu"))
         with torch.no_grad():
-            _, half = train.compute_losses(model, drawn, *tables, Augmentation("agc"), args["bf16"])
+            _, half = compute_losses(model, drawn.location, views, table, 1.0, bf16=True)
         model.load_state_dict(before)
-        loss, full = train.compute_losses(model, drawn, *tables, Augmentation("agc"), args["off"])
+        loss, full = compute_losses(model, drawn.location, views, table, 1.0)
         apart.append((half / full - 1)[:2])
         optimizer.zero_grad()
         loss.backward()

@@ -8,8 +8,6 @@ Each column's line has the mean and the standard deviation of R² over repeated 
 cross-validation; the penalty is chosen inside each training fold.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,10 +16,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.labels import read_labels
 from data.layout import StoreError
-from data.store import read_labels
 from data.tables import read_table
-from preprocess.subjects import one_line_errors
+from misc.command import Parser, run
+from misc.files import write_json
 
 FOLDS, REPEATS = 5, 10
 
@@ -65,14 +64,57 @@ def read_features(path: str) -> pd.DataFrame:
     return table
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def why_not(target: np.ndarray) -> str:
+    """Why a column (n,), of known values, cannot be predicted; empty where it can."""
+    if len(target) < 2 * FOLDS:
+        return f"is known for {len(target)} subjects; at least {2 * FOLDS} are needed"
+    if np.ptp(target) == 0:
+        return f"is {target[0]:g} for every subject; there is nothing to predict"
+    return ""
+
+
+def evaluate(
+    tables: dict[str, pd.DataFrame], values: np.ndarray, names: list[str], wanted: list[str] | None, labels: str
+) -> dict[str, dict]:
+    """R² of every table for every column.
+
+    Args:
+        tables: features by sid, all with the same rows.
+        values: (N, P) labels of these rows.
+        names: their P columns.
+        wanted: columns to predict; None takes those that can be.
+        labels: the label table's path, for errors.
+
+    Raises:
+        StoreError: a wanted column cannot be predicted, or none can.
+    """
+    results = {}
+    for name in wanted or names:
+        if name not in names:
+            raise StoreError(f"{labels} has no numeric column {name!r}; it has {', '.join(names)}")
+        target = values[:, names.index(name)].astype(np.float64)
+        known = ~np.isnan(target)
+        reason = why_not(target[known])
+        if reason and wanted:
+            raise StoreError(f"column {name!r} {reason}")
+        if reason:
+            print(f"note: column {name!r} left out, it {reason}", file=sys.stderr)
+            continue
+        results[name] = {"subjects": int(known.sum())}
+        for key, table in tables.items():
+            results[name][key] = cross_validated_r2(table.to_numpy()[known], target[known])
+    if not results:
+        raise StoreError(f"{labels} has no column that can be predicted for these subjects")
+    return results
+
+
+def main() -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--features", required=True, help="patient_features.csv of extract_feature.py")
     parser.add_argument("--compare", help="a second patient_features.csv, evaluated on the same folds")
     parser.add_argument("--labels", required=True, help="CSV with sid and numeric columns")
     parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
     parser.add_argument("--json", help="write the numbers here too")
-    one_line_errors(parser)
     args = parser.parse_args()
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise StoreError(f"--json {args.json}: its folder does not exist")
@@ -83,43 +125,16 @@ def main() -> int:
     sids = [sid for sid in tables["features"].index if all(sid in table.index for table in tables.values())]
     if not sids:
         raise StoreError(f"{args.features} and {args.compare} have no sid in common")
+    tables = {key: table.loc[sids] for key, table in tables.items()}
     values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
-    wanted = args.columns or names
-    results = {}
-    for name in wanted:
-        if name not in names:
-            raise StoreError(f"{args.labels} has no numeric column {name!r}; it has {', '.join(names)}")
-        target = values[:, names.index(name)].astype(np.float64)
-        known = ~np.isnan(target)
-        reason = ""
-        if known.sum() < 2 * FOLDS:
-            reason = f"is known for {known.sum()} subjects; at least {2 * FOLDS} are needed"
-        elif np.ptp(target[known]) == 0:
-            reason = f"is {target[known][0]:g} for every subject; there is nothing to predict"
-        if reason and args.columns:
-            raise StoreError(f"column {name!r} {reason}")
-        if reason:
-            print(f"note: column {name!r} left out, it {reason}", file=sys.stderr)
-            continue
-        results[name] = {"subjects": int(known.sum())}
-        for key, table in tables.items():
-            features = table.loc[[sid for sid, ok in zip(sids, known) if ok]].to_numpy()
-            results[name][key] = cross_validated_r2(features, target[known])
-    if not results:
-        raise StoreError(f"{args.labels} has no column that can be predicted for these subjects")
-    heading = f"{'column':<24}{'subjects':>9}{'R2 features':>18}" + (f"{'R2 compared':>18}" if args.compare else "")
-    print(heading)
+    results = evaluate(tables, values, names, args.columns, args.labels)
+    print(f"{'column':<24}{'subjects':>9}{'R2 features':>18}" + (f"{'R2 compared':>18}" if args.compare else ""))
     for name, row in results.items():
         cells = [f"{row[key][0]:.2f} +- {row[key][1]:.2f}" for key in tables]
         print(f"{name:<24}{row['subjects']:>9}" + "".join(f"{cell:>18}" for cell in cells))
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
-    return 0
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -17,9 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException, logge
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main, parse_args
 
-from models.device import usable_cores
-
-USER_ERROR = 2  # exit status of our scripts, and argparse's
+from misc.command import USER_ERROR
+from misc.cores import usable_cores
 
 
 def tells_more(record: logging.LogRecord) -> bool:

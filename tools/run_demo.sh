@@ -20,7 +20,7 @@ for flag; do
 done
 export PYTHON
 cd "$here"
-. "$here/preprocess/forward_signals.sh"
+. "$here/tools/forward_signals.sh"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
@@ -33,7 +33,7 @@ defaults="--root-dir $data/patches --exp-name demo --resume auto --epochs $epoch
 counts=$("$PYTHON" -c '
 import sys
 import torch
-from models.device import usable_cores
+from misc.cores import usable_cores
 from train import parse_arguments
 subjects, *flags = sys.argv[1:]
 args = parse_arguments(flags)

@@ -16,8 +16,9 @@ from monai.transforms import (
 )
 from scipy.stats import ks_2samp
 
-from data import augment
-from data.augment import Augmentation, StoreError, make_views, shift_to_zero, step_generators, to_input, to_unit
+from data import augment, resample
+from data.augment import Augmentation, StoreError
+from data.views import make_views, shift_to_zero, step_generators, to_input, to_unit
 
 SIZE = (32, 32, 32)
 RANGE = 1264.0
@@ -318,10 +319,10 @@ def test_sampling_slice_by_slice_is_trilinear(size, channels):
     voxels = torch.rand(5, 3, *size, generator=stream, dtype=torch.float64) * 2 - 0.5
     voxels *= torch.tensor(size, dtype=torch.float64)[None, :, None, None, None]
     voxels[0] = voxels[0].round()
-    wanted = augment._sample_volumes(noise, voxels)
-    torch.testing.assert_close(augment._sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
-    single = augment._sample(noise.float(), voxels.float())
+    wanted = resample._sample_volumes(noise, voxels)
+    torch.testing.assert_close(resample.sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
+    single = resample.sample(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
-    whole = augment._sample(noise.float()[:1], voxels.float()[:1])  # whole voxels come back as they are
+    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # whole voxels come back as they are
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from data import store as store_module
+from data.labels import read_labels
 from data.layout import StoreError
-from data.store import PatchStore, read_labels
+from data.store import PatchStore
 
 
 @pytest.mark.parametrize("grouped", [True, False])

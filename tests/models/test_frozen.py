@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from models.cnn3d import Encoder
-from models.frozen import PIECE, freeze
+from models.cpu.pieces import PIECE
+from models.frozen import freeze
 
 
 def trained_encoder():

@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train
-from models import distributed
+from misc import process
 from models.builder import DrasCLR
 from models.checkpoint import (
     add_module,
     build_query_encoder,
+    load_optimizer,
     load_strict,
+    optimizer_state,
     read_checkpoint,
     save_checkpoint,
     strip_module,
 )
 from models.cnn3d import Encoder
+from models.step import make_optimizer
 
 pytestmark = pytest.mark.reference
 
@@ -57,14 +59,13 @@ def replayed(golden, request, tmp_path_factory):
     """Two recorded steps: what each gave, and the state after them."""
     bare = golden.build()
     load_strict(bare, strip_module(golden.before["state_dict"]), "before")
-    args = train.parse_arguments(["--root-dir", "x", "--exp-name", "x"])
-    optimizer = train.make_optimizer(bare, args)
-    train.load_optimizer(optimizer, golden.before["optimizer"], golden.folder)
+    optimizer = make_optimizer(bare, 0.01, 0.9, 1e-4)
+    load_optimizer(optimizer, golden.before["optimizer"], golden.folder)
     model = bare
     if request.param == "DistributedDataParallel":
         store = tmp_path_factory.mktemp("group") / "store"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        model = distributed.data_parallel(bare, torch.device("cpu"))
+        model = process.data_parallel(bare, torch.device("cpu"))
         assert isinstance(model, nn.parallel.DistributedDataParallel)
     model.train()
     steps = []
@@ -86,7 +87,7 @@ def replayed(golden, request, tmp_path_factory):
         steps.append((patch.detach(), neighbor.detach(), *(float(loss.detach()) for loss in losses), gradients))
     if request.param == "DistributedDataParallel":
         torch.distributed.destroy_process_group()
-    return steps, add_module(bare.state_dict()), train.optimizer_state(optimizer)
+    return steps, add_module(bare.state_dict()), optimizer_state(optimizer)
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -151,8 +152,7 @@ def test_features_in_eval_mode(golden, rel):
 def test_what_we_save_is_the_published_format(golden, tmp_path):
     """Keys, shapes and dtypes of state_dict and optimizer, before any step."""
     model = golden.build()
-    args = train.parse_arguments(["--root-dir", "x", "--exp-name", "x"])
-    optimizer = train.make_optimizer(model, args)
+    optimizer = make_optimizer(model, 0.01, 0.9, 1e-4)
     path = tmp_path / "c.pth.tar"
     save_checkpoint(
         path,
@@ -160,7 +160,7 @@ def test_what_we_save_is_the_published_format(golden, tmp_path):
             "epoch": 0,
             "arch": "custom",
             "state_dict": add_module(model.state_dict()),
-            "optimizer": train.optimizer_state(optimizer),
+            "optimizer": optimizer_state(optimizer),
         },
     )
     ours, wanted = torch.load(path, weights_only=True), golden.before

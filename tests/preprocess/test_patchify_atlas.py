@@ -162,7 +162,7 @@ def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
 
 @pytest.mark.reference
 def test_published_mask_and_table(reference):
-    from preprocess.scan import read_atlas_mask
+    from preprocess.atlas import read_atlas_mask
 
     lung = sitk.GetArrayFromImage(read_atlas_mask(reference / "atlas_lung_mask.nii.gz")).transpose(2, 1, 0) > 0
     published = np.load(reference / "atlas_patch_loc.npy")

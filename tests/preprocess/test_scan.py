@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from preprocess.patchify_images import cut_patches, map_corners, share_inside
-from preprocess.scan import (
-    ScanError,
-    check_hounsfield,
-    orient,
-    orientation_of,
-    pad,
-    read_atlas_mask,
-    read_image,
-    read_scan,
-    resample_isotropic,
-)
+from preprocess.atlas import read_atlas_mask
+from preprocess.geometry import orient, orientation_of, pad, resample_isotropic
+from preprocess.patches import cut_patches, map_corners, share_inside
+from preprocess.scan import ScanError, check_hounsfield, read_image, read_scan
 
 
 def scan_image(low=-1000, high=400, dtype=np.int16, shape=(12, 14, 16)):
@@ -291,6 +283,7 @@ def test_pixel_types_read_alike(thorax, tmp_path, kind):
 
 
 @pytest.mark.reference
+@pytest.mark.slow
 @pytest.mark.slow
 def test_every_orientation_gives_the_same_volume(thorax):
     """All 48, compared after orienting: what follows is the test above's."""

@@ -117,6 +117,7 @@ def small(cohort, tmp_path):
     return folder, tmp_path
 
 
+@pytest.mark.slow
 def test_a_bad_scan_costs_one_subject(small, run):
     folder, tmp_path = small
     command = ("--input-csv", tmp_path / "table.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
@@ -161,6 +162,7 @@ def two_subjects(folder, tmp_path):
     return "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
     """Killed after a transform was written and before the report was: the file must not pass for the user's own."""
     folder, store = cohort
@@ -185,7 +187,7 @@ def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
 
 def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, monkeypatch):
     from data.layout import StoreLayout
-    from preprocess import patchify_images, register, segment_lung
+    from preprocess import patchify_images, register, registration, segment_lung
     from preprocess.subjects import Subject
 
     folder, _ = cohort
@@ -209,7 +211,7 @@ def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, mon
     np.save(tmp_path / "atlas_patch_loc.npy", np.array([[0, 0, 0], [20, 20, 20]]))
     registering = dict(settings, atlas_mask=mask, atlas="x", min_dice=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(register.os, "replace", killed)
+        patch.setattr(registration.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             register.register(one, {}, **registering)
         check("register")
@@ -300,18 +302,18 @@ def wait_until(condition, seconds=60):
 def test_two_runs_share_a_report(tmp_path):
     """Each with its own table, as jobs of an array: neither loses the other's rows."""
     from data.layout import StoreLayout
-    from preprocess.subjects import _write_report
+    from preprocess.report import write_report
 
     row = {"status": "ok", "seconds": 1.0, "message": ""}
     layout = StoreLayout(tmp_path)
     for sids in ("ab", "cd", "b"):
-        _write_report(layout, "register", {sid: {"sid": sid, **row} for sid in sids})
+        write_report(layout, "register", {sid: {"sid": sid, **row} for sid in sids})
     assert list(report(tmp_path, "register").index) == ["a", "b", "c", "d"]
 
 
 def test_leftovers_of_killed_runs_go_when_they_are_old(tmp_path):
     from data.layout import StoreLayout
-    from preprocess.subjects import LEFTOVER_SECONDS, _remove_leftovers
+    from misc.files import LEFTOVER_SECONDS, remove_leftovers
 
     names = ("transform/.partial-old", "transform/.partial-new", "patch/.x_patch.npy.12.partial", "patch/x_patch.npy")
     for name in names:
@@ -320,12 +322,12 @@ def test_leftovers_of_killed_runs_go_when_they_are_old(tmp_path):
         path.mkdir() if "partial-" in name else path.touch()
         if "new" not in name:
             os.utime(path, (0, time.time() - LEFTOVER_SECONDS - 1))
-    _remove_leftovers(StoreLayout(tmp_path))
+    remove_leftovers(*StoreLayout(tmp_path).subject_dirs)
     assert [name for name in names if (tmp_path / name).exists()] == [names[1], names[3]]
 
 
 def test_a_slice_replaced_in_a_folder_changes_its_stamp(tmp_path):
-    from preprocess.subjects import file_stamp
+    from preprocess.outputs import file_stamp
 
     (tmp_path / "1.dcm").write_bytes(b"a")
     before = file_stamp(str(tmp_path))
@@ -471,7 +473,8 @@ def test_registration_finds_a_known_affine(cohort):
     """The atlas's own lungs, moved by a known affine, come back to the atlas."""
     from types import SimpleNamespace
 
-    from preprocess.register import overlap, register
+    from preprocess.register import register
+    from preprocess.registration import overlap
 
     folder, _ = cohort
     atlas_path = folder / "atlas_lung_mask.nii.gz"
@@ -588,6 +591,7 @@ def test_grouping_brings_every_dtype_layout_and_name_to_one(tmp_path, make_store
         np.testing.assert_array_equal(read, wanted)
 
 
+@pytest.mark.slow
 def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_path, run):
     """A mask made again that is bad: no stale transform, and the failure stays one in later runs."""
     folder, _ = cohort

@@ -7,22 +7,17 @@ from scipy import ndimage
 
 from preprocess.scan import ScanError, read_scan
 from preprocess.threshold import segment_lungs
-from tools.make_cohort import Phantom as MakePhantom
-from tools.make_cohort import (
-    add_texture,
-    draw_anatomy,
-    draw_disease,
-    finish,
-    plant_disease,
-    to_image,
-)
+from tools.cohort.anatomy import draw_anatomy
+from tools.cohort.disease import draw_disease, plant_disease
+from tools.cohort.phantom import Phantom
+from tools.cohort.scanner import add_texture, finish, to_image
 
 
 def phantom(index, orientation="LPS"):
     rng = np.random.default_rng([7, index])
     anatomy = draw_anatomy(rng, "tiny")
     spacing = np.array([1.2, 1.2, 1.4])
-    made = MakePhantom(anatomy, tuple(spacing), rng)
+    made = Phantom(anatomy, tuple(spacing), rng)
     plant_disease(made.hu, made.lung, spacing, draw_disease(rng), anatomy.scale, rng)
     add_texture(made.hu, made.lung, spacing, rng, 15, 0.5)
     truth = to_image(made.lung, made.origin, spacing, orientation)

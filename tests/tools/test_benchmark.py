@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
-from tools import benchmark
-from tools.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.timing.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.timing.measure import Row, compare, show
+from tools.timing.store import DISTINCT_FILES, make_store
 
 
 def test_literal_encoder_is_the_encoder():
@@ -31,19 +32,19 @@ def test_literal_views_have_the_networks_shapes_and_range():
 
 
 def test_a_row_says_what_was_measured():
-    row = benchmark.compare("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
+    row = compare("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
     assert row.ours == pytest.approx(5) and row.literal == pytest.approx(0.625)
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((8, 4, 16))
     assert row.of_matrix_rate == pytest.approx(0.15)
-    row = benchmark.compare("x", "s", [2.0], [12.0], 4.0, 1.0)
+    row = compare("x", "s", [2.0], [12.0], 4.0, 1.0)
     assert row.ours == pytest.approx(0.5) and row.literal == pytest.approx(12) and row.ratio == pytest.approx(24)
-    assert "unmeasured" in benchmark.show([benchmark.Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
+    assert "unmeasured" in show([Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
 
 
 def test_the_store_has_every_location(tmp_path):
-    store = benchmark.make_store(tmp_path, 20, 4)
+    store = make_store(tmp_path, 20, 4)
     assert (store.num_locations, store.num_subjects) == (20, 4)
-    first, again = store.read(1, np.arange(4)), store.read(1 + benchmark.DISTINCT_FILES, np.arange(4))
+    first, again = store.read(1, np.arange(4)), store.read(1 + DISTINCT_FILES, np.arange(4))
     assert np.array_equal(first, again) and not np.array_equal(first, store.read(2, np.arange(4)))
     assert first.min() >= -1024 and first.max() <= 240 and first.std() > 50
 

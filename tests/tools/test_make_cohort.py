@@ -5,20 +5,11 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from tools.make_cohort import (
-    AIR,
-    FAT_HU,
-    VARIATION,
-    Anatomy,
-    Disease,
-    Phantom,
-    draw_anatomy,
-    draw_disease,
-    make_phantom,
-    plant_disease,
-    random_diffeomorphism,
-    simulate_labels,
-)
+from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
+from tools.cohort.disease import Disease, draw_disease, plant_disease, simulate_labels
+from tools.cohort.phantom import AIR, FAT_HU, Phantom
+from tools.cohort.warped import random_diffeomorphism
+from tools.make_cohort import make_phantom
 
 
 def test_same_seed_same_bytes(tmp_path):

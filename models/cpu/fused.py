@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from models.norm_elu import elu_
+from models import cpu
+from models.cpu.norm_elu import elu_
 
 # Compiling switches the fuser, which all threads share, on and off again: one at a time, or one is left unfused.
 _compiling = threading.Lock()
@@ -33,7 +34,7 @@ def conv_elu(
     to few shapes. In one pass go float32 and bfloat16 volumes on the CPU that have a bias.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
-    if not plain and not torch.is_autocast_enabled("cpu"):
+    if cpu.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
         layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
         with _compiling:
             fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)

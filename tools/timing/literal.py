@@ -15,9 +15,8 @@ from data.augment import (
     ROTATION,
     SCALING,
     TRANSLATION,
-    shift_to_zero,
-    to_unit,
 )
+from data.views import shift_to_zero, to_unit
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.condconv3d import CondConv3D
@@ -51,17 +50,17 @@ class LiteralStep:
             self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
         )
 
-    def losses(self, index, query, key, neighbors, here, near) -> torch.Tensor:
+    def losses(self, index, query, key, neighbors, loc, neighbor_loc) -> torch.Tensor:
         batch, k = neighbors.shape[:2]
-        q = F.normalize(literal_encode(self.encoder_q, query, here.expand(batch, 3))[0], dim=1)
+        q = F.normalize(literal_encode(self.encoder_q, query, loc.expand(batch, 3))[0], dim=1)
         r = literal_encode(
-            self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), near.expand(batch, k, 3).reshape(-1, 3)
+            self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), neighbor_loc.expand(batch, k, 3).reshape(-1, 3)
         )[0]
         r = F.normalize(r.view(batch, k, -1), dim=2)
         with torch.no_grad():
             for slow, fast in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
                 slow.data = slow.data * self.m + fast.data * (1.0 - self.m)
-            keys = F.normalize(literal_encode(self.encoder_k, key, here.expand(batch, 3))[0], dim=1)
+            keys = F.normalize(literal_encode(self.encoder_k, key, loc.expand(batch, 3))[0], dim=1)
         negatives = self.queue[:, :, index].clone()
         logits_pch = torch.cat([(q * keys).sum(1, keepdim=True), q @ negatives], dim=1) / self.T
         positive = sum((r[:, j] * keys).sum(1, keepdim=True) for j in range(k))

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models import cpu
+
 CHUNK = 16384  # rows of VECTOR numbers: 4 MB in float32
 ELU_CHUNK = 2**20  # numbers; 4 MB in float32
 LOG2_E = 1.4426950408889634
@@ -24,7 +26,7 @@ def elu_(x: torch.Tensor) -> torch.Tensor:
             devices take torch's own.
     """
     dense = x.movedim(1, -1) if x.dim() == 5 and not x.is_contiguous() else x
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not dense.is_contiguous():
+    if not cpu.enabled() or x.device.type != "cpu" or x.dtype == torch.float64 or not dense.is_contiguous():
         return F.elu_(x)
     numbers = dense.view(-1)
     work = x.new_empty(2, min(ELU_CHUNK, numbers.numel()), dtype=torch.float32)
@@ -42,14 +44,19 @@ def elu_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
-    """elu(norm(x)) for x (B, C, D, H, W); updates the running statistics as ``norm`` would."""
-    if norm.training and torch.compiler.is_compiling():
-        return _train_compiled(norm, x)
-    if _worth_it(norm, x):
-        return _train(norm, x)
-    # In place: the backward pass of neither needs the value in between.
-    return F.elu(norm(x), inplace=True)
+def norm_elu_training(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor | None:
+    """elu(norm(x)) for x (B, C, D, H, W), with the running statistics updated; None where the plain way serves."""
+    if not (cpu.enabled() and _worth_it(norm, x)):
+        return None
+    y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps)
+    with torch.no_grad():
+        count = x.numel() // x.shape[1]
+        norm.num_batches_tracked += 1
+        # .data, as torch's kernel writes them: a pass through it may hold them for its backward,
+        # which does not look at their values in training, and must not find a new version.
+        norm.running_mean.data.lerp_(mean, norm.momentum)
+        norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return y
 
 
 def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor) -> bool:
@@ -72,34 +79,6 @@ def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor) -> bool:
         and x.numel() > channels
         and x.is_contiguous(memory_format=torch.channels_last_3d)
     )
-
-
-def _train(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
-    y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps)
-    with torch.no_grad():
-        count = x.numel() // x.shape[1]
-        norm.num_batches_tracked += 1
-        # .data, as torch's kernel writes them: a pass through it may hold them for its backward,
-        # which does not look at their values in training, and must not find a new version.
-        norm.running_mean.data.lerp_(mean, norm.momentum)
-        norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
-    return y
-
-
-def _train_compiled(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
-    """For torch.compile, whose graphs keep the statistics that they were given for the backward pass.
-
-    Patches and neighbours go through a layer one after the other, so those of the first pass would
-    have changed by then. Here the layer gets none, and they are updated beside it.
-    """
-    y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-    with torch.no_grad():
-        count = x.numel() // x.shape[1]
-        variance = inverse.detach() ** -2 - norm.eps
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.detach(), norm.momentum)
-        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    return F.elu(y)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

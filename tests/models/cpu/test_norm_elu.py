@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import norm_elu as module
-from models.norm_elu import elu_, norm_elu
+from models.cnn3d import norm_elu
+from models.cpu import norm_elu as module
+from models.cpu.norm_elu import elu_
 
 
 def make(channels, seed=0, dtype=torch.float64):

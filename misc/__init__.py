@@ -1,0 +1,1 @@
+"""The ground floor: what every program here needs, whatever it computes."""

@@ -1,0 +1,122 @@
+"""Files that are whole or not there: written aside, flushed, renamed. And locks between processes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+
+LEFTOVER_SECONDS = 3600  # age of a half-written file that no run can be writing any more
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of the system that names no file (a full disk, while writing) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+    """Call ``write`` with a file beside ``path``, flush it to the disk, rename it.
+
+    A crash leaves the old file or the new one, never half of it; a failure leaves nothing behind.
+
+    Raises:
+        OSError: names ``path`` where the system names no file, as when the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with _named(path):
+            with open(aside, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path of the same name in a folder beside ``path``, for writers that open files themselves.
+
+    What is written there gets its name when the block ends; after an error nothing is left of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path), tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        yield aside
+        with open(aside, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+
+
+def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """np.save of a whole file."""
+    write_whole(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A whole text file in UTF-8."""
+    write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """A whole JSON file, indented."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The first bytes of a .npy file, for one that is written piece by piece."""
+    import io
+
+    stream = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Half-written files and folders of runs that were killed, once they are old."""
+    for folder in folders:
+        for path in (*folder.glob(".partial-*"), *folder.glob(".*.partial")):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def try_lock(stream: TextIO) -> bool:
+    """Lock an open file until it is closed or this process ends; False where another process has it.
+
+    True, without a lock, on a file system that has none. Child processes do not inherit the lock.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which reading processes would inherit
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for a lock file, made where it is missing, and hold it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,190 @@
+"""What a run tells of itself: log.jsonl, TensorBoard curves, a progress bar or printed lines, behind one object."""
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from misc import process
+from misc.command import UserError
+from misc.progress import progress_bar
+
+
+class DivergedError(UserError):
+    """The loss is not finite."""
+
+
+class Meters:
+    """Means of a step's figures over all ranks: of the steps since the last reading, and of an epoch's.
+
+    Figures stay on the device until they are read, so that a step does not wait for it.
+
+    Args:
+        names: of the figures, in order.
+        device: where they are computed.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = tuple(names)
+        self._since = torch.zeros(len(names), device=device)
+        self.steps = 0  # since the last reading
+        self._epoch = torch.zeros(len(names), dtype=torch.float64)
+
+    def start_epoch(self, totals: torch.Tensor | None = None) -> None:
+        """Begin an epoch, with the sums of the steps that a stopped run has done."""
+        self._epoch = torch.zeros_like(self._epoch) if totals is None else totals
+        self._since.zero_()
+        self.steps = 0
+
+    def add(self, figures: torch.Tensor) -> None:
+        """One step's figures, (n,), of this rank."""
+        self._since += figures
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading; every rank must call it. Waits for the device."""
+        reduced = process.all_reduce_mean(self._since).cpu()  # (n,)
+        self._epoch = self._epoch + reduced
+        mean = (reduced / self.steps).tolist()
+        self._since.zero_()
+        self.steps = 0
+        return dict(zip(self.names, mean))
+
+    def totals(self) -> torch.Tensor:
+        """Sums over the epoch so far, (n,) float64; of what was not read yet, this rank's."""
+        return self._epoch + self._since.cpu()
+
+    def epoch_means(self, steps: int) -> dict[str, float]:
+        """Means over an epoch of so many steps."""
+        return dict(zip(self.names, (self._epoch / steps).tolist()))
+
+
+def _curves(folder: str) -> Any:
+    """tensorboard_logger's Logger, able to write pictures: its own way calls a function that SciPy dropped in 2018."""
+    from PIL import Image
+    from tensorboard_logger import Logger
+    from tensorboard_logger.tf_protobuf import summary_pb2
+
+    class Curves(Logger):
+        def _image_summary(self, name, images, step=None):
+            values = []
+            for index, image in enumerate(images):
+                stream = io.BytesIO()
+                Image.fromarray(image).save(stream, format="png")
+                picture = dict(encoded_image_string=stream.getvalue(), height=image.shape[0], width=image.shape[1])
+                values.append(dict(tag=f"{name}/{index}", image=picture))
+            return summary_pb2.Summary(value=values)
+
+    return Curves(folder, flush_secs=10)
+
+
+class RunLog:
+    """Where a run's figures go. Every rank has one; only the first one's writes anything.
+
+    Args:
+        stream: log.jsonl, open; None on other ranks.
+        folder: of the TensorBoard curves.
+        epochs: of the run.
+        steps: of an epoch.
+        batch_size: over all ranks, for samples a second.
+        no_progress: draw no bar; without one, every reading is a printed line.
+    """
+
+    def __init__(self, stream: TextIO | None, folder: Any, epochs: int, steps: int, batch_size: int, no_progress: bool):
+        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
+        self._stream, self._curves, self._bar = stream, None, None
+        self._no_progress, self._pictured = no_progress, False
+        self._window_start = self._epoch_start = time.perf_counter()
+        if stream is not None:
+            self._curves = _curves(str(folder))
+
+    @property
+    def speaks(self) -> bool:
+        return self._stream is not None
+
+    def say(self, text: str) -> None:
+        """A line for the user, of the first rank."""
+        if self.speaks:
+            print(text)
+
+    def start_epoch(self, epoch: int, done: int) -> None:
+        """Begin epoch ``epoch`` (0 the first) after ``done`` of its steps."""
+        self._window_start = self._epoch_start = time.perf_counter()
+        self._bar = progress_bar(
+            self._no_progress or not self.speaks,
+            total=self.steps,
+            initial=done,
+            desc=f"epoch {epoch + 1}/{self.epochs}",
+            unit="step",
+        )
+
+    def advance(self, picture: Callable[[], np.ndarray] | None = None) -> None:
+        """One step is done. ``picture`` makes (H, W, 3) uint8 of its input; of a run's first step it is kept."""
+        self._bar.update()
+        if self._pictured or picture is None or not self.speaks:
+            return
+        self._pictured = True
+        try:
+            self._curves.log_images("train/views", [picture()], step=0)
+        except (ImportError, RuntimeError) as error:  # a torchvision that does not go with this torch
+            self.say(f"note: no picture of the views in TensorBoard, torchvision cannot be used ({error})")
+
+    def step(self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float) -> None:
+        """The means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (0 the first).
+
+        Raises:
+            DivergedError: one of them is not finite; on every rank.
+        """
+        seconds = time.perf_counter() - self._window_start
+        self._window_start = time.perf_counter()
+        if not all(map(math.isfinite, means.values())):
+            raise DivergedError(
+                f"the loss is not finite at epoch {epoch + 1}, step {step}; lower --lr, or check the store for "
+                f"damaged patches at location {location}"
+            )
+        if not self.speaks:
+            return
+        speed = count * self.batch_size / seconds
+        figures = {**means, "lr": rate, "samples_per_s": speed}
+        self._write({"kind": "step", "epoch": epoch + 1, "step": step, "location": location, **figures})
+        for name, value in figures.items():
+            self._curves.log_value(f"train/{name}", value, step + self.steps * epoch)
+        self._bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+        if self._bar.disable:
+            print(
+                f"epoch {epoch + 1} [{step}/{self.steps}] location {location}  loss {means['loss']:.4f} "
+                f"(patch {means['loss_patch']:.4f}, neighbour {means['loss_neighbor']:.4f})  "
+                f"accuracy {means['accuracy_patch']:.1f} % {means['accuracy_neighbor']:.1f} %  {speed:.1f} samples/s"
+            )
+
+    def end_epoch(self, epoch: int, means: Mapping[str, float], rate: float) -> None:
+        """The means of epoch ``epoch`` (0 the first), which is done."""
+        self.close_bar()
+        if not self.speaks:
+            return
+        seconds = time.perf_counter() - self._epoch_start
+        self._write({"kind": "epoch", "epoch": epoch + 1, **means, "lr": rate, "seconds": seconds})
+        self._curves.log_value("epoch/loss", means["loss"], epoch + 1)
+        print(
+            f"epoch {epoch + 1}/{self.epochs}: loss {means['loss']:.4f}, accuracy {means['accuracy_patch']:.1f} % "
+            f"(patch) {means['accuracy_neighbor']:.1f} % (neighbour), {seconds:.0f} s"
+        )
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def close(self) -> None:
+        self.close_bar()
+        if self._stream is not None:
+            self._stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """One JSON line; six digits are more than the numbers mean."""
+        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
+        self._stream.write(json.dumps(rounded) + "\n")

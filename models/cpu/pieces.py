@@ -1,0 +1,32 @@
+"""A batch encoded in pieces of one size, side by side on the cores."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from models import cpu
+
+# Patches encoded at a time, in one pass a layer; a rest smaller than that takes two. One number, because
+# oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
+PIECE = 32
+
+
+def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
+    """``encode`` over pieces of ``x`` (B, ...), put together again; None where ``x`` is one piece, or on a GPU.
+
+    The pieces go side by side, each with a share of the cores, so that they never wait for each other within a layer.
+    """
+    if not cpu.enabled() or x.device.type != "cpu" or len(x) <= PIECE:
+        return None
+    pieces, cores = x.split(PIECE), torch.get_num_threads()
+    threads = min(cores, len(pieces))
+    encoded = map(encode, pieces) if threads == 1 else _pool(threads, cores // threads).map(encode, pieces)
+    return torch.cat(list(encoded))
+
+
+@functools.lru_cache(maxsize=2)  # for full batches and the last one
+def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
+    """Threads that each have some cores."""
+    return ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(cores,))

@@ -1,0 +1,67 @@
+"""One step of training, from views in the network's units to the figures that are logged."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FIGURES = ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor")
+
+
+class LocationTable(NamedTuple):
+    """Where each location and its neighbours lie, on the model's device: a step only slices it."""
+
+    locations: torch.Tensor  # (L, 3), normalised
+    neighbors: torch.Tensor  # (L, k, 3)
+
+    @classmethod
+    def of(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
+        """From (L, 3) normalised locations and (L, k) indices of neighbours."""
+        locations = torch.from_numpy(normalized).to(device)  # (L, 3)
+        return cls(locations, locations[torch.from_numpy(neighbors).to(device)])  # (L, k, 3)
+
+
+def compute_losses(
+    model: nn.Module,
+    location: int,
+    views: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    table: LocationTable,
+    beta: float,
+    bf16: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss to descend, CE(patch) + beta CE(neighbour), and the step's figures in the order of FIGURES.
+
+    Args:
+        model: DrasCLR, in DistributedDataParallel where there is a process group.
+        location: index l that the whole batch shares.
+        views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32).
+        table: on the model's device.
+        beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
+        bf16: compute the encoders in bfloat16.
+    """
+    query, key, neighbors = views
+    loc = table.locations[location : location + 1]  # (1, 3): one location for the whole batch
+    neighbor_loc = table.neighbors[location : location + 1]  # (1, k, 3)
+    with torch.autocast(query.device.type, torch.bfloat16, enabled=bf16):
+        logits_pch, logits_ngb, labels = model(location, [query, loc], [key, loc], [neighbors, neighbor_loc])
+    loss_pch = F.cross_entropy(logits_pch, labels)
+    loss_ngb = F.cross_entropy(logits_ngb, labels)
+    loss = loss_pch + beta * loss_ngb if beta else loss_pch
+    with torch.no_grad():
+        accuracies = [(logits.argmax(dim=1) == labels).float().mean() * 100 for logits in (logits_pch, logits_ngb)]
+        figures = torch.stack([loss_pch, loss_ngb, loss, *accuracies])  # (5,)
+    return loss, figures
+
+
+def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD over every parameter, the frozen key encoder's too: the published checkpoints list all 164."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Back-propagate and take one step of the optimiser."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()

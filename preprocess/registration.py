@@ -1,0 +1,97 @@
+"""The affine transform between two lung masks, by ANTs (Avants et al., 2011)."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from preprocess.atlas import read_affine
+from preprocess.scan import ScanError
+
+REGISTRATION_SPACING = 4.0  # mm
+SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on a proportionally finer grid
+LABELS = {1: 50.0, 2: 100.0}  # patient's mask -> the atlas's labels
+
+
+def coarse_labels(mask: sitk.Image, values: dict[int, float], spacing: float):
+    """The mask as an ANTs image of label values, averaged onto a coarse grid with a margin of zeros."""
+    import ants
+
+    labels = sitk.GetArrayViewFromImage(mask)
+    floats = np.zeros(labels.shape, dtype=np.float32)
+    for label, value in values.items():
+        floats[labels == label] = value
+    image = sitk.GetImageFromArray(floats)
+    image.CopyInformation(mask)
+    image = sitk.BinShrink(image, [max(1, round(spacing / own)) for own in image.GetSpacing()])
+    size = [int(np.ceil(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
+    image = sitk.Resample(
+        image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), 0.0
+    )
+    image = sitk.ConstantPad(image, [4] * 3, [4] * 3, 0.0)
+    return ants.from_numpy(
+        np.ascontiguousarray(sitk.GetArrayViewFromImage(image).transpose(2, 1, 0)),  # (z, y, x) -> (x, y, z)
+        origin=image.GetOrigin(),
+        spacing=image.GetSpacing(),
+        direction=np.array(image.GetDirection()).reshape(3, 3),
+    )
+
+
+def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> dict[str, float]:
+    """Dice of both lungs together, of the right and of the left, on the atlas's own grid."""
+    warped = sitk.GetArrayFromImage(sitk.Resample(mask, atlas, transform, sitk.sitkNearestNeighbor, 0))
+    fixed = sitk.GetArrayViewFromImage(atlas)
+
+    def dice(first: np.ndarray, second: np.ndarray) -> float:
+        both = np.count_nonzero(first) + np.count_nonzero(second)
+        return round(2 * np.count_nonzero(first & second) / both, 4) if both else 0.0
+
+    return {
+        "dice": dice(warped > 0, fixed > 0),
+        "dice_right": dice(warped == 1, fixed == 50),
+        "dice_left": dice(warped == 2, fixed == 100),
+    }
+
+
+def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = None) -> sitk.Transform:
+    """The affine that takes the atlas's points to the scan's; the same masks give the same one again.
+
+    Args:
+        atlas: lung mask, 50 right, 100 left.
+        mask: the scan's lung mask, 1 right, 2 left.
+        target: where ANTs's own file of it (.mat) goes as well.
+
+    Raises:
+        ScanError: ANTs made none.
+    """
+    extent = max(n * own for n, own in zip(atlas.GetSize(), atlas.GetSpacing()))
+    spacing = REGISTRATION_SPACING * min(1.0, extent / SMALL_ATLAS)
+    fixed = coarse_labels(atlas, {50: 50.0, 100: 100.0}, spacing)
+    moving = coarse_labels(mask, LABELS, spacing)
+
+    # ANTs draws the voxels that it compares; antspyx 0.6 takes a random_seed and ignores it, ANTs reads this.
+    os.environ["ANTS_RANDOM_SEED"] = "1"
+    import ants
+
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target and target.parent) as folder:
+        ants.registration(
+            fixed,
+            moving,
+            type_of_transform="Affine",
+            outprefix=os.path.join(folder, "x_"),
+            aff_metric="meansquares",
+            aff_iterations=(200, 100),
+            aff_shrink_factors=(2, 1),
+            aff_smoothing_sigmas=(1, 0),
+            aff_random_sampling_rate=0.5,
+            singleprecision=False,
+        )
+        written = Path(folder) / "x_0GenericAffine.mat"
+        if not written.is_file():
+            raise ScanError("ANTs wrote no transform; see whether the temporary folder's disk is full")
+        transform = read_affine(written)
+        if target:
+            os.replace(written, target)
+    return transform

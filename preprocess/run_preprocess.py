@@ -1,0 +1,51 @@
+"""All five preprocessing steps, in order.
+
+    sh preprocess/run_preprocess.sh --input-csv dataset.csv --root-dir /data/patches \\
+        --atlas-mask atlas_lung_mask.nii.gz --atlas-patch-loc atlas_patch_loc.npy --num-workers 4
+
+The flags are the steps' own. What is done already is skipped: start it again after a stop, or after
+adding subjects. A wrong flag or table is told before anything is written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from misc.command import Parser, run
+from preprocess.atlas import load_atlas
+from preprocess.group_patches import group_all
+from preprocess.patchify_atlas import add_locations, lay_locations
+from preprocess.patchify_images import add_cutting, patchify_all
+from preprocess.register import add_registration, register_all
+from preprocess.segment_lung import add_segmentation, check_segmentation, segment_all
+from preprocess.subjects import add_atlas, add_patch_size, add_progress, add_store, add_subjects, read_subjects
+
+STEPS = (lay_locations, segment_all, register_all, patchify_all, group_all)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Every step's flags."""
+    parser = Parser(__doc__)
+    for add in (add_subjects, add_store, add_atlas, add_patch_size, add_progress):
+        add(parser)
+    for add in (add_locations, add_segmentation, add_registration, add_cutting):
+        add(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_arguments()
+    check_segmentation(args)
+    read_subjects(args.input_csv)
+    load_atlas(args.atlas_mask)
+    for step in STEPS:
+        status = step(args)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""Flags, errors in one line, and the same exit status in every script."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from misc.command import OneOf, Parser, StopRequest, UserError, at_least, between, run
+
+from ..conftest import ROOT
+
+
+def parser():
+    made = Parser("A command.\n\n    python it.py --count 3\n")
+    made.add_argument("--count", type=at_least(int, 1), default=3, help="how many; raise it for more")
+    made.add_argument("--rate", type=at_least(float, 0), default=0.0, help="of something, in %%")
+    made.add_argument("--share", type=between(float, 0, 1), default=0.5, help="of it")
+    made.add_argument("--workers", type=at_least(int, 1, "a whole number, at least 1"), default=1, help="processes")
+    made.add_argument("--kind", type=OneOf("new", "old"), default="new", help="which")
+    made.add_argument("--place", type=OneOf("a", "b", "c"), help="where")
+    made.add_argument("--marks", type=at_least(int, 0), nargs="*", default=[1, 2], help="some")
+    made.add_argument("--off", action="store_true", help="not on")
+    return made
+
+
+def test_values_are_taken():
+    args = parser().parse_args(["--count", "4", "--share", "1", "--kind", "old", "--marks", "3", "0"])
+    assert (args.count, args.share, args.kind, args.marks, args.off) == (4, 1.0, "old", [3, 0], False)
+    assert parser().parse_args([]).marks == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--count 0", "--count 0: at least 1; see --help"),
+        ("--count x", "argument --count: invalid int value: 'x'; see --help"),
+        ("--rate -1", "--rate -1.0: at least 0; see --help"),
+        ("--rate nan", "--rate nan: at least 0; see --help"),
+        ("--rate inf", "--rate inf: at least 0; see --help"),
+        ("--share 1.5", "--share 1.5: between 0 and 1"),
+        ("--share 7x", "--share 7x: between 0 and 1"),
+        ("--workers two", "--workers two: a whole number, at least 1"),
+        ("--kind odd", "--kind odd is neither new nor old"),
+        ("--place d", "--place d is none of a, b, c"),
+        ("--marks 1 -2", "--marks -2: at least 0; see --help"),
+        ("--cou 4", "unrecognized arguments: --cou 4; see --help"),
+        ("--count 0 --nothing", "unrecognized arguments: --nothing; see --help"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        parser().parse_args(flags.split())
+    assert left.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_the_help_shows_defaults_and_words(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("(default: 3)", "(default: 0.0)", "(default: [1, 2])", "--kind {new,old}", "in %", "python it.py"):
+        assert words in text
+    assert "(default: False)" not in text and "(default: None)" not in text
+
+
+def ended(main, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            run(main)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return left.value.code, capsys.readouterr().err
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "message"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (raises(UserError("no table at x; make one")), 2, "error: no table at x; make one\n"),
+        (raises(OSError(28, "No space left on device", "x")), 2, "error: [Errno 28] No space left on device: 'x'\n"),
+        (raises(KeyboardInterrupt()), 130, "stopped; start again to go on\n"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped; start again to go on\n"),
+    ],
+)
+def test_how_a_script_ends(main, status, message, capsys):
+    assert ended(main, capsys) == (status, message)
+
+
+def test_every_error_of_ours_is_the_users():
+    from data.layout import StoreError
+    from misc.experiment import ExperimentError
+    from misc.process import DeviceError
+    from misc.runlog import DivergedError
+    from models.checkpoint import CheckpointError
+    from preprocess.scan import ScanError
+
+    errors = (StoreError, ExperimentError, DeviceError, DivergedError, CheckpointError, ScanError)
+    assert all(issubclass(error, UserError) and issubclass(error, ValueError) for error in errors)
+
+
+def test_an_unforeseen_error_shows_where_and_waits_for_nobody(tmp_path):
+    """A thread that never ends would hold an ordinary exit up."""
+    (tmp_path / "x.py").write_text(
+        f"import sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom misc.command import run\n"
+        "def main():\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise IndexError('oh')\n"
+        "run(main)\n"
+    )
+    result = subprocess.run([sys.executable, tmp_path / "x.py"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "IndexError: oh" in result.stderr and "in main" in result.stderr
+
+
+def test_a_later_rank_tells_its_number(monkeypatch, capsys):
+    from misc import command
+
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr(command, "LATER_SECONDS", 0)
+    command.print_error("disk full")
+    assert capsys.readouterr().err == "error: (rank 2) disk full\n"
+
+
+def test_a_stop_request_keeps_the_first_signal():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopRequest()
+    assert not stop.number
+    try:
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.number == signal.SIGTERM and stop.name == "SIGTERM"

@@ -1,0 +1,126 @@
+"""Files are whole or not there; locks are one process's."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from misc.files import (
+    LEFTOVER_SECONDS,
+    array_header,
+    locked,
+    remove_leftovers,
+    save_array,
+    try_lock,
+    whole_file,
+    write_json,
+    write_text,
+    write_whole,
+)
+
+from ..conftest import ROOT
+
+
+def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
+    target = tmp_path / "new folder" / "a.txt"
+
+    def look(stream):
+        stream.write(b"half")
+        assert not target.exists()
+        stream.write(b" and whole")
+
+    write_whole(target, look)
+    assert target.read_bytes() == b"half and whole" and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+
+    def fail(stream):
+        stream.write(b"new")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_whole(target, fail)
+    with pytest.raises(type(error)), whole_file(target) as aside:
+        aside.write_bytes(b"new")
+        raise error
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_writer_of_its_own_opens_a_path_of_the_same_suffix(tmp_path):
+    target = tmp_path / "deep" / "x.nii.gz"
+    with whole_file(target) as aside:
+        assert aside.name == target.name and aside != target
+        aside.write_bytes(b"content")
+        assert not target.exists()
+    assert target.read_bytes() == b"content" and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("way", ["stream", "path"])
+def test_a_full_disk_names_the_file(tmp_path, way):
+    """A limit on the size of files stands for the disk."""
+    code = (
+        "import resource, signal, sys\nfrom misc.files import whole_file, write_whole\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "def big(stream):\n    stream.write(bytes(10000))\n    stream.flush()\n"
+        "try:\n"
+        "    if sys.argv[2] == 'stream':\n        write_whole(sys.argv[1], big)\n"
+        "    else:\n"
+        "        with whole_file(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    target = tmp_path / "f.bin"
+    command = [sys.executable, "-c", code, str(target), way]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert str(target) in result.stdout and "File too large" in result.stdout, result
+    assert not list(tmp_path.iterdir())
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096 and signal.getsignal(signal.SIGXFSZ) is not None
+
+
+def test_arrays_texts_and_json(tmp_path):
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    save_array(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array)
+    write_json(tmp_path / "j.json", {"a": 1})
+    assert (tmp_path / "j.json").read_text() == '{\n  "a": 1\n}\n'
+    (tmp_path / "b.npy").write_bytes(array_header((2, 3), np.dtype(np.int16)) + array.tobytes())
+    assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
+
+
+def test_leftovers_go_when_they_are_old(tmp_path):
+    for name in (".a.7.partial", ".b.8.partial", "a"):
+        (tmp_path / name).touch()
+    (tmp_path / ".partial-x").mkdir()
+    for name in (".a.7.partial", ".partial-x", "a"):
+        os.utime(tmp_path / name, (0, time.time() - LEFTOVER_SECONDS - 5))
+    remove_leftovers(tmp_path, tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == {".b.8.partial", "a"}
+
+
+HOLD = (
+    "import sys\nfrom misc.files import locked, try_lock\n"
+    "with open(sys.argv[1], 'a') as stream:\n    print(try_lock(stream), flush=True)\n    sys.stdin.read()\n"
+)
+
+
+def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "True\n"
+    with open(path, "a") as stream:
+        assert not try_lock(stream)
+        holder.kill()
+        holder.communicate()
+        assert try_lock(stream)
+    with locked(tmp_path / "sub" / "other"):
+        assert (tmp_path / "sub" / "other").exists()

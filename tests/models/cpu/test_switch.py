@@ -1,0 +1,107 @@
+"""Every fast way of a CPU, on and off: the same training step and the same features."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.augment import Augmentation
+from data.dataset import PatchBatch
+from data.views import step_views, to_input
+from models import cnn3d, cpu
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.cpu import fused, pairs
+from models.cpu.norm_elu import norm_elu_training
+from models.cpu.pieces import PIECE
+from models.frozen import freeze
+from models.step import LocationTable, compute_losses, descend, make_optimizer
+
+from ...conftest import ROOT, calibrate
+
+
+def test_the_switch_switches():
+    assert cpu.enabled()
+    with cpu.plain():
+        assert not cpu.enabled()
+        with cpu.plain():
+            pass
+        assert not cpu.enabled()
+    assert cpu.enabled()
+    code = "from models import cpu; print(cpu.enabled())"
+    for value, wanted in (("plain", "False"), ("", "True")):
+        environment = {"DRASCLR_CPU": value, "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, "-c", code]
+        assert (
+            subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True).stdout == f"{wanted}\n"
+        )
+
+
+def test_a_training_step_both_ways(monkeypatch, rel):
+    """Two steps: losses, gradients, weights, statistics and queue."""
+    torch.manual_seed(0)
+    fast = DrasCLR(Encoder, 4, 16, 8, 2, 1, 12, 0.9, 0.2, True).train()
+    plain = copy.deepcopy(fast)
+    generator = torch.Generator().manual_seed(1)
+    volumes = torch.randint(-1024, 241, (6, 3, 32, 32, 32), dtype=torch.int16, generator=generator)
+    neighbors = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]]).numpy()
+    table = LocationTable.of(torch.rand(4, 3, generator=generator).numpy(), neighbors, torch.device("cpu"))
+    taken = []
+    monkeypatch.setattr(cnn3d, "norm_elu_training", lambda *given: taken.append(norm_elu_training(*given)) or taken[-1])
+
+    def steps(model):
+        optimizer, losses = make_optimizer(model, 0.01, 0.9, 1e-4), []
+        for step in range(2):
+            batch = PatchBatch(0, 1, step, volumes[:, 0].contiguous(), volumes[:, 1:].contiguous())
+            views = step_views(batch, Augmentation("agc"), 0, 0, torch.device("cpu"))
+            loss, figures = compute_losses(model, 1, views, table, 1.0)
+            descend(optimizer, loss)
+            losses.append(figures)
+        return torch.stack(losses)
+
+    ours = steps(fast)
+    assert sum(value is not None for value in taken) > 20
+    taken.clear()
+    with cpu.plain():
+        wanted = steps(plain)
+    assert all(value is None for value in taken)
+    assert rel(ours[:, :3], wanted[:, :3]) < 1e-5
+    for (name, value), other in zip(fast.state_dict().items(), plain.state_dict().values()):
+        assert not other.is_floating_point() or float((value - other).norm()) < 1e-3 * float(other.norm()) + 1e-6, name
+
+
+def test_extraction_both_ways(monkeypatch, rel):
+    torch.manual_seed(0)
+    encoder = Encoder(24, 6, 2, 1)
+    calibrate(encoder)
+    hu = torch.randint(-1024, 241, (2 * PIECE + 5, 32, 32, 32), dtype=torch.int16)
+    frozen = freeze(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
+    called = []
+    monkeypatch.setattr(fused, "_one_pass", lambda *given, way=fused._one_pass: called.append(1) or way(*given))
+    monkeypatch.setattr(pairs.cpu, "enabled", lambda way=cpu.enabled: called.append(2) or way())
+    ours = frozen(hu, to_input)
+    assert 1 in called and 2 in called
+    called.clear()
+    with cpu.plain():
+        wanted = frozen(hu, to_input)
+    assert 1 not in called
+    assert ours.shape == (2 * PIECE + 5, 24) and rel(ours, wanted) < 1e-5
+    with torch.no_grad():
+        assert rel(ours, encoder(to_input(hu), torch.tensor([[0.3, -0.2, 0.9]]))[1]) < 1e-5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's memory settings are Linux's")
+def test_memory_settings_are_switched_too(monkeypatch):
+    from models.cpu import memory
+
+    called = []
+    monkeypatch.setattr(
+        memory.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": lambda *given: called.append(given)})
+    )
+    with cpu.plain():
+        memory.keep_freed_memory()
+    assert not called
+    memory.keep_freed_memory()
+    assert len(called) == 3

@@ -1,0 +1,131 @@
+"""The house itself, by reading the code: sizes, and the direction of imports."""
+
+import ast
+from importlib import metadata
+
+import pytest
+
+from .conftest import ROOT
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 90  # lines
+SHELL_ALSO = (".py", ".sh")
+FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the front door
+MAY_IMPORT = {
+    "misc": {"misc"},
+    "data": {"data", "misc"},
+    "models": {"models", "misc"},
+    "preprocess": {"preprocess", "data", "misc"},
+    "": {"models", "data", "misc"},
+    "tools": {"tools", "preprocess", "models", "data", "misc"},
+}
+
+
+def sources(*suffixes):
+    """Source files outside tests, by their path from the root."""
+    for folder in FLOORS:
+        place = ROOT / folder
+        found = place.iterdir() if not folder else place.rglob("*")
+        for path in sorted(found):
+            if path.is_file() and path.suffix in suffixes:
+                yield path.relative_to(ROOT)
+
+
+def module_of(path):
+    """tools/cohort/__init__.py -> tools.cohort; train.py -> train."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PYTHON = list(sources(".py"))
+MODULES = {module_of(path): path for path in PYTHON}
+
+
+def imported(path):
+    """Modules of the house that a file imports, anywhere in it, and the names that it takes from each."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in MODULES:
+                    yield alias.name, None
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports start at the root"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in MODULES:
+                    yield inner, None
+                elif node.module in MODULES:
+                    yield node.module, alias.name
+
+
+def test_the_house_is_read_at_all():
+    assert {"misc.command", "models.builder", "data.store", "preprocess.scan", "tools.evaluate", "train"} <= set(
+        MODULES
+    )
+    assert ("models.builder", "DrasCLR") in set(imported(MODULES["train"]))
+
+
+@pytest.mark.parametrize("path", list(sources(*SHELL_ALSO)), ids=str)
+def test_files_are_short(path):
+    assert len((ROOT / path).read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_train_is_shorter_still():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_imports_run_down(path):
+    floor = path.parts[0] if len(path.parts) > 1 else ""
+    for module, name in imported(path):
+        other = MODULES[module].parts[0] if len(MODULES[module].parts) > 1 else ""
+        assert other in MAY_IMPORT[floor], f"{path} imports {module}"
+        assert name != "main", f"{path} imports a script's main"
+
+
+def test_no_imports_run_in_a_circle():
+    arrows = {module: {other for other, _ in imported(path)} - {module} for module, path in MODULES.items()}
+    # A package's __init__ is read before its modules: it counts as imported by whoever imports one of them.
+    done, path = set(), []
+
+    def walk(module):
+        assert module not in path, "a circle: " + " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        path.append(module)
+        for other in arrows[module]:
+            walk(other)
+        path.pop()
+        done.add(module)
+
+    for module in arrows:
+        walk(module)
+    assert done == set(MODULES)
+
+
+def test_every_package_in_requirements_is_used():
+    """By an import of the sources, or of the tests for what only they need."""
+    imports = set()
+    for path in [*PYTHON, *(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py"))]:
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Import):
+                imports |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imports.add(node.module.split(".")[0])
+    commands = {"tensorboard", "ruff", "protobuf"}  # run by name, or held at a version
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        package = text.split("[")[0].split(">")[0].split("<")[0].split("!")[0].split("=")[0]
+        if package in commands:
+            continue
+        tops = {file.parts[0].removesuffix(".py") for file in metadata.files(package) or () if len(file.parts) <= 2}
+        assert tops & imports, f"nothing imports {package}"

@@ -1,0 +1,104 @@
+"""A cohort out of one real scan: deformed, with planted disease."""
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from misc.command import UserError
+from preprocess.geometry import orient, write_image
+from preprocess.lungs import lung_mask
+from preprocess.scan import ScanError, read_mask, read_scan
+from tools.cohort.disease import draw_disease, plant_disease, simulate_labels
+from tools.cohort.phantom import rotation
+from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, finish, subject_name, to_image
+
+
+def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A smooth invertible displacement in mm, (3, z, y, x): a random velocity field, exponentiated.
+
+    Scaling and squaring (Arsigny et al., 2006) on a grid of about 8 mm, where it is smooth.
+    """
+    step = np.maximum(1, np.round(8 / sampling)).astype(int)
+    coarse = [int(np.ceil(n / k)) + 1 for n, k in zip(shape, step)]
+    spacing = sampling * step
+    velocity = np.stack([ndimage.gaussian_filter(rng.normal(size=coarse), 40 / spacing) for _ in range(3)])
+    velocity *= rng.uniform(4, 8) / np.sqrt((velocity**2).sum(0)).max()
+    flow = velocity / 2**5
+    base = np.meshgrid(*[np.arange(n) for n in coarse], indexing="ij")
+    for _ in range(5):
+        moved = [b + f / s for b, f, s in zip(base, flow, spacing)]
+        flow = flow + np.stack([ndimage.map_coordinates(f, moved, order=1, mode="nearest") for f in flow])
+    fine = np.meshgrid(*[np.arange(n, dtype=np.float32) / k for n, k in zip(shape, step)], indexing="ij", sparse=True)
+    fine = np.broadcast_arrays(*fine)
+    return np.stack([ndimage.map_coordinates(f.astype(np.float32), fine, order=1, mode="nearest") for f in flow])
+
+
+def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
+    """The scan and its lung mask, 1 right, 2 left, in LPS; without --template-mask thresholding makes the mask.
+
+    Raises:
+        UserError: names the flag.
+    """
+    try:
+        image = read_scan(scan)
+    except ScanError as error:
+        raise UserError(f"--template: {error}") from error
+    try:
+        labels = read_mask(mask) if mask else lung_mask(image, "threshold", name=scan)
+    except ScanError as error:
+        where = "--template-mask: " if mask else "no lung mask of --template: "
+        raise UserError(f"{where}{error}{'' if mask else '; give --template-mask'}") from error
+    labels = sitk.Resample(labels, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    return orient(image, "LPS"), orient(labels, "LPS")
+
+
+def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> dict:
+    """Deform the template, plant disease in its lungs, write subject ``index``."""
+    rng = np.random.default_rng([seed, index])
+    sid = subject_name(index)
+    image = sitk.ReadImage(str(template / "scan.nii.gz"))
+    hu = sitk.GetArrayFromImage(image).astype(np.float32)
+    lung = sitk.GetArrayFromImage(sitk.ReadImage(str(template / "mask.nii.gz")))
+    spacing = np.array(image.GetSpacing())
+    sampling = spacing[::-1]
+
+    displacement = random_diffeomorphism(hu.shape, sampling, rng)
+    stretch = rng.uniform(0.94, 1.07, 3)
+    turn = rotation(tuple(np.deg2rad(rng.uniform(-3, 3, 3)))) @ np.diag(stretch)
+    centre = np.array(hu.shape) * sampling / 2
+    grid = np.meshgrid(
+        *[np.arange(n, dtype=np.float32) * d for n, d in zip(hu.shape, sampling)], indexing="ij", sparse=True
+    )
+    shifted = [g - c for g, c in zip(grid, centre)]
+    where = [
+        (turn[i, 0] * shifted[0] + turn[i, 1] * shifted[1] + turn[i, 2] * shifted[2] + centre[i] + displacement[i])
+        / sampling[i]
+        for i in range(3)
+    ]
+    warped = ndimage.map_coordinates(hu, where, order=1, mode="constant", cval=-1024.0)
+    labels = ndimage.map_coordinates(lung, where, order=0, mode="constant", cval=0)
+    planted = plant_disease(warped, labels, spacing, draw_disease(rng), 1.0, rng)
+    warped += rng.normal(0, rng.uniform(2, 10), warped.shape).astype(np.float32)
+    image = to_image(
+        finish(warped),
+        np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3),
+        spacing,
+        ORIENTATIONS[index % len(ORIENTATIONS)],
+    )
+    write_image(image, out_dir / "image" / f"{sid}.nii.gz")
+    return {"sid": sid, **planted, **simulate_labels(rng, planted)}
+
+
+def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) -> None:
+    """The template itself at 1 mm, and its lungs."""
+    size = [round(n * s) for n, s in zip(image.GetSize(), image.GetSpacing())]
+    for source, interpolator, fill, name in (
+        (image, sitk.sitkLinear, -1024, "atlas.nii.gz"),
+        (sitk.Cast(labels, sitk.sitkInt16) * 50, sitk.sitkNearestNeighbor, 0, "atlas_lung_mask.nii.gz"),
+    ):
+        made = sitk.Resample(
+            source, size, sitk.Transform(), interpolator, image.GetOrigin(), [1.0] * 3, image.GetDirection(), fill
+        )
+        write_image(sitk.DICOMOrient(made, ATLAS_ORIENTATION), out_dir / name)

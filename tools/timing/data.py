@@ -1,0 +1,99 @@
+"""The rows of augmentation and of reading."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.augment import Augmentation
+from data.prefetch import FileWarmer
+from data.store import PatchStore
+from tools.timing.literal import LiteralAugmentation
+from tools.timing.measure import Row, compare, in_turns, seconds
+from tools.timing.store import DISTINCT_FILES, make_store
+
+
+def rows_augmentation(args) -> list[Row]:
+    """One view of one patch on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    try:
+        for letters, count, slow_count, goal in (("agc", 64, 64, "0.5 ms; 3 times"), ("e", 32, 2, "10 ms; 10 times")):
+            volumes = torch.rand(count, 1, 32, 32, 32) * 1264
+            ours, literal = Augmentation(letters), LiteralAugmentation(letters)
+            generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+            times = in_turns(
+                {
+                    "ours": lambda ours=ours, volumes=volumes, pair=generators: ours(volumes, *pair),
+                    "literal": lambda literal=literal, volumes=volumes, n=slow_count: [literal(v) for v in volumes[:n]],
+                },
+                args.rounds,
+            )
+            rows.append(
+                compare(
+                    f"augmentation {letters}, one view, one core",
+                    "ms",
+                    times["ours"],
+                    times["literal"],
+                    count / 1e3,
+                    slow_count / 1e3,
+                    goal=goal,
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def rows_reading(folder: Path, args) -> list[Row]:
+    """Rows of shuffled batches out of location files in turn, beside dd on the same files."""
+    store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
+    paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
+    total = sum(path.stat().st_size for path in paths)
+    order = np.random.default_rng(0).permutation(store.num_subjects)
+
+    def forget() -> None:
+        """Drop the files from the page cache."""
+        for path in paths:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def batches(warmer: Callable[[list[Path]], None] = lambda _: None) -> None:
+        fresh = PatchStore(folder, require_grouped=True)  # opened anew, or its mapping keeps the pages
+        for location in range(DISTINCT_FILES):
+            warmer(paths[location + 1 : location + 2])
+            for start in range(0, len(order), 32):
+                fresh.read(location, order[start : start + 32])
+
+    def dd() -> None:
+        for path in paths:
+            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
+
+    rows = []
+    for cold, ahead in ((True, False), (True, True), (False, True)):
+        times: dict[str, list[float]] = {"ours": [], "dd": []}
+        for _ in range(args.rounds):
+            jobs = {"ours": (lambda: batches(FileWarmer())) if ahead else batches, "dd": dd}
+            for name, work in jobs.items():
+                if cold:
+                    forget()
+                else:
+                    work()
+                times[name].append(seconds(work))
+        rows.append(
+            compare(
+                f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'}, "
+                f"{'next location read ahead' if ahead else 'not read ahead'} (beside it: dd)",
+                "GB/s",
+                times["ours"],
+                times["dd"],
+                total / 1e9,
+                total / 1e9,
+            )
+        )
+    return rows

@@ -1,0 +1,144 @@
+"""Timings taken in turns, and the table that they make."""
+
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Row:
+    """One line of the table; None where it was not measured."""
+
+    what: str
+    unit: str
+    ours: float | None = None
+    literal: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    of_matrix_rate: float | None = None
+    goal: str = ""
+    note: str = ""
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time the jobs one after the other, several times over, after one call that does not count."""
+    for work in jobs.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, work in jobs.items():
+            times[name].append(seconds(work))
+    return times
+
+
+def compare(
+    what: str,
+    unit: str,
+    ours: list[float],
+    literal: list[float] | None,
+    amount: float,
+    literal_amount: float = 0.0,
+    gflop: float = 0.0,
+    rate: float = 0.0,
+    **more,
+) -> Row:
+    """A row from timings of the same rounds.
+
+    Args:
+        what, unit: the row's name; a unit that ends in '/s' is a rate, else a time per amount.
+        ours, literal: seconds a round.
+        amount, literal_amount: how much was done in a round.
+        gflop: arithmetic of one unit of the amount, for the share of ``rate`` (GFLOP/s).
+    """
+    row = Row(what, unit, **more)
+    middle = statistics.median(ours)
+    is_rate = unit.endswith("/s")
+    row.ours = amount / middle if is_rate else middle / amount
+    if gflop and rate:
+        row.of_matrix_rate = gflop * amount / middle / rate
+    if literal:
+        slow = statistics.median(literal)
+        row.literal = literal_amount / slow if is_rate else slow / literal_amount
+        ratios = [(b / literal_amount) / (a / amount) for a, b in zip(ours, literal)]
+        row.ratio, row.ratio_low, row.ratio_high = statistics.median(ratios), min(ratios), max(ratios)
+    return row
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product: what the machine's own library reaches."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = in_turns({"product": lambda: a @ b}, 5)["product"]
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, as far as it matters for a timing."""
+    name = platform.processor() or platform.machine()
+    flags = ""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.+)", text)[1]
+        flags = " ".join(sorted(set(re.findall(r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16)\b", text))))
+    except (OSError, TypeError):
+        pass
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": name,
+        "instructions": flags,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+    found["matrix_gflops_float32"] = matrix_rate(device, torch.float32)
+    found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
+    return found
+
+
+def show(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+
+    def number(value: float | None, unit: str) -> str:
+        return "unmeasured" if value is None else f"{value:.3g} {unit}"
+
+    lines = [
+        "| what | here | literal | ratio (range) | of the matrix rate | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.1f} ({row.ratio_low:.1f} to {row.ratio_high:.1f})"
+        share = "" if row.of_matrix_rate is None else f"{100 * row.of_matrix_rate:.0f} %"
+        what = f"{row.what} ({row.note})" if row.note else row.what
+        literal = "" if row.literal is None else number(row.literal, row.unit)
+        lines.append(f"| {what} | {number(row.ours, row.unit)} | {literal} | {ratio} | {share} | {row.goal} |")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""The rows that need whole runs of train.py, growing sizes, or a GPU."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.locations import normalize_locations
+from data.store import PatchStore
+from data.views import to_input
+from models.cnn3d import Encoder
+from models.frozen import LOCATIONS_AT_ONCE, freeze
+from tools.timing.apart import PUBLISHED_LOCATIONS
+from tools.timing.measure import Row, in_turns
+from tools.timing.step import TimedStep
+from tools.timing.store import make_store
+from tools.timing.training import STEP_GFLOP
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str, object]) -> subprocess.Popen:
+    """train.py on the store, in its own process group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+    return subprocess.Popen(
+        [*command, "--exp-name", "x", "--no-progress", *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
+    """Peak memory of train.py itself, from the kernel's own count."""
+    row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
+    if not Path("/proc/self/status").exists():
+        row.note = "unmeasured: this system does not tell a process's peak memory"
+        return row
+    sizes = {"batch-size": args.batch, "moco-k": K, "epochs": 1, "workers": 1, "device": args.device.type}
+    process = launch_training(store, folder, 1, {**sizes, "print-freq": 2})
+    try:
+        printed = 0
+        for line in process.stdout:
+            printed += line.startswith("epoch")
+            if printed == 4:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                row.ours = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e9
+                break
+        if row.ours is None:
+            row.note = "unmeasured: train.py ended early"
+    finally:
+        stop(process)
+    return row
+
+
+def ranks_rate(folder: Path, ranks: int, args) -> float | None:
+    """Samples a second of train.py over several ranks on this machine, the batch shared among them."""
+    store = make_store(folder / "store", 8, 64)
+    sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
+    process = launch_training(store, folder, ranks, sizes)
+    try:
+        process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return None
+    lines = (folder / "ssl_exp/x/log.jsonl").read_text().splitlines()
+    epochs = [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
+    steps = 8 * (64 // args.batch)
+    return steps * args.batch / epochs[-1]["seconds"]
+
+
+def scaling(folder: Path, args) -> list[dict]:
+    """Milliseconds a step as one size grows and the others stay."""
+    base = dict(batch=args.batch, locations=37, subjects=64, K=1024)
+    cases: list[dict] = []
+    grown = {
+        "batch": [8, 16, 32, 64],
+        "locations": [37, PUBLISHED_LOCATIONS],
+        "subjects": [64, 512],
+        "K": [1024, 4096, 16384],
+    }
+    for what, values in grown.items():
+        steps = {}
+        for value in values:
+            size = {**base, what: value}
+            store = make_store(folder / f"{what}_{value}", size["locations"], size["subjects"])
+            steps[value] = TimedStep(store, size["batch"], size["K"], args.device, bf16=False)
+        jobs = {value: (lambda step=step: step.run(2)) for value, step in steps.items()}
+        for value, times in in_turns(jobs, args.rounds).items():
+            cases.append({"grown": what, "value": value, "ms_per_step": 1e3 * statistics.median(times) / 2})
+        del steps, jobs
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" else 4
+    for ranks in (1, 2, 4):
+        if ranks <= gpus:
+            rate = ranks_rate(folder / f"ranks_{ranks}", ranks, args)
+            cases.append(
+                {"grown": "ranks", "value": ranks, "ms_per_step": None if rate is None else 1e3 * args.batch / rate}
+            )
+    return cases
+
+
+def rows_gpu(args, store_folder: Path, machine: dict) -> list[Row]:
+    """The GPU's rows; marked unmeasured where there is none."""
+    rows = [
+        Row("training, one GPU, reading from a store and agc, batch 128, bf16", "samples/s", goal="10,000"),
+        Row("features, one GPU, from the page cache, bf16", "subjects/s", goal="over 100"),
+    ]
+    if args.device.type != "cuda":
+        for row in rows:
+            row.note = "unmeasured: no GPU at hand"
+        return rows
+    store = make_store(store_folder, PUBLISHED_LOCATIONS, 512)
+    step = TimedStep(store, 128, 4096, args.device, bf16=True, workers=min(16, os.cpu_count() or 1))
+    times = in_turns({"ours": lambda: step.run(50)}, args.rounds)["ours"]
+    rows[0].ours = 128 * 50 / statistics.median(times)
+    rows[0].of_matrix_rate = STEP_GFLOP * rows[0].ours / machine["matrix_gflops_bf16"]
+    encoder = Encoder(128, 128, 8, 1).to(args.device).eval()
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(args.device)
+
+    @torch.inference_mode()
+    def extract() -> None:
+        for start in range(0, 32, LOCATIONS_AT_ONCE):
+            for index, frozen in enumerate(
+                freeze(encoder, locations[start : start + LOCATIONS_AT_ONCE], torch.bfloat16)
+            ):
+                patches = torch.from_numpy(store.read(start + index, np.arange(512))).to(args.device)
+                frozen(patches, to_input).cpu()
+
+    times = in_turns({"ours": extract}, args.rounds)["ours"]
+    rows[1].ours = 512 * 32 / PUBLISHED_LOCATIONS / statistics.median(times)
+    return rows
