@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
 from models.cpu.fused import conv_elu
-from models.cpu.norm_elu import elu_
 from models.cpu.pieces import PIECE, encode_in_pieces
 
 LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
@@ -57,7 +56,7 @@ class FrozenEncoder:
             if one_pass:
                 x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)
             else:
-                x = elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
+                x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
         return x.flatten(1).float()  # (B, rep_dim)
 
 

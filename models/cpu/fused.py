@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from models import cpu
-from models.cpu.norm_elu import elu_
 
 # Compiling switches the fuser, which all threads share, on and off again: one at a time, or one is left unfused.
 _compiling = threading.Lock()
@@ -40,7 +39,7 @@ def conv_elu(
             fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
         if fused is not None:
             return fused(x, kernel, bias)
-    return elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
+    return F.elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
 
 
 @functools.lru_cache(maxsize=64)  # of an encoder's 13 layers, in two dtypes

@@ -56,7 +56,7 @@ def test_the_quick_benchmark_runs(tmp_path, run):
     losses = report["first_step_loss"]
     assert losses["ours"] == pytest.approx(losses["literal"], rel=1e-4)
     measured = [row for row in report["rows"] if row["ours"] is not None]
-    assert len(measured) >= 11 and all(row["ours"] > 0 for row in measured)
+    assert len(measured) >= (11 if report["machine"]["fast_bf16"] else 8) and all(row["ours"] > 0 for row in measured)
     assert all(row["note"] for row in report["rows"] if row["ours"] is None)
     assert {"reading", "copying", "augmenting", "backward", "update", "queue"} <= set(report["profile_ms"]["float32"])
     assert "| training step" in result.stdout

@@ -1,5 +1,6 @@
 """The rows of extraction."""
 
+import functools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from data.views import to_input
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 from tools.timing.apart import PUBLISHED_LOCATIONS, Apart
 from tools.timing.literal import literal_encode
-from tools.timing.measure import Row, compare, in_turns
+from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of
 from tools.timing.step import trained_encoder
 from tools.timing.training import FORWARD_GFLOP
 
@@ -36,35 +37,20 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
     x = to_input(read(0, batches[0]))
     with torch.no_grad():
         wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
-    times = in_turns(
-        {
-            torch.float32: lambda: features(torch.float32),
-            torch.bfloat16: lambda: features(torch.bfloat16),
-            "literal": lambda: apart("features"),
-        },
-        args.rounds,
-    )
+    kinds = kinds_of(machine)
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
+    jobs = {kind: functools.partial(features, dtypes[kind]) for kind in kinds}
+    times = in_turns({**jobs, "literal": lambda: apart("features")}, args.rounds)
     rows = []
-    for dtype, kind, goal in (
-        (torch.float32, "float32", "1.5 s; 9 times"),
-        (torch.bfloat16, "bf16", "0.6 s"),
-    ):
-        error = float((freeze(encoder, locations[:1], dtype)[0](x) - wanted).norm() / wanted.norm())
-        note = f"error of h {error:.0e}"
-        if kind == "bf16" and not machine["fast_bf16"]:
-            note += "; the processor has no bf16 arithmetic"
-        rows.append(
-            compare(
-                f"features of a subject of {PUBLISHED_LOCATIONS} patches, in a cohort of {N}, {kind}, reading included",
-                "s",
-                times[dtype],
-                times["literal"],
-                N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS,
-                1.0,
-                FORWARD_GFLOP * PUBLISHED_LOCATIONS,
-                machine[f"matrix_gflops_{kind}"],
-                goal=goal,
-                note=note,
-            )
-        )
+    for kind, goal in (("float32", "1.5 s; 9 times"), ("bf16", "0.6 s")):
+        what = f"features of a subject of {PUBLISHED_LOCATIONS} patches, in a cohort of {N}, {kind}, reading included"
+        if kind not in kinds:
+            rows.append(Row(what, "s", goal=goal, note=NO_BF16))
+            continue
+        error = float((freeze(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
+        amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
+        rate = machine[f"matrix_gflops_{kind}"]
+        row = compare(what, "s", times[kind], times["literal"], amount, 1.0, gflop, rate)
+        row.goal, row.note = goal, f"error of h {error:.0e}"
+        rows.append(row)
     return rows

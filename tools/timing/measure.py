@@ -102,6 +102,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+NO_BF16 = "unmeasured: the processor has no bf16 arithmetic"
+
+
+def kinds_of(machine: dict) -> list[str]:
+    """Number formats to time; bfloat16 that is emulated says nothing of any other machine."""
+    return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """The machine, as far as it matters for a timing."""
     name = platform.processor() or platform.machine()

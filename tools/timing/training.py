@@ -1,5 +1,6 @@
 """The rows of a training step, and its parts."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import torch
 
 from data.store import PatchStore
 from tools.timing.apart import Apart
-from tools.timing.measure import Row, compare, in_turns, synchronize
+from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of, synchronize
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # one patch, multiplications and additions
@@ -27,59 +28,42 @@ def check_equal_losses(fast: TimedStep, apart: Apart) -> dict[str, float]:
 def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, report: dict) -> list[Row]:
     """Encoder, and the whole step with reading and augmentation."""
     device, B = args.device, args.batch
-    rate = {False: machine["matrix_gflops_float32"], True: machine["matrix_gflops_bf16"]}
-    fast = TimedStep(store, B, K, device, bf16=False)
-    report["first_step_loss"] = check_equal_losses(fast, apart)
-    halved = TimedStep(store, B, K, device, bf16=True)
-    no_bf16 = "" if machine["fast_bf16"] else "the processor has no bf16 arithmetic"
+    kinds = kinds_of(machine)
+    steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}
+    report["first_step_loss"] = check_equal_losses(steps["float32"], apart)
     x = torch.randn(B, 1, 32, 32, 32, device=device)
-    encoder, loc = fast.model.encoder_q, fast.table.locations[:1]
+    encoder, loc = steps["float32"].model.encoder_q, steps["float32"].table.locations[:1]
 
-    def encode(amp: bool) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    def encode(kind: str) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
             z = encoder(x, loc)[0]
         z.float().sum().backward()
 
-    encoder_times = in_turns(
-        {False: lambda: encode(False), True: lambda: encode(True), "literal": lambda: apart("encode")}, args.rounds
-    )
-    step_times = in_turns(
-        {False: lambda: fast.run(args.steps), True: lambda: halved.run(args.steps), "literal": lambda: apart("step")},
-        args.rounds,
-    )
+    jobs = {kind: functools.partial(encode, kind) for kind in kinds}
+    encoder_times = in_turns({**jobs, "literal": lambda: apart("encode")}, args.rounds)
+    jobs = {kind: functools.partial(step.run, args.steps) for kind, step in steps.items()}
+    step_times = in_turns({**jobs, "literal": lambda: apart("step")}, args.rounds)
+    what = f"training step, {store.num_locations} locations, K {K}, batch {B}"
     rows = []
-    for amp in (False, True):
-        kind = "bf16" if amp else "float32"
-        rows.append(
-            compare(
-                f"encoder, {B} patches, forward and backward, {kind}",
-                "samples/s",
-                encoder_times[amp],
-                encoder_times["literal"],
-                B,
-                B,
-                3 * FORWARD_GFLOP,
-                rate[amp],
-                note=no_bf16 if amp else "",
-            )
-        )
-    for amp in (False, True):
-        rows.append(
-            compare(
-                f"training step, {store.num_locations} locations, K {K}, batch {B}, {'bf16' if amp else 'float32'}, "
-                "reading and augmentation included",
-                "samples/s",
-                step_times[amp],
-                step_times["literal"],
-                B * args.steps,
-                B,
-                STEP_GFLOP,
-                rate[amp],
-                goal="50; 7 times" if amp else "30; 4 times",
-                note=no_bf16 if amp else "",
-            )
-        )
-    report["profile_ms"] = {"float32": profile(fast, args), "bf16": profile(halved, args)}
+    for name, times, ours, literal, gflop, goals in (
+        (f"encoder, {B} patches, forward and backward", encoder_times, B, B, 3 * FORWARD_GFLOP, {}),
+        (
+            f"{what}, reading and augmentation included",
+            step_times,
+            B * args.steps,
+            B,
+            STEP_GFLOP,
+            {"float32": "30; 4 times", "bf16": "50; 7 times"},
+        ),
+    ):
+        for kind in ("float32", "bf16"):
+            row = Row(f"{name}, {kind}", "samples/s", goal=goals.get(kind, ""), note=NO_BF16)
+            if kind in kinds:
+                rate = machine[f"matrix_gflops_{kind}"]
+                row = compare(row.what, row.unit, times[kind], times["literal"], ours, literal, gflop, rate)
+                row.goal = goals.get(kind, "")
+            rows.append(row)
+    report["profile_ms"] = {kind: profile(step, args) for kind, step in steps.items()}
     return rows
 
 
