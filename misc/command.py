@@ -94,8 +94,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the description's lines, shows every default that says something, and a OneOf's words."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.default is None or action.default is False or action.default == "" or action.nargs == 0
-        return (action.help or "") + ("" if told or not action.option_strings else " (default: %(default)s)")
+        silent = action.default is None or action.default is False or action.default == "" or action.nargs == 0
+        return (action.help or "") + ("" if silent or not action.option_strings else " (default: %(default)s)")
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if isinstance(action.type, OneOf):

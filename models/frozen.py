@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
 from models.cpu.fused import conv_elu
-from models.cpu.pieces import PIECE, encode_in_pieces
+from models.cpu.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
 
@@ -51,7 +51,7 @@ class FrozenEncoder:
     def _encode(self, x: torch.Tensor, prepare: Prepare) -> torch.Tensor:
         x = prepare(x, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        one_pass = x.device.type == "cpu" and len(x) == PIECE
+        one_pass = x.device.type == "cpu" and len(x) == PATCHES_AT_ONCE
         for kernel, bias, stride, padding in self._layers:
             if one_pass:
                 x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)

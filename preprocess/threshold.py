@@ -201,8 +201,8 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
     margin = int(np.ceil(radius)) + 1
     for label in (RIGHT, LEFT):
         side = np.pad(labels == label, margin)
-        near = ndimage.distance_transform_edt(~side) <= radius
-        closed = ndimage.distance_transform_edt(near) > radius
+        dilated = ndimage.distance_transform_edt(~side) <= radius
+        closed = ndimage.distance_transform_edt(dilated) > radius
         # The pad lets the ball pass the image's border; cut it away again.
         closed = (closed | side)[margin:-margin, margin:-margin, margin:-margin]
         closed = ndimage.binary_fill_holes(closed)

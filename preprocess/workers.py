@@ -82,16 +82,16 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
     )
-    told, failures = [], []
+    earlier, failures = [], []
     for row in rows:
         if row["status"] == "failed":
-            (told if row["message"].startswith(EARLIER) else failures).append(row)
+            (earlier if row["message"].startswith(EARLIER) else failures).append(row)
     for row in failures[:FAILURES_SHOWN]:
         print(f"  {row['sid']}  failed  {row['message']}")
     if len(failures) > FAILURES_SHOWN:
         print(f"  and {len(failures) - FAILURES_SHOWN} more")
-    if told:
-        print(f"  {len(told)} of the failed had failed in an earlier step, {told[0]['sid']} first")
+    if earlier:
+        print(f"  {len(earlier)} of the failed had failed in an earlier step, {earlier[0]['sid']} first")
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from models import cpu
 
 # Patches encoded at a time, in one pass a layer; a rest smaller than that takes two. One number, because
 # oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
-PIECE = 32
+PATCHES_AT_ONCE = 32
 
 
 def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
@@ -18,9 +18,9 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
 
     The pieces go side by side, each with a share of the cores, so that they never wait for each other within a layer.
     """
-    if not cpu.enabled() or x.device.type != "cpu" or len(x) <= PIECE:
+    if not cpu.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
-    pieces, cores = x.split(PIECE), torch.get_num_threads()
+    pieces, cores = x.split(PATCHES_AT_ONCE), torch.get_num_threads()
     threads = min(cores, len(pieces))
     encoded = map(encode, pieces) if threads == 1 else _pool(threads, cores // threads).map(encode, pieces)
     return torch.cat(list(encoded))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.cnn3d import Encoder
-from models.cpu.pieces import PIECE
+from models.cpu.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
 
 
@@ -60,7 +60,7 @@ def test_several_locations_at_once():
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_pieces_side_by_side(threads):
     """The order and the number of patches, and what makes the input of them, for a batch of several pieces."""
-    encoder, count = trained_encoder(), 2 * PIECE + 5
+    encoder, count = trained_encoder(), 2 * PATCHES_AT_ONCE + 5
     loc, raw = torch.tensor([[0.5, -0.7, 0.1]]), torch.randint(0, 9, (count, 32, 32, 32), dtype=torch.int16)
     x = raw[:, None].float() / 8
     before = torch.get_num_threads()

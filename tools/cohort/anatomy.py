@@ -37,19 +37,19 @@ def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
     """A subject: size, shape, pose and breath."""
     spread = VARIATION[size]
 
-    def around(middle: float, low: float, high: float) -> float:
+    def vary(middle: float, low: float, high: float) -> float:
         return middle * (1 + spread * (rng.uniform(low, high) - 1))
 
     return Anatomy(
-        scale=around(SIZES[size], 0.92, 1.08),
-        width=around(130, 0.93, 1.07),
-        depth=around(88, 0.92, 1.08),
-        height=around(260, 0.92, 1.08),
-        mediastinum=around(22, 0.85, 1.2),
-        heart=around(50, 0.9, 1.12),
-        diaphragm=around(62, 0.8, 1.25),
-        notch=around(1, 0.8, 1.2),
-        fat=around(24, 0.6, 1.5),
+        scale=vary(SIZES[size], 0.92, 1.08),
+        width=vary(130, 0.93, 1.07),
+        depth=vary(88, 0.92, 1.08),
+        height=vary(260, 0.92, 1.08),
+        mediastinum=vary(22, 0.85, 1.2),
+        heart=vary(50, 0.9, 1.12),
+        diaphragm=vary(62, 0.8, 1.25),
+        notch=vary(1, 0.8, 1.2),
+        fat=vary(24, 0.6, 1.5),
         rotation=tuple(spread * np.deg2rad(rng.uniform(-4, 4, 3))),
         inflation=spread * rng.uniform(-25, 30),
     )

@@ -98,7 +98,7 @@ def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) ->
         (image, sitk.sitkLinear, -1024, "atlas.nii.gz"),
         (sitk.Cast(labels, sitk.sitkInt16) * 50, sitk.sitkNearestNeighbor, 0, "atlas_lung_mask.nii.gz"),
     ):
-        made = sitk.Resample(
+        resampled = sitk.Resample(
             source, size, sitk.Transform(), interpolator, image.GetOrigin(), [1.0] * 3, image.GetDirection(), fill
         )
-        write_image(sitk.DICOMOrient(made, ATLAS_ORIENTATION), out_dir / name)
+        write_image(sitk.DICOMOrient(resampled, ATLAS_ORIENTATION), out_dir / name)

@@ -93,7 +93,7 @@ class LiteralAugmentation:
             mode="bilinear",
             padding_mode="border",
         )
-        made = {
+        transforms_by_letter = {
             "a": lambda: transforms.RandAffine(**affine),
             "e": lambda: transforms.Rand3DElastic(
                 sigma_range=ELASTIC_SIGMA, magnitude_range=ELASTIC_MAGNITUDE, **affine
@@ -101,7 +101,7 @@ class LiteralAugmentation:
             "g": lambda: transforms.RandGaussianNoise(prob=NOISE_PROB, mean=0.0, std=NOISE_MAX_STD),
             "c": lambda: transforms.RandAdjustContrast(prob=CONTRAST_PROB, gamma=GAMMA),
         }
-        self.chain = [made[letter]() for letter in letters]
+        self.chain = [transforms_by_letter[letter]() for letter in letters]
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
         """(C, 32, 32, 32) in [0, 1264]."""
@@ -113,7 +113,7 @@ class LiteralAugmentation:
 def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
     """The three views of a step, sample by sample."""
     shifted = shift_to_zero(patches)[:, None]
-    around = shift_to_zero(neighbors)
+    shifted_neighbors = shift_to_zero(neighbors)
     query = torch.stack([augment(volume) for volume in shifted])
     key = torch.stack([augment(volume) for volume in shifted])
-    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in around]))
+    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in shifted_neighbors]))

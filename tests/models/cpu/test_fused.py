@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models.cnn3d import Encoder
 from models.cpu import fused
 from models.cpu.fused import conv_elu
-from models.cpu.pieces import PIECE
+from models.cpu.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
 
 
@@ -54,11 +54,12 @@ def test_the_frozen_encoder_takes_one_pass_in_every_layer(dtype, one_thread):
         pytest.skip(f"oneDNN does not fuse {dtype} on this processor: two passes are taken")
     torch.manual_seed(0)
     frozen = freeze(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
-    x = torch.rand(2 * PIECE + 3, 1, 32, 32, 32) * 2 - 1
+    x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
     frozen(x)  # compiles
-    assert fused_calls(lambda: frozen(x[: 2 * PIECE])) == 2 * 13
-    assert fused_calls(lambda: frozen(x[: PIECE - 1])) == 0  # a rest, not worth compiling for
-    apart = torch.cat([frozen(x[:PIECE]), frozen(x[PIECE : 2 * PIECE]), frozen(x[2 * PIECE :])])
+    assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13
+    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # a rest, not worth compiling for
+    first, second, rest = x.split(PATCHES_AT_ONCE)
+    apart = torch.cat([frozen(first), frozen(second), frozen(rest)])
     assert torch.equal(frozen(x), apart)
 
 

@@ -15,7 +15,7 @@ from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.cpu import fused, pairs
 from models.cpu.norm_elu import norm_elu_training
-from models.cpu.pieces import PIECE
+from models.cpu.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
 from models.step import LocationTable, compute_losses, descend, make_optimizer
 
@@ -76,7 +76,7 @@ def test_extraction_both_ways(monkeypatch, rel):
     torch.manual_seed(0)
     encoder = Encoder(24, 6, 2, 1)
     calibrate(encoder)
-    hu = torch.randint(-1024, 241, (2 * PIECE + 5, 32, 32, 32), dtype=torch.int16)
+    hu = torch.randint(-1024, 241, (2 * PATCHES_AT_ONCE + 5, 32, 32, 32), dtype=torch.int16)
     frozen = freeze(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
     called = []
     monkeypatch.setattr(fused, "_one_pass", lambda *given, way=fused._one_pass: called.append(1) or way(*given))
@@ -87,7 +87,7 @@ def test_extraction_both_ways(monkeypatch, rel):
     with cpu.plain():
         wanted = frozen(hu, to_input)
     assert 1 not in called
-    assert ours.shape == (2 * PIECE + 5, 24) and rel(ours, wanted) < 1e-5
+    assert ours.shape == (2 * PATCHES_AT_ONCE + 5, 24) and rel(ours, wanted) < 1e-5
     with torch.no_grad():
         assert rel(ours, encoder(to_input(hu), torch.tensor([[0.3, -0.2, 0.9]]))[1]) < 1e-5
 
