@@ -27,7 +27,7 @@ from models.cpu.memory import keep_freed_memory
 from tools.timing.apart import PUBLISHED_LOCATIONS, Apart
 from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction
-from tools.timing.measure import describe, has_fast_bf16, show
+from tools.timing.measure import describe, show
 from tools.timing.runs import row_memory, rows_gpu, scaling
 from tools.timing.store import make_store
 from tools.timing.training import rows_training
@@ -56,7 +56,7 @@ def main() -> None:
     args = parse_arguments()
     if args.device.type == "cpu":
         keep_freed_memory()
-    machine = {**describe(args.device), "fast_bf16": has_fast_bf16(args.device)}
+    machine = describe(args.device)
     print(
         ", ".join(
             f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()

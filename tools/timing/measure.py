@@ -129,7 +129,9 @@ def describe(device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     found["matrix_gflops_float32"] = matrix_rate(device, torch.float32)
-    found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
+    found["fast_bf16"] = has_fast_bf16(device)
+    if found["fast_bf16"]:  # emulated, the product alone takes minutes
+        found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
     return found
 
 
