@@ -20,13 +20,12 @@ log.jsonl. Stopped by a signal, it saves first; --resume auto goes on from there
 import argparse
 import math
 import os
-import time
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from data.augment import LETTERS, Augmentation
+from data.augment import LETTERS, PUBLISHED, Augmentation, Ranges
 from data.dataset import PatchDataset, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
@@ -37,11 +36,13 @@ from misc.command import OneOf, Parser, StopRequest, UserError, at_least, betwee
 from misc.cores import usable_cores
 from misc.experiment import Experiment
 from misc.runlog import Meters, RunLog
+from misc.saver import Saver
+from misc.sizes import bn_groups
 from models.builder import DrasCLR
 from models.checkpoint import CheckpointError, Restored, TrainingState, progress
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
-from models.step import FIGURES, LocationTable, compute_losses, descend, make_optimizer
+from models.step import FIGURES, LocationTable, compute_losses, descend, effective_rank, make_optimizer
 
 # ============================================================ arguments
 
@@ -76,6 +77,31 @@ def add_method(parser: Parser) -> None:
     )
     add("--warm-up", at_least(int, 0), 0, "epochs before the neighbour loss counts; raise it when it hurts the start")
     add("--augmentation", str, "agc", f"transforms in order: {LETTERS}; drop c where density itself matters")
+    add("--rotate", amount, PUBLISHED.rotate, "degrees about each axis; lower it where pose tells something")
+    text = "voxels along each axis; lower it where views share too little: 12 is a third of a patch"
+    add("--translate", amount, PUBLISHED.translate, text)
+    add(
+        "--scale",
+        between(float, 0, 0.9),
+        PUBLISHED.scale,
+        "zoom, a share either way; lower it where size tells something",
+    )
+    add("--noise-std", amount, PUBLISHED.noise_std, "HU, the largest of g; raise it for cohorts of many doses")
+    text = "smallest and largest exponent of c; narrow it where density itself matters"
+    add("--gamma", at_least(float, 0.01), list(PUBLISHED.gamma), text, nargs=2)
+    text = (
+        "queue: other subjects' keys of earlier steps; batch: those of this step, as old as the key; for small cohorts"
+    )
+    add("--negatives", OneOf("queue", "batch"), "queue", text)
+    text = (
+        "groups of the batch with BatchNorm statistics of their own, a multiple of the ranks (default: 4 as published, "
+        "more ranks, or what the batch allows); fewer for small batches"
+    )
+    add("--bn-groups", count, None, text)
+    text = "sequential: all steps of a location, then the next; interleaved: short visits in turn, for younger queues"
+    add("--location-order", OneOf("sequential", "interleaved"), "sequential", text)
+    text = "leave a subject's own keys out of its queue's negatives; where --moco-k exceeds the cohort"
+    group.add_argument("--mask-own", action="store_true", help=text)
     text = "project with one linear layer (MoCo v1) instead of two; for checkpoints that were trained so"
     group.add_argument("--no-mlp", dest="mlp", action="store_false", help=text)
 
@@ -139,10 +165,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
     try:
         Experiment.named(args.exp_name)
-        Augmentation(args.augmentation)
+        make_augmentation(args)
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def make_augmentation(args: argparse.Namespace) -> Augmentation:
+    """The transforms that the flags ask for. Raises StoreError."""
+    ranges = Ranges(rotate=args.rotate, translate=args.translate, scale=args.scale)
+    return Augmentation(args.augmentation, ranges._replace(noise_std=args.noise_std, gamma=tuple(args.gamma)))
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -192,44 +224,12 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Data:
     rank, world = process.rank(), process.world_size()
     store = PatchStore(args.root_dir, require_grouped=True)
     dataset = PatchDataset(store, args.k_neighbors)
-    sampler = LocationBatchSampler(store.num_subjects, store.num_locations, args.batch_size, args.seed, rank, world)
+    sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
+    sampler = LocationBatchSampler(*sizes, rank, world, args.location_order)
     workers = math.ceil(min(args.workers, usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     return Data(store, sampler, loader, workers, table)
-
-
-class Saver:
-    """When the first rank saves, and leaves where a signal asked for it; other ranks do nothing."""
-
-    def __init__(self, args: argparse.Namespace, state: TrainingState, experiment: Experiment, stop: StopRequest):
-        self.args, self.state, self.experiment, self.stop = args, state, experiment, stop
-        self.saved_at = time.monotonic()
-
-    def after_step(self, epoch: int, done: int, meters: Meters) -> None:
-        """Save ``done`` steps of an epoch under way, when it is time or a signal came."""
-        minutes = self.args.save_minutes
-        due = minutes and time.monotonic() - self.saved_at > 60 * minutes
-        if process.rank() or not (due or self.stop.number):
-            return
-        path = self.experiment.unfinished
-        self.state.save(path, epoch, done, meters.totals())
-        self.saved_at = time.monotonic()
-        if self.stop.number:
-            print(f"stopped by {self.stop.name}; saved {path}, go on with --resume auto")
-            self.stop.leave()
-
-    def after_epoch(self, finished: int) -> None:
-        """Save ``finished`` epochs, as often as --save-freq says, at the end, and when a signal came."""
-        last = finished == self.args.epochs
-        if process.rank() or not (finished % self.args.save_freq == 0 or last or self.stop.number):
-            return
-        self.state.save(self.experiment.checkpoint(finished), finished)
-        self.experiment.unfinished.unlink(missing_ok=True)
-        self.saved_at = time.monotonic()
-        if self.stop.number:
-            print(f"stopped by {self.stop.name}; go on with --resume auto")
-            self.stop.leave()
 
 
 def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> None:
@@ -242,13 +242,16 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = True
+    args.bn_groups = bn_groups(args.bn_groups, args.batch_size, world)
+    per_rank = max(1, args.bn_groups // world)
+    groups = range(rank * per_rank, (rank + 1) * per_rank)  # this rank's
     experiment = Experiment.named(args.exp_name)
     resume = experiment.resume_from(args.resume, progress)
     process.barrier()  # every rank has looked before the first file is written
 
     # -------------------------------------------------------- data
     store, sampler, loader, workers, table = open_data(args, device)
-    augmentation = Augmentation(args.augmentation)
+    augmentation = make_augmentation(args)
     if args.moco_k > store.num_subjects:
         say(
             f"note: --moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue comes to hold a "
@@ -258,7 +261,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     # -------------------------------------------------------- model
     sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
     queue = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
-    model = DrasCLR(Encoder, num_patch=store.num_locations, **sizes, **queue).to(device)
+    choices = dict(bn_groups=per_rank, negatives=args.negatives, mask_own=args.mask_own)
+    model = DrasCLR(Encoder, num_patch=store.num_locations, **sizes, **queue, **choices).to(device)
     optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
 
     # -------------------------------------------------------- restore
@@ -293,7 +297,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps an epoch; "
         f"{world} x {device.type}, {workers} reading processes each; {experiment.folder}"
     )
-    meters, saver = Meters(FIGURES, device), Saver(args, state, experiment, stop)
+    meters = Meters(FIGURES, device)
+    saver = Saver(state.save, experiment, stop, args.epochs, args.save_freq, args.save_minutes)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     stop.listen()  # asked to stop, rank 0 saves after the step under way; the others' next step fails then, see main
 
@@ -305,15 +310,18 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         meters.start_epoch(totals)
         log.start_epoch(epoch, skip)
         for done, batch in enumerate(loader, start=skip + 1):
-            views = step_views(batch, augmentation, args.seed, rank, device)
+            views = step_views(batch, augmentation, args.seed, groups, device)
+            subjects = batch.subjects.to(device, non_blocking=True)
             beta = args.beta if epoch >= args.warm_up else 0.0
-            loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16")
+            loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16", subjects)
             descend(optimizer, loss)
 
             meters.add(figures)
             log.advance(lambda views=views: grid_of_views(views))
             if done % args.print_freq == 0 or done == len(sampler):
-                log.step(epoch, done, batch.location, meters.steps, meters.read(), rate)
+                rank_of_h = effective_rank(process.all_gather_rows(model.representation))
+                figures = {**meters.read(), "effective_rank": rank_of_h}
+                log.step(epoch, done, batch.location, meters.last_count, figures, rate)
             if done < len(sampler):
                 saver.after_step(epoch, done, meters)
         log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)

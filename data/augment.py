@@ -18,16 +18,26 @@ from data.layout import StoreError
 from data.resample import Parameters, affine_matrix, sample, voxel_coordinates
 from misc.sizes import HU_MAX, HU_MIN
 
-ROTATION = math.pi / 18  # radians, about each axis
-TRANSLATION = 12.0  # voxels, along each axis
-SCALING = 0.1  # about 1, on each axis
 ELASTIC_SIGMA = (8.0, 12.0)  # voxels
-ELASTIC_MAGNITUDE = (0.0, float(HU_MAX - HU_MIN))  # voxels before smoothing; as published
 ELASTIC_CUTOFF = 3.0  # standard deviations
-NOISE_PROB, NOISE_MAX_STD = 0.25, 50.0  # HU
-CONTRAST_PROB, GAMMA = 0.25, (0.5, 4.5)
 CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
+
+
+class Ranges(NamedTuple):
+    """What the transforms' parameters are drawn from; the defaults are the published ones."""
+
+    rotate: float = 10.0  # degrees, about each axis, either way
+    translate: float = 12.0  # voxels, along each axis, either way
+    scale: float = 0.1  # about 1, on each axis, either way
+    elastic: float = float(HU_MAX - HU_MIN)  # voxels before smoothing, largest; as published
+    noise_prob: float = 0.25
+    noise_std: float = 50.0  # HU, largest
+    contrast_prob: float = 0.25
+    gamma: tuple[float, float] = (0.5, 4.5)
+
+
+PUBLISHED = Ranges()
 
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
@@ -50,11 +60,12 @@ def _moved(drawn: torch.Tensor, volumes: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- affine, elastic
 
 
-def draw_affine(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+def draw_affine(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+    rotate = math.radians(ranges.rotate)
     return {
-        "rotation": _uniform((count, 3), -ROTATION, ROTATION, generator),
-        "translation": _uniform((count, 3), -TRANSLATION, TRANSLATION, generator),
-        "scale": _uniform((count, 3), 1 - SCALING, 1 + SCALING, generator),
+        "rotation": _uniform((count, 3), -rotate, rotate, generator),
+        "translation": _uniform((count, 3), -ranges.translate, ranges.translate, generator),
+        "scale": _uniform((count, 3), 1 - ranges.scale, 1 + ranges.scale, generator),
     }
 
 
@@ -63,12 +74,12 @@ def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch
     return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), volumes.shape[2:]))
 
 
-def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {
         "offset": torch.rand(count, 3, *size, generator=generator) * 2 - 1,
-        "magnitude": _uniform((count,), *ELASTIC_MAGNITUDE, generator),
+        "magnitude": _uniform((count,), 0.0, ranges.elastic, generator),
         "sigma": _uniform((count,), *ELASTIC_SIGMA, generator),
-        **draw_affine(count, size, generator),
+        **draw_affine(count, size, generator, ranges),
     }
 
 
@@ -102,7 +113,7 @@ def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torc
 # ---------------------------------------------------------------- flip, noise, contrast
 
 
-def draw_flip(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {"flip": torch.rand(count, 3, generator=generator) < FLIP_PROB}
 
 
@@ -116,10 +127,10 @@ def apply_flip(volumes: torch.Tensor, parameters: Parameters, generator: torch.G
     return volumes
 
 
-def draw_noise(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {
-        "chosen": (torch.rand(count, generator=generator) < NOISE_PROB).nonzero()[:, 0],
-        "std": _uniform((count,), 0.0, NOISE_MAX_STD, generator),
+        "chosen": (torch.rand(count, generator=generator) < ranges.noise_prob).nonzero()[:, 0],
+        "std": _uniform((count,), 0.0, ranges.noise_std, generator),
     }
 
 
@@ -141,10 +152,12 @@ def apply_noise(volumes: torch.Tensor, parameters: Parameters, generator: torch.
     return volumes.index_add(0, _moved(chosen, volumes), noise)
 
 
-def draw_contrast(count: int, size: Sequence[int], generator: torch.Generator) -> Parameters:
+def draw_contrast(
+    count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
+) -> Parameters:
     return {
-        "chosen": (torch.rand(count, generator=generator) < CONTRAST_PROB).nonzero()[:, 0],
-        "gamma": _uniform((count,), *GAMMA, generator),
+        "chosen": (torch.rand(count, generator=generator) < ranges.contrast_prob).nonzero()[:, 0],
+        "gamma": _uniform((count,), *ranges.gamma, generator),
     }
 
 
@@ -166,7 +179,7 @@ def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: tor
 class Transform(NamedTuple):
     """What a letter stands for."""
 
-    draw: Callable[[int, Sequence[int], torch.Generator], Parameters]
+    draw: Callable[[int, Sequence[int], torch.Generator, Ranges], Parameters]
     apply: Callable[[torch.Tensor, Parameters, torch.Generator], torch.Tensor]
     name: str
 
@@ -185,21 +198,21 @@ LETTERS = ", ".join(f"{letter} ({transform.name})" for letter, transform in TRAN
 
 
 class Augmentation:
-    """Transforms named by the letters of TRANSFORMS, in order.
+    """Transforms named by the letters of TRANSFORMS, in order, with parameters drawn from ``ranges``.
 
     Raises:
         StoreError: an unknown letter.
     """
 
-    def __init__(self, letters: str):
+    def __init__(self, letters: str, ranges: Ranges = PUBLISHED):
         unknown = sorted(set(letters) - set(TRANSFORMS))
         if unknown:
             raise StoreError(f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are {LETTERS}")
-        self.letters = letters
+        self.letters, self.ranges = letters, ranges
 
     def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
         """Parameters of ``count`` samples of spatial ``size``, one entry per letter."""
-        return [TRANSFORMS[letter].draw(count, size, generator) for letter in self.letters]
+        return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
     def apply(
         self, volumes: torch.Tensor, parameters: Sequence[Parameters], generator: torch.Generator

@@ -23,6 +23,7 @@ class PatchBatch(NamedTuple):
     step: int
     patches: torch.Tensor  # (B, 32, 32, 32) int16, or float32 where the store is of floats
     neighbors: torch.Tensor  # (B, k, 32, 32, 32)
+    subjects: torch.Tensor | None = None  # (B,) int64, rows of the store
 
 
 class PatchDataset(Dataset):
@@ -57,6 +58,7 @@ class PatchDataset(Dataset):
             index.step,
             torch.from_numpy(np.ascontiguousarray(patches)),
             torch.from_numpy(np.stack(neighbors, axis=1)),
+            torch.from_numpy(np.asarray(index.rows, dtype=np.int64)),
         )
 
 

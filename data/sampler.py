@@ -1,11 +1,15 @@
 """Which subjects at which location make up each step."""
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from data.layout import StoreError
+
+VISIT_STEPS = 4  # at a location before the next one's turn, where locations are interleaved
 
 
 class BatchIndex(NamedTuple):
@@ -18,7 +22,7 @@ class BatchIndex(NamedTuple):
 
 
 class LocationBatchSampler:
-    """Batches of an epoch: for each location in turn, floor(N / B) steps over shuffled subjects.
+    """Batches of an epoch: for each location floor(N / B) steps over shuffled subjects.
 
     The order of the subjects follows from (seed, epoch, location) alone; ranks take consecutive
     shares of each step's B subjects, so they never overlap and all are at the same location.
@@ -29,6 +33,8 @@ class LocationBatchSampler:
         batch_size: B, over all ranks.
         seed: of the shuffle.
         rank, world_size: this process and how many there are.
+        order: ``sequential``, as published: all steps at a location, then the next; or ``interleaved``: visits of a few
+            steps in turn, so that a location's queue holds keys of a younger encoder.
 
     Raises:
         StoreError: B exceeds N, does not divide among the ranks, or leaves a rank with fewer than 2
@@ -36,7 +42,14 @@ class LocationBatchSampler:
     """
 
     def __init__(
-        self, num_subjects: int, num_locations: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        num_subjects: int,
+        num_locations: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        order: str = "sequential",
     ):
         if batch_size < 1 or batch_size % world_size:
             raise StoreError(
@@ -64,6 +77,7 @@ class LocationBatchSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.order = order
         self.epoch = 0
         self.skip = 0
 
@@ -82,17 +96,22 @@ class LocationBatchSampler:
         self.epoch = epoch
         self.skip = skip
 
+    def visits(self) -> Iterator[tuple[int, int]]:
+        """(location, step within it) of an epoch, in order."""
+        steps = self.steps_per_location
+        length = steps if self.order == "sequential" else VISIT_STEPS
+        for start in range(0, steps, max(1, length)):
+            for location in range(self.num_locations):
+                for step in range(start, min(start + length, steps)):
+                    yield location, step
+
     def __iter__(self) -> Iterator[BatchIndex]:
         share = self.batch_size // self.world_size
-        done = 0
-        for location in range(self.num_locations):
-            if done + self.steps_per_location <= self.skip:
-                done += self.steps_per_location
-                continue
-            order = np.random.default_rng([self.seed, self.epoch, location]).permutation(self.num_subjects)
-            for step in range(self.steps_per_location):
-                done += 1
-                if done <= self.skip:
-                    continue
-                start = step * self.batch_size + self.rank * share
-                yield BatchIndex(self.epoch, location, step, order[start : start + share])
+        permutation = functools.lru_cache(maxsize=2)(self._permutation)
+        for location, step in itertools.islice(self.visits(), self.skip, None):
+            start = step * self.batch_size + self.rank * share
+            yield BatchIndex(self.epoch, location, step, permutation(location)[start : start + share])
+
+    def _permutation(self, location: int) -> np.ndarray:
+        """The subjects' order at a location, (N,)."""
+        return np.random.default_rng([self.seed, self.epoch, location]).permutation(self.num_subjects)

@@ -12,14 +12,14 @@ INPUT_CHUNK = 16  # patches converted together on the CPU, so that they stay in 
 
 
 def step_generators(
-    seed: int, epoch: int, location: int, step: int, rank: int, device: torch.device
+    seed: int, epoch: int, location: int, step: int, group: int, device: torch.device
 ) -> tuple[torch.Generator, torch.Generator]:
-    """Two streams for one step of one rank: parameters on the CPU, noise on the device.
+    """Two streams for one step of one group: parameters on the CPU, noise on the device.
 
-    Five numbers in, so no two steps, epochs, locations or ranks share a stream, and a resumed run
-    draws what the uninterrupted one would have drawn.
+    Five numbers in, so no two steps, epochs, locations or groups share a stream, and a resumed run
+    draws what the uninterrupted one would have drawn, on however many ranks.
     """
-    state = np.random.SeedSequence([seed, epoch, location, step, rank]).generate_state(2, np.uint64)
+    state = np.random.SeedSequence([seed, epoch, location, step, group]).generate_state(2, np.uint64)
     parameters = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
     noise = torch.Generator(device).manual_seed(int(state[1] >> np.uint64(1)))
     return parameters, noise
@@ -74,13 +74,19 @@ def make_views(
 
 
 def step_views(
-    batch: PatchBatch, augmentation: Augmentation, seed: int, rank: int, device: torch.device
+    batch: PatchBatch, augmentation: Augmentation, seed: int, groups: range, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The views of one rank's share of a training step, on ``device``; see :func:`make_views`."""
-    generators = step_generators(seed, batch.epoch, batch.location, batch.step, rank, device)
-    patches = batch.patches.to(device, non_blocking=True)  # (B, 32, 32, 32)
-    neighbors = batch.neighbors.to(device, non_blocking=True)  # (B, k, 32, 32, 32)
-    return make_views(patches, neighbors, augmentation, generators)
+    """The views of one rank's share of a training step, on ``device``; see :func:`make_views`.
+
+    ``groups`` are the numbers, over all ranks, of the groups that the share is dealt to; each has streams of its own.
+    """
+    patches = batch.patches.to(device, non_blocking=True).chunk(len(groups))  # of each group (b, 32, 32, 32)
+    neighbors = batch.neighbors.to(device, non_blocking=True).chunk(len(groups))  # (b, k, 32, 32, 32)
+    views = []
+    for group, of_group, near in zip(groups, patches, neighbors, strict=True):
+        generators = step_generators(seed, batch.epoch, batch.location, batch.step, group, device)
+        views.append(make_views(of_group, near, augmentation, generators))
+    return views[0] if len(views) == 1 else tuple(torch.cat(parts) for parts in zip(*views))
 
 
 def grid_of_views(views: tuple[torch.Tensor, torch.Tensor, torch.Tensor], subjects: int = 8) -> np.ndarray:

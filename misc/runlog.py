@@ -14,6 +14,8 @@ from misc import process
 from misc.command import UserError
 from misc.progress import progress_bar
 
+NEAR_CHANCE = 1.2  # times chance; below it an epoch's accuracy against fresh keys tells of no learning
+
 
 class DivergedError(UserError):
     """The loss is not finite."""
@@ -33,6 +35,7 @@ class Meters:
         self.names = tuple(names)
         self._since = torch.zeros(len(names), device=device)
         self.steps = 0  # since the last reading
+        self.last_count = 0  # steps that the last reading was over
         self._epoch = torch.zeros(len(names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | None = None) -> None:
@@ -52,7 +55,7 @@ class Meters:
         self._epoch = self._epoch + reduced
         mean = (reduced / self.steps).tolist()
         self._since.zero_()
-        self.steps = 0
+        self.last_count, self.steps = self.steps, 0
         return dict(zip(self.names, mean))
 
     def totals(self) -> torch.Tensor:
@@ -96,6 +99,7 @@ class RunLog:
     """
 
     def __init__(self, stream: TextIO | None, folder: Any, epochs: int, steps: int, batch_size: int, no_progress: bool):
+        self.chance_fresh = 100 / batch_size  # %, of the accuracy against the step's own keys
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self._stream, self._curves, self._bar = stream, None, None
         self._no_progress, self._pictured = no_progress, False
@@ -150,7 +154,7 @@ class RunLog:
         if not self.speaks:
             return
         speed = count * self.batch_size / seconds
-        figures = {**means, "lr": rate, "samples_per_s": speed}
+        figures = {**means, "chance_fresh": self.chance_fresh, "lr": rate, "samples_per_s": speed}
         self._write({"kind": "step", "epoch": epoch + 1, "step": step, "location": location, **figures})
         for name, value in figures.items():
             self._curves.log_value(f"train/{name}", value, step + self.steps * epoch)
@@ -159,7 +163,8 @@ class RunLog:
             print(
                 f"epoch {epoch + 1} [{step}/{self.steps}] location {location}  loss {means['loss']:.4f} "
                 f"(patch {means['loss_patch']:.4f}, neighbour {means['loss_neighbor']:.4f})  "
-                f"accuracy {means['accuracy_patch']:.1f} % {means['accuracy_neighbor']:.1f} %  {speed:.1f} samples/s"
+                f"accuracy {means['accuracy_patch']:.1f} % {means['accuracy_neighbor']:.1f} %, "
+                f"fresh {means['accuracy_fresh']:.1f} % (chance {self.chance_fresh:.1f} %)  {speed:.1f} samples/s"
             )
 
     def end_epoch(self, epoch: int, means: Mapping[str, float], rate: float) -> None:
@@ -168,12 +173,21 @@ class RunLog:
         if not self.speaks:
             return
         seconds = time.perf_counter() - self._epoch_start
-        self._write({"kind": "epoch", "epoch": epoch + 1, **means, "lr": rate, "seconds": seconds})
-        self._curves.log_value("epoch/loss", means["loss"], epoch + 1)
+        chance = {"chance_fresh": self.chance_fresh}
+        self._write({"kind": "epoch", "epoch": epoch + 1, **means, **chance, "lr": rate, "seconds": seconds})
+        for name in ("loss", "accuracy_fresh"):
+            self._curves.log_value(f"epoch/{name}", means[name], epoch + 1)
         print(
             f"epoch {epoch + 1}/{self.epochs}: loss {means['loss']:.4f}, accuracy {means['accuracy_patch']:.1f} % "
-            f"(patch) {means['accuracy_neighbor']:.1f} % (neighbour), {seconds:.0f} s"
+            f"(patch) {means['accuracy_neighbor']:.1f} % (neighbour), against fresh keys "
+            f"{means['accuracy_fresh']:.1f} % (chance {self.chance_fresh:.1f} %), {seconds:.0f} s"
         )
+        if means["accuracy_fresh"] < NEAR_CHANCE * self.chance_fresh:
+            print(
+                "warning: among keys as old as its own, a query finds its key no more often than by chance: nothing is "
+                "learnt of the patches yet. Give it more epochs; or a smaller --translate, --negatives batch, a higher "
+                "--lr"
+            )
 
     def close_bar(self) -> None:
         if self._bar is not None:

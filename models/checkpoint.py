@@ -181,6 +181,7 @@ class TrainingState:
             "totals": torch.zeros(0, dtype=torch.float64) if totals is None else totals,
             "rng_state": torch.get_rng_state(),
             "config": self.settings,
+            "queue_origin": self.model.queue_origin(),
         }
         if self.device.type == "cuda":
             checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(self.device)
@@ -196,6 +197,8 @@ class TrainingState:
         load_strict(self.model, strip_module(content["state_dict"]), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
+        if "queue_origin" in content:  # ours; without it nobody knows whose the queue's keys are
+            self.model.load_queue_origin(content["queue_origin"])
         if "rng_state" in content:
             torch.set_rng_state(content["rng_state"])
             if self.device.type == "cuda" and "cuda_rng_state" in content:

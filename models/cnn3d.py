@@ -24,28 +24,50 @@ def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordin
     return CondConv3D(in_channels, out_channels, 3, num_experts, num_coordinates, stride=stride, padding=1)
 
 
-def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
-    """elu(norm(x)) for x (B, C, D, H, W); updates the running statistics as ``norm`` would."""
+def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1) -> torch.Tensor:
+    """elu(norm(x)) for x (B, C, D, H, W), in training with statistics of each group's own.
+
+    Running statistics are updated, as ``norm`` would, by group 0 alone.
+
+    Args:
+        groups, blocks: the batch is ``blocks`` blocks of ``groups`` groups of consecutive samples; group g is all of
+            its samples in every block. Both divide B together.
+    """
+    if groups == 1 or not norm.training:
+        return _norm_elu(norm, x, track=True)
+    fast = None if torch.compiler.is_compiling() else norm_elu_training(norm, x, groups, blocks)
+    if fast is not None:
+        return fast
+    parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)
+    parts = [_norm_elu(norm, part.flatten(0, 1), track=group == 0) for group, part in enumerate(parts)]
+    return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 2)  # (B, C, D, H, W)
+
+
+def _norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
+    """One group's; ``track`` updates the running statistics."""
     if norm.training and torch.compiler.is_compiling():
-        return _norm_elu_compiled(norm, x)
+        return _norm_elu_compiled(norm, x, track)
+    if not track:
+        return F.elu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps), inplace=True)
     fast = norm_elu_training(norm, x)
     # In place: the backward pass of neither needs the value in between.
     return F.elu(norm(x), inplace=True) if fast is None else fast
 
 
-def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor) -> torch.Tensor:
+def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
     """For torch.compile, whose graphs keep the statistics that they were given for the backward pass.
 
     Patches and neighbours go through a layer one after the other, so those of the first pass would
     have changed by then. Here the layer gets none, and they are updated beside it.
     """
     y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-    with torch.no_grad():
-        count = x.numel() // x.shape[1]
-        variance = inverse.detach() ** -2 - norm.eps  # (C,)
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.detach(), norm.momentum)
-        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    if track:
+        with torch.no_grad():
+            count = x.numel() // x.shape[1]
+            variance = inverse.detach() ** -2 - norm.eps  # (C,)
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean.detach(), norm.momentum)
+            norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
     return F.elu(y)
 
 
@@ -74,7 +96,13 @@ class Encoder(nn.Module):
         moco_dim: size of z.
         num_experts: kernels that every convolution mixes.
         num_coordinates: 3-D points in one location; DrasCLR uses 1.
+
+    Attributes:
+        bn_groups: groups of consecutive samples with BatchNorm statistics of their own, in training. Where the
+            batch is blocks that each share a location, every block holds its part of every group.
     """
+
+    bn_groups = 1
 
     def __init__(self, rep_dim: int, moco_dim: int, num_experts: int, num_coordinates: int):
         super().__init__()
@@ -112,11 +140,12 @@ class Encoder(nn.Module):
         """
         x = x.contiguous(memory_format=torch.channels_last_3d)
         layers = list(self.layers())
+        blocks = loc.shape[0] if loc.shape[0] < x.shape[0] else 1  # a location a sample: no blocks
         for conv, norm in layers[:-FLOAT32_LAYERS]:
-            x = norm_elu(norm, conv(x, loc))
+            x = norm_elu(norm, conv(x, loc), self.bn_groups, blocks)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.bn4.weight.dtype)
             for conv, norm in layers[-FLOAT32_LAYERS:]:
-                x = norm_elu(norm, conv(x, loc))
+                x = norm_elu(norm, conv(x, loc), self.bn_groups, blocks)
             h = x.flatten(1)
             return self.fc(h), h

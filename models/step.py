@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FIGURES = ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor")
+FIGURES = (
+    *("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor"),
+    *("accuracy_fresh", "alignment", "uniformity", "queue_own", "queue_age"),  # DrasCLR.probe's
+)
 
 
 class LocationTable(NamedTuple):
@@ -30,6 +33,7 @@ def compute_losses(
     table: LocationTable,
     beta: float,
     bf16: bool = False,
+    subjects: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss to descend, CE(patch) + beta CE(neighbour), and the step's figures in the order of FIGURES.
 
@@ -40,18 +44,21 @@ def compute_losses(
         table: on the model's device.
         beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
         bf16: compute the encoders in bfloat16.
+        subjects: (B,) numbers of the batch's subjects, on the model's device.
     """
     query, key, neighbors = views
     loc = table.locations[location : location + 1]  # (1, 3): one location for the whole batch
     neighbor_loc = table.neighbors[location : location + 1]  # (1, k, 3)
     with torch.autocast(query.device.type, torch.bfloat16, enabled=bf16):
-        logits_pch, logits_ngb, labels = model(location, [query, loc], [key, loc], [neighbors, neighbor_loc])
+        inputs = (location, [query, loc], [key, loc], [neighbors, neighbor_loc], subjects)
+        logits_pch, logits_ngb, labels = model(*inputs)
     loss_pch = F.cross_entropy(logits_pch, labels)
     loss_ngb = F.cross_entropy(logits_ngb, labels)
     loss = loss_pch + beta * loss_ngb if beta else loss_pch
     with torch.no_grad():
         accuracies = [(logits.argmax(dim=1) == labels).float().mean() * 100 for logits in (logits_pch, logits_ngb)]
-        figures = torch.stack([loss_pch, loss_ngb, loss, *accuracies])  # (5,)
+        probe = getattr(model, "module", model).probe
+        figures = torch.stack([loss_pch, loss_ngb, loss, *accuracies, *(probe[name] for name in FIGURES[5:])])  # (10,)
     return loss, figures
 
 
@@ -65,3 +72,17 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+
+
+def effective_rank(representations: torch.Tensor) -> float:
+    """How many directions representations (n, rep_dim) spread over: exp of the entropy of their variances.
+
+    After Roy and Vetterli (2007), of the covariance; 1 where they lie on a line, at most n - 1.
+    """
+    centred = representations.detach().float().cpu()
+    if not torch.isfinite(centred).all():
+        return float("nan")  # which no decomposition takes; the loss tells
+    centred = centred - centred.mean(dim=0)
+    variances = torch.linalg.svdvals(centred).square()
+    share = variances / variances.sum().clamp(min=1e-30)
+    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))

@@ -89,7 +89,7 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
             batch = draw_batch(step)
             batch = batch._replace(patches=batch.patches.pin_memory(), neighbors=batch.neighbors.pin_memory())
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps set up
-            views = step_views(batch, Augmentation("agcf"), 0, 0, gpu)
+            views = step_views(batch, Augmentation("agcf"), 0, range(1), gpu)
             loss, _ = compute_losses(model, batch.location, views, table, 1.0, amp == "bf16")
             descend(optimizer, loss)
     finally:

@@ -93,7 +93,7 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     table, near = torch.from_numpy(normalize_locations(grid)), torch.from_numpy(neighbor_table(grid, 2))
     augmentation = Augmentation("agc")
     places = LocationTable.of(normalize_locations(grid), neighbor_table(grid, 2), torch.device("cpu"))
-    views = step_views(batch, augmentation, args.seed, 0, torch.device("cpu"))
+    views = step_views(batch, augmentation, args.seed, range(1), torch.device("cpu"))
     loss, figures = compute_losses(model, 4, views, places, args.beta if epoch >= args.warm_up else 0.0)
 
     generators = step_generators(0, epoch, 4, 1, 0, torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
     accuracies = [100 * sum(int(row.argmax()) == 0 for row in logits) / 3 for logits in (patch, neighbor)]
     torch.testing.assert_close(
-        figures, torch.stack([*wanted, total, *map(torch.tensor, accuracies)]).detach(), rtol=1e-4, atol=1e-4
+        figures[:5], torch.stack([*wanted, total, *map(torch.tensor, accuracies)]).detach(), rtol=1e-4, atol=1e-4
     )
 
 
@@ -450,7 +450,7 @@ def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path):
         sampler.set_epoch(step // count)
         drawn = dataset[list(sampler)[step % count]]
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        views = step_views(drawn, Augmentation("agc"), 0, 0, torch.device("cpu"))
+        views = step_views(drawn, Augmentation("agc"), 0, range(1), torch.device("cpu"))
         with torch.no_grad():
             _, half = compute_losses(model, drawn.location, views, table, 1.0, bf16=True)
         model.load_state_dict(before)

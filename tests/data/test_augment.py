@@ -326,3 +326,18 @@ def test_sampling_slice_by_slice_is_trilinear(size, channels):
     whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # whole voxels come back as they are
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])
+
+
+def test_ranges_are_the_flags():
+    """Narrower ranges draw narrower parameters from the same stream; the defaults are the published ones."""
+    ranges = augment.Ranges(rotate=5, translate=3, scale=0.05, noise_std=10, gamma=(0.9, 1.1))
+    wide, narrow = (
+        dict(zip("agc", Augmentation("agc", chosen).draw(500, SIZE, generator(2))))
+        for chosen in (augment.PUBLISHED, ranges)
+    )
+    torch.testing.assert_close(narrow["a"]["translation"], wide["a"]["translation"] / 4)
+    torch.testing.assert_close(narrow["a"]["rotation"], wide["a"]["rotation"] / 2)
+    torch.testing.assert_close(narrow["a"]["scale"] - 1, (wide["a"]["scale"] - 1) / 2)
+    torch.testing.assert_close(narrow["g"]["std"], wide["g"]["std"] / 5)
+    assert 0.9 <= float(narrow["c"]["gamma"].min()) < float(narrow["c"]["gamma"].max()) <= 1.1
+    assert 11.5 < float(wide["a"]["translation"].max()) <= 12 and 4.4 < float(wide["c"]["gamma"].max()) <= 4.5

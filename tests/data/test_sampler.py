@@ -114,3 +114,17 @@ def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
     assert worker.is_alive()
     worker.join(10)
     assert worker.exitcode == -signal.SIGALRM
+
+
+def test_interleaved_visits_are_short_and_cover_the_same():
+    """Every (location, subject) as often as in the published order; the same subjects in the same step."""
+    sequential = LocationBatchSampler(35, 3, 3, seed=4)
+    interleaved = LocationBatchSampler(35, 3, 3, seed=4, order="interleaved")
+    one, other = ({(i.location, i.step): i.rows.tolist() for i in sampler} for sampler in (sequential, interleaved))
+    assert one == other and len(one) == 33
+    places = [index.location for index in interleaved]
+    assert places[:13] == [0] * 4 + [1] * 4 + [2] * 4 + [0] and places[-3:] == [2, 2, 2]
+    interleaved.set_epoch(0, skip=14)
+    assert [(i.location, i.step) for i in interleaved][:2] == [(0, 6), (0, 7)]
+    interleaved.set_epoch(0, skip=0)
+    assert len(list(interleaved)) == len(interleaved) == 33

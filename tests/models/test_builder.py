@@ -186,3 +186,103 @@ def test_queue_must_hold_whole_batches():
 def test_only_one_coordinate():
     with pytest.raises(ValueError, match="num_coordinates is 2"):
         DrasCLR(Encoder, L, 8, DIM, 2, 2, K, 0.9, 0.2, True)
+
+
+# ---------------------------------------------------------------- choices beside the published ones
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def encoded(model, index, inputs):
+    """Queries, summed neighbours and keys of a step, by the encoders alone; in eval mode, so that calls repeat."""
+    query, key, neighbors, here, near = inputs
+    q = unit(model.encoder_q(query, here)[0])
+    flat = neighbors.reshape(B * NEAR, 1, 32, 32, 32)
+    r = unit(model.encoder_q(flat, near.expand(B, NEAR, 3).reshape(-1, 3))[0].view(B, NEAR, -1)).sum(1)
+    after = copy.deepcopy(model)
+    after._update_key_encoder()
+    return q, r, unit(after.encoder_k(key, here)[0])
+
+
+def calibrated(**choices):
+    torch.manual_seed(0)
+    model = DrasCLR(Encoder, L, 8, DIM, 2, 1, K, 0.9, 0.2, True, **choices)
+    calibrate(model.encoder_q, model.encoder_k)
+    return model
+
+
+def step(model, index, inputs, subjects=None):
+    query, key, neighbors, here, near = inputs
+    return model(index, [query, here], [key, here], [neighbors, near], subjects)
+
+
+@torch.no_grad()
+def test_negatives_of_the_batch():
+    """The other subjects' keys of the step, in both tasks; the queue is filled all the same."""
+    model, inputs = calibrated(negatives="batch"), draw_inputs()
+    q, r, keys = encoded(model, 1, inputs)
+    patch, neighbor, labels = step(model, 1, inputs)
+    assert patch.shape == neighbor.shape == (B, B) and not labels.any()
+    for logits, left in ((patch, q), (neighbor, r)):
+        for i in range(B):
+            assert float(logits[i, 0]) == pytest.approx(float(left[i] @ keys[i]) / 0.2, abs=1e-4)
+            others = sorted(float(left[i] @ keys[j]) / 0.2 for j in range(B) if j != i)
+            assert sorted(logits[i, 1:].tolist()) == pytest.approx(others, abs=1e-4)
+    torch.testing.assert_close(model.queue[1, :B], keys, rtol=1e-4, atol=1e-5)
+    assert model.queue_ptr.tolist() == [0, B, 0]
+
+
+@torch.no_grad()
+def test_a_subjects_own_keys_are_masked():
+    model, plain, inputs = calibrated(mask_own=True), calibrated(), draw_inputs()
+    for one in (model, plain):
+        step(one, 1, inputs, torch.tensor([7, 3, 5, 9]))  # fills rows 0 to 3
+    subjects = torch.tensor([3, 8, 9, 9])
+    masked, free = (step(one, 1, draw_inputs(2), subjects)[:2] for one in (model, plain))
+    wanted = torch.zeros(B, 1 + K, dtype=torch.bool)
+    for row, column in ((0, 1), (2, 3), (3, 3)):  # subject 3 is in the queue's row 1, subject 9 in row 3
+        wanted[row, 1 + column] = True
+    for ours, theirs in zip(masked, free):
+        assert torch.equal(torch.isneginf(ours), wanted)
+        torch.testing.assert_close(ours[~wanted], theirs[~wanted])
+    with pytest.raises(ValueError, match="mask_own needs the batch's subjects"):
+        step(model, 1, inputs)
+
+
+@torch.no_grad()
+def test_the_probe_against_loops():
+    model, inputs = calibrated(), draw_inputs()
+    q, _, keys = encoded(model, 1, inputs)
+    step(model, 1, inputs, torch.arange(B))
+    probe = {name: float(value) for name, value in model.probe.items()}
+    nearest = [max(range(B), key=lambda j: float(q[i] @ keys[j])) for i in range(B)]
+    assert probe["accuracy_fresh"] == pytest.approx(100 * sum(i == j for i, j in enumerate(nearest)) / B)
+    assert probe["alignment"] == pytest.approx(
+        sum(float((q[i] - keys[i]).square().sum()) for i in range(B)) / B, rel=1e-3
+    )
+    pairs = [math.exp(-2 * float((keys[i] - keys[j]).square().sum())) for i in range(B) for j in range(B) if i != j]
+    assert probe["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-3, abs=1e-4)
+    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # noise, of nobody and no age
+    assert model.representation.shape == (B, 8)
+    step(model, 0, draw_inputs(3), torch.arange(B))  # elsewhere: time passes
+    step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7]))
+    assert float(model.probe["queue_age"]) == 2.0  # keys of step 1 in step 3
+    assert float(model.probe["queue_own"]) == pytest.approx(100 * 2 / (B * K))
+
+
+@torch.no_grad()
+def test_where_the_queues_keys_are_from_is_kept_and_comes_back():
+    model = calibrated()
+    step(model, 2, draw_inputs(), torch.tensor([4, 1, 0, 2]))
+    assert not any("subject" in name or "step" in name for name in model.state_dict())  # the published keys, no more
+    other = calibrated()
+    other.load_queue_origin(copy.deepcopy(model.queue_origin()))
+    assert torch.equal(other.queue_subject, model.queue_subject) and other.steps == 1
+    assert other.queue_subject[2, :B].tolist() == [4, 1, 0, 2] and (other.queue_subject[:2] == -1).all()
+
+
+def test_another_word_for_negatives():
+    with pytest.raises(ValueError, match="negatives is 'both'"):
+        calibrated(negatives="both")

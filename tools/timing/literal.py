@@ -1,21 +1,12 @@
 """The method written out slowly, as published: what the benchmark measures against. Nothing else uses it."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 
-from data.augment import (
-    CONTRAST_PROB,
-    ELASTIC_MAGNITUDE,
-    ELASTIC_SIGMA,
-    GAMMA,
-    NOISE_MAX_STD,
-    NOISE_PROB,
-    ROTATION,
-    SCALING,
-    TRANSLATION,
-)
+from data.augment import ELASTIC_SIGMA, PUBLISHED
 from data.views import shift_to_zero, to_unit
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
@@ -87,19 +78,19 @@ class LiteralAugmentation:
 
         affine = dict(
             prob=1.0,
-            rotate_range=(ROTATION,) * 3,
-            translate_range=(TRANSLATION,) * 3,
-            scale_range=(SCALING,) * 3,
+            rotate_range=(math.radians(PUBLISHED.rotate),) * 3,
+            translate_range=(PUBLISHED.translate,) * 3,
+            scale_range=(PUBLISHED.scale,) * 3,
             mode="bilinear",
             padding_mode="border",
         )
         transforms_by_letter = {
             "a": lambda: transforms.RandAffine(**affine),
             "e": lambda: transforms.Rand3DElastic(
-                sigma_range=ELASTIC_SIGMA, magnitude_range=ELASTIC_MAGNITUDE, **affine
+                sigma_range=ELASTIC_SIGMA, magnitude_range=(0.0, PUBLISHED.elastic), **affine
             ),
-            "g": lambda: transforms.RandGaussianNoise(prob=NOISE_PROB, mean=0.0, std=NOISE_MAX_STD),
-            "c": lambda: transforms.RandAdjustContrast(prob=CONTRAST_PROB, gamma=GAMMA),
+            "g": lambda: transforms.RandGaussianNoise(prob=PUBLISHED.noise_prob, mean=0.0, std=PUBLISHED.noise_std),
+            "c": lambda: transforms.RandAdjustContrast(prob=PUBLISHED.contrast_prob, gamma=PUBLISHED.gamma),
         }
         self.chain = [transforms_by_letter[letter]() for letter in letters]
 

@@ -41,7 +41,7 @@ class TimedStep:
             epoch += 1
 
     def views(self, batch: PatchBatch) -> Views:
-        return step_views(batch, self.augmentation, 0, 0, self.device)
+        return step_views(batch, self.augmentation, 0, range(1), self.device)
 
     def loss(self, location: int, views: Views) -> torch.Tensor:
         return compute_losses(self.model, location, views, self.table, 1.0, self.bf16)[0]

@@ -55,7 +55,7 @@ def test_a_training_step_both_ways(monkeypatch, rel):
         optimizer, losses = make_optimizer(model, 0.01, 0.9, 1e-4), []
         for step in range(2):
             batch = PatchBatch(0, 1, step, volumes[:, 0].contiguous(), volumes[:, 1:].contiguous())
-            views = step_views(batch, Augmentation("agc"), 0, 0, torch.device("cpu"))
+            views = step_views(batch, Augmentation("agc"), 0, range(1), torch.device("cpu"))
             loss, figures = compute_losses(model, 1, views, table, 1.0)
             descend(optimizer, loss)
             losses.append(figures)

@@ -1,0 +1,62 @@
+"""Run by test_groups.py, one process a rank:  python group_steps.py RANK WORLD FOLDER STEPS LR
+
+Steps of training as train.py composes them, the batch of 8 in four BatchNorm groups whatever the ranks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.augment import Augmentation
+from data.dataset import PatchDataset
+from data.locations import normalize_locations
+from data.sampler import LocationBatchSampler
+from data.store import PatchStore
+from data.views import step_views
+from misc import process
+from misc.runlog import Meters
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.step import FIGURES, LocationTable, compute_losses, descend, make_optimizer
+
+BATCH, GROUPS = 8, 4
+
+
+def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    device = torch.device("cpu")
+    torch.manual_seed(3)
+    store = PatchStore(Path(folder) / "store")
+    dataset = PatchDataset(store, 2)
+    table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+    sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
+    model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
+    optimizer = make_optimizer(model, lr, 0.9, 1e-4)
+    parallel = process.data_parallel(model, device).train()
+    mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
+    meters, means, gradients, batches = Meters(FIGURES, device), [], None, []
+    for epoch in range(-(-steps // len(sampler))):
+        sampler.set_epoch(epoch)
+        batches += [(epoch, index) for index in sampler]
+    meters.start_epoch()
+    for epoch, index in batches[:steps]:
+        sampler.set_epoch(epoch)
+        batch = dataset[index]
+        views = step_views(batch, Augmentation("agc"), 0, mine, device)
+        loss, figures = compute_losses(parallel, batch.location, views, table, 1.0, subjects=batch.subjects)
+        descend(optimizer, loss)
+        if gradients is None:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        meters.add(figures)
+        means.append(list(meters.read().values()))
+    state = {**model.state_dict(), "subject": model.queue_subject, "step": model.queue_step}
+    torch.save({"means": torch.tensor(means), "gradients": gradients, "state": state}, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))

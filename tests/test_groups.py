@@ -1,0 +1,174 @@
+"""BatchNorm groups: one process computes what two and four compute."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from misc.command import UserError
+from misc.sizes import bn_groups
+from models import cpu
+from models.cnn3d import Encoder, norm_elu
+from models.step import FIGURES
+
+from .conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, make_store, grid):
+    folder = tmp_path_factory.mktemp("groups")
+    make_store(folder / "store", 17, grid, seed=1)
+    return folder / "store"
+
+
+def run_ranks(store, folder, world, steps, lr):
+    folder.mkdir()
+    shutil.copytree(store, folder / "store")
+    script = [sys.executable, str(ROOT / "tests" / "group_steps.py")]
+    processes = [
+        subprocess.Popen(
+            [*script, str(rank), str(world), str(folder), str(steps), str(lr)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    shutil.rmtree(folder / "store")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def apart(ours, wanted):
+    return float((ours.double() - wanted.double()).norm()) / max(float(wanted.double().norm()), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_step_is_the_same_on_any_number_of_ranks(store, tmp_path, world):
+    """Loss, every figure, gradients, queue and its origin, statistics: 1e-5 of each tensor."""
+    (one,) = run_ranks(store, tmp_path / "one", 1, 1, 0.01)
+    several = run_ranks(store, tmp_path / "several", world, 1, 0.01)[0]
+    torch.testing.assert_close(several["means"], one["means"], rtol=1e-5, atol=1e-4)
+    assert one["gradients"].keys() == several["gradients"].keys() and len(one["gradients"]) == 82
+    for name, wanted in one["gradients"].items():
+        assert float((several["gradients"][name] - wanted).norm()) < 1e-5 * float(wanted.norm()) + 1e-6, name
+    for name, wanted in one["state"].items():
+        if "running" in name or name in ("queue", "queue_ptr", "subject", "step"):
+            assert apart(several["state"][name], wanted) < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_twenty_steps_without_learning(store, tmp_path, world):
+    (one,) = run_ranks(store, tmp_path / "one", 1, 20, 0)
+    several = run_ranks(store, tmp_path / "several", world, 20, 0)[0]
+    torch.testing.assert_close(several["means"][:, :3], one["means"][:, :3], rtol=1e-4, atol=0)
+    for name, wanted in one["state"].items():
+        if "running" in name or name in ("queue", "queue_ptr", "subject", "step"):
+            assert apart(several["state"][name], wanted) < 1e-3, name
+
+
+@pytest.mark.slow
+def test_the_first_steps_of_learning(store, tmp_path):
+    """Later ones part, by rounding: printed here, for the README."""
+    runs = {world: run_ranks(store, tmp_path / str(world), world, 12, 0.01)[0]["means"] for world in (1, 2, 4)}
+    for world in (2, 4):
+        difference = (runs[world][:, 2] / runs[1][:, 2] - 1).abs()
+        print(
+            f"{world} ranks against one, loss, relative, by step: {[f'{value:.0e}' for value in difference.tolist()]}"
+        )
+        assert float(difference[:2].max()) < 1e-3
+
+
+@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (4, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("channels", [8, 64])
+def test_each_group_has_its_own_statistics(groups, blocks, fast, channels):
+    """Values and gradients against a BatchNorm for each group; running statistics are group 0's."""
+    torch.manual_seed(0)
+    norm, singles = nn.BatchNorm3d(channels).double(), [nn.BatchNorm3d(channels).double() for _ in range(groups)]
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    for single in singles:
+        single.load_state_dict(norm.state_dict())
+    x = torch.randn(blocks * groups * 3, channels, 4, 4, 4, dtype=torch.float64) * 2 + 1
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    ours, theirs = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.clone().requires_grad_()
+    weights = torch.randn_like(x)
+    if fast:
+        y = norm_elu(norm, ours, groups, blocks)
+    else:
+        with cpu.plain():
+            y = norm_elu(norm, ours, groups, blocks)
+    (y * weights).sum().backward()
+    numbers = torch.arange(len(x)).view(blocks, groups, 3)
+    wanted = torch.empty_like(x)
+    for group, single in enumerate(singles):
+        rows = numbers[:, group].flatten()
+        part = F.elu(single(theirs[rows]))
+        (part * weights[rows]).sum().backward()
+        wanted[rows] = part.detach()
+    torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+    for name in ("weight", "bias"):
+        total = sum(getattr(single, name).grad for single in singles)
+        torch.testing.assert_close(getattr(norm, name).grad, total, rtol=1e-9, atol=1e-10)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(norm, name), getattr(singles[0], name), rtol=1e-10, atol=1e-12)
+
+
+def test_neighbours_are_dealt_as_their_patches():
+    """Location-major or a location a sample: the same groups of subjects."""
+    torch.manual_seed(0)
+    encoder = Encoder(8, 4, 2, 1).double().train()
+    encoder.bn_groups = 2
+    k, batch = 3, 4
+    volumes = torch.randn(batch, k, 32, 32, 32, dtype=torch.float64)
+    locs = torch.rand(k, 3, dtype=torch.float64)
+    by_location = encoder(volumes.transpose(0, 1).reshape(k * batch, 1, 32, 32, 32), locs)[1].view(k, batch, -1)
+    by_sample = encoder(volumes.reshape(batch * k, 1, 32, 32, 32), locs.repeat(batch, 1))[1].view(batch, k, -1)
+    torch.testing.assert_close(by_location.transpose(0, 1), by_sample, rtol=1e-9, atol=1e-10)
+    encoder.bn_groups = 1
+    assert not torch.allclose(encoder(volumes[:, :1], locs[:1])[1], by_sample[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "ranks", "wanted"),
+    [
+        (None, 128, 1, 4),
+        (None, 128, 4, 4),
+        (None, 128, 8, 8),
+        (None, 16, 2, 4),
+        (None, 6, 1, 3),
+        (None, 6, 2, 2),
+        (None, 3, 1, 1),
+        (None, 10, 1, 2),
+        (2, 16, 1, 2),
+        (1, 16, 1, 1),
+        (8, 16, 2, 8),
+    ],
+)
+def test_how_many_groups(given, batch, ranks, wanted):
+    assert bn_groups(given, batch, ranks) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "ranks", "message"),
+    [
+        (3, 12, 2, "--bn-groups 3 must be a multiple of the 2 ranks"),
+        (4, 10, 1, "--bn-groups 4 must be a divisor of --batch-size 10"),
+        (8, 8, 1, "--bn-groups 8 must be at most half of --batch-size 8"),
+    ],
+)
+def test_groups_that_do_not_fit(given, batch, ranks, message):
+    with pytest.raises(UserError, match=message):
+        bn_groups(given, batch, ranks)
+
+
+def test_figures_are_the_meters():
+    assert FIGURES[:5] == ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor")
