@@ -232,6 +232,14 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Data:
     return Data(store, sampler, loader, workers, table)
 
 
+def build_model(args: argparse.Namespace, locations: int, groups: int) -> DrasCLR:
+    """The model that the flags ask for; ``groups`` are this rank's BatchNorm groups."""
+    sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
+    queue = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
+    choices = dict(bn_groups=groups, negatives=args.negatives, mask_own=args.mask_own)
+    return DrasCLR(Encoder, num_patch=locations, **sizes, **queue, **choices)
+
+
 def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> None:
     """All of it, on this rank."""
     # -------------------------------------------------------- process and experiment
@@ -259,10 +267,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         )
 
     # -------------------------------------------------------- model
-    sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
-    queue = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
-    choices = dict(bn_groups=per_rank, negatives=args.negatives, mask_own=args.mask_own)
-    model = DrasCLR(Encoder, num_patch=store.num_locations, **sizes, **queue, **choices).to(device)
+    model = build_model(args, store.num_locations, per_rank).to(device)
     optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
 
     # -------------------------------------------------------- restore
