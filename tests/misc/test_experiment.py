@@ -1,8 +1,6 @@
 """Rules of an experiment's folder, and how far a checkpoint got without reading it whole."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,8 +8,6 @@ import torch
 
 from misc.experiment import UNFINISHED, Experiment, ExperimentError, checkpoint_name
 from models.checkpoint import CheckpointError, progress, read_checkpoint, save_checkpoint
-
-from ..conftest import ROOT
 
 
 def save(path, epoch, step=0, **more):
@@ -86,15 +82,6 @@ def test_the_configuration_comes_back_with_attributes(tmp_path):
         experiment.configs.write_text(text)
         with pytest.raises(ExperimentError, match="give --root-dir"):
             experiment.root_dir()
-
-
-def test_the_configuration_is_utf_8_whatever_the_locale(tmp_path):
-    experiment = Experiment(tmp_path / "Größe")
-    experiment.write_config({"root_dir": "/data/Größe"})
-    code = f"from misc.experiment import Experiment; print(ascii(Experiment({str(tmp_path / 'Größe')!a}).root_dir()))"
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PATH": "/usr/bin:/bin"}
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert told.stdout == ascii("/data/Größe") + "\n", told.stderr
 
 
 def test_features_from_within_an_epoch_have_their_own_folder(tmp_path):
