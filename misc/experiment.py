@@ -161,7 +161,7 @@ class Experiment:
             ExperimentError: it is missing or no JSON object.
         """
         try:
-            return EasyDict(json.loads(self.configs.read_text()))
+            return EasyDict(json.loads(self.configs.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ExperimentError(f"{self.configs} is not there") from None
         except (ValueError, TypeError):

@@ -42,7 +42,7 @@ MODULES = {module_of(path): path for path in PYTHON}
 
 def imported(path):
     """Modules of the house that a file imports, anywhere in it, and the names that it takes from each."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name in MODULES:
@@ -66,16 +66,16 @@ def test_the_house_is_read_at_all():
 
 @pytest.mark.parametrize("path", list(sources(*SHELL_ALSO)), ids=str)
 def test_files_are_short(path):
-    assert len((ROOT / path).read_text().splitlines()) <= LONGEST_FILE
+    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
 
 
 def test_train_is_shorter_still():
-    assert len((ROOT / "train.py").read_text().splitlines()) <= 350
+    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= 350
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
 def test_functions_are_short(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
             assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
@@ -114,13 +114,13 @@ def test_every_package_in_requirements_is_used():
     """By an import of the sources, or of the tests for what only they need."""
     imports = set()
     for path in [*PYTHON, *(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py"))]:
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imports.add(node.module.split(".")[0])
     commands = {"tensorboard", "ruff", "protobuf"}  # run by name, or held at a version
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if not text:
             continue

@@ -431,7 +431,7 @@ def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
 
 
 @pytest.mark.slow
-def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path):
+def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path, make_store, grid):
     """At each of fifty steps of a float32 run, the losses that bfloat16 gives from the same state.
 
     Two runs that go their own ways cannot be held together step by step: BatchNorm over a batch's
@@ -464,7 +464,8 @@ def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path):
     assert 0 < float(apart.mean()) < 0.01 and float(apart.max()) < 0.05
 
     # Through the command line: weights, statistics and queue stay in float32.
-    flags = ("--root-dir", cohort[1], "--exp-name", "half", "--epochs", 1, *SMALL, "--amp", "bf16", "--device", "cpu")
+    make_store(tmp_path / "few", 3, grid[:3])
+    flags = ("--root-dir", "few", "--exp-name", "half", "--epochs", 1, *SMALL, "--amp", "bf16", "--device", "cpu")
     run("train.py", *flags, cwd=tmp_path)
     path = tmp_path / "ssl_exp" / "half" / "checkpoint_patch_0001.pth.tar"
     state = torch.load(path, weights_only=True)["state_dict"]
