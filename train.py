@@ -35,6 +35,7 @@ from misc import process
 from misc.command import OneOf, Parser, StopRequest, UserError, at_least, between, run
 from misc.cores import usable_cores
 from misc.experiment import Experiment
+from misc.recipes import add_recipe
 from misc.runlog import Meters, RunLog
 from misc.saver import Saver
 from misc.sizes import bn_groups
@@ -123,8 +124,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=at_least(int, 1), default=20, help=text)
     text = "of weights, queue, shuffling and augmentation; vary it to see how far a result hangs on chance"
     add("--seed", type=at_least(int, 0), default=0, help=text)
-    text = "auto takes a GPU where there is one"
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help=text)
+    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     text = (
         "reading processes on this machine, shared by its ranks, no more than its cores; raise it while GPUs wait for "
         "data, lower it where memory is short; 0 reads in the main process"
@@ -137,7 +137,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", **switch, help=text)
 
     add_method(parser)
-
+    add_recipe(parser, argv)
     group = parser.add_argument_group("output")
     add = group.add_argument
     text = "steps between log lines and curve points; lower it to watch a short run, raise it for a small log"

@@ -22,7 +22,7 @@ def test_five_losses_of_a_seeded_run(tmp_path, make_store, grid, run):
     make_store(tmp_path / "store", 9, grid, seed=3)
     flags = ("--root-dir", "store", "--exp-name", "g", "--epochs", 1, "--batch-size", 4, "--moco-k", 8, "--workers", 0)
     sizes = ("--rep-dim", 16, "--moco-dim", 8, "--num-experts", 2, "--print-freq", 1, "--seed", 5, "--device", "cpu")
-    run("train.py", *flags, *sizes, "--augmentation", "fagc", cwd=tmp_path)
+    run("train.py", *flags, *sizes, "--augmentation", "fagc", "--bn-groups", 1, cwd=tmp_path)
     lines = map(json.loads, (tmp_path / "ssl_exp" / "g" / "log.jsonl").read_text(encoding="utf-8").splitlines())
     steps = [line for line in lines if line["kind"] == "step"][:5]
     for name in ("loss_patch", "loss_neighbor"):

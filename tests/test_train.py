@@ -22,6 +22,7 @@ from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import make_views, step_generators, step_views
 from misc.experiment import UNFINISHED
+from misc.recipes import RECIPES
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.step import FIGURES, LocationTable, compute_losses, make_optimizer
@@ -67,6 +68,15 @@ def test_defaults_are_the_published_values():
         augmentation="agc", workers=16, print_freq=10, seed=0, mlp=True, lr_schedule="cosine", schedule=[120, 160]
     )
     assert {name: getattr(args, name) for name in published} == published
+
+
+def test_a_recipe_is_a_set_of_defaults_and_a_flag_given_wins():
+    small = arguments("--recipe", "small")
+    assert {name: getattr(small, name) for name in RECIPES["small"]} == RECIPES["small"]
+    assert small.k_neighbors == 2 and small.weight_decay == 1e-4 and small.recipe == "small"
+    other = arguments("--lr", 0.1, "--recipe=small", "--negatives", "queue")
+    assert (other.lr, other.negatives, other.moco_m) == (0.1, "queue", 0.9)
+    assert arguments().negatives == "queue" and arguments().bn_groups is None
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7, 19])
@@ -315,6 +325,9 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--exp-name", "../x"), r"--exp-name '\.\./x': the name of a folder"),
         (("--exp-name", ""), "--exp-name '': the name of a folder"),
         (("--seed", 2**40), "below 2"),
+        (("--bn-groups", 2), "--bn-groups 2 must be a divisor of --batch-size 3"),
+        (("--gamma", 0, 2), "--gamma 0.0: at least 0.01"),
+        (("--recipe", "big"), "--recipe big is neither published nor small"),
         (
             ("--rep-dim", 16, "--resume", "{a}"),
             r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)",
@@ -345,6 +358,22 @@ def test_two_runs_never_share_an_experiment(store, run, tmp_path):
         first.kill()
         first.wait()
     run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # free again at once
+
+
+def test_meters_are_logged_and_chance_is_told_in_words(store, run, tmp_path):
+    flags = ("--root-dir", store, "--exp-name", "m", "--epochs", 2, "--print-freq", 3, *SMALL, "--lr", 0)
+    result = run("train.py", *flags, cwd=tmp_path)
+    folder = tmp_path / "ssl_exp" / "m"
+    for record in lines(folder) + lines(folder, "epoch"):
+        assert record["chance_fresh"] == pytest.approx(100 / 3, rel=1e-4)
+        assert 0 <= record["accuracy_fresh"] <= 100 and record["uniformity"] <= 1e-6 and 0 <= record["alignment"] <= 4
+    steps = lines(folder)
+    assert all(1 <= record["effective_rank"] <= 3 for record in steps)
+    # Keys of epoch 2 meet those of epoch 1, at each location's first step 12 and 11 steps old.
+    assert steps[0]["queue_age"] < 2 and steps[-1]["queue_age"] > 5 and steps[-1]["queue_own"] > 0
+    assert "fresh" in result.stdout and "(chance 33.3 %)" in result.stdout
+    told = [record["accuracy_fresh"] < 1.2 * record["chance_fresh"] for record in lines(folder, "epoch")]
+    assert result.stdout.count("warning: among keys as old as its own") == sum(told)
 
 
 def test_a_queue_longer_than_the_cohort_is_noted(store, run, tmp_path):

@@ -4,6 +4,9 @@
         --labels labels.csv --columns emphysema_fraction FEV1pp
 
 With --compare FILE the same folds are used for a second table, such as an untrained encoder's.
+With --baselines STORE so are the share of lung below -950 HU, HU histograms, and features and histogram together: what
+a density reading knows, no network need learn.
+
 Each column's line has the mean and the standard deviation of R² over repeated 5-fold
 cross-validation; the penalty is chosen inside each training fold.
 """
@@ -18,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.labels import read_labels
 from data.layout import StoreError
+from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, run
 from misc.files import write_json
+from tools.evaluation.baselines import baseline_tables
 
 FOLDS, REPEATS = 5, 10
 
@@ -108,13 +113,25 @@ def evaluate(
     return results
 
 
+def show(results: dict[str, dict], tables: list[str]) -> str:
+    """A table of text: a line a column, mean and standard deviation of R²."""
+    lines = [f"{'column':<24}{'subjects':>9}" + "".join(f"{'R2 ' + name:>{len(name) + 6}}" for name in tables)]
+    for column, row in results.items():
+        cells = [f"{f'{row[name][0]:.2f} +- {row[name][1]:.2f}':>{len(name) + 6}}" for name in tables]
+        lines.append(f"{column:<24}{row['subjects']:>9}" + "".join(cells))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--features", required=True, help="patient_features.csv of extract_feature.py")
     parser.add_argument("--compare", help="a second patient_features.csv, evaluated on the same folds")
     parser.add_argument("--labels", required=True, help="CSV with sid and numeric columns")
     parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
+    text = "patch store, for what a density reading says of the same patches, and what the features add to it"
+    parser.add_argument("--baselines", metavar="STORE", help=text)
     parser.add_argument("--json", help="write the numbers here too")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
     args = parser.parse_args()
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise StoreError(f"--json {args.json}: its folder does not exist")
@@ -122,16 +139,17 @@ def main() -> None:
     tables = {"features": read_features(args.features)}
     if args.compare:
         tables["compare"] = read_features(args.compare)
+    if args.baselines:
+        tables |= baseline_tables(PatchStore(args.baselines), args.no_progress)
     sids = [sid for sid in tables["features"].index if all(sid in table.index for table in tables.values())]
     if not sids:
-        raise StoreError(f"{args.features} and {args.compare} have no sid in common")
+        raise StoreError(f"{args.features} and {args.compare or args.baselines} have no sid in common")
     tables = {key: table.loc[sids] for key, table in tables.items()}
+    if args.baselines:
+        tables["features+histogram"] = pd.concat([tables["features"], tables["histogram"]], axis=1)
     values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
     results = evaluate(tables, values, names, args.columns, args.labels)
-    print(f"{'column':<24}{'subjects':>9}{'R2 features':>18}" + (f"{'R2 compared':>18}" if args.compare else ""))
-    for name, row in results.items():
-        cells = [f"{row[key][0]:.2f} +- {row[key][1]:.2f}" for key in tables]
-        print(f"{name:<24}{row['subjects']:>9}" + "".join(f"{cell:>18}" for cell in cells))
+    print(show(results, list(tables)))
     if args.json:
         write_json(args.json, results)
 

@@ -1,0 +1,55 @@
+"""Density readings of a store whose densities are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.store import PatchStore
+from tools.evaluation.baselines import BINS, baseline_tables
+
+
+@pytest.fixture
+def store(tmp_path, grid):
+    """Three subjects: a quarter, half and none of the lung below -950 HU; at the last location all of it wall."""
+    (tmp_path / "grouped_patch").mkdir(parents=True)
+    np.save(tmp_path / "atlas_patch_loc.npy", grid)
+    patches = np.full((3, len(grid), 32, 32, 32), -850, dtype=np.int16)
+    patches[0, :, :8], patches[1, :, :16] = -980, -980
+    patches[:, -1] = 40
+    for location in range(len(grid)):
+        np.save(tmp_path / "grouped_patch" / f"patch_loc_{location}.npy", patches[:, location])
+    (tmp_path / "subjects.csv").write_text("sid\na\nb\nc\n")
+    return tmp_path
+
+
+def test_shares_and_histograms(store, grid):
+    tables = baseline_tables(PatchStore(store), no_progress=True)
+    assert tables["density"][0].tolist() == [0.25, 0.5, 0.0] and tables["density"].index.tolist() == ["a", "b", "c"]
+    by_location = tables["density_by_location"].to_numpy()
+    assert by_location.shape == (3, len(grid)) and (by_location[:2, :-1] == [[0.25], [0.5]]).all()
+    assert (by_location[:, -1] == 0).all()
+    histogram = tables["histogram"].to_numpy()
+    assert histogram.shape == (3, BINS) and histogram.sum(1) == pytest.approx([1, 1, 1])
+    assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # -984.5 to -945
+    assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
+
+
+def test_command(tmp_path, make_store, grid, run):
+    """Labels that are a density are found by it, and by noise features only together with it."""
+    rng = np.random.default_rng(0)
+    patches = make_store(tmp_path / "s", 24, grid)
+    for location in range(len(grid)):
+        shift = np.linspace(-100, 100, 24)[:, None, None, None]
+        moved = np.clip(patches[:, location] // 4 - 800 + shift, -1024, 240).astype(np.int16)
+        np.save(tmp_path / "s" / "grouped_patch" / f"patch_loc_{location}.npy", moved)
+    sids = [f"{n:03d}" for n in range(24)]
+    features = pd.DataFrame(rng.normal(size=(24, 3)), columns=["f000", "f001", "f002"])
+    features.insert(0, "sid", sids)
+    features.to_csv(tmp_path / "f.csv", index=False)
+    pd.DataFrame({"sid": sids, "density": np.linspace(0, 1, 24)}).to_csv(tmp_path / "l.csv", index=False)
+    flags = ("--features", "f.csv", "--labels", "l.csv", "--baselines", "s", "--json", "e.json")
+    result = run("tools/evaluate.py", *flags, cwd=tmp_path)
+    scores = pd.read_json(tmp_path / "e.json")["density"]
+    assert scores["histogram"][0] > 0.95 and scores["features+histogram"][0] > 0.9 and scores["features"][0] < 0.2
+    for name in ("density", "density_by_location", "histogram", "histogram_by_location", "features+histogram"):
+        assert f"R2 {name}" in result.stdout
