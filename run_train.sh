@@ -37,25 +37,10 @@ else
     rendezvous="--standalone"
 fi
 
-# The published hyper-parameters; a flag given again in "$@" wins.
+# The published hyper-parameters are train.py's own defaults; a flag in "$@" wins, --recipe small too.
 # shellcheck disable=SC2086 # rendezvous is several words
 exec "$PYTHON" "$here/tools/launch.py" $rendezvous --nproc-per-node "$NGPUS" "$here/train.py" \
     --root-dir "$ROOT_DIR" \
     --exp-name exp_neighbor_2_128_expert_8 \
-    --epochs 20 \
-    --batch-size 128 \
-    --lr 0.01 \
-    --lr-schedule cosine \
-    --momentum 0.9 \
-    --weight-decay 1e-4 \
-    --rep-dim 128 \
-    --moco-dim 128 \
-    --moco-k 4096 \
-    --moco-m 0.999 \
-    --moco-t 0.2 \
-    --num-experts 8 \
-    --k-neighbors 2 \
-    --beta 1.0 \
-    --warm-up 0 \
-    --augmentation agc \
+    --recipe published \
     "$@"

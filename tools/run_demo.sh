@@ -59,9 +59,11 @@ step "2/5 preprocessing: lung masks, registration to the atlas, patches"
 run sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
     --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
 
-# The recipe's batch is dealt to two groups, which one process computes as two do.
+# The recipe's batch is dealt to two groups: one process computes what two do, and two are faster.
+places=$gpus
+[ "$gpus" -eq 0 ] && places=$cores
 ranks=1
-[ "$gpus" -ge 2 ] && ranks=2
+[ "$places" -ge 2 ] && ranks=2
 step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs, NCCL" || echo "the CPU, Gloo")"
 train() {
     # shellcheck disable=SC2086
