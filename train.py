@@ -38,7 +38,7 @@ from misc.experiment import Experiment
 from misc.recipes import add_recipe
 from misc.runlog import Meters, RunLog
 from misc.saver import Saver
-from misc.sizes import bn_groups
+from misc.sizes import bn_groups, groups_of_rank
 from models.builder import DrasCLR
 from models.checkpoint import CheckpointError, Restored, TrainingState, progress
 from models.cnn3d import Encoder
@@ -245,14 +245,12 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     # -------------------------------------------------------- process and experiment
     rank, world = process.rank(), process.world_size()
     say = print if rank == 0 else (lambda _: None)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = True
     args.bn_groups = bn_groups(args.bn_groups, args.batch_size, world)
-    per_rank = max(1, args.bn_groups // world)
-    groups = range(rank * per_rank, (rank + 1) * per_rank)  # this rank's
+    groups = groups_of_rank(args.bn_groups, rank, world)
     experiment = Experiment.named(args.exp_name)
     resume = experiment.resume_from(args.resume, progress)
     process.barrier()  # every rank has looked before the first file is written
@@ -267,7 +265,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         )
 
     # -------------------------------------------------------- model
-    model = build_model(args, store.num_locations, per_rank).to(device)
+    model = build_model(args, store.num_locations, len(groups)).to(device)
     optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
 
     # -------------------------------------------------------- restore
@@ -299,8 +297,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         if args.save_initial and resume is None:
             state.save(experiment.checkpoint(0), 0)
     say(
-        f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps an epoch; "
-        f"{world} x {device.type}, {workers} reading processes each; {experiment.folder}"
+        f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps an epoch; {world} x "
+        f"{device.type}, {workers} reading processes each; {args.bn_groups} BatchNorm groups; {experiment.folder}"
     )
     meters = Meters(FIGURES, device)
     saver = Saver(state.save, experiment, stop, args.epochs, args.save_freq, args.save_minutes)

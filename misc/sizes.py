@@ -34,3 +34,9 @@ def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
         return given
     most = max(PUBLISHED_GROUPS, ranks)
     return next((groups for groups in range(most, 0, -1) if not complaint(groups)), ranks)
+
+
+def groups_of_rank(groups: int, rank: int, ranks: int) -> range:
+    """The groups that one rank holds, numbered over all ranks."""
+    share = max(1, groups // ranks)
+    return range(rank * share, (rank + 1) * share)
