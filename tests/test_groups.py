@@ -55,7 +55,9 @@ def test_one_step_is_the_same_on_any_number_of_ranks(store, tmp_path, world):
     torch.testing.assert_close(several["means"], one["means"], rtol=1e-5, atol=1e-4)
     assert one["gradients"].keys() == several["gradients"].keys() and len(one["gradients"]) == 82
     for name, wanted in one["gradients"].items():
-        assert float((several["gradients"][name] - wanted).norm()) < 1e-5 * float(wanted.norm()) + 1e-6, name
+        # The 13 biases before BatchNorm have a gradient of 0, but for rounding.
+        least = 1e-4 if ".conv" in name and name.endswith("bias") and "routing" not in name else 1e-6
+        assert float((several["gradients"][name] - wanted).norm()) < 1e-5 * float(wanted.norm()) + least, name
     for name, wanted in one["state"].items():
         if "running" in name or name in ("queue", "queue_ptr", "subject", "step"):
             assert apart(several["state"][name], wanted) < 1e-5, name
