@@ -227,7 +227,10 @@ class Saver:
         self.state.save(self.experiment.checkpoint(finished), finished)
         self.experiment.unfinished.unlink(missing_ok=True)
         self.saved_at = time.monotonic()
-        if self.stop.number:
+
+    def leave_if_asked(self) -> None:
+        """End this process where a signal came; what is done is saved and told."""
+        if self.stop.number and process.rank() == 0:
             print(f"stopped by {self.stop.name}; go on with --resume auto")
             self.stop.leave()
 
@@ -257,8 +260,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
 
     # -------------------------------------------------------- model
     sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
-    queue = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
-    model = DrasCLR(Encoder, num_patch=store.num_locations, **sizes, **queue).to(device)
+    contrast = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
+    model = DrasCLR(Encoder, num_patch=store.num_locations, **sizes, **contrast).to(device)
     optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
 
     # -------------------------------------------------------- restore
@@ -316,8 +319,9 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
                 log.step(epoch, done, batch.location, meters.steps, meters.read(), rate)
             if done < len(sampler):
                 saver.after_step(epoch, done, meters)
-        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)
         saver.after_epoch(epoch + 1)
+        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # told when it is saved
+        saver.leave_if_asked()
     log.close()
 
 
