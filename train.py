@@ -327,8 +327,9 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
                 log.step(epoch, done, batch.location, meters.last_count, figures, rate)
             if done < len(sampler):
                 saver.after_step(epoch, done, meters)
-        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)
         saver.after_epoch(epoch + 1)
+        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # told when it is saved
+        saver.leave_if_asked()
     log.close()
 
 

@@ -16,7 +16,7 @@ class StoreError(UserError):
 
 
 class StoreLayout:
-    """Paths inside ``--root-dir``; see the README's table of files. Raises StoreError where it is a file."""
+    """Paths inside ``--root-dir``; preprocess/README.md lists them. Raises StoreError where it is a file."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)

@@ -67,9 +67,9 @@ def at_least(kind: type, low: float, words: str = "") -> Bounded:
     return Bounded(kind, low, math.inf, words or f"at least {low}", complete=bool(words))
 
 
-def between(kind: type, low: float, high: float, words: str = "") -> Bounded:
+def between(kind: type, low: float, high: float) -> Bounded:
     """A number from ``low`` to ``high``, both included."""
-    return Bounded(kind, low, high, words or f"between {low} and {high}", complete=True)
+    return Bounded(kind, low, high, f"between {low} and {high}", complete=True)
 
 
 class OneOf:

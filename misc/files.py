@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -82,8 +83,6 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """The first bytes of a .npy file, for one that is written piece by piece."""
-    import io
-
     stream = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)

@@ -39,7 +39,16 @@ class Meters:
         self._epoch = torch.zeros(len(names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | None = None) -> None:
-        """Begin an epoch, with the sums of the steps that a stopped run has done."""
+        """Begin an epoch, with the sums of the steps that a stopped run has done.
+
+        Raises:
+            UserError: they are of other figures.
+        """
+        if totals is not None and totals.shape != self._epoch.shape:
+            raise UserError(
+                f"the checkpoint is from within an epoch and sums {len(totals)} figures, this code has "
+                f"{len(self.names)}: give --start-epoch with its finished epochs, to begin that epoch again"
+            )
         self._epoch = torch.zeros_like(self._epoch) if totals is None else totals
         self._since.zero_()
         self.steps = 0
@@ -111,11 +120,6 @@ class RunLog:
     def speaks(self) -> bool:
         return self._stream is not None
 
-    def say(self, text: str) -> None:
-        """A line for the user, of the first rank."""
-        if self.speaks:
-            print(text)
-
     def start_epoch(self, epoch: int, done: int) -> None:
         """Begin epoch ``epoch`` (0 the first) after ``done`` of its steps."""
         self._window_start = self._epoch_start = time.perf_counter()
@@ -136,7 +140,7 @@ class RunLog:
         try:
             self._curves.log_images("train/views", [picture()], step=0)
         except (ImportError, RuntimeError) as error:  # a torchvision that does not go with this torch
-            self.say(f"note: no picture of the views in TensorBoard, torchvision cannot be used ({error})")
+            print(f"note: no picture of the views in TensorBoard, torchvision cannot be used ({error})")
 
     def step(self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float) -> None:
         """The means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (0 the first).

@@ -55,6 +55,9 @@ class Saver:
         self.save(self.experiment.checkpoint(finished), finished)
         self.experiment.unfinished.unlink(missing_ok=True)
         self.saved_at = time.monotonic()
-        if self.stop.number:
+
+    def leave_if_asked(self) -> None:
+        """End this process where a signal came; what is done is saved and told."""
+        if self.stop.number and process.rank() == 0:
             print(f"stopped by {self.stop.name}; go on with --resume auto")
             self.stop.leave()

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
-from misc.command import Parser, run
+from misc.command import run
 from misc.files import array_header, write_text
 from misc.progress import progress_bar
-from preprocess.subjects import add_progress, add_store
+from preprocess.subjects import add_progress, add_store, parse_flags
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
 
@@ -187,10 +187,7 @@ def _note(path: Path, content: dict) -> None:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    add_store(parser)
-    add_progress(parser)
-    return group_all(parser.parse_args())
+    return group_all(parse_flags(__doc__, add_store, add_progress))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import StoreLayout
-from preprocess.report import claim
+from preprocess.report import STAMPS, claim
 from preprocess.scan import ScanError
 
 
@@ -47,6 +47,9 @@ class Output:
         stamps: what it is made from, as the report will tell.
         inputs: files that must not be newer than an output of ours.
         pictures: further files of ours, which a user's own output need not have.
+
+    Raises:
+        ValueError: a stamp that the report does not keep.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Output:
         self.layout, self.script, self.sid = layout, script, sid
         self.previous, self.targets, self.stamps = previous, targets, stamps
         self.inputs, self.pictures = inputs, pictures
+        if unknown := set(stamps) - set(STAMPS):
+            raise ValueError(f"stamps {sorted(unknown)} would not outlive a failure: add them to STAMPS in report.py")
         self.ours = any(previous.get(name) for name in stamps)
 
     def _of_these_inputs(self) -> bool:

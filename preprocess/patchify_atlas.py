@@ -25,7 +25,7 @@ from misc.command import Parser, at_least, run
 from misc.files import save_array
 from preprocess.atlas import load_atlas
 from preprocess.geometry import ISO_SPACING
-from preprocess.subjects import add_atlas, add_patch_size, add_store
+from preprocess.subjects import add_atlas, add_patch_size, add_store, parse_flags
 
 MAX_PATCHES = 1000  # with as many or more, the threshold rises
 
@@ -127,12 +127,7 @@ def add_locations(parser: Parser) -> None:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    add_atlas(parser)
-    add_store(parser)
-    add_patch_size(parser)
-    add_locations(parser)
-    return lay_locations(parser.parse_args())
+    return lay_locations(parse_flags(__doc__, add_atlas, add_store, add_patch_size, add_locations))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,16 @@ from preprocess.outputs import Output, file_stamp
 from preprocess.patches import Patches, patches_of, share_inside
 from preprocess.picture import picture_of_patches
 from preprocess.scan import ScanError, read_mask, read_scan
-from preprocess.subjects import Subject, add_atlas, add_patch_size, add_progress, add_store, add_subjects, read_subjects
+from preprocess.subjects import (
+    Subject,
+    add_atlas,
+    add_patch_size,
+    add_progress,
+    add_store,
+    add_subjects,
+    parse_flags,
+    read_subjects,
+)
 from preprocess.workers import run_subjects
 
 FIGURES = (
@@ -169,14 +178,9 @@ def patchify_all(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    add_subjects(parser)
-    add_store(parser)
-    add_atlas(parser)
-    add_patch_size(parser)
-    add_cutting(parser)
-    add_progress(parser)
-    return patchify_all(parser.parse_args())
+    return patchify_all(
+        parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress)
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output
 from preprocess.registration import overlap, register_masks
 from preprocess.scan import EarlierFailure, ScanError, read_mask
-from preprocess.subjects import Subject, add_atlas, add_progress, add_store, add_subjects, read_subjects
+from preprocess.subjects import Subject, add_atlas, add_progress, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import run_subjects
 
 FIGURES = ("dice", "dice_right", "dice_left")
@@ -82,13 +82,7 @@ def register_all(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    add_subjects(parser)
-    add_store(parser)
-    add_atlas(parser)
-    add_registration(parser)
-    add_progress(parser)
-    return register_all(parser.parse_args())
+    return register_all(parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress))
 
 
 if __name__ == "__main__":

@@ -13,26 +13,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from misc.command import Parser, run
+from misc.command import run
 from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
 from preprocess.patchify_atlas import add_locations, lay_locations
 from preprocess.patchify_images import add_cutting, patchify_all
 from preprocess.register import add_registration, register_all
 from preprocess.segment_lung import add_segmentation, check_segmentation, segment_all
-from preprocess.subjects import add_atlas, add_patch_size, add_progress, add_store, add_subjects, read_subjects
+from preprocess.subjects import (
+    add_atlas,
+    add_patch_size,
+    add_progress,
+    add_store,
+    add_subjects,
+    parse_flags,
+    read_subjects,
+)
 
 STEPS = (lay_locations, segment_all, register_all, patchify_all, group_all)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Every step's flags."""
-    parser = Parser(__doc__)
-    for add in (add_subjects, add_store, add_atlas, add_patch_size, add_progress):
-        add(parser)
-    for add in (add_locations, add_segmentation, add_registration, add_cutting):
-        add(parser)
-    return parser.parse_args(argv)
+    shared = (add_subjects, add_store, add_atlas, add_patch_size, add_progress)
+    return parse_flags(__doc__, *shared, add_locations, add_segmentation, add_registration, add_cutting, argv=argv)
 
 
 def main() -> int:

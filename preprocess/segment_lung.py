@@ -31,7 +31,7 @@ from preprocess.geometry import same_grid, write_image
 from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import ScanError, read_mask, read_scan
-from preprocess.subjects import Subject, add_progress, add_store, add_subjects, read_subjects
+from preprocess.subjects import Subject, add_progress, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import run_subjects
 
 
@@ -100,12 +100,7 @@ def segment_all(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    add_subjects(parser)
-    add_store(parser)
-    add_segmentation(parser)
-    add_progress(parser)
-    return segment_all(parser.parse_args())
+    return segment_all(parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress))
 
 
 if __name__ == "__main__":

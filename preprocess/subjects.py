@@ -1,6 +1,8 @@
 """The table of subjects, and the flags that steps 2 to 4 share."""
 
+import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,14 @@ def read_subjects(path: str | os.PathLike) -> list[Subject]:
         Subject(sid, str(folder / image.strip()) if image.strip() else "")
         for sid, image in zip(table["sid"], table["image"])
     ]
+
+
+def parse_flags(description: str, *add: Callable[[Parser], None], argv: list[str] | None = None) -> argparse.Namespace:
+    """A command line out of functions that each add some flags to a parser."""
+    parser = Parser(description)
+    for flags in add:
+        flags(parser)
+    return parser.parse_args(argv)
 
 
 def add_store(parser: Parser) -> None:

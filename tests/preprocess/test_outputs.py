@@ -95,3 +95,9 @@ def test_overwrite_replaces_the_users_own_only_when_the_new_one_is_there(tmp_pat
 def test_any_of_several_stamps_tells_ours(tmp_path, files):
     previous = {"atlas": "a"}  # a failed row keeps what it knows
     assert kept(output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
+
+
+def test_a_stamp_that_the_report_does_not_keep_is_refused(tmp_path, files):
+    """After a failure or a kill it would be lost, and the output pass for the user's own."""
+    with pytest.raises(ValueError, match=r"stamps \['threshold'\] would not outlive a failure"):
+        output(tmp_path, files, {}, threshold="-950")
