@@ -3,13 +3,14 @@
 Module names, and so the keys of a state dict, are the published checkpoint's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.condconv3d import CondConv3D
+from models.cpu.groups import encode_groups
 from models.cpu.norm_elu import norm_elu_training
 
 # The last layers leave 8, 8 and 1 voxels of a patch, and BatchNorm stretches what little differs
@@ -24,34 +25,33 @@ def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordin
     return CondConv3D(in_channels, out_channels, 3, num_experts, num_coordinates, stride=stride, padding=1)
 
 
-def norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1) -> torch.Tensor:
+def norm_elu(
+    norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
+) -> torch.Tensor:
     """elu(norm(x)) for x (B, C, D, H, W), in training with statistics of each group's own.
-
-    Running statistics are updated, as ``norm`` would, by group 0 alone.
 
     Args:
         groups, blocks: the batch is ``blocks`` blocks of ``groups`` groups of consecutive samples; group g is all of
             its samples in every block. Both divide B together.
+        track: update the running statistics, as ``norm`` would, by group 0 alone.
     """
     if groups == 1 or not norm.training:
-        return _norm_elu(norm, x, track=True)
-    fast = None if torch.compiler.is_compiling() else norm_elu_training(norm, x, groups, blocks)
-    if fast is not None:
-        return fast
+        return _norm_elu(norm, x, track)
     parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)
-    parts = [_norm_elu(norm, part.flatten(0, 1), track=group == 0) for group, part in enumerate(parts)]
+    parts = [_norm_elu(norm, part.flatten(0, 1), track and group == 0) for group, part in enumerate(parts)]
     return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 2)  # (B, C, D, H, W)
 
 
 def _norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    """One group's; ``track`` updates the running statistics."""
+    """One group's."""
     if norm.training and torch.compiler.is_compiling():
         return _norm_elu_compiled(norm, x, track)
-    if not track:
+    fast = norm_elu_training(norm, x, track)
+    if fast is not None:
+        return fast
+    if norm.training and not track:
         return F.elu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps), inplace=True)
-    fast = norm_elu_training(norm, x)
-    # In place: the backward pass of neither needs the value in between.
-    return F.elu(norm(x), inplace=True) if fast is None else fast
+    return F.elu(norm(x), inplace=True)  # in place: the backward pass of neither needs the value in between
 
 
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
@@ -138,14 +138,32 @@ class Encoder(nn.Module):
         Returns:
             z (B, moco_dim) and h (B, rep_dim).
         """
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        layers = list(self.layers())
+        kernels = self.mix_kernels(loc)
         blocks = loc.shape[0] if loc.shape[0] < x.shape[0] else 1  # a location a sample: no blocks
-        for conv, norm in layers[:-FLOAT32_LAYERS]:
-            x = norm_elu(norm, conv(x, loc), self.bn_groups, blocks)
+        if self.bn_groups > 1 and self.training and not torch.compiler.is_compiling():
+            fast = encode_groups(self, x, kernels, self.bn_groups, blocks)
+            if fast is not None:
+                return fast
+        return self.encode(x, kernels, self.bn_groups, blocks)
+
+    def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:
+        """Every layer's kernels at (G, 3) locations, (G, out, in, 3, 3, 3) each."""
+        convolutions = [conv for conv, _ in self.layers()]
+        kernels = [conv.mix_kernels(loc) for conv in convolutions[:-FLOAT32_LAYERS]]
+        with torch.autocast(loc.device.type, enabled=False):
+            return kernels + [conv.mix_kernels(loc) for conv in convolutions[-FLOAT32_LAYERS:]]
+
+    def encode(
+        self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, blocks: int = 1, track: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward` with the kernels mixed already; for the rest see :func:`norm_elu`."""
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels)]
+        for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:
+            x = norm_elu(norm, conv.convolve(x, kernel), groups, blocks, track)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.bn4.weight.dtype)
-            for conv, norm in layers[-FLOAT32_LAYERS:]:
-                x = norm_elu(norm, conv(x, loc), self.bn_groups, blocks)
+            for conv, kernel, norm in layers[-FLOAT32_LAYERS:]:
+                x = norm_elu(norm, conv.convolve(x, kernel), groups, blocks, track)
             h = x.flatten(1)
             return self.fc(h), h

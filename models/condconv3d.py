@@ -114,10 +114,13 @@ class CondConv3D(_ConvNd):
         Raises:
             ValueError: G does not divide B.
         """
-        batch, blocks = inputs.shape[0], locs.shape[0]
+        return self.convolve(inputs, self.mix_kernels(locs))
+
+    def convolve(self, inputs: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` with the kernels mixed already: (G, out, in / groups, k, k, k), G divides B."""
+        batch, blocks = inputs.shape[0], kernels.shape[0]
         if blocks == 0 or batch % blocks:
             raise ValueError(f"{blocks} locations do not divide a batch of {batch} samples")
-        kernels = self.mix_kernels(locs)
         if blocks == 1:
             return self._convolve(inputs, kernels[0])
         # One dense convolution per distinct location. Grouped convolution over the blocks would be

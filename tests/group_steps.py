@@ -1,6 +1,6 @@
 """Run by test_groups.py, one process a rank:  python group_steps.py RANK WORLD FOLDER STEPS LR
 
-Steps of training as train.py composes them, the batch of 8 in four BatchNorm groups whatever the ranks.
+Steps of training as train.py composes them, the batch of 16 in four BatchNorm groups whatever the ranks.
 """
 
 import sys
@@ -22,7 +22,7 @@ from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.step import FIGURES, LocationTable, compute_losses, descend, make_optimizer
 
-BATCH, GROUPS = 8, 4
+BATCH, GROUPS = 16, 4
 
 
 def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:

@@ -14,25 +14,24 @@ CHUNK = 16384  # rows of VECTOR numbers: 4 MB in float32
 VECTOR = 64  # columns; torch's kernels for (rows, columns) reach the memory's speed from about here
 
 
-def norm_elu_training(norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1) -> torch.Tensor | None:
-    """elu(norm(x)) for x (B, C, D, H, W), with the running statistics updated; None where the plain way serves.
-
-    ``groups`` and ``blocks`` mean what they mean for models.cnn3d.norm_elu.
-    """
-    if not (cpu.enabled() and _worth_it(norm, x, groups * blocks)):
+def norm_elu_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool = True) -> torch.Tensor | None:
+    """elu(norm(x)) for x (B, C, D, H, W); None where the plain way serves. ``track`` updates the running statistics."""
+    if not (cpu.enabled() and _worth_it(norm, x)):
         return None
-    y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps, groups, blocks)
+    y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps)
+    if not track:
+        return y
     with torch.no_grad():
-        count = x.numel() // x.shape[1] // groups
+        count = x.numel() // x.shape[1]
         norm.num_batches_tracked += 1
         # .data, as torch's kernel writes them: a pass through it may hold them for its backward,
         # which does not look at their values in training, and must not find a new version.
-        norm.running_mean.data.lerp_(mean[0], norm.momentum)
-        norm.running_var.data.lerp_(variance[0] * (count / (count - 1)), norm.momentum)
+        norm.running_mean.data.lerp_(mean, norm.momentum)
+        norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
 
 
-def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor, parts: int = 1) -> bool:
+def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor) -> bool:
     """Few channels on the CPU, channels last, training: there torch's kernel is a scalar loop over C.
 
     Measured on 2 cores with AVX-512, 32 volumes of 8 channels at 32^3, float32, forward and
@@ -48,8 +47,8 @@ def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor, parts: int = 1) -> bool:
         and x.device.type == "cpu"
         and channels < VECTOR
         and VECTOR % channels == 0
-        and x.numel() % (VECTOR * parts) == 0
-        and x.numel() > channels * parts
+        and x.numel() % VECTOR == 0
+        and x.numel() > channels
         and x.is_contiguous(memory_format=torch.channels_last_3d)
     )
 
@@ -83,34 +82,27 @@ def _chunks(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 class _NormELU(torch.autograd.Function):
-    """Training-mode BatchNorm and ELU over (blocks, groups, rows, VECTOR).
-
-    A group's statistics are over all of its rows in every block, shared by the columns of a channel.
-    """
+    """Training-mode BatchNorm and ELU over (rows, VECTOR) with statistics shared by columns of a channel."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, groups, blocks):
-        rows, channels = _rows(x).view(blocks, groups, -1, VECTOR), weight.numel()
+    def forward(ctx, x, weight, bias, eps):
+        rows, channels = _rows(x), weight.numel()
         repeat = VECTOR // channels
         columns = weight.new_zeros(VECTOR), weight.new_ones(VECTOR)  # unused sums; their dtype sets the results'
+        means, variances = torch.ops.aten.batch_norm_update_stats(rows, *columns, 0.0)
+        means, variances = means.view(repeat, channels), variances.view(repeat, channels)
+        mean = means.mean(0)
+        variance = variances.mean(0) + means.var(0, correction=0)  # within the columns and between them
+
+        tiled = [value.repeat(repeat) for value in (weight.detach(), bias.detach(), mean, variance)]
         y = torch.empty_like(rows)
         unused = weight.new_empty(0), weight.new_empty(0)
-        statistics = []
-        for group in range(groups):
-            parts = [torch.ops.aten.batch_norm_update_stats(block[group], *columns, 0.0) for block in rows]
-            means, variances = (torch.cat(values).view(blocks * repeat, channels) for values in zip(*parts))
-            mean = means.mean(0)
-            variance = variances.mean(0) + means.var(0, correction=0)  # within the columns and between them
-            statistics.append((mean, variance))
-            tiled = [value.repeat(repeat) for value in (weight.detach(), bias.detach(), mean, variance)]
-            for block, out_block in zip(rows, y):
-                for piece, out in _chunks(block[group], out_block[group]):
-                    torch.ops.aten.native_batch_norm.out(
-                        piece, *tiled, False, 0.0, eps, out=out, save_mean=unused[0], save_invstd=unused[1]
-                    )
-                    elu_(out)
-        mean, variance = (torch.stack(values) for values in zip(*statistics))  # (groups, C)
-        ctx.save_for_backward(rows, y, weight, mean, variance)
+        for piece, out in _chunks(rows, y):
+            torch.ops.aten.native_batch_norm.out(
+                piece, *tiled, False, 0.0, eps, out=out, save_mean=unused[0], save_invstd=unused[1]
+            )
+            elu_(out)
+        ctx.save_for_backward(rows, y, tiled[0], tiled[2], tiled[3])
         ctx.eps, ctx.shape = eps, x.shape
         ctx.mark_non_differentiable(mean, variance)
         return _volume(y, x.shape), mean, variance
@@ -118,47 +110,31 @@ class _NormELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        rows, y, weight, means, variances = ctx.saved_tensors
-        grad = _rows(grad.contiguous(memory_format=torch.channels_last_3d)).view(rows.shape)
+        rows, y, weight, mean, variance = ctx.saved_tensors
+        channels = ctx.shape[1]
+        repeat = VECTOR // channels
+        grad = _rows(grad.contiguous(memory_format=torch.channels_last_3d))
         grad_x = torch.empty_like(rows)
-        totals = []
-        for group, (mean, variance) in enumerate(zip(means, variances)):
-            parts = [[tensor[group] for tensor in block] for block in zip(grad, y, rows, grad_x)]
-            totals.append(_backward_of_group(parts, weight.detach(), mean, variance, ctx.eps))
-        grad_weight, grad_bias = (torch.stack(values).sum(0) for values in zip(*totals))
-        return _volume(grad_x, ctx.shape), grad_weight, grad_bias, None, None, None
-
-
-def _backward_of_group(
-    parts: list[list[torch.Tensor]], weight: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill one group's gradient of x; its gradients of weight and bias, (C,) each.
-
-    Args:
-        parts: of each block, the incoming gradient, ELU's output, x, and where the gradient of x goes: (rows, VECTOR).
-    """
-    channels = weight.numel()
-    repeat = VECTOR // channels
-    tiled = [value.repeat(repeat) for value in (weight, mean, variance)]
-    sums = []
-    for block in parts:
-        for incoming, values, piece, out in _chunks(*block):
+        sums = []
+        for incoming, values, piece, out in _chunks(grad, y, rows, grad_x):
             torch.ops.aten.elu_backward.grad_input(incoming, 1.0, 1.0, 1.0, True, values, grad_input=out)
-            given = (out, piece, *tiled, None, None, False, eps, [False, True, True])
-            sums.append(torch.ops.aten.native_batch_norm_backward(*given)[1:])
-    grad_weight, grad_bias = (torch.stack(values).view(-1, channels).sum(0) for values in zip(*sums))
+            sums.append(
+                torch.ops.aten.native_batch_norm_backward(
+                    out, piece, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+                )[1:]
+            )
+        grad_weight, grad_bias = (torch.stack(parts).view(-1, channels).sum(0) for parts in zip(*sums))
 
-    # d loss / d x = scale * (g - mean of g - x_hat * mean of g x_hat), a linear function of g and x
-    count = sum(block[0].numel() for block in parts) // channels
-    inverse = torch.rsqrt(variance + eps)
-    scale = weight * inverse
-    slope = -scale * inverse * grad_weight / count
-    offset = -scale * grad_bias / count - slope * mean
-    scale, slope, offset = (value.repeat(repeat) for value in (scale, slope, offset))
-    for _, _, rows, grad_x in parts:
+        # d loss / d x = scale * (g - mean of g - x_hat * mean of g x_hat), a linear function of g and x
+        count = rows.numel() // channels
+        inverse = torch.rsqrt(variance[:channels] + ctx.eps)
+        scale = weight[:channels] * inverse
+        slope = -scale * inverse * grad_weight / count
+        offset = -scale * grad_bias / count - slope * mean[:channels]
+        scale, slope, offset = (value.repeat(repeat) for value in (scale, slope, offset))
         for piece, out in _chunks(rows, grad_x):
             if out.dtype == scale.dtype:
                 out.mul_(scale).addcmul_(piece, slope).add_(offset)
             else:  # rounded once, at the end
                 out.copy_((out * scale).addcmul_(piece.to(scale.dtype), slope).add_(offset))
-    return grad_weight, grad_bias
+        return _volume(grad_x, ctx.shape), grad_weight, grad_bias, None

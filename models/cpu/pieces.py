@@ -1,8 +1,9 @@
 """A batch encoded in pieces of one size, side by side on the cores."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -20,10 +21,17 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
     """
     if not cpu.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
-    pieces, cores = x.split(PATCHES_AT_ONCE), torch.get_num_threads()
+    return torch.cat(side_by_side(encode, x.split(PATCHES_AT_ONCE)))
+
+
+def side_by_side(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
+    """``work`` of each piece, in order, each on its share of this process's cores.
+
+    Threads of their own compute gradients unless ``work`` says otherwise, and know no autocast.
+    """
+    cores = torch.get_num_threads()
     threads = min(cores, len(pieces))
-    encoded = map(encode, pieces) if threads == 1 else _pool(threads, cores // threads).map(encode, pieces)
-    return torch.cat(list(encoded))
+    return list(map(work, pieces) if threads == 1 else _pool(threads, cores // threads).map(work, pieces))
 
 
 @functools.lru_cache(maxsize=2)  # for full batches and the last one
