@@ -4,11 +4,13 @@
     python tools/make_cohort.py --out-dir ssl_exp/warped --num-subjects 12 --template thorax_ct.nii.gz
 
 The first makes procedural phantoms; the second deforms one real scan into many. Both plant
-emphysema and lesions of known strength. Same flags, same bytes. Writes
+emphysema of five subtypes with the texture of real lungs, reticulation and lesions. Same flags, same bytes. Writes
 
-    image/{sid}.nii.gz            int16 HU; spacing, orientation, pose and noise differ by subject
+    image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices differ
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
-    labels.csv                    sid and the truth: planted severities, simulated spirometry, survival
+    labels.csv                    sid, held_out (1 for three in ten, to report on), and the truth: shares of the lung
+                                  in each subtype, visual grades, spirometry, exacerbations, survival
+    scans.csv                     sid and how it was scanned, which no label depends on
     atlas.nii.gz                  a healthy subject at 1 mm
     atlas_lung_mask.nii.gz        its lungs: 50 right, 100 left
 """
@@ -31,28 +33,28 @@ from misc.files import write_text
 from misc.progress import progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
-from tools.cohort.disease import draw_disease, plant_disease, simulate_labels
-from tools.cohort.phantom import Phantom
-from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, add_texture, finish, subject_name, to_image
+from tools.cohort.disease import Disease, draw_disease, plant_disease
+from tools.cohort.phantom import LUNG_HU, Phantom
+from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.subject import write_subject
 from tools.cohort.warped import load_template, make_template_atlas, make_warped
 
 
-def make_phantom(seed: int, index: int, size: str, out_dir: Path) -> dict:
-    """Write subject ``index`` and return its row of labels."""
+def make_phantom(seed: int, index: int, size: str, out_dir: Path) -> tuple[dict, dict]:
+    """Write subject ``index`` and return its rows of labels and of how it was scanned."""
     rng = np.random.default_rng([seed, index])
-    sid = subject_name(index)
-    anatomy, disease = draw_anatomy(rng, size), draw_disease(rng)
-    in_plane = rng.uniform(*SPACING[size])
-    spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES[size])])
+    anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
+    in_plane = rng.uniform(*SPACING)
+    spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
     phantom = Phantom(anatomy, tuple(spacing), rng)
-    planted = plant_disease(phantom.hu, phantom.lung, spacing, disease, anatomy.scale, rng)
-    add_texture(phantom.hu, phantom.lung, spacing, rng, noise=rng.uniform(8, 22), blur=rng.uniform(0.35, 0.7))
-    table_position = rng.uniform(-200, 200, 3)
+    planted, _ = plant_disease(phantom.hu, phantom.lung, spacing, disease, rng, base=phantom.hu - LUNG_HU)
+    scan(phantom.hu, spacing, acquisition, rng)
     image = to_image(
-        finish(phantom.hu), phantom.origin + table_position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)]
+        finish(phantom.hu), phantom.origin + rng.uniform(-200, 200, 3), spacing, ORIENTATIONS[index % len(ORIENTATIONS)]
     )
-    write_image(image, out_dir / "image" / f"{sid}.nii.gz")
-    return {"sid": sid, **planted, **simulate_labels(rng, planted)}
+    return write_subject(
+        seed, index, image, planted, {**acquisition._asdict(), "inflation_hu": anatomy.inflation}, out_dir
+    )
 
 
 def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
@@ -60,7 +62,8 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
     rng = np.random.default_rng([seed, 2**31])
     spacing = np.ones(3)
     phantom = Phantom(Anatomy(scale=SIZES[size]), tuple(spacing), rng)
-    add_texture(phantom.hu, phantom.lung, spacing, rng, noise=10, blur=0.5)
+    plant_disease(phantom.hu, phantom.lung, spacing, Disease(), rng, base=phantom.hu - LUNG_HU)
+    scan(phantom.hu, spacing, draw_acquisition(rng, full_dose=True), rng)
     labels = (phantom.lung.astype(np.int16)) * 50
     write_image(to_image(finish(phantom.hu), phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas.nii.gz")
     write_image(to_image(labels, phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas_lung_mask.nii.gz")
@@ -111,10 +114,10 @@ def main() -> None:
             for future in [pool.submit(*job) for job in jobs]:
                 rows.append(future.result())
                 bar.update()
-    sids = [row["sid"] for row in rows]
-    images = pd.DataFrame({"sid": sids, "image": [f"image/{sid}.nii.gz" for sid in sids]})
-    write_text(out_dir / "dataset.csv", images.to_csv(index=False))
-    write_text(out_dir / "labels.csv", pd.DataFrame(rows).to_csv(index=False))
+    labels, scans = (pd.DataFrame(table) for table in zip(*rows))
+    images = pd.DataFrame({"sid": labels["sid"], "image": [f"image/{sid}.nii.gz" for sid in labels["sid"]]})
+    for name, table in (("dataset.csv", images), ("labels.csv", labels), ("scans.csv", scans)):
+        write_text(out_dir / name, table.to_csv(index=False))
     print(f"make_cohort: {len(rows)} subjects, an atlas and its mask; {out_dir}")
 
 

@@ -8,8 +8,9 @@ SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # of an adult's thorax
 # Of the variation between adults. The 32 mm patches of a small phantom are mostly edges of the lung, an adult's
 # mostly lung: as much variation of shape would be nearly all that its patches show.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-SPACING = {"tiny": (1.1, 1.6), "small": (0.9, 1.5), "full": (0.65, 0.85)}  # mm in the axial plane, range over subjects
-SLICES = {"tiny": (1.0, 1.8), "small": (1.0, 2.0), "full": (0.7, 1.25)}  # mm between slices
+# mm, range over subjects: an adult's scanner at every size, because disease has an adult's texture at every size.
+SPACING = (0.65, 0.9)  # in the axial plane
+SLICES = (0.8, 1.5)  # between slices
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Anatomy:
     notch: float = 1.0
     fat: float = 24.0  # of the chest wall, in mm whatever the scale
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    inflation: float = 0.0  # of breath, in HU
+    inflation: float = 0.0  # of breath, in HU below the middle
 
 
 def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
@@ -51,5 +52,5 @@ def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
         notch=vary(1, 0.8, 1.2),
         fat=vary(24, 0.6, 1.5),
         rotation=tuple(spread * np.deg2rad(rng.uniform(-4, 4, 3))),
-        inflation=spread * rng.uniform(-25, 30),
+        inflation=rng.uniform(-25, 30),
     )

@@ -1,5 +1,7 @@
 """What a scanner adds to a thorax, and how its scans are stored."""
 
+from typing import NamedTuple
+
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
@@ -8,17 +10,39 @@ ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "LPI", "SPL")
 ATLAS_ORIENTATION = "LAS"  # as the published atlas
 
 
-def add_texture(
-    hu: np.ndarray, lung: np.ndarray, spacing: np.ndarray, rng: np.random.Generator, noise: float, blur: float
-) -> None:
-    """Parenchymal texture, the scanner's blur and its noise, in place. ``blur`` in mm, ``noise`` in HU."""
+class Acquisition(NamedTuple):
+    """How a scan was taken: what a density reading suffers from."""
+
+    noise_hu: float  # SD in lung, of the dose
+    kernel_mm: float  # Gaussian blur of the reconstruction kernel
+    sharpness: float  # edge enhancement of the kernel, 0 for none
+    slice_mm: float  # thickness of a slice
+
+
+def draw_acquisition(rng: np.random.Generator, full_dose: bool = False) -> Acquisition:
+    """Half of the scans low dose, kernels from soft to sharp, slices of 0.8 to 3 mm."""
+    low_dose = rng.random() < 0.5 and not full_dose
+    return Acquisition(
+        noise_hu=rng.uniform(22, 45) if low_dose else rng.uniform(8, 20),
+        kernel_mm=rng.uniform(0.25, 0.75),
+        sharpness=rng.choice([0.0, 0.6]),
+        slice_mm=rng.uniform(0.8, 3.0),
+    )
+
+
+def scan(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.random.Generator) -> None:
+    """Thickness, kernel and noise, in place. hu (z, y, x) float32; spacing mm (x, y, z)."""
     sampling = spacing[::-1]
-    texture = ndimage.gaussian_filter(rng.normal(size=hu.shape).astype(np.float32), 1.5 / sampling)
-    texture *= 22 / texture.std()
-    hu[lung > 0] += texture[lung > 0]
-    hu[:] = ndimage.gaussian_filter(hu, blur / sampling)
-    grain = ndimage.gaussian_filter(rng.normal(size=hu.shape).astype(np.float32), 0.45 / sampling)
-    hu += grain * (noise / grain.std())
+    slices = acquisition.slice_mm / sampling[0]
+    if slices > 1:  # a box, of which a voxel is one already
+        hu[:] = ndimage.gaussian_filter1d(hu, np.sqrt((slices**2 - 1) / 12), axis=0)
+    noise = rng.standard_normal(hu.shape, dtype=np.float32)
+    for volume in (hu, noise):
+        blurred = ndimage.gaussian_filter(volume, [0, *(acquisition.kernel_mm / sampling[1:])])
+        if acquisition.sharpness:
+            blurred += acquisition.sharpness * (blurred - ndimage.gaussian_filter(blurred, [0, *(1.0 / sampling[1:])]))
+        volume[:] = blurred
+    hu += noise * np.float32(acquisition.noise_hu / noise.std())
 
 
 def to_image(array: np.ndarray, origin: np.ndarray, spacing: np.ndarray, orientation: str) -> sitk.Image:
@@ -32,8 +56,3 @@ def to_image(array: np.ndarray, origin: np.ndarray, spacing: np.ndarray, orienta
 def finish(hu: np.ndarray) -> np.ndarray:
     """HU as a scanner stores them."""
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
-
-
-def subject_name(index: int) -> str:
-    """The sid of subject ``index``, 0 the first."""
-    return f"{index + 1:04d}"

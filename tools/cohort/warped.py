@@ -10,9 +10,12 @@ from misc.command import UserError
 from preprocess.geometry import orient, write_image
 from preprocess.lungs import lung_mask
 from preprocess.scan import ScanError, read_mask, read_scan
-from tools.cohort.disease import draw_disease, plant_disease, simulate_labels
+from tools.cohort.disease import draw_disease, plant_disease
 from tools.cohort.phantom import rotation
-from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, finish, subject_name, to_image
+from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.subject import write_subject
+
+NORMAL_HU = -893.0  # median of the texture of normal lung
 
 
 def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -54,10 +57,9 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
     return orient(image, "LPS"), orient(labels, "LPS")
 
 
-def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> dict:
-    """Deform the template, plant disease in its lungs, write subject ``index``."""
+def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> tuple[dict, dict]:
+    """Deform the template, plant disease in its lungs, write subject ``index``; its rows of labels and of scans."""
     rng = np.random.default_rng([seed, index])
-    sid = subject_name(index)
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
     hu = sitk.GetArrayFromImage(image).astype(np.float32)
     lung = sitk.GetArrayFromImage(sitk.ReadImage(str(template / "mask.nii.gz")))
@@ -79,16 +81,15 @@ def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> dict:
     ]
     warped = ndimage.map_coordinates(hu, where, order=1, mode="constant", cval=-1024.0)
     labels = ndimage.map_coordinates(lung, where, order=0, mode="constant", cval=0)
-    planted = plant_disease(warped, labels, spacing, draw_disease(rng), 1.0, rng)
-    warped += rng.normal(0, rng.uniform(2, 10), warped.shape).astype(np.float32)
-    image = to_image(
-        finish(warped),
-        np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3),
-        spacing,
-        ORIENTATIONS[index % len(ORIENTATIONS)],
-    )
-    write_image(image, out_dir / "image" / f"{sid}.nii.gz")
-    return {"sid": sid, **planted, **simulate_labels(rng, planted)}
+    # The textures' normal lung has a mean of -889 HU, this scan's the one that it has.
+    parenchyma = warped[(labels > 0) & (warped < -800)]
+    base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
+    planted, _ = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
+    acquisition = draw_acquisition(rng)._replace(kernel_mm=0.0, sharpness=0.0)  # the scan has its own
+    scan(warped, spacing, acquisition, rng)
+    position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)
+    image = to_image(finish(warped), position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
+    return write_subject(seed, index, image, planted, acquisition._asdict(), out_dir)
 
 
 def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) -> None:

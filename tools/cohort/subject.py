@@ -1,0 +1,33 @@
+"""A subject's files and rows."""
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from preprocess.geometry import write_image
+from tools.cohort.patient import simulate_patient
+
+HELD_OUT = 0.3  # share of the subjects
+
+
+def subject_name(index: int) -> str:
+    """The sid of subject ``index``, 0 the first."""
+    return f"{index + 1:04d}"
+
+
+def write_subject(
+    seed: int, index: int, image: sitk.Image, planted: dict[str, float], scanned: dict[str, float], out_dir: Path
+) -> tuple[dict, dict]:
+    """Write image/{sid}.nii.gz; return the rows of labels.csv and scans.csv.
+
+    Args:
+        seed, index: of the cohort and the subject.
+        planted: strengths of the disease.
+        scanned: how the scan was taken.
+    """
+    sid, rng = subject_name(index), np.random.default_rng([seed, index, 1])
+    write_image(image, out_dir / "image" / f"{sid}.nii.gz")
+    held_out = int(rng.random() < HELD_OUT)
+    labels = {"sid": sid, "held_out": held_out, **planted, **simulate_patient(rng, planted)}
+    return labels, {"sid": sid, **{name: round(float(value), 3) for name, value in scanned.items()}}
