@@ -43,7 +43,7 @@ from models.builder import DrasCLR
 from models.checkpoint import CheckpointError, Restored, TrainingState, progress
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
-from models.step import FIGURES, LocationTable, compute_losses, descend, effective_rank, make_optimizer
+from models.step import FIGURES, OPTIMIZERS, Descent, LocationTable, compute_losses, effective_rank, make_optimizer
 
 # ============================================================ arguments
 
@@ -60,8 +60,15 @@ def add_method(parser: Parser) -> None:
     add("--lr", amount, 0.01, "learning rate at the start; raise it with the batch, lower it when the loss diverges")
     add("--lr-schedule", OneOf("cosine", "step"), "cosine", "cosine falls to 0 over --epochs; step follows --schedule")
     add("--schedule", int, [120, 160], "epochs at which 'step' divides the rate by 10", nargs="*")
-    add("--momentum", amount, 0.9, "of SGD; lower it when the loss swings")
-    add("--weight-decay", amount, 1e-4, "of SGD; raise it when a small cohort is learnt by heart")
+    text = "adamw with --lr 0.001 and --weight-decay 0.05 for runs of few steps; sgd otherwise"
+    add("--optimizer", OneOf(*OPTIMIZERS), "sgd", text)
+    add("--momentum", amount, 0.9, "of SGD, beta 1 of AdamW; lower it when the loss swings")
+    add("--weight-decay", amount, 1e-4, "of the optimiser; raise it when a small cohort is learnt by heart")
+    text = (
+        "batches whose gradients are averaged for a step of the optimiser; raise it for a steadier gradient where "
+        "memory allows no larger batch (negatives stay those of the batch)"
+    )
+    add("--accumulate", count, 1, text)
     add("--rep-dim", size, 128, "size of the representation h, the features; lower it for few subjects")
     add("--moco-dim", size, 128, "size of the projection z, compared in the loss")
     add("--moco-k", size, 4096, "keys in each location's queue, a multiple of the batch; at most half the cohort")
@@ -116,6 +123,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root-dir", required=True, help="patch store made by preprocess/run_preprocess.sh")
     text = "experiments go to ssl_exp/<exp-name> under the current folder; extract_feature.py wants that folder"
     add("--exp-name", required=True, help=text)
+    text = "CSV with a column sid: train on these subjects only, as when others are held out to report on"
+    add("--subjects", help=text)
     text = "auto: the experiment's latest checkpoint, a new start where it has none; or a name in its folder; or a path"
     add("--resume", default="", help=text)
     text = "count epochs from here instead of from the checkpoint's; to train on weights of another cohort, 0"
@@ -152,6 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     args.root_dir = os.path.abspath(args.root_dir)  # configs.json is read from elsewhere
+    args.subjects = args.subjects and os.path.abspath(args.subjects)
     if args.seed >= 2**32:
         parser.error(f"--seed {args.seed}: below 2^32")
     if args.num_coordinates != 1:
@@ -222,7 +232,7 @@ class Data(NamedTuple):
 def open_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The store and this rank's share of its batches. Raises StoreError."""
     rank, world = process.rank(), process.world_size()
-    store = PatchStore(args.root_dir, require_grouped=True)
+    store = PatchStore(args.root_dir, require_grouped=True, subjects=args.subjects)
     dataset = PatchDataset(store, args.k_neighbors)
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
     sampler = LocationBatchSampler(*sizes, rank, world, args.location_order)
@@ -266,7 +276,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
 
     # -------------------------------------------------------- model
     model = build_model(args, store.num_locations, len(groups)).to(device)
-    optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
+    optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay, args.optimizer)
+    descend = Descent(model, optimizer, args.accumulate)
 
     # -------------------------------------------------------- restore
     settings = {**vars(args), "num_subjects": store.num_subjects}
@@ -317,7 +328,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
             subjects = batch.subjects.to(device, non_blocking=True)
             beta = args.beta if epoch >= args.warm_up else 0.0
             loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16", subjects)
-            descend(optimizer, loss)
+            stepped = descend(loss, last=done == len(sampler))
 
             meters.add(figures)
             log.advance(lambda views=views: grid_of_views(views))
@@ -325,7 +336,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
                 rank_of_h = effective_rank(process.all_gather_rows(model.representation))
                 figures = {**meters.read(), "effective_rank": rank_of_h}
                 log.step(epoch, done, batch.location, meters.last_count, figures, rate)
-            if done < len(sampler):
+            if stepped and done < len(sampler):
                 saver.after_step(epoch, done, meters)
         saver.after_epoch(epoch + 1)
         log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # told when it is saved

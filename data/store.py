@@ -25,12 +25,15 @@ class PatchStore:
         root: ``--root-dir``.
         require_grouped: raise rather than fall back on patch/ (training reads one location of many
             subjects at each step; from patch/ that is one seek per sample).
+        subjects: CSV with a column sid; only these subjects, in the store's order.
 
     Raises:
         StoreError: something is missing or files disagree; the message names the file.
     """
 
-    def __init__(self, root: str | os.PathLike, require_grouped: bool = False):
+    def __init__(
+        self, root: str | os.PathLike, require_grouped: bool = False, subjects: str | os.PathLike | None = None
+    ):
         self.layout = StoreLayout(root)
         self._mapped: deque[_PatchFile] = deque()
         self.locations = load_locations(self.layout.find_atlas_patch_loc())
@@ -44,6 +47,9 @@ class PatchStore:
             )
         else:
             self._open_by_subject()
+        self._rows = np.arange(len(self.sids))  # of the files
+        if subjects is not None:
+            self._select(subjects)
 
     @property
     def num_locations(self) -> int:
@@ -101,6 +107,18 @@ class PatchStore:
                     "cut it again with preprocess/patchify_images.py"
                 )
 
+    def _select(self, subjects: str | os.PathLike) -> None:
+        """Keep the subjects that a table lists."""
+        wanted = set(read_table(subjects, file_names=False)["sid"])
+        lacking = sorted(wanted.difference(self.sids))
+        if lacking:
+            raise StoreError(
+                f"{subjects}: {len(lacking)} of its {len(wanted)} subjects are not in {self.layout.root}, "
+                f"the first {lacking[0]!r} (the store's first is {self.sids[0]!r})"
+            )
+        self._rows = np.array([row for row, sid in enumerate(self.sids) if sid in wanted])
+        self.sids = [self.sids[row] for row in self._rows]
+
     # ------------------------------------------------------------ reading
 
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
@@ -109,6 +127,7 @@ class PatchStore:
         int16 as stored. Other dtypes, which the published implementation allowed, come back clipped
         to the HU range with NaN as -1024: whole numbers as int16, floats as float32.
         """
+        rows = self._rows[rows]
         if self.grouped:
             return self._files[location].read_rows(rows)
         return np.stack([self._files[row].read_rows(np.array([location]))[0] for row in rows])

@@ -36,6 +36,7 @@ class DrasCLR(nn.Module):
     Attributes:
         probe: what the last step tells beside its logits; see :meth:`_look`.
         representation: h of the last step's patches, (B, rep_dim).
+        keys_follow: whether the next step moves the key encoder; not where the query encoder has not moved since.
 
     Raises:
         ValueError: num_coordinates is not 1, or negatives is another word.
@@ -69,6 +70,7 @@ class DrasCLR(nn.Module):
         self.negatives, self.mask_own, self.bn_groups = negatives, mask_own, bn_groups
         self.probe: dict[str, torch.Tensor] = {}
         self.representation: torch.Tensor | None = None
+        self.keys_follow = True
 
         sizes = dict(rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates)
         self.encoder_q = base_encoder(**sizes)
@@ -269,7 +271,8 @@ class DrasCLR(nn.Module):
         neighbors = F.normalize(neighbors, dim=2)  # (B, k, dim)
 
         # -------- keys: momentum first, then the pass
-        self._update_key_encoder()
+        if self.keys_follow:
+            self._update_key_encoder()
         all_keys = self._encode_keys(key_patch, key_loc)  # (world * B, dim)
         own = process.rank() * batch + torch.arange(batch, device=query.device)  # (B,) rows of all_keys
 

@@ -62,16 +62,43 @@ def compute_losses(
     return loss, figures
 
 
-def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD over every parameter, the frozen key encoder's too: the published checkpoints list all 164."""
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float, name: str = "sgd"
+) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS over every parameter, the frozen key encoder's too: the published checkpoints list all 164.
+
+    ``momentum`` is SGD's, and AdamW's first beta.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay, foreach=True)
     return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """Back-propagate and take one step of the optimiser."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+class Descent:
+    """Back-propagation, and a step of the optimiser for every ``accumulate`` losses, of their mean gradient.
+
+    The key encoder moves with the query encoder: not in the batches between.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1):
+        self.model, self.optimizer, self.accumulate = model, optimizer, accumulate
+        self.waiting = 0  # losses whose gradients no step has taken
+
+    def __call__(self, loss: torch.Tensor, last: bool = False) -> bool:
+        """Whether the optimiser took a step; ``last`` has it take one whatever it waits for, as at an epoch's end."""
+        if not self.waiting:
+            self.optimizer.zero_grad(set_to_none=True)
+        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        self.waiting += 1
+        stepped = last or self.waiting == self.accumulate
+        if stepped:
+            self.optimizer.step()
+            self.waiting = 0
+        self.model.keys_follow = stepped
+        return stepped
 
 
 def effective_rank(representations: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from misc import process
 from misc.runlog import Meters
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import FIGURES, LocationTable, compute_losses, descend, make_optimizer
+from models.step import FIGURES, Descent, LocationTable, compute_losses, make_optimizer
 
 BATCH, GROUPS = 16, 4
 
@@ -35,7 +35,7 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
     model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
-    optimizer = make_optimizer(model, lr, 0.9, 1e-4)
+    descend = Descent(model, make_optimizer(model, lr, 0.9, 1e-4))
     parallel = process.data_parallel(model, device).train()
     mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
     meters, means, gradients, batches = Meters(FIGURES, device), [], None, []
@@ -48,7 +48,7 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
         batch = dataset[index]
         views = step_views(batch, Augmentation("agc"), 0, mine, device)
         loss, figures = compute_losses(parallel, batch.location, views, table, 1.0, subjects=batch.subjects)
-        descend(optimizer, loss)
+        descend(loss)
         if gradients is None:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         meters.add(figures)

@@ -6,8 +6,11 @@ import pytest
 import SimpleITK as sitk
 
 from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
-from tools.cohort.disease import Disease, draw_disease, plant_disease, simulate_labels
+from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_shares, plant_disease
+from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
+from tools.cohort.scanner import Acquisition, draw_acquisition, scan
+from tools.cohort.texture import CLASSES, MODERATE, NORMAL, PANLOBULAR, PARASEPTAL, SEVERE
 from tools.cohort.warped import random_diffeomorphism
 from tools.make_cohort import make_phantom
 
@@ -35,9 +38,7 @@ def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():
     def spread(size):
         rng = np.random.default_rng(0)
         drawn = [draw_anatomy(rng, size) for _ in range(200)]
-        return np.array([[getattr(one, name) for name in ("width", "heart", "fat", "inflation")] for one in drawn]).std(
-            0
-        )
+        return np.array([[getattr(one, name) for name in ("width", "heart", "fat")] for one in drawn]).std(0)
 
     np.testing.assert_allclose(spread("tiny") / spread("full"), VARIATION["tiny"], rtol=1e-6)
 
@@ -63,7 +64,7 @@ def test_cohort_on_disk(cohort):
         values = sitk.GetArrayFromImage(image)
         assert image.GetPixelID() == sitk.sitkInt16
         assert values.min() >= -1024 and -1024 <= np.percentile(values, 5) < -950  # air
-        assert ((values > -920) & (values < -780)).mean() > 0.05  # parenchyma
+        assert ((values > -980) & (values < -780)).mean() > 0.05  # parenchyma
         assert ((values > 0) & (values < 90)).mean() > 0.1 and (values > 250).mean() > 0.002  # tissue, bone
         codes.add(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection()))
         spacings.add(image.GetSpacing())
@@ -93,45 +94,127 @@ def block(seed=0):
     return hu, lung, np.array([1.0, 1.0, 1.0]), rng
 
 
-def test_planted_emphysema_is_what_the_label_says():
-    hu, lung, spacing, rng = block()
-    truth = plant_disease(hu, lung, spacing, Disease(centrilobular=0.2), 1.0, rng)
-    assert truth["centrilobular_fraction"] == pytest.approx(0.2, abs=0.02) and truth["paraseptal_fraction"] == 0
-    low = (hu < -920) & (lung > 0)
-    assert low.sum() / (lung > 0).sum() == pytest.approx(0.2, abs=0.06)
-    assert low[30:].sum() > 2 * low[:30].sum()  # upper zones
-    assert (hu[lung == 0] == 40).all()
+def shares(**given):
+    wanted = dict.fromkeys(CLASSES, 0.0) | given
+    return tuple((wanted | {"normal": 1 - sum(wanted.values())}).values())
 
+
+def test_subtypes_lie_where_patients_have_them():
+    """Shares as the label says; centrilobular at the apex or where it is told, panlobular at the base, paraseptal at
+    the pleura; nothing outside the lungs."""
+    for upper, more in ((2.0, "upper"), (-2.0, "lower")):
+        hu, lung, spacing, rng = block()
+        wanted = shares(moderate_centrilobular=0.2, severe_centrilobular=0.05, panlobular=0.1, paraseptal=0.1)
+        truth, planted = plant_disease(hu, lung, spacing, Disease(wanted, upper=upper), rng)
+        for name, share in zip(CLASSES, wanted):
+            assert truth[f"{name}_fraction"] == pytest.approx(share, abs=1e-4), name
+        assert truth["emphysema_fraction"] == pytest.approx(0.45, abs=1e-4)
+        assert truth["centrilobular_fraction"] == pytest.approx(0.25, abs=1e-4)
+        assert (hu[lung == 0] == 40).all() and (planted[lung == 0] == 0).all() and planted[lung > 0].min() == 1
+        height = np.broadcast_to(np.arange(60)[:, None, None], lung.shape)
+        middle = {kind: height[planted == kind + 1].mean() for kind in (NORMAL, MODERATE, SEVERE, PANLOBULAR)}
+        assert (middle[MODERATE] > middle[NORMAL]) == (upper > 0) == (middle[SEVERE] > middle[NORMAL])
+        assert middle[PANLOBULAR] < 25
+        fractions = [truth[f"{half}_centrilobular_fraction"] for half in ("upper", "lower")]
+        assert sum(fractions) == pytest.approx(0.25, abs=1e-4)
+        assert truth[f"{more}_centrilobular_fraction"] == max(fractions) > 0.15
+        inner = np.zeros_like(lung, dtype=bool)
+        inner[17:43, 17:33, 13:14] = inner[17:43, 17:33, 36:37] = True
+        assert (planted == PARASEPTAL + 1).sum() > 0 and (planted[inner] == PARASEPTAL + 1).mean() < 0.02
+
+
+def test_normal_lung_of_a_real_scan_is_kept():
     hu, lung, spacing, rng = block(1)
-    truth = plant_disease(hu, lung, spacing, Disease(paraseptal=0.08), 1.0, rng)
-    assert truth["paraseptal_fraction"] > 0.06 and truth["centrilobular_fraction"] == 0
-    inner = np.zeros_like(lung, dtype=bool)
-    inner[15:45, 15:35, 13:14] = inner[15:45, 15:35, 36:37] = True
-    assert (hu[inner] > -900).mean() > 0.95  # subpleural only
+    _, planted = plant_disease(hu, lung, spacing, Disease(shares(panlobular=0.3)), rng, keep_normal=True, base=-10)
+    assert (hu[planted == NORMAL + 1] == -860).all()
+    values = hu[planted == PANLOBULAR + 1]
+    assert np.median(values[values < -700]) == pytest.approx(-980, abs=12)  # 10 HU below the texture's
 
+
+def test_reticulation_is_dense_and_lesions_are_round():
     hu, lung, spacing, rng = block(2)
-    truth = plant_disease(hu, lung, spacing, Disease(lesion_mm=12.0), 1.0, rng)
-    volume = ((hu > -400) & (lung > 0)).sum()
-    assert truth["lesion_diameter_mm"] == 12.0 and volume == pytest.approx(np.pi / 6 * 12**3, rel=0.5)
+    without = hu.copy()
+    truth, _ = plant_disease(hu, lung, spacing, Disease(reticulation=0.2), rng)
+    same = plant_disease(without, lung, spacing, Disease(), block(2)[3])[0]
+    dense = hu - without
+    assert truth["reticulation_fraction"] == pytest.approx(0.2, abs=0.001) and same["reticulation_fraction"] == 0
+    assert truth["emphysema_fraction"] == same["emphysema_fraction"]
+    assert dense.min() == 0 and (dense[lung > 0] > 100).mean() > 0.01
+    assert (dense[5:25] > 100).sum() > 2 * (dense[35:55] > 100).sum()  # the base
+
+    hu, lung, spacing, rng = block(3)
+    truth, _ = plant_disease(hu, lung, spacing, Disease(lesion_mm=12.0), rng)
+    volume = ((hu > -200) & (lung > 0)).sum()
+    assert truth["lesion_diameter_mm"] == 12.0 and volume == pytest.approx(np.pi / 6 * 12**3, rel=0.6)
 
 
-def test_labels_follow_the_disease():
+def test_shares_are_the_smokers_cohorts():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame([draw_shares(rng) for _ in range(2000)], columns=CLASSES)
+    np.testing.assert_allclose(table.sum(axis=1), 1)
+    assert (table >= 0).all().all()
+    quantiles = table.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+    for kind, wanted in SHARE_QUANTILES.items():
+        np.testing.assert_allclose(quantiles.iloc[:, kind], wanted[1:-1], atol=0.07)
+    np.testing.assert_allclose(quantiles["normal"], (0.04, 0.22, 0.51, 0.72, 0.84), atol=0.09)
+    ranks = table.corr(method="spearman")
+    for one, two, wanted in (
+        ("normal", "moderate_centrilobular", -0.96),
+        ("normal", "paraseptal", -0.88),
+        ("paraseptal", "moderate_centrilobular", 0.79),
+        ("mild_centrilobular", "moderate_centrilobular", 0.29),
+        ("mild_centrilobular", "severe_centrilobular", 0.01),
+        ("panlobular", "severe_centrilobular", 0.86),
+    ):
+        assert ranks.loc[one, two] == pytest.approx(wanted, abs=0.12), (one, two)
+
+
+def drawn_patients(number=1500):
     rng = np.random.default_rng(0)
     rows = []
-    for _ in range(400):
+    for _ in range(number):
         disease = draw_disease(rng)
-        planted = {
-            "centrilobular_fraction": disease.centrilobular,
-            "paraseptal_fraction": disease.paraseptal,
-            "lesion_diameter_mm": disease.lesion_mm,
-        }
-        rows.append({**planted, **simulate_labels(rng, planted)})
-    table = pd.DataFrame(rows)
-    burden = table["centrilobular_fraction"] + table["paraseptal_fraction"]
-    assert (burden == 0).mean() == pytest.approx(0.3, abs=0.06)
-    assert burden.corr(table["FEV1pp"]) < -0.8 and burden.corr(table["FEV1_FVC"]) < -0.8
-    assert burden.corr(table["survival_years"]) < -0.15
-    assert set(table["GOLD"]) <= {0, 1, 2, 3, 4} and table["FEV1pp"].between(15, 130).all()
+        share = dict(zip((f"{name}_fraction" for name in CLASSES), disease.shares))
+        destroyed = share["moderate_centrilobular_fraction"] + share["severe_centrilobular_fraction"]
+        upper = destroyed / (1 + np.exp(-2 * disease.upper))
+        places = {"upper_centrilobular_fraction": upper, "lower_centrilobular_fraction": destroyed - upper}
+        more = {"reticulation_fraction": disease.reticulation, "lesion_diameter_mm": disease.lesion_mm}
+        planted = {**share, **places, **more}
+        rows.append({**planted, **simulate_patient(rng, planted)})
+    return pd.DataFrame(rows)
+
+
+def test_labels_follow_subtype_and_place_and_not_density_alone():
+    table = drawn_patients()
+    assert set(table["GOLD"]) == {0, 1, 2, 3, 4} and set(table["emphysema_grade"]) == set(range(6))
+    assert set(table["paraseptal_grade"]) == {0, 1, 2}
+    assert table["FEV1pp"].between(14, 132).all() and table["FEV1_FVC"].between(0.19, 0.92).all()
+    assert 0.2 < table["died"].mean() < 0.8 and table["exacerbations"].max() > 3
+
+    # With the total of destruction held, more of it at the base costs breath and life.
+    destroyed = table["upper_centrilobular_fraction"] + table["lower_centrilobular_fraction"]
+    x = np.column_stack([np.ones(len(table)), destroyed, table["lower_centrilobular_fraction"]])
+    for label in (np.log10(table["FEV1pp"]), -table["died"]):
+        slopes = np.linalg.lstsq(x, label, rcond=None)[0]
+        assert slopes[2] < -0.2
+    # Reticulation and mild emphysema count, which density does not show.
+    quiet = table[destroyed < 0.1]
+    assert quiet["FEV1pp"].corr(quiet["reticulation_fraction"]) < -0.4
+    assert quiet["exacerbations"].corr(quiet["mild_centrilobular_fraction"]) > 0.1
+
+
+def test_a_scan_is_as_noisy_and_as_thick_as_it_says():
+    spacing, rng = np.array([0.8, 0.8, 1.0]), np.random.default_rng(0)
+    hu = np.zeros((40, 60, 60), dtype=np.float32)
+    hu[20:] = 100
+    thick = hu.copy()
+    scan(hu, spacing, Acquisition(12.0, 0.5, 0.6, 1.0), rng)
+    assert hu[:15].std() == pytest.approx(12, rel=0.1)
+    scan(thick, spacing, Acquisition(0.001, 0.0, 0.0, 3.0), rng)
+    profile = thick.mean((1, 2)) / 100
+    assert np.diff(profile).max() < 0.6 and profile[18] > 0.01 and profile[0] < 1e-3  # blurred over three slices
+    doses = [draw_acquisition(rng).noise_hu for _ in range(200)]
+    assert 0.35 < np.mean(np.array(doses) > 21) < 0.65
 
 
 def test_deformation_is_smooth_and_invertible():

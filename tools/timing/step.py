@@ -13,7 +13,7 @@ from data.store import PatchStore
 from data.views import step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import LocationTable, compute_losses, descend, make_optimizer
+from models.step import Descent, LocationTable, compute_losses, make_optimizer
 
 Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -30,7 +30,7 @@ class TimedStep:
         self.table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
         self.augmentation = Augmentation("agc")
         self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
-        self.optimizer = make_optimizer(self.model, 0.01, 0.9, 1e-4)
+        self.descend = Descent(self.model, make_optimizer(self.model, 0.01, 0.9, 1e-4))
         self.batches = self._forever()
 
     def _forever(self) -> Iterator[PatchBatch]:
@@ -53,7 +53,7 @@ class TimedStep:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             batch = next(self.batches)
-            descend(self.optimizer, self.loss(batch.location, self.views(batch)))
+            self.descend(self.loss(batch.location, self.views(batch)))
 
 
 def trained_encoder(device: torch.device) -> Encoder:

@@ -93,9 +93,9 @@ def profile(step: TimedStep, args) -> dict[str, float]:
             timed("copying", lambda batch: (batch.patches.to(step.device), batch.neighbors.to(step.device)))(batch)
             views = timed("augmenting", step.views)(batch)
             loss = timed("forward, all", step.loss)(batch.location, views)
-            step.optimizer.zero_grad(set_to_none=True)
+            step.descend.optimizer.zero_grad(set_to_none=True)
             timed("backward", loss.backward)()
-            timed("update", step.optimizer.step)()
+            timed("update", step.descend.optimizer.step)()
     finally:
         for method, work in inner.items():
             setattr(model, method, work)

@@ -17,7 +17,7 @@ from models.cpu import fused, pairs
 from models.cpu.norm_elu import norm_elu_training
 from models.cpu.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
-from models.step import LocationTable, compute_losses, descend, make_optimizer
+from models.step import Descent, LocationTable, compute_losses, make_optimizer
 
 from ...conftest import ROOT, calibrate
 
@@ -52,12 +52,12 @@ def test_a_training_step_both_ways(monkeypatch, rel):
     monkeypatch.setattr(cnn3d, "norm_elu_training", lambda *given: taken.append(norm_elu_training(*given)) or taken[-1])
 
     def steps(model):
-        optimizer, losses = make_optimizer(model, 0.01, 0.9, 1e-4), []
+        descend, losses = Descent(model, make_optimizer(model, 0.01, 0.9, 1e-4)), []
         for step in range(2):
             batch = PatchBatch(0, 1, step, volumes[:, 0].contiguous(), volumes[:, 1:].contiguous())
             views = step_views(batch, Augmentation("agc"), 0, range(1), torch.device("cpu"))
             loss, figures = compute_losses(model, 1, views, table, 1.0)
-            descend(optimizer, loss)
+            descend(loss)
             losses.append(figures)
         return torch.stack(losses)
 
