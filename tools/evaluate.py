@@ -8,7 +8,8 @@ With --baselines STORE so are the share of lung below -950 HU, HU histograms, an
 a density reading knows, no network need learn.
 
 Each column's line has the mean and the standard deviation of R² over repeated 5-fold
-cross-validation; the penalty is chosen inside each training fold.
+cross-validation; the penalty is chosen inside each training fold. With --held-out COLUMN, of 0 and 1, the
+regression is fitted to the subjects with 0 and R² is of those with 1, with its bootstrap standard deviation.
 """
 
 import sys
@@ -26,28 +27,7 @@ from data.tables import read_table
 from misc.command import Parser, run
 from misc.files import write_json
 from tools.evaluation.baselines import baseline_tables
-
-FOLDS, REPEATS = 5, 10
-
-
-def cross_validated_r2(features: np.ndarray, target: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation over repeats of the out-of-fold R²: (N, D), (N,) -> two numbers.
-
-    Every subject is predicted once in each repeat by a model that has not seen it; R² is of those
-    N predictions together, so that small folds do not distort it.
-    """
-    from sklearn.linear_model import RidgeCV
-    from sklearn.metrics import r2_score
-    from sklearn.model_selection import KFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-1, 5, 25)))
-    scores = []
-    for repeat in range(REPEATS):
-        folds = KFold(FOLDS, shuffle=True, random_state=seed + repeat)
-        scores.append(r2_score(target, cross_val_predict(model, features, target, cv=folds)))
-    return float(np.mean(scores)), float(np.std(scores))
+from tools.evaluation.probe import FOLDS, cross_validated_r2, held_out_r2
 
 
 def read_features(path: str) -> pd.DataFrame:
@@ -78,8 +58,26 @@ def why_not(target: np.ndarray) -> str:
     return ""
 
 
+def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str) -> np.ndarray:
+    """(N,) bool from a column of 0 and 1. Raises StoreError."""
+    if column not in names:
+        raise StoreError(f"{labels} has no numeric column {column!r} for --held-out; it has {', '.join(names)}")
+    held = values[:, names.index(column)]
+    counts = (held == 0).sum(), (held == 1).sum()
+    if sum(counts) < len(held):
+        raise StoreError(f"--held-out {column} must be 0 or 1 for every subject; {labels} has another value")
+    if min(counts) < FOLDS:
+        raise StoreError(f"--held-out {column}: {counts[0]} subjects to fit and {counts[1]} to report on; 5 at least")
+    return held == 1
+
+
 def evaluate(
-    tables: dict[str, pd.DataFrame], values: np.ndarray, names: list[str], wanted: list[str] | None, labels: str
+    tables: dict[str, pd.DataFrame],
+    values: np.ndarray,
+    names: list[str],
+    wanted: list[str] | None,
+    labels: str,
+    held_out: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """R² of every table for every column.
 
@@ -89,6 +87,7 @@ def evaluate(
         names: their P columns.
         wanted: columns to predict; None takes those that can be.
         labels: the label table's path, for errors.
+        held_out: (N,) subjects to report on, from the others; None cross-validates.
 
     Raises:
         StoreError: a wanted column cannot be predicted, or none can.
@@ -107,7 +106,8 @@ def evaluate(
             continue
         results[name] = {"subjects": int(known.sum())}
         for key, table in tables.items():
-            results[name][key] = cross_validated_r2(table.to_numpy()[known], target[known])
+            x, y = table.to_numpy()[known], target[known]
+            results[name][key] = cross_validated_r2(x, y) if held_out is None else held_out_r2(x, y, held_out[known])
     if not results:
         raise StoreError(f"{labels} has no column that can be predicted for these subjects")
     return results
@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", help="columns to predict (default: every numeric one that varies)")
     text = "patch store, for what a density reading says of the same patches, and what the features add to it"
     parser.add_argument("--baselines", metavar="STORE", help=text)
+    text = "column of 0 and 1: fit to the subjects with 0, report on those with 1"
+    parser.add_argument("--held-out", metavar="COLUMN", help=text)
     parser.add_argument("--json", help="write the numbers here too")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
     args = parser.parse_args()
@@ -148,7 +150,12 @@ def main() -> None:
     if args.baselines:
         tables["features+histogram"] = pd.concat([tables["features"], tables["histogram"]], axis=1)
     values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
-    results = evaluate(tables, values, names, args.columns, args.labels)
+    held_out = None
+    if args.held_out:
+        held_out = held_out_rows(values, names, args.held_out, args.labels)
+        values = np.delete(values, names.index(args.held_out), axis=1)
+        names.remove(args.held_out)
+    results = evaluate(tables, values, names, args.columns, args.labels, held_out)
     print(show(results, list(tables)))
     if args.json:
         write_json(args.json, results)

@@ -187,3 +187,17 @@ def test_bad_labels(tmp_path, text, message):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(StoreError, match=message):
         read_labels(tmp_path / "labels.csv", ["007"])
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_some_subjects_in_the_stores_order(make_store, tmp_path, grid, grouped):
+    make_store(tmp_path / "store", 6, grid, grouped=grouped)
+    whole = PatchStore(tmp_path / "store")
+    names = [whole.sids[row] for row in (4, 1, 2)]
+    (tmp_path / "some.csv").write_text("sid,age\n" + "".join(f"{sid},1\n" for sid in names))
+    some = PatchStore(tmp_path / "store", subjects=tmp_path / "some.csv")
+    assert some.sids == [whole.sids[row] for row in (1, 2, 4)] and some.num_subjects == 3
+    np.testing.assert_array_equal(some.read(1, np.array([2, 0])), whole.read(1, np.array([4, 1])))
+    (tmp_path / "some.csv").write_text(f"sid\n{names[0]}\n7\n")
+    with pytest.raises(StoreError, match=r"some.csv: 1 of its 2 subjects are not in .*, the first '7'"):
+        PatchStore(tmp_path / "store", subjects=tmp_path / "some.csv")

@@ -48,6 +48,8 @@ def write_features(path, sids, value="0.5"):
         (("--columns", "few"), "column 'few' is known for 3 subjects"),
         (("--columns", "same"), "column 'same' is 7 for every subject"),
         (("--columns", "far"), "no numeric column 'far'"),
+        (("--held-out", "far"), "no numeric column 'far' for --held-out"),
+        (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),
     ],
 )
 def test_refusals(tmp_path, run, flags, message):
@@ -77,3 +79,19 @@ def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_pa
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["column", "age"]
     for words in ("'few' left out, it is known for 3", "'same' left out, it is 7 for every", "'inf' of sid s02"):
         assert words in result.stderr
+
+
+def test_held_out_subjects_are_reported_on(tmp_path, run):
+    """What the others show is of no use where the held-out subjects are otherwise."""
+    rng = np.random.default_rng(0)
+    sids = [f"s{index:02d}" for index in range(40)]
+    values = rng.normal(size=40)
+    (tmp_path / "f.csv").write_text("sid,f000\n" + "".join(f"{sid},{value}\n" for sid, value in zip(sids, values)))
+    sign = [1 if index % 4 else -1 for index in range(40)]
+    rows = [f"{sid},{value},{value * s},{int(s < 0)}\n" for sid, value, s in zip(sids, values, sign)]
+    (tmp_path / "l.csv").write_text("sid,same,turned,test\n" + "".join(rows))
+    shown = run(
+        "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--held-out", "test", cwd=tmp_path
+    ).stdout
+    found = {line.split()[0]: float(line.split()[2]) for line in shown.splitlines()[1:]}
+    assert found["same"] > 0.99 and found["turned"] < -1 and set(found) == {"same", "turned"}

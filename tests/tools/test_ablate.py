@@ -1,0 +1,74 @@
+"""The study: a planted answer comes out, a finished run is not done again."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tools.evaluation.ablation import markdown, summary
+from tools.evaluation.probe import held_out_r2
+
+
+def test_differences_are_paired_by_seed():
+    rows = [
+        {"arm": arm, "seed": seed, "column": "age", "table": "features", "r2": 0.5 + 0.1 * seed + gain}
+        for arm, gain in (("full", 0.0), ("less", -0.2))
+        for seed in range(3)
+    ]
+    rows.append({"arm": "baseline", "seed": 0, "column": "age", "table": "density", "r2": 0.4})
+    table = summary(pd.DataFrame(rows), "full").set_index("arm")
+    assert table.loc["less", "difference"] == pytest.approx(-0.2)
+    assert table.loc["less", "difference_sd"] == pytest.approx(0, abs=1e-9) and table.loc["full", "sd"] > 0.09
+    assert np.isnan(table.loc["full", "difference"]) and np.isnan(table.loc["baseline", "sd"])
+    text = markdown(summary(pd.DataFrame(rows), "full"), np.array([True, False, False]))
+    assert "1 held-out subjects, fitted to 2" in text
+    assert "| age | 0.60 ± 0.10 | 0.40 ± 0.10 (-0.20 ± 0.00) | 0.40 |" in text
+
+
+def test_held_out_subjects_are_not_fitted_to():
+    """Noise learnt by heart is no help; a signal that the fitted subjects share is found in the others."""
+    rng = np.random.default_rng(0)
+    features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
+    assert held_out_r2(features, rng.normal(size=80), held)[0] < 0.2
+    signal = features[:, 0] + 0.1 * rng.normal(size=80)
+    score, spread = held_out_r2(features, signal, held)
+    assert score > 0.8 and 0 < spread < 0.2
+    signal[held] = -signal[held]
+    assert held_out_r2(features, signal, held)[0] < -1
+
+
+@pytest.mark.slow
+def test_a_study_from_its_command_line(cohort, make_store, grid, tmp_path, run):
+    make_store(tmp_path / "store", 40, grid, seed=3)
+    sids = pd.read_csv(tmp_path / "store" / "subjects.csv", dtype=str)["sid"]
+    labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 10, "age": np.arange(40.0), "same": 7})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    flags = ("--out-dir", "study", "--root-dir", "store", "--labels", "labels.csv", "--seeds", 1, "--epochs", 1)
+    arms = ("--arms", "full", "random", "--arm", "narrow=--rep-dim 8 --moco-dim 8")
+    shown = run("tools/ablate.py", *flags, *arms, cwd=tmp_path).stdout
+    rows = pd.read_csv(tmp_path / "study" / "ablation.csv")
+    assert set(rows["arm"]) == {"baseline", "full", "random", "narrow"} and set(rows["column"]) == {"age"}
+    assert (tmp_path / "study" / "ablation.png").stat().st_size > 5000
+    assert shown.strip() == (tmp_path / "study" / "ablation.md").read_text(encoding="utf-8").strip()
+    trained = (tmp_path / "study" / "trained_on.csv").read_text().split()[1:]
+    assert trained == [sid for n, sid in enumerate(sids) if n % 4 != 3]
+    log = (tmp_path / "study" / "rows" / "full-0.log").read_text()
+    assert "30 subjects" in log
+
+    (tmp_path / "study" / "rows" / "narrow-0.csv").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "rows").glob("*.log")}
+    assert run("tools/ablate.py", *flags, *arms, cwd=tmp_path).stdout == shown
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"narrow-0.log"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--arms", "ful"), "--arms ful: one of full, no-neighbours"),
+        (("--arm", "cold"), "--arm cold: NAME=FLAGS"),
+        (("--root-dir", "store"), "--root-dir and --labels go together"),
+    ],
+)
+def test_refusals(tmp_path, run_here, flags, message):
+    result = run_here("tools/ablate.py", "--out-dir", "study", *flags, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and not (tmp_path / "study").exists()

@@ -1,0 +1,201 @@
+"""What a part of the method earns: runs without it, beside runs with it, on subjects held out.
+
+    python tools/ablate.py --out-dir ablation
+    python tools/ablate.py --out-dir ablation --root-dir /data/patches --labels labels.csv --held-out test --seeds 5 \\
+        --arms full no-neighbours --arm "cold=--moco-t 0.1" --epochs 8
+
+Each arm trains once a seed with the same recipe and budget, on the subjects that --held-out leaves, and gives
+features of all; a ridge regression fitted to the same subjects is judged on the held-out ones. Beside them stand a
+random encoder and what a density reading says. Without --root-dir a synthetic cohort is made first.
+
+A run stopped goes on where it was; a finished one is not done again. Writes, in --out-dir,
+
+    rows/{arm}-{seed}.csv     of one run: column, table (features, features+histogram), r2
+    ablation.csv              all of them
+    ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
+    ssl_exp/{arm}-{seed}/     the runs
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.labels import read_labels
+from data.store import PatchStore
+from misc.command import OneOf, Parser, UserError, at_least, run
+from misc.files import write_text
+from misc.progress import progress_bar
+from misc.recipes import RECIPES
+from tools.evaluate import held_out_rows, read_features, why_not
+from tools.evaluation.ablation import draw, markdown, summary
+from tools.evaluation.baselines import baseline_tables
+from tools.evaluation.probe import held_out_r2
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = {
+    "full": (),
+    "no-neighbours": ("--beta", "0"),
+    "one-expert": ("--num-experts", "1"),
+    "random": ("--lr", "0", "--epochs", "1", "--k-neighbors", "1"),  # a pass for BatchNorm's statistics
+}
+COHORT_COLUMNS = (
+    *("centrilobular_fraction", "mild_centrilobular_fraction", "moderate_centrilobular_fraction"),
+    *("severe_centrilobular_fraction", "panlobular_fraction", "paraseptal_fraction", "upper_centrilobular_fraction"),
+    *("lower_centrilobular_fraction", "cluster_mm", "reticulation_fraction", "emphysema_grade", "paraseptal_grade"),
+    *("FEV1pp", "FEV1_FVC", "exacerbations"),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out-dir", required=True, help="folder of the study; give the same to go on")
+    add("--root-dir", help="patch store (default: of a synthetic cohort, made in --out-dir)")
+    add("--labels", help="CSV with sid and numeric columns, with --root-dir")
+    text = "column of the labels, 1 for subjects to report on, 0 for those to train on and to fit to"
+    add("--held-out", default="held_out", metavar="COLUMN", help=text)
+    add("--columns", nargs="+", help="labels to predict (default: the synthetic cohort's, or every numeric one)")
+    add("--num-subjects", type=at_least(int, 40), default=200, help="of the synthetic cohort; fewer tell less")
+    add("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}; differences are to the first")
+    text = "a further arm: flags of train.py; several times"
+    add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
+    add(
+        "--seeds",
+        type=at_least(int, 1),
+        default=3,
+        help="runs of each arm; raise it where the spread hides a difference",
+    )
+    add("--first-seed", type=at_least(int, 0), default=0, help="the others follow; to share a study among machines")
+    add("--recipe", type=OneOf(*RECIPES), default="small", help="of train.py")
+    add("--epochs", type=at_least(int, 1), help="of every arm (default: the recipe's)")
+    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    args = parser.parse_args()
+    args.arms = {name: ARMS.get(name) for name in args.arms}
+    for text in args.arm:
+        name, sign, flags = text.partition("=")
+        if not sign or not name.replace("-", "").isalnum():
+            parser.error(f"--arm {text}: NAME=FLAGS, the name of letters, digits and -")
+        args.arms[name] = tuple(shlex.split(flags))
+    unknown = [name for name, flags in args.arms.items() if flags is None]
+    if unknown:
+        parser.error(f"--arms {unknown[0]}: one of {', '.join(ARMS)}, or give it by --arm NAME=FLAGS")
+    if bool(args.root_dir) != bool(args.labels):
+        parser.error("--root-dir and --labels go together")
+    return args
+
+
+def call(log: Path, *command: object, cwd: Path | None = None) -> None:
+    """Run one of our commands, its output to ``log``. Raises UserError with the output's last line."""
+    with open(log, "a", encoding="utf-8") as stream:
+        done = subprocess.run(
+            [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, check=False
+        )
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        raise UserError(f"{command[1]} ended with {done.returncode}, see {log}: {lines[-1] if lines else ''}")
+
+
+def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
+    """A synthetic cohort and its patch store: (store, labels)."""
+    cohort, store, log = out_dir / "cohort", out_dir / "patches", out_dir / "cohort.log"
+    if not (cohort / "labels.csv").is_file():
+        flags = ("--num-subjects", subjects, "--num-workers", 2, "--no-progress")
+        call(log, sys.executable, ROOT / "tools" / "make_cohort.py", "--out-dir", cohort, *flags)
+    if not (store / "subjects.csv").is_file():
+        flags = ("--input-csv", cohort / "dataset.csv", "--root-dir", store, "--method", "threshold", "--no-progress")
+        more = ("--atlas-mask", cohort / "atlas_lung_mask.nii.gz", "--num-workers", 2)
+        call(log, sys.executable, ROOT / "preprocess" / "run_preprocess.py", *flags, *more)
+    return store, cohort / "labels.csv"
+
+
+class Study:
+    """The store, its labels, and who is held out."""
+
+    def __init__(self, args: argparse.Namespace, out_dir: Path, store: Path, labels: Path):
+        self.out_dir, self.root_dir = out_dir, store
+        patches = PatchStore(store)
+        self.sids = patches.sids
+        values, names = read_labels(labels, self.sids, lambda text: print(f"note: {text}", file=sys.stderr))
+        self.held_out = held_out_rows(values, names, args.held_out, str(labels))
+        self.labels = pd.DataFrame(values.astype(np.float64), index=self.sids, columns=names)
+        wanted = args.columns or (names if args.root_dir else COHORT_COLUMNS)
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise UserError(f"{labels} has no numeric column {unknown[0]!r}; it has {', '.join(names)}")
+        self.columns = [name for name in wanted if name != args.held_out and not self._why_not(name)]
+        self.subjects = out_dir / "trained_on.csv"
+        trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
+        write_text(self.subjects, pd.DataFrame({"sid": trained}).to_csv(index=False))
+        self.baselines = baseline_tables(patches, args.no_progress)
+
+    def _why_not(self, column: str) -> str:
+        values = self.labels[column].to_numpy()
+        reasons = [why_not(values[rows & ~np.isnan(values)]) for rows in (self.held_out, ~self.held_out)]
+        reason = next(filter(None, reasons), "")
+        if reason:
+            print(f"note: column {column!r} left out, it {reason}", file=sys.stderr)
+        return reason
+
+    def judge(self, tables: dict[str, pd.DataFrame], arm: str, seed: int) -> pd.DataFrame:
+        """A row a column and table: arm, seed, column, table, r2."""
+        rows = []
+        for column in self.columns:
+            target = self.labels[column].to_numpy()
+            known = ~np.isnan(target)
+            for name, table in tables.items():
+                values = table.loc[self.sids].to_numpy()[known]
+                score, _ = held_out_r2(values, target[known], self.held_out[known])
+                rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
+        return pd.DataFrame(rows)
+
+    def run(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
+        """Train, extract and judge one run; what is done already is kept."""
+        kept = self.out_dir / "rows" / f"{arm}-{seed}.csv"
+        if kept.is_file():
+            return pd.read_csv(kept)
+        name, log = f"{arm}-{seed}", self.out_dir / "rows" / f"{arm}-{seed}.log"
+        train = ("--root-dir", self.root_dir, "--subjects", self.subjects, "--exp-name", name, "--resume", "auto")
+        last = ("--seed", seed, "--save-freq", 1000, "--workers", 1, "--no-progress")
+        call(log, sys.executable, ROOT / "train.py", *train, *common, *flags, *last, cwd=self.out_dir)
+        folder = self.out_dir / "ssl_exp" / name
+        checkpoint = max(folder.glob("checkpoint_patch_[0-9]*.pth.tar")).name
+        given = ("--exp-name", folder, "--checkpoint-patch", checkpoint, "--root-dir", self.root_dir, "--no-progress")
+        call(log, sys.executable, ROOT / "extract_feature.py", *given, "--out-dir", folder / "features")
+        features = read_features(str(folder / "features" / "patient_features.csv"))
+        both = pd.concat([features, self.baselines["histogram"].loc[features.index]], axis=1)
+        rows = self.judge({"features": features, "features+histogram": both}, arm, seed)
+        write_text(kept, rows.to_csv(index=False))
+        return rows
+
+
+def main() -> None:
+    args = parse_arguments()
+    out_dir = Path(args.out_dir).resolve()
+    (out_dir / "rows").mkdir(parents=True, exist_ok=True)
+    data = (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_data(out_dir, args.num_subjects)
+    study = Study(args, out_dir, data[0].resolve(), data[1])
+    common = ["--recipe", args.recipe, *(["--epochs", str(args.epochs)] if args.epochs else [])]
+    rows = [study.judge(study.baselines, "baseline", 0)]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
+        for seed in seeds:  # every arm of a seed before the next: a study stopped early is a paired one
+            for arm, flags in args.arms.items():
+                rows.append(study.run(arm, flags, seed, common))
+                bar.update()
+                table = pd.concat(rows)
+                write_text(out_dir / "ablation.csv", table.to_csv(index=False))
+                text = markdown(summary(table, next(iter(args.arms))), study.held_out)
+                write_text(out_dir / "ablation.md", text)
+    draw(table, out_dir / "ablation.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)

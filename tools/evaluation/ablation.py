@@ -1,0 +1,103 @@
+"""Tables and the picture of an ablation."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Mean and SD of R² over seeds, and the paired difference to an arm.
+
+    Args:
+        rows: arm, seed, column, table, r2; the arm ``baseline`` has one row a table.
+        reference: arm that differences are to.
+
+    Returns:
+        A row for each column, arm and table: mean, sd, seeds; and for runs difference and difference_sd, over the
+        seeds that both arms have. NaN where there is no such number: an SD of one seed, a difference to itself.
+    """
+    found = []
+    paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"]
+    for (column, arm, table), group in rows.groupby(["column", "arm", "table"], sort=False):
+        values = group.set_index("seed")["r2"]
+        row = {
+            "column": column,
+            "arm": arm,
+            "table": table,
+            "mean": values.mean(),
+            "sd": values.std(),
+            "seeds": len(values),
+        }
+        both = paired.loc[(column, table)].reindex(values.index).dropna() if (column, table) in paired.index else ()
+        if arm not in (reference, "baseline") and len(both):
+            difference = values.loc[both.index] - both
+            row |= {"difference": difference.mean(), "difference_sd": difference.std()}
+        found.append(row)
+    columns = ["column", "arm", "table", "mean", "sd", "seeds", "difference", "difference_sd"]
+    return pd.DataFrame(found).reindex(columns=columns)
+
+
+def markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
+    """A line a label, a column an arm or baseline: R² of the held-out subjects, mean +- SD over seeds."""
+    columns = table["column"].unique()
+    names = list(dict.fromkeys(zip(table["arm"], table["table"])))
+    cells = table.set_index(["column", "arm", "table"])
+    heads = [name if arm == "baseline" else f"{arm}: {name}" for arm, name in names]
+    lines = [
+        f"R² of {int(held_out.sum())} held-out subjects, fitted to {int((~held_out).sum())}; mean ± SD over seeds "
+        "(and the paired difference to the first arm)",
+        "",
+        "| label | " + " | ".join(heads) + " |",
+        "| --- |" + " --- |" * len(heads),
+    ]
+    for column in columns:
+        row = [_cell(cells.loc[(column, *name)]) for name in names]
+        lines.append(f"| {column} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: pd.Series) -> str:
+    text = f"{row['mean']:.2f}"
+    if not np.isnan(row["sd"]):
+        text += f" ± {row['sd']:.2f}"
+    if not np.isnan(row["difference"]):
+        text += (
+            f" ({row['difference']:+.2f}"
+            + ("" if np.isnan(row["difference_sd"]) else f" ± {row['difference_sd']:.2f}")
+            + ")"
+        )
+    return text
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Every run a dot, every baseline a line, a panel a label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = rows["column"].unique()
+    runs = rows[(rows["arm"] != "baseline") & (rows["table"] == "features")]
+    arms = list(runs["arm"].unique())
+    wide = min(4, len(columns))
+    tall = -(-len(columns) // wide)
+    figure, axes = plt.subplots(tall, wide, figsize=(3.6 * wide, 2.8 * tall), squeeze=False, layout="constrained")
+    for panel in axes.flat[len(columns) :]:
+        panel.axis("off")
+    for panel, column in zip(axes.flat, columns):
+        of_column = runs[runs["column"] == column]
+        panel.scatter(of_column["arm"].map(arms.index), of_column["r2"], s=16, color="tab:blue")
+        for name, color in (("density", "tab:gray"), ("histogram", "tab:orange")):
+            value = rows[(rows["arm"] == "baseline") & (rows["column"] == column) & (rows["table"] == name)]["r2"]
+            if len(value):
+                panel.axhline(float(value.iloc[0]), color=color, lw=1, label=name)
+        panel.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=8)
+        panel.set_xlim(-0.5, len(arms) - 0.5)
+        low = min(-0.1, float(of_column["r2"].clip(lower=-0.5).min()) - 0.05)
+        panel.set_ylim(low, 1)
+        panel.set_title(column, fontsize=9)
+        panel.set_ylabel("R²", fontsize=8)
+    axes.flat[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
