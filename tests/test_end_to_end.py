@@ -45,7 +45,7 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
         (("--k-neighbours", 2), "unrecognized arguments: --k-neighbours 2; see --help"),
         (("--exp", "mine"), "unrecognized arguments: --exp mine; see --help"),
         (("--augmentation", "az"), "--augmentation 'az' has the unknown letter 'z'"),
-        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128: the try-out has 64 subjects"),
+        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128: the try-out has 48 subjects"),
     ],
 )
 def test_a_wrong_flag_of_the_embedded_run_is_told_before_it_begins(run, flags, message):

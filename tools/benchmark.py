@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --quick            under 2 minutes on 2 cores
     python tools/benchmark.py --json speed.json  the whole table, some 10 minutes on 2 cores
+    python tools/benchmark.py --choices          what each choice of train.py costs
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
 is written out in timing/literal.py and runs in a process of its own (a loop over samples in every
@@ -25,6 +26,7 @@ from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
 from models.cpu.memory import keep_freed_memory
 from tools.timing.apart import PUBLISHED_LOCATIONS, Apart
+from tools.timing.choices import rows_choices, show_choices
 from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction
 from tools.timing.measure import describe, show
@@ -37,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller sizes, fewer rounds, no scaling section")
+    add("--choices", action="store_true", help="only what each choice of train.py costs: some 10 minutes on 2 cores")
     add("--json", help="write all figures here too")
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     add("--batch", type=at_least(int, 2), default=32, help="samples a step")
@@ -66,6 +69,12 @@ def main() -> None:
     report: dict = {"machine": machine, "quick": args.quick}
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
+        if args.choices:
+            rows = rows_choices(folder / "choices", args)
+            print(show_choices(rows))
+            if args.json:
+                write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
+            return
         store = make_store(folder / "store", locations, 64 if args.quick else 256)
         apart = Apart(store, K, args)
         rows = rows_training(store, K, apart, args, machine, report)

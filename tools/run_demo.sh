@@ -24,8 +24,8 @@ cd "$here"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
-epochs=${DEMO_EPOCHS:-5}
-subjects=${DEMO_SUBJECTS:-64}
+epochs=${DEMO_EPOCHS:-4}
+subjects=${DEMO_SUBJECTS:-48}
 defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto --epochs $epochs --workers 1 --print-freq 34"
 # A wrong flag is told now, not when training begins.
 # shellcheck disable=SC2086 # defaults is several words
@@ -48,7 +48,7 @@ step() {
     echo "== $1  ($(($(date +%s) - started)) s)"
 }
 
-step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema and lesions"
+step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema of five subtypes"
 if [ -f "$data/cohort/labels.csv" ]; then
     echo "make_cohort: $data/cohort is there already"
 else
@@ -59,11 +59,9 @@ step "2/5 preprocessing: lung masks, registration to the atlas, patches"
 run sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
     --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
 
-# The recipe's batch is dealt to two groups: one process computes what two do, and two are faster.
-places=$gpus
-[ "$gpus" -eq 0 ] && places=$cores
+# The recipe's batch is dealt to two groups, so two GPUs compute what one does; a CPU's cores share it in one process.
 ranks=1
-[ "$places" -ge 2 ] && ranks=2
+[ "$gpus" -ge 2 ] && ranks=2
 step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs, NCCL" || echo "the CPU, Gloo")"
 train() {
     # shellcheck disable=SC2086
@@ -85,7 +83,8 @@ features=$experiment/patch_rep/$number
 run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
     --compare "${experiment}_untrained/patch_rep/0001/patient_features.csv" --labels "$data/cohort/labels.csv" \
     --baselines "$data/patches" \
-    --columns emphysema_fraction centrilobular_fraction paraseptal_fraction FEV1pp --json "$experiment/evaluation.json"
+    --columns emphysema_fraction centrilobular_fraction severe_centrilobular_fraction paraseptal_fraction \
+    emphysema_grade FEV1pp --json "$experiment/evaluation.json"
 
 cat <<EOF
 

@@ -27,13 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str, object]) -> subprocess.Popen:
-    """train.py on the store, in its own process group."""
+    """train.py on the store, in its own process group; a flag whose value is None is a switch."""
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]
+    given = [f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
     return subprocess.Popen(
-        [*command, "--exp-name", "x", "--no-progress", *(f"--{name}={value}" for name, value in flags.items())],
+        [*command, "--exp-name", "x", "--no-progress", *given],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -46,6 +47,11 @@ def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str
 def stop(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def peak_gb(pid: int) -> float:
+    """Peak resident memory of a process so far, from the kernel's own count."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e9
 
 
 def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
@@ -61,8 +67,7 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
         for line in process.stdout:
             printed += line.startswith("epoch")
             if printed == 4:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                row.ours = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e9
+                row.ours = peak_gb(process.pid)
                 break
         if row.ours is None:
             row.note = "unmeasured: train.py ended early"
