@@ -44,7 +44,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
 
 
 def rows_choices(folder: Path, args) -> list[Row]:
-    """A row a choice: milliseconds a step, its ratio to the published in the same round, and peak memory in the note."""
+    """A row a choice: ms a step, its ratio to the published in the same round, and peak memory in the note."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}
     for number in range(max(2, args.rounds // 2)):
