@@ -211,7 +211,10 @@ def note_changes(restored: Restored, settings: dict[str, Any], args: argparse.Na
             say(f"note: --{flag} was {before} in {source.name} and is {settings[name]} now")
     steps = f" and {restored.step} steps" if restored.step else ""
     say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
-    for name in ("batch_size", "seed", "num_subjects"):
+    if "optimizer" in changed:
+        before = restored.config["optimizer"]
+        raise CheckpointError(f"{source} holds the state of --optimizer {before}; give the same to go on")
+    for name in ("batch_size", "seed", "num_subjects", "accumulate", "location_order"):
         if name in changed and restored.step and args.start_epoch is None:
             raise CheckpointError(
                 f"{source} is from within an epoch with {name} {restored.config[name]}, now it is {settings[name]}: "

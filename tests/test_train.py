@@ -221,7 +221,8 @@ def same_checkpoint(first, second):
     for name, tensor in a["state_dict"].items():
         assert torch.equal(tensor, b["state_dict"][name]), name
     for index, entry in a["optimizer"]["state"].items():
-        assert torch.equal(entry["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+        for name, value in entry.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), name
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     assert torch.equal(a["rng_state"], b["rng_state"])
 
@@ -269,6 +270,30 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run,
     same_checkpoint(done / "checkpoint_patch_0002.pth.tar", folder / "checkpoint_patch_0002.pth.tar")
     assert not (folder / UNFINISHED).exists()
     assert lines(folder, "epoch")[0]["loss"] == pytest.approx(lines(done, "epoch")[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_every_choice_goes_on_too(store, run, tmp_path):
+    """Whose keys the queue holds, AdamW's state, gradients of several batches: none is lost in a stop."""
+    (tmp_path / "some.csv").write_text("sid\n" + "\n".join(PatchStore(store).sids[1:]) + "\n")
+    choices = ("--mask-own", "--optimizer", "adamw", "--lr", 1e-3, "--accumulate", 2, "--location-order", "interleaved")
+    more = ("--subjects", "some.csv", "--bn-groups", 1)
+    flags = ("--root-dir", store, "--epochs", 2, "--print-freq", 1, *SMALL, *choices, *more)
+    run("train.py", *flags, "--exp-name", "whole", cwd=tmp_path)
+    whole, ours = (tmp_path / "ssl_exp" / name for name in ("whole", "ours"))
+    steps = lines(whole)[-1]["step"]
+    status, rest, _ = stop_at("epoch 1 [3/", signal.SIGTERM, *flags, "--exp-name", "ours", cwd=tmp_path)
+    assert status == 128 + signal.SIGTERM, rest
+    assert torch.load(ours / UNFINISHED, weights_only=True)["step"] % 2 == 0
+    wrong = run(
+        "train.py", *flags, "--exp-name", "ours", "--resume", "auto", "--optimizer", "sgd", cwd=tmp_path, check=False
+    )
+    assert wrong.returncode == 2 and "holds the state of --optimizer adamw" in wrong.stderr
+    run("train.py", *flags, "--exp-name", "ours", "--resume", "auto", cwd=tmp_path)
+    for epoch in (1, 2):
+        same_checkpoint(*(folder / f"checkpoint_patch_{epoch:04d}.pth.tar" for folder in (whole, ours)))
+    assert "6 subjects" in rest or steps == 2 * 6  # one subject of seven is left out
+    assert lines(whole, "epoch")[1]["queue_own"] >= 0
 
 
 @pytest.mark.slow

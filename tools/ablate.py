@@ -33,10 +33,11 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_text
 from misc.progress import progress_bar
 from misc.recipes import RECIPES
-from tools.evaluate import held_out_rows, read_features, why_not
 from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
-from tools.evaluation.probe import held_out_r2
+from tools.evaluation.kinds import why_not
+from tools.evaluation.probe import FOLDS, held_out_r2
+from tools.evaluation.tables import held_out_rows, read_features
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {
@@ -137,7 +138,9 @@ class Study:
 
     def _why_not(self, column: str) -> str:
         values = self.labels[column].to_numpy()
-        reasons = [why_not(values[rows & ~np.isnan(values)]) for rows in (self.held_out, ~self.held_out)]
+        reasons = [
+            why_not(values[rows & ~np.isnan(values)], "regression", FOLDS) for rows in (self.held_out, ~self.held_out)
+        ]
         reason = next(filter(None, reasons), "")
         if reason:
             print(f"note: column {column!r} left out, it {reason}", file=sys.stderr)

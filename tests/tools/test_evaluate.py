@@ -1,9 +1,14 @@
-"""Cross-validated R² on data whose answer is known."""
+"""The command on labels whose answer is planted, and what it refuses."""
+
+import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from tools.evaluate import cross_validated_r2
+from tools.evaluation.probe import cross_validated_r2
+
+N = 120
 
 
 def test_a_linear_target_is_found_and_noise_is_not():
@@ -17,68 +22,90 @@ def test_a_linear_target_is_found_and_noise_is_not():
     assert cross_validated_r2(features, rng.normal(size=120))[0] < 0.1
 
 
-def test_command(tmp_path, run):
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(40, 3))
-    lines = ["sid,f000,f001,f002", *(f"{i:03d}," + ",".join(map(str, row)) for i, row in enumerate(features))]
-    (tmp_path / "f.csv").write_text("\n".join(lines) + "\n")
-    (tmp_path / "l.csv").write_text(
-        "sid,good\n" + "".join(f"{i:03d},{row[0] * 3 - row[2]}\n" for i, row in enumerate(features))
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Features whose first number decides every label, and a table of features that decide none."""
+    folder, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    sids = [f"{index:03d}" for index in range(N)]
+    x = rng.normal(size=(N, 6))
+    score = x[:, 0]
+    death, end = rng.exponential(10 / np.exp(1.5 * score)), rng.uniform(5, 30, N)
+    fev1, ratio = 10 ** (1.8 - 0.15 * score), 10 ** (-0.2 - 0.08 * score)
+    labels = pd.DataFrame(
+        {
+            "sid": sids,
+            "number": 3 * score + 0.3 * rng.normal(size=N),
+            "noise": rng.normal(size=N),
+            "grade": np.clip(np.rint(2 + 1.2 * score), 0, 4).astype(int),
+            "sick": (score + 0.3 * rng.normal(size=N) > 0).astype(int),
+            "FEV1pp": fev1,
+            "FEV1_FVC": ratio,
+            "GOLD": np.where(ratio >= 0.7, 0, 1 + np.searchsorted([-80, -50, -30], -fev1)),
+            "years": np.minimum(death, end),
+            "died": (death <= end).astype(int),
+            "age": 60 + 5 * rng.normal(size=N),
+            "patient": [f"p{index // 2}" for index in range(N)],
+        }
     )
-    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
-    name, subjects, mean, _, _ = result.stdout.splitlines()[1].split()
-    assert (name, subjects) == ("good", "40") and float(mean) > 0.98
-    wrong = run(
-        "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "bad", cwd=tmp_path, check=False
-    )
-    assert wrong.returncode == 2 and "no numeric column 'bad'" in wrong.stderr
+    labels.to_csv(folder / "l.csv", index=False)
+    for name, values in (("f.csv", x), ("other.csv", rng.normal(size=(N, 6)))):
+        table = pd.DataFrame(values, columns=[f"f{i:03d}" for i in range(6)])
+        table.insert(0, "sid", sids)
+        table.to_csv(folder / name, index=False)
+    return folder
 
 
-def write_features(path, sids, value="0.5"):
-    path.write_text("sid,f000\n" + "".join(f"{sid},{value}\n" for sid in sids))
+def test_every_kind_of_label_is_recognised_and_found(study, run, tmp_path):
+    columns = ("--columns", "number", "noise", "grade", "sick", "GOLD")
+    survival = ("--time-column", "years", "--event-column", "died")
+    flags = ("--features", "f.csv", "--compare", "null=other.csv", "--labels", "l.csv", "--no-progress")
+    shown = run("tools/evaluate.py", *flags, *columns, *survival, "--out-dir", tmp_path / "out", cwd=study).stdout
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(found) == ["number", "noise", "grade", "sick", "GOLD", "GOLD_from_spirometry", "died"]
+    for column, metric, least in (
+        ("number", "r2", 0.95),
+        ("grade", "kappa", 0.85),
+        ("grade", "within_one", 0.98),
+        ("sick", "auroc", 0.9),
+        ("GOLD", "within_one", 0.8),
+        ("GOLD_from_spirometry", "exact", 0.7),
+        ("died", "c_index", 0.72),
+    ):
+        ours, null = found[column]["features"][metric], found[column]["null"][metric]
+        assert ours["low"] <= ours["mean"] <= ours["high"] and ours["mean"] > least, (column, metric, ours)
+        assert ours["permuted"] < ours["mean"] - 0.05 and null["mean"] < ours["mean"] - 0.05
+    assert found["number"]["null"]["r2"]["features_minus_this"]["low"] > 0
+    assert found["noise"]["features"]["r2"]["mean"] < 0.05 and abs(found["sick"]["null"]["auroc"]["mean"] - 0.5) < 0.2
+    assert "R2 below 0 (noise)" in shown and (tmp_path / "out" / "evaluation.md").read_text().strip() in shown
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{column}.png" for column in found}
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--compare", "others.csv"), "f.csv and others.csv have no sid in common"),
-        (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
-        (("--compare", "text.csv"), "text.csv has a cell that is no number"),
-        (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
-        (("--columns", "few"), "column 'few' is known for 3 subjects"),
-        (("--columns", "same"), "column 'same' is 7 for every subject"),
-        (("--columns", "far"), "no numeric column 'far'"),
-        (("--held-out", "far"), "no numeric column 'far' for --held-out"),
-        (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),
-    ],
-)
-def test_refusals(tmp_path, run, flags, message):
-    sids = [f"s{index:02d}" for index in range(12)]
-    write_features(tmp_path / "f.csv", sids)
-    write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
-    (tmp_path / "nan.csv").write_text("sid,f000\ns00,1\ns01,nan\n")
-    (tmp_path / "text.csv").write_text("sid,f000\ns00,1\ns01,high\n")
-    write_labels(tmp_path / "l.csv", sids)
-    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", *flags, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and not result.stdout
-    *notes, error = result.stderr.splitlines()
-    assert message in error and all("column 'far' left out" in note for note in notes)
+def test_covariates_are_in_every_model_and_alone(study, run, tmp_path):
+    flags = ("--features", "other.csv", "--labels", "l.csv", "--columns", "number", "--no-progress")
+    run("tools/evaluate.py", *flags, "--covariates", "FEV1pp", "age", "--json", tmp_path / "j.json", cwd=study)
+    tables = json.loads((tmp_path / "j.json").read_text())["number"]
+    assert set(tables) == {"features", "covariates"}
+    assert tables["covariates"]["r2"]["mean"] > 0.8 and tables["features"]["r2"]["mean"] > 0.8
 
 
-def write_labels(path, sids):
-    """age is known for all, few for three; same never varies, far has an infinite cell."""
-    rows = [f"{sid},{n},{n if n < 3 else ''},7,{'inf' if n == 2 else n}\n" for n, sid in enumerate(sids)]
-    path.write_text("sid,age,few,same,far\n" + "".join(rows))
-
-
-def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_path, run):
-    sids = [f"s{index:02d}" for index in range(12)]
-    write_features(tmp_path / "f.csv", sids)
-    write_labels(tmp_path / "l.csv", sids)
-    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["column", "age"]
-    for words in ("'few' left out, it is known for 3", "'same' left out, it is 7 for every", "'inf' of sid s02"):
-        assert words in result.stderr
+def test_a_patients_scans_are_never_on_both_sides(run, tmp_path):
+    """Features that only recognise the patient predict any label unless his scans stay together."""
+    rng, folder = np.random.default_rng(1), tmp_path
+    patients = np.repeat(np.arange(40), 3)
+    sids = [f"s{patient:02d}_{scan}" for patient, scan in zip(patients, [1, 2, 3] * 40)]
+    who = rng.normal(size=(40, 60))[patients] + 0.1 * rng.normal(size=(120, 60))
+    table = pd.DataFrame(who, columns=[f"f{i:03d}" for i in range(60)])
+    table.insert(0, "sid", sids)
+    table.to_csv(folder / "f.csv", index=False)
+    label = rng.normal(size=40)[patients]
+    pd.DataFrame({"sid": sids, "label": label, "patient": patients}).to_csv(folder / "l.csv", index=False)
+    flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "label", "--json", "j.json", "--no-progress")
+    loose = run("tools/evaluate.py", *flags, cwd=folder)
+    assert "s00_1, s00_2, s00_3 look like scans of one patient" in loose.stderr
+    assert json.loads((folder / "j.json").read_text())["label"]["features"]["r2"]["mean"] > 0.7
+    kept = run("tools/evaluate.py", *flags, "--group-column", "patient", cwd=folder)
+    assert "look like" not in kept.stderr
+    assert json.loads((folder / "j.json").read_text())["label"]["features"]["r2"]["mean"] < 0.15
 
 
 def test_held_out_subjects_are_reported_on(tmp_path, run):
@@ -90,8 +117,96 @@ def test_held_out_subjects_are_reported_on(tmp_path, run):
     sign = [1 if index % 4 else -1 for index in range(40)]
     rows = [f"{sid},{value},{value * s},{int(s < 0)}\n" for sid, value, s in zip(sids, values, sign)]
     (tmp_path / "l.csv").write_text("sid,same,turned,test\n" + "".join(rows))
-    shown = run(
-        "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--held-out", "test", cwd=tmp_path
-    ).stdout
-    found = {line.split()[0]: float(line.split()[2]) for line in shown.splitlines()[1:]}
-    assert found["same"] > 0.99 and found["turned"] < -1 and set(found) == {"same", "turned"}
+    flags = ("--features", "f.csv", "--labels", "l.csv", "--held-out", "test", "--json", "j.json")
+    run("tools/evaluate.py", *flags, cwd=tmp_path)
+    found = json.loads((tmp_path / "j.json").read_text())
+    assert set(found) == {"same", "turned"}
+    assert found["same"]["features"]["r2"]["mean"] > 0.99 and found["turned"]["features"]["r2"]["mean"] < -1
+
+
+def write_features(path, sids, value="0.5"):
+    path.write_text("sid,f000\n" + "".join(f"{sid},{value}\n" for sid in sids))
+
+
+def write_labels(path, sids):
+    """age is known for all, few for three; same never varies, far has an infinite cell; the rest are of survival."""
+    count = len(sids)
+    table = pd.DataFrame({"sid": sids, "age": range(count), "same": 7, "far": range(count), "one": "p"})
+    table["few"] = ["0", "1", "2"] + [""] * (count - 3)
+    table["far"] = ["inf" if index == 2 else index for index in range(count)]
+    table["rare"] = [1, *[0] * (count - 1)]
+    table["time"], table["before"] = range(1, count + 1), range(-1, count - 1)
+    table["event"], table["none"], table["two"] = [0, 1] * (count // 2), 0, 2
+    table.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--compare", "others.csv"), "others.csv has none of the features' subjects, such as 's00'"),
+        (("--compare", "zeros=zeros.csv"), "such as 's00'"),
+        (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
+        (("--compare", "text.csv"), "text.csv has a cell that is no number"),
+        (("--compare", "a=f.csv", "--compare", "a=f.csv"), "--compare a=f.csv: the name a is taken"),
+        (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
+        (("--columns", "few"), "column 'few' is known for 3 subjects"),
+        (("--columns", "same"), "column 'same' is 7 for every subject"),
+        (("--columns", "rare"), "column 'rare' has 1 for 1 subjects, fewer than the 5 folds"),
+        (("--columns", "far"), "no numeric column 'far'"),
+        (("--columns", "age", "--kind", "age=log"), "--kind age=log: one of regression, log10"),
+        (("--columns", "age", "--kind", "age=log10"), "column 'age' has 0, and log10 needs numbers above 0"),
+        (("--columns", "age", "--kind", "age=class"), "column 'age' has 12 values; that many classes are no classes"),
+        (("--held-out", "far"), "no numeric column 'far' for --held-out"),
+        (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),
+        (("--group-column", "who"), "no column 'who' for --group-column"),
+        (("--group-column", "one"), "column 'one' is 'p' for everybody"),
+        (("--covariates", "weight"), "no numeric column 'weight'"),
+        (("--time-column", "time"), "--time-column and --event-column go together"),
+        (("--time-column", "before", "--event-column", "event"), "a time is -1; follow-up is 0 or more"),
+        (("--time-column", "time", "--event-column", "two"), "an event is 2; it is 1 where the event was seen"),
+        (("--time-column", "time", "--event-column", "none"), "no event was seen: everybody is censored"),
+        (("--time-column", "time", "--event-column", "rare"), "1 events were seen, fewer than the 5 folds"),
+    ],
+)
+def test_refusals(tmp_path, run_here, flags, message):
+    sids = [f"s{index:02d}" for index in range(12)]
+    write_features(tmp_path / "f.csv", sids)
+    write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
+    write_features(tmp_path / "zeros.csv", [f"s{index}" for index in range(100, 112)])
+    (tmp_path / "nan.csv").write_text("sid,f000\ns00,1\ns01,nan\n")
+    (tmp_path / "text.csv").write_text("sid,f000\ns00,1\ns01,high\n")
+    write_labels(tmp_path / "l.csv", sids)
+    made = ("--out-dir", "out")
+    result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", *made, *flags, cwd=tmp_path)
+    assert result.returncode == 2 and not result.stdout and not (tmp_path / "out").exists()
+    *notes, error = result.stderr.splitlines()
+    assert message in error and all(" left out, " in note for note in notes), result.stderr
+
+
+def test_sids_that_lost_their_zeros_are_told(tmp_path, run_here):
+    write_features(tmp_path / "f.csv", [f"{index:03d}" for index in range(1, 13)])
+    write_labels(tmp_path / "l.csv", [str(index) for index in range(1, 13)])
+    result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
+    assert result.returncode == 2 and "has none of the features' subjects, such as '001'; it has '1'" in result.stderr
+
+
+def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_path, run):
+    sids = [f"s{index:02d}" for index in range(12)]
+    write_features(tmp_path / "f.csv", sids)
+    write_labels(tmp_path / "l.csv", sids)
+    result = run("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
+    assert {line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| ")} == {
+        *("label", "---", "age", "time", "before", "event")
+    }
+    for words in ("'few' left out, it is known for 3", "'same' left out, it is 7 for every", "'inf' of sid s02"):
+        assert words in result.stderr
+
+
+def test_a_subject_without_a_covariate_is_left_out_and_told(study, run, tmp_path):
+    labels = pd.read_csv(study / "l.csv", dtype=str)
+    labels.loc[3, "age"] = ""
+    labels.to_csv(tmp_path / "l.csv", index=False)
+    flags = ("--features", study / "f.csv", "--labels", "l.csv", "--columns", "number", "--covariates", "age")
+    result = run("tools/evaluate.py", *flags, cwd=tmp_path)
+    assert "1 of 120 subjects lack a covariate and are left out, the first '003'" in result.stderr
+    assert "| number | 119 |" in result.stdout

@@ -1,0 +1,134 @@
+"""How well each of several tables predicts one label: figures with intervals, beside permuted labels."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tools.evaluation.learn import MODELS, out_of_fold
+from tools.evaluation.metrics import METRICS, Metric, exact, within_one
+from tools.evaluation.splits import draw_folds, resamples, strata_of
+from tools.evaluation.survival import c_index
+
+RESAMPLES = 1000  # of the bootstrap, over patients
+INTERVAL = (2.5, 97.5)  # percentiles
+REPEATS = {"regression": 10, "log10": 10, "grade": 10, "class": 3, "survival": 3, "stage": 3}
+PERMUTATIONS = 5
+
+
+class Label(NamedTuple):
+    """What is predicted.
+
+    Attributes:
+        name: the column's; of survival the event's.
+        kind: regression, log10, grade, class, survival or stage.
+        target: (N,) numbers, of classes 0, 1, ...; (N, 2) time and event; (N, 3) stage and what it follows from.
+        classes: what class numbers stand for.
+    """
+
+    name: str
+    kind: str
+    target: np.ndarray
+    classes: tuple[float, ...] = ()
+
+
+class Judged(NamedTuple):
+    """Figures of one label, and what they are of."""
+
+    figures: dict[str, dict[str, dict[str, Any]]]  # table -> metric -> mean, low, high, permuted
+    predictions: dict[str, np.ndarray]  # table -> (N, ...), mean over the repeats
+
+
+def metrics_of(kind: str) -> dict[str, Metric]:
+    """The metrics of a kind of label, by name; the first is the one that tables are compared by."""
+    if kind == "survival":
+        return {"c_index": c_index}
+    if kind == "stage":
+        return {"exact": lambda truth, *more: exact(truth[:, 0], *more), "within_one": _within_one_of_stage}
+    return METRICS["regression" if kind == "log10" else kind]
+
+
+def _within_one_of_stage(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return within_one(truth[:, 0], predicted, weights)
+
+
+def judge(
+    label: Label,
+    tables: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    folds: int,
+    covariates: int = 0,
+    held_out: np.ndarray | None = None,
+    seed: int = 0,
+) -> Judged:
+    """Nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
+
+    All tables share folds and resamples. In each repeat everybody is predicted once by a model that has not seen any
+    scan of that patient; a figure is of those N predictions together, its mean over the repeats.
+
+    Args:
+        label: of N subjects, all known.
+        tables: (N, D) each; the first is the one that others are compared to.
+        groups: (N,) numbers of patients.
+        folds: of each repeat.
+        covariates: first columns of every table that are no features: hardly penalised.
+        held_out: (N,) subjects to report on, by a model of the others, in place of folds.
+        seed: of folds, bootstrap and permutations.
+    """
+    metrics, repeats = metrics_of(label.kind), 1 if held_out is not None else REPEATS[label.kind]
+    reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
+    weights = np.column_stack([np.ones(reported.sum(), dtype=int), resamples(groups[reported], RESAMPLES, seed)])
+    target = np.log10(label.target) if label.kind == "log10" else label.target
+    by_fold = target if target.ndim == 1 else target[:, -1] if label.kind == "survival" else target[:, 0]
+    stratum = strata_of(by_fold, "class" if target.ndim == 2 else label.kind)
+
+    def predict(table: np.ndarray, truth: np.ndarray, repeat: int) -> np.ndarray:
+        if held_out is not None:
+            fold = np.where(held_out, 1, 0)
+            return _of_held_out(label.kind, table, truth, fold, covariates)
+        fold = draw_folds(stratum, groups, folds, np.random.default_rng([seed, repeat]))
+        return out_of_fold(MODELS[label.kind], table, truth, fold, covariates)
+
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    predictions: dict[str, np.ndarray] = {}
+    samples: dict[str, np.ndarray] = {}  # of the first metric, (1 + RESAMPLES,)
+    for name, table in tables.items():
+        given = [predict(table, target, repeat)[reported] for repeat in range(repeats)]
+        predictions[name] = np.mean(given, axis=0)
+        figures[name] = {}
+        for metric, measure in metrics.items():
+            values = np.mean([measure(target[reported], one, weights) for one in given], axis=0)
+            low, high = np.nanpercentile(values[1:], INTERVAL)
+            figures[name][metric] = {"mean": float(values[0]), "low": float(low), "high": float(high)}
+            samples.setdefault(name, values)
+        rng = np.random.default_rng([seed, 1])
+        permuted = [target[_permutation(groups, rng)] for _ in range(PERMUTATIONS)]
+        given = [predict(table, truth, repeat)[reported] for repeat, truth in enumerate(permuted)]
+        ones = np.ones((reported.sum(), 1))
+        for metric, measure in metrics.items():
+            chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
+            figures[name][metric]["permuted"] = float(np.nanmean(chance))
+    first, main = next(iter(tables)), next(iter(metrics))
+    for name, values in samples.items():
+        if name != first:
+            low, high = np.nanpercentile(samples[first][1:] - values[1:], INTERVAL)
+            difference = {"mean": float(samples[first][0] - values[0]), "low": float(low), "high": float(high)}
+            figures[name][main][f"{first}_minus_this"] = difference
+    return Judged(figures, predictions)
+
+
+def _of_held_out(kind: str, table: np.ndarray, truth: np.ndarray, fold: np.ndarray, covariates: int) -> np.ndarray:
+    """(N, ...) of which only the held-out subjects' rows are filled."""
+    from tools.evaluation.learn import scale
+
+    own = fold == 1
+    fitted, others = scale(table[~own], table[own], covariates)
+    part = MODELS[kind](fitted, truth[~own], others)
+    predicted = np.zeros((len(fold), *part.shape[1:]))
+    predicted[own] = part
+    return predicted
+
+
+def _permutation(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order of the subjects that exchanges whole patients where they have one scan each, subjects otherwise."""
+    return rng.permutation(len(groups))

@@ -1,0 +1,50 @@
+"""What kind of number a label is, and whether it can be predicted."""
+
+import numpy as np
+
+KINDS = ("regression", "log10", "grade", "class")
+MOST_GRADES = 10  # whole numbers of so few values are grades
+FEWEST = 5  # subjects of a class; of fewer a fold would have none
+
+
+def recognize(values: np.ndarray) -> str:
+    """The kind of known values (n,): two values are classes, a few whole numbers in a row grades, others regression."""
+    distinct = np.unique(values)
+    if len(distinct) == 2:
+        return "class"
+    whole = np.all(distinct == np.rint(distinct))
+    return "grade" if whole and len(distinct) <= MOST_GRADES and np.ptp(distinct) <= 2 * len(distinct) else "regression"
+
+
+def why_not(values: np.ndarray, kind: str, folds: int) -> str:
+    """Why known values (n,) cannot be predicted as ``kind``; empty where they can."""
+    if len(values) < 2 * folds:
+        return f"is known for {len(values)} subjects; at least {2 * folds} are needed"
+    if np.ptp(values) == 0:
+        return f"is {values[0]:g} for every subject; there is nothing to predict"
+    if kind == "log10" and values.min() <= 0:
+        return f"has {values.min():g}, and log10 needs numbers above 0"
+    if kind == "grade" and np.any(values != np.rint(values)):
+        return f"has {values[values != np.rint(values)][0]:g}, and grades are whole numbers"
+    if kind == "class":
+        distinct, counts = np.unique(values, return_counts=True)
+        if len(distinct) > MOST_GRADES:
+            return f"has {len(distinct)} values; that many classes are no classes, set its kind with --kind"
+        if counts.min() < folds:
+            return f"has {distinct[counts.argmin()]:g} for {counts.min()} subjects, fewer than the {folds} folds"
+    return ""
+
+
+def why_no_survival(time: np.ndarray, event: np.ndarray, folds: int) -> str:
+    """Why known times and events (n,) tell nothing; empty where they do."""
+    if time.min() < 0:
+        return f"a time is {time.min():g}; follow-up is 0 or more"
+    if not np.isin(event, (0, 1)).all():
+        return f"an event is {event[~np.isin(event, (0, 1))][0]:g}; it is 1 where the event was seen, 0 where not"
+    if not event.any():
+        return "no event was seen: everybody is censored"
+    if event.sum() < folds:
+        return f"{int(event.sum())} events were seen, fewer than the {folds} folds"
+    if np.ptp(time) == 0:
+        return f"every time is {time[0]:g}"
+    return ""

@@ -1,0 +1,84 @@
+"""Pictures of an evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tools.evaluation.judge import Judged, Label
+from tools.evaluation.survival import kaplan_meier, log_rank, risk_groups
+
+GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "highest third")}
+
+
+def draw(label: Label, judged: Judged, table: str, reported: np.ndarray, path: Path) -> None:
+    """Predicted against true, grades by true grade, calibration of classes, or survival by predicted risk.
+
+    Args:
+        table: whose predictions.
+        reported: (N,) the subjects that they are of.
+        path: PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
+    truth, predicted = label.target[reported], judged.predictions[table]
+    main, figures = next(iter(judged.figures[table].items()))
+    draw_one = {"survival": _survival, "class": _calibration, "grade": _grades, "stage": _grades}
+    draw_one.get(label.kind, _numbers)(panel, label, truth, predicted)
+    interval = f"{figures['mean']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
+    panel.set_title(f"{label.name}, {table}: {main} {interval}", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+    if label.kind == "log10":
+        truth = np.log10(truth)
+    panel.scatter(truth, predicted, s=9, alpha=0.6)
+    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
+    panel.plot(ends, ends, color="tab:gray", lw=1)
+    unit = f"log10 {label.name}" if label.kind == "log10" else label.name
+    panel.set_xlabel(f"{unit}, true")
+    panel.set_ylabel("predicted")
+
+
+def _grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+    truth = truth[:, 0] if truth.ndim == 2 else truth
+    grades = np.unique(truth)
+    panel.boxplot([predicted[truth == grade] for grade in grades], positions=grades, widths=0.6)
+    panel.plot(grades, grades, color="tab:gray", lw=1)
+    panel.set_xlabel(f"{label.name}, true")
+    panel.set_ylabel("predicted")
+
+
+def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+    """Of subjects with about one predicted probability, the share that is of the class."""
+    for number in range(1 if len(label.classes) == 2 else 0, len(label.classes)):
+        probability, own = predicted[:, number], truth == number
+        bins = np.searchsorted(np.quantile(probability, np.arange(1, 8) / 8), probability, side="right")
+        points = [(probability[bins == b].mean(), own[bins == b].mean()) for b in np.unique(bins)]
+        panel.plot(*zip(*points), marker="o", ms=4, lw=1, label=f"{label.name} = {label.classes[number]:g}")
+    panel.plot([0, 1], [0, 1], color="tab:gray", lw=1)
+    panel.set_xlabel("predicted probability")
+    panel.set_ylabel("share of the class")
+    panel.legend(fontsize=8)
+
+
+def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+    time, event = truth.T
+    number = 3 if len(time) >= 60 else 2
+    group = risk_groups(predicted, number)
+    for index in np.unique(group):
+        rows = group == index
+        times, share = kaplan_meier(time[rows], event[rows])
+        end = time[rows].max()
+        name = f"{GROUP_NAMES[number][index]} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
+        panel.step([*times, end], [*share, share[-1]], where="post", label=name)
+    panel.set_ylim(0, 1.02)
+    panel.set_xlabel("time")
+    panel.set_ylabel(f"share without {label.name}")
+    p = log_rank(time, event, group)
+    panel.legend(fontsize=8, title=f"log-rank p = {p:.2g}", title_fontsize=8)

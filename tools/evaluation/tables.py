@@ -1,0 +1,78 @@
+"""Feature and label tables of a command line, matched by subject."""
+
+import numpy as np
+import pandas as pd
+
+from data.layout import StoreError
+from data.tables import read_table
+
+
+def read_features(path: str) -> pd.DataFrame:
+    """patient_features.csv by sid. Raises StoreError."""
+    table = read_table(path).set_index("sid")
+    try:
+        table = table.astype(np.float64)
+    except ValueError as error:
+        raise StoreError(f"{path} has a cell that is no number: {error}") from error
+    if table.columns.empty:
+        raise StoreError(f"{path} has no column beside sid")
+    wrong = ~np.isfinite(table.to_numpy())
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise StoreError(
+            f"{path} has {table.iat[row, column]} in column {table.columns[column]} of sid {table.index[row]}; "
+            "features are finite: extract them again, from another checkpoint if this one's training diverged"
+        )
+    return table
+
+
+def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
+    """(N,) bool from a column of 0 and 1. Raises StoreError."""
+    if column not in names:
+        raise StoreError(f"{labels} has no numeric column {column!r} for --held-out; it has {', '.join(names)}")
+    held = values[:, names.index(column)]
+    counts = (held == 0).sum(), (held == 1).sum()
+    if sum(counts) < len(held):
+        raise StoreError(f"--held-out {column} must be 0 or 1 for every subject; {labels} has another value")
+    if min(counts) < fewest:
+        raise StoreError(
+            f"--held-out {column}: {counts[0]} subjects to fit and {counts[1]} to report on; at least {fewest} of each"
+        )
+    return held == 1
+
+
+def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
+    """(N,) numbers of the patients that a column of a label table names. Raises StoreError."""
+    if column not in table.columns:
+        raise StoreError(f"{path} has no column {column!r} for --group-column; it has {', '.join(table.columns)}")
+    names = table.set_index("sid")[column].reindex(sids)
+    unnamed = names.isna() | (names == "")
+    if unnamed.any():
+        raise StoreError(f"{path}: sid {unnamed.idxmax()} has no {column}; every scan needs its patient")
+    numbers = pd.factorize(names)[0]
+    if numbers.max() == 0:
+        raise StoreError(f"{path}: column {column!r} is {names.iloc[0]!r} for everybody; --group-column names patients")
+    return numbers
+
+
+def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
+    """Subjects that every table and the labels have, in the first table's order.
+
+    Raises:
+        StoreError: there are none; it tells where one table writes 007 and another 7.
+    """
+    first = next(iter(tables.values())).index
+    known = set(labels["sid"])
+    table_paths = {name: table.attrs.get("path", name) for name, table in tables.items()}
+    sids = [sid for sid in first if sid in known and all(sid in table.index for table in tables.values())]
+    if sids:
+        return sids
+    for name, index in [*((name, table.index) for name, table in tables.items()), (path, labels["sid"])]:
+        lacking = [sid for sid in first if sid not in set(index)]
+        if lacking:
+            bare = {str(other).lstrip("0"): other for other in index}
+            alike = bare.get(lacking[0].lstrip("0"))
+            hint = f"; it has {alike!r}, and a sid is text" if alike is not None else ""
+            name = table_paths.get(name, name)
+            raise StoreError(f"{name} has none of the features' subjects, such as {lacking[0]!r}{hint}")
+    raise StoreError(f"the tables and {path} have no sid in common")
