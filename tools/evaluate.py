@@ -40,7 +40,7 @@ from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.judge import Judged, Label, judge
 from tools.evaluation.kinds import KINDS, recognize, why_no_survival, why_not
 from tools.evaluation.plots import draw
-from tools.evaluation.report import explain, markdown
+from tools.evaluation.report import details, explain, overview
 from tools.evaluation.splits import look_like_one_patient
 from tools.evaluation.tables import group_numbers, held_out_rows, matching_sids, read_features
 
@@ -228,7 +228,8 @@ def main() -> None:
             judged.append((label, reported, found))
             results[label.name] = found.figures
             bar.update()
-    text = markdown([(label, int(reported.sum()), found) for label, reported, found in judged])
+    listed = [(label, int(reported.sum()), found) for label, reported, found in judged]
+    text = overview(listed)
     print(text)
     for line in explain(results):
         print(line)
@@ -236,7 +237,7 @@ def main() -> None:
         out_dir = Path(args.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "evaluation.json", results)
-        write_text(out_dir / "evaluation.md", text + "\n")
+        write_text(out_dir / "evaluation.md", f"{text}\n\n{details(listed)}\n")
         for label, reported, found in judged:
             draw(label, found, "features", reported, out_dir / f"{label.name}.png")
     if args.json:

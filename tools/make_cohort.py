@@ -10,6 +10,7 @@ emphysema of five subtypes with the texture of real lungs, reticulation and lesi
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
     labels.csv                    sid, held_out (1 for three in ten, to report on), and the truth: shares of the lung
                                   in each subtype, visual grades, spirometry, exacerbations, survival
+    class/{sid}.nii.gz            with --class-maps: uint8, the class of each lung voxel
     scans.csv                     sid and how it was scanned, which no label depends on
     atlas.nii.gz                  a healthy subject at 1 mm
     atlas_lung_mask.nii.gz        its lungs: 50 right, 100 left
@@ -40,21 +41,19 @@ from tools.cohort.subject import write_subject
 from tools.cohort.warped import load_template, make_template_atlas, make_warped
 
 
-def make_phantom(seed: int, index: int, size: str, out_dir: Path) -> tuple[dict, dict]:
+def make_phantom(seed: int, index: int, size: str, class_maps: bool, out_dir: Path) -> tuple[dict, dict]:
     """Write subject ``index`` and return its rows of labels and of how it was scanned."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
     phantom = Phantom(anatomy, tuple(spacing), rng)
-    planted, _ = plant_disease(phantom.hu, phantom.lung, spacing, disease, rng, base=phantom.hu - LUNG_HU)
+    planted, classes = plant_disease(phantom.hu, phantom.lung, spacing, disease, rng, base=phantom.hu - LUNG_HU)
     scan(phantom.hu, spacing, acquisition, rng)
-    image = to_image(
-        finish(phantom.hu), phantom.origin + rng.uniform(-200, 200, 3), spacing, ORIENTATIONS[index % len(ORIENTATIONS)]
-    )
-    return write_subject(
-        seed, index, image, planted, {**acquisition._asdict(), "inflation_hu": anatomy.inflation}, out_dir
-    )
+    stored = (phantom.origin + rng.uniform(-200, 200, 3), spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
+    images = [to_image(finish(phantom.hu), *stored), to_image(classes, *stored) if class_maps else None]
+    scanned = {**acquisition._asdict(), "inflation_hu": anatomy.inflation}
+    return write_subject(seed, index, images, planted, scanned, out_dir)
 
 
 def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
@@ -80,6 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
     text = "its lung mask, 1 right, 2 left (default: made by thresholding)"
     add("--template-mask", metavar="MASK", help=text)
+    text = "write class/{sid}.nii.gz too: the class of each lung voxel, 1 normal, 2 to 6 the subtypes in labels.csv's order"
+    add("--class-maps", action="store_true", help=text)
     add("--num-workers", type=at_least(int, 1), default=1, help="subjects at a time; raise it to the number of cores")
     add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
     args = parser.parse_args()
@@ -104,10 +105,11 @@ def main() -> None:
             sitk.WriteImage(image, os.path.join(workdir, "scan.nii.gz"))
             sitk.WriteImage(labels, os.path.join(workdir, "mask.nii.gz"))
             make_template_atlas(image, labels, out_dir)
-            jobs = [(make_warped, args.seed, index, Path(workdir), out_dir) for index in range(args.num_subjects)]
+            job, given = make_warped, Path(workdir)
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
-            jobs = [(make_phantom, args.seed, index, args.size, out_dir) for index in range(args.num_subjects)]
+            job, given = make_phantom, args.size
+        jobs = [(job, args.seed, index, given, args.class_maps, out_dir) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
         with bar, ProcessPoolExecutor(args.num_workers) as pool:

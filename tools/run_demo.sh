@@ -77,14 +77,13 @@ last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1
 run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --labels "$data/cohort/labels.csv"
 run "$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
-step "5/5 do the features know of the disease? 5-fold cross-validated R2; 'compare' is the untrained encoder"
+step "5/5 do the features know of the disease? R2 or kappa of subjects that the regression has not seen, 95 % intervals"
 number=$(echo "$last" | sed 's/[^0-9]//g')
 features=$experiment/patch_rep/$number
 run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
-    --compare "${experiment}_untrained/patch_rep/0001/patient_features.csv" --labels "$data/cohort/labels.csv" \
-    --baselines "$data/patches" \
-    --columns emphysema_fraction centrilobular_fraction severe_centrilobular_fraction paraseptal_fraction \
-    emphysema_grade FEV1pp --json "$experiment/evaluation.json"
+    --compare "untrained=${experiment}_untrained/patch_rep/0001/patient_features.csv" \
+    --labels "$data/cohort/labels.csv" --baselines "$data/patches" --out-dir "$experiment/evaluation" \
+    --columns centrilobular_fraction severe_centrilobular_fraction paraseptal_fraction emphysema_grade FEV1pp
 
 cat <<EOF
 
@@ -95,5 +94,6 @@ Done in $(($(date +%s) - started)) s. What to look at:
   training curves         '$PYTHON' -m tensorboard.main --logdir '$here/$experiment'   (or log.jsonl)
   checkpoint              $here/$experiment/$last
   features                $here/$features/patient_features.csv
+  how well they predict   $here/$experiment/evaluation/evaluation.md and pictures
 To train on your own scans, see "Your own scans" in README.md.
 EOF

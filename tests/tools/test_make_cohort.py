@@ -18,10 +18,16 @@ from tools.make_cohort import make_phantom
 def test_same_seed_same_bytes(tmp_path):
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
-    rows = [make_phantom(3, 4, "tiny", tmp_path / folder) for folder in ("a", "b")]
-    other = make_phantom(4, 4, "tiny", tmp_path / "c")
+    rows = [make_phantom(3, 4, "tiny", folder == "a", tmp_path / folder) for folder in ("a", "b")]
+    other = make_phantom(4, 4, "tiny", False, tmp_path / "c")
     files = [(tmp_path / folder / "image" / "0005.nii.gz").read_bytes() for folder in ("a", "b", "c")]
     assert files[0] == files[1] != files[2] and rows[0] == rows[1] != other
+    assert not (tmp_path / "b" / "class").exists()
+    image, classes = (sitk.ReadImage(str(tmp_path / "a" / kind / "0005.nii.gz")) for kind in ("image", "class"))
+    assert image.GetSize() == classes.GetSize() and image.GetDirection() == classes.GetDirection()
+    counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
+    for name, share in zip(CLASSES, counts / counts.sum()):
+        assert rows[0][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
 
 
 def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():

@@ -1,5 +1,6 @@
 """A subject's files and rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,25 @@ def subject_name(index: int) -> str:
 
 
 def write_subject(
-    seed: int, index: int, image: sitk.Image, planted: dict[str, float], scanned: dict[str, float], out_dir: Path
+    seed: int,
+    index: int,
+    images: Sequence[sitk.Image | None],
+    planted: dict[str, float],
+    scanned: dict[str, float],
+    out_dir: Path,
 ) -> tuple[dict, dict]:
-    """Write image/{sid}.nii.gz; return the rows of labels.csv and scans.csv.
+    """Write image/{sid}.nii.gz and class/{sid}.nii.gz; return the rows of labels.csv and scans.csv.
 
     Args:
         seed, index: of the cohort and the subject.
+        images: the scan, and the class of each of its voxels or none.
         planted: strengths of the disease.
         scanned: how the scan was taken.
     """
     sid, rng = subject_name(index), np.random.default_rng([seed, index, 1])
-    write_image(image, out_dir / "image" / f"{sid}.nii.gz")
+    for folder, image in zip(("image", "class"), images):
+        if image is not None:
+            write_image(image, out_dir / folder / f"{sid}.nii.gz")
     held_out = int(rng.random() < HELD_OUT)
     labels = {"sid": sid, "held_out": held_out, **planted, **simulate_patient(rng, planted)}
     return labels, {"sid": sid, **{name: round(float(value), 3) for name, value in scanned.items()}}

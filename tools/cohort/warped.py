@@ -57,7 +57,7 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
     return orient(image, "LPS"), orient(labels, "LPS")
 
 
-def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> tuple[dict, dict]:
+def make_warped(seed: int, index: int, template: Path, class_maps: bool, out_dir: Path) -> tuple[dict, dict]:
     """Deform the template, plant disease in its lungs, write subject ``index``; its rows of labels and of scans."""
     rng = np.random.default_rng([seed, index])
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
@@ -84,12 +84,13 @@ def make_warped(seed: int, index: int, template: Path, out_dir: Path) -> tuple[d
     # The textures' normal lung has a mean of -889 HU, this scan's the one that it has.
     parenchyma = warped[(labels > 0) & (warped < -800)]
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
-    planted, _ = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
+    planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
     acquisition = draw_acquisition(rng)._replace(kernel_mm=0.0, sharpness=0.0)  # the scan has its own
     scan(warped, spacing, acquisition, rng)
     position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)
-    image = to_image(finish(warped), position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
-    return write_subject(seed, index, image, planted, acquisition._asdict(), out_dir)
+    stored = (position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
+    images = [to_image(finish(warped), *stored), to_image(classes, *stored) if class_maps else None]
+    return write_subject(seed, index, images, planted, acquisition._asdict(), out_dir)
 
 
 def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) -> None:

@@ -5,17 +5,28 @@ from typing import Any
 from tools.evaluation.judge import Judged, Label
 
 
-def markdown(judged: list[tuple[Label, int, Judged]]) -> str:
+def overview(judged: list[tuple[Label, int, Judged]]) -> str:
+    """A line a label, a column a table: the kind's first metric with its 95 % interval."""
+    names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
+    lines = ["| label | subjects | metric | " + " | ".join(names) + " |", "| --- | --- | --- |" + " --- |" * len(names)]
+    for label, subjects, found in judged:
+        metric = next(iter(found.figures["features"]))
+        cells = [_interval(found.figures[name][metric], "") for name in names]
+        lines.append(f"| {label.name} | {subjects} | {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def details(judged: list[tuple[Label, int, Judged]]) -> str:
     """A line a label, metric and table: figure, 95 % interval, permuted labels, and what the features have more."""
     lines = [
-        "| label | subjects | metric | table | figure (95 %) | permuted | features more by (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| label | metric | table | figure (95 %) | permuted | features more by (95 %) |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for label, subjects, found in judged:
+    for label, _, found in judged:
         for table, metrics in found.figures.items():
             for metric, figures in metrics.items():
                 more = next((value for key, value in figures.items() if key.endswith("_minus_this")), None)
-                cells = [label.name, str(subjects), metric, table, _interval(figures, ""), f"{figures['permuted']:.2f}"]
+                cells = [label.name, metric, table, _interval(figures, ""), f"{figures['permuted']:.2f}"]
                 lines.append("| " + " | ".join([*cells, "" if more is None else _interval(more, "+")]) + " |")
     return "\n".join(lines)
 
