@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
     text = "its lung mask, 1 right, 2 left (default: made by thresholding)"
     add("--template-mask", metavar="MASK", help=text)
-    text = "write class/{sid}.nii.gz too: the class of each lung voxel, 1 normal, 2 to 6 the subtypes in labels.csv's order"
+    text = "write class/{sid}.nii.gz too: each lung voxel's class, 1 normal, 2 to 6 the subtypes as in labels.csv"
     add("--class-maps", action="store_true", help=text)
     add("--num-workers", type=at_least(int, 1), default=1, help="subjects at a time; raise it to the number of cores")
     add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
