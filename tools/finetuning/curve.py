@@ -1,0 +1,41 @@
+"""The label-efficiency curve, as a table and a picture."""
+
+from pathlib import Path
+
+import pandas as pd
+
+
+def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
+    """A line a fraction, a column an arm and metric: mean and SD over seeds of the test patients' figures."""
+    arms = list(dict.fromkeys(table["arm"]))
+    heads = [f"{arm}: {metric}" for arm in arms for metric in metrics]
+    lines = ["| fraction | labelled patients | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    for fraction, group in table.groupby("fraction"):
+        cells = [f"{fraction:g}", f"{group['patients'].median():.0f}"]
+        for arm in arms:
+            for metric in metrics:
+                values = group.loc[group["arm"] == arm, metric]
+                spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.2f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: pd.DataFrame, metric: str, path: Path) -> None:
+    """Every fit a dot, a line through each arm's means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
+    for arm, group in table.groupby("arm", sort=False):
+        (line,) = panel.plot(group.groupby("patients")[metric].mean(), marker="o", ms=4, label=arm)
+        panel.scatter(group["patients"], group[metric], s=8, alpha=0.5, color=line.get_color())
+    panel.set_xscale("log")
+    panel.set_ylim(bottom=max(-0.5, panel.get_ylim()[0]))
+    panel.set_xlabel("labelled patients")
+    panel.set_ylabel(f"{metric} of test patients")
+    panel.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

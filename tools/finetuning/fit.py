@@ -1,0 +1,186 @@
+"""One fit: a head, and where asked the encoder, on some labels, until the validation labels get no better."""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.store import PatchStore
+from data.views import to_input
+from models.frozen import LOCATIONS_AT_ONCE, freeze
+from tools.finetuning.network import Head, trainable
+from tools.finetuning.tasks import Split, Task
+
+HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-4, 1e-2
+ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # at most, over the training labels
+PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss
+PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # of a step that trains the encoder
+
+
+class Fitted(NamedTuple):
+    """The best round's head and encoder, and how they did."""
+
+    head: Head
+    encoder: nn.Module
+    predicted: np.ndarray  # (n,) of the test labels, or (n, classes)
+    rounds: int
+    validation_loss: float
+
+
+class Data:
+    """The store's patches and locations, and the representations that a fixed encoder gives."""
+
+    def __init__(self, store: PatchStore, locations: torch.Tensor):
+        self.store, self.locations = store, locations
+
+    @torch.no_grad()
+    def encode(self, encoder: nn.Module, rows: np.ndarray) -> torch.Tensor:
+        """h of every patch of some rows of the store: (n, L, rep_dim), on the CPU."""
+        encoder.eval()
+        found = []
+        for start in range(0, len(self.locations), LOCATIONS_AT_ONCE):
+            frozen = freeze(encoder, self.locations[start : start + LOCATIONS_AT_ONCE])
+            for index, at_location in enumerate(frozen):
+                patches = torch.from_numpy(self.store.read(start + index, rows)).to(self.locations.device)
+                found.append(at_location(patches, to_input).cpu())
+        return torch.stack(found, dim=1)
+
+    def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """Patches of every row at every place, location-major, as input: (places x rows, 1, 32, 32, 32)."""
+        patches = np.concatenate([self.store.read(int(place), rows) for place in places])
+        return to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
+
+
+def outputs_of(task: Task) -> int:
+    return len(task.classes) if task.kind == "class" else 1
+
+
+class Scaled(NamedTuple):
+    """Targets as the loss wants them: class numbers, or mean 0 and SD 1 of the training labels."""
+
+    target: torch.Tensor
+    mean: float
+    sd: float
+    weights: torch.Tensor | None  # of classes
+
+    @classmethod
+    def of(cls, task: Task, train: np.ndarray) -> "Scaled":
+        if task.kind == "class":
+            counts = np.bincount(task.target[train].astype(int), minlength=len(task.classes))
+            weights = torch.tensor(len(train) / np.maximum(counts, 1) / len(task.classes), dtype=torch.float32)
+            return cls(torch.from_numpy(task.target.astype(np.int64)), 0.0, 1.0, weights)
+        mean, sd = float(task.target[train].mean()), float(task.target[train].std()) or 1.0
+        return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
+
+    def loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+        """Cross entropy, or the mean squared error. outputs (n, outputs) of the labels ``numbers``."""
+        wanted = self.target[numbers].to(outputs.device)
+        if self.weights is not None:
+            return F.cross_entropy(outputs, wanted, self.weights.to(outputs.device))
+        return F.mse_loss(outputs[:, 0], wanted)
+
+    def natural(self, outputs: torch.Tensor) -> np.ndarray:
+        """Outputs (n, outputs) in the label's unit, (n,), or as probabilities (n, classes)."""
+        if self.weights is not None:
+            return torch.softmax(outputs, dim=1).double().numpy()
+        return outputs[:, 0].double().numpy() * self.sd + self.mean
+
+
+def fit(
+    task: Task,
+    split: Split,
+    data: Data,
+    encoder: nn.Module,
+    layers: str,
+    pooling: str,
+    seed: int,
+    known: torch.Tensor | None = None,
+) -> Fitted:
+    """Train on ``split.train``, stop by ``split.validation``, predict ``split.test``.
+
+    Args:
+        encoder: changed in place where ``layers`` trains it.
+        layers, pooling: of tools.finetuning.network.
+        seed: of the order of steps.
+        known: (N, L, rep_dim) representations of the encoder as it is, if they are at hand.
+    """
+    torch.manual_seed(seed)
+    parameters = trainable(encoder, layers)
+    scaled = Scaled.of(task, split.train)
+    device = data.locations.device
+
+    def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
+        """h of the labels' patches, (n, patches, rep_dim): all of a patient's, or the one that is labelled."""
+        rows, inverse = np.unique(task.rows[numbers], return_inverse=True)
+        h = data.encode(encoder, rows) if fresh or known is None else known[torch.from_numpy(rows)]
+        h = h[torch.from_numpy(inverse)]  # (n, L, rep_dim)
+        return h if task.places is None else h[torch.arange(len(h)), torch.from_numpy(task.places[numbers])][:, None]
+
+    train_h = represent(split.train, fresh=False)
+    head = Head(train_h.shape[-1], outputs_of(task), pooling)
+    head.calibrate(train_h)
+    head.to(device)
+    groups = [{"params": list(head.parameters()), "lr": HEAD_RATE}]
+    groups += [{"params": parameters, "lr": ENCODER_RATE}] if parameters else []
+    optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
+    rng = np.random.default_rng([seed, 11])
+    validation_h = represent(split.validation, fresh=False)
+    best, best_loss, waited, rounds = None, float("inf"), 0, 0
+    while rounds < ROUNDS[layers] and waited < PATIENCE[layers]:
+        rounds += 1
+        if parameters:
+            _round_of_encoder(task, split.train, data, encoder, head, scaled, optimizer, rng)
+            validation_h = represent(split.validation, fresh=True)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            scaled.loss(head(train_h.to(device)), split.train).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(scaled.loss(head(validation_h.to(device)), split.validation))
+        if loss < best_loss:
+            best, best_loss, waited = (copy.deepcopy(head.state_dict()), copy.deepcopy(encoder.state_dict())), loss, 0
+        else:
+            waited += 1
+    if best is not None:
+        head.load_state_dict(best[0])
+        encoder.load_state_dict(best[1])
+    with torch.no_grad():
+        outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
+    return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss)
+
+
+def _round_of_encoder(
+    task: Task,
+    train: np.ndarray,
+    data: Data,
+    encoder: nn.Module,
+    head: Head,
+    scaled: Scaled,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+) -> None:
+    """Every training label once, a few patients or patches a step; BatchNorm keeps its statistics."""
+    encoder.eval()
+    if task.places is None:
+        steps = np.array_split(rng.permutation(train), -(-len(train) // PATIENTS_AT_ONCE))
+    else:  # labels of one location share a kernel
+        steps = []
+        for place in np.unique(task.places[train]):
+            own = rng.permutation(train[task.places[train] == place])
+            steps += np.array_split(own, -(-len(own) // (PATIENTS_AT_ONCE * PATCHES_AT_ONCE)))
+        rng.shuffle(steps)
+    for numbers in steps:
+        if task.places is None:
+            count = min(PATCHES_AT_ONCE, len(data.locations))
+            places = np.sort(rng.choice(len(data.locations), count, replace=False))
+        else:
+            places = task.places[numbers[:1]]
+        x = data.read(task.rows[numbers], places)  # (places x n, 1, 32, 32, 32)
+        h = encoder(x, data.locations[torch.from_numpy(places)])[1]
+        h = h.view(len(places), len(numbers), -1).transpose(0, 1)  # (n, places, rep_dim)
+        optimizer.zero_grad(set_to_none=True)
+        scaled.loss(head(h), numbers).backward()
+        optimizer.step()

@@ -1,0 +1,53 @@
+"""A head on the encoder: patches of a patient pooled, and a linear layer."""
+
+import torch
+from torch import nn
+
+POOLINGS = ("mean", "attention")
+LAYERS = ("frozen", "last", "all")
+
+
+class Head(nn.Module):
+    """Representations of a patient's patches -> what is predicted.
+
+    Args:
+        rep_dim: size of h.
+        outputs: 1, or the number of classes.
+        pooling: mean over the patches, or attention over them (Ilse et al., 2018): weights softmax(w tanh(V h)).
+    """
+
+    def __init__(self, rep_dim: int, outputs: int, pooling: str = "mean"):
+        super().__init__()
+        self.score = (
+            nn.Sequential(nn.Linear(rep_dim, 32), nn.Tanh(), nn.Linear(32, 1)) if pooling == "attention" else None
+        )
+        self.linear = nn.Linear(rep_dim, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(rep_dim))
+        self.register_buffer("scale", torch.ones(rep_dim))
+
+    @torch.no_grad()
+    def calibrate(self, h: torch.Tensor) -> None:
+        """Take mean and SD of representations (..., rep_dim): from now on they go in as mean 0 and SD 1."""
+        flat = h.flatten(0, -2)
+        self.mean.copy_(flat.mean(0))
+        self.scale.copy_(1 / flat.std(0).clamp(min=1e-6))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """(n, patches, rep_dim) -> (n, outputs)."""
+        h = (h - self.mean) * self.scale
+        if self.score is None:
+            return self.linear(h.mean(dim=1))
+        weights = torch.softmax(self.score(h), dim=1)  # (n, patches, 1)
+        return self.linear((weights * h).sum(dim=1))
+
+
+def trainable(encoder: nn.Module, layers: str) -> list[nn.Parameter]:
+    """The encoder's parameters to train: none, those of the last two convolutions, or all. Others are frozen."""
+    encoder.requires_grad_(layers == "all")
+    if layers == "last":
+        for module in (encoder.conv3, encoder.bn3, encoder.conv4, encoder.bn4):
+            module.requires_grad_(True)
+    encoder.fc.requires_grad_(False)  # of the contrastive loss
+    return [value for value in encoder.parameters() if value.requires_grad]
