@@ -18,15 +18,15 @@ N, L = 30, 6
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, make_store, grid):
-    """A store whose odd patients are 150 HU brighter at locations 0 and 1, an encoder, and label tables."""
+    """A store whose odd patients are nearly even at locations 0 and 1, an encoder, and label tables."""
     folder = tmp_path_factory.mktemp("finetune")
     patches = make_store(folder / "store", N, grid, seed=0)
     sick = np.arange(N) % 2
     for place in range(2):
         path = folder / "store" / "grouped_patch" / f"patch_loc_{place}.npy"
         values = np.load(path).astype(int)
-        values[sick == 1] += 400
-        np.save(path, np.clip(values, -1024, 240).astype(np.int16))
+        values[sick == 1] = -900 + values[sick == 1] % 40
+        np.save(path, values.astype(np.int16))
     sids = [f"{index:03d}" for index in range(N)]
     rng = np.random.default_rng(0)
     labels = pd.DataFrame({"sid": sids, "sick": sick, "same": 1, "noise": rng.normal(size=N)})
