@@ -10,7 +10,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "published": {},  # the flags' own defaults
     # Some hundred subjects, minutes on a CPU: negatives as old as the key, and views that share most of a patch.
     "small": {
-        "epochs": 8,
+        "epochs": 5,
         "batch_size": 16,
         "lr": 0.3,
         "moco_k": 32,
