@@ -40,7 +40,7 @@ from misc.runlog import Meters, RunLog
 from misc.saver import Saver
 from misc.sizes import bn_groups, groups_of_rank
 from models.builder import DrasCLR
-from models.checkpoint import CheckpointError, Restored, TrainingState, progress
+from models.checkpoint import TrainingState, note_changes, progress
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
 from models.step import FIGURES, OPTIMIZERS, Descent, LocationTable, compute_losses, effective_rank, make_optimizer
@@ -199,28 +199,6 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 
 # ============================================================ the script
 
-FREE_TO_CHANGE = ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress")  # without a note
-
-
-def note_changes(restored: Restored, settings: dict[str, Any], args: argparse.Namespace, source: Any, say) -> None:
-    """Tell which settings a resumed run changes. Raises CheckpointError where its steps would be others."""
-    changed = [name for name, before in restored.config.items() if settings.get(name, before) != before]
-    for name in changed:
-        if name not in FREE_TO_CHANGE:
-            flag, before = name.replace("_", "-"), restored.config[name]
-            say(f"note: --{flag} was {before} in {source.name} and is {settings[name]} now")
-    steps = f" and {restored.step} steps" if restored.step else ""
-    say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
-    if "optimizer" in changed:
-        before = restored.config["optimizer"]
-        raise CheckpointError(f"{source} holds the state of --optimizer {before}; give the same to go on")
-    for name in ("batch_size", "seed", "num_subjects", "accumulate", "location_order"):
-        if name in changed and restored.step and args.start_epoch is None:
-            raise CheckpointError(
-                f"{source} is from within an epoch with {name} {restored.config[name]}, now it is {settings[name]}: "
-                f"its steps are others; give the same, or --start-epoch {restored.epoch} to begin that epoch again"
-            )
-
 
 class Data(NamedTuple):
     """Where a run's batches come from."""
@@ -272,10 +250,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     store, sampler, loader, workers, table = open_data(args, device)
     augmentation = make_augmentation(args)
     if args.moco_k > store.num_subjects:
-        say(
-            f"note: --moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue comes to hold a "
-            "subject more than once, and its own keys among the negatives"
-        )
+        whose = "so a queue comes to hold a subject more than once, and its own keys among the negatives"
+        say(f"note: --moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, {whose}")
 
     # -------------------------------------------------------- model
     model = build_model(args, store.num_locations, len(groups)).to(device)
@@ -288,7 +264,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     start, skip, totals = 0, 0, None
     if resume is not None:
         restored = state.restore(resume)
-        note_changes(restored, settings, args, resume, say)
+        note_changes(restored, settings, resume, args.start_epoch is not None, say)
         start, skip, totals = restored[:3]
     if args.start_epoch is not None:
         start, skip, totals = args.start_epoch, 0, None
@@ -328,16 +304,15 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         log.start_epoch(epoch, skip)
         for done, batch in enumerate(loader, start=skip + 1):
             views = step_views(batch, augmentation, args.seed, groups, device)
-            subjects = batch.subjects.to(device, non_blocking=True)
-            beta = args.beta if epoch >= args.warm_up else 0.0
+            beta, subjects = args.beta if epoch >= args.warm_up else 0.0, batch.subjects.to(device, non_blocking=True)
             loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16", subjects)
             stepped = descend(loss, last=done == len(sampler))
 
             meters.add(figures)
             log.advance(lambda views=views: grid_of_views(views))
             if done % args.print_freq == 0 or done == len(sampler):
-                rank_of_h = effective_rank(process.all_gather_rows(model.representation))
-                figures = {**meters.read(), "effective_rank": rank_of_h}
+                h = process.all_gather_rows(model.representation)  # (B, rep_dim) of all ranks
+                figures = {**meters.read(), "effective_rank": effective_rank(h)}
                 log.step(epoch, done, batch.location, meters.last_count, figures, rate)
             if stepped and done < len(sampler):
                 saver.after_step(epoch, done, meters)

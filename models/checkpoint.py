@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +206,41 @@ class TrainingState:
         epoch, step = int(content.get("epoch", 0)), int(content.get("step", 0))
         totals = content.get("totals")
         return Restored(epoch, step, totals if step else None, content.get("config") or {})
+
+
+FREE_TO_CHANGE = ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress")  # without a note
+SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
+
+
+def note_changes(
+    restored: Restored, settings: Mapping[str, Any], source: Path, begins_anew: bool, say: Callable[[str], None]
+) -> None:
+    """Tell which settings a resumed run changes.
+
+    Args:
+        restored: what ``source`` told.
+        settings: of the run that goes on.
+        begins_anew: it starts an epoch of its own choice, not within the one under way.
+        say: prints a line.
+
+    Raises:
+        CheckpointError: the steps or the optimiser would be others.
+    """
+    before = restored.config
+    changed = [name for name in before if settings.get(name, before[name]) != before[name]]
+    for name in changed:
+        if name not in FREE_TO_CHANGE:
+            say(f"note: --{name.replace('_', '-')} was {before[name]} in {source.name} and is {settings[name]} now")
+    steps = f" and {restored.step} steps" if restored.step else ""
+    say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
+    if "optimizer" in changed:
+        raise CheckpointError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
+    for name in SETS_STEPS:
+        if name in changed and restored.step and not begins_anew:
+            raise CheckpointError(
+                f"{source} is from within an epoch with {name} {before[name]}, now it is {settings[name]}: "
+                f"its steps are others; give the same, or --start-epoch {restored.epoch} to begin that epoch again"
+            )
 
 
 # ============================================================ the encoder alone

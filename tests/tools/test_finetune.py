@@ -48,6 +48,7 @@ def finetune(run, folder, out, *flags, **more):
     )
 
 
+@pytest.mark.slow
 def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
     flags = ("--checkpoint", "k.pth.tar", "random", "--labels", "l.csv", "--column", "sick", "--fractions", 0.5, 1)
     out = tmp_path / "out"

@@ -235,6 +235,7 @@ def test_deformation_is_smooth_and_invertible():
     assert determinant.min() > 0.3 and determinant.max() < 2.5
 
 
+@pytest.mark.slow
 def test_template_mode(cohort, tmp_path, run):
     folder, store = cohort
     flags = ("--template", folder / "image" / "0002.nii.gz", "--template-mask", store / "lung_mask" / "0002.nii.gz")
