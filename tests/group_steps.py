@@ -3,6 +3,7 @@
 Steps of training as train.py composes them, the batch of 16 in four BatchNorm groups whatever the ranks.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from models.cnn3d import Encoder
 from models.step import FIGURES, Descent, LocationTable, compute_losses, make_optimizer
 
 BATCH, GROUPS = 16, 4
+
+
+def state_of(model: DrasCLR) -> dict[str, torch.Tensor]:
+    return {**model.state_dict(), "subject": model.queue_subject, "step": model.queue_step}
 
 
 def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
@@ -51,10 +56,11 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
         descend(loss)
         if gradients is None:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            first = copy.deepcopy(state_of(model))
         meters.add(figures)
         means.append(list(meters.read().values()))
-    state = {**model.state_dict(), "subject": model.queue_subject, "step": model.queue_step}
-    torch.save({"means": torch.tensor(means), "gradients": gradients, "state": state}, f"{folder}/rank{rank}.pt")
+    kept = {"means": torch.tensor(means), "gradients": gradients, "first": first, "state": state_of(model)}
+    torch.save(kept, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
