@@ -37,7 +37,7 @@ def test_held_out_subjects_are_not_fitted_to():
 
 
 @pytest.mark.slow
-def test_a_study_from_its_command_line(cohort, make_store, grid, tmp_path, run):
+def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
     make_store(tmp_path / "store", 40, grid, seed=3)
     sids = pd.read_csv(tmp_path / "store" / "subjects.csv", dtype=str)["sid"]
     labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 10, "age": np.arange(40.0), "same": 7})
