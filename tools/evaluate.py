@@ -89,9 +89,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.time_column) != bool(args.event_column):
         parser.error("--time-column and --event-column go together")
-    for path in filter(None, (args.json,)):
-        if not Path(path).absolute().parent.is_dir():
-            parser.error(f"--json {path}: its folder does not exist")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
         if kind not in KINDS:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools.evaluation.learn import MODELS, out_of_fold
+from tools.evaluation.learn import MODELS, out_of_fold, predict_others
 from tools.evaluation.metrics import METRICS, Metric, exact, within_one
 from tools.evaluation.splits import draw_folds, resamples, strata_of
 from tools.evaluation.survival import c_index
@@ -83,17 +83,19 @@ def judge(
     stratum = strata_of(by_fold, "class" if target.ndim == 2 else label.kind)
 
     def predict(table: np.ndarray, truth: np.ndarray, repeat: int) -> np.ndarray:
+        """The reported subjects, (reported, ...)."""
         if held_out is not None:
-            fold = np.where(held_out, 1, 0)
-            return _of_held_out(label.kind, table, truth, fold, covariates)
+            return predict_others(MODELS[label.kind], table, truth, held_out, covariates)
         fold = draw_folds(stratum, groups, folds, np.random.default_rng([seed, repeat]))
         return out_of_fold(MODELS[label.kind], table, truth, fold, covariates)
 
+    rng, ones = np.random.default_rng([seed, 1]), np.ones((reported.sum(), 1))
+    permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     predictions: dict[str, np.ndarray] = {}
     samples: dict[str, np.ndarray] = {}  # of the first metric, (1 + RESAMPLES,)
     for name, table in tables.items():
-        given = [predict(table, target, repeat)[reported] for repeat in range(repeats)]
+        given = [predict(table, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)
         figures[name] = {}
         for metric, measure in metrics.items():
@@ -101,10 +103,7 @@ def judge(
             low, high = np.nanpercentile(values[1:], INTERVAL)
             figures[name][metric] = {"mean": float(values[0]), "low": float(low), "high": float(high)}
             samples.setdefault(name, values)
-        rng = np.random.default_rng([seed, 1])
-        permuted = [target[_permutation(groups, rng)] for _ in range(PERMUTATIONS)]
-        given = [predict(table, truth, repeat)[reported] for repeat, truth in enumerate(permuted)]
-        ones = np.ones((reported.sum(), 1))
+        given = [predict(table, truth, repeat) for repeat, truth in enumerate(permuted)]
         for metric, measure in metrics.items():
             chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
             figures[name][metric]["permuted"] = float(np.nanmean(chance))
@@ -115,20 +114,3 @@ def judge(
             difference = {"mean": float(samples[first][0] - values[0]), "low": float(low), "high": float(high)}
             figures[name][main][f"{first}_minus_this"] = difference
     return Judged(figures, predictions)
-
-
-def _of_held_out(kind: str, table: np.ndarray, truth: np.ndarray, fold: np.ndarray, covariates: int) -> np.ndarray:
-    """(N, ...) of which only the held-out subjects' rows are filled."""
-    from tools.evaluation.learn import scale
-
-    own = fold == 1
-    fitted, others = scale(table[~own], table[own], covariates)
-    part = MODELS[kind](fitted, truth[~own], others)
-    predicted = np.zeros((len(fold), *part.shape[1:]))
-    predicted[own] = part
-    return predicted
-
-
-def _permutation(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An order of the subjects that exchanges whole patients where they have one scan each, subjects otherwise."""
-    return rng.permutation(len(groups))

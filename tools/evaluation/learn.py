@@ -1,6 +1,6 @@
 """Models of a label on features, fitted to some subjects and asked about others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -88,24 +88,25 @@ MODELS: dict[str, Predict] = {
 }
 
 
+def predict_others(
+    model: Predict, features: np.ndarray, target: np.ndarray, others: np.ndarray, covariates: int = 0
+) -> np.ndarray:
+    """The rows ``others`` (N,) bool predicted by a model of the rest: (others, ...). Scaling is the rest's too."""
+    fitted, asked = scale(features[~others], features[others], covariates)
+    return model(fitted, target[~others], asked)
+
+
 def out_of_fold(
     model: Predict, features: np.ndarray, target: np.ndarray, fold: np.ndarray, covariates: int = 0
 ) -> np.ndarray:
-    """Everybody predicted by a model that has seen the other folds only: (N, ...). Scaling is inside the fold too."""
+    """Everybody predicted by a model that has seen the other folds only: (N, ...)."""
     predicted = None
     for number in np.unique(fold):
-        rest, own = fold != number, fold == number
-        part = model(*_arranged(features, target, rest, own, covariates))
+        own = fold == number
+        part = predict_others(model, features, target, own, covariates)
         if predicted is None:
             predicted = np.zeros((len(fold), *part.shape[1:]))
         if part.ndim == 2 and part.shape[1] < predicted.shape[1]:
             part = np.pad(part, ((0, 0), (0, predicted.shape[1] - part.shape[1])))
         predicted[own] = part
     return predicted
-
-
-def _arranged(
-    features: np.ndarray, target: np.ndarray, rest: np.ndarray, own: np.ndarray, covariates: int
-) -> Sequence[np.ndarray]:
-    fitted, others = scale(features[rest], features[own], covariates)
-    return fitted, target[rest], others
