@@ -23,6 +23,7 @@ WORKING_SPACING = 2.0  # mm
 CLOSING_RADIUS = 8.0  # mm; fills vessels and hilum
 TRACHEA_AREA = (40.0, 900.0)  # mm2, cross-section
 TRACHEA_LENGTH = 20.0  # mm, at least
+ROUNDING = 1e-3  # of a squared distance between voxels, which is a whole number
 MERGED_LENGTH = 12.0  # mm along the airway over which its wall may be lost
 
 
@@ -162,7 +163,7 @@ def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float
 def _split_sides(lungs: np.ndarray) -> np.ndarray:
     """Label right (1) and left (2) by the patient's side, also where the lungs touch."""
     markers = None
-    depth = ndimage.distance_transform_edt(lungs)
+    depth = np.sqrt(_squared_distance(~lungs).astype(np.float64))
     for step in range(0, int(depth.max()) + 1):
         labels, count = ndimage.label(depth > step)
         sizes = _sizes(labels, count)
@@ -187,10 +188,11 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
 
     # Pieces that no marker reached: to the nearer lung, unless they are small.
     rest, count = ndimage.label(lungs & (split == 0))
-    if count:
+    sizes = _sizes(rest, count)
+    sizes[0] = 0
+    large = (sizes >= 0.01 * lungs.sum())[rest]
+    if large.any():
         nearest = ndimage.distance_transform_edt(split == 0, return_distances=False, return_indices=True)
-        sizes = _sizes(rest, count)
-        large = np.isin(rest, np.flatnonzero(sizes >= 0.01 * lungs.sum())) & (rest > 0)
         split[large] = split[tuple(nearest[:, large])]
     return split
 
@@ -199,12 +201,20 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
     """Close each lung with a ball and fill its holes; voxels of the other lung stay the other lung's."""
     filled = np.zeros(labels.shape, dtype=np.int8)
     margin = int(np.ceil(radius)) + 1
-    for label in (RIGHT, LEFT):
-        side = np.pad(labels == label, margin)
-        dilated = ndimage.distance_transform_edt(~side) <= radius
-        closed = ndimage.distance_transform_edt(dilated) > radius
-        # The pad lets the ball pass the image's border; cut it away again.
-        closed = (closed | side)[margin:-margin, margin:-margin, margin:-margin]
-        closed = ndimage.binary_fill_holes(closed)
-        filled[closed & (labels != RIGHT + LEFT - label) & (filled == 0)] = label
+    for label, box in zip((RIGHT, LEFT), ndimage.find_objects(labels, LEFT)):
+        own, part = labels[box], filled[box]  # nothing is closed outside a side's own box
+        side = np.pad(own == label, margin)  # lets the ball pass the box's border; cut away again
+        dilated = _squared_distance(side) <= radius**2 + ROUNDING
+        closed = (_squared_distance(~dilated) > radius**2 + ROUNDING) | side
+        closed = ndimage.binary_fill_holes(closed[margin:-margin, margin:-margin, margin:-margin])
+        part[closed & (own != RIGHT + LEFT - label) & (part == 0)] = label
     return filled
+
+
+def _squared_distance(mask: np.ndarray) -> np.ndarray:
+    """Of every voxel outside ``mask`` to the nearest inside, in voxels, squared, float32; 0 inside.
+
+    ITK's, which takes a fifteenth of scipy's time.
+    """
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    return np.maximum(sitk.GetArrayViewFromImage(sitk.SignedMaurerDistanceMap(image, False, True, False)), 0)
