@@ -36,7 +36,7 @@ from misc import process
 from misc.command import OneOf, Parser, at_least, between, run
 from misc.files import write_json, write_text
 from misc.progress import progress_bar
-from models.checkpoint import CheckpointError, build_query_encoder, read_checkpoint, save_checkpoint, strip_module
+from models.checkpoint import save_checkpoint
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
 from tools.evaluation.kinds import KINDS
@@ -44,7 +44,7 @@ from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import held_out_rows
 from tools.finetuning.curve import draw, markdown
 from tools.finetuning.fit import Data, Fitted, fit
-from tools.finetuning.network import LAYERS, POOLINGS
+from tools.finetuning.network import LAYERS, POOLINGS, trained_encoder
 from tools.finetuning.tasks import Split, Task, draw_split, patch_task, patient_task
 
 
@@ -97,14 +97,7 @@ class Arm:
         self.sizes = sizes or {"rep_dim": 128, "moco_dim": 128, "num_experts": 8, "num_coordinates": 1}
         self._encoder = None
         if not self.random:
-            content = read_checkpoint(Path(given))
-            self._encoder, self.sizes = build_query_encoder(Encoder, content, given)
-            queue = strip_module(content["state_dict"]).get("queue")
-            if queue is not None and queue.shape[-1] != store.num_locations:
-                raise CheckpointError(
-                    f"--checkpoint {given} was trained on {queue.shape[-1]} locations, --root-dir "
-                    f"{store.layout.root} has {store.num_locations}"
-                )
+            self._encoder, self.sizes = trained_encoder(given, store)
 
     def prepare(self, seed: int, data: Data, task: Task) -> tuple[Encoder, torch.Tensor]:
         """The encoder, of random weights drawn by the seed, and the representations that it gives, (N, L, rep_dim)."""

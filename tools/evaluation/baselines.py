@@ -13,9 +13,14 @@ PARENCHYMA_HU = -500  # lung is below, chest wall and heart above
 ROWS_AT_ONCE = 64
 
 
+def counts_of(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Voxels of a patch, in HU: a histogram (BINS,), those below -950 and those below -500 HU."""
+    histogram = np.histogram(np.clip(patch, HU_MIN, HU_MAX), np.linspace(HU_MIN, HU_MAX, BINS + 1))[0]
+    return histogram, np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
+
+
 def density_counts(store: PatchStore, no_progress: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Voxels of every patch: a histogram (N, L, BINS), those below -950 HU and those below -500 HU (N, L)."""
-    edges = np.linspace(HU_MIN, HU_MAX, BINS + 1)
     shape = (store.num_subjects, store.num_locations)
     histogram = np.zeros((*shape, BINS), dtype=np.int64)
     low, lung = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -25,9 +30,7 @@ def density_counts(store: PatchStore, no_progress: bool = False) -> tuple[np.nda
             for start in range(0, store.num_subjects, ROWS_AT_ONCE):
                 rows = np.arange(start, min(start + ROWS_AT_ONCE, store.num_subjects))
                 for row, patch in zip(rows, store.read(location, rows)):
-                    histogram[row, location] = np.histogram(np.clip(patch, HU_MIN, HU_MAX), edges)[0]
-                    low[row, location] = np.count_nonzero(patch < EMPHYSEMA_HU)
-                    lung[row, location] = np.count_nonzero(patch < PARENCHYMA_HU)
+                    histogram[row, location], low[row, location], lung[row, location] = counts_of(patch)
             bar.update()
     return histogram, low, lung
 

@@ -1,10 +1,34 @@
 """A head on the encoder: patches of a patient pooled, and a linear layer."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from data.store import PatchStore
+from misc.command import UserError
+from models.checkpoint import build_query_encoder, read_checkpoint, strip_module
+from models.cnn3d import Encoder
+
 POOLINGS = ("mean", "attention")
 LAYERS = ("frozen", "last", "all")
+
+
+def trained_encoder(path: str, store: PatchStore) -> tuple[Encoder, dict]:
+    """A checkpoint's query encoder and its sizes.
+
+    Raises:
+        CheckpointError: it cannot be read. UserError: it was trained on another number of locations.
+    """
+    content = read_checkpoint(Path(path))
+    encoder, sizes = build_query_encoder(Encoder, content, path)
+    queue = strip_module(content["state_dict"]).get("queue")
+    if queue is not None and queue.shape[-1] != store.num_locations:
+        raise UserError(
+            f"--checkpoint {path} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
+            f"{store.num_locations}"
+        )
+    return encoder, sizes
 
 
 class Head(nn.Module):

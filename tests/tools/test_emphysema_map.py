@@ -1,0 +1,171 @@
+"""Maps of a planted label: where it is, they are high; a map lies where its scan does."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+
+from models.cnn3d import Encoder
+from preprocess.patches import patches_of
+from tools.mapping.truth import judge_map
+from tools.mapping.windows import lay_windows, to_scan
+
+from ..conftest import calibrate
+
+LUNGS = {50: (slice(16, 64), slice(16, 48), slice(16, 48)), 100: (slice(16, 64), slice(16, 48), slice(56, 88))}
+SHAPE = (80, 64, 104)  # z, y, x
+TABLE = np.array([[x, 16, z] for x in (16, 56) for z in (16, 32)], dtype=np.int64)
+
+
+def image_of(array, origin=(0.0, 0.0, 0.0), spacing=(1.0, 1.0, 1.0)):
+    image = sitk.GetImageFromArray(array)
+    image.SetOrigin(origin)
+    image.SetSpacing(spacing)
+    return image
+
+
+def atlas_array(right=50, left=100):
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    array[LUNGS[50]], array[LUNGS[100]] = right, left
+    return array
+
+
+def shift(x, y, z):
+    return sitk.TranslationTransform(3, (float(x), float(y), float(z)))
+
+
+@pytest.mark.parametrize("stride", [5, 8])
+def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
+    """Windows valued by their centre's height give that height, in a scan of other spacing, origin and place."""
+    origin, spacing = (-30.0, 12.0, 100.0), (1.5, 1.0, 2.0)
+    atlas = image_of(atlas_array())
+    scan = image_of(np.full((40, 64, 70), -850, dtype=np.int16), origin, spacing)
+    mask = sitk.Resample(image_of(atlas_array(1, 2), origin), scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    transform = shift(*origin)
+    cut = patches_of(scan, transform, atlas, TABLE, 32)
+    windows = lay_windows(cut, mask, TABLE, atlas, transform, stride, 32)
+    centres = np.array(
+        [cut.volume.TransformContinuousIndexToPhysicalPoint((c + 15.5).tolist()) for c in windows.corners]
+    )
+    result = to_scan(centres[:, 2], windows, cut.volume, scan, mask)
+    assert result.GetOrigin() == origin and result.GetSpacing() == spacing
+    values, inside = sitk.GetArrayFromImage(result), sitk.GetArrayFromImage(mask) > 0
+    heights = np.broadcast_to((origin[2] + 2.0 * np.arange(40))[:, None, None], values.shape)
+    assert (values[~inside] == 0).all()
+    deep = inside & (heights > origin[2] + 16 + stride) & (heights < origin[2] + 63 - stride)  # rims are held
+    assert deep.any() and np.abs(values[deep] - heights[deep]).max() < 0.01
+    # Left windows are read at the left places, low ones at the low.
+    middle = centres - np.array(origin)
+    assert (TABLE[windows.places, 0] == np.where(middle[:, 0] < 52, 16, 56)).all()
+    assert set(TABLE[windows.places[middle[:, 2] < 30], 2]) == {16}
+
+
+def test_precision_and_dice_of_known_maps():
+    truth = np.zeros((1, 1, 10), dtype=bool)
+    truth[..., :2] = True
+    mask = np.ones_like(truth)
+    perfect = judge_map(image_of(truth.astype(np.float32)), truth, mask)
+    assert perfect == {"share": 0.2, "average_precision": 1.0, "dice": 1.0}
+    # One of the two first, the other third: precision 1 and 2/3 at the two recalls; Dice 2 * 2/3 / (1 + 2/3).
+    scores = np.array([9.0, 7, 8, 6, 5, 4, 3, 2, 1, 0], dtype=np.float32).reshape(1, 1, 10)
+    found = judge_map(image_of(scores), truth, mask)
+    assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2) and found["dice"] == pytest.approx(0.8)
+    nothing = judge_map(image_of(scores), np.zeros_like(truth), mask)
+    assert nothing["share"] == 0 and np.isnan(nothing["average_precision"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Sixteen chests of two boxes, in each the upper or the lower share of a lung darker, and their store."""
+    folder = tmp_path_factory.mktemp("maps")
+    atlas = image_of(atlas_array())
+    sitk.WriteImage(atlas, folder / "atlas.nii.gz")
+    store, rng = folder / "store", np.random.default_rng(0)
+    for name in ("grouped_patch", "lung_mask", "transform"):
+        (store / name).mkdir(parents=True)
+    (folder / "truth").mkdir()
+    cut, rows, labels, of_patches = [], [], [], []
+    for number in range(16):
+        sid, values = f"{number:03d}", np.full(SHAPE, 40, dtype=np.int16)  # a thin wall about everything
+        lungs, dark = atlas_array() > 0, np.zeros(SHAPE, dtype=bool)
+        height = int(rng.integers(0, 40))
+        box = LUNGS[100 if number % 2 else 50]
+        dark[64 - height if number % 3 else 16 : 64 if number % 3 else 16 + height, box[1], box[2]] = True
+        noise = rng.normal(0, 20, SHAPE)
+        values[2:-2, 2:-2, 2:-2] = (-850 + noise)[2:-2, 2:-2, 2:-2]
+        values[dark] = (-930 + noise)[dark]
+        sitk.WriteImage(image_of(values), folder / f"{sid}.nii.gz")
+        sitk.WriteImage(image_of(dark.astype(np.uint8) * 3), folder / "truth" / f"{sid}.nii.gz")
+        sitk.WriteImage(image_of(atlas_array(1, 2)), store / "lung_mask" / f"{sid}.nii.gz")
+        affine = sitk.AffineTransform(3)
+        sitk.WriteTransform(affine, str(store / "transform" / f"{sid}_Reg_Atlas_Affine_0GenericAffine.mat"))
+        cut.append(patches_of(image_of(values), affine, atlas, TABLE, 32).patches)
+        dark_there = [dark[z : z + 32, y : y + 32, x : x + 32].mean() for x, y, z in TABLE]
+        of_patches += [(sid, place, share) for place, share in enumerate(dark_there)]
+        rows.append((sid, f"{sid}.nii.gz"))
+        labels.append((sid, dark.sum() / lungs.sum()))
+    for place, patches in enumerate(np.stack(cut, axis=1)):
+        np.save(store / "grouped_patch" / f"patch_loc_{place}.npy", patches)
+    np.save(store / "atlas_patch_loc.npy", TABLE)
+    pd.DataFrame(rows, columns=["sid", "image"])[["sid"]].to_csv(store / "subjects.csv", index=False)
+    pd.DataFrame([*rows[:3], ("777", "777.nii.gz")], columns=["sid", "image"]).to_csv(folder / "some.csv", index=False)
+    pd.DataFrame(labels, columns=["sid", "dark"]).assign(same=1).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame(of_patches, columns=["sid", "patch", "value"]).to_csv(folder / "p.csv", index=False)
+    torch.manual_seed(0)
+    encoder = Encoder(16, 4, 2, 1)
+    calibrate(encoder)
+    state = {f"module.encoder_q.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "k.pth.tar")
+    torch.save({"state_dict": {**state, "module.queue": torch.zeros(4, 8, 5)}}, folder / "five.pth.tar")
+    return folder
+
+
+GIVEN = (
+    *("--root-dir", "store", "--checkpoint", "k.pth.tar", "--labels", "labels.csv", "--column", "dark"),
+    *("--input-csv", "some.csv", "--atlas-mask", "atlas.nii.gz", "--no-progress"),
+)
+
+
+def test_planted_disease_is_found_where_it_is(world, run, tmp_path):
+    flags = (*GIVEN, "--truth", "truth", "--truth-values", 3, "--out-dir", tmp_path)
+    result = run("tools/emphysema_map.py", *flags, cwd=world)
+    assert "3 of 4 scans mapped" in result.stdout and "777.nii.gz does not exist" in result.stderr
+    table = pd.read_csv(tmp_path / "maps.csv", dtype={"sid": str})
+    assert (table["sid"] == "777").sum() == 1 and table.set_index("sid").loc["777", "status"] == "failed"
+    done = table[table["status"] == "ok"].groupby("table")[["share", "average_precision"]].mean()
+    for name in ("features", "histogram"):
+        assert done.loc[name, "average_precision"] > 2 * done.loc[name, "share"], done
+    for sid in ("000", "001", "002"):
+        image = sitk.ReadImage(tmp_path / f"{sid}_dark.nii.gz")
+        assert image.GetSize() == SHAPE[::-1] and (tmp_path / f"{sid}_dark.png").stat().st_size > 5000
+
+    before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second start does what is left
+    again = run("tools/emphysema_map.py", *flags, cwd=world)
+    assert again.stdout == result.stdout and (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_labels_of_single_patches_make_a_map_too(world, run, tmp_path):
+    weak = GIVEN.index("--labels")
+    flags = (*GIVEN[:weak], "--patch-labels", "p.csv", *GIVEN[weak + 4 :], "--truth", "truth", "--truth-values", 3)
+    run("tools/emphysema_map.py", *flags, "--out-dir", tmp_path, cwd=world)
+    table = pd.read_csv(tmp_path / "maps.csv")
+    done = table[table["table"] == "features"]
+    assert set(done["column"]) == {"value"} and (done["average_precision"] > 2 * done["share"]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--column", "same"), "column 'same' must have two values"),
+        (("--column", "no"), "labels.csv has no numeric column 'no'; it has dark, same"),
+        (("--checkpoint", "five.pth.tar"), "five.pth.tar was trained on 5 locations, --root-dir"),
+        (("--truth", "truth"), "--truth and --truth-values go together"),
+        (("--patch-labels", "p.csv"), "give --labels and --column, or --patch-labels"),
+    ],
+)
+def test_refusals(world, run_here, tmp_path, flags, message):
+    result = run_here("tools/emphysema_map.py", *GIVEN, *flags, "--out-dir", tmp_path / "out", cwd=world)
+    assert result.returncode == 2 and message in result.stderr
+    assert not list(tmp_path.glob("out/*"))

@@ -1,0 +1,1 @@
+"""Dense prediction: an encoder slid over the lungs of a scan."""

@@ -1,0 +1,109 @@
+"""What is read off patches, and what it says of a label: of patients' means, of a store's patches, of windows."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from data.locations import normalize_locations
+from data.store import PatchStore
+from data.views import to_input
+from misc.progress import progress_bar
+from models.frozen import LOCATIONS_AT_ONCE, freeze
+from preprocess.patches import Patches, cut_patches
+from tools.evaluation.baselines import counts_of
+from tools.evaluation.probe import make_probe
+from tools.mapping.windows import Windows
+
+Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU of one place -> (n, D)
+
+
+class Readers:
+    """Three readings of a patch: the encoder's h, a histogram, and the share of its lung below -950 HU."""
+
+    names = ("features", "histogram", "density")
+
+    def __init__(self, encoder: torch.nn.Module, locations: np.ndarray, device: torch.device):
+        self.encoder = encoder.eval().to(device)
+        self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
+
+    def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
+        """For every place a function from its patches to their readings, (n, rep_dim + BINS + 1)."""
+        places = list(places)
+        for start in range(0, len(places), LOCATIONS_AT_ONCE):
+            some = places[start : start + LOCATIONS_AT_ONCE]
+            for place, frozen in zip(some, freeze(self.encoder, self.locations[some])):
+                yield place, lambda patches, frozen=frozen: self._read(patches, frozen)
+
+    def _read(self, patches: np.ndarray, frozen) -> np.ndarray:
+        h = frozen(torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), to_input)  # (n, rep_dim)
+        counts = [counts_of(patch) for patch in patches]
+        histograms = np.array([histogram / histogram.sum() for histogram, _, _ in counts])  # (n, BINS)
+        density = np.array([[low / max(1, lung)] for _, low, lung in counts])  # (n, 1)
+        return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
+
+    def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
+        """By name, from (..., rep_dim + BINS + 1)."""
+        width = self.encoder.fc.in_features if hasattr(self.encoder.fc, "in_features") else None
+        width = width or self.encoder.fc[-1].out_features
+        return {
+            "features": readings[..., :width],
+            "histogram": readings[..., width:-1],
+            "density": readings[..., -1:],
+        }
+
+
+def patient_means(
+    readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean readings of some rows of the store: over all places (n, rep_dim + BINS + 1), and of each place (L, ...)."""
+    total: np.ndarray | float = 0.0
+    of_place = []
+    with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
+        for place, encode in readers.of_places(range(store.num_locations)):
+            read = encode(store.read(place, rows)).astype(np.float64)
+            total = total + read
+            of_place.append(read.mean(axis=0))
+            bar.update()
+    return total / store.num_locations, np.array(of_place)
+
+
+def patch_readings(readers: Readers, store: PatchStore, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Readings of single patches: (n,) rows and places -> (n, rep_dim + BINS + 1)."""
+    found: np.ndarray | None = None
+    for place, encode in readers.of_places(np.unique(places).tolist()):
+        own = np.flatnonzero(places == place)
+        read = encode(store.read(place, rows[own]))
+        found = np.zeros((len(rows), read.shape[1])) if found is None else found
+        found[own] = read
+    return found
+
+
+def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray) -> np.ndarray:
+    """Readings of windows, less what is usual at their places: (n, rep_dim + BINS + 1).
+
+    Patches are cut a place at a time, so memory stays small.
+
+    Args:
+        usual: (L, rep_dim + BINS + 1), the learnt patients' mean at each place. Places differ more than patients do,
+            as their kernels do: what a model of patients learns is the deviation.
+    """
+    found: np.ndarray | None = None
+    for place, encode in readers.of_places(np.unique(windows.places).tolist()):
+        own = np.flatnonzero(windows.places == place)
+        read = encode(cut_patches(cut.values, windows.corners[own], patch_size)[0])
+        found = np.zeros((len(windows.places), read.shape[1])) if found is None else found
+        found[own] = read - usual[place]
+    return found
+
+
+def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A linear model of a label. Fitted to patients' means it is one of patches too.
+
+    Learning from weak labels by multiple instances, with the mean as the pooling: a linear model of the mean
+    of a patient's patches is the mean of the same model of each, which therefore says how much a patch adds.
+
+    Args:
+        readings: (n, D), less the mean of all: so are the windows'.
+    """
+    return make_probe().fit(readings, target).predict
