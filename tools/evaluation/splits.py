@@ -56,7 +56,8 @@ def look_like_one_patient(sids: list[str]) -> list[str]:
     of_patient: dict[str, list[str]] = {}
     for sid in sids:
         stem = _SCAN.sub("", sid)
-        if stem != sid and re.search(r"\d", stem):
+        within_a_number = sid[len(stem) :].isdigit() and stem[-1:].isdigit()  # 0001 is no scan 01 of patient 00
+        if stem != sid and re.search(r"\d", stem) and not within_a_number:
             of_patient.setdefault(stem, []).append(sid)
     several = [names for names in of_patient.values() if len(names) > 1]
     return several[0] if several and len(of_patient) > 1 else []

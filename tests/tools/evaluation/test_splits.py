@@ -46,6 +46,7 @@ def test_a_patient_is_drawn_with_all_scans():
         (["0001", "0002", "0003"], []),
         (["case1", "case2"], []),
         (["COPD10023", "COPD10024"], []),
+        ([f"{n:04d}" for n in range(1, 201)], []),
     ],
 )
 def test_sids_that_look_like_one_patients(sids, alike):

@@ -1,0 +1,109 @@
+"""How unusual is this lung? A score for every patch and patient, learnt from healthy patients alone.
+
+    python tools/unusual.py --features-dir ssl_exp/NAME/patch_rep/0020 --labels labels.csv --healthy never_smoker \\
+        --out-dir unusual
+
+A density is fitted to the patch features of the patients whose column --healthy is 1: a mean for each place, one
+covariance. A patch's score is its squared Mahalanobis distance over the number of features, about 1 where it is usual;
+a patient's is the mean of his patches. Healthy patients are scored by densities that have not seen them. Writes
+
+    unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
+    patch_scores.csv    sid, patch, value: --patch-labels of emphysema_map.py, which draws it over a scan
+    unusual.json        AUROC of the score between healthy patients and the others that the column knows (0), with its
+                        interval; with --baselines STORE also of the same density of each place's histogram
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.labels import read_labels
+from data.store import PatchStore
+from misc.command import Parser, UserError, run
+from misc.files import write_json, write_text
+from tools.evaluation.baselines import BINS, baseline_tables
+from tools.evaluation.metrics import auroc
+from tools.evaluation.normal import FEWEST, unusual
+from tools.evaluation.splits import resamples
+
+RESAMPLES = 1000
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--features-dir", required=True, help="folder that extract_feature.py wrote")
+    add("--labels", required=True, help="CSV with sid and numeric columns")
+    add("--healthy", required=True, metavar="COLUMN", help="1 for patients to learn from, 0 for others to tell apart")
+    add("--baselines", metavar="STORE", help="patch store of these patients: judge its histograms likewise")
+    add("--out-dir", required=True, help="folder of the scores")
+    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    return parser.parse_args()
+
+
+def read_patches(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Names (N,) and features (N, L, D), mapped from the disk. Raises UserError."""
+    paths = folder / "sid_arr_full.npy", folder / "pred_arr_patch_full.npy"
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--features-dir {folder} has no {path.name}; extract_feature.py writes it")
+    sids, features = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+    if features.ndim != 3 or len(sids) != len(features):
+        raise UserError(
+            f"{paths[1]} is {features.shape} for {len(sids)} subjects; it must be (subjects, patches, features)"
+        )
+    return [str(sid) for sid in sids], features
+
+
+def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
+    """AUROC of (n,) scores for the patients that are not healthy, and its 95 % interval over patients."""
+    truth, both = (~healthy).astype(int), np.stack([-score, score], axis=1)
+    weights = resamples(np.arange(len(score)), RESAMPLES, seed=0)
+    low, high = np.nanquantile(auroc(truth, both, weights), [0.025, 0.975])
+    mean = auroc(truth, both, np.ones((len(score), 1)))[0]
+    return {"auroc": float(mean), "low": float(low), "high": float(high)}
+
+
+def main() -> None:
+    args = parse_arguments()
+    sids, features = read_patches(Path(args.features_dir))
+    values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
+    if args.healthy not in names:
+        raise UserError(f"{args.labels} has no numeric column {args.healthy!r}; it has {', '.join(names)}")
+    column = values[:, names.index(args.healthy)]
+    if not np.isin(column[~np.isnan(column)], (0, 1)).all():
+        raise UserError(f"column {args.healthy!r} of {args.labels} must be 1 (healthy), 0 (not) or missing")
+    healthy, known = column == 1, ~np.isnan(column)
+    if healthy.sum() < FEWEST:
+        raise UserError(
+            f"column {args.healthy!r} of {args.labels} has {healthy.sum()} healthy patients; {FEWEST} needed"
+        )
+    scores = {"features": unusual(np.asarray(features, dtype=np.float64), healthy)}
+    if args.baselines:
+        store = PatchStore(args.baselines)
+        if missing := set(sids) - set(store.sids):
+            raise UserError(f"--baselines {args.baselines} has no subject {min(missing)!r} of --features-dir")
+        table = baseline_tables(store, args.no_progress)["histogram_by_location"].loc[sids].to_numpy()
+        scores["histogram_by_location"] = unusual(table.reshape(len(sids), -1, BINS), healthy)
+    found = {}
+    if (known & ~healthy).any():
+        found = {name: judge(patches.mean(axis=1)[known], healthy[known]) for name, patches in scores.items()}
+    out_dir, ours = Path(args.out_dir), scores["features"]
+    patients = pd.DataFrame({"sid": sids, "score": ours.mean(axis=1), "worst_patch": ours.argmax(axis=1)})
+    write_text(out_dir / "unusual.csv", patients.round(5).to_csv(index=False))
+    places = np.tile(np.arange(ours.shape[1]), len(sids))
+    rows = pd.DataFrame({"sid": np.repeat(sids, ours.shape[1]), "patch": places, "value": ours.ravel().round(4)})
+    write_text(out_dir / "patch_scores.csv", rows.to_csv(index=False))
+    write_json(out_dir / "unusual.json", found)
+    print(f"unusual: {len(sids)} patients, learnt from {healthy.sum()} healthy ones; {out_dir}")
+    for name, figures in found.items():
+        print(f"{name}: AUROC {figures['auroc']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})")
+
+
+if __name__ == "__main__":
+    run(main)
