@@ -43,15 +43,15 @@ def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
     labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 10, "age": np.arange(40.0), "same": 7})
     labels.to_csv(tmp_path / "labels.csv", index=False)
     flags = ("--out-dir", "study", "--root-dir", "store", "--labels", "labels.csv", "--seeds", 1, "--epochs", 1)
-    arms = ("--arms", "full", "random", "--arm", "narrow=--rep-dim 8 --moco-dim 8")
+    arms = ("--arms", "random", "--arm", "narrow=--rep-dim 8 --moco-dim 8")
     shown = run("tools/ablate.py", *flags, *arms, cwd=tmp_path).stdout
     rows = pd.read_csv(tmp_path / "study" / "ablation.csv")
-    assert set(rows["arm"]) == {"baseline", "full", "random", "narrow"} and set(rows["column"]) == {"age"}
+    assert set(rows["arm"]) == {"baseline", "random", "narrow"} and set(rows["column"]) == {"age"}
     assert (tmp_path / "study" / "ablation.png").stat().st_size > 5000
     assert shown.strip() == (tmp_path / "study" / "ablation.md").read_text(encoding="utf-8").strip()
     trained = (tmp_path / "study" / "trained_on.csv").read_text().split()[1:]
     assert trained == [sid for n, sid in enumerate(sids) if n % 4 != 3]
-    log = (tmp_path / "study" / "rows" / "full-0.log").read_text()
+    log = (tmp_path / "study" / "rows" / "narrow-0.log").read_text()
     assert "30 subjects" in log
 
     (tmp_path / "study" / "rows" / "narrow-0.csv").unlink()

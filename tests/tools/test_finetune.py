@@ -72,7 +72,7 @@ def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_training_the_encoder_lowers_its_loss(study, run, tmp_path, layers):
-    flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 1, "--seeds", 1)
+    flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 0.5, "--seeds", 1)
     finetune(run, study, tmp_path / "out", *flags, "--layers", layers, "--pooling", "attention")
     start = torch.load(study / "k.pth.tar", weights_only=True)["state_dict"]
     end = torch.load(tmp_path / "out" / "k.pth.tar", weights_only=True)["state_dict"]
