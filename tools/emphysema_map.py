@@ -12,6 +12,7 @@ time, with the kernels of the nearest location, by the registration that the sto
     {sid}_{column}.nii.gz   float32 on the scan's own grid, in the label's unit, 0 outside the lungs
     {sid}_{column}.png      coronal, sagittal and axial slices of it over the scan
     maps.csv                a row a map: seconds, windows, mean; with --truth how well it finds what is there
+    settings.json           what they were made from
 
 --truth names a folder of label images {sid}.nii.gz (make_cohort.py --class-maps writes such) and --truth-values what
 counts as there; beside the features' map stand those of a histogram's model and of the share below -950 HU.
@@ -19,6 +20,7 @@ Stopped, it goes on where it was; a bad scan costs itself.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -33,7 +35,7 @@ from data.labels import read_labels
 from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.files import write_text, write_whole
+from misc.files import write_json, write_text, write_whole
 from misc.progress import progress_bar
 from misc.sizes import PATCH_SIZE
 from models.cpu.memory import keep_freed_memory
@@ -164,13 +166,27 @@ def map_scan(
     return [{**row, "seconds": round(time.perf_counter() - start, 1)} for row in rows]
 
 
+def settings_of(args: argparse.Namespace, path: Path) -> dict:
+    """What the maps are made from, to keep at ``path``. Raises UserError where those there are from something else."""
+    free = ("input_csv", "out_dir", "device", "no_progress")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in settings if kept.get(name) != settings[name]]
+        if other:
+            flag = other[0].replace("_", "-")
+            raise UserError(f"--out-dir {path.parent} has maps made with another --{flag}; name another folder")
+    return settings
+
+
 def main() -> int:
     args = parse_arguments()
     store = PatchStore(args.root_dir, require_grouped=True)
     atlas, subjects = read_atlas_mask(args.atlas_mask), read_subjects(args.input_csv)
-    encoder, _ = trained_encoder(args.checkpoint, store)
+    encoder, sizes = trained_encoder(args.checkpoint, store)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(args, out_dir / "settings.json")
     listed = out_dir / "maps.csv"
     table = pd.read_csv(listed, dtype={"sid": str}) if listed.is_file() else pd.DataFrame(columns=["sid", "status"])
     table = table[table["status"] == "ok"]
@@ -179,8 +195,9 @@ def main() -> int:
         device = process.start_process(args.device)
         if device.type == "cpu":
             keep_freed_memory()
-        readers = Readers(encoder, store.locations, device)
+        readers = Readers(encoder, sizes["rep_dim"], store.locations, device)
         fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
+        write_json(out_dir / "settings.json", settings)
         with progress_bar(args.no_progress, total=len(todo), desc="emphysema_map", unit="scan") as bar:
             for subject in todo:
                 try:

@@ -143,6 +143,8 @@ def test_planted_disease_is_found_where_it_is(world, run, tmp_path):
     before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second start does what is left
     again = run("tools/emphysema_map.py", *flags, cwd=world)
     assert again.stdout == result.stdout and (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns == before
+    other = run("tools/emphysema_map.py", *flags, "--stride", 16, cwd=world, check=False)
+    assert other.returncode == 2 and "has maps made with another --stride; name another folder" in other.stderr
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ class Readers:
 
     names = ("features", "histogram", "density")
 
-    def __init__(self, encoder: torch.nn.Module, locations: np.ndarray, device: torch.device):
+    def __init__(self, encoder: torch.nn.Module, rep_dim: int, locations: np.ndarray, device: torch.device):
+        self.rep_dim = rep_dim
         self.encoder = encoder.eval().to(device)
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
@@ -44,11 +45,9 @@ class Readers:
 
     def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
         """By name, from (..., rep_dim + BINS + 1)."""
-        width = self.encoder.fc.in_features if hasattr(self.encoder.fc, "in_features") else None
-        width = width or self.encoder.fc[-1].out_features
         return {
-            "features": readings[..., :width],
-            "histogram": readings[..., width:-1],
+            "features": readings[..., : self.rep_dim],
+            "histogram": readings[..., self.rep_dim : -1],
             "density": readings[..., -1:],
         }
 
