@@ -5,6 +5,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+from preprocess import threshold
 from preprocess.scan import ScanError, read_scan
 from preprocess.threshold import segment_lungs
 from tools.cohort.anatomy import draw_anatomy
@@ -112,3 +113,12 @@ def test_real_scan(reference):
     # Lung tissue, vessels filled: mostly dark, some bright.
     assert -880 < np.median(hu[labels > 0]) < -780 and (hu[labels > 0] > -100).mean() > 0.01
     assert hu[160:164, 71:74, 117:121].mean() < -900 and not labels[160:164, 71:74, 117:121].any()  # trachea
+
+
+def test_distances_are_scipys():
+    """Many and large, one after the other: an array that outlived its image would change or crash."""
+    rng = np.random.default_rng(0)
+    masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
+    found = [threshold._squared_distance(mask) for mask in masks]
+    for mask, squared in zip(masks, found):
+        np.testing.assert_allclose(squared, np.square(ndimage.distance_transform_edt(~mask)), atol=1e-2)
