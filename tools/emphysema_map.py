@@ -45,13 +45,11 @@ from preprocess.patches import patches_of
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import Subject, read_subjects
 from tools.finetuning.network import trained_encoder
-from tools.finetuning.tasks import patch_task
+from tools.finetuning.tasks import FEWEST, patch_task
 from tools.mapping.overlay import picture_of_map
 from tools.mapping.readings import Readers, fit_probe, patch_readings, patient_means, window_readings
 from tools.mapping.truth import judge_map
 from tools.mapping.windows import lay_windows, to_scan
-
-FEWEST = 10  # patients to learn from
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,7 +90,8 @@ def fit_probes(
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
             raise UserError(f"{args.patch_labels} has labels of fewer than {FEWEST} subjects that are not to be mapped")
-        read = patch_readings(readers, store, task.rows[own], task.places[own])
+        rows, places = task.rows[own], task.places[own]
+        read = patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
         usual = np.zeros((store.num_locations, read.shape[1]))  # single patches tell places apart themselves
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:

@@ -8,6 +8,7 @@ from misc.progress import progress_bar
 from misc.sizes import HU_MAX, HU_MIN
 
 BINS = 32  # of the histograms, over [-1024, 240] HU
+EDGES = np.linspace(HU_MIN, HU_MAX, BINS + 1)
 EMPHYSEMA_HU = -950  # the clinic's threshold
 PARENCHYMA_HU = -500  # lung is below, chest wall and heart above
 ROWS_AT_ONCE = 64
@@ -15,7 +16,7 @@ ROWS_AT_ONCE = 64
 
 def counts_of(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Voxels of a patch, in HU: a histogram (BINS,), those below -950 and those below -500 HU."""
-    histogram = np.histogram(np.clip(patch, HU_MIN, HU_MAX), np.linspace(HU_MIN, HU_MAX, BINS + 1))[0]
+    histogram = np.histogram(np.clip(patch, HU_MIN, HU_MAX), EDGES)[0]
     return histogram, np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
 

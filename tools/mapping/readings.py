@@ -67,33 +67,33 @@ def patient_means(
     return total / store.num_locations, np.array(of_place)
 
 
-def patch_readings(readers: Readers, store: PatchStore, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Readings of single patches: (n,) rows and places -> (n, rep_dim + BINS + 1)."""
+def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Readings of patches of several places, one place at a time, so memory stays small: (n, rep_dim + BINS + 1).
+
+    Args:
+        places: (n,) rows of the table.
+        read: a place and the numbers of its patches -> those patches, (m, 32, 32, 32) HU.
+    """
     found: np.ndarray | None = None
     for place, encode in readers.of_places(np.unique(places).tolist()):
         own = np.flatnonzero(places == place)
-        read = encode(store.read(place, rows[own]))
-        found = np.zeros((len(rows), read.shape[1])) if found is None else found
-        found[own] = read
+        part = encode(read(place, own))
+        found = np.zeros((len(places), part.shape[1])) if found is None else found
+        found[own] = part
     return found
 
 
 def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray) -> np.ndarray:
     """Readings of windows, less what is usual at their places: (n, rep_dim + BINS + 1).
 
-    Patches are cut a place at a time, so memory stays small.
-
     Args:
         usual: (L, rep_dim + BINS + 1), the learnt patients' mean at each place. Places differ more than patients do,
             as their kernels do: what a model of patients learns is the deviation.
     """
-    found: np.ndarray | None = None
-    for place, encode in readers.of_places(np.unique(windows.places).tolist()):
-        own = np.flatnonzero(windows.places == place)
-        read = encode(cut_patches(cut.values, windows.corners[own], patch_size)[0])
-        found = np.zeros((len(windows.places), read.shape[1])) if found is None else found
-        found[own] = read - usual[place]
-    return found
+    found = patch_readings(
+        readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
+    )
+    return found - usual[windows.places]
 
 
 def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
