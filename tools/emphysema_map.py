@@ -150,8 +150,8 @@ def map_scan(
         truth = np.isin(sitk.GetArrayFromImage(found), args.truth_values)
     rows = []
     for column, (models, limits) in probes.items():
-        for name in readers.names if truth is not None else ("features",):
-            image = to_scan(models[name](readings[name]), windows, cut.volume, scan, mask)
+        for name, reading in readings.items():
+            image = to_scan(models[name](reading), windows, cut.volume, scan, mask)
             row = {"sid": subject.sid, "column": column, "table": name, "status": "ok", "windows": len(windows.cells)}
             row["mean"] = float(sitk.GetArrayViewFromImage(image)[lungs].mean())
             if truth is not None:
@@ -194,7 +194,7 @@ def main() -> int:
         device = process.start_process(args.device)
         if device.type == "cpu":
             keep_freed_memory()
-        readers = Readers(encoder, sizes["rep_dim"], store.locations, device)
+        readers = Readers(encoder, sizes["rep_dim"], store.locations, device, compare=bool(args.truth))
         fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
         write_json(out_dir / "settings.json", settings)
         with progress_bar(args.no_progress, total=len(todo), desc="emphysema_map", unit="scan") as bar:

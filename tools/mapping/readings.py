@@ -19,17 +19,20 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU of one p
 
 
 class Readers:
-    """Three readings of a patch: the encoder's h, a histogram, and the share of its lung below -950 HU."""
+    """Readings of a patch: the encoder's h; and to compare, a histogram and the share of its lung below -950 HU.
 
-    names = ("features", "histogram", "density")
+    Below, D is rep_dim, with ``compare`` rep_dim + BINS + 1.
+    """
 
-    def __init__(self, encoder: torch.nn.Module, rep_dim: int, locations: np.ndarray, device: torch.device):
-        self.rep_dim = rep_dim
+    def __init__(
+        self, encoder: torch.nn.Module, rep_dim: int, locations: np.ndarray, device: torch.device, compare: bool
+    ):
+        self.rep_dim, self.compare = rep_dim, compare
         self.encoder = encoder.eval().to(device)
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
     def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
-        """For every place a function from its patches to their readings, (n, rep_dim + BINS + 1)."""
+        """For every place a function from its patches to their readings, (n, D)."""
         places = list(places)
         for start in range(0, len(places), LOCATIONS_AT_ONCE):
             some = places[start : start + LOCATIONS_AT_ONCE]
@@ -38,24 +41,25 @@ class Readers:
 
     def _read(self, patches: np.ndarray, frozen) -> np.ndarray:
         h = frozen(torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), to_input)  # (n, rep_dim)
+        if not self.compare:
+            return h.cpu().numpy()
         counts = [counts_of(patch) for patch in patches]
         histograms = np.array([histogram / histogram.sum() for histogram, _, _ in counts])  # (n, BINS)
         density = np.array([[low / max(1, lung)] for _, low, lung in counts])  # (n, 1)
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
     def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
-        """By name, from (..., rep_dim + BINS + 1)."""
-        return {
-            "features": readings[..., : self.rep_dim],
-            "histogram": readings[..., self.rep_dim : -1],
-            "density": readings[..., -1:],
-        }
+        """By name, from (..., D)."""
+        found = {"features": readings[..., : self.rep_dim]}
+        if self.compare:
+            found |= {"histogram": readings[..., self.rep_dim : -1], "density": readings[..., -1:]}
+        return found
 
 
 def patient_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean readings of some rows of the store: over all places (n, rep_dim + BINS + 1), and of each place (L, ...)."""
+    """Mean readings of some rows of the store: over all places (n, D), and of each place (L, ...)."""
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
@@ -68,7 +72,7 @@ def patient_means(
 
 
 def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Readings of patches of several places, one place at a time, so memory stays small: (n, rep_dim + BINS + 1).
+    """Readings of patches of several places, one place at a time, so memory stays small: (n, D).
 
     Args:
         places: (n,) rows of the table.
@@ -84,10 +88,10 @@ def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np
 
 
 def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray) -> np.ndarray:
-    """Readings of windows, less what is usual at their places: (n, rep_dim + BINS + 1).
+    """Readings of windows, less what is usual at their places: (n, D).
 
     Args:
-        usual: (L, rep_dim + BINS + 1), the learnt patients' mean at each place. Places differ more than patients do,
+        usual: (L, D), the learnt patients' mean at each place. Places differ more than patients do,
             as their kernels do: what a model of patients learns is the deviation.
     """
     found = patch_readings(
