@@ -110,6 +110,8 @@ def add_method(parser: Parser) -> None:
     add("--location-order", OneOf("sequential", "interleaved"), "sequential", text)
     text = "leave a subject's own keys out of its queue's negatives; where --moco-k exceeds the cohort"
     group.add_argument("--mask-own", action="store_true", help=text)
+    text = "one queue for all locations instead of one each, to see what the latter earns; give it a larger --moco-k"
+    group.add_argument("--one-queue", action="store_true", help=text)
     text = "project with one linear layer (MoCo v1) instead of two; for checkpoints that were trained so"
     group.add_argument("--no-mlp", dest="mlp", action="store_false", help=text)
 
@@ -227,7 +229,7 @@ def build_model(args: argparse.Namespace, locations: int, groups: int) -> DrasCL
     """The model that the flags ask for; ``groups`` are this rank's BatchNorm groups."""
     sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
     queue = dict(num_coordinates=args.num_coordinates, K=args.moco_k, m=args.moco_m, T=args.moco_t, mlp=args.mlp)
-    choices = dict(bn_groups=groups, negatives=args.negatives, mask_own=args.mask_own)
+    choices = dict(bn_groups=groups, negatives=args.negatives, mask_own=args.mask_own, one_queue=args.one_queue)
     return DrasCLR(Encoder, num_patch=locations, **sizes, **queue, **choices)
 
 

@@ -32,6 +32,8 @@ class DrasCLR(nn.Module):
             publication has one for each of its GPUs.
         negatives: ``queue``, as published, or ``batch``: the keys of the step's other subjects, over all ranks.
         mask_own: leave keys of the query's own subject out of the queue's negatives.
+        one_queue: keys of all locations enter the first location's queue, and negatives are from there: what
+            momentum contrast was before each location had a queue of its own.
 
     Attributes:
         probe: what the last step tells beside its logits; see :meth:`_look`.
@@ -57,6 +59,7 @@ class DrasCLR(nn.Module):
         bn_groups: int = 1,
         negatives: str = "queue",
         mask_own: bool = False,
+        one_queue: bool = False,
     ):
         super().__init__()
         if num_coordinates != 1:
@@ -68,6 +71,7 @@ class DrasCLR(nn.Module):
         if negatives not in ("queue", "batch"):
             raise ValueError(f"negatives is {negatives!r}; it must be queue or batch")
         self.negatives, self.mask_own, self.bn_groups = negatives, mask_own, bn_groups
+        self.one_queue = one_queue
         self.probe: dict[str, torch.Tensor] = {}
         self.representation: torch.Tensor | None = None
         self.keys_follow = True
@@ -253,6 +257,8 @@ class DrasCLR(nn.Module):
         (query_patch, query_loc), (key_patch, key_loc), (neighbor_patch, neighbor_loc) = pch_q, pch_k, ngb_q
         batch, k = neighbor_patch.shape[:2]
         self._check(batch, query_loc, key_loc, neighbor_loc, subjects)
+        if self.one_queue:
+            patch_idx = 0  # of the queue; where the patches are from, their locations tell
 
         # -------- queries: patches and neighbours in two BatchNorm passes
         z, h = self.encoder_q(query_patch, query_loc)  # (B, dim), (B, rep_dim)

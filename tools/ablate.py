@@ -44,6 +44,9 @@ ARMS = {
     "full": (),
     "no-neighbours": ("--beta", "0"),
     "one-expert": ("--num-experts", "1"),
+    # Negatives of the step, as in the small recipe, are of one place already: these two differ in the queue alone.
+    "queues": ("--negatives", "queue", "--mask-own"),
+    "one-queue": ("--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
     "random": ("--lr", "0", "--epochs", "1", "--k-neighbors", "1"),  # a pass for BatchNorm's statistics
 }
 COHORT_COLUMNS = (

@@ -235,6 +235,19 @@ def test_negatives_of_the_batch():
 
 
 @torch.no_grad()
+def test_one_queue_takes_the_keys_of_every_location():
+    """The second step, at another location, meets the first one's keys; a queue a location has none of them."""
+    model, inputs, others = calibrated(one_queue=True), draw_inputs(), draw_inputs()
+    first = encoded(model, 1, inputs)[2]
+    step(model, 1, inputs)
+    q, _, second = encoded(model, 2, others)
+    logits = step(model, 2, others)[0]
+    torch.testing.assert_close(logits[:, 1 : 1 + B], q @ first.t() / 0.2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.queue[0, : 2 * B], torch.cat([first, second]), rtol=1e-4, atol=1e-5)
+    assert model.queue_ptr.tolist() == [2 * B % K, 0, 0]
+
+
+@torch.no_grad()
 def test_a_subjects_own_keys_are_masked():
     model, plain, inputs = calibrated(mask_own=True), calibrated(), draw_inputs()
     for one in (model, plain):
