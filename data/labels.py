@@ -12,6 +12,13 @@ from data.tables import read_table
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
+def filled_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Of a column of text: which cells say something, and all of them as numbers, NaN where they are none."""
+    text = column.str.strip()
+    filled = ~text.fillna("").str.lower().isin(MISSING)
+    return filled, pd.to_numeric(text.where(filled), errors="coerce")
+
+
 def read_labels(
     path: str | os.PathLike, sids: list[str], note: Callable[[str], None] = lambda _: None
 ) -> tuple[np.ndarray, list[str]]:
@@ -33,13 +40,11 @@ def read_labels(
     table = read_table(path, file_names=False).set_index("sid")
     numeric = {}
     for name in table.columns:
-        text = table[name].str.strip()
-        filled = ~text.str.lower().isin(MISSING)
-        values = pd.to_numeric(text.where(filled), errors="coerce")
+        filled, values = filled_and_numbers(table[name])
         with np.errstate(over="ignore"):
             wrong = filled & ~np.isfinite(values.astype(np.float32))
         if wrong.any():
-            cell, sid = text[wrong].iloc[0], text[wrong].index[0]
+            cell, sid = table[name][wrong].str.strip().iloc[0], table.index[wrong][0]
             note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number of float32")
         elif filled.any():
             numeric[name] = values

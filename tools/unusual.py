@@ -22,7 +22,6 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels
 from data.store import PatchStore
 from misc.command import Parser, UserError, run
 from misc.files import write_json, write_text
@@ -30,6 +29,7 @@ from tools.evaluation.baselines import BINS, baseline_tables
 from tools.evaluation.metrics import auroc
 from tools.evaluation.normal import FEWEST, unusual
 from tools.evaluation.splits import resamples
+from tools.evaluation.tables import healthy_and_known, patch_sids, read_patch_features
 
 RESAMPLES = 1000
 
@@ -46,20 +46,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_patches(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Names (N,) and features (N, L, D), mapped from the disk. Raises UserError."""
-    paths = folder / "sid_arr_full.npy", folder / "pred_arr_patch_full.npy"
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"--features-dir {folder} has no {path.name}; extract_feature.py writes it")
-    sids, features = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-    if features.ndim != 3 or len(sids) != len(features):
-        raise UserError(
-            f"{paths[1]} is {features.shape} for {len(sids)} subjects; it must be (subjects, patches, features)"
-        )
-    return [str(sid) for sid in sids], features
-
-
 def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
     """AUROC of (n,) scores for the patients that are not healthy, and its 95 % interval over patients."""
     truth, both = (~healthy).astype(int), np.stack([-score, score], axis=1)
@@ -71,19 +57,10 @@ def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    sids, features = read_patches(Path(args.features_dir))
-    values, names = read_labels(args.labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
-    if args.healthy not in names:
-        raise UserError(f"{args.labels} has no numeric column {args.healthy!r}; it has {', '.join(names)}")
-    column = values[:, names.index(args.healthy)]
-    if not np.isin(column[~np.isnan(column)], (0, 1)).all():
-        raise UserError(f"column {args.healthy!r} of {args.labels} must be 1 (healthy), 0 (not) or missing")
-    healthy, known = column == 1, ~np.isnan(column)
-    if healthy.sum() < FEWEST:
-        raise UserError(
-            f"column {args.healthy!r} of {args.labels} has {healthy.sum()} healthy patients; {FEWEST} needed"
-        )
-    scores = {"features": unusual(np.asarray(features, dtype=np.float64), healthy)}
+    path = Path(args.features_dir) / "pred_arr_patch_full.npy"
+    features, sids = read_patch_features(path), patch_sids(path)
+    healthy, known = healthy_and_known(args.labels, sids, args.healthy, FEWEST)
+    scores = {"features": unusual(features, healthy)}
     if args.baselines:
         store = PatchStore(args.baselines)
         if missing := set(sids) - set(store.sids):

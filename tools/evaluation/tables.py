@@ -1,8 +1,13 @@
 """Feature and label tables of a command line, matched by subject."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
+from data.labels import read_labels
 from data.layout import StoreError
 from data.tables import read_table
 
@@ -24,6 +29,68 @@ def read_features(path: str) -> pd.DataFrame:
             "features are finite: extract them again, from another checkpoint if this one's training diverged"
         )
     return table
+
+
+def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) -> np.ndarray:
+    """Features of patches (N, L, D) float32, mapped from the disk where they lie in the wanted order.
+
+    Args:
+        path: of pred_arr_patch_full.npy; sid_arr_full.npy lies beside it.
+        sids: the wanted rows (default: as they lie; see :func:`patch_sids`).
+
+    Raises:
+        StoreError: a file is missing, has another shape, lacks a subject, or has a value that is not finite.
+    """
+    path = Path(path)
+    there = patch_sids(path)
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read as an array: {error}") from error
+    if features.ndim != 3 or len(there) != len(features) or features.dtype.kind != "f":
+        raise StoreError(
+            f"{path} is {features.dtype} {features.shape} for {len(there)} subjects; it must be (subjects, patches, "
+            "features)"
+        )
+    for row in range(len(features)):
+        if not np.isfinite(features[row]).all():
+            raise StoreError(f"{path} has features of sid {there[row]} that are not finite; extract them again")
+    if sids is None or sids == there:
+        return features
+    rows = {sid: row for row, sid in enumerate(there)}
+    lacking = next((sid for sid in sids if sid not in rows), None)
+    if lacking is not None:
+        raise StoreError(f"{path} lacks subject {lacking!r} of the patient features; give both of one extraction")
+    return features[[rows[sid] for sid in sids]]
+
+
+def patch_sids(path: Path) -> list[str]:
+    """Subjects of the rows of pred_arr_patch_full.npy, from the file beside it. Raises StoreError."""
+    beside = path.with_name("sid_arr_full.npy")
+    for file in (path, beside):
+        if not file.is_file():
+            raise StoreError(f"{file.parent} has no {file.name}; extract_feature.py writes it")
+    try:
+        return [str(sid) for sid in np.load(beside, allow_pickle=False)]
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{beside} cannot be read as an array: {error}") from error
+
+
+def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) bool each: who is healthy (1 in the column), and of whom it is known (1 or 0).
+
+    Raises StoreError: no such column, other values, or fewer healthy ones than ``fewest``.
+    """
+    values, names = read_labels(labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
+    if column not in names:
+        raise StoreError(f"{labels} has no numeric column {column!r}; it has {', '.join(names)}")
+    found = values[:, names.index(column)]
+    known, healthy = ~np.isnan(found), found == 1
+    if not np.isin(found[known], (0, 1)).all():
+        raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not) or missing")
+    if healthy.sum() < fewest:
+        raise StoreError(f"column {column!r} of {labels} has {healthy.sum()} healthy patients; {fewest} needed")
+    return healthy, known
 
 
 def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:

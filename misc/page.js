@@ -1,0 +1,24 @@
+"use strict";
+// Shared by pages: the data of write_page, and small helpers.
+
+const ARRAYS = {
+  float32: Float32Array, uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int32: Int32Array, int16: Int16Array,
+};
+
+/** An array that misc.page.packed wrote. */
+function unpack({ dtype, data }) {
+  const text = atob(data);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return new ARRAYS[dtype](bytes.buffer);
+}
+
+/** A new element: name, properties, children (elements or text). */
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+const byId = (id) => document.getElementById(id);
+const DATA = JSON.parse(byId("data").textContent);

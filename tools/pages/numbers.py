@@ -1,0 +1,107 @@
+"""What the page of patients shows: a map, neighbours, and which places tell of a label or are unusual."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tools.evaluation.normal import parts, unusual
+from tools.evaluation.probe import r2_score
+
+FOLDS = 5
+PENALTIES = (0.01, 0.1, 1.0, 10.0)  # times the subjects fitted to, of features with SD 1
+FEWEST = 20  # subjects with a label
+
+
+def standardised(features: np.ndarray) -> np.ndarray:
+    """(N, D) with mean 0 and SD 1, a constant feature 0."""
+    scale = features.std(axis=0)
+    return np.divide(features - features.mean(axis=0), scale, out=np.zeros_like(features), where=scale > 1e-9)
+
+
+def maps_of(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
+    """Places of patients in the plane, (N, 2) float32 each: the first two principal components, and t-SNE.
+
+    Args:
+        features: (N, D), standardised.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    found = {"PCA": PCA(2, random_state=seed).fit_transform(features)}
+    if tsne:
+        perplexity = min(30, (len(features) - 1) / 3)
+        found["t-SNE"] = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
+    return {name: places.astype(np.float32) for name, places in found.items()}
+
+
+def nearest(features: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) rows of the nearest other patients, the nearest first: (N, D), standardised."""
+    from sklearn.neighbors import NearestNeighbors
+
+    rows = NearestNeighbors(n_neighbors=count + 1).fit(features).kneighbors(features, return_distance=False)
+    own = np.arange(len(features))[:, None]
+    # A patient is his own nearest, but not always the first where several are alike: he is moved last, and dropped.
+    order = np.argsort(rows == own, axis=1, kind="stable")
+    return np.take_along_axis(rows, order, axis=1)[:, :count]
+
+
+def importance(
+    features: np.ndarray, target: np.ndarray, told: Callable[[int], None] = lambda _: None, seed: int = 0
+) -> np.ndarray:
+    """How well each place alone tells a label: R² of 5-fold cross-validated ridge regressions.
+
+    The penalty, of a few, is the one that does best over all places that tell anything, so a single place gains
+    next to nothing by its choice.
+
+    Args:
+        features: (N, L, D).
+        target: (N,), NaN where unknown.
+        told: called with the number of places that are done.
+        seed: of the folds.
+
+    Returns:
+        (L,), NaN where the label is known of fewer than 20 patients or is the same for all of them.
+    """
+    known = np.flatnonzero(~np.isnan(target))
+    found = np.full((len(PENALTIES), features.shape[1]), np.nan)
+    if len(known) < FEWEST or np.ptp(target[known]) == 0:
+        return found[0]
+    y = target[known].astype(np.float64)
+    folds = np.array_split(np.random.default_rng(seed).permutation(len(known)), FOLDS)
+    for part in parts(features.shape[1]):
+        block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
+        for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
+            predicted = _out_of_fold(standardised(x), y, folds)  # (penalties, n)
+            found[:, place] = [r2_score(y, values) for values in predicted]
+        told(block.shape[1])
+    return found[np.argmax(found.clip(min=0).mean(axis=1))]
+
+
+def _out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
+    """Predictions by every penalty of subjects that were left out: (n, D), (n,) -> (penalties, n)."""
+    gram, product = x.T @ x, x.T @ y
+    predicted = np.zeros((len(PENALTIES), len(y)))
+    for fold in folds:
+        own, count = x[fold], len(y) - len(fold)
+        total = y.sum() - y[fold].sum()
+        mean = -own.sum(axis=0) / count  # of the others: x is centred on all
+        middle = total / count
+        covariance = gram - own.T @ own - count * np.outer(mean, mean)  # (D, D)
+        moment = product - own.T @ y[fold] - total * mean  # (D,)
+        values, vectors = np.linalg.eigh(covariance)
+        rotated, left = vectors.T @ moment, (own - mean) @ vectors
+        for row, penalty in zip(predicted, PENALTIES):
+            row[fold] = middle + left @ (rotated / (values.clip(min=0) + penalty * count))
+    return predicted
+
+
+def telling(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each patient's places that are farthest from the healthy ones: rows (N, count), scores (N, count).
+
+    Args:
+        features: (N, L, D).
+        healthy: (N,) bool, whom a place's density is fitted to; see tools.evaluation.normal.
+    """
+    scores = unusual(features, healthy)  # (N, L)
+    places = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return places, np.take_along_axis(scores, places, axis=1)

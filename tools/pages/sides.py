@@ -1,0 +1,81 @@
+"""The atlas's lungs, and the places in them, from the front, from the left and from below."""
+
+import base64
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+
+from preprocess.geometry import orient
+
+
+class Side(NamedTuple):
+    """A view of LPS axes: x to the patient's left, y to the back, z to the head."""
+
+    name: str
+    across: int  # axis to the right of the picture
+    up: int
+    upwards: bool  # that axis grows towards the picture's top
+    letters: str  # left, right, top, bottom of the picture
+
+
+SIDES = (
+    Side("from the front", 0, 2, True, "RLHF"),
+    Side("from the left", 1, 2, True, "APHF"),
+    Side("from below", 0, 1, False, "RLAP"),
+)
+
+
+def sides_of(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -> list[dict[str, Any]]:
+    """For every side its name, letters, shape (width over height), picture, and the places' centres in it.
+
+    Args:
+        locations: (L, 3) corners, atlas voxel index (x, y, z).
+        patch_size: voxels.
+        atlas: the atlas's lung mask; without it there are no pictures, and index axes are taken for LPS.
+
+    Returns:
+        Dictionaries with ``name``, ``letters`` (empty without an atlas), ``shape``, ``image`` (a PNG's data address, or
+        empty) and ``places``, (L, 2) float32 from 0 to 1, to the right and downwards.
+    """
+    centres = locations + (patch_size - 1) / 2  # (L, 3)
+    if atlas is None:
+        size, spacing, mask = centres.max(axis=0) + patch_size / 2, np.ones(3), None
+    else:
+        oriented = orient(atlas, "LPS")
+        points = [atlas.TransformContinuousIndexToPhysicalPoint(centre.tolist()) for centre in centres]
+        centres = np.array([oriented.TransformPhysicalPointToContinuousIndex(point) for point in points])
+        size, spacing = np.array(oriented.GetSize(), dtype=float), np.array(oriented.GetSpacing())
+        mask = sitk.GetArrayFromImage(oriented).transpose(2, 1, 0) > 0  # (x, y, z)
+    found = []
+    for side in SIDES:
+        places = (centres[:, [side.across, side.up]] + 0.5) / size[[side.across, side.up]]  # (L, 2)
+        if side.upwards:
+            places[:, 1] = 1 - places[:, 1]
+        extent = size * spacing
+        found.append(
+            {
+                "name": side.name,
+                "letters": side.letters if atlas is not None else "",
+                "shape": round(float(extent[side.across] / extent[side.up]), 4),
+                "image": "" if mask is None else _shadow(mask, side),
+                "places": places.astype(np.float32),
+            }
+        )
+    return found
+
+
+def _shadow(mask: np.ndarray, side: Side) -> str:
+    """How thick the lungs are seen from a side, as the data address of a PNG."""
+    from matplotlib.image import imsave
+
+    depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
+    thickness = mask.sum(axis=depth).astype(float)  # (across, up), the axes in rising order
+    picture = thickness.T  # rows are ``up``, which is the later axis in every side
+    if side.upwards:
+        picture = picture[::-1]
+    grey = 1 - 0.45 * np.sqrt(picture / max(1, picture.max()))
+    stream = io.BytesIO()
+    imsave(stream, grey, cmap="gray", vmin=0, vmax=1, format="png")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
