@@ -69,6 +69,11 @@ class StoreLayout:
         return self.root / "qc" / f"{sid}.png"
 
     @property
+    def qc_page(self) -> Path:
+        """All subjects on one page."""
+        return self.root / "qc" / "index.html"
+
+    @property
     def subject_dirs(self) -> tuple[Path, ...]:
         """Folders of one file a subject, which preprocessing writes."""
         return tuple(name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc))

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations
 from misc.command import Parser, run
 from misc.files import save_array, write_whole
+from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
 from preprocess.patches import Patches, patches_of, share_inside
@@ -42,11 +43,13 @@ from preprocess.subjects import (
 )
 from preprocess.workers import run_subjects
 
+LUNG_BELOW = -500  # HU; chest wall and heart are denser
 FIGURES = (
     "patches",
     "patches_outside",
     "patches_partly_outside",
     "voxels_outside",
+    "lung_hu",
     "centres_in_lungs",
     "centres_in_atlas_lungs",
 )
@@ -71,7 +74,14 @@ def figures_of(cut: Patches, patch_size: int) -> dict[str, Any]:
         "patches_outside": int((cut.outside == whole).sum()),
         "patches_partly_outside": int(((cut.outside > 0) & (cut.outside < whole)).sum()),
         "voxels_outside": int(cut.outside.sum()),
+        "lung_hu": lung_hu(cut.patches),
     }
+
+
+def lung_hu(patches: np.ndarray) -> float | str:
+    """Median HU of what is neither outside (-1024) nor denser than lung (-500): how much air it holds."""
+    values = patches[(patches > HU_MIN) & (patches < LUNG_BELOW)]
+    return round(float(np.median(values)), 1) if len(values) else ""
 
 
 def title_of(sid: str, figures: dict[str, Any]) -> str:

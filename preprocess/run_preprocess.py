@@ -18,6 +18,7 @@ from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
 from preprocess.patchify_atlas import add_locations, lay_locations
 from preprocess.patchify_images import add_cutting, patchify_all
+from preprocess.qc_page import write_qc_page
 from preprocess.register import add_registration, register_all
 from preprocess.segment_lung import add_segmentation, check_segmentation, segment_all
 from preprocess.subjects import (
@@ -44,11 +45,13 @@ def main() -> int:
     check_segmentation(args)
     read_subjects(args.input_csv)
     load_atlas(args.atlas_mask)
+    status = 0
     for step in STEPS:
         status = step(args)
         if status:
-            return status
-    return 0
+            break
+    print(f"qc_page: open {write_qc_page(args.root_dir)} with a browser")
+    return status
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ cat <<EOF
 
 Done in $(($(date +%s) - started)) s. What to look at:
   scans and their truth   $here/$data/cohort/image, labels.csv
-  patch boxes on scans    $here/$data/patches/qc/*.png
+  every scan's patches    $here/$data/patches/qc/index.html (with a browser)
   reports by subject      $here/$data/patches/report/*.csv
   training curves         '$PYTHON' -m tensorboard.main --logdir '$here/$experiment'   (or log.jsonl)
   checkpoint              $here/$experiment/$last

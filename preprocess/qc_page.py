@@ -1,0 +1,132 @@
+"""The page of all subjects, qc/index.html: what the reports say, worst first, with reasons."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from data.layout import StoreLayout
+from misc.page import link_to, packed, write_page
+from preprocess.report import previous_figures
+
+STEPS = ("segment_lung", "register", "patchify_images")
+FEWEST = 8  # subjects that tell what is usual
+STRANGE = 4.0  # robust standard deviations: among some ten figures of 40 usual subjects, none as a rule
+
+
+class Figure(NamedTuple):
+    """A number of the reports, as the page shows it."""
+
+    name: str  # of the column
+    title: str
+    low_is_bad: bool
+    high_is_bad: bool
+    floor: float  # the least spread that counts, in the figure's unit: subjects as alike as this are alike
+
+
+FIGURES = (
+    Figure("right_ml", "right lung, ml", True, True, 10.0),
+    Figure("left_ml", "left lung, ml", True, True, 10.0),
+    Figure("right_share", "right lung's share", True, True, 0.03),
+    Figure("dice", "Dice", True, False, 0.01),
+    Figure("dice_right", "Dice, right", True, False, 0.015),
+    Figure("dice_left", "Dice, left", True, False, 0.015),
+    Figure("centres_in_lungs", "centres in lungs", True, False, 0.03),
+    Figure("lung_hu", "lung, HU", True, True, 25.0),
+    Figure("outside", "out of scan", False, True, 0.01),
+)
+
+
+def read_reports(layout: StoreLayout) -> pd.DataFrame:
+    """A row a subject: status, message and warnings of its steps, and the figures, NaN where there is none.
+
+    The status is of the step that failed first, else ok; the messages are of all steps that failed, with their names.
+    """
+    reports = {step: previous_figures(layout, step) for step in STEPS}
+    sids = sorted({sid for rows in reports.values() for sid in rows} | set(layout.patch_sids()))
+    found = []
+    for sid in sids:
+        rows = {step: rows[sid] for step, rows in reports.items() if sid in rows}
+        failed = {step: row.get("message", "") for step, row in rows.items() if row.get("status") == "failed"}
+        warnings = [row["warnings"] for row in rows.values() if row.get("warnings")]
+        merged = {name: value for row in rows.values() for name, value in row.items()}
+        row = {
+            "sid": sid,
+            "status": "failed" if failed else "ok" if len(rows) == len(STEPS) else "unfinished",
+            "message": "; ".join(f"{step}: {message}" for step, message in failed.items()),
+            "warnings": "; ".join(warnings),
+        }
+        found.append(row | {figure.name: merged.get(figure.name) for figure in FIGURES} | _patch_counts(merged))
+    table = pd.DataFrame(found, columns=["sid", "status", "message", "warnings", *COLUMNS])
+    for name in COLUMNS:
+        table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
+    both = table["right_ml"] + table["left_ml"]
+    table["right_share"] = (table["right_ml"] / both.where(both > 0)).round(4)
+    table["outside"] = (table["voxels_outside"] / (table["patches"] * table["patch_voxels"])).round(5)
+    return table
+
+
+COLUMNS = (*(figure.name for figure in FIGURES), "patches", "patch_voxels", "voxels_outside")
+
+
+def _patch_counts(row: dict[str, str]) -> dict[str, Any]:
+    size = pd.to_numeric(row.get("patch_size") or 32)
+    return {"patches": row.get("patches"), "voxels_outside": row.get("voxels_outside"), "patch_voxels": size**3}
+
+
+def judge(table: pd.DataFrame) -> pd.DataFrame:
+    """How strange each subject is among the others, and why.
+
+    Returns:
+        ``score``: the largest deviation of its figures towards the bad side, in robust standard deviations (median and
+        1.4826 times the median absolute deviation); 1,000 more where a step failed, 500 where one is missing.
+        ``reasons``: its message, its warnings, and each figure that deviates by more than 4, with what is usual.
+    """
+    score, reasons = np.zeros(len(table)), [[] for _ in range(len(table))]
+    for figure in FIGURES:
+        values = table[figure.name].to_numpy()
+        known = ~np.isnan(values)
+        if known.sum() < FEWEST:
+            continue
+        usual = np.median(values[known])
+        spread = max(1.4826 * np.median(np.abs(values[known] - usual)), figure.floor)
+        away = np.where(known, (values - usual) / spread, 0.0)
+        bad = np.maximum(away if figure.high_is_bad else 0, -away if figure.low_is_bad else 0)
+        score = np.maximum(score, np.minimum(bad, 99.0))
+        for row in np.flatnonzero(bad > STRANGE):
+            reasons[row].append(f"{figure.title} {values[row]:.4g} (usual {usual:.4g})")
+    status = table["status"].to_numpy()
+    score = score + np.where(status == "failed", 1000, np.where(status == "unfinished", 500, 0))
+    texts = [
+        "; ".join(filter(None, [row.message, row.warnings, *own])) for row, own in zip(table.itertuples(), reasons)
+    ]
+    return pd.DataFrame({"score": score, "reasons": texts})
+
+
+def write_qc_page(root_dir: str | Path) -> Path:
+    """Write qc/index.html of a store, worst subjects first; its path.
+
+    Pictures are linked, not copied, so the page is small and a folder that is moved takes them along.
+    """
+    layout = StoreLayout(root_dir)
+    page = layout.qc_page
+    table = read_reports(layout)
+    judged = judge(table)
+    order = np.lexsort((table["sid"], -judged["score"]))
+    table, judged = table.iloc[order], judged.iloc[order]
+    pictures = np.array([layout.qc(sid).is_file() for sid in table["sid"]], dtype=np.uint8)
+    data = {
+        "sids": table["sid"].tolist(),
+        "status": table["status"].tolist(),
+        "reasons": judged["reasons"].tolist(),
+        "scores": packed(judged["score"].to_numpy(dtype=np.float32)),
+        "pictures": {"known": packed(pictures), "folder": link_to(layout.qc("x").parent, page)},
+        "figures": [
+            {"title": figure.title, "values": packed(table[figure.name].to_numpy(dtype=np.float32))}
+            for figure in FIGURES
+        ],
+        "strange": STRANGE,
+    }
+    write_page(page, Path(__file__).resolve().parent, "qc_page", f"Preprocessing of {layout.root.resolve().name}", data)
+    return page
