@@ -8,23 +8,20 @@ import numpy as np
 import SimpleITK as sitk
 
 from preprocess.atlas import read_affine
+from preprocess.refine import refine
 from preprocess.scan import ScanError
 
-REGISTRATION_SPACING = 4.0  # mm
-SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on a proportionally finer grid
-LABELS = {1: 50.0, 2: 100.0}  # patient's mask -> the atlas's labels
+REGISTRATION_SPACING = 8.0  # mm, of the masks that ANTs compares
+REFINED_SPACING = 3.0  # mm, of those whose overlap is maximised from there on
+SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proportionally finer grids
+ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # right and left
 
 
-def coarse_labels(mask: sitk.Image, values: dict[int, float], spacing: float):
-    """The mask as an ANTs image of label values, averaged onto a coarse grid with a margin of zeros."""
+def coarse_lungs(mask: sitk.Image, spacing: float):
+    """Both lungs as an ANTs image, 1 inside, averaged onto a coarse grid with a margin of zeros."""
     import ants
 
-    labels = sitk.GetArrayViewFromImage(mask)
-    floats = np.zeros(labels.shape, dtype=np.float32)
-    for label, value in values.items():
-        floats[labels == label] = value
-    image = sitk.GetImageFromArray(floats)
-    image.CopyInformation(mask)
+    image = sitk.Cast(mask > 0, sitk.sitkFloat32)
     image = sitk.BinShrink(image, [max(1, round(spacing / own)) for own in image.GetSpacing()])
     size = [int(np.ceil(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
     image = sitk.Resample(
@@ -50,39 +47,40 @@ def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> d
 
     return {
         "dice": dice(warped > 0, fixed > 0),
-        "dice_right": dice(warped == 1, fixed == 50),
-        "dice_left": dice(warped == 2, fixed == 100),
+        "dice_right": dice(warped == SCAN_LABELS[0], fixed == ATLAS_LABELS[0]),
+        "dice_left": dice(warped == SCAN_LABELS[1], fixed == ATLAS_LABELS[1]),
     }
 
 
 def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = None) -> sitk.Transform:
-    """The affine that takes the atlas's points to the scan's; the same masks give the same one again.
+    """The affine that takes the atlas's points to the scan's; the same masks give the same one again, to the bit.
+
+    ANTs brings both lungs together as one shape; from there the overlap of the sides is maximised (refine.py).
 
     Args:
         atlas: lung mask, 50 right, 100 left.
         mask: the scan's lung mask, 1 right, 2 left.
-        target: where ANTs's own file of it (.mat) goes as well.
+        target: where ITK's file of it (.mat) goes as well.
 
     Raises:
         ScanError: ANTs made none.
     """
     extent = max(n * own for n, own in zip(atlas.GetSize(), atlas.GetSpacing()))
-    spacing = REGISTRATION_SPACING * min(1.0, extent / SMALL_ATLAS)
-    fixed = coarse_labels(atlas, {50: 50.0, 100: 100.0}, spacing)
-    moving = coarse_labels(mask, LABELS, spacing)
+    scale = min(1.0, extent / SMALL_ATLAS)
+    fixed, moving = (coarse_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
     # ANTs draws the voxels that it compares; antspyx 0.6 takes a random_seed and ignores it, ANTs reads this.
     os.environ["ANTS_RANDOM_SEED"] = "1"
     import ants
 
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target and target.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         ants.registration(
             fixed,
             moving,
             type_of_transform="Affine",
             outprefix=os.path.join(folder, "x_"),
             aff_metric="meansquares",
-            aff_iterations=(200, 100),
+            aff_iterations=(40, 0),
             aff_shrink_factors=(2, 1),
             aff_smoothing_sigmas=(1, 0),
             aff_random_sampling_rate=0.5,
@@ -91,7 +89,7 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = No
         written = Path(folder) / "x_0GenericAffine.mat"
         if not written.is_file():
             raise ScanError("ANTs wrote no transform; see whether the temporary folder's disk is full")
-        transform = read_affine(written)
-        if target:
-            os.replace(written, target)
-    return transform
+        found = refine(atlas, ATLAS_LABELS, mask, SCAN_LABELS, read_affine(written), REFINED_SPACING * scale)
+    if target:
+        sitk.WriteTransform(found, str(target))
+    return found

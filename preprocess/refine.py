@@ -1,0 +1,156 @@
+"""An affine between lung masks, refined until the overlap of both sides is as large as an affine allows.
+
+ANTs compares intensities: labels of two values weigh one lung more than the other, one value for both forgets
+which side is which. What is wanted is the overlap itself, so from ANTs's transform on it is maximised directly.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+LEVELS = ((2.5, 30), (1.5, 12))  # grid of the atlas's points, times the registration's spacing; iterations
+LENGTH = 100.0  # mm; a step of 1 in the matrix moves a point this far from the centre by as much
+TOLERANCE = 1e-5  # of the sides' Dice together, between iterations
+
+
+class Points(NamedTuple):
+    """The atlas's lungs as points."""
+
+    places: np.ndarray  # (P, 3) mm
+    weights: np.ndarray  # (P, 2) ml of the right and of the left lung around each
+
+
+class Sampled(NamedTuple):
+    """A scan's lungs on a coarse grid."""
+
+    shares: np.ndarray  # (x, y, z, 2) share of each voxel that is right and left lung, with a border of zeros
+    to_index: np.ndarray  # (3, 4) point in mm -> index
+    volumes: np.ndarray  # (2,) ml
+
+
+def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -> tuple[np.ndarray, sitk.Image]:
+    """Share of each side in coarse voxels of about ``spacing`` mm: (x, y, z, 2) float64, and the grid as an image."""
+    array = sitk.GetArrayViewFromImage(labels)
+    shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
+    box = ndimage.find_objects((array > 0).astype(np.uint8))[0][::-1]  # x, y, z
+    labels = labels[box]
+    # Voxels that do not fill a coarse one would be dropped; the border keeps lungs away from the edge.
+    margin = [factor * 2 for factor in shrink]
+    upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
+    labels = sitk.ConstantPad(labels, margin, upper, 0)
+    found, grid = [], None
+    for value in values:
+        grid = sitk.BinShrink(sitk.Cast(labels == value, sitk.sitkFloat32), shrink)
+        found.append(sitk.GetArrayFromImage(grid).transpose(2, 1, 0).astype(np.float64))
+    return np.stack(found, axis=-1), grid
+
+
+def _index_to_point(grid: sitk.Image) -> np.ndarray:
+    """(3, 4) of an image: index -> mm."""
+    matrix = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
+    return np.column_stack([matrix, grid.GetOrigin()])
+
+
+def points_of(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
+    """The atlas's lungs as points about ``spacing`` mm apart."""
+    shares, grid = coarse_shares(atlas, values, spacing)
+    index = np.argwhere(shares.any(axis=-1))  # (P, 3)
+    to_point = _index_to_point(grid)
+    millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
+    return Points(index @ to_point[:, :3].T + to_point[:, 3], shares[tuple(index.T)] * millilitres)
+
+
+def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
+    """A scan's lungs on a grid of about ``spacing`` mm."""
+    shares, grid = coarse_shares(mask, values, spacing)
+    to_point = _index_to_point(grid)
+    inverse = np.linalg.inv(to_point[:, :3])
+    millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
+    return Sampled(
+        shares, np.column_stack([inverse, -inverse @ to_point[:, 3]]), shares.sum(axis=(0, 1, 2)) * millilitres
+    )
+
+
+def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares (P, 2) at points in mm, trilinear, 0 outside, and their derivatives by the point (P, 2, 3)."""
+    index = places @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
+    size = np.array(sampled.shares.shape[:3])
+    index = np.clip(index, 0, size - 1.001)  # the border is zero, and so is what lies beyond it
+    low = index.astype(np.int64)
+    f = index - low  # (P, 3)
+    strides = np.array([size[1] * size[2], size[2], 1])
+    flat, start = sampled.shares.reshape(-1, 2), low @ strides
+    corner = [flat[start + (a * strides[0] + b * strides[1] + c)] for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+    c000, c001, c010, c011, c100, c101, c110, c111 = corner  # (P, 2) each
+    x, y, z = f[:, :1], f[:, 1:2], f[:, 2:]
+    d00, d01, d10, d11 = c100 - c000, c101 - c001, c110 - c010, c111 - c011
+    e00, e01, e10, e11 = c000 + x * d00, c001 + x * d01, c010 + x * d10, c011 + x * d11
+    g0, g1 = e00 + y * (e10 - e00), e01 + y * (e11 - e01)
+    h0, h1 = d00 + y * (d10 - d00), d01 + y * (d11 - d01)
+    by_x = h0 + z * (h1 - h0)
+    by_y = (e10 - e00) * (1 - z) + (e11 - e01) * z
+    by_index = np.stack([by_x, by_y, g1 - g0], axis=2)  # (P, 2, 3)
+    return g0 + z * (g1 - g0), by_index @ sampled.to_index[:, :3]
+
+
+def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray) -> tuple[float, np.ndarray]:
+    """Minus the Dice of right, left and both lungs summed, and its gradient by 12 parameters.
+
+    The scan's lungs, seen from the atlas, have their own volume over the determinant: only the atlas's points are
+    looked at.
+    """
+    matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
+    from_centre = points.places - centre  # (P, 3)
+    shares, slopes = _interpolate(sampled, from_centre @ matrix.T + centre + shift)
+    determinant = abs(np.linalg.det(matrix))
+    sizes = points.weights.sum(axis=0), sampled.volumes / determinant  # (2,) ml each
+    sides = 2 * (points.weights * shares).sum(axis=0) / (sizes[0] + sizes[1])  # (2,)
+    together = points.weights.sum(axis=1)  # (P,)
+    both = 2 * (together * shares.sum(axis=1)).sum() / (sizes[0] + sizes[1]).sum()
+
+    total = (sizes[0] + sizes[1]).sum()
+    pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total  # (P, 2), by each share
+    by_place = (pull[:, :, None] * slopes).sum(axis=1)  # (P, 3)
+    by_matrix = np.einsum("pi,pj->ij", by_place, from_centre)
+    # The volumes change with the determinant, whose derivative is itself times the inverse transposed.
+    by_size = (sides * sizes[1] / (sizes[0] + sizes[1])).sum() + both * sizes[1].sum() / total
+    by_matrix += by_size * np.linalg.inv(matrix).T
+    gradient = np.concatenate([by_matrix.ravel() / LENGTH, by_place.sum(axis=0)])
+    return -float(sides.sum() + both), -gradient
+
+
+def refine(
+    atlas: sitk.Image,
+    atlas_values: tuple[int, int],
+    mask: sitk.Image,
+    mask_values: tuple[int, int],
+    transform: sitk.Transform,
+    spacing: float,
+) -> sitk.AffineTransform:
+    """The affine near ``transform`` that overlaps right with right, left with left and both with both best.
+
+    Args:
+        atlas: its lung mask; ``atlas_values`` are its labels of right and left.
+        mask: the scan's, likewise.
+        transform: an affine from atlas points to scan points, to start from.
+        spacing: mm, of the coarse grid that the scan's mask is averaged to.
+    """
+    from scipy.optimize import minimize
+
+    sampled = sample_mask(mask, mask_values, spacing)
+    start = sitk.AffineTransform(transform)
+    coarse = points_of(atlas, atlas_values, spacing * LEVELS[0][0])
+    centre = coarse.places.mean(axis=0)
+    shift = np.array(start.TransformPoint(centre.tolist())) - centre
+    parameters = np.concatenate([np.array(start.GetMatrix()) * LENGTH, shift])
+    for scale, iterations in LEVELS:
+        points = points_of(atlas, atlas_values, spacing * scale)
+        options = dict(maxiter=iterations, ftol=TOLERANCE)
+        parameters = minimize(soft_dice, parameters, (points, sampled, centre), "L-BFGS-B", jac=True, options=options).x
+    found = sitk.AffineTransform(3)
+    found.SetCenter(centre.tolist())
+    found.SetMatrix((parameters[:9] / LENGTH).tolist())
+    found.SetTranslation(parameters[9:].tolist())
+    return found
