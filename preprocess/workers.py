@@ -162,7 +162,12 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
     # A worker that dies (out of memory, a crash in a library) is restarted and costs its subject.
     with _ignored(signal.SIGINT):  # workers inherit it: Ctrl-C is this process's to handle
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+            # Port 0 is any that is free: Dask's own warns on standard error where another run has it.
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=":0",
+            memory_limit=0,
+            silence_logs=50,
         )
     with cluster, Client(cluster) as client:
         yield client, max(1, usable_cores() // workers)

@@ -211,7 +211,7 @@ def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, mon
     np.save(tmp_path / "atlas_patch_loc.npy", np.array([[0, 0, 0], [20, 20, 20]]))
     registering = dict(settings, atlas_mask=mask, atlas="x", min_dice=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(registration.os, "replace", killed)
+        patch.setattr(registration.sitk, "WriteTransform", killed)
         with pytest.raises(KeyboardInterrupt):
             register.register(one, {}, **registering)
         check("register")
