@@ -51,7 +51,7 @@ def test_soft_dice_is_the_overlap_and_its_gradient():
     off = parameters + np.linspace(-3, 3, 12)
     _, gradient = soft_dice(off, points, sampled, centre)
     numeric = approx_fprime(off, lambda p: soft_dice(p, points, sampled, centre)[0], 1e-5)
-    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=2e-6)
+    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=5e-5)  # trilinear values have kinks
 
 
 @pytest.mark.parametrize("direction", [None, "RAS", "PIR"])
