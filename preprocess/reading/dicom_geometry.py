@@ -104,7 +104,7 @@ def _axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         angle = np.rad2deg(np.arcsin(min(1.0, abs(row @ column))))
         raise ScanError(
             f"{folder}: {usual.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off a "
-            f"right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner's own slices"
+            f"right angle, which displaces voxels by {off:.1f} mm; export the series again, from the scanner"
         )
     column = column - row * (row @ column)
     return row, column / np.linalg.norm(column)
@@ -134,7 +134,7 @@ def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
                 min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
             )
             raise ScanError(
-                f"{folder}: {frame.name} has another orientation (0020,0037) than other slices ({usual.name}), turned "
+                f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), turned "
                 f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {_foreign(frame, usual)}"
             )
 
@@ -175,8 +175,8 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
         change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # none where the step drifts
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
-            f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name};"
-            f" taken for even, slices would be up to {away.max():.1f} mm from where they are; {_EVEN}"
+            f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name}"
+            f"; taken for even, slices would be up to {away.max():.1f} mm from where they are; {_EVEN}"
         )
 
 
@@ -226,8 +226,8 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     tilt = text(frames[0].header, "GantryDetectorTilt")
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
-        f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told}):"
-        f" from {frames[1].name} on, each lies beside the one before it, the last by {off:.1f} mm; give a copy in which "
+        f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
+        f": from {frames[1].name} on, each lies beside the one before, the last by {off:.1f} mm; give a copy in which "
         "the tilt is resampled away (dcm2niix writes one, its name ends in _Tilt)"
     )
 

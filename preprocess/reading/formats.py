@@ -14,7 +14,7 @@ NIFTI_NAME = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 NAMES = {  # the names by which ITK finds the reader
     "NIfTI": NIFTI_NAME,
     "NRRD": re.compile(r"\.(nrrd|nhdr)$", re.IGNORECASE),
-    "MetaImage": re.compile(r"\.(mha|mhd)$", re.IGNORECASE),
+    "MetaImage": re.compile(r"\.(mha|mhd)$"),
 }
 SUFFIX = {"NIfTI": ".nii", "NRRD": ".nrrd", "MetaImage": ".mha"}
 STRANGERS = {  # first bytes of files that are taken for scans, and what to do

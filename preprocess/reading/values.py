@@ -98,6 +98,8 @@ def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list
         found.append(0)
     for value in found:
         mask = outside_only(values == value)
+        if mask.mean() < 0.001:
+            continue  # bone or metal at a face
         rest = values[~mask]
         if not value and ((rest > -200) & (rest < 300)).mean() < 0.01:
             continue  # a phantom of water up to its faces
@@ -113,6 +115,8 @@ class Peaks(NamedTuple):
     """Where many voxels of a volume lie, padding aside."""
 
     places: list[float]  # HU, rising
+    heights: list[float]  # share of the voxels in 10 HU, smoothed
+    low: float  # share of the voxels that may be air in a lung, below -700 HU
     sharp: bool  # whether the lowest is narrow, as noise around air is and lung is not
     padding: list[float]  # values that were set aside
 
@@ -130,20 +134,25 @@ def find_peaks(values: np.ndarray) -> Peaks:
         constant = list(_even(sample[low], 0.05))
         aside += [value for value in constant if value not in aside]
         kept &= ~np.isin(sample, constant)
+    if (most := sample == sample.max()).mean() > 0.001:
+        kept &= ~most  # where values were clipped
     rest = sample[kept]
     if rest.size < 0.01 * sample.size:
-        return Peaks([], False, aside)
+        return Peaks([], [], 0.0, False, aside)
     width = 10  # HU
     counts = np.histogram(np.clip(rest, -4000, 3999), np.arange(-4000, 4000 + width, width))[0] / rest.size
     smooth = ndimage.gaussian_filter1d(counts, 2.0)
     middle = np.arange(-4000, 4000, width) + width / 2
-    places: list[float] = []
+    found: dict[float, float] = {}
     for at in np.argsort(-smooth, kind="stable"):
         near = counts[max(0, at - 6) : at + 7].sum()
-        if smooth[at] == smooth[max(0, at - 10) : at + 11].max() and near >= 0.02:
-            places.append(float(middle[at]))
-    places.sort()
-    return Peaks(places, bool(places) and _is_sharp(rest, places[0]), aside)
+        before, after = smooth[max(0, at - 15) : at + 1], smooth[at : at + 16]
+        stands_out = max(before.min(), after.min()) < 0.8 * smooth[at]  # which noise without peaks does not
+        if smooth[at] == smooth[max(0, at - 10) : at + 11].max() and near >= 0.02 and stands_out:
+            found[float(middle[at])] = float(smooth[at])
+    places = sorted(found)
+    sharp = bool(places) and _is_sharp(rest, places[0])
+    return Peaks(places, [found[place] for place in places], float((rest < -700).mean()), sharp, aside)
 
 
 def _is_sharp(values: np.ndarray, place: float) -> bool:
@@ -166,12 +175,15 @@ def _where_it_sits(peaks: Peaks) -> str:
     tissue = [place for place in peaks.places if place >= lowest + 350]
     beside = f" beside padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
     air = f"air sits at about {lowest:.0f}{beside}, where -1000 is expected"
-    body = f"and the body at {' and '.join(f'{place:.0f}' for place in tissue)}, where -100 to 60 are" if tissue else ""
-    in_place = any(-200 <= place <= 200 for place in tissue)
-    if tissue and lowest > -350:
+    body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)}, where -100 and 45 are" if tissue else ""
+    # Fat lies at -100, muscle at 45: one of them is tall. Dense lungs reach -450, and bones are never tall.
+    tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
+    tall = tall or dict(zip(*peaks[:2]))
+    main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
+    if tissue and (lowest > -350 or (lowest > -600 and peaks.low < 0.001)):
         cause = "the rescale intercept (often -1024) was not applied: " if lowest > -100 else ""
         return f"{cause}{air}, {body}"
-    if tissue and not in_place:
+    if tissue and not -150 <= main <= 150:
         cause = "the rescale intercept (often -1024) was applied twice: " if lowest < PADDING_BELOW else ""
         return f"{cause}{air}, {body}"
     if peaks.sharp and not LOWEST_AIR <= lowest <= -930 and lowest > PADDING_BELOW:
