@@ -112,6 +112,11 @@ def _pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarra
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
         raise ScanError(f"{folder}: {lut} has its HU in a table (ModalityLUTSequence), which is not read; convert it")
+    inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
+    if inverted:  # GDCM turns the values over, which are HU as they stand
+        raise ScanError(
+            f"{folder}: {inverted} is MONOCHROME1, dark where dense, which is not read; export it as MONOCHROME2"
+        )
     told: list[str] = []
     many = text(frames[0].header, "NumberOfFrames") not in ("", "1")
     values = _of_one_file(frames, told) if many else _of_files(frames, folder, told)
@@ -142,6 +147,10 @@ def _of_files(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
     kinds = {(_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
     if len(kinds) > 1:  # ITK takes the first slice's type for all, and cuts off what it cannot hold
         reader.SetOutputPixelType(sitk.sitkFloat32)
+    intercepts = [_rescale(frame)[1] for frame in frames]
+    other = next((frame for frame, value in zip(frames, intercepts) if value != intercepts[0]), None)
+    if other:
+        told.append(f"the rescale intercept differs from slice to slice, first at {other.name}: look at the picture")
     with itk_reading(folder, "a DICOM series", told):
         image = reader.Execute()
     return sitk.GetArrayFromImage(image)

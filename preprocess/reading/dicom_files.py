@@ -31,6 +31,7 @@ TAGS = """
     SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
     ProtocolName ConvolutionKernel AcquisitionNumber TemporalPositionIdentifier TemporalPositionIndex ContrastBolusAgent
     NominalPercentageOfCardiacPhase SliceThickness KVP InstanceNumber GantryDetectorTilt NumberOfFrames SamplesPerPixel
+    PhotometricInterpretation
     Rows Columns BitsAllocated BitsStored PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing
     RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence

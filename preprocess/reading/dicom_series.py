@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset
 
 from preprocess.reading.dicom_files import ENHANCED, is_capture, numbers, text
 from preprocess.reading.errors import ScanError
+from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
 # What tells volumes under one SeriesInstanceUID apart, where slices with different values share a place: element,
@@ -33,6 +34,8 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
+# Scanners change these from slice to slice of one volume too: they tell volumes apart only where each is an even stack.
+LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
 NONE = "none"  # for a trait that slices lack, in messages and in the table
 
 
@@ -88,6 +91,7 @@ def frames_of(path: Path, header: Dataset) -> list[Frame]:
             "SliceThickness": measures,
         }
         traits = {name: text(where.get(name, header), name) for name in MIXED}
+        traits |= {name: _plain(traits[name]) for name in ("KVP", "SliceThickness")}
         traits["ImageType"] = text(inside(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
         traits["Matrix"] = "{} x {}".format(*shape)
         frame = Frame(
@@ -104,6 +108,14 @@ def frames_of(path: Path, header: Dataset) -> list[Frame]:
             traits["Plane"] = ("sagittal", "coronal", "axial")[int(np.abs(frame.normal).argmax())]
         frames.append(frame)
     return frames
+
+
+def _plain(value: str) -> str:
+    """Numbers in one form: 120.0 is 120."""
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value
 
 
 @dataclass
@@ -174,6 +186,12 @@ def _side_by_side(groups: list[list[Frame]]) -> bool:
     return False
 
 
+def _all_even(parts: list[list[Frame]]) -> bool:
+    """Whether each part has even steps by itself."""
+    heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
+    return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
+
+
 def _parted(candidate: Candidate) -> list[Candidate]:
     """Volumes that lie side by side under one UID, by the first of MIXED that tells them apart."""
     if not _placed(candidate.frames):
@@ -182,9 +200,10 @@ def _parted(candidate: Candidate) -> list[Candidate]:
         groups: dict[str, list[Frame]] = {}
         for frame in candidate.frames:
             groups.setdefault(frame.traits.get(name, ""), []).append(frame)
-        if len(groups) > 1 and _side_by_side(list(groups.values())):
-            parts = [Candidate(frames, [*candidate.apart, name]) for frames in groups.values()]
-            return [part for whole in parts for part in _parted(whole)]
+        parts = list(groups.values())
+        if len(groups) > 1 and _side_by_side(parts) and (name not in LOOSE or _all_even(parts)):
+            found = [Candidate(frames, [*candidate.apart, name]) for frames in parts]
+            return [part for whole in found for part in _parted(whole)]
     return [candidate]
 
 
@@ -227,6 +246,11 @@ def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -
         lambda one: one.extent >= MIN_EXTENT,
     ):
         kept = [one for one in kept if of_a_chest(one)] or kept
+    if len(kept) > 2 and all(len(one.frames) == 1 for one in kept):
+        raise ScanError(
+            f"{folder} has {len(kept)} series of one slice each: every slice has a SeriesInstanceUID of its own, which "
+            "anonymisation does that forgets what belongs together; anonymise the scan again, one new UID a series"
+        )
     if len(kept) > 1:
         raise ScanError(f"{folder.name} has {_what(kept)}; {advice}: {_listed(kept)}")
     for one in found:
