@@ -25,8 +25,13 @@ class Skip(Exception):
         self.figures = figures or {}
 
 
-def file_stamp(path: str) -> str:
-    """Tells one version of a file from another by size and modification time; of a folder, by its files'."""
+def file_stamp(path: str, series: str = "") -> str:
+    """Tells one version of a file from another by size and modification time; of a folder, by its files'.
+
+    Another choice of ``series`` in the same folder is another scan.
+    """
+    if series:
+        return f"{file_stamp(path)}-{hashlib.sha256(series.encode()).hexdigest()[:8]}"
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)

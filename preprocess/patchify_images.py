@@ -111,7 +111,7 @@ def patchify(
     if not patch_path.is_file():
         read_affine(transform_path)  # raises before anything is touched
     subject.check_image()
-    stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image)}
+    stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]
     files, pictures = [patch_path, corner_path], [picture_path] if qc else []
     output = Output(layout, "patchify_images", subject.sid, previous, files, stamps, inputs, pictures)
@@ -125,7 +125,7 @@ def patchify(
     output.begin()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
-    cut = patches_of(read_scan(subject.image), transform, atlas_image, table, patch_size)
+    cut = patches_of(read_scan(subject.image, subject.series), transform, atlas_image, table, patch_size)
     if (cut.outside == patch_size**3).all():
         raise ScanError(
             f"every patch lies outside {subject.image}; the transform {transform_path} belongs to another scan"

@@ -1,76 +1,82 @@
 """Chest CT scans: read and checked. SimpleITK throughout, so axes are (x, y, z).
 
 Every image is in Hounsfield units (HU) and millimetres, and keeps its physical coordinates
-(LPS: x to the patient's left, y to the back, z to the head) through each step.
+(LPS: x to the patient's left, y to the back, z to the head) through each step. This is the door;
+``reading/`` has a module for each kind of file.
 """
 
-import contextlib
-import gzip
 import os
-import re
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import SimpleITK as sitk
 
-from misc.command import UserError
+from preprocess.reading import nifti
+from preprocess.reading.dicom import read_dicom
+from preprocess.reading.errors import EarlierFailure, ScanError
+from preprocess.reading.formats import check_name, check_stranger, head_of, kind_of
+from preprocess.reading.itk import affine_of, check_right_angles, itk_reading
+from preprocess.reading.values import AIR, check_extent, check_hounsfield
 
-AIR = -1024  # HU; what lies outside a scan
-MIN_EXTENT = 50.0  # mm along each axis
-MAX_HU = 32767
-AIR_BELOW = -850  # HU; air is -1000 and a good part of a lung below this, but not where values are halved or shifted
-PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones noise around air
+__all__ = [
+    "AIR",
+    "FACTS",
+    "EarlierFailure",
+    "Scan",
+    "ScanError",
+    "check_extent",
+    "check_hounsfield",
+    "limit_threads",
+    "load_scan",
+    "read_image",
+    "read_mask",
+    "read_scan",
+]
 
-
-class ScanError(UserError):
-    """One subject's scan, mask or transform cannot be used; the message says why."""
-
-
-class EarlierFailure(ScanError):
-    """An earlier step failed for this subject, and has told why."""
-
-
-@contextlib.contextmanager
-def _itk_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn ITK's many-line exceptions into one line that names the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ScanError(f"{path} cannot be read as {what}: {_itk_reason(str(error))}") from error
-
-
-def _itk_reason(text: str) -> str:
-    if "Unable to determine ImageIO reader" in text:
-        return "its content is none of NIfTI, NRRD and MetaImage; damaged, or another kind of file"
-    if "MetaImageIO" in text and "File cannot be read" in text:  # ITK's own last line is that of errno, unrelated
-        return "its data are cut short, or the data file that its header names is missing"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")[:200]
+FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # columns of a report
+VOXEL = (0.05, 20.0)  # mm; a scan's voxels are 0.3 to 10 mm long
 
 
-def read_image(path: str | os.PathLike) -> sitk.Image:
-    """Read a NIfTI, NRRD, MetaImage or other ITK volume, or a folder of DICOM slices.
+class Scan(NamedTuple):
+    """A chest CT, and what the report tells of it."""
 
-    Raises:
-        ScanError: missing, unreadable, not one 3-D volume of scalars, or slices missing.
-    """
-    path = Path(path)
+    image: sitk.Image  # HU
+    facts: dict[str, str]  # by FACTS
+
+
+def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
+    """An image of any format, and what its file tells of the series."""
     if not path.exists():
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
-        return _read_dicom(path)
-    # ITK fills what a cut NIfTI lacks with a constant and says nothing; the other formats' readers refuse.
-    pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)  # the older form of two files
-    data = next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
-    found = _unpacked_bytes(data)
-    with _itk_errors(path, "an image"):
+        return read_dicom(path, series, warnings)
+    head, packed = head_of(nifti.header_file(path))
+    kind = kind_of(head)
+    if kind == "DICOM":
+        if packed:
+            raise ScanError(f"{path} is DICOM packed with gzip, which is not read; unpack it with gunzip")
+        return read_dicom(path, series, warnings)
+    if not kind:
+        check_stranger(path, head, packed)
+    check_name(path, kind, packed)
+    header = nifti.read_header(nifti.header_file(path)) if kind == "NIfTI" else None
+    if header:
+        nifti.check_forms(path, header, warnings)
+        nifti.check_whole(path, header)
+    told: list[str] = []
+    with itk_reading(path, "an image", told):
         image = sitk.ReadImage(str(path))
-    if found < (expected := _nifti_bytes(image)):
-        raise ScanError(f"{data} is cut short: {found} bytes of {expected:.0f}; copy it again")
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
+    warnings += told
+    image = _one_volume(image, path)
+    if header:
+        nifti.check_placed(path, header, affine_of(image))
+    return image, {}
+
+
+def _one_volume(image: sitk.Image, path: Path) -> sitk.Image:
+    """Raise ScanError unless an image is one 3-D volume of scalars; further axes of length 1 are dropped."""
+    while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
+        image = sitk.Extract(image, [*image.GetSize()[:-1], 0])
     if image.GetDimension() != 3:
         raise ScanError(
             f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; a scan is one 3-D volume"
@@ -82,139 +88,56 @@ def read_image(path: str | os.PathLike) -> sitk.Image:
     return image
 
 
-def _unpacked_bytes(path: Path) -> int:
-    """Bytes in a file, unpacked where it is gzip, whose checksum is compared (about 5 ms/MB, once a step).
+def _check_header(image: sitk.Image, path: Path, warnings: list[str]) -> None:
+    """What any format's header may have wrong: axes, voxel sizes, or nothing in it at all."""
+    check_right_angles(affine_of(image), image.GetSize(), f"{path}: its header")
+    sizes = " x ".join(f"{length:g}" for length in image.GetSpacing())
+    if not VOXEL[0] <= min(image.GetSpacing()) <= max(image.GetSpacing()) <= VOXEL[1]:
+        raise ScanError(f"{path} has voxels of {sizes} mm, which no CT has; its header is not in millimetres")
+    plain = all(abs(value) in (0, 1) for value in image.GetDirection())
+    if plain and not any(image.GetOrigin()) and set(image.GetSpacing()) == {1.0}:
+        warnings.append("the header is that of a bare array (voxels of 1 mm, origin 0), as no scanner writes it: sizes "
+                        "and orientation may be wrong")  # fmt: skip
+
+
+def _load(path: Path, series: str) -> tuple[sitk.Image, dict[str, str], list[str]]:
+    warnings: list[str] = []
+    image, told = _read(path, series.strip(), warnings)
+    _check_header(image, path, warnings)
+    return image, told, warnings
+
+
+def read_image(path: str | os.PathLike, series: str = "") -> sitk.Image:
+    """Read a NIfTI, NRRD, MetaImage or other ITK volume, or a folder of DICOM slices.
+
+    Args:
+        path: a file, or a folder.
+        series: which of a folder's DICOM series: its number, description, kernel or UID.
 
     Raises:
-        ScanError: the gzip stream is cut or damaged.
+        ScanError: missing, unreadable, cut short, not one 3-D volume of scalars, or its voxels are not all where
+            the volume puts them.
     """
-    with open(path, "rb") as stream:
-        if stream.read(2) != b"\x1f\x8b":
-            return path.stat().st_size
-    found = 0
-    try:
-        with gzip.open(path) as stream:
-            while block := len(stream.read(1 << 20)):
-                found += block
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ScanError(f"{path} is cut short or damaged ({error}); copy it again") from error
-    return found
+    return _load(Path(path), series)[0]
 
 
-def _nifti_bytes(image: sitk.Image) -> float:
-    """Bytes that an image's NIfTI header asks for; 0 where it was read from another format."""
-    if not image.HasMetaDataKey("vox_offset"):
-        return 0
-    header = {key: float(image.GetMetaData(key)) for key in ("vox_offset", "bitpix", "dim[0]")}
-    values = np.prod([float(image.GetMetaData(f"dim[{axis}]")) for axis in range(1, int(header["dim[0]"]) + 1)])
-    return header["vox_offset"] + values * header["bitpix"] / 8
+def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
+    """A chest CT in HU, in the orientation it is stored in, with what the report tells of it. Raises ScanError."""
+    image, told, warnings = _load(Path(path), series)
+    image = check_hounsfield(image, path, warnings)
+    facts = {
+        **dict.fromkeys(FACTS, ""),
+        **told,
+        "spacing": " x ".join(f"{length:.4g}" for length in image.GetSpacing()),
+        "size": " x ".join(map(str, image.GetSize())),
+        "warnings": "; ".join(warnings),
+    }
+    return Scan(image, facts)
 
 
-def _cut_slices(folder: Path, read: set[str], sop_class: str) -> list[str]:
-    """Names of files beside the ``read`` ones that should be slices of the class but are damaged.
-
-    GDCM leaves a slice that is cut short out of its series; at the volume's end no gap would show it.
-    """
-    import pydicom
-
-    cut = []
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or str(path) in read or path.name.startswith(".") or path.name == "DICOMDIR":
-            continue
-        with open(path, "rb") as stream:
-            if stream.read(132)[128:] != b"DICM" and path.suffix.lower() != ".dcm":
-                continue
-        try:
-            other = pydicom.filereader.read_file_meta_info(path).MediaStorageSOPClassUID != sop_class
-        except Exception:  # whatever pydicom trips over, the file's first bytes are damaged
-            other = False
-        if not other:
-            cut.append(path.name)
-    return cut
-
-
-def _read_dicom(folder: Path) -> sitk.Image:
-    """The series with most slices in a folder; a gap between slices, or a damaged slice, is an error."""
-    reader = sitk.ImageSeriesReader()
-    with _itk_errors(folder, "a DICOM series"):
-        series = [reader.GetGDCMSeriesFileNames(str(folder), one) for one in reader.GetGDCMSeriesIDs(str(folder))]
-        if not series:
-            below = next((entry.name for entry in sorted(folder.iterdir()) if entry.is_dir()), None)
-            hint = f"; subfolders are not searched, name the one with the slices ({below}?)" if below else ""
-            raise ScanError(f"{folder} is a folder without DICOM slices{hint}")
-        names = max(series, key=len)
-        reader.SetFileNames(names)
-        reader.MetaDataDictionaryArrayUpdateOn()
-        image = reader.Execute()
-    cut = _cut_slices(folder, {name for one in series for name in one}, reader.GetMetaData(0, "0008|0016"))
-    if cut:
-        raise ScanError(
-            f"{folder} has DICOM slices that are cut short or damaged: {cut[0]}"
-            + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
-        )
-    if len(names) < 2:
-        raise ScanError(f"{folder} has no DICOM series of more than one slice")
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError(f"{folder} is not one 3-D volume with one value per voxel")
-
-    if reader.HasMetaDataKey(0, "0020|0032"):  # ImagePositionPatient, mm
-        places = np.array(
-            [[float(v) for v in reader.GetMetaData(i, "0020|0032").split("\\")] for i in range(len(names))]
-        )
-        normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
-        gaps = np.abs(np.diff(places @ normal))
-        if gaps.min() <= 0:
-            raise ScanError(f"{folder} has two slices at one place; keep one reconstruction in the folder")
-        if gaps.max() > 1.1 * np.median(gaps):
-            raise ScanError(f"{folder} lacks slices: steps between {gaps.min():.2f} and {gaps.max():.2f} mm")
-    return image
-
-
-def check_hounsfield(image: sitk.Image, path: str | os.PathLike) -> sitk.Image:
-    """Make sure that values can be HU of a chest; return them as int16, or float32 where fractional.
-
-    Padding (below -1500 HU, NaN too) becomes -1024, so that interpolation does not ring at its edge.
-    Noise around air is left alone here; patches are clipped at -1024 after resampling.
-
-    Raises:
-        ScanError: the values cannot be HU; the message gives the range and the usual cause.
-    """
-    values = sitk.GetArrayViewFromImage(image)
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, nan=AIR, posinf=MAX_HU, neginf=AIR)
-    low, high = float(values.min()), float(values.max())
-    seen = f"{path} has values from {low:g} to {high:g}"
-    if low == high:
-        raise ScanError(f"{seen}: the image is empty")
-    if high <= 5:
-        raise ScanError(f"{seen}: not HU; intensities look rescaled, give the original CT")
-    if low >= 0:
-        raise ScanError(f"{seen}: not HU, air is about -1000; the rescale intercept (often -1024) was not applied")
-    air = float((values < AIR_BELOW).mean())
-    tissue = float(((values > -200) & (values < 300)).mean())
-    if air < 0.01 or tissue < 0.01:
-        raise ScanError(
-            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} soft "
-            "tissue (-200 to 300), at least 1% of each is expected"
-        )
-    values = np.where(values < PADDING_BELOW, AIR, np.minimum(values, MAX_HU))
-    whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
-    checked = sitk.GetImageFromArray(values.astype(np.int16 if whole else np.float32))
-    checked.CopyInformation(image)
-    return checked
-
-
-def check_extent(image: sitk.Image, path: str | os.PathLike) -> None:
-    """Raise ScanError where a volume is too thin for a chest: a localizer, or a few slices of a scan."""
-    extent = [count * spacing for count, spacing in zip(image.GetSize(), image.GetSpacing())]
-    if min(extent) < MIN_EXTENT:
-        size = " x ".join(f"{length:.0f}" for length in extent)
-        raise ScanError(f"{path} spans {size} mm in {image.GetSize()[2]} slices, which is no whole chest")
-
-
-def read_scan(path: str | os.PathLike) -> sitk.Image:
-    """A chest CT in HU, in the orientation it is stored in. Raises ScanError."""
-    return check_hounsfield(read_image(path), path)
+def read_scan(path: str | os.PathLike, series: str = "") -> sitk.Image:
+    """A chest CT in HU, in the orientation it is stored in; see read_image. Raises ScanError."""
+    return load_scan(path, series).image
 
 
 def read_mask(path: str | os.PathLike) -> sitk.Image:
@@ -227,6 +150,6 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
 
 
 def limit_threads(threads: int) -> None:
-    """Threads of ITK's filters in this process; its warnings, of many lines each, are off: our errors say more."""
+    """Threads of ITK's filters in this process; their warnings, of many lines each, are off. A reader's are kept."""
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(max(1, threads))

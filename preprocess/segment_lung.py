@@ -30,7 +30,7 @@ from misc.command import OneOf, Parser, run
 from preprocess.geometry import same_grid, write_image
 from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
-from preprocess.scan import ScanError, read_mask, read_scan
+from preprocess.scan import FACTS, ScanError, load_scan, read_mask
 from preprocess.subjects import Subject, add_progress, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import run_subjects
 
@@ -42,23 +42,27 @@ def segment(
     subject.check_image()
     layout = StoreLayout(root_dir)
     target = layout.lung_mask(subject.sid)
-    stamps = {"method": settings, "image_stamp": file_stamp(subject.image)}
+    stamps = {"method": settings, "image_stamp": file_stamp(subject.image, subject.series)}
     output = Output(layout, "segment_lung", subject.sid, previous, [target], stamps)
 
     def verify() -> dict[str, float]:
         mask = read_mask(target)
         figures = lung_volumes(mask, target)
-        if not output.ours and not same_grid(mask, read_scan(subject.image)):
+        if output.ours:
+            return {**figures, **output.earlier(*FACTS)}
+        scan = load_scan(subject.image, subject.series)
+        if not same_grid(mask, scan.image):
             raise ScanError(
                 f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
             )
-        return figures
+        return {**figures, **scan.facts}
 
     output.keep(verify, overwrite)
     output.begin()
-    mask = lung_mask(read_scan(subject.image), method, weights, subject.image)
+    scan = load_scan(subject.image, subject.series)
+    mask = lung_mask(scan.image, method, weights, subject.image)
     write_image(mask, target)
-    return {**lung_volumes(mask, subject.image), **stamps}
+    return {**lung_volumes(mask, subject.image), **scan.facts, **stamps}
 
 
 # ============================================================ the step

@@ -17,6 +17,7 @@ class Subject(NamedTuple):
 
     sid: str
     image: str  # absolute path; empty where the table has none
+    series: str = ""  # which of a folder's DICOM series
 
     def check_image(self) -> None:
         """Raise ScanError where the table names no image, or one that is not there."""
@@ -31,8 +32,8 @@ def read_subjects(path: str | os.PathLike) -> list[Subject]:
     table = read_table(path, required=("sid", "image"))
     folder = Path(path).resolve().parent
     return [
-        Subject(sid, str(folder / image.strip()) if image.strip() else "")
-        for sid, image in zip(table["sid"], table["image"])
+        Subject(sid, str(folder / image.strip()) if image.strip() else "", series.strip())
+        for sid, image, series in zip(table["sid"], table["image"], table.get("series", [""] * len(table)))
     ]
 
 
@@ -68,7 +69,10 @@ def add_progress(parser: Parser) -> None:
 
 def add_subjects(parser: Parser) -> None:
     """The flags of a step that works through the subjects."""
-    text = "table with columns sid and image; image paths are relative to the table"
+    text = (
+        "table with columns sid and image, and series where a folder has several DICOM series; paths are relative "
+        "to the table"
+    )
     parser.add_argument("--input-csv", required=True, help=text)
     text = (
         "subjects at a time, each in a process of its own; raise it to the number of cores, memory allowing "

@@ -90,6 +90,8 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
         print(f"  {row['sid']}  failed  {row['message']}")
     if len(failures) > FAILURES_SHOWN:
         print(f"  and {len(failures) - FAILURES_SHOWN} more")
+    if warned := [row for row in rows if row.get("warnings")]:
+        print(f"  {len(warned)} with a warning in the report, {warned[0]['sid']} first: {warned[0]['warnings']}")
     if earlier:
         print(f"  {len(earlier)} of the failed had failed in an earlier step, {earlier[0]['sid']} first")
     if counts["ok"] + counts["skipped"] == 0:

@@ -132,7 +132,7 @@ def map_scan(
     start = time.perf_counter()
     probes, usual = fitted
     subject.check_image()
-    scan, mask = read_scan(subject.image), read_mask(store.layout.lung_mask(subject.sid))
+    scan, mask = read_scan(subject.image, subject.series), read_mask(store.layout.lung_mask(subject.sid))
     if not same_grid(mask, scan):
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the grid of {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))

@@ -1,0 +1,206 @@
+"""DICOM files of one folder: their headers, what each is, and whether all of it is there."""
+
+import contextlib
+import re
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from preprocess.reading.errors import ScanError
+from preprocess.reading.formats import is_dicom
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # and the legacy converted one
+CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or what a converter wrote without care
+DIRECTORY = "1.2.840.10008.1.3.10"
+# Values of ImageType (0008,0008) that no slice of a volume has. MIP and its kin are thick projections.
+NO_SLICE = re.compile(
+    r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVIEW|CT_SOM\d (TOP|PROT)|SCREEN ?(SAVE|SHOT)|DOSE.*|REPORT|PROTOCOL|M(AX|IN)?_?IP"
+    r"|PROJECTION( IMAGE)?|BOLUS ?TRACK.*|MONITOR.*"
+)
+NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)  # RescaleType of maps: iodine, atomic numbers; US says nothing
+TAGS = """
+    SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
+    ProtocolName ConvolutionKernel AcquisitionNumber TemporalPositionIdentifier TemporalPositionIndex ContrastBolusAgent
+    NominalPercentageOfCardiacPhase SliceThickness KVP InstanceNumber GantryDetectorTilt NumberOfFrames SamplesPerPixel
+    PhotometricInterpretation
+    Rows Columns BitsAllocated BitsStored PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing
+    RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+""".split()  # noqa: SIM905
+
+
+class Damaged(Exception):
+    """A file that should be a slice and is not whole."""
+
+
+def text(dataset: Dataset, name: str) -> str:
+    """An element as text; ``""`` where it is missing, several values with a backslash between."""
+    try:
+        value = dataset.get(name)
+    except Exception:  # pydicom converts on access, and trips over what scanners write
+        return ""
+    if value is None:
+        return ""
+    many = not isinstance(value, str) and hasattr(value, "__iter__")
+    return "\\".join(map(str, value)) if many else str(value).strip()
+
+
+def numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
+    """``count`` numbers of an element; None where it is missing or empty. Raises ScanError for anything else."""
+    if name not in dataset:
+        return None
+    try:
+        value = dataset.get(name)
+        if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
+            return None
+        found = np.array(value, dtype=float).reshape(count)
+    except Exception:  # see text
+        found = np.full(count, np.nan)
+    if not np.isfinite(found).all():
+        raise ScanError(f"{file}: {name} is not {count} number{'s' * (count > 1)}; write it again from the original")
+    return found
+
+
+def left_out(dataset: Dataset) -> str:
+    """Why a file is no slice of a CT volume, in a word or two; ``""`` where it may be one."""
+    kind, modality = text(dataset, "SOPClassUID"), text(dataset, "Modality")
+    if modality != "CT" and (modality or not kind.startswith(CT)):
+        return modality or UID(kind).name
+    if kind not in ("", CT, *ENHANCED) and not kind.startswith(CAPTURE):
+        return UID(kind).name
+    for value in text(dataset, "ImageType").upper().split("\\"):
+        if NO_SLICE.fullmatch(value.strip()):
+            return value.strip().lower()
+    if text(dataset, "SamplesPerPixel") not in ("", "1"):
+        return "colour picture"
+    unit = text(dataset, "RescaleType")
+    return f"map in {unit}" if NO_HU.fullmatch(unit) else ""
+
+
+def is_capture(dataset: Dataset) -> bool:
+    """Of the class of screenshots, as which some converters write slices too."""
+    return text(dataset, "SOPClassUID").startswith(CAPTURE)
+
+
+def read_header(path: Path) -> Dataset | None:
+    """A DICOM file's elements that matter here; None where the file is not DICOM.
+
+    Raises:
+        Damaged: it should be a slice, but is cut short, or has no pixels.
+    """
+    with open(path, "rb") as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydicom, about values that are not used
+        if not is_dicom(stream.read(132)):
+            if path.suffix.lower() == ".dcm":
+                raise Damaged
+            return None
+        stream.seek(0)
+        try:
+            dataset = dcmread(stream, stop_before_pixels=True, force=True, specific_tags=TAGS)
+        except Exception as error:  # whatever pydicom trips over, the file's first bytes are damaged
+            raise Damaged from error
+        if text(dataset, "SOPClassUID") == DIRECTORY or text(dataset.file_meta, "MediaStorageSOPClassUID") == DIRECTORY:
+            return None
+        if "SOPClassUID" not in dataset and "MediaStorageSOPClassUID" in dataset.file_meta:
+            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
+        unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
+        if (unknown or not left_out(dataset)) and not _has_pixels(stream, dataset):
+            raise Damaged
+    return dataset
+
+
+def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
+    """Whether all pixels are in the file, whose stream stands before them."""
+    syntax = UID(text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
+    if syntax.is_deflated:  # unpacked as a whole, which a cut one does not survive
+        return True
+    order = "<" if syntax.is_little_endian else ">"
+    head = stream.read(8)
+    if len(head) < 8:
+        return False
+    if syntax.is_implicit_VR:
+        length = struct.unpack(f"{order}I", head[4:])[0]
+    else:
+        word = stream.read(4)
+        length = struct.unpack(f"{order}I", word)[0] if len(word) == 4 else 0
+    if length == 0xFFFFFFFF:
+        return _fragments_end(stream)
+    sizes = [int(text(dataset, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")]
+    needed = int(np.prod(sizes, dtype=np.int64)) * int(text(dataset, "BitsAllocated") or 16) // 8
+    start = stream.tell()
+    return min(length, stream.seek(0, 2) - start) >= needed
+
+
+def _fragments_end(stream: BinaryIO) -> bool:
+    """Whether compressed pixels, which come in pieces, reach their end mark."""
+    start = stream.tell()
+    size = stream.seek(0, 2)
+    while start + 8 <= size:
+        stream.seek(start)
+        group, element, length = struct.unpack("<HHI", stream.read(8))
+        if (group, element) == (0xFFFE, 0xE0DD):
+            return True
+        if (group, element) != (0xFFFE, 0xE000):
+            return False
+        start += 8 + length
+    return False
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a folder or file, such as a missing permission, into a ScanError."""
+    try:
+        yield
+    except OSError as error:
+        raise ScanError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, list[str]]:
+    """Slices of CT in a folder by file name, how many files were left out as what, and names of damaged ones."""
+    slices, others, damaged = [], Counter(), []
+    with readable(folder):
+        for path in sorted(folder.iterdir()):
+            if not path.is_file() or path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+                continue
+            try:
+                dataset = read_header(path)
+            except Damaged:
+                damaged.append(path.name)
+                continue
+            if dataset is None:
+                continue
+            if reason := left_out(dataset):
+                others[reason] += 1
+            else:
+                slices.append((path, dataset))
+    return slices, others, damaged
+
+
+def folders_with_slices(folder: Path, most: int = 6) -> list[str]:
+    """Folders below one that have DICOM files, relative to it; the first few."""
+    found = []
+    with readable(folder):
+        for below in sorted(path for path in folder.rglob("*") if path.is_dir()):
+            if _has_dicom(below):
+                found.append(below.relative_to(folder).as_posix())
+                if len(found) == most:
+                    break
+    return found
+
+
+def _has_dicom(folder: Path) -> bool:
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR":
+            with open(path, "rb") as stream:
+                if is_dicom(stream.read(132)):
+                    return True
+    return False

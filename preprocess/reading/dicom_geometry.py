@@ -1,0 +1,248 @@
+"""Where slices lie, and whether they are one volume: every one to 0.1 mm where the volume puts it."""
+
+from collections import Counter
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from preprocess.reading.dicom_files import text
+from preprocess.reading.dicom_series import Frame
+from preprocess.reading.errors import ScanError
+from preprocess.reading.itk import PLACE
+
+ONE_PLACE = 0.2  # of the usual step: slices nearer to each other than this are two of one place
+DIGITS = 5  # of mm: a spacing of 0.9999999 is one of 1 that decimal strings have rounded
+
+
+class Place(NamedTuple):
+    """Where a volume lies: what SimpleITK's images have, axes (x, y, z) = (columns, rows, slices)."""
+
+    origin: tuple[float, ...]
+    spacing: tuple[float, ...]
+    direction: tuple[float, ...]  # 3 x 3, row by row
+
+
+def place_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Place]:
+    """Order slices along their normal, and the grid that they make.
+
+    Raises:
+        ScanError: they make no grid; names the first slice at fault, counted along the normal.
+    """
+    _check_given(frames, folder)
+    usual = _usual(frames)
+    row, column = _axes(usual, folder)
+    normal = np.cross(row, column)
+    frames = sorted(frames, key=lambda frame: (frame.position @ normal, frame.name))
+    _check_alike(frames, usual, folder)
+    axes = np.column_stack([row, column, normal])
+    places = np.array([frame.position for frame in frames])
+    across, down, heights = (places @ axes).T
+    _check_steps(frames, heights, folder)
+    _check_line(frames, places, axes[:, :2].T, folder)
+    _check_tilt(frames, places, axes, folder)
+    first, length = _fitted(heights)
+    start = places[0] + axes @ (_middle(across), _middle(down), first - heights[0])
+    spacing = (usual.spacing[1], usual.spacing[0], round(length / (len(frames) - 1), DIGITS))
+    place = Place(tuple(map(float, start)), tuple(map(float, spacing)), tuple(map(float, axes.ravel())))
+    _check_all(frames, place, folder)
+    return frames, place
+
+
+def _middle(values: np.ndarray) -> float:
+    """From the first of values to the middle of all; 0 where they differ by no more than decimal strings round."""
+    away = values - values[0]
+    return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
+
+
+def _check_given(frames: list[Frame], folder: Path) -> None:
+    """Every slice has a place, an orientation and a pixel spacing."""
+    for name, tag, lost in (
+        ("position", "0020,0032", "their order and distance are"),
+        ("orientation", "0020,0037", "where they lie is"),
+        ("spacing", "0028,0030", "their pixels' size is"),
+    ):
+        without = [frame for frame in frames if getattr(frame, name) is None]
+        if without:
+            which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
+            what = "pixel spacing" if name == "spacing" else name
+            raise ScanError(
+                f"{folder}: {which} no {what} ({tag}), {without[0].name} first, so {lost} unknown; anonymise or "
+                "export the series again with it kept"
+            )
+    for frame in frames:
+        if min(frame.spacing) <= 0 or min(frame.shape) < 2:
+            raise ScanError(
+                f"{folder}: {frame.name} has pixels of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm in a matrix of "
+                f"{frame.shape[0]} x {frame.shape[1]}, which is no slice"
+            )
+    if len(frames) < 2:
+        raise ScanError(f"{folder} has no DICOM series of more than one slice, only {frames[0].name}")
+
+
+def _usual(frames: list[Frame]) -> Frame:
+    """A slice such as most are, to which the others are compared."""
+
+    def kind(frame: Frame) -> Hashable:
+        return (frame.shape, *np.round(frame.orientation, 3) + 0.0, *np.round(frame.spacing, 3))
+
+    kinds = [kind(frame) for frame in frames]
+    return frames[kinds.index(Counter(kinds).most_common(1)[0][0])]
+
+
+def _axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors along rows and columns. Raises ScanError where they are not at right angles."""
+    row, column = usual.orientation[:3], usual.orientation[3:]
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if max(abs(length - 1) for length in lengths) > 0.01:
+        raise ScanError(f"{folder}: {usual.name}'s orientation (0020,0037) is no two directions: its vectors have "
+                        f"lengths {lengths[0]:.3f} and {lengths[1]:.3f} instead of 1")  # fmt: skip
+    row, column = row / lengths[0], column / lengths[1]
+    extent = min(usual.shape[0] * usual.spacing[0], usual.shape[1] * usual.spacing[1])
+    if (off := abs(row @ column) * extent) > PLACE:
+        angle = np.rad2deg(np.arcsin(min(1.0, abs(row @ column))))
+        raise ScanError(
+            f"{folder}: {usual.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off a "
+            f"right angle, which displaces voxels by {off:.1f} mm; export the series again, from the scanner"
+        )
+    column = column - row * (row @ column)
+    return row, column / np.linalg.norm(column)
+
+
+def _extent(frame: Frame) -> np.ndarray:
+    """mm from the first voxel to the last, along columns, then along rows, as spacing is given."""
+    return (np.array(frame.shape) - 1) * frame.spacing
+
+
+def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
+    """All slices have one matrix, pixel spacing and orientation."""
+    for frame in frames:
+        if frame.shape != usual.shape:
+            raise ScanError(
+                f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, other slices have "
+                f"{usual.shape[0]} x {usual.shape[1]} ({usual.name}); {_foreign(frame, usual)}"
+            )
+        if (np.abs(_extent(frame) - _extent(usual)) > PLACE).any():
+            raise ScanError(
+                f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, other "
+                f"slices have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); {_foreign(frame, usual)}"
+            )
+        ends = [f.orientation.reshape(2, 3) * _extent(usual)[::-1, None] for f in (frame, usual)]
+        if np.linalg.norm(ends[0] - ends[1], axis=1).max() > PLACE:
+            cosine = np.clip(
+                min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
+            )
+            raise ScanError(
+                f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), turned "
+                f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {_foreign(frame, usual)}"
+            )
+
+
+def _foreign(frame: Frame, usual: Frame) -> str:
+    """What to do about a slice that is unlike the others."""
+    if frame.traits["Plane"] != usual.traits["Plane"]:
+        return "a localizer? Take it out of the folder"
+    return "keep the slices of one reconstruction in the folder"
+
+
+def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None:
+    """Slices follow each other in one step."""
+    steps = np.diff(heights)
+    usual = float(np.median(steps))
+    if steps.max() < PLACE:
+        raise ScanError(
+            f"{folder}: all {len(frames)} slices are at one place ({frames[0].name} and {frames[1].name} first): their "
+            "positions (0020,0032) were overwritten, or it is one place over time, no volume"
+        )
+    short = np.flatnonzero(steps < max(ONE_PLACE * usual, PLACE / 2))
+    if len(short):
+        raise ScanError(
+            f"{folder} has two slices at one place ({frames[short[0]].name} and {frames[short[0] + 1].name}, "
+            f"{steps[short[0]]:.2f} mm apart); keep each slice once, of one reconstruction and one phase, in the folder"
+        )
+    between = f"steps between {steps.min():.2f} and {steps.max():.2f} mm"
+    wide = np.flatnonzero(steps > usual + max(0.1 * usual, 1.5 * PLACE))
+    if len(wide):
+        where = f"{between}, first between {frames[wide[0]].name} and {frames[wide[0] + 1].name}"
+        multiples = steps[wide] / usual
+        holes = (np.abs(multiples - np.rint(multiples)) < 0.1).all()
+        if holes and (len(wide) < 0.1 * len(steps) or (np.diff(wide) > 1).all()):
+            raise ScanError(f"{folder} lacks slices: {where}; copy or export the whole series")
+        raise ScanError(f"{folder} has slices in uneven steps: {where}; {_EVEN}")
+    away = np.abs(heights - _line(heights))
+    if away.max() > PLACE:
+        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # none where the step drifts
+        at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
+        raise ScanError(
+            f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name}"
+            f"; taken for even, slices would be up to {away.max():.1f} mm from where they are; {_EVEN}"
+        )
+
+
+_EVEN = "reconstruct the scan in even steps, or keep the slices of one step in the folder"
+
+
+def _fitted(values: np.ndarray) -> tuple[float, float]:
+    """Start and length, mm, of the even steps that values are nearest to.
+
+    Positions that were rounded to 0.1 mm may need the fit; for all others the ends give the digits that were written.
+    """
+    along = np.linspace(0, 1, len(values))
+    start, length = float(values[0]), float(values[-1] - values[0])
+    if np.abs(values - start - length * along).max() > PLACE / 2:
+        length, start = map(float, np.polyfit(along, values, 1))
+    return start, length
+
+
+def _line(values: np.ndarray) -> np.ndarray:
+    """Even steps nearest to values."""
+    start, length = _fitted(values)
+    return start + length * np.linspace(0, 1, len(values))
+
+
+def _check_line(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
+    """Slices lie on one line: none jumps within its plane."""
+    sideways = places @ plane.T  # (n, 2)
+    away = np.linalg.norm(sideways - np.column_stack([_line(values) for values in sideways.T]), axis=1)
+    if away.max() <= PLACE:
+        return
+    moves = np.diff(sideways, axis=0)
+    jumps = np.linalg.norm(moves - np.median(moves, axis=0), axis=1)
+    at = int((jumps > PLACE).argmax()) + 1 if (jumps > PLACE).any() else max(int((away > PLACE).argmax()), 1)
+    raise ScanError(
+        f"{folder}: {frames[at].name} lies sideways of the slice before it ({frames[at - 1].name}) by "
+        f"{np.linalg.norm(moves[at - 1]):.1f} mm, unlike the others; keep the slices on one side of the jump, or "
+        "reconstruct them with one field of view"
+    )
+
+
+def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folder: Path) -> None:
+    """The line of slices stands on them: a tilted gantry shears the stack."""
+    whole = (places[-1] - places[0]) @ axes  # along rows, columns, normal
+    off = float(np.hypot(*whole[:2]))
+    if off <= PLACE:
+        return
+    tilt = text(frames[0].header, "GantryDetectorTilt")
+    told = f", GantryDetectorTilt {tilt}" if tilt else ""
+    raise ScanError(
+        f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
+        f": from {frames[1].name} on, each lies beside the one before, the last by {off:.1f} mm; give a copy in which "
+        "the tilt is resampled away (dcm2niix writes one, its name ends in _Tilt)"
+    )
+
+
+def _check_all(frames: list[Frame], place: Place, folder: Path) -> None:
+    """What all of the above is for: the corners of every slice are where the volume has them."""
+    axes = np.array(place.direction).reshape(3, 3) * place.spacing
+    for number, frame in enumerate(frames):
+        rows, columns = frame.shape
+        for x, y in ((0, 0), (columns - 1, 0), (0, rows - 1), (columns - 1, rows - 1)):
+            turn = frame.orientation.reshape(2, 3)
+            own = frame.position + turn[0] * frame.spacing[1] * x + turn[1] * frame.spacing[0] * y
+            off = float(np.linalg.norm(own - (np.array(place.origin) + axes @ (x, y, number))))
+            if off > PLACE + 1e-6:
+                raise ScanError(
+                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its place in an even stack of the slices, of "
+                    f"which {PLACE} mm are allowed; {_EVEN}"
+                )

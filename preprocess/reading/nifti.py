@@ -1,0 +1,147 @@
+"""NIfTI's header, which has the place of the voxels twice and may contradict itself. ITK picks one and says nothing.
+
+Voxel indices go to RAS in mm (LPS with x and y negated) by the sform, an affine, and by the qform, a rotation with
+the voxel sizes. Each has a code; 0 means that it is not set. A header is read here,
+by the standard's offsets, because ITK gives only what it made of it.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from preprocess.reading.errors import ScanError
+from preprocess.reading.formats import head_of, unpacked_bytes
+from preprocess.reading.itk import PLACE, apart, check_right_angles
+
+# A qform is a quaternion in float32: turned by half a circle, it places a far corner 0.3 mm off. 1 mm is a
+# contradiction for sure.
+CONTRADICTION = 1.0  # mm
+LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
+UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units; 2 are millimetres, 0 is unknown and means them
+
+FIELDS = {  # name: offset and type
+    "dim": (40, "8i2"),
+    "bitpix": (72, "i2"),
+    "pixdim": (76, "8f4"),
+    "vox_offset": (108, "f4"),
+    "xyzt_units": (123, "u1"),
+    "qform_code": (252, "i2"),
+    "sform_code": (254, "i2"),
+    "quaternion": (256, "3f4"),
+    "qoffset": (268, "3f4"),
+    "srow": (280, "12f4"),
+}
+
+
+class Header(NamedTuple):
+    """What a NIfTI file says of itself."""
+
+    size: tuple[int, ...]  # voxels along (x, y, z)
+    sform: np.ndarray | None  # (3, 4) index to LPS in mm; None where its code is 0
+    qform: np.ndarray | None
+    units: int
+    bytes: float  # that the data file should have
+    analyze: bool  # the older format, which has neither form
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a NIfTI-1 or ANALYZE file; None where it has none. Raises ScanError for NIfTI-2."""
+    head, _ = head_of(path)
+    orders = [order for order in "<>" if len(head) >= 348 and np.frombuffer(head, f"{order}i4", 1)[0] in (348, 540)]
+    if not orders:
+        return None
+    if np.frombuffer(head, f"{orders[0]}i4", 1)[0] == 540:
+        raise ScanError(f"{path} is NIfTI-2, which ITK does not read; write it as NIfTI-1")
+
+    def field(name: str) -> np.ndarray:
+        offset, kind = FIELDS[name]
+        return np.array(np.frombuffer(head, np.dtype(kind).newbyteorder(orders[0]), 1, offset)[0], dtype=float)
+
+    dim = field("dim")
+    counts = dim[1 : 1 + int(dim[0])] if 1 <= dim[0] <= 7 else np.zeros(0)
+    analyze = head[344:347] not in (b"n+1", b"ni1")
+    sform, qform = (not analyze and field(name) > 0 for name in ("sform_code", "qform_code"))
+    return Header(
+        size=tuple(int(count) for count in (*counts, 1, 1, 1)[:3]),
+        sform=LPS @ field("srow").reshape(3, 4) if sform else None,
+        qform=LPS @ _qform(field("quaternion"), field("qoffset"), field("pixdim")) if qform else None,
+        units=int(field("xyzt_units")) & 7,
+        bytes=float(field("vox_offset") + np.prod(counts) * field("bitpix") / 8),
+        analyze=analyze,
+    )
+
+
+def _qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np.ndarray:
+    """(3, 4) index to RAS, as the standard's nifti_quatern_to_mat44."""
+    b, c, d = quaternion
+    a = 1 - quaternion @ quaternion
+    if a < 1e-7:
+        a, (b, c, d) = 0.0, quaternion / np.linalg.norm(quaternion)
+    a = np.sqrt(a)
+    rotation = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - c * c - b * b],
+        ]
+    )
+    sizes = np.where(pixdim[1:4] > 0, pixdim[1:4], 1.0)
+    return np.column_stack([rotation * sizes * [1, 1, -1 if pixdim[0] < 0 else 1], offset])
+
+
+def header_file(path: Path) -> Path:
+    """Where the header is: in the file itself, or, in the older form of two files, beside the data that are named."""
+    pair = re.sub(r"\.img(\.gz)?$", ".hdr", path.name)
+    return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
+
+
+def check_whole(path: Path, header: Header) -> None:
+    """Raise ScanError where a NIfTI's data are cut: ITK fills what it lacks with a constant and says nothing."""
+    pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
+    data = next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
+    found = unpacked_bytes(data)
+    if found < header.bytes:
+        raise ScanError(f"{data} is cut short: {found} bytes of {header.bytes:.0f}; copy it again")
+
+
+def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
+    """Whether a header says one thing about where the voxels are.
+
+    Raises:
+        ScanError: sheared, or sform and qform contradict each other.
+    """
+    if header.sform is None and header.qform is None:
+        kind = "ANALYZE" if header.analyze else "codes of sform and qform are 0"
+        warnings.append(f"the header does not tell how the patient lies ({kind}); taken as stored in LPS, so right "
+                        "and left, front and back may be exchanged: look at the picture")  # fmt: skip
+        return
+    for name, form in (("sform", header.sform), ("qform", header.qform)):
+        if form is not None:
+            check_right_angles(form, header.size, f"{path}: its {name}")
+    if header.sform is not None and header.qform is not None:
+        off = apart(header.sform, header.qform, header.size)
+        if off > CONTRADICTION:
+            raise ScanError(
+                f"{path}: its sform and its qform contradict each other, they put a voxel up to {off:.1f} mm apart; "
+                "write it again with one of them, from the original scan"
+            )
+        if off > CONTRADICTION / 2:
+            warnings.append(f"sform and qform put a voxel up to {off:.2f} mm apart")
+
+
+def check_placed(path: Path, header: Header, affine: np.ndarray) -> None:
+    """Raise ScanError where ITK's (3, 4) affine is neither of the header's forms, to 0.1 mm."""
+    if header.units in UNITS:
+        raise ScanError(
+            f"{path}: its header gives lengths in {UNITS[header.units]} (xyzt_units {header.units}), which no scanner "
+            "writes; write it again with millimetres (xyzt_units 2)"
+        )
+    forms = [form for form in (header.sform, header.qform) if form is not None]
+    off = min((apart(form, affine, header.size) for form in forms), default=0.0)
+    if off > PLACE:
+        raise ScanError(
+            f"{path}: its voxel sizes (pixdim) contradict its sform, by up to {off:.1f} mm at the volume's corners; "
+            "write it again with one of them, from the original scan"
+        )

@@ -1,0 +1,246 @@
+"""Whether values are HU of a chest: where air and soft tissue sit once padding is told from them.
+
+Padding is what fills the image outside the field of view: one exact value that reaches the image's faces. It is
+looked for first, because it passes for air (or bone) in any count of voxels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from preprocess.reading.errors import ScanError
+
+AIR = -1024  # HU; what lies outside a scan
+MIN_EXTENT = 50.0  # mm along each axis
+MAX_HU = 32767
+AIR_BELOW = -850  # HU; air is -1000 and a good part of a lung below this, but not where values are halved or shifted
+PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones noise around air
+LOWEST_AIR = -1100  # HU; air with a scanner's own offset, not padding
+BRIGHT = 1500  # HU; no large even area at an image's face is as dense
+SATURATED = 3071  # HU; the highest of 12 bits: bone and metal below, padding or metal above
+SAMPLE = 3_000_000  # voxels are enough to see where peaks lie
+
+
+# ------------------------------------------------------------ padding
+
+
+def outside_only(mask: np.ndarray) -> np.ndarray:
+    """What of a (z, y, x) mask reaches the edge of its plane of fixed z: a ring around the field, not metal inside."""
+    kept = np.zeros_like(mask)
+    for plane, target in zip(mask, kept):
+        if plane.all():
+            target[:] = True
+        elif plane.any():
+            parts, count = ndimage.label(plane)
+            at_edge = np.zeros(count + 1, dtype=bool)
+            for edge in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+                at_edge[edge] = True
+            at_edge[0] = False
+            target[:] = at_edge[parts]
+    return kept
+
+
+def fill_padding(
+    values: np.ndarray, ranges: Sequence[tuple[float, float]], where: slice | list[int], warnings: list[str]
+) -> np.ndarray:
+    """Air in place of the padding that a file names itself.
+
+    Args:
+        values: (slices, rows, columns) in HU; changed in place where their type can hold -1024, else copied.
+        ranges: lowest and highest HU of the padding; several where it is stored ambiguously.
+        where: the slices that it is for.
+        warnings: gets a line where padding lay among the values of a body, or above them.
+    """
+    if values.dtype.kind in "iu" and np.iinfo(values.dtype).min > AIR:
+        values = values.astype(np.int32)
+    for low, high in ranges:
+        if low >= LOWEST_AIR and high <= AIR_BELOW:
+            continue  # it is air already
+        part = values[where]
+        mask = (part >= low - 0.01) & (part <= high + 0.01)
+        if not mask.any():
+            continue
+        if high >= LOWEST_AIR and low <= SATURATED:  # a value that tissue has too
+            mask = outside_only(mask)
+            if mask.mean() < 0.001:
+                continue
+        part[mask] = AIR
+        values[where] = part
+        if high >= LOWEST_AIR:
+            warnings.append(
+                f"padding of {low:g} HU (PixelPaddingValue), {mask.mean():.1%} of the voxels, taken for air"
+            )
+    return values
+
+
+def _faces(values: np.ndarray) -> np.ndarray:
+    """Voxels on the six faces of a volume."""
+    return np.concatenate([face.ravel() for axis in range(3) for face in (values.take(0, axis), values.take(-1, axis))])
+
+
+def _even(values: np.ndarray, share: float) -> np.ndarray:
+    """Values that a share of the voxels, at least, have exactly."""
+    found, counts = np.unique(values, return_counts=True)
+    return found[counts >= share * values.size]
+
+
+def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list[str]) -> np.ndarray:
+    """Air in place of padding where no body is so dense, or of zeros all around: formats that do not name theirs."""
+    faces = _faces(values)
+    even = _even(faces, 0.005)
+    found = [value for value in even if value > BRIGHT]
+    ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
+    if values.min() < AIR_BELOW and (ends == 0).all():
+        found.append(0)
+    for value in found:
+        mask = outside_only(values == value)
+        if mask.mean() < 0.001:
+            continue  # bone or metal at a face
+        rest = values[~mask]
+        if not value and ((rest > -200) & (rest < 300)).mean() < 0.01:
+            continue  # a phantom of water up to its faces
+        values = np.where(mask, np.array(AIR, dtype=np.result_type(values.dtype, np.int16)), values)
+        warnings.append(f"{mask.mean():.1%} of the voxels, at the image's faces, are {value:g}: padding, taken for air")
+    return values
+
+
+# ------------------------------------------------------------ peaks
+
+
+class Peaks(NamedTuple):
+    """Where many voxels of a volume lie, padding aside."""
+
+    places: list[float]  # HU, rising
+    heights: list[float]  # share of the voxels in 10 HU, smoothed
+    low: float  # share of the voxels that may be air in a lung, below -700 HU
+    sharp: bool  # whether the lowest is narrow, as noise around air is and lung is not
+    padding: list[float]  # values that were set aside
+
+
+def find_peaks(values: np.ndarray) -> Peaks:
+    """Peaks of a volume's histogram, without what may be padding: even areas of low values at its faces."""
+    step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
+    sample = values[::step, ::step, ::step]
+    aside = [value for value in _even(_faces(values), 0.05) if value < AIR_BELOW]
+    kept = np.ones(sample.shape, dtype=bool)
+    for value in aside:
+        kept &= ~outside_only(sample == value)
+    low = sample < PADDING_BELOW  # a scanner's padding lies inside the image too
+    if low.any():
+        constant = list(_even(sample[low], 0.05))
+        aside += [value for value in constant if value not in aside]
+        kept &= ~np.isin(sample, constant)
+    if (most := sample == sample.max()).mean() > 0.001:
+        kept &= ~most  # where values were clipped
+    rest = sample[kept]
+    if rest.size < 0.01 * sample.size:
+        return Peaks([], [], 0.0, False, aside)
+    width = 10  # HU
+    counts = np.histogram(np.clip(rest, -4000, 3999), np.arange(-4000, 4000 + width, width))[0] / rest.size
+    smooth = ndimage.gaussian_filter1d(counts, 2.0)
+    middle = np.arange(-4000, 4000, width) + width / 2
+    found: dict[float, float] = {}
+    for at in np.argsort(-smooth, kind="stable"):
+        near = counts[max(0, at - 6) : at + 7].sum()
+        before, after = smooth[max(0, at - 15) : at + 1], smooth[at : at + 16]
+        stands_out = max(before.min(), after.min()) < 0.8 * smooth[at]  # which noise without peaks does not
+        if smooth[at] == smooth[max(0, at - 10) : at + 11].max() and near >= 0.02 and stands_out:
+            found[float(middle[at])] = float(smooth[at])
+    places = sorted(found)
+    sharp = bool(places) and _is_sharp(rest, places[0])
+    return Peaks(places, [found[place] for place in places], float((rest < -700).mean()), sharp, aside)
+
+
+def _is_sharp(values: np.ndarray, place: float) -> bool:
+    """Whether a peak is as narrow as noise around one value (a spread under 28 HU); lungs spread over 35 and more.
+
+    One exact value is a phantom's, of which nothing can be told.
+    """
+    near = values[np.abs(values - place) < 25]
+    wide = (np.abs(values - place) < 75).sum()
+    if near.size < 0.1 * values.size or near.size < 0.65 * wide:
+        return False
+    return np.unique(near, return_counts=True)[1].max() < 0.5 * near.size
+
+
+def _where_it_sits(peaks: Peaks) -> str:
+    """What is wrong with where air and tissue sit; ``""`` where nothing is."""
+    if not peaks.places:
+        return ""
+    lowest = peaks.places[0]
+    tissue = [place for place in peaks.places if place >= lowest + 350]
+    beside = f" beside padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
+    air = f"air sits at about {lowest:.0f}{beside}, where -1000 is expected"
+    body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)}, where -100 and 45 are" if tissue else ""
+    # Fat lies at -100, muscle at 45: one of them is tall. Dense lungs reach -450, and bones are never tall.
+    tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
+    tall = tall or dict(zip(*peaks[:2]))
+    main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
+    if tissue and (lowest > -350 or (lowest > -600 and peaks.low < 0.001)):
+        cause = "the rescale intercept (often -1024) was not applied: " if lowest > -100 else ""
+        return f"{cause}{air}, {body}"
+    if tissue and not -150 <= main <= 150:
+        cause = "the rescale intercept (often -1024) was applied twice: " if lowest < PADDING_BELOW else ""
+        return f"{cause}{air}, {body}"
+    if peaks.sharp and not LOWEST_AIR <= lowest <= -930 and lowest > PADDING_BELOW:
+        return f"values are shifted or scaled: {air}" + (f", {body}" if body else "")
+    return ""
+
+
+# ------------------------------------------------------------ the checks
+
+
+def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | None = None) -> sitk.Image:
+    """Make sure that values can be HU of a chest; return them as int16, or float32 where fractional.
+
+    Padding (below -1500 HU, NaN, even areas at the faces that no body has) becomes -1024, so that interpolation does
+    not ring at its edge. Noise around air is left alone here; patches are clipped at -1024 after resampling.
+
+    Args:
+        image: a volume.
+        path: for errors.
+        warnings: gets a line for what was taken for padding.
+
+    Raises:
+        ScanError: the values cannot be HU; the message tells where they are, and the usual cause.
+    """
+    warnings = [] if warnings is None else warnings
+    values = sitk.GetArrayViewFromImage(image)
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, nan=AIR, posinf=MAX_HU, neginf=AIR)
+    low, high = float(values.min()), float(values.max())
+    seen = f"{path} has values from {low:g} to {high:g}"
+    if low == high:
+        raise ScanError(f"{seen}: the image is empty")
+    if high <= 5:
+        raise ScanError(f"{seen}: not HU; intensities look rescaled, give the original CT")
+    if low >= 0:
+        raise ScanError(f"{seen}: not HU, air is about -1000; the rescale intercept (often -1024) was not applied")
+    if high > BRIGHT or low < AIR_BELOW:
+        values = _without_bright_padding(values, path, warnings)
+    air = float((values < AIR_BELOW).mean())
+    tissue = float(((values > -200) & (values < 300)).mean())
+    if air < 0.01 or tissue < 0.01:
+        raise ScanError(
+            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} soft "
+            "tissue (-200 to 300), at least 1% of each is expected"
+        )
+    if wrong := _where_it_sits(find_peaks(values)):
+        raise ScanError(f"{seen}: not HU, {wrong}; give the original CT")
+    values = np.where(values < PADDING_BELOW, AIR, np.minimum(values, MAX_HU))
+    whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
+    checked = sitk.GetImageFromArray(values.astype(np.int16 if whole else np.float32))
+    checked.CopyInformation(image)
+    return checked
+
+
+def check_extent(image: sitk.Image, path: str | Path) -> None:
+    """Raise ScanError where a volume is too thin for a chest: a localizer, or a few slices of a scan."""
+    extent = [count * spacing for count, spacing in zip(image.GetSize(), image.GetSpacing())]
+    if min(extent) < MIN_EXTENT:
+        size = " x ".join(f"{length:.0f}" for length in extent)
+        raise ScanError(f"{path} spans {size} mm in {image.GetSize()[2]} slices, which is no whole chest")
