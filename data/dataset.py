@@ -140,6 +140,11 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
             signal.signal(number, pass_on)
 
 
+def _as_it_is(batch: object) -> object:
+    """torch's own way makes tensors of arrays, which then want shared memory again."""
+    return batch
+
+
 def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
     """A loader whose every item is a whole batch, whatever the number of workers."""
     return DataLoader(
@@ -150,6 +155,7 @@ def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: i
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
+        collate_fn=_as_it_is,
         worker_init_fn=_leave_stopping_to_the_trainer,
         # Its own, for the workers' seeds, which nothing uses: an iterator started anew after a stop
         # must not advance the process's stream, or a resumed run would shuffle its keys differently.
