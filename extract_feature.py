@@ -13,39 +13,42 @@ with the published weights on your own store (its atlas_patch_loc.npy must be th
         --root-dir=/data/patches --out-dir=features
 
 Writes <exp-name>/patch_rep/<epoch>/, or --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
-(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, and with --labels
-feature_arr_patch_full.npy (N, P) and label_names.json. Stopped half-way, it goes on where it was.
+(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, features.json (what made them), and
+with --labels feature_arr_patch_full.npy (N, P) and label_names.json. Stopped half-way, it goes on where it was.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data.labels import read_labels
 from data.layout import StoreError
-from data.locations import normalize_locations
+from data.locations import normalize_locations, table_fingerprint
 from data.prefetch import read_ahead
 from data.store import PatchStore
 from data.views import to_input
 from misc import process
+from misc.code import running_code
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.experiment import Experiment
-from misc.files import array_header, save_array, write_text, write_whole
+from misc.experiment import Experiment, environment
+from misc.files import array_header, file_hash, held, save_array, write_json, write_text, write_whole
 from misc.progress import progress_bar
-from models.checkpoint import build_query_encoder, position, read_checkpoint, strip_module
+from models.checkpoint import build_query_encoder, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 
+MADE_BY = "features.json"  # beside the features
 SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
 
@@ -84,15 +87,41 @@ def keep_other_features(out_dir: Path, experiment: Experiment, store: PatchStore
         )
 
 
-def open_store(root_dir: str, queue: torch.Tensor | None, checkpoint: Path) -> PatchStore:
-    """The store, whose locations must be as many as the checkpoint's queues. Raises StoreError."""
+def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say: Callable[[str], None]) -> PatchStore:
+    """The store, whose table of locations must be the checkpoint's. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
-    if queue is not None and queue.shape[-1] != store.num_locations:
-        raise StoreError(
-            f"{checkpoint} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
-            f"{store.num_locations}; patches must be cut at the checkpoint's own table of locations"
-        )
+    table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
+    for text in (check_table(content, checkpoint, *table), *store.notes()):
+        if text:
+            say(f"note: {text}")
     return store
+
+
+def whose(checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str) -> dict[str, Any]:
+    """Who makes these features, for MADE_BY beside them."""
+    where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
+    where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
+    return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"}
+
+
+def keep_others(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Refuse to replace the features of another checkpoint; tell of what else is replaced. Raises StoreError."""
+    try:
+        theirs = json.loads((out_dir / MADE_BY).read_text(encoding="utf-8"))
+        before = {name: theirs.get(name) for name in ("checkpoint_sha256", "store_version", "amp")}
+    except (OSError, ValueError, AttributeError):
+        return  # none, or from before features told whose they are
+    if before["checkpoint_sha256"] != ours["checkpoint_sha256"]:
+        raise StoreError(
+            f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')} (sha256 "
+            f"{str(before['checkpoint_sha256'])[:12]}; this one's is {ours['checkpoint_sha256'][:12]}); give another "
+            "--out-dir, or remove them"
+        )
+    for name in ("store_version", "amp"):
+        if before[name] != ours[name]:
+            say(
+                f"note: features of {name.replace('_', ' ')} {before[name]} in {out_dir} are replaced, now {ours[name]}"
+            )
 
 
 # ============================================================ encoding
@@ -167,8 +196,19 @@ def encode(
             result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:
-            yield unit, result.cpu().numpy()
+            yield unit, refuse_not_finite(result.cpu().numpy(), unit, store)
             result = None
+
+
+def refuse_not_finite(features: np.ndarray, unit: Unit, store: PatchStore) -> np.ndarray:
+    """The features, (rows, locations, rep_dim). Raises StoreError where one is not finite, naming its patch."""
+    if np.isfinite(features).all():
+        return features
+    row, column = np.argwhere(~np.isfinite(features))[0][:2]
+    raise StoreError(
+        f"features of subject {store.sids[unit.rows[row]]} at location {unit.locations[column]} are not finite: the "
+        "checkpoint's run had diverged; take an earlier checkpoint, or check that patch"
+    )
 
 
 # ============================================================ output
@@ -241,36 +281,10 @@ def feature_table(sids: list[str], features: np.ndarray) -> str:
 # ============================================================ the script
 
 
-def extract(args: argparse.Namespace, device: torch.device) -> None:
-    """All of it, on this rank."""
+def encode_all(args: argparse.Namespace, encoder: Encoder, store: PatchStore, pieces: Path, units: list[Unit]) -> None:
+    """This rank's share of the pieces, but those that are there."""
     rank, world = process.rank(), process.world_size()
-    say = print if rank == 0 else (lambda _: None)
-    if device.type == "cpu":
-        keep_freed_memory()
-
-    # -------------------------------------------------------- inputs
-    experiment = Experiment(args.exp_name)
-    checkpoint = experiment.find_checkpoint(args.checkpoint_patch)
-    content = read_checkpoint(checkpoint)
-    encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
-    root_dir = args.root_dir or experiment.root_dir()
-    store = open_store(root_dir, strip_module(content["state_dict"]).get("queue"), checkpoint)
-    out_dir = Path(args.out_dir or experiment.features(*position(content, checkpoint)))
-    if out_dir.exists() and not out_dir.is_dir():
-        raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
-    if not args.out_dir:
-        keep_other_features(out_dir, experiment, store)
-    labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
-    del content
-
-    # -------------------------------------------------------- encode
-    encoder.to(device)
-    locations = torch.from_numpy(normalize_locations(store.locations)).to(device)  # (L, 3)
-    units = plan(store)
-    pieces = out_dir / ".pieces"
-    if rank == 0:
-        prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
-    process.barrier()
+    locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)
     # Neighbouring locations, which are frozen together.
     share = units[len(units) * rank // world : len(units) * (rank + 1) // world]
     todo = [unit for unit in share if not (pieces / unit.name).is_file()]
@@ -283,24 +297,63 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     )
     with bar:
         dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+        locations = locations.to(next(encoder.parameters()).device)
         for unit, features in encode(encoder, store, locations, todo, args.batch_size, dtype):
             save_array(pieces / unit.name, features)
             bar.update()
-    process.barrier()
 
-    # -------------------------------------------------------- put together
-    if rank == 0:
-        assemble(out_dir, pieces, units, store, sizes["rep_dim"])
-        for name in ("feature_arr_patch_full.npy", "label_names.json"):
-            (out_dir / name).unlink(missing_ok=True)
-        if labels is not None:
-            save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
-            write_text(out_dir / "label_names.json", json.dumps(labels[1]))
-        shutil.rmtree(pieces)
-        print(
-            f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
-            f"{sizes['rep_dim']} features; {out_dir}"
-        )
+
+def extract(args: argparse.Namespace, device: torch.device) -> None:
+    """All of it, on this rank."""
+    rank = process.rank()
+    say = print if rank == 0 else (lambda _: None)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    # -------------------------------------------------------- inputs
+    experiment = Experiment(args.exp_name)
+    checkpoint = experiment.find_checkpoint(args.checkpoint_patch)
+    content = read_checkpoint(checkpoint)
+    encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
+    root_dir = args.root_dir or experiment.root_dir()
+    store = open_store(root_dir, content, checkpoint, say)
+    place = position(content, checkpoint)
+    out_dir = Path(args.out_dir or experiment.features(*place))
+    if out_dir.exists() and not out_dir.is_dir():
+        raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
+    if not args.out_dir:
+        keep_other_features(out_dir, experiment, store)
+    labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
+    del content
+
+    made_by = whose(checkpoint, place, store, args.amp)
+    process.agree({**vars(args), **made_by, **running_code()})
+    with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
+        # ---------------------------------------------------- encode
+        pieces, units = out_dir / ".pieces", plan(store)
+        if rank == 0:
+            keep_others(out_dir, made_by, say)
+            prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
+        process.barrier()
+        encode_all(args, encoder.to(device), store, pieces, units)
+        process.wait_for_all()
+
+        # ---------------------------------------------------- put together
+        if rank == 0:
+            store.check_unchanged()
+            (out_dir / MADE_BY).unlink(missing_ok=True)  # until all of them are these
+            assemble(out_dir, pieces, units, store, sizes["rep_dim"])
+            for name in ("feature_arr_patch_full.npy", "label_names.json"):
+                (out_dir / name).unlink(missing_ok=True)
+            if labels is not None:
+                save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
+                write_text(out_dir / "label_names.json", json.dumps(labels[1]))
+            write_json(out_dir / MADE_BY, {**made_by, "rep_dim": sizes["rep_dim"], **environment()})
+            shutil.rmtree(pieces)
+            print(
+                f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
+                f"{sizes['rep_dim']} features; {out_dir}"
+            )
 
 
 def main() -> None:
@@ -310,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="--batch-size")

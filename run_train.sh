@@ -8,11 +8,12 @@
 # Several machines, on each of them:
 #   ROOT_DIR=/data/patches NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=node0:29500 sh run_train.sh
 #
+# Jobs that run at one time need an endpoint each. RDZV_ID names the job (default: of SLURM_JOB_ID and the flags).
 # VENV: where the Python environment is or goes (.venv in the project).
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
-case ${1:-} in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 SETUP_ROOT=$here
 . "$here/tools/setup_env.sh"
 
@@ -32,7 +33,9 @@ if [ "$NNODES" -gt 1 ]; then
         echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=host:port of the first machine" >&2
         exit 2
     }
-    rendezvous="--nnodes $NNODES --node-rank ${NODE_RANK:-0} --rdzv-backend c10d --rdzv-endpoint $RDZV_ENDPOINT --rdzv-id drasclr"
+    # An id of the job, the same on all of its machines: of the scheduler's and of the flags it was started with.
+    job=${RDZV_ID:-job${SLURM_JOB_ID:-}-$(printf '%s\n' "$NNODES" "$NGPUS" "$@" | cksum | cut -d " " -f 1)}
+    rendezvous="--nnodes $NNODES --node-rank ${NODE_RANK:-0} --rdzv-backend c10d --rdzv-endpoint $RDZV_ENDPOINT --rdzv-id $job"
 else
     rendezvous="--standalone"
 fi

@@ -20,18 +20,20 @@ log.jsonl. Stopped by a signal, it saves first; --resume auto goes on from there
 import argparse
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from data.augment import LETTERS, PUBLISHED, Augmentation, Ranges
-from data.dataset import PatchDataset, make_loader
+from data.dataset import PatchDataset, batches, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import grid_of_views, step_views
 from misc import process
+from misc.code import running_code
 from misc.command import OneOf, Parser, StopRequest, UserError, at_least, between, run
 from misc.cores import usable_cores
 from misc.experiment import Experiment
@@ -40,9 +42,10 @@ from misc.runlog import Meters, RunLog
 from misc.saver import Saver
 from misc.sizes import bn_groups, groups_of_rank
 from models.builder import DrasCLR
-from models.checkpoint import TrainingState, note_changes, progress
+from models.checkpoint import intact
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
+from models.state import TrainingState, note_changes
 from models.step import FIGURES, OPTIMIZERS, Descent, LocationTable, compute_losses, effective_rank, make_optimizer
 
 # ============================================================ arguments
@@ -155,6 +158,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--print-freq", type=at_least(int, 1), default=10, help=text)
     text = "epochs between checkpoints; the last epoch is always saved; raise it where the disk is small"
     add("--save-freq", type=at_least(int, 1), default=1, help=text)
+    add("--keep", type=at_least(int, 0), default=0, help="checkpoints to keep, the latest; 0 keeps every epoch's")
     text = "minutes between saves within an epoch; lower it where machines fail often, 0 for none"
     add("--save-minutes", type=at_least(float, 0), default=30.0, help=text)
     add("--save-initial", **switch, help="save checkpoint_patch_0000 too: an untrained encoder to compare with")
@@ -225,6 +229,14 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Data:
     return Data(store, sampler, loader, workers, table)
 
 
+def notes(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
+    """What to know of the store before it is trained on."""
+    yield from store.notes()
+    if args.moco_k > store.num_subjects:
+        whose = "so a queue comes to hold a subject more than once, and its own keys among the negatives"
+        yield f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, {whose}"
+
+
 def build_model(args: argparse.Namespace, locations: int, groups: int) -> DrasCLR:
     """The model that the flags ask for; ``groups`` are this rank's BatchNorm groups."""
     sizes = dict(rep_dim=args.rep_dim, moco_dim=args.moco_dim, num_experts=args.num_experts)
@@ -245,15 +257,15 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     args.bn_groups = bn_groups(args.bn_groups, args.batch_size, world)
     groups = groups_of_rank(args.bn_groups, rank, world)
     experiment = Experiment.named(args.exp_name)
-    resume = experiment.resume_from(args.resume, progress)
-    process.barrier()  # every rank has looked before the first file is written
+    resume = experiment.resume_from(args.resume, intact, say)
 
     # -------------------------------------------------------- data
     store, sampler, loader, workers, table = open_data(args, device)
+    settings = {**vars(args), "world_size": world, **store.facts()}
+    process.agree({**settings, "resumed checkpoint": resume, **running_code()})
     augmentation = make_augmentation(args)
-    if args.moco_k > store.num_subjects:
-        whose = "so a queue comes to hold a subject more than once, and its own keys among the negatives"
-        say(f"note: --moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, {whose}")
+    for text in notes(args, store):
+        say(f"note: {text}")
 
     # -------------------------------------------------------- model
     model = build_model(args, store.num_locations, len(groups)).to(device)
@@ -261,15 +273,13 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     descend = Descent(model, optimizer, args.accumulate)
 
     # -------------------------------------------------------- restore
-    settings = {**vars(args), "num_subjects": store.num_subjects}
     state = TrainingState(model, optimizer, device, args.arch, settings)
-    start, skip, totals = 0, 0, None
+    start, skip, sums = args.start_epoch or 0, 0, None
     if resume is not None:
         restored = state.restore(resume)
         note_changes(restored, settings, resume, args.start_epoch is not None, say)
-        start, skip, totals = restored[:3]
-    if args.start_epoch is not None:
-        start, skip, totals = args.start_epoch, 0, None
+        if args.start_epoch is None:
+            start, skip, sums = restored[:3]
     if start >= args.epochs:
         say(f"nothing to do: {start} of {args.epochs} epochs are done")
         return
@@ -285,7 +295,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         model.encoder_k.compile()
     parallel = process.data_parallel(model, device).train()
     if rank == 0:
-        experiment.write_config({**settings, "num_patch": store.num_locations, "world_size": world})
+        experiment.write_config({**settings, "num_patch": store.num_locations})
         if args.save_initial and resume is None:
             state.save(experiment.checkpoint(0), 0)
     say(
@@ -293,18 +303,20 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         f"{device.type}, {workers} reading processes each; {args.bn_groups} BatchNorm groups; {experiment.folder}"
     )
     meters = Meters(FIGURES, device)
-    saver = Saver(state.save, experiment, stop, args.epochs, args.save_freq, args.save_minutes)
+    times = (args.epochs, args.save_freq, args.save_minutes, args.keep)
+    saver = Saver(state.save, experiment, stop, *times, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
-    stop.listen()  # asked to stop, rank 0 saves after the step under way; the others' next step fails then, see main
+    log.go_on(start, skip, resume)
+    stop.listen()  # asked to stop, all ranks end after the step under way, which the first one saves
 
     # -------------------------------------------------------- loop
     for epoch in range(start, args.epochs):
-        skip, totals = (skip, totals) if epoch == start else (0, None)
+        skip, sums = (skip, sums) if epoch == start else (0, None)
         rate = optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
         sampler.set_epoch(epoch, skip)
-        meters.start_epoch(totals)
+        meters.start_epoch(sums)
         log.start_epoch(epoch, skip)
-        for done, batch in enumerate(loader, start=skip + 1):
+        for done, batch in enumerate(batches(loader, say), start=skip + 1):
             views = step_views(batch, augmentation, args.seed, groups, device)
             beta, subjects = args.beta if epoch >= args.warm_up else 0.0, batch.subjects.to(device, non_blocking=True)
             loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16", subjects)
@@ -315,6 +327,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
             if done % args.print_freq == 0 or done == len(sampler):
                 h = process.all_gather_rows(model.representation)  # (B, rep_dim) of all ranks
                 figures = {**meters.read(), "effective_rank": effective_rank(h)}
+                saver.check(epoch, done, batch.location, figures, meters)
                 log.step(epoch, done, batch.location, meters.last_count, figures, rate)
             if stepped and done < len(sampler):
                 saver.after_step(epoch, done, meters)
@@ -326,15 +339,9 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
 
 def main() -> None:
     args = parse_arguments()
-    stop = StopRequest()
     with process.joined(args.device) as device:
-        try:
-            train(args, device, stop)
-        except RuntimeError:
-            if stop.number and process.rank():  # of a collective: rank 0 has saved and left
-                stop.leave()
-            raise
+        train(args, device, StopRequest())
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="--batch-size (over all ranks), --moco-k or --workers")

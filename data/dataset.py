@@ -1,16 +1,20 @@
 """Batches of raw patches with their neighbours, read by worker processes."""
 
+import os
 import signal
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.locations import neighbor_table
 from data.prefetch import FileWarmer
 from data.sampler import BatchIndex, LocationBatchSampler
 from data.store import PatchStore
+from misc.command import STOPPING, UserError
+from misc.process import end_with_parent
 
 STOP_SECONDS = 60
 
@@ -48,7 +52,16 @@ class PatchDataset(Dataset):
             self._warmer(self.store.layout.grouped(int(index)) for index in needed)
         self._location = location
 
-    def __getitem__(self, index: BatchIndex) -> PatchBatch:
+    def __getitem__(self, index: BatchIndex) -> "PatchBatch | Exception":
+        """The batch. A reading process hands an error over as it is: torch would wrap it in a traceback."""
+        if get_worker_info() is None:
+            return self._read(index)
+        try:
+            return _handed_over(self._read(index))
+        except (UserError, OSError, MemoryError) as error:
+            return error
+
+    def _read(self, index: BatchIndex) -> PatchBatch:
         self._warm_next(index.location)
         patches = self.store.read(index.location, index.rows)
         neighbors = [self.store.read(int(neighbor), index.rows) for neighbor in self.neighbors[index.location]]
@@ -62,13 +75,74 @@ class PatchDataset(Dataset):
         )
 
 
-def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A signal for the whole process group must not end the workers before the trainer has saved.
+def _handed_over(batch: PatchBatch) -> PatchBatch:
+    """A batch in shared memory, or, where that has no room left (64 MB in a container), as arrays for a pipe.
 
-    They end STOP_SECONDS after a SIGTERM all the same, or a trainer that fails would wait for them.
+    torch would share it in a thread of its own, where a full /dev/shm loses the batch, and training waits for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_SECONDS))
+    try:
+        return PatchBatch(*(x.share_memory_() if isinstance(x, torch.Tensor) else x for x in batch))
+    except RuntimeError:
+        return PatchBatch(*(x.numpy().copy() if isinstance(x, torch.Tensor) else x for x in batch))
+
+
+def batches(loader: DataLoader, note=print) -> Iterator[PatchBatch]:
+    """A loader's batches.
+
+    Args:
+        loader: of :func:`make_loader`.
+        note: prints a line, once, where batches come through pipes.
+
+    Raises:
+        UserError, OSError: of the reading processes, or one of them was ended from outside.
+    """
+    told = False
+    try:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            if isinstance(batch.patches, np.ndarray):
+                if not told:
+                    note(
+                        "note: /dev/shm is full, batches come through pipes, which is slower; a container has 64 MB "
+                        "unless it is started with --shm-size (or --ipc=host)"
+                    )
+                    told = True
+                batch = PatchBatch(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch))
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a reading process has ended ({str(error).splitlines()[0]}), mostly for want of memory: lower --workers, "
+            "and go on with --resume auto"
+        ) from error
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """A signal to a reading process is for the trainer, which saves before it stops; so is one for all of them.
+
+    They end STOP_SECONDS after it all the same, or a trainer that fails would wait for them; and with the trainer.
+    """
+    end_with_parent(signal.SIGKILL)
+    trainer = os.getppid()
+
+    def pass_on(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        signal.alarm(STOP_SECONDS)
+        if os.getppid() == trainer:
+            os.kill(trainer, number)
+
+    for number in STOPPING:
+        if number == signal.SIGINT:  # a terminal sends it to all
+            signal.signal(number, signal.SIG_IGN)
+        elif signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
+
+
+def _as_it_is(batch: object) -> object:
+    """torch's own way makes tensors of arrays, which then want shared memory again."""
+    return batch
 
 
 def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
@@ -81,6 +155,7 @@ def make_loader(dataset: PatchDataset, sampler: LocationBatchSampler, workers: i
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
+        collate_fn=_as_it_is,
         worker_init_fn=_leave_stopping_to_the_trainer,
         # Its own, for the workers' seeds, which nothing uses: an iterator started anew after a stop
         # must not advance the process's stream, or a resumed run would shuffle its keys differently.

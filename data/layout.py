@@ -87,6 +87,11 @@ class StoreLayout:
         return [name.removesuffix(PATCH_SUFFIX) for name in sorted(names) if name.endswith(PATCH_SUFFIX)]
 
     @property
+    def grouped_note(self) -> Path:
+        """What the grouped files were made from, written last; a store of the published code has none."""
+        return self.grouped_dir / "grouped.json"
+
+    @property
     def grouping(self) -> Path:
         """Where grouped files are written before they get their names; there while grouping is under way."""
         return self.grouped_dir / ".partial"

@@ -1,8 +1,15 @@
 """What the network is told of where a patch lies, and which patches are its neighbours."""
 
+import hashlib
+
 import numpy as np
 
 from data.layout import StoreError
+
+
+def table_fingerprint(atlas_patch_loc: np.ndarray) -> str:
+    """Sixteen digits that tell one table of corners, (L, 3) int, from another, whatever its dtype on disk."""
+    return hashlib.sha256(np.ascontiguousarray(atlas_patch_loc, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:

@@ -1,15 +1,25 @@
-"""Reading a patch store: ours, and the published implementation's as it is."""
+"""Reading a patch store: ours, and the published implementation's as it is.
 
+A store that is open stays the one that was opened: a file of it that changes is an error at the next reading, so that
+rows of two groupings are never mixed.
+"""
+
+import functools
+import hashlib
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
+from data.locations import table_fingerprint
 from data.tables import read_table
 from misc.sizes import PATCH_SIZE
 
+SAMPLE_BYTES = 4096  # of a file's patches, at either end, that the store's version looks at
+NAMED = 3  # subjects that a note names
 MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, of which a process may have 1024
 
 
@@ -36,7 +46,9 @@ class PatchStore:
     ):
         self.layout = StoreLayout(root)
         self._mapped: deque[_PatchFile] = deque()
-        self.locations = load_locations(self.layout.find_atlas_patch_loc())
+        self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_note)
+        self._stamps = [_stamp(path) for path in self._tables]
+        self.locations = load_locations(self._tables[0])
         self.grouped = self.layout.grouped(0).is_file()
         if self.grouped:
             self._open_grouped()
@@ -47,9 +59,11 @@ class PatchStore:
             )
         else:
             self._open_by_subject()
+        self._stored = list(self.sids)  # rows of the files
         self._rows = np.arange(len(self.sids))  # of the files
         if subjects is not None:
             self._select(subjects)
+        self.check_unchanged()  # grouping may have ended while the files were opened
 
     @property
     def num_locations(self) -> int:
@@ -63,6 +77,55 @@ class PatchStore:
     def files(self) -> list[Path]:
         """Every file that patches are read from."""
         return [file.path for file in self._files]
+
+    # ------------------------------------------------------------ which one it is
+
+    @functools.cached_property
+    def version(self) -> str:
+        """Sixteen digits that tell this store from another, wherever either lies.
+
+        Of the location table, the subjects and who of them is read, what grouping noted, and of every file its
+        shape and SAMPLE_BYTES at either end: a store as the published code left it has a version too.
+        """
+        digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
+        if self.grouped and self.layout.grouped_note.is_file():
+            digest.update(self.layout.grouped_note.read_bytes())
+        for file in self._files:
+            digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.sample())
+        self.check_unchanged()
+        return digest.hexdigest()[:16]
+
+    def facts(self) -> dict[str, object]:
+        """What tells a run's data: kept with what is made of it, and compared by who goes on."""
+        table = {"location_table": table_fingerprint(self.locations)}
+        return {"num_subjects": self.num_subjects, "store_version": self.version, **table}
+
+    def check_unchanged(self) -> None:
+        """Raise StoreError where a table or a file of patches is not the one that was opened."""
+        for path, stamp in zip(self._tables, self._stamps):
+            if _stamp(path) != stamp:
+                raise StoreError(_changed(path))
+        for file in self._files:
+            file.check_unchanged()
+
+    def notes(self) -> Iterator[str]:
+        """What patch/ and the grouped files do not agree on, a sentence each."""
+        there = self.layout.patch_sids() if self.grouped else []
+        if not there:  # nothing to compare with: it may be removed once it is grouped
+            return
+        again = f"python preprocess/group_patches.py --root-dir {self.layout.root}"
+        grouped = set(self._stored)
+        missing = [sid for sid in there if sid not in grouped]
+        if missing:
+            yield f"{_some(missing)} of patch/ are not in grouped_patch/ and not read; {again} takes them in"
+        gone = sorted(grouped.difference(there))
+        if gone:
+            yield f"{_some(gone)} of grouped_patch/ are not in patch/ any more, and are read; {again} drops them"
+        if self.layout.grouped_note.is_file():
+            grouped_at = self.layout.grouped_note.stat().st_mtime_ns
+            newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
+            if newer:
+                yield f"{_some(newer)} of patch/ are newer than grouped_patch/, which is read; {again} takes them over"
 
     # ------------------------------------------------------------ opening
 
@@ -137,6 +200,31 @@ class PatchStore:
         return self._files[0].dtype.itemsize * PATCH_SIZE**3
 
 
+def _some(sids: list[str]) -> str:
+    """How many subjects, and the first names."""
+    names = ", ".join(sids[:NAMED]) + (", ..." if len(sids) > NAMED else "")
+    return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Tells one version of a file from another; None where there is none."""
+    try:
+        return _of(os.stat(path))
+    except OSError:
+        return None
+
+
+def _of(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"{path} has changed since this run opened the store (grouped again, or a subject added?); what it read before "
+        "and would read now do not go together: let preprocessing end, then start again"
+    )
+
+
 class _PatchFile:
     """One .npy file of patches, mapped when first read so that worker processes map their own.
 
@@ -154,7 +242,7 @@ class _PatchFile:
                 )
                 self.shape, self.fortran, self.dtype = reader(stream)
                 self.offset = stream.tell()
-                size = os.fstat(stream.fileno()).st_size
+                status = os.fstat(stream.fileno())
         except FileNotFoundError:
             raise StoreError(f"{path} is not there; run preprocess/group_patches.py again") from None
         except (OSError, ValueError) as error:
@@ -162,16 +250,33 @@ class _PatchFile:
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}; patches are real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        if size < expected:
-            raise StoreError(f"{path} is truncated: {size} bytes of {expected}; make it again")
+        if status.st_size < expected:
+            raise StoreError(f"{path} is truncated: {status.st_size} bytes of {expected}; make it again")
+        self._stamp, self._end = _of(status), expected
         self._array = None
+
+    def check_unchanged(self) -> None:
+        """Raise StoreError where it is another file than the one that was opened, or was written to."""
+        if _stamp(self.path) != self._stamp:
+            raise StoreError(_changed(self.path))
+
+    def sample(self) -> bytes:
+        """Some bytes of its patches, from either end."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            start = stream.read(min(SAMPLE_BYTES, self._end - self.offset))
+            stream.seek(max(self.offset, self._end - SAMPLE_BYTES))
+            return start + stream.read(min(SAMPLE_BYTES, self._end - self.offset))
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
         array = self._array  # kept here: another thread may take it off the list
+        self.check_unchanged()  # before: reading a file that was cut short ends the process
         if array is None:
             order = "F" if self.fortran else "C"
             array = self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
             self._mapped.append(self)
             if len(self._mapped) > MAX_OPEN:
                 self._mapped.popleft()._array = None
-        return to_hu(np.asarray(array[rows]))
+        patches = np.asarray(array[rows])
+        self.check_unchanged()  # after: so nobody wrote while it was read
+        return to_hu(patches)

@@ -10,8 +10,10 @@ if __name__ == "__main__":
 """
 
 import argparse
+import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +22,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER_ERROR = 2  # exit status for what the user can mend; argparse's too
+LOST = 75  # of a rank that lost another one (sysexits.h: a temporary failure); the launcher tells of the other
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+)  # asked by these, a program ends in good order
 LATER_SECONDS = 5  # for a launcher of ranks, which looks at its processes ten times a second
 
 
@@ -151,33 +160,71 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise Stopped(number)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers or --num-workers") -> NoReturn:
     """Run a script's main and leave with an exit status, the same in every script.
 
+    ``memory`` names the flags to lower where memory does not do.
+
     0, or what main returns; 2 after a UserError or an error of the system (a full disk, a folder that
-    may not be written), told in one line; 128 + the signal's number after SIGTERM or Ctrl-C; 1 with a
-    traceback after anything else, without waiting for other processes.
+    may not be written) or for want of memory, told in one line; 128 + the signal's number after one of STOPPING;
+    1 with a traceback after anything else, without waiting for other processes.
     """
     if "RANK" not in os.environ:  # a rank is ended by SIGTERM when another has failed, which tells why
-        signal.signal(signal.SIGTERM, _stop)
+        for number in STOPPING:
+            if number != signal.SIGINT and heeded(number):
+                signal.signal(number, _stop)
     try:
         status = main() or 0
     except (UserError, OSError) as error:
-        print_error(error)
+        print_error(out_of_memory(error, memory) if is_out_of_memory(error) else error)
         status = USER_ERROR
     except KeyboardInterrupt as stop:
         print("stopped; start again to go on", file=sys.stderr)
         status = 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            print_error(out_of_memory(error, memory))
+            leave(USER_ERROR)
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)
     sys.exit(status)
 
 
+def leave(status: int) -> NoReturn:
+    """End this process at once; reading processes and other ranks are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def heeded(number: int) -> bool:
+    """Whether a signal means anything to this process: nohup has SIGHUP ignored, and so it stays."""
+    return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+
+
+# ============================================================ memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python, NumPy or torch, says that the host's or a GPU's memory did not do."""
+    words = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate")
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def out_of_memory(error: BaseException, lower: str) -> str:
+    """The sentence; ``lower`` names the flags."""
+    gpu = "cuda" in str(error).lower()
+    asked = re.search(r"(?:allocate|you tried to allocate) ([\d.]+ ?[a-zA-Z]+)", str(error), re.IGNORECASE)
+    size = f" (asked for {asked[1]} more)" if asked else ""
+    return f"out of memory on the {'GPU' if gpu else 'host'}{size}; lower {lower}"
+
+
 class StopRequest:
-    """Notes SIGTERM and SIGINT instead of stopping at once, for a loop that saves first.
+    """Notes the signals of STOPPING instead of stopping at once, for a loop that saves first.
 
     Attributes:
         number: of the first signal received; 0 before.
@@ -188,8 +235,9 @@ class StopRequest:
 
     def listen(self) -> None:
         """Take the signals from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in STOPPING:
+            if heeded(number):
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
         self.number = self.number or number
@@ -199,6 +247,5 @@ class StopRequest:
         return signal.Signals(self.number).name
 
     def leave(self) -> NoReturn:
-        """End this process at once; reading processes and other ranks are not waited for."""
-        sys.stdout.flush()
-        os._exit(128 + self.number)
+        """End this process at once, with a status that says which signal it was: it may be started again."""
+        leave(128 + self.number)

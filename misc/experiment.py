@@ -3,7 +3,6 @@
 import json
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any, TextIO
 
 from easydict import EasyDict
 
+from misc.code import running_code
 from misc.command import UserError
-from misc.files import remove_leftovers, try_lock, write_json
+from misc.files import remove_leftovers, this_process, try_lock, write_json
 
 HOME = Path("ssl_exp")  # of experiments, under the current folder
 UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # of an epoch under way
 CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
-CODE = Path(__file__).resolve().parent.parent
 
 
 class ExperimentError(UserError):
@@ -77,25 +76,59 @@ class Experiment:
         found = self.folder.glob("checkpoint_patch_*.pth.tar")
         return {int(match[1]): path for path in found if (match := CHECKPOINT_PATTERN.fullmatch(path.name))}
 
-    def latest(self, progress: Callable[[Path], tuple[int, int]]) -> Path | None:
+    def latest(
+        self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
+    ) -> Path | None:
         """The checkpoint that is furthest on: an unfinished epoch's, else the highest number.
 
-        Args:
-            progress: a checkpoint's finished epochs, and steps of the next.
-        """
-        numbered = self.numbered()
-        if self.unfinished.is_file() and (not numbered or progress(self.unfinished)[0] >= max(numbered)):
-            return self.unfinished
-        return numbered[max(numbered)] if numbered else None
+        One that cannot be read is told, and the one before it taken.
 
-    def resume_from(self, resume: str, progress: Callable[[Path], tuple[int, int]]) -> Path | None:
+        Args:
+            progress: a checkpoint's finished epochs, and steps of the next; raises UserError where it is damaged.
+            say: prints a line.
+
+        Raises:
+            ExperimentError: there are some, and none can be read.
+        """
+        found: list[tuple[tuple[int, int], Path]] = []
+        damaged: list[str] = []
+        numbered = self.numbered()
+        candidates = [self.unfinished] if self.unfinished.is_file() else []
+        for path in [*candidates, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]:
+            try:
+                found.append((progress(path), path))
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            if path != self.unfinished:
+                break  # those before it are not so far on
+        if damaged and not found:
+            raise ExperimentError(f"{damaged[0]}; and {self.folder} has no checkpoint that can be read")
+        # Of equal places the unfinished one: it is the first.
+        best = max(found, key=lambda item: item[0])[1] if found else None
+        for text in damaged:
+            say(f"note: {text}; going on from {best}")
+        return best
+
+    def keep_latest(self, count: int) -> None:
+        """Remove the checkpoints of finished epochs but the latest ``count``; all are kept for 0, and epoch 0's is."""
+        numbered = self.numbered()
+        for epoch in sorted(set(numbered) - {0})[: -count or 0]:
+            numbered[epoch].unlink(missing_ok=True)
+
+    def resume_from(
+        self,
+        resume: str,
+        progress: Callable[[Path], tuple[int, int]],
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Path | None:
         """What --resume means: '', auto, a name in the folder or a path. None starts anew.
 
         Raises:
             ExperimentError: there is no such checkpoint, or going on would overwrite other ones.
         """
         if resume == "auto":
-            return self.latest(progress)
+            return self.latest(progress, say)
         occupied = any(self.folder.glob("checkpoint_patch_*.pth.tar"))
         if not resume:
             if occupied:
@@ -144,15 +177,24 @@ class Experiment:
         log = open(self.log, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
         if not try_lock(log):
             log.close()
-            raise ExperimentError(f"{self.folder} is in use by another run; let it end, or choose another --exp-name")
+            raise ExperimentError(
+                f"{self.folder} is in use by another run{self._whose()}; let it end, or choose another --exp-name"
+            )
         remove_leftovers(self.folder)
         return log
+
+    def _whose(self) -> str:
+        """Who has the folder, as far as its configuration tells."""
+        try:
+            return f" ({self.read_config()['process']})"
+        except (ExperimentError, KeyError, AttributeError):
+            return ""
 
     # ------------------------------------------------------------ configuration
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """configs.json: the settings, the commit and the versions."""
-        write_json(self.configs, {**settings, **environment()})
+        write_json(self.configs, {**settings, **environment(), "process": this_process()})
 
     def read_config(self) -> EasyDict:
         """configs.json with its entries as attributes, as the publication's scripts use theirs.
@@ -202,14 +244,7 @@ def environment() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    try:
-        git = ["git", "-C", str(CODE)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-        commit += " with uncommitted changes" if changed else ""
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if torch.cuda.is_available():
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
-    return {"git_commit": commit, "versions": versions}
+    return {**running_code(), "versions": versions}

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
+
+from misc.command import UserError
 
 LEFTOVER_SECONDS = 3600  # age of a half-written file that no run can be writing any more
 
@@ -110,6 +114,52 @@ def try_lock(stream: TextIO) -> bool:
     except OSError:
         pass
     return True
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def this_process() -> str:
+    """Who is at work, for others to read: the host, the process, since when."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file for a block, and remove it at its end.
+
+    Args:
+        path: of the lock, made where it is missing.
+        what: is held, to begin a message.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "a+", encoding="utf-8") as stream:
+            if not try_lock(stream):
+                stream.seek(0)
+                raise UserError(f"{what} is in use by {stream.read().strip() or 'another process'}; let it end first")
+            try:
+                if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                    continue  # whoever had it has removed it meanwhile
+            except FileNotFoundError:
+                continue
+            stream.truncate(0)
+            stream.write(this_process())
+            stream.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 @contextlib.contextmanager

@@ -4,19 +4,31 @@ The collectives are no-ops when there is one process, so that callers need no se
 """
 
 import contextlib
+import ctypes
 import inspect
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from misc.command import UserError
+from misc.command import LOST, UserError, leave, print_error
 
 # torch 2.14 renamed it.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: the slowest save and the slowest disk's batch
+PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
+MAY_DIFFER = ("root_dir", "subjects", "no_progress")  # between machines, where what lies there is the same
+_waits: list[str] = []  # names of the waits so far
+_control: list = []  # the process group of small words between ranks, on CPUs; empty where there is one process
 
 
 class DeviceError(UserError):
@@ -38,8 +50,8 @@ def start_process(device: str) -> torch.device:
     Raises:
         DeviceError: no GPU, or fewer GPUs than processes on this machine.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank = _local_rank(gpus)
     if device == "cuda" and gpus == 0:
         raise DeviceError("--device cuda, but this machine has no usable GPU; use --device cpu or auto")
     use_gpu = gpus > 0 and device != "cpu"
@@ -50,9 +62,67 @@ def start_process(device: str) -> torch.device:
         chosen = torch.device("cuda", local_rank)
     else:
         chosen = torch.device("cpu")
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo", **({"device_id": chosen} if use_gpu else {}))
+    if "RANK" in os.environ and not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(signal.SIGTERM)
+        try:
+            more = {"device_id": chosen} if use_gpu else {}
+            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=PATIENCE, **more)
+        except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise DeviceError(
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {where}: "
+                f"{str(error).splitlines()[0][:200]}; check MASTER_ADDR and MASTER_PORT, and that all were started"
+            ) from error
+        _control[:] = [dist.new_group(backend="gloo", timeout=PATIENCE)] if dist.get_world_size() > 1 else []
     return chosen
+
+
+def _local_rank(gpus: int) -> int:
+    """This process's number on its machine.
+
+    torchrun says it. Where RANK and WORLD_SIZE come from elsewhere (Kubeflow's operators start one process a pod),
+    the ranks of a machine are taken to be consecutive.
+
+    Raises:
+        DeviceError: variables say that there are several processes, but not enough to join them.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        several = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _number(name, 1) > 1), None)
+        if several:
+            raise DeviceError(
+                f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set: each process would "
+                "train alone; start one python tools/launch.py on each machine instead"
+            )
+        return 0
+    missing = [name for name in names if not given[name]]
+    if missing:
+        there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+        raise DeviceError(
+            f"{there} without {', '.join(missing)}: this process cannot find the others; set them, or unset RANK and "
+            "WORLD_SIZE to train alone, or start by tools/launch.py"
+        )
+    rank, world = _number("RANK", -1), _number("WORLD_SIZE", -1)
+    if not 0 <= rank < world or not 0 < _number("MASTER_PORT", -1) < 65536:
+        raise DeviceError(
+            f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: a rank is a "
+            "whole number from 0 to below WORLD_SIZE, a port one below 65536"
+        )
+    return _number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment as a whole number; ``default`` where it is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default
+
+
+def end_with_parent(number: int) -> None:
+    """Have the system send this process a signal when the one that started it ends, so that none is left behind."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def end_process() -> None:
@@ -63,12 +133,27 @@ def end_process() -> None:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[torch.device]:
-    """:func:`start_process`, and :func:`end_process` at the end of the block."""
+    """:func:`start_process`, and :func:`end_process` at the end of the block.
+
+    Where another rank is lost, this one leaves at once with status LOST; the launcher tells why.
+    """
     try:
         yield start_process(device)
+    except RuntimeError as error:
+        if world_size() == 1 or not _is_lost(error):
+            raise
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            print_error(f"another rank was lost; see its own output ({str(error).splitlines()[0][:200]})")
+        leave(LOST)
     finally:
         with contextlib.suppress(RuntimeError, ValueError):  # another rank is gone already
             end_process()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a collective says that another rank has gone, or has not come in PATIENCE."""
+    words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "socket", "gloo")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 # ============================================================ ranks
@@ -86,7 +171,7 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 @torch.no_grad()
@@ -112,6 +197,58 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         tensor /= world
     return tensor
+
+
+def all_largest(*numbers: int) -> list[int]:
+    """The largest over all ranks of each number; no device is waited for."""
+    if not _control:
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_control[0])
+    return largest.tolist()
+
+
+def meet() -> None:
+    """Wait for every rank, or for none where one is gone: for the end."""
+    if _control:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(group=_control[0])
+
+
+def wait_for_all() -> None:
+    """Wait for ranks whose shares of the work may take hours more or less: by a store that all ask now and then."""
+    if not _control:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name = f"share-{len(_waits)}"
+    _waits.append(name)
+    store.add(name, 1)
+    while store.add(name, 0) < world_size():
+        time.sleep(0.2)
+    meet()
+
+
+def agree(facts: Mapping[str, object]) -> None:
+    """Compare what ranks must have in common, before they compute anything together.
+
+    Raises:
+        UserError: on every rank, naming the first facts that differ.
+    """
+    if not _control:
+        return
+    mine = (socket.gethostname(), {name: str(value) for name, value in facts.items() if name not in MAY_DIFFER})
+    everyone: list = [None] * world_size()
+    dist.all_gather_object(everyone, mine, group=_control[0])
+    (first_host, first), *others = everyone
+    for number, (host, theirs) in enumerate(others, start=1):
+        apart = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        if apart:
+            shown = "; ".join(
+                f"{name} is {theirs.get(name)} on rank {number} ({host}), {first.get(name)} on rank 0 ({first_host})"
+                for name in apart[:3]
+            )
+            more = f"; and {len(apart) - 3} more" if len(apart) > 3 else ""
+            raise UserError(f"{shown}{more}: the ranks of a run must be started alike, or two jobs share an endpoint")
 
 
 def barrier() -> None:

@@ -1,25 +1,34 @@
-"""When a run saves: every so many epochs and minutes, and when a signal asks it to stop."""
+"""When a run saves: every so many epochs and minutes, and when a signal asks any of its ranks to stop."""
 
+import errno
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from misc import process
 from misc.command import StopRequest
 from misc.experiment import Experiment
-from misc.runlog import Meters
+from misc.runlog import DivergedError, Meters
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Saver:
-    """Saves on the first rank, and leaves there where a signal asked for it; other ranks do nothing.
+    """Saves on the first rank, when all ranks have agreed to; ends them all where one was asked to stop.
+
+    Every rank must call its methods, at the same steps.
 
     Args:
         save: writes the run's state: save(path, finished epochs, steps of the next, their sums).
         experiment: where to.
-        stop: set by a signal.
+        stop: set by a signal to this rank.
         epochs: of the run; the last one is always saved.
         every: epochs between checkpoints.
         minutes: between saves within an epoch; 0 for none.
+        keep: finished epochs' checkpoints to keep; 0 for all.
+        good: the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -30,34 +39,84 @@ class Saver:
         epochs: int,
         every: int,
         minutes: float,
+        keep: int = 0,
+        good: Path | None = None,
     ):
         self.save, self.experiment, self.stop = save, experiment, stop
-        self.epochs, self.every, self.minutes = epochs, every, minutes
+        self.epochs, self.every, self.minutes, self.keep = epochs, every, minutes, keep
+        self.good = good  # the last that was saved
+        self.agreed = 0  # the signal that all ranks knew of at the last epoch's end
         self.saved_at = time.monotonic()
 
     def after_step(self, epoch: int, done: int, meters: Meters) -> None:
-        """Save ``done`` steps of an epoch under way, when it is time or a signal came."""
+        """Save ``done`` steps of an epoch under way, when it is time or a signal came to any rank."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
-        if process.rank() or not (due or self.stop.number):
+        stopped, due = process.all_largest(self.stop.number, int(bool(due) and not process.rank()))
+        if not (due or stopped):  # a signal that came meanwhile is for the next step: other ranks do not know of it
             return
-        path: Path = self.experiment.unfinished
-        self.save(path, epoch, done, meters.totals())
-        self.saved_at = time.monotonic()
-        if self.stop.number:
-            print(f"stopped by {self.stop.name}; saved {path}, go on with --resume auto")
-            self.stop.leave()
+        path, sums = self.experiment.unfinished, meters.sums()
+        saved = self._save(path, epoch, done, sums)
+        if stopped:
+            self.stop.number = stopped
+            told = f"saved {path}" if saved else f"not saved, {self._last()}"
+            self._leave(f"stopped by {self.stop.name}; {told}, go on with --resume auto")
 
     def after_epoch(self, finished: int) -> None:
-        """Save ``finished`` epochs, as often as asked, at the end, and when a signal came."""
+        """Save ``finished`` epochs, as often as asked, at the end, and when a signal came.
+
+        Raises:
+            OSError: there is no room, and no later epoch to save again.
+        """
         last = finished == self.epochs
-        if process.rank() or not (finished % self.every == 0 or last or self.stop.number):
-            return
-        self.save(self.experiment.checkpoint(finished), finished)
-        self.experiment.unfinished.unlink(missing_ok=True)
-        self.saved_at = time.monotonic()
+        (self.agreed,) = process.all_largest(self.stop.number)
+        if finished % self.every == 0 or last or self.agreed:
+            saved = self._save(self.experiment.checkpoint(finished), finished, must=last)
+            if saved and process.rank() == 0:
+                self.experiment.unfinished.unlink(missing_ok=True)
+                self.experiment.keep_latest(self.keep)
 
     def leave_if_asked(self) -> None:
         """End this process where a signal came; what is done is saved and told."""
-        if self.stop.number and process.rank() == 0:
-            print(f"stopped by {self.stop.name}; go on with --resume auto")
-            self.stop.leave()
+        if self.agreed:
+            self.stop.number = self.agreed
+            self._leave(f"stopped by {self.stop.name}; {self._last()}, go on with --resume auto")
+
+    def check(self, epoch: int, done: int, location: int, figures: Mapping[str, float], meters: Meters) -> None:
+        """Raise DivergedError, on every rank, where a figure that was just read is not finite."""
+        if all(map(math.isfinite, figures.values())):
+            return
+        (worse,) = process.all_largest(meters.last_count - meters.finite_steps)
+        first = done - max(worse - 1, 0)
+        raise DivergedError(
+            f"the loss is not finite at epoch {epoch + 1}, step {first}; {self._last()}: go on from there by --resume "
+            f"auto with a lower --lr, or check the store for damaged patches at location {location}"
+        )
+
+    def _last(self) -> str:
+        return f"the last good state is {self.good}" if self.good else "nothing was saved before"
+
+    def _save(self, path: Path, *what: Any, must: bool = False) -> bool:
+        """On the first rank, whether it is there now. A full disk is told, and the run goes on unless it ``must``."""
+        self.saved_at = time.monotonic()
+        if process.rank():
+            return True
+        try:
+            self.save(path, *what)
+        except DivergedError as error:
+            raise DivergedError(
+                f"{error}; {self._last()}: go on from there by --resume auto with a lower --lr"
+            ) from None
+        except OSError as error:
+            if must or error.errno not in DISK_IS_FULL:
+                raise
+            print(f"warning: no room to save ({error}); the run goes on, {self._last()}: make room", flush=True)
+            return False
+        self.good = path
+        return True
+
+    def _leave(self, message: str) -> None:
+        """All ranks together: a launcher ends the others when one has gone, and the first takes its time to save."""
+        process.meet()
+        if process.rank() == 0:
+            print(message)
+        self.stop.leave()

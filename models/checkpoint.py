@@ -3,9 +3,9 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +67,23 @@ def progress(path: Path) -> tuple[int, int]:
     return position(content, path)
 
 
+def intact(path: Path) -> tuple[int, int]:
+    """:func:`progress` of a checkpoint that is read from start to end. Raises CheckpointError where it is damaged.
+
+    torch compares no checksum, and would take a tensor of another value for what was saved.
+    """
+    place = progress(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                damaged = archive.testzip()
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+                damaged = error
+        if damaged:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged ({damaged})")
+    return place
+
+
 def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Finished epochs, and steps of the next; of a bare state dict the number in its name, else 0."""
     number = re.search(r"(\d+)", Path(path).name)
@@ -119,9 +136,6 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pat
     model.load_state_dict(state, strict=True)
 
 
-# ============================================================ a run's state
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's state as published: which implementation runs is this machine's matter."""
     state = optimizer.state_dict()
@@ -139,108 +153,60 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
     optimizer.param_groups[0].update(implementation)
 
 
-class Restored(NamedTuple):
-    """What a checkpoint tells beside the tensors that it has filled."""
+# ============================================================ whether it may be used
 
-    epoch: int  # finished
-    step: int  # of the epoch under way
-    totals: torch.Tensor | None  # sums over these steps of the meters' figures
-    config: dict[str, Any]  # the settings that it was trained with
+LARGEST = 1e15  # of a sound value: float32 cannot hold the squares of larger ones, which BatchNorm takes next
 
 
-class TrainingState:
-    """All that a run needs to go on as if it had not stopped: weights, queue, optimiser, random streams, position.
-
-    Args:
-        model: DrasCLR itself, not wrapped.
-        optimizer: of its parameters.
-        device: where both are.
-        arch: a name that the published format keeps.
-        settings: kept in the checkpoint, to tell what a resumed run changes.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        arch: str,
-        settings: Mapping[str, Any],
-    ):
-        self.model, self.optimizer, self.device = model, optimizer, device
-        self.arch, self.settings = arch, dict(settings)
-
-    def save(self, path: Path, epoch: int, step: int = 0, totals: torch.Tensor | None = None) -> None:
-        """Write the state after ``epoch`` finished epochs and ``step`` steps of the next."""
-        checkpoint = {
-            "epoch": epoch,
-            "arch": self.arch,
-            "state_dict": add_module(self.model.state_dict()),
-            "optimizer": optimizer_state(self.optimizer),
-            "step": step,
-            "totals": torch.zeros(0, dtype=torch.float64) if totals is None else totals,
-            "rng_state": torch.get_rng_state(),
-            "config": self.settings,
-            "queue_origin": self.model.queue_origin(),
-        }
-        if self.device.type == "cuda":
-            checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(self.device)
-        save_checkpoint(path, checkpoint)
-
-    def restore(self, path: Path) -> Restored:
-        """Read a state back; one of weights alone leaves the rest as it is.
-
-        Raises:
-            CheckpointError: unreadable, or of another model.
-        """
-        content = read_checkpoint(path)
-        load_strict(self.model, strip_module(content["state_dict"]), path)
-        if "optimizer" in content:
-            load_optimizer(self.optimizer, content["optimizer"], path)
-        if "queue_origin" in content:  # ours; without it nobody knows whose the queue's keys are
-            self.model.load_queue_origin(content["queue_origin"])
-        if "rng_state" in content:
-            torch.set_rng_state(content["rng_state"])
-            if self.device.type == "cuda" and "cuda_rng_state" in content:
-                torch.cuda.set_rng_state(content["cuda_rng_state"], self.device)
-        epoch, step = int(content.get("epoch", 0)), int(content.get("step", 0))
-        totals = content.get("totals")
-        return Restored(epoch, step, totals if step else None, content.get("config") or {})
+def first_unsound(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite, or past LARGEST. Waits for the device once."""
+    names = [name for name, value in tensors.items() if value.is_floating_point() and value.numel()]
+    if not names:
+        return None
+    largest = torch.stack([torch.linalg.vector_norm(tensors[name].detach(), torch.inf).float() for name in names])
+    sound = (largest <= LARGEST).tolist()  # False for NaN
+    return next((name for name, good in zip(names, sound) if not good), None)
 
 
-FREE_TO_CHANGE = ("resume", "exp_name", "root_dir", "epochs", "start_epoch", "no_progress")  # without a note
-SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
+def refuse_unsound(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
+    """Raise CheckpointError where a tensor of a file is not sound."""
+    unsound = first_unsound(tensors)
+    if unsound is not None:
+        raise CheckpointError(
+            f"{source} has values in {unsound} that are not finite, or beyond {LARGEST:.0e}; take an earlier checkpoint"
+        )
 
 
-def note_changes(
-    restored: Restored, settings: Mapping[str, Any], source: Path, begins_anew: bool, say: Callable[[str], None]
-) -> None:
-    """Tell which settings a resumed run changes.
+def check_table(content: Mapping[str, Any], source: Path | str, count: int, fingerprint: str, root: object) -> str:
+    """Refuse a table of locations that is not the checkpoint's own.
 
     Args:
-        restored: what ``source`` told.
-        settings: of the run that goes on.
-        begins_anew: it starts an epoch of its own choice, not within the one under way.
-        say: prints a line.
+        content: the checkpoint's.
+        source: its file.
+        count, fingerprint: locations of the table, and what tells it from another of as many.
+        root: the patch store that it is of, for the message.
+
+    Returns:
+        A note where the checkpoint does not tell its table (published weights do not), else nothing.
 
     Raises:
-        CheckpointError: the steps or the optimiser would be others.
+        CheckpointError: it was trained on another table.
     """
-    before = restored.config
-    changed = [name for name in before if settings.get(name, before[name]) != before[name]]
-    for name in changed:
-        if name not in FREE_TO_CHANGE:
-            say(f"note: --{name.replace('_', '-')} was {before[name]} in {source.name} and is {settings[name]} now")
-    steps = f" and {restored.step} steps" if restored.step else ""
-    say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
-    if "optimizer" in changed:
-        raise CheckpointError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
-    for name in SETS_STEPS:
-        if name in changed and restored.step and not begins_anew:
-            raise CheckpointError(
-                f"{source} is from within an epoch with {name} {before[name]}, now it is {settings[name]}: "
-                f"its steps are others; give the same, or --start-epoch {restored.epoch} to begin that epoch again"
-            )
+    queue = strip_module(content["state_dict"]).get("queue")
+    advice = "patches must be cut at the checkpoint's own table of locations (atlas_patch_loc.npy)"
+    if queue is not None and queue.shape[-1] != count:
+        raise CheckpointError(
+            f"{source} was trained on {queue.shape[-1]} locations, --root-dir {root} has {count}; {advice}"
+        )
+    own = (content.get("config") or {}).get("location_table")
+    if own is None:
+        return f"{source} does not tell its table of locations: that {root}'s {count} are the same is for you to know"
+    if own != fingerprint:
+        raise CheckpointError(
+            f"{source} was trained on another table of locations than --root-dir {root} has (fingerprint {own}, there "
+            f"{fingerprint}); {advice}"
+        )
+    return ""
 
 
 # ============================================================ the encoder alone
@@ -284,6 +250,7 @@ def encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict
 def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
     """An encoder of the checkpoint's own sizes with its weights, in eval mode; and those sizes."""
     state = query_encoder_state(content, source)
+    refuse_unsound(state, source)
     sizes = encoder_sizes(state, source)
     encoder = base_encoder(**{key: value for key, value in sizes.items() if key != "mlp"})
     if sizes["mlp"]:

@@ -99,7 +99,7 @@ class Grouping:
         self.header = array_header((len(sids), *shape), np.dtype(np.int16))
         self.patch_bytes = int(np.prod(shape)) * 2
         self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
-        self.done_file = layout.grouped_dir / "grouped.json"
+        self.done_file = layout.grouped_note
         self.state_file = layout.grouping / "state.json"
 
     def is_done(self) -> bool:

@@ -1,9 +1,11 @@
 """Extraction: what it writes, against the encoder called by hand."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,13 +14,17 @@ import pytest
 import torch
 
 import extract_feature
-from data.locations import normalize_locations
+from data.layout import StoreError
+from data.locations import normalize_locations, table_fingerprint
 from data.store import PatchStore
 from misc.command import run as run_command
 from misc.experiment import Experiment
+from misc.files import held
 from models.builder import DrasCLR
 from models.checkpoint import add_module, position, save_checkpoint
 from models.cnn3d import Encoder
+
+from .conftest import ROOT
 
 
 def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
@@ -63,7 +69,11 @@ def test_features_are_the_encoders(tmp_path, make_store, grid, run, rel, grouped
     )
     out = tmp_path / "e x p" / "patch_rep" / "0003"
     names = {"sid_arr_full.npy", "pred_arr_patch_full.npy", "pred_arr_patient_full.npy", "feature_arr_patch_full.npy"}
-    assert {path.name for path in out.iterdir()} == names | {"label_names.json", "patient_features.csv"}
+    assert {path.name for path in out.iterdir()} == names | {
+        "label_names.json",
+        "patient_features.csv",
+        "features.json",
+    }
     patch, patient, sids, labels = (
         np.load(out / f"{name}_full.npy", allow_pickle=False)
         for name in ("pred_arr_patch", "pred_arr_patient", "sid_arr", "feature_arr_patch")
@@ -292,3 +302,86 @@ def test_published_checkpoint_as_it_is(reference, tmp_path, make_store, run):
         *("--root-dir", tmp_path / "store", "--out-dir", tmp_path / "out"),
     )
     assert np.load(tmp_path / "out" / "pred_arr_patch_full.npy").shape == (3, 5, 32)
+
+
+@pytest.fixture
+def small(tmp_path, make_store, grid):
+    """A store of three, a checkpoint that knows its table, and the flags of an extraction."""
+    make_store(tmp_path / "store", 3, grid)
+    make_checkpoint(tmp_path / "c_0003.pth.tar")
+    content = torch.load(tmp_path / "c_0003.pth.tar", weights_only=True)
+    save_checkpoint(tmp_path / "c_0003.pth.tar", {**content, "config": {"location_table": table_fingerprint(grid)}})
+    flags = ("--exp-name", tmp_path, "--root-dir", tmp_path / "store", "--device", "cpu", "--out-dir", tmp_path / "o")
+    return ("--checkpoint-patch", "c_0003.pth.tar", *flags)
+
+
+def test_another_table_of_as_many_locations_is_refused(small, tmp_path, grid, run_here):
+    told = run_here("extract_feature.py", *small, cwd=tmp_path)
+    assert told.returncode == 0 and "note" not in told.stdout
+    np.save(tmp_path / "store" / "atlas_patch_loc.npy", grid[::-1])
+    refused = run_here("extract_feature.py", *small, cwd=tmp_path)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "c_0003.pth.tar was trained on another table of locations than --root-dir" in refused.stderr
+    make_checkpoint(tmp_path / "c_0003.pth.tar")  # published weights do not tell theirs
+    (tmp_path / "o" / "features.json").unlink()
+    noted = run_here("extract_feature.py", *small, cwd=tmp_path)
+    assert noted.returncode == 0 and "c_0003.pth.tar does not tell its table of locations" in noted.stdout
+
+
+def test_who_made_the_features_and_nobody_else_replaces_them(small, tmp_path, run_here):
+    assert run_here("extract_feature.py", *small, cwd=tmp_path).returncode == 0
+    made = json.loads((tmp_path / "o" / "features.json").read_text())
+    digest = hashlib.sha256((tmp_path / "c_0003.pth.tar").read_bytes()).hexdigest()
+    wanted = {"checkpoint_sha256": digest, "epoch": 3, "step": 0, "amp": "off", "num_subjects": 3, "rep_dim": 12}
+    assert {name: made[name] for name in wanted} == wanted and made["git_commit"] and made["source_hash"]
+    assert made["store_version"] == PatchStore(tmp_path / "store").version
+    before = (tmp_path / "o" / "patient_features.csv").read_bytes()
+    make_checkpoint(tmp_path / "superseded_0003.pth.tar", seed=4)
+    other = ("--checkpoint-patch", "superseded_0003.pth.tar", *small[2:])
+    refused = run_here("extract_feature.py", *other, cwd=tmp_path)
+    assert refused.returncode == 2 and "has features of another checkpoint" in refused.stderr
+    assert (tmp_path / "o" / "patient_features.csv").read_bytes() == before
+    again = run_here("extract_feature.py", *small, "--amp", "bf16", cwd=tmp_path)
+    assert again.returncode == 0 and "features of amp off in" in again.stdout
+
+
+def test_features_that_are_not_finite_are_refused(small, tmp_path, run_here, monkeypatch):
+    content = torch.load(tmp_path / "c_0003.pth.tar", weights_only=True)
+    content["state_dict"]["module.encoder_q.conv2.weight"][0, 0, 0, 0, 0, 0] = float("nan")
+    torch.save(content, tmp_path / "nan.pth.tar")
+    flags = ("--checkpoint-patch", "nan.pth.tar", *small[2:])
+    refused = run_here("extract_feature.py", *flags, cwd=tmp_path)
+    assert refused.returncode == 2 and "nan.pth.tar has values in conv2.weight that are not finite" in refused.stderr
+    store = PatchStore(tmp_path / "store")
+    features = np.zeros((3, 1, 12), dtype=np.float32)
+    unit = extract_feature.plan(store)[4]
+    assert extract_feature.refuse_not_finite(features, unit, store) is features
+    features[2, 0, 5] = np.inf
+    with pytest.raises(StoreError, match="features of subject 002 at location 4 are not finite"):
+        extract_feature.refuse_not_finite(features, unit, store)
+
+
+def test_two_extractions_into_one_folder(small, tmp_path, run_here):
+    with held(tmp_path / "o" / ".lock", "x"):
+        holder = subprocess.Popen(
+            [sys.executable, str(ROOT / "extract_feature.py"), *map(str, small)], stderr=subprocess.PIPE, text=True
+        )
+        assert f"o is in use by process {os.getpid()} on " in holder.communicate(timeout=120)[1]
+    assert holder.returncode == 2 and run_here("extract_feature.py", *small, cwd=tmp_path).returncode == 0
+
+
+def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch):
+    original = extract_feature.encode
+
+    def regroup(*inputs):
+        for count, piece in enumerate(original(*inputs)):
+            if count == 2:
+                (tmp_path / "store" / "subjects.csv").write_text("sid\nA\nB\nC\n")
+                path = tmp_path / "store" / "grouped_patch" / "patch_loc_5.npy"
+                np.save(path, np.load(path)[::-1])
+            yield piece
+
+    monkeypatch.setattr(extract_feature, "encode", regroup)
+    with pytest.raises(StoreError, match="has changed since this run opened the store"):
+        extract(*small)
+    assert not (tmp_path / "o" / "patient_features.csv").exists()

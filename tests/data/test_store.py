@@ -1,5 +1,8 @@
 """Reading patch stores: ours, the published layout, and damaged ones."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -201,3 +204,66 @@ def test_some_subjects_in_the_stores_order(make_store, tmp_path, grid, grouped):
     (tmp_path / "some.csv").write_text(f"sid\n{names[0]}\n7\n")
     with pytest.raises(StoreError, match=r"some.csv: 1 of its 2 subjects are not in .*, the first '7'"):
         PatchStore(tmp_path / "store", subjects=tmp_path / "some.csv")
+
+
+def regrouped(path):
+    """As grouping does it: another file of that name."""
+    np.save(path.with_name("new.npy"), np.load(path)[::-1])
+    path.with_name("new.npy").rename(path)
+
+
+def written_in_place(path):
+    np.lib.format.open_memmap(path, mode="r+")[0] = 7
+    os.utime(path)
+
+
+@pytest.mark.parametrize("change", [regrouped, written_in_place])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_store_that_changes_under_a_run_stops_it(tmp_path, make_store, grid, change, mapped):
+    make_store(tmp_path, 5, grid)
+    store = PatchStore(tmp_path)
+    if mapped:
+        store.read(3, np.arange(5))
+    change(tmp_path / "grouped_patch" / "patch_loc_3.npy")
+    store.read(2, np.arange(5))
+    for look in (lambda: store.read(3, np.arange(5)), store.check_unchanged):
+        with pytest.raises(StoreError, match=r"patch_loc_3\.npy has changed since this run opened the store"):
+            look()
+
+
+def test_subjects_that_change_under_a_run_stop_it(tmp_path, make_store, grid):
+    make_store(tmp_path, 2, grid)
+    store = PatchStore(tmp_path)
+    (tmp_path / "subjects.csv").write_text("sid\n001\n000\n")
+    with pytest.raises(StoreError, match=r"subjects\.csv has changed"):
+        store.check_unchanged()
+
+
+def test_the_version_is_of_the_content(tmp_path, make_store, grid):
+    make_store(tmp_path / "a", 4, grid)
+    version = PatchStore(tmp_path / "a").version
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    assert PatchStore(tmp_path / "b").version == version
+    (tmp_path / "some.csv").write_text("sid\n001\n002\n")
+    others = {version, PatchStore(tmp_path / "a", subjects=tmp_path / "some.csv").version}
+    make_store(tmp_path / "c", 4, grid, seed=1)
+    make_store(tmp_path / "d", 4, grid + 1)
+    make_store(tmp_path / "e", 4, grid, grouped=False)
+    (tmp_path / "b" / "subjects.csv").unlink()  # as published
+    others |= {PatchStore(tmp_path / name).version for name in "bcde"}
+    assert len(others) == 6
+
+
+def test_what_patch_and_the_grouped_files_do_not_agree_on_is_told(tmp_path, make_store, grid):
+    patches = make_store(tmp_path, 3, grid)
+    assert not list(PatchStore(tmp_path).notes())  # patch/ may be gone
+    (tmp_path / "patch").mkdir()
+    for sid in ("000", "002", "003", "004", "005", "006"):
+        np.save(tmp_path / "patch" / f"{sid}_patch.npy", patches[0])
+    new, gone = PatchStore(tmp_path).notes()
+    assert "4 subjects (003, 004, 005, ...) of patch/ are not in grouped_patch/" in new and "group_patches.py" in new
+    assert "1 subject (001) of grouped_patch/ are not in patch/" in gone
+    (tmp_path / "grouped_patch" / "grouped.json").write_text("{}")
+    os.utime(tmp_path / "patch" / "002_patch.npy", (0, 9e9))
+    *_, newer = PatchStore(tmp_path).notes()
+    assert "1 subject (002) of patch/ are newer" in newer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from misc.experiment import UNFINISHED, Experiment, ExperimentError, checkpoint_name
-from models.checkpoint import CheckpointError, progress, read_checkpoint, save_checkpoint
+from models.checkpoint import CheckpointError, intact, progress, read_checkpoint, save_checkpoint
 
 
 def save(path, epoch, step=0, **more):
@@ -87,3 +87,31 @@ def test_the_configuration_comes_back_with_attributes(tmp_path):
 def test_features_from_within_an_epoch_have_their_own_folder(tmp_path):
     experiment = Experiment(tmp_path)
     assert experiment.features(3).name == "0003" and experiment.features(3, 12).name == "0003_step12"
+
+
+def test_a_damaged_latest_is_told_and_the_one_before_taken(tmp_path):
+    experiment, notes = Experiment(tmp_path / "e"), []
+    for epoch in (1, 2, 3):
+        save(experiment.checkpoint(epoch), epoch, weights=torch.arange(1000.0))
+    path = experiment.checkpoint(3)
+    damaged = bytearray(path.read_bytes())
+    at = damaged.find(torch.arange(1000.0).numpy().tobytes()[:4000][2000:2400])
+    damaged[at] ^= 1  # within a tensor: torch would read it without a word
+    path.write_bytes(damaged)
+    assert experiment.resume_from("auto", intact, notes.append) == experiment.checkpoint(2)
+    assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "going on from" in notes[0]
+    experiment.unfinished.write_bytes(b"")
+    assert experiment.latest(intact) == experiment.checkpoint(2)
+    for epoch in (1, 2):
+        experiment.checkpoint(epoch).write_bytes(b"PK")
+    with pytest.raises(ExperimentError, match="has no checkpoint that can be read"):
+        experiment.latest(intact)
+
+
+def test_keep_latest(tmp_path):
+    experiment = Experiment(tmp_path)
+    for count, left in ((0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 3, 4])):
+        for epoch in range(5):
+            save(experiment.checkpoint(epoch), epoch)
+        experiment.keep_latest(count)
+        assert sorted(experiment.numbered()) == left

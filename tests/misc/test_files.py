@@ -10,9 +10,12 @@ import time
 import numpy as np
 import pytest
 
+from misc.command import UserError
 from misc.files import (
     LEFTOVER_SECONDS,
     array_header,
+    file_hash,
+    held,
     locked,
     remove_leftovers,
     save_array,
@@ -124,3 +127,28 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
         assert try_lock(stream)
     with locked(tmp_path / "sub" / "other"):
         assert (tmp_path / "sub" / "other").exists()
+
+
+def test_a_held_lock_says_who_has_it(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom misc.files import held\n"
+        "with held(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    path = tmp_path / "new" / ".lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    message = f"the folder is in use by process {holder.pid} on .*; let it end first"
+    with pytest.raises(UserError, match=message), held(path, "the folder"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with held(path, "the folder"):
+        assert str(os.getpid()) in path.read_text()
+    assert not path.exists()
+
+
+def test_the_hash_is_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")

@@ -1,7 +1,9 @@
 """The launcher of ranks: one line for what the user can mend, torchrun's report for the rest."""
 
 import os
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,3 +46,57 @@ def test_cores_are_divided_among_the_ranks(monkeypatch):
             monkeypatch.setenv("OMP_NUM_THREADS", given)
         launch.share_cores()
         assert os.environ.get("OMP_NUM_THREADS") == wanted
+
+
+def failures(*codes):
+    return {rank: SimpleNamespace(exitcode=code, timestamp=when) for when, (rank, code) in enumerate(codes)}
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "line"),
+    [
+        (((1, -9), (0, 75)), 137, "rank 1 was ended by SIGKILL, mostly for want of memory"),
+        (((0, 75), (1, -7)), 135, "rank 1 was ended by SIGBUS, mostly for want of room in /dev/shm"),
+        (((0, 143), (1, 143)), 143, ""),
+        (((1, 138), (0, -15)), 138, ""),
+        (((0, 2), (1, -15)), 2, ""),
+        (((0, -15), (1, -15)), 143, ""),
+        (((0, 75), (1, 75)), 75, "a rank of another machine was lost"),
+        (((0, 75), (1, 1)), None, ""),
+    ],
+)
+def test_one_line_says_how_the_ranks_ended(codes, status, line, capsys):
+    assert launch.explain(failures(*codes)) == status
+    told = capsys.readouterr().err
+    assert line in told and len(told.splitlines()) == bool(line)
+
+
+def several(port, job, node):
+    more = ["--nnodes", "2", "--node-rank", node, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    return [*more, "--rdzv-id", job, "--nproc-per-node", "1", "train.py"]
+
+
+def test_an_endpoint_in_use_or_of_another_job_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    flags, store = launch.hold_endpoint(several(29941, "a", "0"))
+    assert flags[0] == "--rdzv-conf=is_host=false" and store is not None
+    assert launch.hold_endpoint(several(29941, "a", "1"))[1] is not None
+    for job, node, words in (
+        ("b", "0", "is in use by another job"),
+        ("b", "1", "is another job's (id a, this one's is b)"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            launch.hold_endpoint(several(29941, job, node))
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and words in told and len(told.splitlines()) == 1
+
+
+def test_our_defaults_give_way_to_flags(monkeypatch):
+    flags = launch.with_our_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
+    assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
+    assert launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
+    assert not any(
+        "127" in flag for flag in launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])
+    )
+    monkeypatch.setattr(launch, "heeded", lambda number: number != signal.SIGHUP)
+    assert not any("SIGHUP" in flag for flag in launch.with_our_defaults(["train.py"]))

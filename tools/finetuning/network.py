@@ -1,13 +1,14 @@
 """A head on the encoder: patches of a patient pooled, and a linear layer."""
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from data.locations import table_fingerprint
 from data.store import PatchStore
-from misc.command import UserError
-from models.checkpoint import build_query_encoder, read_checkpoint, strip_module
+from models.checkpoint import build_query_encoder, check_table, read_checkpoint
 from models.cnn3d import Encoder
 
 POOLINGS = ("mean", "attention")
@@ -18,16 +19,13 @@ def trained_encoder(path: str, store: PatchStore) -> tuple[Encoder, dict]:
     """A checkpoint's query encoder and its sizes.
 
     Raises:
-        CheckpointError: it cannot be read. UserError: it was trained on another number of locations.
+        CheckpointError: it cannot be read, or was trained on another table of locations.
     """
     content = read_checkpoint(Path(path))
     encoder, sizes = build_query_encoder(Encoder, content, path)
-    queue = strip_module(content["state_dict"]).get("queue")
-    if queue is not None and queue.shape[-1] != store.num_locations:
-        raise UserError(
-            f"--checkpoint {path} was trained on {queue.shape[-1]} locations, --root-dir {store.layout.root} has "
-            f"{store.num_locations}"
-        )
+    note = check_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     return encoder, sizes
 
 

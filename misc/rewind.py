@@ -1,0 +1,95 @@
+"""A run that goes on from a checkpoint takes back what it told of later steps, so that each is told once.
+
+What log.jsonl said of them is kept under another name, as the checkpoints further on are.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from misc.files import write_text, write_whole
+
+
+def _told(line: str) -> tuple[str, tuple[int, int]] | None:
+    """Kind and position of a line of log.jsonl; an epoch's line comes after its steps'. None for half a line."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+        epoch = int(record["epoch"])
+        if record["kind"] == "step":
+            return "step", (epoch - 1, int(record["step"]))
+        return str(record["kind"]), (epoch, 0)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def rewind_log(log: Path, position: tuple[int, int], aside: Path) -> dict[str, int]:
+    """Cut log.jsonl down to what was done at a position; what goes is copied to ``aside`` first.
+
+    Args:
+        log: the file, which another stream may have open to append.
+        position: finished epochs, and steps of the next.
+        aside: where the whole of it is kept if a line goes.
+
+    Returns:
+        How many lines of each kind stay.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    kept, counts, last = [], {"step": 0, "epoch": 0}, {}
+    for line in text.splitlines(keepends=True):
+        told = _told(line)
+        if told is None or not line.endswith("\n"):
+            continue
+        kind, place = told
+        if place > position or (kind in counts and place <= last.get(kind, (-1, 0))):
+            continue
+        kept.append(line)
+        last[kind] = place
+        counts[kind] = counts.get(kind, 0) + 1
+    whole = "".join(kept)
+    if whole != text:
+        write_text(aside, text)
+        start = text.startswith(whole)
+        os.truncate(log, len(whole.encode()) if start else 0)
+        if not start:
+            with open(log, "a", encoding="utf-8") as stream:
+                stream.write(whole)
+    return counts
+
+
+def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
+    """Cut TensorBoard's files down to as many points of each curve as log.jsonl has lines.
+
+    Args:
+        folder: of the events.out.tfevents.* files.
+        counts: points that stay, of ``train/`` curves (step) and of ``epoch/`` curves (epoch).
+
+    Returns:
+        The last step of the ``train/`` curves that stays; 0 where none does.
+    """
+    from tensorboard_logger.tf_protobuf.event_pb2 import Event
+
+    most = {"train": counts["step"], "epoch": counts["epoch"]}
+    seen: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        data, kept, offset = path.read_bytes(), [], 0
+        while offset + 12 <= len(data):  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack_from("<Q", data, offset)
+            record = data[offset : offset + 16 + length]
+            if len(record) < 16 + length:
+                break  # half a record: the run was killed
+            offset += len(record)
+            event = Event.FromString(record[12:-4])
+            tags = [value.tag for value in event.summary.value if value.WhichOneof("value") == "simple_value"]
+            if any(
+                seen.get(tag, 0) >= most.get(tag.split("/")[0], 0) or event.step <= last.get(tag, -1) for tag in tags
+            ):
+                continue
+            for tag in tags:
+                seen[tag], last[tag] = seen.get(tag, 0) + 1, event.step
+            kept.append(record)
+        if (whole := b"".join(kept)) != data:
+            write_whole(path, lambda stream, whole=whole: stream.write(whole))
+    return max((step for tag, step in last.items() if tag.startswith("train/")), default=0)

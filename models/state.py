@@ -1,0 +1,167 @@
+"""A run's state in a checkpoint, and what a run that goes on from it changes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from misc.runlog import DivergedError, Sums
+from models.checkpoint import (
+    CheckpointError,
+    add_module,
+    check_table,
+    first_unsound,
+    load_optimizer,
+    load_strict,
+    optimizer_state,
+    read_checkpoint,
+    refuse_unsound,
+    save_checkpoint,
+    strip_module,
+)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint tells beside the tensors that it has filled."""
+
+    epoch: int  # finished
+    step: int  # of the epoch under way
+    sums: Sums | None  # of the meters' figures over these steps
+    config: dict[str, Any]  # the settings that it was trained with
+    note: str = ""  # on what it does not tell
+
+
+class TrainingState:
+    """All that a run needs to go on as if it had not stopped: weights, queue, optimiser, random streams, position.
+
+    Args:
+        model: DrasCLR itself, not wrapped.
+        optimizer: of its parameters.
+        device: where both are.
+        arch: a name that the published format keeps.
+        settings: kept in the checkpoint, to tell what a resumed run changes; ``location_table``, ``store_version``
+            and ``root_dir`` tell the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        arch: str,
+        settings: Mapping[str, Any],
+    ):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.arch, self.settings = arch, dict(settings)
+
+    def save(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> None:
+        """Write the state after ``epoch`` finished epochs and ``step`` steps of the next.
+
+        Raises:
+            DivergedError: some of it is not finite; then nothing is written.
+        """
+        weights, optimizer = add_module(self.model.state_dict()), optimizer_state(self.optimizer)
+        kept = {f"optimizer {i} {k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+        tensors = {name: value for name, value in {**weights, **kept}.items() if isinstance(value, torch.Tensor)}
+        unsound = first_unsound(tensors)
+        if unsound is not None:
+            where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+            raise DivergedError(f"the state is not finite at {where} ({unsound}) and is not saved")
+        checkpoint = {
+            "epoch": epoch,
+            "arch": self.arch,
+            "state_dict": weights,
+            "optimizer": optimizer,
+            "step": step,
+            "totals": torch.zeros(0, dtype=torch.float64) if sums is None else sums.totals,
+            "rng_state": torch.get_rng_state(),
+            "config": self.settings,
+            "queue_origin": self.model.queue_origin(),
+        }
+        if sums is not None:
+            checkpoint["since_print"] = {"sums": sums.since, "steps": sums.steps}
+        if self.device.type == "cuda":
+            checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state(self.device)
+        save_checkpoint(path, checkpoint)
+
+    def restore(self, path: Path) -> Restored:
+        """Read a state back; one of weights alone leaves the rest as it is.
+
+        Raises:
+            CheckpointError: unreadable, not finite, of another model or of another table of locations.
+        """
+        content, settings = read_checkpoint(path), self.settings
+        state, config = strip_module(content["state_dict"]), content.get("config") or {}
+        table, root = settings.get("location_table", ""), settings.get("root_dir", "")
+        note = check_table(content, path, self.model.num_locs, table, root)
+        load_strict(self.model, state, path)
+        refuse_unsound(self.model.state_dict(), path)
+        if "optimizer" in content:
+            load_optimizer(self.optimizer, content["optimizer"], path)
+        if "queue_origin" in content:  # ours; without it nobody knows whose the queue's keys are
+            self.model.load_queue_origin(content["queue_origin"])
+            if config.get("store_version") != settings.get("store_version"):
+                self.model.queue_subject.fill_(-1)  # numbers of another store's rows
+        if "rng_state" in content:
+            torch.set_rng_state(content["rng_state"])
+            if self.device.type == "cuda" and "cuda_rng_state" in content:
+                torch.cuda.set_rng_state(content["cuda_rng_state"], self.device)
+        epoch, step = int(content.get("epoch", 0)), int(content.get("step", 0))
+        sums = None
+        if step and content.get("totals") is not None:
+            window = content.get("since_print") or {"sums": torch.zeros_like(content["totals"]), "steps": 0}
+            sums = Sums(content["totals"], window["sums"], int(window["steps"]))
+        return Restored(epoch, step, sums, config, note)
+
+
+FREE_TO_CHANGE = ("resume", "exp_name", "root_dir", "start_epoch", "no_progress", "keep")  # without a note
+SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
+NOT_FLAGS = {
+    "num_subjects": "number of subjects",
+    "store_version": "store's version",
+    "location_table": "table of locations",
+    "world_size": "number of ranks",
+}
+MEANS = {  # what a change makes of the result, where the flag's name does not say it
+    "epochs": "so the cosine's rates are others",
+    "store_version": "so it goes on with other patches or other subjects",
+    "world_size": "which computes the same to rounding",
+    "bn_groups": "so BatchNorm takes its statistics over other samples",
+}
+
+
+def note_changes(
+    restored: Restored, settings: Mapping[str, Any], source: Path, begins_anew: bool, say: Callable[[str], None]
+) -> None:
+    """Tell which settings a resumed run changes.
+
+    Args:
+        restored: what ``source`` told.
+        settings: of the run that goes on.
+        begins_anew: it starts an epoch of its own choice, not within the one under way.
+        say: prints a line.
+
+    Raises:
+        CheckpointError: the steps or the optimiser would be others.
+    """
+    before = restored.config
+    changed = [name for name in before if settings.get(name, before[name]) != before[name]]
+    for name in changed:
+        if name not in FREE_TO_CHANGE:
+            shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
+            means = f", {MEANS[name]}" if name in MEANS else ""
+            say(f"note: {shown} was {before[name]} in {source.name} and is {settings[name]} now{means}")
+    if restored.note:
+        say(f"note: {restored.note}")
+    steps = f" and {restored.step} steps" if restored.step else ""
+    say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
+    if "optimizer" in changed:
+        raise CheckpointError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
+    for name in SETS_STEPS:
+        if name in changed and restored.step and not begins_anew:
+            raise CheckpointError(
+                f"{source} is from within an epoch with {name} {before[name]}, now it is {settings[name]}: "
+                f"its steps are others; give the same, or --start-epoch {restored.epoch} to begin that epoch again"
+            )
