@@ -43,7 +43,7 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.experiment import Experiment, environment
 from misc.files import array_header, file_hash, held, save_array, write_json, write_text, write_whole
 from misc.progress import progress_bar
-from models.checkpoint import build_query_encoder, check_table, position, read_checkpoint
+from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
 from models.frozen import LOCATIONS_AT_ONCE, freeze
@@ -57,6 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
+    parser.add_argument("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
     parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
     parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
@@ -313,6 +314,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     # -------------------------------------------------------- inputs
     experiment = Experiment(args.exp_name)
     checkpoint = experiment.find_checkpoint(args.checkpoint_patch)
+    check_sum(checkpoint, args.sha256)
     content = read_checkpoint(checkpoint)
     encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
     root_dir = args.root_dir or experiment.root_dir()

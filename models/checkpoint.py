@@ -12,7 +12,7 @@ from torch import nn
 
 from misc.command import UserError
 from misc.experiment import listed
-from misc.files import write_whole
+from misc.files import file_hash, write_whole
 
 # ============================================================ files
 
@@ -59,6 +59,19 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
             )
         content = {"state_dict": content}
     return content
+
+
+def check_sum(path: Path, wanted: str | None) -> None:
+    """Raise CheckpointError unless a file's SHA-256 is the wanted one, of which the first digits suffice."""
+    if not wanted:
+        return
+    if not re.fullmatch("[0-9a-f]{8,64}", wanted.lower()):
+        raise CheckpointError(f"--sha256 {wanted}: 8 to 64 hexadecimal digits, as sha256sum prints them")
+    if Path(path).is_file() and not (found := file_hash(path)).startswith(wanted.lower()):
+        raise CheckpointError(
+            f"{path} has the SHA-256 {found[: max(12, len(wanted))]}, not --sha256 {wanted}: it is damaged, or another "
+            "file"
+        )
 
 
 def progress(path: Path) -> tuple[int, int]:

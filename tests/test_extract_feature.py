@@ -21,7 +21,7 @@ from misc.command import run as run_command
 from misc.experiment import Experiment
 from misc.files import held
 from models.builder import DrasCLR
-from models.checkpoint import add_module, position, save_checkpoint
+from models.checkpoint import add_module, check_sum, position, save_checkpoint
 from models.cnn3d import Encoder
 
 from .conftest import ROOT
@@ -385,3 +385,17 @@ def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch)
     with pytest.raises(StoreError, match="has changed since this run opened the store"):
         extract(*small)
     assert not (tmp_path / "o" / "patient_features.csv").exists()
+
+
+@pytest.mark.parametrize("length", [64, 12])
+def test_a_checkpoint_of_another_sum_is_refused(small, tmp_path, run_here, length):
+    path = tmp_path / "c_0003.pth.tar"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:length]
+    flags = (*small[:-1], tmp_path / "sum", "--sha256")
+    wrong = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+    refused = run_here("extract_feature.py", *flags, wrong, cwd=tmp_path)
+    assert refused.returncode == 2 and f"not --sha256 {wrong}: it is damaged, or another file" in refused.stderr
+    assert not (tmp_path / "sum").exists()
+    nonsense = run_here("extract_feature.py", *flags, "latest", cwd=tmp_path)
+    assert nonsense.returncode == 2 and "8 to 64 hexadecimal digits" in nonsense.stderr
+    check_sum(path, digest.upper())

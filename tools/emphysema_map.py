@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--root-dir", required=True, help="patch store, grouped; its masks and transforms of the mapped scans are used")
     add("--checkpoint", required=True, help="of train.py, or the published weights")
+    add("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
     add("--labels", help="CSV with sid and numeric columns")
     add("--column", nargs="+", default=[], help="of the labels; a map each")
     add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
@@ -167,7 +168,7 @@ def map_scan(
 
 def settings_of(args: argparse.Namespace, path: Path) -> dict:
     """What the maps are made from, to keep at ``path``. Raises UserError where those there are from something else."""
-    free = ("input_csv", "out_dir", "device", "no_progress")
+    free = ("sha256", "input_csv", "out_dir", "device", "no_progress")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +183,7 @@ def main() -> int:
     args = parse_arguments()
     store = PatchStore(args.root_dir, require_grouped=True)
     atlas, subjects = read_atlas_mask(args.atlas_mask), read_subjects(args.input_csv)
-    encoder, sizes = trained_encoder(args.checkpoint, store)
+    encoder, sizes = trained_encoder(args.checkpoint, store, args.sha256)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = settings_of(args, out_dir / "settings.json")

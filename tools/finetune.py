@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATH|random",
         help="where arms start; random: untrained weights",
     )
+    add("--sha256", help="of the first checkpoint; another file is refused, for weights that were downloaded")
     add("--labels", help="CSV with sid and numeric columns")
     add("--column", help="of the labels, to learn")
     add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
@@ -91,13 +92,13 @@ def parse_arguments() -> argparse.Namespace:
 class Arm:
     """An encoder to start from."""
 
-    def __init__(self, given: str, sizes: dict | None, store: PatchStore):
+    def __init__(self, given: str, sizes: dict | None, store: PatchStore, sha256: str | None = None):
         self.random = given == "random"
         self.name = "random" if self.random else Path(given).name.removesuffix(".pth.tar")
         self.sizes = sizes or {"rep_dim": 128, "moco_dim": 128, "num_experts": 8, "num_coordinates": 1}
         self._encoder = None
         if not self.random:
-            self._encoder, self.sizes = trained_encoder(given, store)
+            self._encoder, self.sizes = trained_encoder(given, store, sha256)
 
     def prepare(self, seed: int, data: Data, task: Task) -> tuple[Encoder, torch.Tensor]:
         """The encoder, of random weights drawn by the seed, and the representations that it gives, (N, L, rep_dim)."""
@@ -158,7 +159,7 @@ def main() -> None:
         keep_freed_memory()
     arms, sizes = [], None
     for given in sorted(args.checkpoint, key=lambda given: given == "random"):  # random takes the others' sizes
-        arms.append(Arm(given, sizes, store))
+        arms.append(Arm(given, sizes, store, args.sha256 if given == args.checkpoint[0] else None))
         sizes = arms[-1].sizes
     data = Data(store, torch.from_numpy(normalize_locations(store.locations)).to(device))
     splits = {

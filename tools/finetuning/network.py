@@ -8,19 +8,20 @@ from torch import nn
 
 from data.locations import table_fingerprint
 from data.store import PatchStore
-from models.checkpoint import build_query_encoder, check_table, read_checkpoint
+from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
 
 POOLINGS = ("mean", "attention")
 LAYERS = ("frozen", "last", "all")
 
 
-def trained_encoder(path: str, store: PatchStore) -> tuple[Encoder, dict]:
+def trained_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tuple[Encoder, dict]:
     """A checkpoint's query encoder and its sizes.
 
     Raises:
-        CheckpointError: it cannot be read, or was trained on another table of locations.
+        CheckpointError: it cannot be read, was trained on another table of locations, or has another SHA-256.
     """
+    check_sum(Path(path), sha256)
     content = read_checkpoint(Path(path))
     encoder, sizes = build_query_encoder(Encoder, content, path)
     note = check_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)
