@@ -19,9 +19,7 @@ with --labels feature_arr_patch_full.npy (N, P) and label_names.json. Stopped ha
 
 import argparse
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +34,7 @@ from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
 from data.prefetch import read_ahead
 from data.store import PatchStore
+from data.tables import feature_table
 from data.views import to_input
 from misc import process
 from misc.code import running_code
@@ -266,17 +265,6 @@ def assemble(out_dir: Path, pieces: Path, units: list[Unit], store: PatchStore, 
     save_array(out_dir / "pred_arr_patient_full.npy", patient)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
     write_text(out_dir / "patient_features.csv", feature_table(store.sids, patient))
-
-
-def feature_table(sids: list[str], features: np.ndarray) -> str:
-    """patient_features.csv: sid, f000 ...; (N, rep_dim) float32, in nine digits, which give the same float32 back."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    width = max(3, len(str(features.shape[1] - 1)))
-    writer.writerow(["sid", *(f"f{index:0{width}d}" for index in range(features.shape[1]))])
-    for sid, row in zip(sids, features):
-        writer.writerow([sid, *(f"{value:.9g}" for value in row)])
-    return stream.getvalue()
 
 
 # ============================================================ the script

@@ -1,11 +1,13 @@
 """CSV tables keyed by sid. A sid is text everywhere: 007 stays 007."""
 
 import csv
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from data.layout import StoreError
@@ -89,3 +91,27 @@ def _read_text(path: Path) -> pd.DataFrame:
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
     return pd.DataFrame(rows, columns=header, dtype=str)
+
+
+# ============================================================ features
+
+
+def feature_columns(count: int) -> list[str]:
+    """Names of the features in patient_features.csv: f000 ..."""
+    width = max(3, len(str(count - 1)))
+    return [f"f{index:0{width}d}" for index in range(count)]
+
+
+def feature_text(features: Iterable[float]) -> list[str]:
+    """Features in nine digits, which give the same float32 back."""
+    return [f"{value:.9g}" for value in features]
+
+
+def feature_table(sids: Sequence[str], features: np.ndarray) -> str:
+    """patient_features.csv: sid, f000 ...; (N, rep_dim) float32."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["sid", *feature_columns(features.shape[1])])
+    for sid, row in zip(sids, features):
+        writer.writerow([sid, *feature_text(row)])
+    return stream.getvalue()

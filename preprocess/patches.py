@@ -7,6 +7,7 @@ import SimpleITK as sitk
 
 from misc.sizes import HU_MAX, HU_MIN
 from preprocess.geometry import PADDING, orient, orientation_of, pad, resample_isotropic
+from preprocess.scan import ScanError
 
 
 class Patches(NamedTuple):
@@ -80,6 +81,12 @@ def patches_of(
     inner = values[PADDING:-PADDING, PADDING:-PADDING, PADDING:-PADDING]
     _, outside = cut_patches(inner, corners - PADDING, patch_size)
     return Patches(patches, corners, outside, volume, values)
+
+
+def check_inside(cut: Patches, name: object) -> None:
+    """Raise ScanError where every patch lies outside the scan."""
+    if len(cut.patches) and (cut.outside == cut.patches[0].size).all():
+        raise ScanError(f"every patch lies outside {name}: its transform belongs to another scan")
 
 
 def share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:

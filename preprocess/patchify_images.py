@@ -28,7 +28,7 @@ from misc.files import save_array, write_whole
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
-from preprocess.patches import Patches, patches_of, share_inside
+from preprocess.patches import Patches, check_inside, patches_of, share_inside
 from preprocess.picture import picture_of_patches
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import (
@@ -126,10 +126,7 @@ def patchify(
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
     cut = patches_of(read_scan(subject.image, subject.series), transform, atlas_image, table, patch_size)
-    if (cut.outside == patch_size**3).all():
-        raise ScanError(
-            f"every patch lies outside {subject.image}; the transform {transform_path} belongs to another scan"
-        )
+    check_inside(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {
         **figures_of(cut, patch_size),

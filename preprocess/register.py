@@ -24,8 +24,8 @@ from misc.command import Parser, between, run
 from misc.files import whole_file
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output
-from preprocess.registration import overlap, register_masks
-from preprocess.scan import EarlierFailure, ScanError, read_mask
+from preprocess.registration import check_overlap, overlap, register_masks
+from preprocess.scan import EarlierFailure, read_mask
 from preprocess.subjects import Subject, add_atlas, add_progress, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import run_subjects
 
@@ -54,11 +54,7 @@ def register(
     with whole_file(target) as aside:
         transform = register_masks(fixed, moving, aside)
         figures = overlap(fixed, moving, transform)
-        if figures["dice"] < min_dice:
-            raise ScanError(
-                f"registered lungs overlap the atlas with a Dice of {figures['dice']:.2f}, less than --min-dice "
-                f"{min_dice}; look at {source}"
-            )
+        check_overlap(figures, min_dice, source)
     return {**figures, "atlas": atlas}
 
 
@@ -67,7 +63,7 @@ def register(
 
 def add_registration(parser: Parser) -> None:
     """Flags of this step alone."""
-    text = "overlap with the atlas below which a subject counts as failed; lower it only after a look at the masks"
+    text = "overlap of both lungs, and of each, below which a subject fails; lower it after a look at the masks"
     parser.add_argument("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
 
 

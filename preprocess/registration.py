@@ -52,6 +52,26 @@ def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> d
     }
 
 
+def check_overlap(figures: dict[str, float], least: float, source: Path | str) -> None:
+    """Raise ScanError where both lungs together or a side overlaps the atlas by less than ``least`` (Dice).
+
+    The union alone would hide sides that are exchanged, or one lung stretched over both places.
+    """
+    low = [name for name in ("dice", "dice_right", "dice_left") if figures[name] < least]
+    if not low:
+        return
+    sides = f"right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
+    if figures["dice"] >= least and len(low) == 2:
+        raise ScanError(
+            f"the lungs overlap the atlas with a Dice of {figures['dice']:.2f}, but not side by side ({sides}): "
+            f"{source} has the patient's right (1) and left (2) exchanged, or the scan is mirrored"
+        )
+    raise ScanError(
+        f"registered lungs overlap the atlas with a Dice of {figures['dice']:.2f} ({sides}), less than --min-dice "
+        f"{least}; look at {source}"
+    )
+
+
 def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = None) -> sitk.Transform:
     """The affine that takes the atlas's points to the scan's; the same masks give the same one again, to the bit.
 

@@ -1,0 +1,125 @@
+"""One scan in one go gives what the five steps and the extraction give; a bad one costs itself."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from models.builder import DrasCLR
+from models.checkpoint import add_module, save_checkpoint
+from models.cnn3d import Encoder
+from preprocess.registration import check_overlap
+from preprocess.scan import ScanError
+from tests.conftest import calibrate
+from tools.embedding.embed import Embedder, embed_scans, name_of
+
+
+@pytest.fixture(scope="module")
+def study(cohort, tmp_path_factory, run):
+    """Two scans, a checkpoint for their atlas, and features by the five steps: (folder, cohort)."""
+    folder, _ = cohort
+    root = tmp_path_factory.mktemp("embed")
+    table = pd.read_csv(folder / "dataset.csv", dtype=str)[:1]
+    table["image"] = [str(folder / image) for image in table["image"]]
+    table.to_csv(root / "dataset.csv", index=False)
+    atlas = folder / "atlas_lung_mask.nii.gz"
+    run(
+        "preprocess/run_preprocess.sh",
+        *("--input-csv", root / "dataset.csv", "--root-dir", root / "store", "--atlas-mask", atlas),
+        *("--method", "threshold", "--strict", "--no-qc"),
+    )
+    locations = len(np.load(root / "store" / "atlas_patch_loc.npy"))
+    torch.manual_seed(0)
+    model = DrasCLR(Encoder, locations, 12, 5, 3, 1, 8, 0.9, 0.2, True)
+    calibrate(model.encoder_q)
+    save_checkpoint(root / "c_0003.pth.tar", {"epoch": 3, "state_dict": add_module(model.state_dict())})
+    flags = ("--exp-name", root, "--checkpoint-patch", "c_0003.pth.tar", "--root-dir", root / "store")
+    run("extract_feature.py", *flags, "--device", "cpu", "--out-dir", root / "features")
+    return root, folder
+
+
+def flags_of(study):
+    root, folder = study
+    given = ("--checkpoint", root / "c_0003.pth.tar", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    return (*given, "--method", "threshold", "--device", "cpu")
+
+
+def test_as_the_five_steps_to_the_bit(study, run, tmp_path):
+    root, folder = study
+    scan = folder / "image" / "0001.nii.gz"
+    (tmp_path / "broken.nii.gz").write_bytes(scan.read_bytes()[:5000])
+    flags = (*flags_of(study), "--out", "f.csv", "--patch-dir", "patches")
+    shown = run("tools/embed_scan.py", scan, "broken.nii.gz", *flags, cwd=tmp_path)
+    assert "0001: fine" in shown.stdout and "broken: broken.nii.gz" not in shown.stdout
+    assert "embed_scan: 1 of 2 scans; f.csv" in shown.stdout
+    assert (tmp_path / "f.csv").read_bytes() == (root / "features" / "patient_features.csv").read_bytes()
+    patches = np.load(tmp_path / "patches" / "0001.npy")
+    assert np.array_equal(patches, np.load(root / "features" / "pred_arr_patch_full.npy")[0])
+    assert (tmp_path / "f.csv.qc" / "0001.png").read_bytes().startswith(b"\x89PNG")
+    report = pd.read_csv(tmp_path / "f.csv.report.csv", dtype={"sid": str}).set_index("sid")
+    assert report["status"].to_dict() == {"0001": "ok", "broken": "failed"} and report.loc["0001", "dice_left"] > 0.8
+    assert "cut short" in report.loc["broken", "message"]
+
+    # Again: what is done is kept, to the byte; a scan that was mended is done.
+    before = (tmp_path / "f.csv.qc" / "0001.png").stat().st_mtime_ns
+    shutil.copy(folder / "image" / "0002.nii.gz", tmp_path / "broken.nii.gz")
+    again = run("tools/embed_scan.py", scan, "broken.nii.gz", *flags, cwd=tmp_path)
+    assert "2 of 2 scans" in again.stdout and "0001" not in again.stdout
+    assert (tmp_path / "f.csv.qc" / "0001.png").stat().st_mtime_ns == before
+    lines = (tmp_path / "f.csv").read_text().splitlines()
+    assert lines[1] == (root / "features" / "patient_features.csv").read_text().splitlines()[1] and len(lines) == 3
+    assert lines[2].startswith("broken,")
+
+
+def test_from_python(study):
+    root, folder = study
+    given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
+    table = embed_scans([folder / "image" / "0001.nii.gz"], *given, method="threshold")
+    wanted = pd.read_csv(root / "features" / "patient_features.csv", dtype={"sid": str})
+    assert list(table.columns) == list(wanted.columns) and table["sid"].tolist() == ["0001"]
+    np.testing.assert_array_equal(table.iloc[0, 1:].to_numpy(np.float32), wanted.iloc[0, 1:].to_numpy(np.float32))
+
+
+def test_a_verdict_says_what_to_look_at(study):
+    root, folder = study
+    embedder = Embedder(root / "c_0003.pth.tar", folder / "atlas_lung_mask.nii.gz", method="threshold")
+    fine = {"voxels_outside": 0, "patches": 34, "centres_in_lungs": embedder.usual}
+    assert embedder.verdict(fine, {"warnings": ""}) == "fine"
+    off = embedder.verdict({**fine, "voxels_outside": 34 * 32**3 // 2, "centres_in_lungs": 0.1}, {"warnings": "bare"})
+    assert off.startswith("look at it: bare; 50% of the patches' voxels lie outside") and "0.10 of the patch" in off
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ((0.4, 0.4, 0.4), "Dice of 0.40 (right 0.40, left 0.40), less than --min-dice 0.5"),
+        ((0.7, 0.9, 0.1), "(right 0.90, left 0.10), less than --min-dice"),
+        ((0.94, 0.0, 0.0), "exchanged, or the scan is mirrored"),
+    ],
+)
+def test_each_side_must_overlap(figures, message):
+    names = ("dice", "dice_right", "dice_left")
+    check_overlap(dict(zip(names, (0.8, 0.8, 0.8))), 0.5, "m")
+    with pytest.raises(ScanError) as caught:
+        check_overlap(dict(zip(names, figures)), 0.5, "m")
+    assert message in str(caught.value)
+
+
+def test_names():
+    assert [name_of(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == ["b", "b.v2", "scan", "c.d"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "give SCANs, or --input-csv"),
+        (("a/x.nii.gz", "b/x.nii"), "are both called 'x'"),
+        (("x.nii.gz", "--sha256", "0123456789"), "not --sha256 0123456789"),
+        (("x.nii.gz", "--atlas-patch-loc", "none.npy"), "none.npy cannot be read"),
+    ],
+)
+def test_refusals(study, tmp_path, run_here, flags, message):
+    result = run_here("tools/embed_scan.py", *flags, *flags_of(study), "--out", "f.csv", cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())

@@ -1,0 +1,221 @@
+"""Scans to a table of features in one command: no store, no table of subjects.
+
+    python tools/embed_scan.py scan.nii.gz --checkpoint checkpoint_patch_0020.pth.tar \\
+        --atlas-mask atlas_lung_mask.nii.gz --out features.csv
+    python tools/embed_scan.py --input-csv dataset.csv --checkpoint ... --atlas-mask ... --out features.csv
+
+Each SCAN is a NIfTI, NRRD or MetaImage file or a folder of DICOM slices; --input-csv is a table as preprocessing takes
+it. A scan goes through the same steps as there, and through the frozen encoder: the features are those of the five
+steps and extract_feature.py, to the bit. Writes
+
+    OUT                sid, f000 ...: the columns of patient_features.csv; the sid is the file's or folder's name
+    OUT.report.csv     for every scan status, a one-line verdict, what it was made from, the preprocessing's figures
+    OUT.qc/{sid}.png   the patches over the scan and its lung mask; --no-qc leaves it out
+    --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
+
+A bad scan costs itself. Stopped, it goes on where it was; a scan that was changed is done again.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.tables import check_sid, feature_columns, feature_text, read_table
+from misc import process
+from misc.command import OneOf, Parser, UserError, between, run
+from misc.cores import usable_cores
+from misc.files import file_hash, save_array, write_text, write_whole
+from misc.progress import progress_bar
+from misc.sizes import PATCH_SIZE
+from models.cpu.memory import keep_freed_memory
+from preprocess.outputs import file_stamp
+from preprocess.picture import picture_of_patches
+from preprocess.scan import limit_threads
+from preprocess.segment_lung import add_segmentation, check_segmentation
+from preprocess.subjects import Subject, read_subjects
+from tools.embedding.embed import Embedded, Embedder, name_of
+
+SAVE_SECONDS = 20  # between writings of the tables
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("scans", nargs="*", metavar="SCAN", help="a file, or a folder of DICOM slices")
+    add("--input-csv", help="table with sid and image (and series, which of a folder's), in place of SCAN")
+    add("--checkpoint", required=True, help="of train.py, or the published weights")
+    add("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
+    add("--atlas-mask", required=True, help="the atlas lung mask that the checkpoint's store was made with")
+    add(
+        "--atlas-patch-loc", help="its table of locations; needed with the published weights (default: the mask's grid)"
+    )
+    add_segmentation(parser)
+    text = "overlap with the atlas, of both lungs and of each, below which a scan is refused"
+    add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
+    add("--out", required=True, help="the table of features, such as features.csv")
+    add("--patch-dir", help="folder for the features of single patches")
+    add("--no-qc", action="store_true", help="draw no pictures, which saves about a second a scan")
+    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
+    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    args = parser.parse_args()
+    if bool(args.scans) == bool(args.input_csv):
+        parser.error("give SCANs, or --input-csv")
+    check_segmentation(args)
+    return args
+
+
+def subjects_of(args: argparse.Namespace) -> list[Subject]:
+    """The scans by name. Raises StoreError, UserError where two have the same name."""
+    if args.input_csv:
+        return read_subjects(args.input_csv)
+    found: dict[str, Subject] = {}
+    for scan in args.scans:
+        sid = name_of(scan)
+        check_sid(sid)
+        if sid in found:
+            raise UserError(
+                f"{scan} and {found[sid].image} are both called {sid!r}; give an --input-csv with a sid each"
+            )
+        found[sid] = Subject(sid, os.path.abspath(scan))
+    return list(found.values())
+
+
+class Tables:
+    """OUT and OUT.report.csv, as far as they are made from what is at hand today."""
+
+    def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, kept: list[Path]):
+        self.out, self.subjects, self.columns, self.made_by = out, subjects, columns, made_by
+        self.report = out.with_name(out.name + ".report.csv")
+        self.features: dict[str, list[str]] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        if not (out.is_file() and self.report.is_file()):
+            return
+        rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
+        table = read_table(out)
+        if list(table.columns) != ["sid", *columns]:
+            return
+        texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
+        for subject in subjects:
+            row = rows.get(subject.sid, {})
+            whole = all((folder / f"{subject.sid}{folder_suffix(folder)}").is_file() for folder in kept)
+            if (
+                row.get("status") == "ok"
+                and subject.sid in texts
+                and whole
+                and row.get("made_from") == self.stamp(subject)
+            ):
+                self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
+
+    def stamp(self, subject: Subject) -> str:
+        """What a scan's features are made from; empty where it is not there."""
+        there = os.path.exists(subject.image)
+        return f"{file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
+
+    def add(self, sid: str, features: np.ndarray | None, row: dict[str, Any]) -> None:
+        self.rows[sid] = row
+        if features is not None:
+            self.features[sid] = feature_text(features)
+
+    def write(self) -> None:
+        """Both tables, whole, in the order in which scans were given."""
+        sids = [subject.sid for subject in self.subjects]
+        table = pd.DataFrame(
+            [[sid, *self.features[sid]] for sid in sids if sid in self.features], columns=["sid", *self.columns]
+        )
+        report = pd.DataFrame([self.rows[sid] for sid in sids if sid in self.rows], dtype=object)
+        write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
+        write_text(self.report, report.to_csv(index=False, lineterminator="\n"))
+
+
+def folder_suffix(folder: Path) -> str:
+    """Of the files in a folder of ours."""
+    return ".png" if folder.name.endswith(".qc") else ".npy"
+
+
+def draw(path: Path, sid: str, found: Embedded) -> None:
+    """The picture of a scan's patches."""
+    figures = found.figures
+    title = f"{sid}: {found.verdict}; Dice right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
+    picture = picture_of_patches(found.cut.volume, found.cut.values, found.mask, found.cut.corners, PATCH_SIZE, title)
+    write_whole(path, lambda stream: stream.write(picture))
+
+
+def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject: Subject, qc: Path) -> str:
+    """One scan, into the tables and folders; its line for the console."""
+    start, row = time.perf_counter(), {"sid": subject.sid, "status": "ok", "seconds": 0.0, "verdict": "", "message": ""}
+    features = None
+    try:
+        subject.check_image()
+        found = embedder(subject.image, subject.series)
+        features = found.features
+        if args.patch_dir:
+            save_array(Path(args.patch_dir) / f"{subject.sid}.npy", found.patches)
+        if not args.no_qc:
+            draw(qc / f"{subject.sid}.png", subject.sid, found)
+        row |= {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
+    except UserError as error:
+        row |= {"status": "failed", "verdict": "refused", "message": " ".join(str(error).split())}
+    except (
+        RuntimeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # a library's: it costs this one
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        row |= {"status": "failed", "verdict": "refused", "message": f"{type(error).__name__}: {reason}"}
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    tables.add(subject.sid, features, row)
+    return f"{subject.sid}: {row['message'] or row['verdict']}"
+
+
+def main() -> int:
+    args = parse_arguments()
+    subjects, out = subjects_of(args), Path(args.out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, such as {out / 'features.csv'}")
+    device = process.start_process(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    limit_threads(usable_cores())
+    choices = dict(method=args.method, lungmask_weights=args.lungmask_weights, min_dice=args.min_dice)
+    embedder = Embedder(
+        args.checkpoint, args.atlas_mask, args.atlas_patch_loc, **choices, sha256=args.sha256, device=device
+    )
+    if embedder.note:
+        print(f"note: {embedder.note}", file=sys.stderr)
+    qc = out.with_name(out.name + ".qc")
+    inputs = [args.checkpoint, args.atlas_mask, *filter(None, [args.atlas_patch_loc, args.lungmask_weights])]
+    made_by = " ".join([*(file_hash(path)[:12] for path in inputs), args.method])
+    kept = [*([Path(args.patch_dir)] if args.patch_dir else []), *([] if args.no_qc else [qc])]
+    tables = Tables(out, subjects, feature_columns(embedder.rep_dim), made_by, kept)
+    todo = [subject for subject in subjects if subject.sid not in tables.rows]
+    written = time.monotonic()
+    bar = progress_bar(
+        args.no_progress, total=len(subjects), initial=len(subjects) - len(todo), desc="embed", unit="scan"
+    )
+    try:
+        with bar:
+            for subject in todo:
+                bar.write(embed(args, embedder, tables, subject, qc))
+                bar.update()
+                if time.monotonic() - written > SAVE_SECONDS:
+                    tables.write()
+                    written = time.monotonic()
+    finally:
+        if tables.rows:
+            tables.write()
+    done = len(tables.features)
+    print(f"embed_scan: {done} of {len(subjects)} scans; {out}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Scans to features, in memory: the pure functions of preprocess/ and the frozen encoder, one scan at a time."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+import torch
+
+from data.layout import load_locations
+from data.locations import normalize_locations, table_fingerprint
+from data.tables import feature_columns
+from data.views import to_input
+from misc.command import UserError
+from misc.sizes import PATCH_SIZE
+from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
+from models.cnn3d import Encoder
+from models.frozen import LOCATIONS_AT_ONCE, freeze
+from preprocess.atlas import read_atlas_mask
+from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
+from preprocess.patches import Patches, check_inside, patches_of, share_inside
+from preprocess.patchify_atlas import check_table as check_corners
+from preprocess.patchify_atlas import grid_locations
+from preprocess.patchify_images import figures_of
+from preprocess.registration import check_overlap, overlap, register_masks
+from preprocess.scan import ScanError, load_scan
+
+STEP = 26  # voxels between the grid's corners, as patchify_atlas.py has it
+OUTSIDE = 0.1  # share of the patches' voxels outside a scan that is worth a word
+OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a look is due
+
+
+class Embedded(NamedTuple):
+    """What came of a scan."""
+
+    features: np.ndarray  # (rep_dim,) float32: the mean over patches
+    patches: np.ndarray  # (L, rep_dim) float32
+    figures: dict[str, Any]  # as the preprocessing's reports have them
+    verdict: str  # a line
+    cut: Patches
+    mask: sitk.Image
+
+
+class Embedder:
+    """The models of one checkpoint and one atlas, loaded once.
+
+    Args:
+        checkpoint: of train.py, or the published weights.
+        atlas_mask: 50 right lung, 100 left.
+        atlas_patch_loc: table of corners (default: the one that the mask yields).
+        method: ``lungmask`` or ``threshold``; lungmask_weights its state dict.
+        min_dice: overlap with the atlas below which a scan is refused.
+        sha256: of the checkpoint, to be checked.
+        device: of the encoder.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the table of locations is not the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        atlas_mask: str | os.PathLike,
+        atlas_patch_loc: str | os.PathLike | None = None,
+        method: str = "lungmask",
+        lungmask_weights: str | None = None,
+        min_dice: float = 0.5,
+        sha256: str | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
+        if method == "lungmask":
+            load_lungmask(lungmask_weights)  # weights that are not there are told once, not of every scan
+        self.atlas = read_atlas_mask(atlas_mask)
+        if atlas_patch_loc is None:
+            lung = sitk.GetArrayViewFromImage(self.atlas).transpose(2, 1, 0) > 0  # (x, y, z)
+            self.table, source = grid_locations(lung, PATCH_SIZE, STEP), str(atlas_mask)
+        else:
+            self.table, source = load_locations(Path(atlas_patch_loc)), str(atlas_patch_loc)
+            check_corners(self.table, self.atlas.GetSize(), PATCH_SIZE, source)
+        check_sum(Path(checkpoint), sha256)
+        content = read_checkpoint(Path(checkpoint))
+        self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
+        encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
+        self.rep_dim = sizes["rep_dim"]
+        self.encoder = encoder.to(device)
+        self.locations = torch.from_numpy(normalize_locations(self.table)).to(device)
+        self.usual = share_inside(self.table, PATCH_SIZE, self.atlas, self.atlas)
+
+    def encode(self, patches: np.ndarray) -> np.ndarray:
+        """(L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32: extract_feature.py's numbers for a store of one."""
+        found = np.empty((len(patches), self.rep_dim), dtype=np.float32)
+        for first in range(0, len(patches), LOCATIONS_AT_ONCE):
+            some = freeze(self.encoder, self.locations[first : first + LOCATIONS_AT_ONCE])
+            for index, frozen in enumerate(some, start=first):
+                one = torch.from_numpy(patches[index : index + 1]).to(self.locations.device)
+                found[index] = frozen(one, to_input)[0].cpu().numpy()
+        return found
+
+    def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
+        """One scan. Raises ScanError where it cannot be used."""
+        scan = load_scan(path, series)
+        mask = lung_mask(scan.image, self.method, self.weights, path)
+        transform = register_masks(self.atlas, mask)
+        figures: dict[str, Any] = {**lung_volumes(mask, path), **overlap(self.atlas, mask, transform)}
+        check_overlap(figures, self.min_dice, f"{path}'s lung mask")
+        cut = patches_of(scan.image, transform, self.atlas, self.table, PATCH_SIZE)
+        check_inside(cut, path)
+        inside = share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
+        figures |= {**figures_of(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
+        patches = self.encode(cut.patches)
+        if not np.isfinite(patches).all():
+            raise ScanError(f"{path} gives features that are not finite; the checkpoint's training had diverged")
+        features = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return Embedded(features, patches, figures | scan.facts, self.verdict(figures, scan.facts), cut, mask)
+
+    def verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
+        """A line: ``fine``, or what to look at."""
+        said = [facts["warnings"]] if facts.get("warnings") else []
+        share = figures["voxels_outside"] / (figures["patches"] * PATCH_SIZE**3)
+        if share > OUTSIDE:
+            said.append(f"{share:.0%} of the patches' voxels lie outside the scan")
+        if figures["centres_in_lungs"] < OFF * self.usual:
+            said.append(
+                f"{figures['centres_in_lungs']:.2f} of the patch centres lie in the lungs, in the atlas's own "
+                f"{self.usual:.2f}"
+            )
+        return f"look at it: {'; '.join(said)}" if said else "fine"
+
+
+def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask: str, **choices: Any) -> pd.DataFrame:
+    """Features of scans as a table: sid (the file's or folder's name), f000 ...; a bad scan raises.
+
+    Args:
+        scans: files or folders of DICOM slices.
+        checkpoint, atlas_mask, choices: of :class:`Embedder`.
+
+    Raises:
+        UserError: a scan, or what it is embedded with, cannot be used.
+    """
+    embedder = Embedder(checkpoint, atlas_mask, **choices)
+    sids = [name_of(path) for path in scans]
+    if len(set(sids)) < len(sids):
+        twice = next(sid for sid in sids if sids.count(sid) > 1)
+        raise UserError(f"two of the scans are called {twice!r}; give a table with a sid for each")
+    rows = np.stack([embedder(path).features for path in scans])
+    table = pd.DataFrame(rows, columns=feature_columns(embedder.rep_dim))
+    table.insert(0, "sid", sids)
+    return table
+
+
+def name_of(path: str | os.PathLike) -> str:
+    """A scan's subject name: the file's or folder's name without the suffixes of image formats."""
+    path = Path(os.path.abspath(path))
+    name = path.name
+    if not path.is_dir():
+        for suffix in (".gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img", ".dcm"):
+            name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
+    return name
