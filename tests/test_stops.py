@@ -134,6 +134,7 @@ def test_a_signal_to_a_reading_process_saves_and_nohup_is_obeyed(store, tmp_path
     assert gone(readers) and (tmp_path / "ssl_exp" / "w" / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_never_saved(store, run, tmp_path):
     """Not between printed steps either; and a lower rate goes on from the last good one."""
     flags = flags_of(store, "n", "--print-freq", 5, "--resume", "auto")
@@ -149,6 +150,7 @@ def test_a_state_that_is_not_finite_is_never_saved(store, run, tmp_path):
     assert "note: --epochs was 1" in good.stdout and "epoch 2/2" in good.stdout
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_changes_of_its_data_is_told_or_refused(store, make_store, run_here, run, tmp_path, grid):
     flags = flags_of(store, "r", "--epochs", 1)
     run("train.py", *flags, cwd=tmp_path)
@@ -163,6 +165,7 @@ def test_what_a_resumed_run_changes_of_its_data_is_told_or_refused(store, make_s
     assert content["config"]["world_size"] == 1 and content["config"]["bn_groups"] == 2
 
 
+@pytest.mark.slow
 def test_a_store_that_changes_under_training_stops_it(store, make_store, grid, tmp_path):
     make_store(tmp_path / "store", 9, grid)
     process = start("train.py", *flags_of("store", "c", "--epochs", 500, "--workers", 1), cwd=tmp_path)
