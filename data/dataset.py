@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +128,9 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
     end_with_parent(signal.SIGKILL)
     trainer = os.getppid()
 
-    def pass_on(number: int, _: object) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if _is_over(frame):  # torch ends a worker that is slow to leave by SIGTERM: that is no request to stop
+            os._exit(0)
         signal.signal(number, signal.SIG_IGN)
         signal.alarm(STOP_SECONDS)
         if os.getppid() == trainer:
@@ -138,6 +141,16 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
         elif signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
+
+
+def _is_over(frame: FrameType | None) -> bool:
+    """Whether torch's loop of a worker, on this stack, has been told to end, or has ended."""
+    while frame is not None:
+        if frame.f_code.co_name == "_worker_loop":
+            event = frame.f_locals.get("done_event")
+            return event is not None and event.is_set()
+        frame = frame.f_back
+    return get_worker_info() is not None
 
 
 def _as_it_is(batch: object) -> object:

@@ -41,3 +41,17 @@ def test_an_error_of_a_reading_process_is_one_sentence(tmp_path, make_store, gri
         list(batches(loader))
     assert "has changed since this run opened the store" in str(error.value) and "\n" not in str(error.value)
     assert module.STOP_SECONDS > 0
+
+
+def test_a_worker_that_torch_ends_asks_nobody_to_stop(tmp_path, make_store, grid, monkeypatch):
+    """torch sends SIGTERM to one that is slow to leave; passed on, it would end the trainer itself."""
+    make_store(tmp_path, 4, grid)
+    with monkeypatch.context() as patch:  # of the worker, which is forked
+        patch.setattr(module.os, "kill", lambda *_: (tmp_path / "asked").touch())
+        found = iter(loader_of(tmp_path))
+        next(found)
+    worker = found._workers[0]
+    found._workers_done_event.set()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0 and not (tmp_path / "asked").exists()

@@ -97,8 +97,10 @@ def test_loader_serves_the_right_location(tmp_path, make_store, grid, workers):
 
 
 def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
-    """Long enough for the trainer to save; a trainer that fails must not wait for it for ever."""
+    """Long enough for the trainer, which it asks to stop, to save; but a trainer that fails must not wait for ever."""
     monkeypatch.setattr(dataset_module, "STOP_SECONDS", 1)
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     ready = multiprocessing.get_context("fork").Event()
 
     def work():
@@ -113,7 +115,8 @@ def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
     worker.join(0.3)
     assert worker.is_alive()
     worker.join(10)
-    assert worker.exitcode == -signal.SIGALRM
+    signal.signal(signal.SIGTERM, before)
+    assert worker.exitcode == -signal.SIGALRM and asked == [signal.SIGTERM]
 
 
 def test_interleaved_visits_are_short_and_cover_the_same():
