@@ -154,7 +154,7 @@ def test_a_bad_scan_costs_one_subject(small, run):
     (tmp_path / "table.csv").write_text("\n".join(table) + "\n")
     again = run("preprocess/run_preprocess.sh", *command, *atlas, "--strict").stdout
     assert again.count("1 ok, 1 skipped, 0 failed") == 3
-    assert "2 subjects" in again.splitlines()[-1]
+    assert "2 subjects" in again.splitlines()[-2] and "qc_page" in again.splitlines()[-1]
 
 
 def two_subjects(folder, tmp_path):
