@@ -174,7 +174,7 @@ class Experiment:
             ExperimentError: another run has it, and the folder with it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = open(self.log, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+        log = open(self.log, "a+", buffering=1)  # noqa: SIM115 (open for the whole run)
         if not try_lock(log):
             log.close()
             raise ExperimentError(

@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from misc.files import write_text, write_whole
 
@@ -24,18 +24,20 @@ def _told(line: str) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
-def rewind_log(log: Path, position: tuple[int, int], aside: Path) -> dict[str, int]:
+def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str, int]:
     """Cut log.jsonl down to what was done at a position; what goes is copied to ``aside`` first.
 
     Args:
-        log: the file, which another stream may have open to append.
+        log: the file, open to read and append. It is read through this stream: a process that closes another stream of
+            a file loses its lock on it.
         position: finished epochs, and steps of the next.
         aside: where the whole of it is kept if a line goes.
 
     Returns:
         How many lines of each kind stay.
     """
-    text = log.read_text(encoding="utf-8", errors="replace")
+    file = log.fileno()
+    text = os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace")
     kept, counts, last = [], {"step": 0, "epoch": 0}, {}
     for line in text.splitlines(keepends=True):
         told = _told(line)
@@ -51,9 +53,9 @@ def rewind_log(log: Path, position: tuple[int, int], aside: Path) -> dict[str, i
     if whole != text:
         write_text(aside, text)
         start = text.startswith(whole)
-        os.truncate(log, len(whole.encode()) if start else 0)
+        os.ftruncate(file, len(whole.encode()) if start else 0)
         if not start:
-            with open(log, "a", encoding="utf-8") as stream:
+            with open(file, "a", encoding="utf-8", closefd=False) as stream:
                 stream.write(whole)
     return counts
 

@@ -13,7 +13,6 @@ import torch
 
 from misc import process
 from misc.command import UserError
-from misc.files import try_lock
 from misc.progress import progress_bar
 from misc.rewind import rewind_curves, rewind_log
 
@@ -159,10 +158,7 @@ class RunLog:
         if not self.speaks:
             return
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
-        counts = rewind_log(Path(self._stream.name), (epoch, step) if source else (0, 0), aside)
-        # A process loses its lock on a file when it closes any other stream of it, as reading it does.
-        if not try_lock(self._stream):
-            raise UserError(f"{self._folder} is in use by another run; let it end, or choose another --exp-name")
+        counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
         told = rewind_curves(self._folder, counts)
         self._offset = max(0, told - (step + self.steps * epoch))  # epochs were longer before
         if source:

@@ -29,8 +29,8 @@ def test_each_step_is_told_once(tmp_path):
     for step in (2, 4, 6, 8):
         curves.log_value("train/loss", 1.0, step)
     curves.log_value("epoch/loss", 1.0, 1)
-    with open(log, "a") as stream:  # as the run has it
-        counts = rewind_log(log, (1, 3), aside)
+    with open(log, "a+") as stream:  # as the run has it
+        counts = rewind_log(stream, (1, 3), aside)
         stream.write("next\n")
     assert counts["step"] == 3 and counts["epoch"] == 1 and aside.read_text() == text
     kept = log.read_text().splitlines()
@@ -42,4 +42,5 @@ def test_each_step_is_told_once(tmp_path):
 def test_nothing_to_take_back_changes_nothing(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"kind": "step", "epoch": 1, "step": 2}\n')
-    assert rewind_log(log, (0, 2), tmp_path / "aside")["step"] == 1 and not (tmp_path / "aside").exists()
+    with open(log, "a+") as stream:
+        assert rewind_log(stream, (0, 2), tmp_path / "aside")["step"] == 1 and not (tmp_path / "aside").exists()
