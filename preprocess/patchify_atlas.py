@@ -12,6 +12,7 @@ Writes <root-dir>/atlas_patch_loc.npy, (L, 3) int64: lowest corner (x, y, z), at
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from preprocess.atlas import load_atlas
 from preprocess.geometry import ISO_SPACING
 from preprocess.subjects import add_atlas, add_patch_size, add_store, parse_flags
 
+STEP_SIZE = 26  # voxels between corners, as published
 MAX_PATCHES = 1000  # with as many or more, the threshold rises
 
 
@@ -82,10 +84,23 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
         )
 
 
+def table_of(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
+    """The table of corners (L, 3) for an atlas: a given one, checked, or the grid's. Raises StoreError."""
+    if adopted:
+        table = load_locations(Path(adopted))
+        check_table(table, mask.GetSize(), patch_size, str(adopted))
+        return table
+    return grid_locations(_lung_of(mask), patch_size, step_size)
+
+
+def _lung_of(mask: sitk.Image) -> np.ndarray:
+    """Where an atlas's lungs are, (x, y, z) bool."""
+    return sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # from (z, y, x)
+
+
 def lay_locations(args: argparse.Namespace) -> int:
     """The step, by its flags; its exit status."""
     mask = load_atlas(args.atlas_mask)
-    size = mask.GetSize()
     if not np.allclose(mask.GetSpacing(), ISO_SPACING, atol=1e-3):
         spacing = " x ".join(f"{own:.3g}" for own in mask.GetSpacing())
         print(
@@ -93,12 +108,7 @@ def lay_locations(args: argparse.Namespace) -> int:
             "that touch in the atlas will not in the scans. preprocess/make_atlas_mask.py brings a mask to 1 mm",
             file=sys.stderr,
         )
-    lung = sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
-    if args.atlas_patch_loc:
-        table = load_locations(Path(args.atlas_patch_loc))
-        check_table(table, size, args.patch_size, args.atlas_patch_loc)
-    else:
-        table = grid_locations(lung, args.patch_size, args.step_size)
+    table = table_of(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
 
     layout = StoreLayout(args.root_dir)
     target = layout.atlas_patch_loc
@@ -113,7 +123,7 @@ def lay_locations(args: argparse.Namespace) -> int:
         print(f"patchify_atlas: {target} is there already, {len(table)} locations")
         return 0
     save_array(target, table)
-    inside = lung[tuple((table + args.patch_size // 2).T)].mean()
+    inside = _lung_of(mask)[tuple((table + args.patch_size // 2).T)].mean()
     print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas's lungs; {target}")
     return 0
 
@@ -121,7 +131,7 @@ def lay_locations(args: argparse.Namespace) -> int:
 def add_locations(parser: Parser) -> None:
     """Flags of this step alone."""
     text = "voxels between corners; smaller gives more patches"
-    parser.add_argument("--step-size", type=at_least(int, 1), default=26, help=text)
+    parser.add_argument("--step-size", type=at_least(int, 1), default=STEP_SIZE, help=text)
     text = "adopt this table of corners; needed with the published weights (default: make one)"
     parser.add_argument("--atlas-patch-loc", help=text)
 

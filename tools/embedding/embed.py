@@ -10,7 +10,6 @@ import pandas as pd
 import SimpleITK as sitk
 import torch
 
-from data.layout import load_locations
 from data.locations import normalize_locations, table_fingerprint
 from data.tables import feature_columns
 from data.views import to_input
@@ -22,13 +21,11 @@ from models.frozen import LOCATIONS_AT_ONCE, freeze
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
-from preprocess.patchify_atlas import check_table as check_corners
-from preprocess.patchify_atlas import grid_locations
+from preprocess.patchify_atlas import STEP_SIZE, table_of
 from preprocess.patchify_images import figures_of
 from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import ScanError, load_scan
 
-STEP = 26  # voxels between the grid's corners, as patchify_atlas.py has it
 OUTSIDE = 0.1  # share of the patches' voxels outside a scan that is worth a word
 OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a look is due
 
@@ -75,12 +72,8 @@ class Embedder:
         if method == "lungmask":
             load_lungmask(lungmask_weights)  # weights that are not there are told once, not of every scan
         self.atlas = read_atlas_mask(atlas_mask)
-        if atlas_patch_loc is None:
-            lung = sitk.GetArrayViewFromImage(self.atlas).transpose(2, 1, 0) > 0  # (x, y, z)
-            self.table, source = grid_locations(lung, PATCH_SIZE, STEP), str(atlas_mask)
-        else:
-            self.table, source = load_locations(Path(atlas_patch_loc)), str(atlas_patch_loc)
-            check_corners(self.table, self.atlas.GetSize(), PATCH_SIZE, source)
+        self.table = table_of(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
+        source = str(atlas_patch_loc or atlas_mask)
         check_sum(Path(checkpoint), sha256)
         content = read_checkpoint(Path(checkpoint))
         self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
