@@ -1,13 +1,14 @@
 """The page of all subjects, qc/index.html: what the reports say, worst first, with reasons."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from data.layout import StoreLayout
 from misc.page import link_to, packed, write_page
+from misc.sizes import PATCH_SIZE
 from preprocess.report import previous_figures
 
 STEPS = ("segment_lung", "register", "patchify_images")
@@ -36,6 +37,7 @@ FIGURES = (
     Figure("lung_hu", "lung, HU", True, True, 25.0),
     Figure("outside", "out of scan", False, True, 0.01),
 )
+COLUMNS = (*(figure.name for figure in FIGURES), "patches", "voxels_outside")
 
 
 def read_reports(layout: StoreLayout) -> pd.DataFrame:
@@ -57,22 +59,14 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
             "message": "; ".join(f"{step}: {message}" for step, message in failed.items()),
             "warnings": "; ".join(warnings),
         }
-        found.append(row | {figure.name: merged.get(figure.name) for figure in FIGURES} | _patch_counts(merged))
+        found.append(row | {name: merged.get(name) for name in COLUMNS})
     table = pd.DataFrame(found, columns=["sid", "status", "message", "warnings", *COLUMNS])
     for name in COLUMNS:
         table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
     both = table["right_ml"] + table["left_ml"]
     table["right_share"] = (table["right_ml"] / both.where(both > 0)).round(4)
-    table["outside"] = (table["voxels_outside"] / (table["patches"] * table["patch_voxels"])).round(5)
+    table["outside"] = (table["voxels_outside"] / (table["patches"] * PATCH_SIZE**3)).round(5)
     return table
-
-
-COLUMNS = (*(figure.name for figure in FIGURES), "patches", "patch_voxels", "voxels_outside")
-
-
-def _patch_counts(row: dict[str, str]) -> dict[str, Any]:
-    size = pd.to_numeric(row.get("patch_size") or 32)
-    return {"patches": row.get("patches"), "voxels_outside": row.get("voxels_outside"), "patch_voxels": size**3}
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:

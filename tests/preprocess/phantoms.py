@@ -4,9 +4,12 @@ import gzip
 
 import numpy as np
 import pydicom
+import pytest
 import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import generate_uid
+
+from preprocess.scan import ScanError, read_scan
 
 SPACING, ORIGIN = (3.0, 3.5, 2.5), (-60.5, -55.25, 101.5)
 
@@ -149,3 +152,14 @@ def sform_of(image):
     """(3, 4), RAS."""
     axes = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     return np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([axes, image.GetOrigin()])
+
+
+def refused(path, *words):
+    """Read a scan that must be refused in one line, which names its file and has the words; that line."""
+    with pytest.raises(ScanError) as caught:
+        read_scan(path)
+    message = str(caught.value)
+    assert "\n" not in message and path.name in message
+    for word in words:
+        assert word in message, message
+    return message
