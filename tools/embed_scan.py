@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from misc.sizes import PATCH_SIZE
 from models.cpu.memory import keep_freed_memory
 from preprocess.outputs import file_stamp
 from preprocess.picture import picture_of_patches
-from preprocess.scan import limit_threads
 from preprocess.segment_lung import add_segmentation, check_segmentation
 from preprocess.subjects import Subject, read_subjects
+from preprocess.workers import attempt
 from tools.embedding.embed import Embedded, Embedder, name_of
 
 SAVE_SECONDS = 20  # between writings of the tables
+FilesOf = Callable[[str], list[Path]]  # what must be there beside the tables for a sid
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,10 +90,17 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
     return list(found.values())
 
 
+def files_of(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
+    """A scan's picture and its patches' features, where they are asked for."""
+    out = Path(args.out)
+    picture = None if args.no_qc else out.with_name(out.name + ".qc") / f"{sid}.png"
+    return picture, Path(args.patch_dir) / f"{sid}.npy" if args.patch_dir else None
+
+
 class Tables:
     """OUT and OUT.report.csv, as far as they are made from what is at hand today."""
 
-    def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, kept: list[Path]):
+    def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
         self.out, self.subjects, self.columns, self.made_by = out, subjects, columns, made_by
         self.report = out.with_name(out.name + ".report.csv")
         self.features: dict[str, list[str]] = {}
@@ -105,13 +114,8 @@ class Tables:
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
         for subject in subjects:
             row = rows.get(subject.sid, {})
-            whole = all((folder / f"{subject.sid}{folder_suffix(folder)}").is_file() for folder in kept)
-            if (
-                row.get("status") == "ok"
-                and subject.sid in texts
-                and whole
-                and row.get("made_from") == self.stamp(subject)
-            ):
+            same = row.get("status") == "ok" and row.get("made_from") == self.stamp(subject)
+            if same and subject.sid in texts and all(path.is_file() for path in beside(subject.sid)):
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
     def stamp(self, subject: Subject) -> str:
@@ -135,11 +139,6 @@ class Tables:
         write_text(self.report, report.to_csv(index=False, lineterminator="\n"))
 
 
-def folder_suffix(folder: Path) -> str:
-    """Of the files in a folder of ours."""
-    return ".png" if folder.name.endswith(".qc") else ".npy"
-
-
 def draw(path: Path, sid: str, found: Embedded) -> None:
     """The picture of a scan's patches."""
     figures = found.figures
@@ -148,31 +147,24 @@ def draw(path: Path, sid: str, found: Embedded) -> None:
     write_whole(path, lambda stream: stream.write(picture))
 
 
-def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject: Subject, qc: Path) -> str:
+def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject: Subject) -> str:
     """One scan, into the tables and folders; its line for the console."""
-    start, row = time.perf_counter(), {"sid": subject.sid, "status": "ok", "seconds": 0.0, "verdict": "", "message": ""}
-    features = None
-    try:
+    features: list[np.ndarray] = []
+
+    def work(subject: Subject, _: dict) -> dict[str, Any]:
         subject.check_image()
         found = embedder(subject.image, subject.series)
-        features = found.features
-        if args.patch_dir:
-            save_array(Path(args.patch_dir) / f"{subject.sid}.npy", found.patches)
-        if not args.no_qc:
-            draw(qc / f"{subject.sid}.png", subject.sid, found)
-        row |= {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
-    except UserError as error:
-        row |= {"status": "failed", "verdict": "refused", "message": " ".join(str(error).split())}
-    except (
-        RuntimeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-    ) as error:  # a library's: it costs this one
-        reason = (str(error).strip().splitlines() or [""])[-1]
-        row |= {"status": "failed", "verdict": "refused", "message": f"{type(error).__name__}: {reason}"}
-    row["seconds"] = round(time.perf_counter() - start, 2)
-    tables.add(subject.sid, features, row)
+        picture, patches = files_of(args, subject.sid)
+        if patches:
+            save_array(patches, found.patches)
+        if picture:
+            draw(picture, subject.sid, found)
+        features.append(found.features)
+        return {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
+
+    row = attempt(work, subject, {}, usable_cores(), {})
+    row.setdefault("verdict", "refused")
+    tables.add(subject.sid, features[0] if features else None, row)
     return f"{subject.sid}: {row['message'] or row['verdict']}"
 
 
@@ -184,18 +176,17 @@ def main() -> int:
     device = process.start_process(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    limit_threads(usable_cores())
     choices = dict(method=args.method, lungmask_weights=args.lungmask_weights, min_dice=args.min_dice)
     embedder = Embedder(
         args.checkpoint, args.atlas_mask, args.atlas_patch_loc, **choices, sha256=args.sha256, device=device
     )
     if embedder.note:
         print(f"note: {embedder.note}", file=sys.stderr)
-    qc = out.with_name(out.name + ".qc")
     inputs = [args.checkpoint, args.atlas_mask, *filter(None, [args.atlas_patch_loc, args.lungmask_weights])]
     made_by = " ".join([*(file_hash(path)[:12] for path in inputs), args.method])
-    kept = [*([Path(args.patch_dir)] if args.patch_dir else []), *([] if args.no_qc else [qc])]
-    tables = Tables(out, subjects, feature_columns(embedder.rep_dim), made_by, kept)
+    tables = Tables(
+        out, subjects, feature_columns(embedder.rep_dim), made_by, lambda sid: [*filter(None, files_of(args, sid))]
+    )
     todo = [subject for subject in subjects if subject.sid not in tables.rows]
     written = time.monotonic()
     bar = progress_bar(
@@ -204,7 +195,7 @@ def main() -> int:
     try:
         with bar:
             for subject in todo:
-                bar.write(embed(args, embedder, tables, subject, qc))
+                bar.write(embed(args, embedder, tables, subject))
                 bar.update()
                 if time.monotonic() - written > SAVE_SECONDS:
                     tables.write()
