@@ -36,7 +36,7 @@ from misc.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.kinds import why_not
-from tools.evaluation.probe import FOLDS, held_out_r2
+from tools.evaluation.learn import FOLDS, equal_weights, held_out_r2
 from tools.evaluation.tables import held_out_rows, read_features
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +149,9 @@ class Study:
             print(f"note: column {column!r} left out, it {reason}", file=sys.stderr)
         return reason
 
-    def judge(self, tables: dict[str, pd.DataFrame], arm: str, seed: int) -> pd.DataFrame:
+    def judge(
+        self, tables: dict[str, pd.DataFrame], arm: str, seed: int, weights: dict[str, np.ndarray]
+    ) -> pd.DataFrame:
         """A row a column and table: arm, seed, column, table, r2."""
         rows = []
         for column in self.columns:
@@ -157,7 +159,7 @@ class Study:
             known = ~np.isnan(target)
             for name, table in tables.items():
                 values = table.loc[self.sids].to_numpy()[known]
-                score, _ = held_out_r2(values, target[known], self.held_out[known])
+                score = held_out_r2(values, target[known], self.held_out[known], weights.get(name))
                 rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
         return pd.DataFrame(rows)
 
@@ -176,7 +178,8 @@ class Study:
         call(log, sys.executable, ROOT / "extract_feature.py", *given, "--out-dir", folder / "features")
         features = read_features(str(folder / "features" / "patient_features.csv"))
         both = pd.concat([features, self.baselines["histogram"].loc[features.index]], axis=1)
-        rows = self.judge({"features": features, "features+histogram": both}, arm, seed)
+        weights = {"features+histogram": equal_weights(features.shape[1], self.baselines["histogram"].shape[1])}
+        rows = self.judge({"features": features, "features+histogram": both}, arm, seed, weights)
         write_text(kept, rows.to_csv(index=False))
         return rows
 
@@ -188,7 +191,7 @@ def main() -> None:
     data = (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_data(out_dir, args.num_subjects)
     study = Study(args, out_dir, data[0].resolve(), data[1])
     common = ["--recipe", args.recipe, *(["--epochs", str(args.epochs)] if args.epochs else [])]
-    rows = [study.judge(study.baselines, "baseline", 0)]
+    rows = [study.judge(study.baselines, "baseline", 0, {})]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
         for seed in seeds:  # every arm of a seed before the next: a study stopped early is a paired one

@@ -39,6 +39,7 @@ from misc.progress import progress_bar
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.judge import Judged, Label, judge
 from tools.evaluation.kinds import KINDS, recognize, why_no_survival, why_not
+from tools.evaluation.learn import covariate_weights, equal_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.splits import look_like_one_patient
@@ -208,10 +209,15 @@ def main() -> None:
     sids = matching_sids(tables, read_table(args.labels, file_names=False), args.labels)
     cohort = Cohort(args, sids)
     arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
+    weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     if args.baselines:
         arrays["features+histogram"] = np.hstack([arrays["features"], arrays["histogram"]])
+        widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
+        weights["features+histogram"] = equal_weights(*widths)
     covariates = cohort.covariates
     if args.covariates:
+        count = covariates.shape[1]
+        weights = {name: covariate_weights(count, weights[name]) for name in arrays}
         arrays = {name: np.hstack([covariates, table]) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
 
@@ -222,7 +228,7 @@ def main() -> None:
         for label, known in labels:
             held_out = None if cohort.held_out is None else cohort.held_out[known]
             given = {name: table[known] for name, table in arrays.items()}
-            found = judge(label, given, cohort.groups[known], args.folds, covariates.shape[1], held_out, args.seed)
+            found = judge(label, given, cohort.groups[known], args.folds, weights, held_out, args.seed)
             reported = np.ones(known.sum(), dtype=bool) if held_out is None else held_out
             judged.append((label, reported, found))
             results[label.name] = found.figures

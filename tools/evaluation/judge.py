@@ -57,7 +57,7 @@ def judge(
     tables: Mapping[str, np.ndarray],
     groups: np.ndarray,
     folds: int,
-    covariates: int = 0,
+    weights: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,
     seed: int = 0,
 ) -> Judged:
@@ -71,39 +71,40 @@ def judge(
         tables: (N, D) each; the first is the one that others are compared to.
         groups: (N,) numbers of patients.
         folds: of each repeat.
-        covariates: first columns of every table that are no features: hardly penalised.
+        weights: (D,) of the columns of tables, ones where none are given.
         held_out: (N,) subjects to report on, by a model of the others, in place of folds.
         seed: of folds, bootstrap and permutations.
     """
     metrics, repeats = metrics_of(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
-    weights = np.column_stack([np.ones(reported.sum(), dtype=int), resamples(groups[reported], RESAMPLES, seed)])
+    draws = np.column_stack([np.ones(reported.sum(), dtype=int), resamples(groups[reported], RESAMPLES, seed)])
     target = np.log10(label.target) if label.kind == "log10" else label.target
     by_fold = target if target.ndim == 1 else target[:, -1] if label.kind == "survival" else target[:, 0]
     stratum = strata_of(by_fold, "class" if target.ndim == 2 else label.kind)
 
-    def predict(table: np.ndarray, truth: np.ndarray, repeat: int) -> np.ndarray:
+    def predict(name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
         """The reported subjects, (reported, ...)."""
+        table, of_columns = tables[name], (weights or {}).get(name)
         if held_out is not None:
-            return predict_others(MODELS[label.kind], table, truth, held_out, covariates)
+            return predict_others(MODELS[label.kind], table, truth, held_out, of_columns)
         fold = draw_folds(stratum, groups, folds, np.random.default_rng([seed, repeat]))
-        return out_of_fold(MODELS[label.kind], table, truth, fold, covariates)
+        return out_of_fold(MODELS[label.kind], table, truth, fold, of_columns)
 
     rng, ones = np.random.default_rng([seed, 1]), np.ones((reported.sum(), 1))
     permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     predictions: dict[str, np.ndarray] = {}
     samples: dict[str, np.ndarray] = {}  # of the first metric, (1 + RESAMPLES,)
-    for name, table in tables.items():
-        given = [predict(table, target, repeat) for repeat in range(repeats)]
+    for name in tables:
+        given = [predict(name, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)
         figures[name] = {}
         for metric, measure in metrics.items():
-            values = np.mean([measure(target[reported], one, weights) for one in given], axis=0)
+            values = np.mean([measure(target[reported], one, draws) for one in given], axis=0)
             low, high = np.nanpercentile(values[1:], INTERVAL)
             figures[name][metric] = {"mean": float(values[0]), "low": float(low), "high": float(high)}
             samples.setdefault(name, values)
-        given = [predict(table, truth, repeat) for repeat, truth in enumerate(permuted)]
+        given = [predict(name, truth, repeat) for repeat, truth in enumerate(permuted)]
         for metric, measure in metrics.items():
             chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
             figures[name][metric]["permuted"] = float(np.nanmean(chance))

@@ -4,27 +4,49 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tools.evaluation.probe import make_probe
+from tools.evaluation.metrics import r2
 from tools.evaluation.survival import choose_penalty, fit_cox
 
+FOLDS = 5
+PENALTIES = np.logspace(-1, 5, 25)  # of features with SD 1
 COVARIATE_WEIGHT = 10.0  # of a standardised covariate: hardly penalised beside features
 INNER_FOLDS = 3
 
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
 
 
-def scale(fitted: np.ndarray, others: np.ndarray, covariates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both with mean 0 and SD 1 of the fitted; the first columns, ``covariates`` of them, weighted up."""
+def equal_weights(*widths: int) -> np.ndarray:
+    """Weights of the columns of tables side by side, such that each table counts the same in a ridge regression.
+
+    128 features would otherwise outvote the 32 bins of a histogram, whatever either knows. One table: ones.
+    """
+    shares = [np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths]
+    return np.concatenate(shares)
+
+
+def covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
+    """Of the columns of a table with ``count`` covariates before it."""
+    return np.concatenate([np.full(count, COVARIATE_WEIGHT), weights])
+
+
+def scale(fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Both with mean 0 and SD 1 of the fitted, times ``weights`` (D,) where given."""
     mean, sd = fitted.mean(0), fitted.std(0)
-    weight = np.ones(fitted.shape[1])
-    weight[:covariates] = COVARIATE_WEIGHT
-    factor = np.divide(weight, sd, out=np.zeros_like(sd), where=sd > 1e-12)
+    weights = np.ones(len(sd)) if weights is None else weights
+    factor = np.divide(weights, sd, out=np.zeros_like(sd), where=sd > 1e-12)
     return (fitted - mean) * factor, (others - mean) * factor
 
 
+def ridge():
+    """A ridge regression whose penalty is chosen on the subjects that it is fitted to, of columns with SD 1."""
+    from sklearn.linear_model import RidgeCV
+
+    return RidgeCV(alphas=PENALTIES)
+
+
 def predict_number(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Ridge regression, (n,)."""
-    return make_probe().fit(fitted, target).predict(others)
+    """Ridge regression, its penalty chosen on the fitted subjects, (n,). Columns keep the weight they have."""
+    return ridge().fit(fitted, target).predict(others)
 
 
 def predict_grade(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -71,7 +93,7 @@ def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
-    values = [cross_val_predict(make_probe(), fitted, target[:, column], cv=INNER_FOLDS) for column in (1, 2)]
+    values = [cross_val_predict(ridge(), fitted, target[:, column], cv=INNER_FOLDS) for column in (1, 2)]
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, random_state=0)
     tree.fit(np.stack(values, axis=1), target[:, 0])
     asked = [predict_number(fitted, target[:, column], others) for column in (1, 2)]
@@ -89,24 +111,40 @@ MODELS: dict[str, Predict] = {
 
 
 def predict_others(
-    model: Predict, features: np.ndarray, target: np.ndarray, others: np.ndarray, covariates: int = 0
+    model: Predict, features: np.ndarray, target: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """The rows ``others`` (N,) bool predicted by a model of the rest: (others, ...). Scaling is the rest's too."""
-    fitted, asked = scale(features[~others], features[others], covariates)
+    fitted, asked = scale(features[~others], features[others], weights)
     return model(fitted, target[~others], asked)
 
 
 def out_of_fold(
-    model: Predict, features: np.ndarray, target: np.ndarray, fold: np.ndarray, covariates: int = 0
+    model: Predict, features: np.ndarray, target: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Everybody predicted by a model that has seen the other folds only: (N, ...)."""
     predicted = None
     for number in np.unique(fold):
         own = fold == number
-        part = predict_others(model, features, target, own, covariates)
+        part = predict_others(model, features, target, own, weights)
         if predicted is None:
-            predicted = np.zeros((len(fold), *part.shape[1:]))
-        if part.ndim == 2 and part.shape[1] < predicted.shape[1]:
+            # Classes as in the whole: a fold may lack the highest one.
+            width = (int(target.max()) + 1,) if part.ndim == 2 else ()
+            predicted = np.zeros((len(fold), *width))
+        if part.ndim == 2:
             part = np.pad(part, ((0, 0), (0, predicted.shape[1] - part.shape[1])))
         predicted[own] = part
     return predicted
+
+
+def held_out_r2(
+    features: np.ndarray, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
+) -> float:
+    """R² of the held-out subjects by a ridge regression fitted to the others.
+
+    Args:
+        features, target: (N, D), (N,).
+        held_out: (N,) bool.
+        weights: (D,) of the columns.
+    """
+    predicted = predict_others(predict_number, features, target, held_out, weights)
+    return float(r2(target[held_out], predicted, np.ones((len(predicted), 1)))[0])

@@ -12,7 +12,7 @@ from misc.progress import progress_bar
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 from preprocess.patches import Patches, cut_patches
 from tools.evaluation.baselines import counts_of
-from tools.evaluation.probe import make_probe
+from tools.evaluation.learn import ridge
 from tools.mapping.windows import Windows
 
 Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU of one place -> (n, D)
@@ -109,4 +109,7 @@ def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
     Args:
         readings: (n, D), less the mean of all: so are the windows'.
     """
-    return make_probe().fit(readings, target).predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), ridge()).fit(readings, target).predict

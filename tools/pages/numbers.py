@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tools.evaluation.metrics import r2
 from tools.evaluation.normal import parts, unusual
-from tools.evaluation.probe import r2_score
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # times the subjects fitted to, of features with SD 1
@@ -72,7 +72,7 @@ def importance(
         block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
             predicted = _out_of_fold(standardised(x), y, folds)  # (penalties, n)
-            found[:, place] = [r2_score(y, values) for values in predicted]
+            found[:, place] = [r2(y, values, np.ones((len(y), 1)))[0] for values in predicted]
         told(block.shape[1])
     return found[np.argmax(found.clip(min=0).mean(axis=1))]
 
