@@ -30,6 +30,7 @@ from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
 from preprocess.picture import picture_of_patches
+from preprocess.registration import overlap
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import (
     Subject,
@@ -84,12 +85,13 @@ def lung_hu(patches: np.ndarray) -> float | str:
     return round(float(np.median(values)), 1) if len(values) else ""
 
 
-def title_of(sid: str, figures: dict[str, Any]) -> str:
-    """What stands above a subject's picture."""
+def title_of(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> str:
+    """What stands above a subject's picture. sides: of overlap(); none without a mask."""
     inside, atlas = figures["centres_in_lungs"], figures["centres_in_atlas_lungs"]
     shares = "no mask" if inside == "" else f"{inside:.2f} of centres in the lungs (atlas {atlas:.2f})"
     edge = f"{figures['patches_outside']} outside, {figures['patches_partly_outside']} partly"
-    return f"{sid}: {figures['patches']} patches, {shares}; {edge}"
+    dice = f"; Dice right {sides['dice_right']:.2f}, left {sides['dice_left']:.2f}" if sides else ""
+    return f"{sid}: {figures['patches']} patches, {shares}{dice}; {edge}"
 
 
 def patchify(
@@ -134,7 +136,8 @@ def patchify(
         "centres_in_atlas_lungs": round(share_inside(table, patch_size, atlas_image, atlas_image), 4),
     }
     if qc:
-        title = title_of(subject.sid, figures)
+        sides = overlap(atlas_image, mask, transform) if mask is not None else {}
+        title = title_of(subject.sid, figures, sides)
         picture = picture_of_patches(cut.volume, cut.values, mask, cut.corners, patch_size, title)
         write_whole(picture_path, lambda stream: stream.write(picture))
     save_array(corner_path, cut.corners)

@@ -1,6 +1,7 @@
 """A picture of the patches over a scan and its lung mask: nothing else tells a wrong mask or transform as fast."""
 
 import io
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,9 @@ import SimpleITK as sitk
 
 from misc.sizes import HU_MAX, HU_MIN
 
-MARGIN = 20  # voxels shown around the patches
+MARGIN = 20  # voxels shown around patches and lungs
+RIGHT_COLOR, LEFT_COLOR, PATCH_COLOR, UNCOVERED_COLOR = "#ff9f1c", "#7ae582", "#35c8ff", (1.0, 0.1, 0.3, 0.3)
+LETTERS = (("R", "L"), ("A", "P"), ("F", "H"))  # what lies at the low and the high end of x, y and z
 
 
 class Plane(NamedTuple):
@@ -26,31 +29,70 @@ PLANES = (Plane("coronal", 1, 0, 2), Plane("sagittal", 0, 1, 2), Plane("axial", 
 def picture_of_patches(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ) -> bytes:
-    """Coronal, sagittal and axial slices with the lung mask's outline and the patches that they cross, as PNG.
+    """The figure of :func:`figure_of_patches`, of the same arguments, as PNG."""
+    stream = io.BytesIO()
+    figure_of_patches(volume, values, mask, corners, patch_size, title).savefig(stream, dpi=70, format="png")
+    return stream.getvalue()
+
+
+def figure_of_patches(
+    volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
+):
+    """Coronal, sagittal and axial slices with both lungs' outlines and the patches that they cross.
+
+    The right lung's outline is orange, the left one's green, patches are blue; lung in no patch is tinted red. Letters
+    at the edges name the patient's sides: R L right and left, A P front and back, H F head and feet.
 
     Args:
         volume: the padded scan at 1 mm.
         values: its voxels, (z, y, x) HU.
-        mask: the scan's lung mask, on any grid.
+        mask: the scan's lung mask, 1 right, 2 left, on any grid.
         corners: (L, 3) lowest corners (x, y, z) in ``volume``.
         patch_size: voxels.
         title: above the three.
+
+    Returns:
+        A matplotlib figure of three axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = None
+    low, high = corners.min(0), corners.max(0) + patch_size
     if mask is not None:
-        labels = sitk.GetArrayFromImage(sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor, 0))
+        first, last = _extent(mask, volume)
+        low, high = np.minimum(low, first), np.maximum(high, last)
+    shown = np.clip(low - MARGIN, 0, None), np.minimum(high + MARGIN, volume.GetSize())
     figure = Figure(figsize=(15, 5.6))
     FigureCanvasAgg(figure)
     for panel, plane in zip(figure.subplots(1, 3), PLANES):
-        _draw(panel, plane, volume, values, labels, corners, patch_size)
+        position = _position(plane, corners, patch_size, volume.GetSize()[plane.axis])
+        labels = None if mask is None else _slice_of(mask, volume, plane.axis, position)
+        _draw(panel, plane, position, values, labels, corners, patch_size)
+        _frame(panel, plane, volume, shown)
     figure.suptitle(title)
     figure.tight_layout()
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=70, format="png")
-    return stream.getvalue()
+    return figure
+
+
+def _extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest index (x, y, z) of ``volume`` that a mask's labels reach."""
+    labels = sitk.GetArrayViewFromImage(mask)
+    ends = []
+    for axis in (2, 1, 0):  # x, y, z
+        there = np.flatnonzero(labels.any(axis=tuple(other for other in range(3) if other != axis)))
+        ends.append((int(there[0]), int(there[-1])) if there.size else (0, 0))
+    points = [mask.TransformIndexToPhysicalPoint(corner) for corner in product(*ends)]
+    indices = np.array([volume.TransformPhysicalPointToContinuousIndex(point) for point in points])
+    return np.floor(indices.min(0)).astype(int), np.ceil(indices.max(0)).astype(int)
+
+
+def _slice_of(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) -> np.ndarray:
+    """The mask's labels in one plane of ``volume``, rows the later of its two axes."""
+    size, start = list(volume.GetSize()), [0, 0, 0]
+    size[axis], start[axis] = 1, position
+    origin = volume.TransformIndexToPhysicalPoint(start)
+    grid = (size, sitk.Transform(), sitk.sitkNearestNeighbor, origin, volume.GetSpacing(), volume.GetDirection(), 0)
+    return np.squeeze(sitk.GetArrayFromImage(sitk.Resample(mask, *grid)), axis=2 - axis)
 
 
 def _position(plane: Plane, corners: np.ndarray, patch_size: int, length: int) -> int:
@@ -63,35 +105,54 @@ def _position(plane: Plane, corners: np.ndarray, patch_size: int, length: int) -
 def _draw(
     panel: Any,
     plane: Plane,
-    volume: sitk.Image,
+    position: int,
     values: np.ndarray,
     labels: np.ndarray | None,
     corners: np.ndarray,
     patch_size: int,
 ) -> None:
+    """The slice, the lungs' outlines, the patches, and lung that no patch covers."""
     from matplotlib.patches import Rectangle
 
     axis, across, up = plane[1:]
-    position = _position(plane, corners, patch_size, volume.GetSize()[axis])
     slice_of_scan = np.take(values, position, axis=2 - axis)  # rows: the later of the two axes
     panel.imshow(slice_of_scan, cmap="gray", vmin=HU_MIN, vmax=HU_MAX, origin="lower", interpolation="nearest")
+    crossed = corners[(corners[:, axis] <= position) & (position < corners[:, axis] + patch_size)]
     if labels is not None:
-        lung = np.take(labels, position, axis=2 - axis) > 0
-        if lung.any():
-            panel.contour(lung, levels=[0.5], colors=["#ffd000"], linewidths=1.0)
-    crossed = (corners[:, axis] <= position) & (position < corners[:, axis] + patch_size)
-    box = dict(fill=False, edgecolor="#35c8ff", linewidth=0.8)
-    for corner in corners[crossed]:
+        uncovered = labels > 0
+        for column, row in np.clip(crossed[:, [across, up]], -patch_size, None):
+            end = max(0, row + patch_size), max(0, column + patch_size)
+            uncovered[max(0, row) : end[0], max(0, column) : end[1]] = False
+        tint = np.zeros((*labels.shape, 4), dtype=np.float32)
+        tint[uncovered] = UNCOVERED_COLOR
+        panel.imshow(tint, origin="lower", interpolation="nearest")
+        for label, color in ((1, RIGHT_COLOR), (2, LEFT_COLOR)):
+            if (labels == label).any():
+                panel.contour(labels == label, levels=[0.5], colors=[color], linewidths=1.2)
+    box = dict(fill=False, edgecolor=PATCH_COLOR, linewidth=0.8)
+    for corner in crossed:
         panel.add_patch(Rectangle((corner[across], corner[up]), patch_size, patch_size, **box))
-    low = np.clip(corners.min(0) - MARGIN, 0, None)
-    high = np.minimum(corners.max(0) + patch_size + MARGIN, volume.GetSize())
+    panel.set_title(f"{plane.name}, {'xyz'[axis]} = {position}: {len(crossed)} patches")
+    panel.set_axis_off()
+
+
+def _frame(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndarray, np.ndarray]) -> None:
+    """What is in view, the way a radiologist looks at it, and the letters of the patient's sides."""
+    across, up = plane.across, plane.up
+    (low, high), direction = shown, np.array(volume.GetDirection()).reshape(3, 3)
     panel.set_xlim(low[across], high[across])
     panel.set_ylim(low[up], high[up])
-    panel.set_title(f"{plane.name}, {'xyz'[axis]} = {position}: {int(crossed.sum())} patches")
-    panel.set_axis_off()
-    # Heads up and faces up, whichever way the index axes run.
-    direction = np.array(volume.GetDirection()).reshape(3, 3)
+    # Heads up, faces up and the patient's right on the left, whichever way the index axes run.
     if (up == 2 and direction[2, 2] < 0) or (up == 1 and direction[1, 1] > 0):
         panel.invert_yaxis()
     if across == 0 and direction[0, 0] < 0:
         panel.invert_xaxis()
+    for axis, inverted, ends in (
+        (across, panel.xaxis_inverted(), ((0.02, 0.5), (0.98, 0.5))),
+        (up, panel.yaxis_inverted(), ((0.5, 0.03), (0.5, 0.97))),
+    ):
+        patient = int(np.argmax(np.abs(direction[:, axis])))
+        falls = (direction[patient, axis] < 0) != inverted
+        for letter, place in zip(LETTERS[patient][::-1] if falls else LETTERS[patient], ends):
+            style = dict(color="white", fontsize=13, fontweight="bold", ha="center", va="center")
+            panel.text(*place, letter, transform=panel.transAxes, bbox=dict(color="black", pad=1.5), **style)

@@ -36,15 +36,19 @@ from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
 from tools.cohort.disease import Disease, draw_disease, plant_disease
 from tools.cohort.phantom import LUNG_HU, Phantom
-from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 from tools.cohort.warped import load_template, make_template_atlas, make_warped
 
 
-def make_phantom(seed: int, index: int, size: str, class_maps: bool, out_dir: Path) -> tuple[dict, dict]:
+def make_phantom(
+    seed: int, index: int, size: str, one_scanner: bool, class_maps: bool, out_dir: Path
+) -> tuple[dict, dict]:
     """Write subject ``index`` and return its rows of labels and of how it was scanned."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
+    if one_scanner:  # after everything is drawn: the same people, with one scanner and with many
+        acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
     phantom = Phantom(anatomy, tuple(spacing), rng)
@@ -77,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     text = "tiny: a third of an adult, under 2 s a subject; full: an adult, about a minute"
     add("--size", type=OneOf(*SIZES), default="tiny", help=text)
     add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
+    text = "varied: dose, kernel, slices and breath differ, as in a clinic; one: the same for all, to see disease alone"
+    add("--scanners", type=OneOf("varied", "one"), default="varied", help=text)
     text = "its lung mask, 1 right, 2 left (default: made by thresholding)"
     add("--template-mask", metavar="MASK", help=text)
     text = "write class/{sid}.nii.gz too: each lung voxel's class, 1 normal, 2 to 6 the subtypes as in labels.csv"
@@ -109,7 +115,8 @@ def main() -> None:
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
-        jobs = [(job, args.seed, index, given, args.class_maps, out_dir) for index in range(args.num_subjects)]
+        how = (given, args.scanners == "one", args.class_maps, out_dir)
+        jobs = [(job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
         with bar, ProcessPoolExecutor(args.num_workers) as pool:

@@ -52,7 +52,8 @@ step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema of five s
 if [ -f "$data/cohort/labels.csv" ]; then
     echo "make_cohort: $data/cohort is there already"
 else
-    run "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --num-workers "$workers"
+    run "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --scanners one \
+        --num-workers "$workers"
 fi
 
 step "2/5 preprocessing: lung masks, registration to the atlas, patches"

@@ -19,6 +19,10 @@ class Acquisition(NamedTuple):
     slice_mm: float  # thickness of a slice
 
 
+# With --scanners one: a full dose and a standard kernel.
+ONE_SCANNER = Acquisition(noise_hu=14.0, kernel_mm=0.5, sharpness=0.0, slice_mm=1.25)
+
+
 def draw_acquisition(rng: np.random.Generator, full_dose: bool = False) -> Acquisition:
     """Half of the scans low dose, kernels from soft to sharp, slices of 0.8 to 3 mm."""
     low_dose = rng.random() < 0.5 and not full_dose

@@ -12,7 +12,7 @@ from preprocess.lungs import lung_mask
 from preprocess.scan import ScanError, read_mask, read_scan
 from tools.cohort.disease import draw_disease, plant_disease
 from tools.cohort.phantom import rotation
-from tools.cohort.scanner import ATLAS_ORIENTATION, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 
 NORMAL_HU = -893.0  # median of the texture of normal lung
@@ -57,7 +57,9 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
     return orient(image, "LPS"), orient(labels, "LPS")
 
 
-def make_warped(seed: int, index: int, template: Path, class_maps: bool, out_dir: Path) -> tuple[dict, dict]:
+def make_warped(
+    seed: int, index: int, template: Path, one_scanner: bool, class_maps: bool, out_dir: Path
+) -> tuple[dict, dict]:
     """Deform the template, plant disease in its lungs, write subject ``index``; its rows of labels and of scans."""
     rng = np.random.default_rng([seed, index])
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
@@ -85,7 +87,8 @@ def make_warped(seed: int, index: int, template: Path, class_maps: bool, out_dir
     parenchyma = warped[(labels > 0) & (warped < -800)]
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
     planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
-    acquisition = draw_acquisition(rng)._replace(kernel_mm=0.0, sharpness=0.0)  # the scan has its own
+    drawn = draw_acquisition(rng)  # also where it is not used: the same people, with one scanner and with many
+    acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)  # the scan has its own
     scan(warped, spacing, acquisition, rng)
     position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)
     stored = (position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
