@@ -45,7 +45,7 @@ class PatchStore:
         self, root: str | os.PathLike, require_grouped: bool = False, subjects: str | os.PathLike | None = None
     ):
         self.layout = StoreLayout(root)
-        self._mapped: deque[_PatchFile] = deque()
+        self._mapped: deque[PatchFile] = deque()
         self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_note)
         self._stamps = [_stamp(path) for path in self._tables]
         self.locations = load_locations(self._tables[0])
@@ -130,7 +130,7 @@ class PatchStore:
     # ------------------------------------------------------------ opening
 
     def _open_grouped(self) -> None:
-        self._files = [_PatchFile(self.layout.grouped(index), self._mapped) for index in range(self.num_locations)]
+        self._files = [PatchFile(self.layout.grouped(index), self._mapped) for index in range(self.num_locations)]
         if self.layout.subjects.is_file():
             self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
             source = self.layout.subjects
@@ -161,7 +161,7 @@ class PatchStore:
         self.sids = self.layout.patch_sids()
         if not self.sids:
             raise StoreError(f"--root-dir {self.layout.root} has neither grouped_patch/ nor patch/ with patches in it")
-        self._files = [_PatchFile(self.layout.patch(sid), self._mapped) for sid in self.sids]
+        self._files = [PatchFile(self.layout.patch(sid), self._mapped) for sid in self.sids]
         wanted = (self.num_locations, PATCH_SIZE, PATCH_SIZE, PATCH_SIZE)
         for file in self._files:
             if file.shape != wanted:
@@ -225,13 +225,13 @@ def _changed(path: Path) -> str:
     )
 
 
-class _PatchFile:
+class PatchFile:
     """One .npy file of patches, mapped when first read so that worker processes map their own.
 
     ``mapped`` lists the store's files that are mapped now; the one mapped first makes room.
     """
 
-    def __init__(self, path: Path, mapped: "deque[_PatchFile]"):
+    def __init__(self, path: Path, mapped: "deque[PatchFile]"):
         self.path = path
         self._mapped = mapped
         try:
@@ -269,6 +269,11 @@ class _PatchFile:
             return start + stream.read(min(SAMPLE_BYTES, self._end - self.offset))
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows in HU; see to_hu."""
+        return to_hu(self.stored_rows(rows))
+
+    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows as they are stored."""
         array = self._array  # kept here: another thread may take it off the list
         self.check_unchanged()  # before: reading a file that was cut short ends the process
         if array is None:
@@ -279,4 +284,4 @@ class _PatchFile:
                 self._mapped.popleft()._array = None
         patches = np.asarray(array[rows])
         self.check_unchanged()  # after: so nobody wrote while it was read
-        return to_hu(patches)
+        return patches

@@ -48,7 +48,7 @@ step() {
     echo "== $1  ($(($(date +%s) - started)) s)"
 }
 
-step "1/5 synthetic cohort: $subjects chest CTs with planted emphysema of five subtypes"
+step "1/5 synthetic cohort: $subjects chest CTs of one scanner, with planted emphysema of five subtypes"
 if [ -f "$data/cohort/labels.csv" ]; then
     echo "make_cohort: $data/cohort is there already"
 else
@@ -71,7 +71,8 @@ train() {
 train "$@"
 echo
 echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
-train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1
+head -n 17 "$data/patches/subjects.csv" > "$data/sixteen.csv"
+train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1 --subjects "$data/sixteen.csv"
 
 step "4/5 features, of the trained and of the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)

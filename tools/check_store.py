@@ -1,0 +1,237 @@
+"""Is a patch store what it says it is? Every file of it, and some patches against their scans.
+
+    python tools/check_store.py --root-dir /data/patches
+    python tools/check_store.py --root-dir /data/patches --input-csv dataset.csv --atlas-mask atlas_lung_mask.nii.gz
+
+The first reads the whole store, a store of the published code too, and checks of every file shape, dtype and range; of
+every subject that its rows of grouped_patch/ are the patches in patch/ (as many locations as --locations says, others
+for each subject); and that no two subjects have the same patches. The second also cuts --scans subjects again, from
+their scans by their transforms, and compares every voxel.
+
+Prints a sentence for whatever is wrong. The exit status is 1 where anything is.
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.layout import StoreError, StoreLayout, load_locations
+from data.store import PatchFile
+from data.tables import read_table
+from misc.command import Parser, UserError, at_least, run
+from misc.progress import progress_bar
+from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
+from preprocess.atlas import read_affine, read_atlas_mask
+from preprocess.patches import patches_of
+from preprocess.scan import read_scan
+from preprocess.subjects import read_subjects
+
+SHOWN = 20  # sentences of one kind of check
+ROWS_AT_ONCE = 64
+TOLERANCE = 1  # HU, of a patch cut again
+
+
+class Store:
+    """What lies in a root folder, as far as it can be opened."""
+
+    def __init__(self, root: str):
+        self.layout = StoreLayout(root)
+        self.table = load_locations(self.layout.find_atlas_patch_loc())
+        self.in_patch = self.layout.patch_sids()
+        self.grouped = self.layout.grouped_dir.is_dir() and any(self.layout.grouped_dir.glob("patch_loc_*.npy"))
+        if self.layout.subjects.is_file():
+            self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
+        else:
+            self.sids = self.in_patch
+        if not self.grouped and not self.in_patch:
+            raise StoreError(f"--root-dir {root} has neither grouped_patch/ nor patch/ with patches in it")
+        self._mapped: deque[PatchFile] = deque()
+
+    def open(self, path: Path, rows: int | None) -> PatchFile:
+        """A file of patches. Raises StoreError, of another shape than (rows, 32, 32, 32) too."""
+        file = PatchFile(path, self._mapped)
+        wanted = (file.shape[0] if rows is None and file.shape else rows, *[PATCH_SIZE] * 3)
+        if file.shape != wanted:
+            raise StoreError(f"{path} has shape {file.shape}; it should have {wanted}")
+        return file
+
+
+def check_values(file: PatchFile) -> Iterator[str]:
+    """What is wrong with the numbers of a file, a sentence each."""
+    low, high, bad = np.inf, -np.inf, 0
+    constant: list[int] = []
+    for start in range(0, file.shape[0], ROWS_AT_ONCE):
+        block = file.stored_rows(np.arange(start, min(start + ROWS_AT_ONCE, file.shape[0])))
+        if block.dtype.kind == "f":
+            bad += int((~np.isfinite(block)).sum())
+            block = np.nan_to_num(block, nan=HU_MIN, posinf=HU_MIN, neginf=HU_MIN)
+        flat = block.reshape(len(block), -1)
+        lowest, highest = flat.min(axis=1), flat.max(axis=1)
+        low, high = min(low, lowest.min()), max(high, highest.max())
+        constant += (start + np.flatnonzero((lowest == highest) & (lowest != HU_MIN))).tolist()
+    if bad:
+        yield f"{file.path} has {bad} values that are no numbers; they are read as {HU_MIN}"
+    if low < HU_MIN or high > HU_MAX:
+        yield f"{file.path} has values from {low:g} to {high:g}, beyond [{HU_MIN}, {HU_MAX}] HU; they are read clipped"
+    if low >= 0:
+        yield f"{file.path} has no value below 0: these are not Hounsfield units"
+    if constant:
+        yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more have one value in every voxel"
+
+
+def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
+    """Every file of grouped_patch/; those that can be read."""
+    files = {}
+    rows = len(store.sids) or None
+    for location in range(len(store.table)):
+        try:
+            files[location] = store.open(store.layout.grouped(location), rows)
+            for sentence in check_values(files[location]):
+                tell("grouped_patch/", sentence)
+        except StoreError as error:
+            tell("grouped_patch/", str(error))
+        advance()
+    if store.layout.grouped(len(store.table)).exists():
+        extra = store.layout.grouped(len(store.table))
+        tell("grouped_patch/", f"{extra} exists, but the location table has only {len(store.table)} rows")
+    return files
+
+
+def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: int, tell, advance) -> None:
+    """Every file of patch/ and patch_loc/, and its rows of the grouped files."""
+    row_of = {sid: row for row, sid in enumerate(store.sids)}
+    seen: dict[bytes, str] = {}
+    for number, sid in enumerate(store.in_patch):
+        try:
+            file = store.open(store.layout.patch(sid), len(store.table))
+            for sentence in check_values(file):
+                tell("patch/", sentence)
+            _check_corners(store, sid)
+        except StoreError as error:
+            tell("patch/", str(error))
+            advance()
+            continue
+        sample = file.sample()
+        if sample in seen and len(set(sample)) > 4:  # more than padding
+            tell("patch/", f"{file.path} has the patches of {seen[sample]}: one scan under two names?")
+        seen.setdefault(sample, sid)
+        if files and sid not in row_of:
+            tell("rows", f"{sid} of patch/ is not in grouped_patch/; run preprocess/group_patches.py again")
+        elif files:
+            drawn = np.random.default_rng([seed, number]).permutation(sorted(files))[:count]
+            _check_rows(store, file, sid, row_of[sid], {int(one): files[one] for one in drawn}, tell)
+        advance()
+
+
+def _check_corners(store: Store, sid: str) -> None:
+    path = store.layout.patch_loc(sid)
+    if not path.is_file():
+        return  # the published code keeps none
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read as an array of corners") from error
+    if shape != store.table.shape:
+        raise StoreError(f"{path} has shape {shape}; the location table has {store.table.shape}")
+
+
+def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[int, PatchFile], tell) -> None:
+    """Say so where a subject's row of the grouped files is not its patch, once, and whose it is where that is found."""
+    for location, grouped in files.items():
+        own = file.read_rows(np.array([location]))[0]
+        if np.array_equal(grouped.read_rows(np.array([row]))[0], own):
+            continue
+        other = next(
+            (n for n in range(grouped.shape[0]) if np.array_equal(grouped.read_rows(np.array([n]))[0], own)), None
+        )
+        found = "nobody's" if other is None else f"row {other}, listed as {store.sids[other]}"
+        tell(
+            "rows",
+            f"{grouped.path}: row {row} is not the patch of {sid}, which lists it; that one is {found}. Run "
+            "preprocess/group_patches.py again",
+        )
+        return
+
+
+def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> None:
+    """Some subjects, cut again from their scans."""
+    atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
+    subjects = [one for one in read_subjects(input_csv) if one.sid in there]
+    if not subjects:
+        raise StoreError(f"{input_csv} has none of the subjects in {store.layout.patch_dir}")
+    for number in np.random.default_rng(seed).permutation(len(subjects))[:count]:
+        subject = subjects[number]
+        try:
+            subject.check_image()
+            transform = read_affine(store.layout.transform(subject.sid))
+            stored = store.open(store.layout.patch(subject.sid), len(store.table)).read_rows(
+                np.arange(len(store.table))
+            )
+            scan = read_scan(subject.image, subject.series)
+            cut = patches_of(scan, transform, atlas, store.table, PATCH_SIZE).patches
+            off = np.abs(stored.astype(np.float32) - cut).reshape(len(cut), -1).max(axis=1)
+            if (off > TOLERANCE).any():
+                tell(
+                    "scans",
+                    f"{store.layout.patch(subject.sid)}: {(off > TOLERANCE).sum()} of {len(cut)} patches are not what "
+                    f"{subject.image} has there, by up to {off.max():.0f} HU, row {off.argmax()} first; remove it, run "
+                    "preprocess/patchify_images.py",
+                )
+        except UserError as error:
+            tell("scans", f"{subject.sid}: {error}")
+        advance()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--root-dir", required=True, help="the patch store")
+    text = "rows of each subject that are compared between patch/ and grouped_patch/; raise it after a crash"
+    add("--locations", type=at_least(int, 1), default=5, help=text)
+    add("--input-csv", help="table of the scans, with --atlas-mask: cut some of them again")
+    add("--atlas-mask", help="the atlas that the store was cut with")
+    add("--scans", type=at_least(int, 1), default=5, help="subjects that are cut again")
+    add("--seed", type=at_least(int, 0), default=0, help="another seed draws other locations and scans")
+    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    args = parser.parse_args()
+    if bool(args.input_csv) != bool(args.atlas_mask):
+        parser.error("--input-csv and --atlas-mask go together")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    store = Store(args.root_dir)
+    found: dict[str, list[str]] = {}
+
+    def tell(kind: str, sentence: str) -> None:
+        found.setdefault(kind, []).append(sentence)
+
+    total = len(store.table) * store.grouped + len(store.in_patch) + (args.scans if args.input_csv else 0)
+    with progress_bar(args.no_progress, total=total, desc="check_store", unit="file") as bar:
+        files = check_grouped(store, tell, bar.update) if store.grouped else {}
+        check_subjects(store, files, args.locations, args.seed, tell, bar.update)
+        if args.input_csv:
+            check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, tell, bar.update)
+    subjects = len(store.sids) or "unnamed"
+    print(
+        f"check_store: {len(store.table)} locations, {subjects} subjects; {len(files)} grouped files, "
+        f"{len(store.in_patch)} in patch/; {sum(map(len, found.values())) or 'nothing'} wrong"
+    )
+    for kind, sentences in found.items():
+        print(f"{kind}: {len(sentences)}")
+        for sentence in sentences[:SHOWN]:
+            print(f"  {sentence}")
+        if len(sentences) > SHOWN:
+            print(f"  and {len(sentences) - SHOWN} more")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    run(main)
