@@ -9,7 +9,7 @@ from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
 from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_shares, plant_disease
 from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
-from tools.cohort.scanner import Acquisition, draw_acquisition, scan
+from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan
 from tools.cohort.texture import CLASSES, MODERATE, NORMAL, PANLOBULAR, PARASEPTAL, SEVERE
 from tools.cohort.warped import random_diffeomorphism
 from tools.make_cohort import make_phantom
@@ -18,8 +18,8 @@ from tools.make_cohort import make_phantom
 def test_same_seed_same_bytes(tmp_path):
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
-    rows = [make_phantom(3, 4, "tiny", folder == "a", tmp_path / folder) for folder in ("a", "b")]
-    other = make_phantom(4, 4, "tiny", False, tmp_path / "c")
+    rows = [make_phantom(3, 4, "tiny", False, folder == "a", tmp_path / folder) for folder in ("a", "b")]
+    other = make_phantom(4, 4, "tiny", False, False, tmp_path / "c")
     files = [(tmp_path / folder / "image" / "0005.nii.gz").read_bytes() for folder in ("a", "b", "c")]
     assert files[0] == files[1] != files[2] and rows[0] == rows[1] != other
     assert not (tmp_path / "b" / "class").exists()
@@ -28,6 +28,16 @@ def test_same_seed_same_bytes(tmp_path):
     counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows[0][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
+
+
+def test_one_scanner_scans_the_same_people(tmp_path):
+    rows = {one: make_phantom(3, 4, "tiny", one, True, tmp_path / str(one)) for one in (True, False)}
+    (labels, scanned), (with_many, scanned_by_many) = rows[True], rows[False]
+    assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
+    assert make_phantom(3, 5, "tiny", True, False, tmp_path / "True")[1] == {**scanned, "sid": "0006"}
+    assert labels == with_many  # what a scanner adds is no disease
+    classes = [sitk.ReadImage(str(tmp_path / str(one) / "class" / "0005.nii.gz")) for one in rows]
+    assert np.array_equal(*(sitk.GetArrayFromImage(image) for image in classes))
 
 
 def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():
