@@ -1,11 +1,15 @@
 """Where voxels lie: orientation, resampling, padding, grids. Axes are (x, y, z), places LPS in mm."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from misc.command import UserError
 from misc.files import whole_file
+from preprocess.reading.errors import ScanError
+from preprocess.reading.nifti import check_whole, read_header
 from preprocess.scan import AIR
 
 ISO_SPACING = 1.0  # mm
@@ -57,6 +61,32 @@ def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
 
 
 def write_image(image: sitk.Image, path: Path) -> None:
-    """A whole image file, compressed."""
+    """A whole NIfTI file, compressed.
+
+    Raises:
+        UserError: it is not whole. ITK says nothing of a disk that is full, so the file is read again.
+    """
     with whole_file(path) as aside:
         sitk.WriteImage(image, str(aside), useCompression=True)
+        try:
+            check_whole(aside, read_header(aside))
+        except ScanError as error:
+            raise not_written(path) from error
+
+
+def write_transform(transform: sitk.Transform, path: Path) -> None:
+    """A whole file of a transform. Raises UserError where it is not."""
+    with whole_file(path) as aside:
+        sitk.WriteTransform(transform, str(aside))
+        try:
+            written = sitk.ReadTransform(str(aside)).GetParameters()
+        except RuntimeError as error:
+            raise not_written(path) from error
+        if written != transform.GetParameters():
+            raise not_written(path)
+
+
+def not_written(path: Path) -> UserError:
+    """The error of a file that a library has written half of."""
+    free = shutil.disk_usage(path.parent).free
+    return UserError(f"{path} could not be written whole; is the disk full? It has {free / 1e6:.0f} MB free")

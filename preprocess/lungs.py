@@ -12,6 +12,13 @@ from preprocess import threshold
 from preprocess.scan import ScanError, check_extent
 
 MIN_LUNG_ML = 1.0  # millilitres a side; less is no lung, whatever made the mask
+SIDES = ("right", "left")
+DENSEST = -300  # HU, median of a lung; one that is half consolidated has still air
+DENSE = -500  # worth a look
+UNEVEN = 4.0  # times as much lung on one side as on the other
+CUT = 0.05  # of a lung's largest cross-section, on an edge of the scan
+SAMPLES = 500_000  # voxels of a scan that medians are taken of
+ENDS = (("right", "left"), ("front", "back"), ("bottom", "top"))  # low and high end of LPS axes
 
 
 @lru_cache(maxsize=1)
@@ -66,6 +73,59 @@ def lung_volumes(mask: sitk.Image, name: Path | str) -> dict[str, float]:
         raise ScanError(f"{name} has labels beyond 1 (right lung) and 2 (left lung)")
     millilitres = counts[1:3] * np.prod(mask.GetSpacing()) / 1000
     if millilitres.min() < MIN_LUNG_ML:
-        side = ("right", "left")[int(millilitres.argmin())]
+        side = SIDES[int(millilitres.argmin())]
         raise ScanError(f"{name}: the {side} lung has {millilitres.min():.1f} ml; no pair of lungs was found")
     return {"right_ml": round(float(millilitres[0]), 1), "left_ml": round(float(millilitres[1]), 1)}
+
+
+def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[str]:
+    """Whether a mask's labels are the lungs of a scan, whoever made it: what is worth a look, a sentence each.
+
+    Args:
+        mask: 1 right, 2 left, on the scan's grid.
+        scan: in HU.
+        name: the mask's, for errors.
+
+    Raises:
+        ScanError: right and left are exchanged, or a side holds no air.
+    """
+    labels, values = sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan)
+    direction = np.array(mask.GetDirection()).reshape(3, 3)
+    extents = [_places(labels == label) for label in (1, 2)]  # voxels a plane, along x, y, z
+    centres = [[np.average(np.arange(len(count)), weights=count) for count in extent] for extent in extents]
+    right, left = (direction @ (np.array(centre) * mask.GetSpacing()) for centre in centres)
+    if right[0] >= left[0]:
+        raise ScanError(
+            f"{name} has right and left exchanged: label 1, the patient's right lung, lies to the left of label 2"
+        )
+    said = []
+    step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
+    sampled, hu = labels[::step, ::step, ::step], values[::step, ::step, ::step]
+    for label, side, extent in zip((1, 2), SIDES, extents):
+        inside = hu[sampled == label]
+        median = float(np.median(inside)) if inside.size else DENSE
+        if median > DENSEST:
+            raise ScanError(
+                f"{name}: what it calls the {side} lung has a median of {median:.0f} HU, which holds no air"
+            )
+        if median > DENSE:
+            said.append(f"the {side} lung has a median of {median:.0f} HU, denser than lungs are")
+        for axis, count in enumerate(extent):
+            patient = int(np.argmax(np.abs(direction[:, axis])))
+            ends = ENDS[patient] if direction[patient, axis] > 0 else ENDS[patient][::-1]
+            for edge, end in zip((count[:2].max(), count[-2:].max()), ends):
+                share = edge / count.max()
+                if share > CUT:
+                    said.append(
+                        f"the {side} lung is cut by the scan's {end} edge ({share:.0%} of its largest section is there)"
+                    )
+    small, large = sorted(sum(extent[0]) for extent in extents)
+    if large > UNEVEN * small:
+        said.append(f"one lung has {large / small:.0f} times the volume of the other")
+    return said
+
+
+def _places(lung: np.ndarray) -> list[np.ndarray]:
+    """Voxels of a lung (z, y, x) in each plane across x, y and z."""
+    by_row = np.count_nonzero(lung, axis=2)  # (z, y)
+    return [np.count_nonzero(lung, axis=(0, 1)), by_row.sum(axis=0), by_row.sum(axis=1)]

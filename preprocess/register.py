@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreLayout
 from misc.command import Parser, between, run
-from misc.files import whole_file
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
+from preprocess.geometry import write_transform
 from preprocess.outputs import Output
 from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import EarlierFailure, read_mask
@@ -51,10 +51,10 @@ def register(
             f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject"
         )
     fixed, moving = load_atlas(atlas_mask), read_mask(source)
-    with whole_file(target) as aside:
-        transform = register_masks(fixed, moving, aside)
-        figures = overlap(fixed, moving, transform)
-        check_overlap(figures, min_dice, source)
+    transform = register_masks(fixed, moving)
+    figures = overlap(fixed, moving, transform)
+    check_overlap(figures, min_dice, source)
+    write_transform(transform, target)
     return {**figures, "atlas": atlas}
 
 

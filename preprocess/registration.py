@@ -72,7 +72,7 @@ def check_overlap(figures: dict[str, float], least: float, source: Path | str) -
     )
 
 
-def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = None) -> sitk.Transform:
+def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     """The affine that takes the atlas's points to the scan's; the same masks give the same one again, to the bit.
 
     ANTs brings both lungs together as one shape; from there the overlap of the sides is maximised (refine.py).
@@ -80,7 +80,6 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = No
     Args:
         atlas: lung mask, 50 right, 100 left.
         mask: the scan's lung mask, 1 right, 2 left.
-        target: where ITK's file of it (.mat) goes as well.
 
     Raises:
         ScanError: ANTs made none.
@@ -110,6 +109,4 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image, target: Path | None = No
         if not written.is_file():
             raise ScanError("ANTs wrote no transform; see whether the temporary folder's disk is full")
         found = refine(atlas, ATLAS_LABELS, mask, SCAN_LABELS, read_affine(written), REFINED_SPACING * scale)
-    if target:
-        sitk.WriteTransform(found, str(target))
     return found

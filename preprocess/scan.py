@@ -31,6 +31,7 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_scan",
+    "with_warnings",
 ]
 
 FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # columns of a report
@@ -133,6 +134,11 @@ def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
         "warnings": "; ".join(warnings),
     }
     return Scan(image, facts)
+
+
+def with_warnings(facts: dict[str, str], more: list[str]) -> dict[str, str]:
+    """A scan's facts with further warnings."""
+    return {**facts, "warnings": "; ".join(filter(None, [facts["warnings"], *more]))}
 
 
 def read_scan(path: str | os.PathLike, series: str = "") -> sitk.Image:

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
 from preprocess.geometry import same_grid, write_image
-from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
-from preprocess.scan import FACTS, ScanError, load_scan, read_mask
+from preprocess.scan import FACTS, ScanError, load_scan, read_mask, with_warnings
 from preprocess.subjects import Subject, add_progress, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import run_subjects
 
@@ -55,14 +55,15 @@ def segment(
             raise ScanError(
                 f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
             )
-        return {**figures, **scan.facts}
+        return {**figures, **with_warnings(scan.facts, check_lungs(mask, scan.image, target))}
 
     output.keep(verify, overwrite)
     output.begin()
     scan = load_scan(subject.image, subject.series)
     mask = lung_mask(scan.image, method, weights, subject.image)
+    facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)
-    return {**lung_volumes(mask, subject.image), **scan.facts, **stamps}
+    return {**lung_volumes(mask, subject.image), **facts, **stamps}
 
 
 # ============================================================ the step

@@ -16,6 +16,7 @@ from preprocess.scan import AIR, ScanError
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
 GAS_BELOW = -975  # HU; the median of bowel gas or of the air in a cushion, lungs have vessels
+INSIDE = 0.05  # least share of a lung that the field of view cuts, in slices where it is not cut
 AIRWAY_BELOW = -880  # HU; mean over a cross-section of the trachea
 ADULT_WIDTH = 320.0  # mm, chest; lengths below are for it and shrink with the scan
 
@@ -82,7 +83,8 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     """Air inside the body: not joined to the image's sides within its axial slice; no pockets, no bowel gas.
 
     Slice by slice, because in three dimensions the trachea may lead outside: a scan that was
-    rotated or tilt-corrected ends in slices of nothing but padding.
+    rotated or tilt-corrected ends in slices of nothing but padding. Where the field of view cuts a lung, the lung
+    reaches the image's side; it is as dense as lung, and in other slices lies inside.
     """
     air = volume < AIR_BELOW
     within_slice = np.zeros((3, 3, 3), dtype=bool)
@@ -91,9 +93,14 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     outside = np.zeros(count + 1, dtype=bool)
     for face in (planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]):
         outside[np.unique(face)] = True
-    outside[0] = True
-    labels, count = ndimage.label(~outside[planes])
+    dense = np.bincount(planes[volume > GAS_BELOW], minlength=count + 1)
+    cut = outside & (dense > 0.5 * np.bincount(planes.ravel(), minlength=count + 1))
+    outside[0], cut[0] = True, False
+    inside = ~outside[planes]
+    labels, count = ndimage.label(inside | cut[planes])
     sizes = _sizes(labels, count)
+    if cut.any():  # a cushion reaches the image's side wherever it is
+        sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(

@@ -19,12 +19,12 @@ from models.checkpoint import build_query_encoder, check_sum, check_table, read_
 from models.cnn3d import Encoder
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 from preprocess.atlas import read_atlas_mask
-from preprocess.lungs import load_lungmask, lung_mask, lung_volumes
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
 from preprocess.patchify_atlas import STEP_SIZE, table_of
 from preprocess.patchify_images import figures_of
 from preprocess.registration import check_overlap, overlap, register_masks
-from preprocess.scan import ScanError, load_scan
+from preprocess.scan import ScanError, load_scan, with_warnings
 
 OUTSIDE = 0.1  # share of the patches' voxels outside a scan that is worth a word
 OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a look is due
@@ -97,6 +97,7 @@ class Embedder:
         """One scan. Raises ScanError where it cannot be used."""
         scan = load_scan(path, series)
         mask = lung_mask(scan.image, self.method, self.weights, path)
+        facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {path}"))
         transform = register_masks(self.atlas, mask)
         figures: dict[str, Any] = {**lung_volumes(mask, path), **overlap(self.atlas, mask, transform)}
         check_overlap(figures, self.min_dice, f"{path}'s lung mask")
@@ -108,7 +109,7 @@ class Embedder:
         if not np.isfinite(patches).all():
             raise ScanError(f"{path} gives features that are not finite; the checkpoint's training had diverged")
         features = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
-        return Embedded(features, patches, figures | scan.facts, self.verdict(figures, scan.facts), cut, mask)
+        return Embedded(features, patches, figures | facts, self.verdict(figures, facts), cut, mask)
 
     def verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
         """A line: ``fine``, or what to look at."""
