@@ -31,7 +31,8 @@ from preprocess.outputs import Output, file_stamp
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
 from preprocess.picture import picture_of_patches
 from preprocess.registration import overlap
-from preprocess.scan import ScanError, read_mask, read_scan
+from preprocess.scan import ScanError, read_mask
+from preprocess.shared_scan import load_shared
 from preprocess.subjects import (
     Subject,
     add_atlas,
@@ -42,7 +43,7 @@ from preprocess.subjects import (
     parse_flags,
     read_subjects,
 )
-from preprocess.workers import run_subjects
+from preprocess.workers import Step, run_steps
 
 LUNG_BELOW = -500  # HU; chest wall and heart are denser
 FIGURES = (
@@ -127,7 +128,7 @@ def patchify(
     output.begin()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
-    cut = patches_of(read_scan(subject.image, subject.series), transform, atlas_image, table, patch_size)
+    cut = patches_of(load_shared(subject).image, transform, atlas_image, table, patch_size)
     check_inside(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {
@@ -169,9 +170,8 @@ def add_cutting(parser: Parser) -> None:
     parser.add_argument("--no-qc", action="store_true", help=text)
 
 
-def patchify_all(args: argparse.Namespace) -> int:
-    """The step, by its flags; its exit status."""
-    subjects = read_subjects(args.input_csv)
+def cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
+    """The step, by its flags. Raises UserError, where the patches will not fit on the disk too."""
     layout = StoreLayout(args.root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
     atlas_mask = os.path.abspath(args.atlas_mask)
@@ -184,13 +184,13 @@ def patchify_all(args: argparse.Namespace) -> int:
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     atlas = dict(atlas_mask=atlas_mask, atlas=atlas_fingerprint(atlas_image))
     settings = {**where, **atlas, "patch_size": args.patch_size, "qc": not args.no_qc}
-    return run_subjects("patchify_images", patchify, subjects, args, settings)
+    return Step("patchify_images", patchify, settings)
 
 
 def main() -> int:
-    return patchify_all(
-        parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress)
-    )
+    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress)
+    subjects = read_subjects(args.input_csv)
+    return run_steps([cutting_step(args, subjects)], subjects, args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from preprocess.outputs import Output
 from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import EarlierFailure, read_mask
 from preprocess.subjects import Subject, add_atlas, add_progress, add_store, add_subjects, parse_flags, read_subjects
-from preprocess.workers import run_subjects
+from preprocess.workers import Step, run_steps
 
 FIGURES = ("dice", "dice_right", "dice_left")
 
@@ -67,17 +67,18 @@ def add_registration(parser: Parser) -> None:
     parser.add_argument("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
 
 
-def register_all(args: argparse.Namespace) -> int:
-    """The step, by its flags; its exit status."""
-    subjects = read_subjects(args.input_csv)
+def registration_step(args: argparse.Namespace) -> Step:
+    """The step, by its flags. Raises UserError."""
     atlas_mask = os.path.abspath(args.atlas_mask)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     atlas = dict(atlas_mask=atlas_mask, atlas=atlas_fingerprint(load_atlas(atlas_mask)))
-    return run_subjects("register", register, subjects, args, {**where, **atlas, "min_dice": args.min_dice})
+    return Step("register", register, {**where, **atlas, "min_dice": args.min_dice})
 
 
 def main() -> int:
-    return register_all(parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress))
+    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress)
+    subjects = read_subjects(args.input_csv)
+    return run_steps([registration_step(args)], subjects, args)
 
 
 if __name__ == "__main__":

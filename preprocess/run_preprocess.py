@@ -4,7 +4,8 @@
         --atlas-mask atlas_lung_mask.nii.gz --atlas-patch-loc atlas_patch_loc.npy --num-workers 4
 
 The flags are the steps' own. What is done already is skipped: start it again after a stop, or after
-adding subjects. A wrong flag or table is told before anything is written.
+adding subjects. A wrong flag or table is told before anything is written. Steps 2 to 4 are done with one subject
+before the next, so that a scan is read once.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from misc.command import run
 from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
 from preprocess.patchify_atlas import add_locations, lay_locations
-from preprocess.patchify_images import add_cutting, patchify_all
+from preprocess.patchify_images import add_cutting, cutting_step
 from preprocess.qc_page import write_qc_page
-from preprocess.register import add_registration, register_all
-from preprocess.segment_lung import add_segmentation, check_segmentation, segment_all
+from preprocess.register import add_registration, registration_step
+from preprocess.segment_lung import add_segmentation, check_segmentation, segmentation_step
 from preprocess.subjects import (
     add_atlas,
     add_patch_size,
@@ -30,8 +31,7 @@ from preprocess.subjects import (
     parse_flags,
     read_subjects,
 )
-
-STEPS = (lay_locations, segment_all, register_all, patchify_all, group_all)
+from preprocess.workers import run_steps
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,13 +43,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     check_segmentation(args)
-    read_subjects(args.input_csv)
+    subjects = read_subjects(args.input_csv)
     load_atlas(args.atlas_mask)
-    status = 0
-    for step in STEPS:
-        status = step(args)
-        if status:
-            break
+    lay_locations(args)
+    steps = [segmentation_step(args), registration_step(args), cutting_step(args, subjects)]
+    status = run_steps(steps, subjects, args) or group_all(args)
     print(f"qc_page: open {write_qc_page(args.root_dir)} with a browser")
     return status
 

@@ -30,9 +30,10 @@ from misc.command import OneOf, Parser, run
 from preprocess.geometry import same_grid, write_image
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
-from preprocess.scan import FACTS, ScanError, load_scan, read_mask, with_warnings
+from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
+from preprocess.shared_scan import load_shared
 from preprocess.subjects import Subject, add_progress, add_store, add_subjects, parse_flags, read_subjects
-from preprocess.workers import run_subjects
+from preprocess.workers import Step, run_steps
 
 
 def segment(
@@ -50,7 +51,7 @@ def segment(
         figures = lung_volumes(mask, target)
         if output.ours:
             return {**figures, **output.earlier(*FACTS)}
-        scan = load_scan(subject.image, subject.series)
+        scan = load_shared(subject)
         if not same_grid(mask, scan.image):
             raise ScanError(
                 f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
@@ -59,7 +60,7 @@ def segment(
 
     output.keep(verify, overwrite)
     output.begin()
-    scan = load_scan(subject.image, subject.series)
+    scan = load_shared(subject)
     mask = lung_mask(scan.image, method, weights, subject.image)
     facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)
@@ -88,10 +89,9 @@ def check_segmentation(args: argparse.Namespace) -> None:
         raise StoreError(f"--lungmask-weights {args.lungmask_weights} does not exist")
 
 
-def segment_all(args: argparse.Namespace) -> int:
-    """The step, by its flags; its exit status."""
+def segmentation_step(args: argparse.Namespace) -> Step:
+    """The step, by its flags. Raises UserError."""
     check_segmentation(args)
-    subjects = read_subjects(args.input_csv)
     settings, weights = args.method, None
     if args.lungmask_weights:
         weights = os.path.abspath(args.lungmask_weights)
@@ -101,11 +101,14 @@ def segment_all(args: argparse.Namespace) -> int:
         load_lungmask(weights)  # a download that fails is one error, not one for every subject
     made_by = dict(method=args.method, weights=weights, settings=settings)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
-    return run_subjects("segment_lung", segment, subjects, args, {**where, **made_by})
+    return Step("segment_lung", segment, {**where, **made_by})
 
 
 def main() -> int:
-    return segment_all(parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress))
+    args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress)
+    check_segmentation(args)
+    subjects = read_subjects(args.input_csv)  # before the weights are downloaded
+    return run_steps([segmentation_step(args)], subjects, args)
 
 
 if __name__ == "__main__":

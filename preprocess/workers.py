@@ -1,4 +1,4 @@
-"""Running one step over the subjects: in this process, in worker processes, or on a Dask cluster."""
+"""Running steps over the subjects: in this process, in worker processes, or on a Dask cluster."""
 
 import argparse
 import contextlib
@@ -7,9 +7,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.layout import StoreError, StoreLayout
 from misc.command import UserError
@@ -19,61 +19,93 @@ from misc.progress import progress_bar
 from preprocess.outputs import Skip
 from preprocess.report import claimed, previous_figures, stamps_of, unclaim, write_report
 from preprocess.scan import EarlierFailure, limit_threads
+from preprocess.shared_scan import forget_scan
 from preprocess.subjects import Subject
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
+WORST_SHOWN = 5
 EARLIER = "failed in an earlier step: "  # begins the message of what an earlier step has told already
 REPORT_SECONDS = 30  # between reports while a step runs: what made an output must outlive a crash
 
 Row = dict[str, Any]
 
 
-def run_subjects(
-    script: str,
-    work: Callable[..., Row],
-    subjects: list[Subject],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-) -> int:
-    """Run ``work(subject, previous, **settings)`` for each subject and report.
+class Step(NamedTuple):
+    """What is done with each subject, and how.
 
-    ``work`` returns figures for the report, raises Skip where nothing is to do, and ScanError where
-    the subject is at fault. It is a function of a script in preprocess/, which workers import.
+    ``work(subject, previous, **settings)`` returns figures for the report, raises Skip where nothing is to do, and
+    ScanError where the subject is at fault. It is a function of a script in preprocess/, which workers import.
+    """
+
+    script: str
+    work: Callable[..., Row]
+    settings: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Module and name of ``work``: the running script is __main__ here, but not in a worker."""
+        return f"preprocess.{Path(sys.modules[self.work.__module__].__file__).stem}", self.work.__qualname__
+
+
+class Record:
+    """A step's rows, as they come, and as the last run left them."""
+
+    def __init__(self, layout: StoreLayout, script: str):
+        self.layout, self.script = layout, script
+        self.before = previous_figures(layout, script)
+        for sid, stamps in claimed(layout, script).items():
+            self.before[sid] = {**self.before.get(sid, {}), **stamps}
+        self.rows: dict[str, Row] = {}
+        self._unwritten: list[str] = []
+
+    def add(self, row: Row) -> None:
+        self.rows[row["sid"]] = row
+        self._unwritten.append(row["sid"])
+
+    def write(self) -> None:
+        if self.rows:
+            write_report(self.layout, self.script, self.rows)
+            unclaim(self.layout, self.script, self._unwritten)
+            self._unwritten.clear()
+
+    def lost(self, sid: str, message: str) -> Row:
+        """The row of a subject whose worker is gone: what it was making is ours, what it left alone may not be."""
+        stamps = claimed(self.layout, self.script).get(sid) or stamps_of(self.before.get(sid, {}))
+        return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
+
+
+def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Namespace) -> int:
+    """Do all steps with a subject before the next one, so that its scan is read once, and report.
 
     Returns:
-        The exit status: 0 unless nothing succeeded, or anything failed under ``--strict``.
+        The exit status: 0 unless nothing succeeded in a step, or anything failed under ``--strict``.
     """
     layout = StoreLayout(args.root_dir)
-    before = previous_figures(layout, script)
-    for sid, stamps in claimed(layout, script).items():
-        before[sid] = {**before.get(sid, {}), **stamps}
+    records = [Record(layout, step.script) for step in steps]
     remove_leftovers(*layout.subject_dirs)
-    rows: dict[str, Row] = {}
-    unwritten: list[str] = []
-
-    def report() -> None:
-        write_report(layout, script, rows)
-        unclaim(layout, script, unwritten)
-        unwritten.clear()
-
+    name = steps[0].script if len(steps) == 1 else "preprocess"
     written, failed = time.monotonic(), 0
-    bar = progress_bar(args.no_progress, total=len(subjects), desc=script, unit="subject")
+    bar = progress_bar(args.no_progress, total=len(subjects), desc=name, unit="subject")
     try:
-        for row in _outcomes(work, subjects, before, args, settings):
-            rows[row["sid"]] = row
-            unwritten.append(row["sid"])
+        for rows in _outcomes(steps, subjects, records, args):
+            for record, row in zip(records, rows):
+                record.add(row)
             if time.monotonic() - written > REPORT_SECONDS:
-                report()
+                for record in records:
+                    record.write()
                 written = time.monotonic()
-            failed += row["status"] == "failed"
+            failed += any(row["status"] == "failed" for row in rows)
             bar.update()
-            bar.set_postfix_str(row["sid"] + (f", {failed} failed" if failed else ""), refresh=False)
+            bar.set_postfix_str(rows[0]["sid"] + (f", {failed} failed" if failed else ""), refresh=False)
     finally:
         bar.close()
-        if rows:
-            report()
-    return _conclude(script, layout, list(rows.values()), args.strict)
+        for record in records:
+            record.write()
+    status = 0
+    for record in records:
+        status = status or _conclude(record.script, layout, list(record.rows.values()), args.strict)
+    return status
 
 
 def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -> int:
@@ -92,12 +124,24 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
         print(f"  and {len(failures) - FAILURES_SHOWN} more")
     if warned := [row for row in rows if row.get("warnings")]:
         print(f"  {len(warned)} with a warning in the report, {warned[0]['sid']} first: {warned[0]['warnings']}")
+    if worst := _worst(rows):
+        print(f"  least overlap with the atlas (Dice of the worse side): {worst}")
     if earlier:
         print(f"  {len(earlier)} of the failed had failed in an earlier step, {earlier[0]['sid']} first")
     if counts["ok"] + counts["skipped"] == 0:
         print(f"error: {script}: no subject succeeded", file=sys.stderr)
         return 1
     return 1 if strict and counts["failed"] else 0
+
+
+def _worst(rows: list[Row]) -> str:
+    """The subjects whose worse side overlaps the atlas least, of a step that tells."""
+    told = []
+    for row in rows:
+        sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]
+        if all(sides):
+            told.append((min(map(float, sides)), row["sid"]))
+    return ", ".join(f"{sid} {dice:.2f}" for dice, sid in sorted(told)[:WORST_SHOWN])
 
 
 def attempt(
@@ -136,15 +180,30 @@ def attempt(
     }
 
 
+def attempt_steps(
+    works: Sequence[tuple[Callable[..., dict], dict]], subject: Subject, previous: Sequence[dict], threads: int
+) -> list[Row]:
+    """One subject's rows, a step each; its scan is read once."""
+    try:
+        return [attempt(work, subject, row, threads, settings) for (work, settings), row in zip(works, previous)]
+    finally:
+        forget_scan()
+
+
 def _outcomes(
-    work: Callable[..., Row], subjects: list[Subject], before: dict[str, Row], args: argparse.Namespace, settings: dict
-) -> Iterator[Row]:
-    """Rows of the report as they come."""
+    steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
+) -> Iterator[list[Row]]:
+    """Rows of the reports as they come, a subject at a time."""
     if args.num_workers > 1 or args.scheduler:
-        yield from _distributed(work, subjects, before, args, settings)
+        yield from _distributed(steps, subjects, records, args)
         return
+    works = [(step.work, step.settings) for step in steps]
     for subject in subjects:
-        yield attempt(work, subject, before.get(subject.sid, {}), usable_cores(), settings)
+        yield attempt_steps(works, subject, _before(records, subject.sid), usable_cores())
+
+
+def _before(records: list[Record], sid: str) -> list[dict[str, str]]:
+    return [record.before.get(sid, {}) for record in records]
 
 
 @contextlib.contextmanager
@@ -176,13 +235,11 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
 
 
 def _distributed(
-    work: Callable[..., Row], subjects: list[Subject], before: dict[str, Row], args: argparse.Namespace, settings: dict
-) -> Iterator[Row]:
+    steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
+) -> Iterator[list[Row]]:
     from dask.distributed import as_completed
 
-    root, name = str(ROOT), work.__qualname__
-    # The running script is __main__ here, but not in a worker.
-    module = f"preprocess.{Path(sys.modules[work.__module__].__file__).stem}"
+    root, places = str(ROOT), [(*step.place, step.settings) for step in steps]
 
     def remote(subject_fields, previous, threads):
         # Sent by value, because it is nested: the worker may not have the project on its path yet.
@@ -192,12 +249,14 @@ def _distributed(
         if root not in sys.path:
             sys.path.insert(0, root)
         runner = importlib.import_module("preprocess.workers")
-        function = getattr(importlib.import_module(module), name)
-        return runner.attempt(function, runner.Subject(*subject_fields), previous, threads, settings)
+        works = [(getattr(importlib.import_module(module), name), settings) for module, name, settings in places]
+        return runner.attempt_steps(works, runner.Subject(*subject_fields), previous, threads)
 
     with _client(args, len(subjects)) as (client, threads):
         futures = {
-            client.submit(remote, tuple(subject), before.get(subject.sid, {}), threads, pure=False, retries=0): subject
+            client.submit(
+                remote, tuple(subject), _before(records, subject.sid), threads, pure=False, retries=0
+            ): subject
             for subject in subjects
         }
         for future in as_completed(list(futures)):
@@ -206,9 +265,9 @@ def _distributed(
                 yield future.result()
             else:
                 reason = "its worker process died (out of memory?)" if "Killed" in type(error).__name__ else str(error)
-                failed = {"sid": subject.sid, "status": "failed", "seconds": 0.0}
                 message = " ".join(reason.split())[:300]
-                yield {**failed, "message": message, **stamps_of(before.get(subject.sid, {}))}
+                later = [f"{EARLIER}{message}"] * (len(records) - 1)
+                yield [record.lost(subject.sid, text) for record, text in zip(records, [message, *later])]
             future.release()
 
 
