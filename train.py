@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ from models.builder import DrasCLR
 from models.checkpoint import intact
 from models.cnn3d import Encoder
 from models.cpu.memory import keep_freed_memory
-from models.state import TrainingState, note_changes
+from models.state import TrainingState, note_changes, start_from
 from models.step import FIGURES, OPTIMIZERS, Descent, LocationTable, compute_losses, effective_rank, make_optimizer
 
 # ============================================================ arguments
@@ -80,23 +81,15 @@ def add_method(parser: Parser) -> None:
     add("--num-experts", count, 8, "kernels that every convolution mixes by location; 1 switches conditioning off")
     add("--num-coordinates", int, 1, "points per location; 1 is the only value defined")
     add("--k-neighbors", count, 2, "nearest locations in the neighbour task; more see farther and take longer")
-    add(
-        "--beta",
-        amount,
-        1.0,
-        "weight of the neighbour loss; lower it where neighbours differ too much, 0 drops the task",
-    )
+    text = "weight of the neighbour loss; lower it where neighbours differ too much, 0 drops the task"
+    add("--beta", amount, 1.0, text)
     add("--warm-up", at_least(int, 0), 0, "epochs before the neighbour loss counts; raise it when it hurts the start")
     add("--augmentation", str, "agc", f"transforms in order: {LETTERS}; drop c where density itself matters")
     add("--rotate", amount, PUBLISHED.rotate, "degrees about each axis; lower it where pose tells something")
     text = "voxels along each axis; lower it where views share too little: 12 is a third of a patch"
     add("--translate", amount, PUBLISHED.translate, text)
-    add(
-        "--scale",
-        between(float, 0, 0.9),
-        PUBLISHED.scale,
-        "zoom, a share either way; lower it where size tells something",
-    )
+    text = "zoom, a share either way; lower it where size tells something"
+    add("--scale", between(float, 0, 0.9), PUBLISHED.scale, text)
     add("--noise-std", amount, PUBLISHED.noise_std, "HU, the largest of g; raise it for cohorts of many doses")
     text = "smallest and largest exponent of c; narrow it where density itself matters"
     add("--gamma", at_least(float, 0.01), list(PUBLISHED.gamma), text, nargs=2)
@@ -132,6 +125,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subjects", help=text)
     text = "auto: the experiment's latest checkpoint, a new start where it has none; or a name in its folder; or a path"
     add("--resume", default="", help=text)
+    text = (
+        "begin with the encoder's weights of this checkpoint, whatever its queue and locations, as for another cohort"
+    )
+    add("--init-from", metavar="CHECKPOINT", help=text)
     text = "count epochs from here instead of from the checkpoint's; to train on weights of another cohort, 0"
     add("--start-epoch", type=at_least(int, 0), help=text)
     text = "epochs in all; each visits every location once; raise it for few subjects, whose epochs are short"
@@ -147,6 +144,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     text = "bf16 computes the encoder in bfloat16: for GPUs from A100 on and CPUs with AVX512-BF16 or AMX"
     add("--amp", type=OneOf("off", "bf16"), default="off", help=text)
     add("--tf32", **switch, help="let float32 products use TF32 on GPUs: faster, 10-bit mantissa")
+    add("--deterministic", **switch, help="the same bytes again on a GPU too, as on a CPU anyway: slower convolutions")
     text = "torch.compile the encoders, for long runs on GPUs; on CPUs it measured slower, 41 against 49 samples/s"
     add("--compile", **switch, help=text)
 
@@ -167,7 +165,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     args.root_dir = os.path.abspath(args.root_dir)  # configs.json is read from elsewhere
-    args.subjects = args.subjects and os.path.abspath(args.subjects)
+    args.subjects, args.init_from = (path and os.path.abspath(path) for path in (args.subjects, args.init_from))
     if args.seed >= 2**32:
         parser.error(f"--seed {args.seed}: below 2^32")
     if args.num_coordinates != 1:
@@ -252,8 +250,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     say = print if rank == 0 else (lambda _: None)
     keep_freed_memory(device)
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.benchmark = True
+    process.set_arithmetic(args.tf32, args.deterministic)
     args.bn_groups = bn_groups(args.bn_groups, args.batch_size, world)
     groups = groups_of_rank(args.bn_groups, rank, world)
     experiment = Experiment.named(args.exp_name)
@@ -280,6 +277,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         note_changes(restored, settings, resume, args.start_epoch is not None, say)
         if args.start_epoch is None:
             start, skip, sums = restored[:3]
+    elif args.init_from:
+        say(start_from(model, Path(args.init_from)))
     if start >= args.epochs:
         say(f"nothing to do: {start} of {args.epochs} epochs are done")
         return
@@ -303,8 +302,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         f"{device.type}, {workers} reading processes each; {args.bn_groups} BatchNorm groups; {experiment.folder}"
     )
     meters = Meters(FIGURES, device)
-    times = (args.epochs, args.save_freq, args.save_minutes, args.keep)
-    saver = Saver(state.save, experiment, stop, *times, good=resume)
+    saver = Saver(state.save, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     log.go_on(start, skip, resume)
     stop.listen()  # asked to stop, all ranks end after the step under way, which the first one saves

@@ -78,6 +78,20 @@ def start_process(device: str) -> torch.device:
     return chosen
 
 
+def set_arithmetic(tf32: bool, deterministic: bool) -> None:
+    """How a GPU computes; a CPU computes the same bytes again in any case.
+
+    Args:
+        tf32: products in TF32.
+        deterministic: the same bytes again, by slower algorithms; torch warns where it has none.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks when it is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def _local_rank(gpus: int) -> int:
     """This process's number on its machine.
 

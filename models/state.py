@@ -12,10 +12,13 @@ from models.checkpoint import (
     CheckpointError,
     add_module,
     check_table,
+    encoder_sizes,
     first_unsound,
     load_optimizer,
     load_strict,
     optimizer_state,
+    position,
+    query_encoder_state,
     read_checkpoint,
     refuse_unsound,
     save_checkpoint,
@@ -116,7 +119,44 @@ class TrainingState:
         return Restored(epoch, step, sums, config, note)
 
 
-FREE_TO_CHANGE = ("resume", "exp_name", "root_dir", "start_epoch", "no_progress", "keep")  # without a note
+def start_from(model: nn.Module, path: Path) -> str:
+    """Give both encoders the weights of a checkpoint's query encoder; queue, optimiser and position stay new.
+
+    The convolutions must fit. A projection (``fc``) of another size stays new too: it belongs to the loss, not to the
+    representation.
+
+    Returns:
+        What was taken, a line.
+
+    Raises:
+        CheckpointError: unreadable, not finite, or of another encoder; names the flag that would make it fit.
+    """
+    content = read_checkpoint(path)
+    state = query_encoder_state(content, path)
+    refuse_unsound(state, path)
+    sizes, own = encoder_sizes(state, path), model.encoder_q.state_dict()
+    for name in ("rep_dim", "num_experts"):
+        ours = {"rep_dim": own["conv4.weight"].shape[1], "num_experts": own["conv4.weight"].shape[0]}[name]
+        if sizes[name] != ours:
+            flag = f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"--init-from {path} has {flag} {sizes[name]}, this run {ours}; give {flag} {sizes[name]}"
+            )
+    body = {key for key in own if not key.startswith("fc.")}
+    projection = {key: value.shape for key, value in state.items() if key.startswith("fc.")}
+    fits = projection == {key: value.shape for key, value in own.items() if key not in body}
+    taken = {key: value for key, value in state.items() if fits or not key.startswith("fc.")}
+    load_strict(model.encoder_q, {**({} if fits else {k: own[k] for k in own if k not in body}), **taken}, path)
+    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
+    queue = strip_module(content["state_dict"]).get("queue")
+    there = "" if queue is None else f" (its {queue.shape[-1]} locations and {queue.shape[1]} keys each are not taken)"
+    return (
+        f"starting from the encoder of {path}, {position(content, path)[0]} epochs, its projection "
+        f"{'too' if fits else 'left out, which has another size'}; queue and optimiser begin anew{there}"
+    )
+
+
+FREE_TO_CHANGE = ("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep")  # without a note
 SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
 NOT_FLAGS = {
     "num_subjects": "number of subjects",

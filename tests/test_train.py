@@ -524,3 +524,22 @@ def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path, make_store
     path = tmp_path / "ssl_exp" / "half" / "checkpoint_patch_0001.pth.tar"
     state = torch.load(path, weights_only=True)["state_dict"]
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_run_on_another_cohort_starts_from_weights(make_store, grid, run, tmp_path):
+    make_store(tmp_path / "one", 6, grid)
+    make_store(tmp_path / "two", 9, grid[:4], seed=1)
+    run("train.py", "--root-dir", tmp_path / "one", "--exp-name", "a", "--epochs", 1, *SMALL, cwd=tmp_path)
+    path = tmp_path / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar"
+    flags = ("--root-dir", tmp_path / "two", "--exp-name", "b", "--epochs", 1, *SMALL, "--init-from", path, "--lr", 0)
+    shown = run("train.py", *flags, "--moco-k", 9, "--resume", "auto", cwd=tmp_path).stdout
+    assert f"starting from the encoder of {path}, 1 epochs" in shown
+    before, after = (
+        torch.load(tmp_path / "ssl_exp" / name / "checkpoint_patch_0001.pth.tar", weights_only=True)["state_dict"]
+        for name in ("a", "b")
+    )
+    name = "module.encoder_q.conv4.weight"
+    assert torch.equal(before[name], after[name]) and after["module.queue"].shape == (4, 9, 4)
+    again = run("train.py", *flags, "--moco-k", 9, "--resume", "auto", cwd=tmp_path).stdout
+    assert "nothing to do" in again and "starting from" not in again

@@ -1,0 +1,82 @@
+"""A run that starts from another run's encoder: what fits is taken and said, what does not is refused by its flag."""
+
+import pytest
+import torch
+
+from misc import process
+from models.builder import DrasCLR
+from models.checkpoint import CheckpointError, add_module, save_checkpoint
+from models.cnn3d import Encoder
+from models.state import start_from
+
+
+def model(locations=6, rep_dim=8, moco_dim=4, experts=2, keys=6, mlp=True, seed=0):
+    torch.manual_seed(seed)
+    return DrasCLR(Encoder, locations, rep_dim, moco_dim, experts, 1, keys, 0.9, 0.2, mlp)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of three epochs, and its model."""
+    given = model()
+    path = tmp_path / "checkpoint_patch_0003.pth.tar"
+    save_checkpoint(path, {"epoch": 3, "state_dict": add_module(given.state_dict())})
+    return path, given
+
+
+def differs(first, second, part=""):
+    other = second.state_dict()
+    return {name for name, value in first.state_dict().items() if part in name and not torch.equal(value, other[name])}
+
+
+def test_another_queue_and_other_locations(weights):
+    path, given = weights
+    fresh = model(locations=9, keys=12, seed=1)
+    queue = fresh.state_dict()["queue"].clone()
+    said = start_from(fresh, path)
+    assert not differs(fresh.encoder_q, given.encoder_q) and not differs(fresh.encoder_k, given.encoder_q)
+    assert torch.equal(fresh.state_dict()["queue"], queue)
+    assert said == (
+        f"starting from the encoder of {path}, 3 epochs, its projection too; queue and optimiser begin anew "
+        "(its 6 locations and 6 keys each are not taken)"
+    )
+
+
+@pytest.mark.parametrize("choice", [dict(moco_dim=5), dict(mlp=False)])
+def test_a_projection_of_another_size_stays_new(weights, choice):
+    path, given = weights
+    fresh, untouched = model(**choice, seed=1), model(**choice, seed=1)
+    assert "its projection left out, which has another size" in start_from(fresh, path)
+    assert not differs(fresh.encoder_q.fc, untouched.encoder_q.fc)
+    assert not differs(fresh.encoder_q.conv4, given.encoder_q.conv4)
+    assert not differs(fresh.encoder_k, fresh.encoder_q)
+
+
+@pytest.mark.parametrize(
+    ("choice", "advice"), [(dict(rep_dim=16), "give --rep-dim 8"), (dict(experts=3), "give --num-experts 2")]
+)
+def test_another_encoder_is_refused_by_its_flag(weights, choice, advice):
+    with pytest.raises(CheckpointError, match=advice):
+        start_from(model(**choice), weights[0])
+
+
+def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
+    _, given = weights
+    with torch.no_grad():
+        given.encoder_q.conv4.weight[0, 0, 0, 0, 0, 0] = float("nan")
+    save_checkpoint(tmp_path / "bad.pth.tar", {"state_dict": given.state_dict()})
+    with pytest.raises(CheckpointError, match="not finite"):
+        start_from(model(), tmp_path / "bad.pth.tar")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        start_from(model(), tmp_path / "none.pth.tar")
+
+
+def test_deterministic_is_what_torch_is_told():
+    try:
+        process.set_arithmetic(tf32=True, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.use_deterministic_algorithms(False)
+        process.set_arithmetic(tf32=False, deterministic=False)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
