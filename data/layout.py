@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from misc.command import UserError
+from misc.files import load_array
 from misc.sizes import HU_MAX, HU_MIN
 
 PATCH_SUFFIX = "_patch.npy"
@@ -127,10 +128,10 @@ def load_locations(path: Path) -> np.ndarray:
         StoreError: unreadable, of another shape, not whole numbers, negative, or with a row twice.
     """
     try:
-        table = np.load(path, allow_pickle=False)
+        table = load_array(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:  # NumPy's message advises to load it unsafely
+    except ValueError as error:
         raise StoreError(f"{path} is no table of patch locations: not a whole .npy file of numbers") from error
     if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0:
         raise StoreError(f"{path} has shape {table.shape}; patch locations are (L, 3) corners (x, y, z)")

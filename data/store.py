@@ -16,6 +16,7 @@ import numpy as np
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.locations import table_fingerprint
 from data.tables import read_table
+from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
 SAMPLE_BYTES = 4096  # of a file's patches, at either end, that the store's version looks at
@@ -236,22 +237,18 @@ class PatchFile:
         self._mapped = mapped
         try:
             with open(path, "rb") as stream:
-                version = np.lib.format.read_magic(stream)
-                reader = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                self.shape, self.fortran, self.dtype = reader(stream)
+                self.shape, self.fortran, self.dtype = read_array_header(stream)
                 self.offset = stream.tell()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
             raise StoreError(f"{path} is not there; run preprocess/group_patches.py again") from None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read as a NumPy file of patches: {error}") from error
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise StoreError(f"{path} is {error}; make it again") from error
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}; patches are real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        if status.st_size < expected:
-            raise StoreError(f"{path} is truncated: {status.st_size} bytes of {expected}; make it again")
         self._stamp, self._end = _of(status), expected
         self._array = None
 

@@ -206,7 +206,7 @@ class Experiment:
             return EasyDict(json.loads(self.configs.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ExperimentError(f"{self.configs} is not there") from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise ExperimentError(f"{self.configs} cannot be read as an experiment's settings") from None
 
     # ------------------------------------------------------------ for extraction

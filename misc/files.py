@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -96,6 +97,40 @@ def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
     return stream.getvalue()
+
+
+def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of a .npy file, whose data the stream is at afterwards.
+
+    Errors go on after "the file is".
+
+    Raises:
+        ValueError: it is none; it holds Python objects, which are code; or it has fewer bytes than it says, and reading
+            it would take memory for all that it says.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(stream)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy evaluates the header as Python text, and raises whatever comes of it
+        raise ValueError("not a whole .npy file") from error
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, not of numbers")
+    start = stream.tell()
+    there, wanted = stream.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
+    stream.seek(start)
+    if min(shape, default=0) < 0 or there < wanted:
+        raise ValueError(f"truncated: {start + there} bytes of {start + wanted}")
+    return shape, fortran, dtype
+
+
+def load_array(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
+    """A .npy file of numbers or text; mapped, its values stay on the disk. Raises OSError; ValueError as above."""
+    with open(path, "rb") as stream:
+        read_array_header(stream)
+    return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def remove_leftovers(*folders: Path) -> None:

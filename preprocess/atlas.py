@@ -49,7 +49,7 @@ def read_affine(path: Path) -> sitk.Transform:
         raise EarlierFailure(f"no transform at {path}; run preprocess/register.py, and see its report for this subject")
     try:
         transform = sitk.ReadTransform(str(path))
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # of its message, where that quotes the file
         raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
     if transform.GetDimension() != 3 or not transform.IsLinear():
         raise ScanError(f"{path} is not a 3-D affine transform")

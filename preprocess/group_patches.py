@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
 from misc.command import run
-from misc.files import array_header, write_text
+from misc.files import array_header, load_array, write_text
 from misc.progress import progress_bar
 from preprocess.subjects import add_progress, add_store, parse_flags
 
@@ -44,8 +44,8 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
     for sid in layout.patch_sids():
         path = layout.patch(sid)
         try:
-            patches = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            patches = load_array(path, mapped=True)
+        except (OSError, ValueError) as error:
             print(f"group_patches: {sid} left out: {path} cannot be read ({error})", file=sys.stderr)
             continue
         if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iufb":
@@ -70,7 +70,7 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
 
 def load_patches(path: Path) -> np.ndarray:
     """One subject's patches as int16 HU; the published implementation allowed other dtypes."""
-    patches = to_hu(np.load(path, allow_pickle=False))
+    patches = to_hu(load_array(path))
     return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations
 from misc.command import Parser, run
-from misc.files import save_array, write_whole
+from misc.files import load_array, save_array, write_whole
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
@@ -61,8 +61,8 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
     """Raise ScanError unless a .npy file is whole and has real numbers of that shape."""
     advice = "remove it, or give --overwrite"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = load_array(path, mapped=True)
+    except (OSError, ValueError) as error:
         raise ScanError(f"{path} cannot be read as an array ({error}); {advice}") from error
     if array.shape != shape or array.dtype.kind not in "iufb":
         raise ScanError(f"{path} is {array.dtype} {array.shape}, the table of locations asks for {shape}; {advice}")

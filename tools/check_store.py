@@ -25,6 +25,7 @@ from data.layout import StoreError, StoreLayout, load_locations
 from data.store import PatchFile
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
+from misc.files import load_array
 from misc.progress import progress_bar
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import read_affine, read_atlas_mask
@@ -134,8 +135,8 @@ def _check_corners(store: Store, sid: str) -> None:
     if not path.is_file():
         return  # the published code keeps none
     try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (OSError, ValueError, EOFError) as error:
+        shape = load_array(path, mapped=True).shape
+    except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as an array of corners") from error
     if shape != store.table.shape:
         raise StoreError(f"{path} has shape {shape}; the location table has {store.table.shape}")

@@ -106,6 +106,8 @@ def read_header(path: Path) -> Dataset | None:
         stream.seek(0)
         try:
             dataset = dcmread(stream, stop_before_pixels=True, force=True, specific_tags=TAGS)
+            for part in (dataset, dataset.file_meta):
+                list(part)  # pydicom reads a value when it is looked at
         except Exception as error:  # whatever pydicom trips over, the file's first bytes are damaged
             raise Damaged from error
         if text(dataset, "SOPClassUID") == DIRECTORY or text(dataset.file_meta, "MediaStorageSOPClassUID") == DIRECTORY:
@@ -113,7 +115,11 @@ def read_header(path: Path) -> Dataset | None:
         if "SOPClassUID" not in dataset and "MediaStorageSOPClassUID" in dataset.file_meta:
             dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
         unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
-        if (unknown or not left_out(dataset)) and not _has_pixels(stream, dataset):
+        try:
+            whole = not (unknown or not left_out(dataset)) or _has_pixels(stream, dataset)
+        except (ValueError, TypeError, OverflowError, struct.error) as error:  # of numbers that are none
+            raise Damaged from error
+        if not whole:
             raise Damaged
     return dataset
 

@@ -48,7 +48,7 @@ def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
     sitk.ProcessObject.SetGlobalWarningDisplay(True)
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # of its message, where that quotes the file
         raise ScanError(f"{path} cannot be read as {what}: {_itk_reason(str(error))}") from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)

@@ -66,7 +66,10 @@ DAMAGE = {
     ),
     "short": (lambda root: shorten(root / "grouped_patch" / "patch_loc_1.npy"), "patch_loc_1.npy is truncated"),
     "missing": (lambda root: (root / "grouped_patch" / "patch_loc_5.npy").unlink(), "patch_loc_5.npy is not there"),
-    "no array": (lambda root: (root / "patch" / "004_patch.npy").write_bytes(b"hello"), "004_patch.npy cannot be read"),
+    "no array": (
+        lambda root: (root / "patch" / "004_patch.npy").write_bytes(b"hello"),
+        "004_patch.npy is not a whole .npy file",
+    ),
     "other shape": (
         lambda root: np.save(root / "patch" / "005_patch.npy", np.zeros((5, 32, 32, 32), np.int16)),
         "005_patch.npy has shape (5, 32, 32, 32); it should have (6, 32, 32, 32)",

@@ -10,6 +10,7 @@ import pandas as pd
 from data.labels import read_labels
 from data.layout import StoreError
 from data.tables import read_table
+from misc.files import load_array
 
 
 def read_features(path: str) -> pd.DataFrame:
@@ -44,8 +45,8 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     path = Path(path)
     there = patch_sids(path)
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        features = load_array(path, mapped=True)
+    except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as an array: {error}") from error
     if features.ndim != 3 or len(there) != len(features) or features.dtype.kind != "f":
         raise StoreError(
@@ -71,8 +72,8 @@ def patch_sids(path: Path) -> list[str]:
         if not file.is_file():
             raise StoreError(f"{file.parent} has no {file.name}; extract_feature.py writes it")
     try:
-        return [str(sid) for sid in np.load(beside, allow_pickle=False)]
-    except (OSError, ValueError, EOFError) as error:
+        return [str(sid) for sid in load_array(beside)]
+    except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{beside} cannot be read as an array: {error}") from error
 
 

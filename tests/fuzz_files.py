@@ -1,0 +1,110 @@
+"""Read spoiled copies of a file in a process of its own: a crash, a hang or a large allocation ends that process.
+
+    python tests/fuzz_files.py KIND FILE SEED COUNT
+
+Prints the exception of every copy that raised anything but our own error. Memory is limited to what a small file needs.
+"""
+
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+EXTREMES = (b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"99999999", b"-1", b"\x00\x00\xc0\x7f")
+MEMORY = 3 << 30  # bytes of address space beyond what the libraries take
+
+
+def spoil(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes of a file changed, taken out, put in, or its end cut off."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        # Headers come first: most changes are there.
+        place = min(int(rng.expovariate(1 / 200)), len(data)) if rng.random() < 0.7 else rng.randrange(len(data) + 1)
+        change = rng.choice(("flip", "extreme", "cut", "delete", "insert", "repeat"))
+        if change == "flip" and place < len(data):
+            data[place] ^= 1 << rng.randrange(8)
+        elif change == "extreme":
+            value = rng.choice(EXTREMES)
+            data[place : place + len(value)] = value
+        elif change == "cut" and rng.random() < 0.3:
+            del data[place:]
+        elif change == "delete":
+            del data[place : place + rng.randint(1, 8)]
+        elif change == "insert":
+            data[place:place] = rng.randbytes(rng.randint(1, 8))
+        elif change == "repeat":
+            data[place:place] = data[place : place + rng.randint(1, 64)]
+    return bytes(data)
+
+
+def readers() -> dict:
+    """What reads a file of each kind, as our commands do."""
+    from data.layout import load_locations
+    from data.tables import read_table
+    from misc.experiment import Experiment
+    from models.checkpoint import build_query_encoder, intact, position, read_checkpoint
+    from models.cnn3d import Encoder
+    from preprocess.atlas import read_affine
+    from preprocess.scan import load_scan, read_mask
+
+    def checkpoint(path):
+        intact(path)
+        content = read_checkpoint(path)
+        position(content, path)
+        build_query_encoder(Encoder, content, path)
+
+    def slices(path):
+        load_scan(path.parent)
+
+    return {
+        "checkpoint": checkpoint,
+        "configs": lambda path: Experiment(path.parent).read_config(),
+        "table": read_table,
+        "locations": load_locations,
+        "transform": read_affine,
+        "image": load_scan,
+        "mask": read_mask,
+        "dicom": slices,
+    }
+
+
+def main() -> None:
+    kind, source, seed, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    from misc.command import UserError
+    from preprocess.scan import limit_threads
+
+    limit_threads(1)
+    read, rng = readers()[kind], random.Random(seed)
+    before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY, before + MEMORY))
+    content = source.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "in"
+        if kind == "dicom":
+            shutil.copytree(source.parent, place)
+        place.mkdir(exist_ok=True)
+        target = place / source.name
+        for number in range(count):
+            target.write_bytes(spoil(content, rng))
+            print(
+                f"{number} {target.stat().st_size}", file=sys.stderr, flush=True
+            )  # the last one told is the one at fault
+            try:
+                read(target)
+            except UserError as error:
+                if not str(error).strip() or len(str(error).splitlines()) > 3:
+                    print(f"{number}: says {str(error)!r}")
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                print(f"{number}: {type(error).__name__} {str(error)[:200]!r} ({where.filename}, line {where.lineno})")
+            if {path.name for path in Path(folder).iterdir()} != {"in"}:
+                print(f"{number}: wrote outside")
+
+
+if __name__ == "__main__":
+    main()
