@@ -12,6 +12,7 @@ from typing import NamedTuple
 import SimpleITK as sitk
 
 from preprocess.reading import nifti
+from preprocess.reading.claims import check_claim
 from preprocess.reading.dicom import read_dicom
 from preprocess.reading.errors import EarlierFailure, ScanError
 from preprocess.reading.formats import check_name, check_stranger, head_of, kind_of
@@ -64,6 +65,8 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
     if header:
         nifti.check_forms(path, header, warnings)
         nifti.check_whole(path, header)
+    elif kind:
+        check_claim(path, kind)
     told: list[str] = []
     with itk_reading(path, "an image", told):
         image = sitk.ReadImage(str(path))

@@ -222,6 +222,29 @@ def test_a_scan_that_claims_more_than_it_has(tmp_path):
             load_scan(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("damage", ["cut", "middle", "gone"])
+def test_data_that_are_not_all_there(tmp_path, name, packed, damage):
+    """ITK hands out damaged MetaImages as zeros, and takes memory for whatever a NRRD claims."""
+    sitk.WriteImage(chest(), str(tmp_path / name), useCompression=packed)
+    load_scan(tmp_path / name)
+    data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    content = data.read_bytes()
+    if damage == "cut":
+        data.write_bytes(content[:-3000])
+    elif damage == "middle":
+        if not packed:
+            pytest.skip("plain voxels have no checksum")
+        data.write_bytes(content[:9000] + bytes(200) + content[9200:])
+    else:
+        if data.name == name:
+            pytest.skip("one file")
+        data.unlink()
+    with pytest.raises(ScanError, match=r"is cut short|is damaged|which is not there"):
+        load_scan(tmp_path / name)
+
+
 def test_a_table_that_leaves_its_folder(tmp_path):
     for sid in ("../../etc/x", "/etc/x", ".hidden", "a\x00b", "a/b", "x" * 400):
         (tmp_path / "t.csv").write_text(f"sid,image\n{sid},b\n")

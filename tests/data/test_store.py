@@ -105,7 +105,7 @@ def damage_table(root):
     [
         (damage_truncate, "patch_loc_3.npy is truncated"),
         (damage_rows, "patch_loc_3.npy has shape"),
-        (damage_header, "patch_loc_3.npy cannot be read"),
+        (damage_header, "patch_loc_3.npy is not a whole .npy file"),
         (damage_kind, "patch_loc_3.npy has dtype complex64"),
         (damage_missing, "patch_loc_3.npy is not there; run preprocess/group_patches.py"),
         (damage_subjects, "lists 2 subjects"),

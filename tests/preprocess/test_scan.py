@@ -98,9 +98,9 @@ def test_cut_files_are_refused(tmp_path, suffix, share):
     read_scan(tmp_path / f"scan.{suffix}")
     data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(data, int(data.stat().st_size * share))
-    with pytest.raises(ScanError, match=r"cut short|but received|fread got only") as caught:
+    with pytest.raises(ScanError, match="cut short") as caught:
         read_scan(tmp_path / f"scan.{suffix}")
-    assert "\n" not in str(caught.value) and str(data if "hdr" in suffix else f"scan.{suffix}") in str(caught.value)
+    assert "\n" not in str(caught.value) and str(data) in str(caught.value)
 
 
 def test_a_damaged_byte_is_noticed(tmp_path):

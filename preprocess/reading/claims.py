@@ -1,0 +1,117 @@
+"""Whether a NRRD's or MetaImage's data are all there.
+
+ITK takes memory for what a header claims, and hands out a MetaImage whose compressed data are damaged as zeros.
+"""
+
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from preprocess.reading.errors import ScanError
+
+LONGEST_HEADER = 1 << 20  # bytes
+MOST_PACKED = 1100  # times: more than that no deflated data unpack to
+NRRD_BYTES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), 2),
+    **dict.fromkeys(
+        ("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t", "float"), 4
+    ),
+    **dict.fromkeys(("longlong", "long long", "int64", "int64_t", "ulonglong", "uint64", "uint64_t", "double"), 8),
+}
+META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
+
+
+class Claim(NamedTuple):
+    """What a header says of its data."""
+
+    bytes: int  # unpacked
+    data: Path
+    start: int  # of the data in it
+    packed: bool | None  # by zlib or gzip; None: as text, or in a way that is ITK's matter
+
+
+def check_claim(path: Path, kind: str) -> None:
+    """Raise ScanError where the data of a NRRD or MetaImage are missing, cut short or damaged."""
+    with open(path, "rb") as stream:
+        head = stream.read(LONGEST_HEADER)
+    claim = (_nrrd if kind == "NRRD" else _meta)(path, head)
+    if claim is None:
+        return
+    if not claim.data.is_file():
+        raise ScanError(f"{path}: its data are in {claim.data}, which is not there; put the two side by side")
+    there = claim.data.stat().st_size - claim.start
+    if claim.packed is False and there < claim.bytes:
+        raise ScanError(f"{claim.data} is cut short: {there} bytes of data of {claim.bytes}; copy it again")
+    if claim.bytes > MOST_PACKED * max(there, 1):
+        raise ScanError(f"{path} claims {claim.bytes} bytes of data, and {claim.data} has {there}; copy it again")
+    if claim.packed:
+        _unpack(claim)
+
+
+def _unpack(claim: Claim) -> None:
+    """Read packed data to their end, a piece at a time; their checksum is compared."""
+    found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
+    try:
+        with open(claim.data, "rb") as stream:
+            stream.seek(claim.start)
+            while not unpacker.eof and (block := stream.read(1 << 18)):
+                found += len(unpacker.decompress(block))
+    except zlib.error as error:
+        raise ScanError(f"{claim.data} is damaged ({error}); copy it again") from error
+    if found < claim.bytes or not unpacker.eof:
+        raise ScanError(f"{claim.data} is cut short: {found} bytes of data of {claim.bytes}, unpacked; copy it again")
+
+
+def _product(words: str, each: int) -> int | None:
+    """Bytes of sizes such as ``512 512 300``; None where they are no sizes, which ITK tells better."""
+    sizes = words.split()
+    if not sizes or not all(re.fullmatch(r"\d{1,12}", size) for size in sizes):
+        return None
+    return int(np.prod([int(size) for size in sizes], dtype=object)) * each
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """A data file that a header names; None for a list or a pattern of several."""
+    name = name.strip()
+    return None if not name or name.startswith("LIST") or "%" in name or " " in name else path.parent / name
+
+
+def _nrrd(path: Path, head: bytes) -> Claim | None:
+    end = re.search(rb"\r?\n\r?\n", head)
+    text = head[: end.start() if end else len(head)].decode("latin-1")
+    fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+): ?([^\n]*)$", text, re.M)}
+    each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
+    needed = _product(fields.get("sizes", ""), each) if each else None
+    if needed is None or {"byte skip", "line skip", "byteskip", "lineskip"} & set(fields):
+        return None
+    named = fields.get("data file", fields.get("datafile", ""))
+    data, start = (_beside(path, named), 0) if named else (path, end.end() if end else len(head))
+    packed = {"raw": False, "gzip": True, "gz": True}.get(encoding)
+    return None if data is None else Claim(needed, data, start, packed)
+
+
+def _meta(path: Path, head: bytes) -> Claim | None:
+    end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
+    if end is None:
+        return None
+    text = head[: end.end()].decode("latin-1")
+    fields = {key.strip(): value.strip() for key, value in re.findall(r"^([^=\n]+)=([^\n]*)$", text, re.M)}
+    each = META_BYTES.get(fields.get("ElementType", "").removeprefix("MET_"))
+    needed = _product(fields.get("DimSize", ""), each * int(_channels(fields))) if each else None
+    if needed is None or fields.get("HeaderSize", "0") not in ("0", ""):
+        return None
+    name = fields["ElementDataFile"]
+    data, start = (path, end.end()) if name.upper() == "LOCAL" else (_beside(path, name), 0)
+    packed = fields.get("CompressedData", "False").lower().startswith("t")
+    text_data = fields.get("BinaryData", "True").lower().startswith("f")
+    return None if data is None else Claim(needed, data, start, None if text_data else packed)
+
+
+def _channels(fields: dict[str, str]) -> str:
+    count = fields.get("ElementNumberOfChannels", "1")
+    return count if re.fullmatch(r"\d{1,4}", count) else "1"
