@@ -42,6 +42,7 @@ from misc.recipes import add_recipe
 from misc.runlog import Meters, RunLog
 from misc.saver import Saver
 from misc.sizes import bn_groups, groups_of_rank
+from misc.watch import watched
 from models.builder import DrasCLR
 from models.checkpoint import intact
 from models.cnn3d import Encoder
@@ -144,6 +145,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     text = "bf16 computes the encoder in bfloat16: for GPUs from A100 on and CPUs with AVX512-BF16 or AMX"
     add("--amp", type=OneOf("off", "bf16"), default="off", help=text)
     add("--tf32", **switch, help="let float32 products use TF32 on GPUs: faster, 10-bit mantissa")
+    text = "minutes that ranks wait for one that hangs; raise it for slow disks"
+    add("--patience", type=at_least(float, 0.01), default=process.PATIENCE, help=text)
     add("--deterministic", **switch, help="the same bytes again on a GPU too, as on a CPU anyway: slower convolutions")
     text = "torch.compile the encoders, for long runs on GPUs; on CPUs it measured slower, 41 against 49 samples/s"
     add("--compile", **switch, help=text)
@@ -314,7 +317,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         sampler.set_epoch(epoch, skip)
         meters.start_epoch(sums)
         log.start_epoch(epoch, skip)
-        for done, batch in enumerate(batches(loader, say), start=skip + 1):
+        for done, batch in enumerate(watched(batches(loader, say), epoch, skip, args.patience), start=skip + 1):
             views = step_views(batch, augmentation, args.seed, groups, device)
             beta, subjects = args.beta if epoch >= args.warm_up else 0.0, batch.subjects.to(device, non_blocking=True)
             loss, figures = compute_losses(parallel, batch.location, views, table, beta, args.amp == "bf16", subjects)
@@ -337,7 +340,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
 
 def main() -> None:
     args = parse_arguments()
-    with process.joined(args.device) as device:
+    with process.joined(args.device, args.patience) as device:
         train(args, device, StopRequest())
 
 

@@ -24,7 +24,8 @@ from misc.command import LOST, UserError, leave, print_error
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: the slowest save and the slowest disk's batch
+PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
+MORE = 3.0  # minutes that a collective waits longer, so that misc/watch.py can tell who is waited for
 PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
 MAY_DIFFER = ("root_dir", "subjects", "no_progress")  # between machines, where what lies there is the same
 _waits: list[str] = []  # names of the waits so far
@@ -38,11 +39,12 @@ class DeviceError(UserError):
 # ============================================================ device and process group
 
 
-def start_process(device: str) -> torch.device:
+def start_process(device: str, patience: float = PATIENCE) -> torch.device:
     """Choose this process's device and, under torchrun, join the process group.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
+        patience: minutes that a rank waits for another.
 
     Returns:
         The device. NCCL joins GPUs, Gloo CPUs; one process without torchrun needs no group.
@@ -67,14 +69,15 @@ def start_process(device: str) -> torch.device:
             end_with_parent(signal.SIGTERM)
         try:
             more = {"device_id": chosen} if use_gpu else {}
-            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=PATIENCE, **more)
+            longest = timedelta(minutes=patience + MORE)
+            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=longest, **more)
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise DeviceError(
                 f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {where}: "
                 f"{str(error).splitlines()[0][:200]}; check MASTER_ADDR and MASTER_PORT, and that all were started"
             ) from error
-        _control[:] = [dist.new_group(backend="gloo", timeout=PATIENCE)] if dist.get_world_size() > 1 else []
+        _control[:] = [dist.new_group(backend="gloo", timeout=longest)] if dist.get_world_size() > 1 else []
     return chosen
 
 
@@ -146,13 +149,13 @@ def end_process() -> None:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[torch.device]:
+def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
     """:func:`start_process`, and :func:`end_process` at the end of the block.
 
     Where another rank is lost, this one leaves at once with status LOST; the launcher tells why.
     """
     try:
-        yield start_process(device)
+        yield start_process(device, patience)
     except RuntimeError as error:
         if world_size() == 1 or not _is_lost(error):
             raise

@@ -156,7 +156,16 @@ def start_from(model: nn.Module, path: Path) -> str:
     )
 
 
-FREE_TO_CHANGE = ("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep")  # without a note
+FREE_TO_CHANGE = (
+    "resume",
+    "init_from",
+    "exp_name",
+    "root_dir",
+    "start_epoch",
+    "no_progress",
+    "keep",
+    "patience",
+)  # without a note
 SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
 NOT_FLAGS = {
     "num_subjects": "number of subjects",

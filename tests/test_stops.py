@@ -222,3 +222,20 @@ def test_kubeflow_variables_join_and_ranks_compare_their_flags(store, tmp_path):
         else:
             assert [process.returncode for process in processes] == [2, 2]
             assert "error: lr is 0.5 on rank 1" in errors and "0.01 on rank 0" in errors
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(store, tmp_path):
+    process = start(*LAUNCH, "train.py", *flags_of(store, "h", "--epochs", 400, "--patience", 0.15), cwd=tmp_path)
+    until(process, "epoch 1 [2/")
+    ranks = {}
+    for pid in children(process.pid):
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            ranks |= {part[5:]: pid for part in stream.read().split(b"\0") if part.startswith(b"RANK=")}
+    os.kill(ranks[b"1"], signal.SIGSTOP)
+    try:
+        until(process, "rank 1 (")
+    finally:
+        os.kill(ranks[b"1"], signal.SIGKILL)
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "Traceback" not in rest
