@@ -305,7 +305,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         f"{device.type}, {workers} reading processes each; {args.bn_groups} BatchNorm groups; {experiment.folder}"
     )
     meters = Meters(FIGURES, device)
-    saver = Saver(state.save, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
+    saver = Saver(state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     log.go_on(start, skip, resume)
     stop.listen()  # asked to stop, all ranks end after the step under way, which the first one saves

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,10 @@ class Saver:
     Every rank must call its methods, at the same steps.
 
     Args:
-        save: writes the run's state: save(path, finished epochs, steps of the next, their sums).
+        state: save(path, finished epochs, steps of the next, their sums) writes the run's state. ``aside`` is None or
+            takes the same, copies the state and returns what writes the copy, which a thread then does while training
+            goes on: the queue of published sizes is 1.2 GB, and a slow disk would stall a step for seconds. A stop and
+            the last epoch are saved at once in any case.
         experiment: where to.
         stop: set by a signal to this rank.
         epochs: of the run; the last one is always saved.
@@ -33,7 +37,7 @@ class Saver:
 
     def __init__(
         self,
-        save: Callable[..., None],
+        state: Any,
         experiment: Experiment,
         stop: StopRequest,
         epochs: int,
@@ -42,7 +46,8 @@ class Saver:
         keep: int = 0,
         good: Path | None = None,
     ):
-        self.save, self.experiment, self.stop = save, experiment, stop
+        self.state, self.experiment, self.stop = state, experiment, stop
+        self._writing: tuple[threading.Thread, list[OSError]] | None = None  # and what went wrong
         self.epochs, self.every, self.minutes, self.keep = epochs, every, minutes, keep
         self.good = good  # the last that was saved
         self.agreed = 0  # the signal that all ranks knew of at the last epoch's end
@@ -55,7 +60,7 @@ class Saver:
         if not (due or stopped):  # a signal that came meanwhile is for the next step: other ranks do not know of it
             return
         path, sums = self.experiment.unfinished, meters.sums()
-        saved = self._save(path, epoch, done, sums)
+        saved = self._save(path, epoch, done, sums, now=bool(stopped))
         if stopped:
             self.stop.number = stopped
             told = f"saved {path}" if saved else f"not saved, {self._last()}"
@@ -70,10 +75,8 @@ class Saver:
         last = finished == self.epochs
         (self.agreed,) = process.all_largest(self.stop.number)
         if finished % self.every == 0 or last or self.agreed:
-            saved = self._save(self.experiment.checkpoint(finished), finished, must=last)
-            if saved and process.rank() == 0:
-                self.experiment.unfinished.unlink(missing_ok=True)
-                self.experiment.keep_latest(self.keep)
+            now = last or bool(self.agreed)
+            self._save(self.experiment.checkpoint(finished), finished, must=last, now=now, then=self._tidy)
 
     def leave_if_asked(self) -> None:
         """End this process where a signal came; what is done is saved and told."""
@@ -85,6 +88,7 @@ class Saver:
         """Raise DivergedError, on every rank, where a figure that was just read is not finite."""
         if all(map(math.isfinite, figures.values())):
             return
+        self._finish()
         (worse,) = process.all_largest(meters.last_count - meters.finite_steps)
         first = done - max(worse - 1, 0)
         raise DivergedError(
@@ -95,24 +99,72 @@ class Saver:
     def _last(self) -> str:
         return f"the last good state is {self.good}" if self.good else "nothing was saved before"
 
-    def _save(self, path: Path, *what: Any, must: bool = False) -> bool:
-        """On the first rank, whether it is there now. A full disk is told, and the run goes on unless it ``must``."""
+    def _save(
+        self, path: Path, *what: Any, must: bool = False, now: bool = False, then: Callable[[], None] = lambda: None
+    ) -> bool:
+        """On the first rank, whether it is there, or will be when a thread has written it.
+
+        A full disk is told, and the run goes on unless it ``must`` be saved. ``then`` is called when it is there.
+        """
         self.saved_at = time.monotonic()
         if process.rank():
             return True
+        self._finish()
         try:
-            self.save(path, *what)
+            if not self.state.aside or now:
+                self.state.save(path, *what)
+            else:
+                self._write_aside(self.state.aside(path, *what), path, then)
+                return True
         except DivergedError as error:
             raise DivergedError(
                 f"{error}; {self._last()}: go on from there by --resume auto with a lower --lr"
             ) from None
         except OSError as error:
-            if must or error.errno not in DISK_IS_FULL:
+            if must:
                 raise
-            print(f"warning: no room to save ({error}); the run goes on, {self._last()}: make room", flush=True)
+            self._warn(error)
             return False
-        self.good = path
+        self._saved(path, then)
         return True
+
+    def _write_aside(self, write: Callable[[], None], path: Path, then: Callable[[], None]) -> None:
+        wrong: list[OSError] = []
+
+        def work() -> None:
+            try:
+                write()
+                self._saved(path, then)
+            except OSError as error:
+                wrong.append(error)
+
+        thread = threading.Thread(target=work, name=f"save {path.name}")
+        self._writing = (thread, wrong)
+        thread.start()
+
+    def _finish(self) -> None:
+        """Wait for what is being written. Raises OSError where it was something else than a full disk."""
+        if self._writing:
+            thread, wrong = self._writing
+            self._writing = None
+            thread.join()
+            for error in wrong:
+                self._warn(error)
+
+    def _saved(self, path: Path, then: Callable[[], None]) -> None:
+        self.good = path
+        then()
+
+    def _tidy(self) -> None:
+        """What an epoch's checkpoint makes superfluous."""
+        self.experiment.unfinished.unlink(missing_ok=True)
+        self.experiment.keep_latest(self.keep)
+
+    def _warn(self, error: OSError) -> None:
+        """Tell of a full disk; raise anything else."""
+        if error.errno not in DISK_IS_FULL:
+            raise error
+        print(f"warning: no room to save ({error}); the run goes on, {self._last()}: make room", flush=True)
 
     def _leave(self, message: str) -> None:
         """All ranks together: a launcher ends the others when one has gone, and the first takes its time to save."""

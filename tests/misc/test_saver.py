@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
 
-def saver_of(tmp_path, save, **more):
-    return Saver(save, Experiment(tmp_path), StopRequest(), epochs=3, every=1, minutes=1e-9, **more)
+def saver_of(tmp_path, save, aside=None, **more):
+    state = SimpleNamespace(save=save, aside=aside)
+    return Saver(state, Experiment(tmp_path), StopRequest(), epochs=3, every=1, minutes=1e-9, **more)
 
 
 def meters():
@@ -41,6 +44,57 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
     assert len(told) == 2 and all("warning: no room to save" in line and "c_0001" in line for line in told)
     with pytest.raises(OSError, match="No space left"):
         saver.after_epoch(3)  # nothing comes after it
+
+
+def test_what_is_written_aside_is_the_state_of_that_moment(tmp_path, capsys):
+    """While a slow disk takes it training goes on; the next save, a stop and the last epoch wait for it."""
+    state, free, done = {"step": 0}, threading.Event(), []
+
+    def aside(path, *_):
+        copied = dict(state)
+
+        def write():
+            assert free.wait(10)
+            path.write_text(str(copied["step"]))
+            done.append(path.name)
+
+        return write
+
+    def at_once(path, *_):
+        path.write_text(str(state["step"]))
+        done.append(path.name)
+
+    saver = saver_of(tmp_path, at_once, aside=aside, keep=2)
+    (tmp_path / "checkpoint_patch_0001.pth.tar").write_text("old")
+    state["step"] = 5
+    saver.after_step(0, 5, meters())
+    state["step"] = 6  # the disk is slow, training is not
+    assert not done and saver.good is None
+    free.set()
+    saver.after_epoch(2)
+    saver._finish()
+    assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
+    assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
+    free.clear()
+    saver.after_epoch(3)  # the last one: at once
+    assert done[-1] == "checkpoint_patch_0003.pth.tar"
+    assert sorted(path.name[17:21] for path in tmp_path.iterdir()) == ["0002", "0003"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_is_full_aside_is_told_by_the_next_save(tmp_path, capsys):
+    saver = saver_of(tmp_path, full, aside=lambda *_: full, good=tmp_path / "c_0001")
+    saver.after_step(1, 2, meters())
+    saver._finish()
+    assert "warning: no room to save" in capsys.readouterr().out and saver.good.name == "c_0001"
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x")
+
+    saver.state.aside = lambda *_: broken
+    saver.after_step(1, 3, meters())
+    with pytest.raises(OSError, match="Input/output error"):
+        saver.after_step(1, 4, meters())
 
 
 def test_a_state_that_is_not_sound_names_the_last_good_one(tmp_path):

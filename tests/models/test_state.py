@@ -7,7 +7,7 @@ from misc import process
 from models.builder import DrasCLR
 from models.checkpoint import CheckpointError, add_module, save_checkpoint
 from models.cnn3d import Encoder
-from models.state import start_from
+from models.state import TrainingState, start_from
 
 
 def model(locations=6, rep_dim=8, moco_dim=4, experts=2, keys=6, mlp=True, seed=0):
@@ -69,6 +69,28 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
         start_from(model(), tmp_path / "bad.pth.tar")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         start_from(model(), tmp_path / "none.pth.tar")
+
+
+def test_a_copy_is_the_moments_and_is_written_as_the_state_is(tmp_path):
+    given = model()
+    optimizer = torch.optim.SGD(given.encoder_q.parameters(), lr=0.1, momentum=0.9)
+    optimizer.zero_grad()
+    given.encoder_q(torch.randn(3, 1, 32, 32, 32), torch.zeros(1, 3))[0].sum().backward()
+    optimizer.step()
+    state = TrainingState(given, optimizer, torch.device("cpu"), "custom", {"lr": 0.1, "gamma": [0.5, 4.5]})
+    state.save(tmp_path / "now.pth.tar", 1, 4)
+    write = state.save_aside(tmp_path / "later.pth.tar", 1, 4)
+    with torch.no_grad():
+        for value in (*given.parameters(), *given.buffers()):
+            value.zero_()
+    write()
+    now, later = (torch.load(tmp_path / f"{name}.pth.tar", weights_only=True) for name in ("now", "later"))
+    assert set(now) == set(later) and now["config"] == later["config"] and now["step"] == later["step"]
+    for name, value in now["state_dict"].items():
+        assert torch.equal(value, later["state_dict"][name]) and value.stride() == later["state_dict"][name].stride()
+    for index, entry in now["optimizer"]["state"].items():
+        assert torch.equal(entry["momentum_buffer"], later["optimizer"]["state"][index]["momentum_buffer"])
+    assert torch.equal(now["rng_state"], later["rng_state"])
 
 
 def test_deterministic_is_what_torch_is_told():
