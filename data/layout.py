@@ -93,6 +93,11 @@ class StoreLayout:
         return self.grouped_dir / "grouped.json"
 
     @property
+    def grouping_lock(self) -> Path:
+        """Held while the grouped files are written."""
+        return self.root / "report" / ".group_patches.lock"
+
+    @property
     def grouping(self) -> Path:
         """Where grouped files are written before they get their names; there while grouping is under way."""
         return self.grouped_dir / ".partial"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
 from misc.command import run
-from misc.files import array_header, load_array, write_text
+from misc.files import array_header, held, load_array, write_text
 from misc.progress import progress_bar
 from preprocess.subjects import add_progress, add_store, parse_flags
 
@@ -147,9 +147,41 @@ class Grouping:
         _note(self.state_file, {"key": self.key, "rows": row + len(sids)})
         return len(sids)
 
+    def _there(self, index: int) -> Path:
+        """Where a location's file is: aside, or at its name where a run was stopped while renaming."""
+        return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
+
+    def check(self) -> None:
+        """Make sure, before anything that was there goes, that the files are on the disk, whole and in order.
+
+        Every file's size, and for each subject the patch of one location, drawn by its row, against the subject's own.
+
+        Raises:
+            StoreError: a file is not what was written; all are made again by the next run.
+        """
+        for index in range(self.count):
+            with open(self._there(index), "rb") as stream:
+                os.fsync(stream.fileno())
+                size = stream.seek(0, os.SEEK_END)
+            if size != self.file_bytes:
+                self._give_up(f"{self._there(index)} has {size} bytes of {self.file_bytes}; is the disk full?")
+        drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
+        for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
+            source = load_array(self.layout.patch(sid), mapped=True)[index]
+            own = np.ascontiguousarray(np.rint(to_hu(np.asarray(source))).astype(np.int16))
+            with open(self._there(index), "rb") as stream:
+                stream.seek(len(self.header) + row * self.patch_bytes)
+                if stream.read(self.patch_bytes) != own.tobytes():
+                    self._give_up(f"{self._there(index)}, row {row}, is not the patch of {sid}.")
+
+    def _give_up(self, why: str) -> None:
+        shutil.rmtree(self.layout.grouping, ignore_errors=True)
+        raise StoreError(f"{why} Grouping is not finished, what was there before stays; run it again")
+
     def finish(self) -> None:
         """Give the files their names. The table of rows goes first and comes back last: between, the store
         reads as incomplete."""
+        self.check()
         self.layout.subjects.unlink(missing_ok=True)
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
@@ -164,6 +196,11 @@ def group_all(args: argparse.Namespace) -> int:
     """The step, by its flags; its exit status."""
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
+    with held(layout.grouping_lock, f"{layout.grouped_dir}, which grouping writes,"):
+        return _group(args, layout, count)
+
+
+def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
     sids, shape = usable_subjects(layout, count)
     grouping = Grouping(layout, sids, shape, count)
     found = f"{len(sids)} subjects at {count} locations"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from data.layout import StoreError, StoreLayout
 from data.store import PatchStore
+from misc.files import held
 
 from ..conftest import ROOT
 
@@ -186,7 +189,6 @@ def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
 
 
 def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, monkeypatch):
-    from data.layout import StoreLayout
     from preprocess import patchify_images, register, registration, segment_lung
     from preprocess.subjects import Subject
 
@@ -226,7 +228,6 @@ def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, mon
 def test_registration_that_writes_nothing_is_registrations_own_failure(cohort, tmp_path, monkeypatch):
     import ants
 
-    from data.layout import StoreLayout
     from preprocess import register
     from preprocess.scan import EarlierFailure, ScanError
     from preprocess.subjects import Subject
@@ -301,7 +302,6 @@ def wait_until(condition, seconds=60):
 
 def test_two_runs_share_a_report(tmp_path):
     """Each with its own table, as jobs of an array: neither loses the other's rows."""
-    from data.layout import StoreLayout
     from preprocess.report import write_report
 
     row = {"status": "ok", "seconds": 1.0, "message": ""}
@@ -312,7 +312,6 @@ def test_two_runs_share_a_report(tmp_path):
 
 
 def test_leftovers_of_killed_runs_go_when_they_are_old(tmp_path):
-    from data.layout import StoreLayout
     from misc.files import LEFTOVER_SECONDS, remove_leftovers
 
     names = ("transform/.partial-old", "transform/.partial-new", "patch/.x_patch.npy.12.partial", "patch/x_patch.npy")
@@ -548,6 +547,46 @@ def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monk
     np.testing.assert_array_equal(store.read(2, np.array([5]))[0], patches[0, 2])
 
 
+@pytest.mark.parametrize("damage", ["short", "exchanged"])
+def test_grouping_is_verified_before_what_was_there_goes(tmp_path, make_store, grid, monkeypatch, capsys, damage):
+    import preprocess.group_patches as step
+
+    make_store(tmp_path, 5, grid, grouped=False)
+    monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
+    step.main()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "grouped_patch").glob("*.npy")}
+    shutil.copy(tmp_path / "patch" / "001_patch.npy", tmp_path / "patch" / "009_patch.npy")
+    checked = step.Grouping.check
+
+    def spoil(grouping):
+        for index in range(grouping.count):
+            content = bytearray(grouping.aside(index).read_bytes())
+            if damage == "exchanged":
+                start, size = len(grouping.header), grouping.patch_bytes
+                content[start : start + 2 * size] = (
+                    content[start + size : start + 2 * size] + content[start : start + size]
+                )
+            grouping.aside(index).write_bytes(content[:-10] if damage == "short" else content)
+        checked(grouping)
+
+    monkeypatch.setattr(step.Grouping, "check", spoil)
+    with pytest.raises(StoreError, match=r"is the disk full\?|is not the patch of 000"):
+        step.main()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "grouped_patch").glob("*.npy")} == before
+    assert not (tmp_path / "grouped_patch" / ".partial").exists()
+    monkeypatch.setattr(step.Grouping, "check", checked)
+    assert step.main() == 0 and "6 subjects" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_group_one_store(tmp_path, make_store, grid, run):
+    make_store(tmp_path, 5, grid, grouped=False)
+    with held(StoreLayout(tmp_path).grouping_lock, "x"):
+        result = run("preprocess/group_patches.py", "--root-dir", tmp_path, check=False)
+    assert result.returncode == 2 and "which grouping writes, is in use by process" in result.stderr
+    assert not (tmp_path / "grouped_patch").exists()
+    run("preprocess/group_patches.py", "--root-dir", tmp_path)
+
+
 def test_grouping_stopped_while_renaming_goes_on(tmp_path, make_store, grid, run, monkeypatch):
     import preprocess.group_patches as step
 
@@ -627,7 +666,6 @@ def test_grouping_leaves_out_what_does_not_fit(tmp_path, make_store, grid, run):
 def test_too_little_disk(tmp_path, monkeypatch):
     from collections import namedtuple
 
-    from data.layout import StoreError
     from preprocess.patchify_images import check_disk
     from preprocess.subjects import Subject
 
