@@ -11,6 +11,7 @@ from misc.files import whole_file
 from preprocess.reading.errors import ScanError
 from preprocess.reading.nifti import check_whole, read_header
 from preprocess.scan import AIR
+from preprocess.spline import resample_spline
 
 ISO_SPACING = 1.0  # mm
 PADDING = 60  # voxels of air around the resampled scan, as published
@@ -35,14 +36,8 @@ def resample_isotropic(image: sitk.Image) -> sitk.Image:
     The size, floor(nx sx), floor(ny sy), floor((nz - 1) sz), is the published code's.
     """
     size, spacing = image.GetSize(), image.GetSpacing()
-    resample = sitk.ResampleImageFilter()
-    resample.SetInterpolator(sitk.sitkBSpline)
-    resample.SetDefaultPixelValue(AIR)
-    resample.SetOutputSpacing([ISO_SPACING] * 3)
-    resample.SetOutputOrigin(image.GetOrigin())
-    resample.SetOutputDirection(image.GetDirection())
-    resample.SetSize([int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])])
-    return resample.Execute(image)
+    wanted = int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])
+    return resample_spline(image, wanted, ISO_SPACING, AIR)
 
 
 def pad(image: sitk.Image) -> sitk.Image:
