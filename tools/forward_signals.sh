@@ -5,7 +5,7 @@
 
 child=
 stop() {
-    trap '' INT TERM
+    trap '' INT TERM HUP USR1
     if [ -n "$child" ]; then
         kill -TERM "$child" 2>/dev/null || :
         wait "$child" || :
@@ -14,6 +14,8 @@ stop() {
 }
 trap 'stop 2' INT
 trap 'stop 15' TERM
+trap 'stop 1' HUP # not under nohup: what is ignored at the start stays ignored
+trap 'stop 10' USR1
 run() {
     "$@" &
     child=$!
