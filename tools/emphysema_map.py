@@ -48,7 +48,7 @@ from tools.finetuning.network import trained_encoder
 from tools.finetuning.tasks import FEWEST, patch_task
 from tools.mapping.overlay import picture_of_map
 from tools.mapping.readings import Readers, fit_probe, patch_readings, patient_means, window_readings
-from tools.mapping.truth import judge_map
+from tools.mapping.truth import judge_map, summary
 from tools.mapping.windows import lay_windows, to_scan
 
 
@@ -211,8 +211,7 @@ def main() -> int:
     done = table[table["status"] == "ok"]
     print(f"emphysema_map: {done['sid'].nunique()} of {len(subjects)} scans mapped; {out_dir}")
     if "average_precision" in done:
-        figures = ["share", "average_precision", "dice"]
-        print(done.groupby(["column", "table"], sort=False)[figures].mean().round(3).to_string())
+        print(summary(done))
     return 0 if len(done) else 1
 
 

@@ -1,7 +1,10 @@
 """How well a map finds what is known to be there."""
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
+
+RESAMPLES = 2000  # of the scans
 
 
 def judge_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[str, float]:
@@ -26,3 +29,29 @@ def judge_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[s
     dice = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     area = float(-np.sum(np.diff(recall) * precision[:-1]))
     return {"share": share, "average_precision": area, "dice": float(dice.max())}
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """A line a label and table: means over scans, and the 95 % interval of the average precision over scans.
+
+    Args:
+        rows: column, table, sid, share, average_precision and dice of each map. A scan without what is looked for has
+            NaN and is left out.
+    """
+    lines = [
+        "| label | maps by | scans | chance | average precision | best Dice |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (column, table), group in rows.groupby(["column", "table"], sort=False):
+        known = group.dropna(subset=["average_precision"]).sort_values("sid")
+        if known.empty:
+            lines.append(f"| {column} | {table} | 0 | | nothing there to be found | |")
+            continue
+        values = known["average_precision"].to_numpy()
+        drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+        low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+        lines.append(
+            f"| {column} | {table} | {len(values)} | {known['share'].mean():.2f} | {values.mean():.2f} ({low:.2f} to "
+            f"{high:.2f}) | {known['dice'].mean():.2f} |"
+        )
+    return "\n".join(lines)
