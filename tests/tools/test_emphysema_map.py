@@ -8,7 +8,7 @@ import torch
 
 from models.cnn3d import Encoder
 from preprocess.patches import patches_of
-from tools.mapping.truth import judge_map
+from tools.mapping.truth import judge_map, summary
 from tools.mapping.windows import lay_windows, to_scan
 
 from ..conftest import calibrate
@@ -73,6 +73,19 @@ def test_precision_and_dice_of_known_maps():
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2) and found["dice"] == pytest.approx(0.8)
     nothing = judge_map(image_of(scores), np.zeros_like(truth), mask)
     assert nothing["share"] == 0 and np.isnan(nothing["average_precision"])
+
+
+def test_the_summarys_interval_is_over_scans():
+    rows = [
+        {"column": "c", "table": table, "sid": f"{n}", "share": 0.1, "average_precision": value, "dice": 0.5}
+        for table, values in (("features", [0.2] * 6), ("density", [0.1, 0.5] * 3), ("none", [np.nan] * 6))
+        for n, value in enumerate(values)
+    ]
+    lines = summary(pd.DataFrame(rows)).splitlines()
+    assert lines[2] == "| c | features | 6 | 0.10 | 0.20 (0.20 to 0.20) | 0.50 |"
+    low, high = map(float, lines[3].split("(")[1].split(")")[0].split(" to "))
+    assert "0.30 (" in lines[3] and 0.1 <= low < 0.25 and 0.35 < high <= 0.5
+    assert lines[4].startswith("| c | none | 0 | ")
 
 
 @pytest.fixture(scope="module")
