@@ -1,0 +1,113 @@
+"""Bookkeeping of steps over many subjects; a scan is read once for all of them."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from data.layout import StoreLayout
+from preprocess import shared_scan
+from preprocess.report import claim
+from preprocess.scan import ScanError
+from preprocess.shared_scan import forget_scan, load_shared
+from preprocess.subjects import Subject
+from preprocess.workers import EARLIER, Record, Step, run_steps
+
+from ..conftest import ROOT
+
+TEN_THOUSAND = """
+import argparse, resource, sys, time
+from data.layout import StoreLayout
+from preprocess.outputs import Output
+from preprocess.subjects import read_subjects
+from preprocess.workers import Step, run_steps
+
+root = sys.argv[1]
+
+def stub(subject, previous):
+    layout = StoreLayout(root)
+    target = layout.patch_loc(subject.sid)
+    output = Output(layout, "stub", subject.sid, previous, [target], {"method": "x"})
+    output.keep(lambda: output.earlier("dice"))
+    output.begin()
+    target.parent.mkdir(exist_ok=True, parents=True)
+    target.write_bytes(b"x")
+    return {"dice": 0.9, "method": "x"}
+
+args = argparse.Namespace(root_dir=root, num_workers=1, scheduler=None, no_progress=True, strict=False)
+for words in ("10000 ok", "10000 skipped"):
+    began = time.monotonic()
+    run_steps([Step("stub", stub, {})], read_subjects(root + "/t.csv"), args)
+    print(words, time.monotonic() - began < 30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_start_and_resume_in_half_a_minute_and_a_gigabyte(tmp_path):
+    (tmp_path / "t.csv").write_text("sid,image\n" + "".join(f"s{number:05d},a.nii\n" for number in range(10_000)))
+    done = subprocess.run(
+        [sys.executable, "-c", TEN_THOUSAND, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for words in ("10000 ok", "10000 skipped"):
+        assert f"{words} True True" in done.stdout and f" {words}, " in done.stdout, done.stdout
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """What is read, and a subject whose scan it is."""
+    found = []
+    monkeypatch.setattr(shared_scan, "load_scan", lambda image, series: found.append((image, series)) or object())
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"first")
+    yield found, Subject("a", str(path))
+    forget_scan()
+
+
+def test_a_scan_is_read_once_for_all_steps(reads, tmp_path, capsys):
+    found, subject = reads
+
+    def step(subject, previous):
+        load_shared(subject)
+        return {}
+
+    args = argparse.Namespace(root_dir=str(tmp_path), num_workers=1, scheduler=None, no_progress=True, strict=False)
+    run_steps([Step(name, step, {}) for name in ("one", "two", "three")], [subject], args)
+    assert len(found) == 1 and not shared_scan._kept
+    assert capsys.readouterr().out.count("1 ok, 0 skipped, 0 failed") == 3
+
+
+def test_another_file_another_series_or_a_change_is_read_again(reads, tmp_path):
+    found, subject = reads
+    first = load_shared(subject)
+    assert load_shared(subject) is first
+    assert load_shared(subject._replace(series="2")) is not first
+    (tmp_path / "a.nii").write_bytes(b"second, longer")
+    load_shared(subject)
+    assert len(found) == 3 and len(shared_scan._kept) == 1
+
+
+def test_a_subject_that_fails_goes_through_the_steps_and_the_worst_overlaps_are_told(tmp_path, capsys):
+    def work(subject, previous, *, at):
+        if subject.sid == "b" and at == "one":
+            raise ScanError("it is torn")
+        return {"dice_right": 0.8, "dice_left": 0.5 + 0.01 * ord(subject.sid[0]) - 0.97}
+
+    args = argparse.Namespace(root_dir=str(tmp_path), num_workers=1, scheduler=None, no_progress=True, strict=True)
+    subjects = [Subject(name, "") for name in "bagfedc"]
+    assert run_steps([Step(name, work, {"at": name}) for name in ("one", "two")], subjects, args) == 1
+    shown = capsys.readouterr().out
+    assert "one: 6 ok, 0 skipped, 1 failed" in shown and "  b  failed  it is torn" in shown
+    assert "two: " not in shown  # under --strict the step after a failure is not told as done
+    args.strict = False
+    assert run_steps([Step("three", work, {"at": "three"})], subjects, args) == 0
+    assert "(Dice of the worse side): a 0.50, b 0.51, c 0.52, d 0.53, e 0.54" in capsys.readouterr().out
+
+
+def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
+    layout = StoreLayout(tmp_path)
+    claim(layout, "register", "a")
+    record = Record(layout, "register")
+    row = record.lost("a", f"{EARLIER}its worker process died")
+    assert row["atlas"] == "interrupted" and row["status"] == "failed"
+    assert "atlas" not in record.lost("b", "x")  # nothing of it was touched: a file there may be the user's own
