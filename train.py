@@ -169,6 +169,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.root_dir = os.path.abspath(args.root_dir)  # configs.json is read from elsewhere
     args.subjects, args.init_from = (path and os.path.abspath(path) for path in (args.subjects, args.init_from))
+    if args.init_from and args.resume not in ("", "auto"):
+        parser.error("--init-from begins a run and --resume goes on with one: give one of them, or --resume auto")
     if args.seed >= 2**32:
         parser.error(f"--seed {args.seed}: below 2^32")
     if args.num_coordinates != 1:

@@ -20,6 +20,7 @@ from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
 SAMPLE_BYTES = 4096  # of a file's patches, at either end, that the store's version looks at
+COMPARED = 20  # subjects that look newer than the grouped files
 NAMED = 3  # subjects that a note names
 MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, of which a process may have 1024
 
@@ -125,8 +126,17 @@ class PatchStore:
         if self.layout.grouped_note.is_file():
             grouped_at = self.layout.grouped_note.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
-            if newer:
+            if newer and self._differ(newer[:COMPARED]):
                 yield f"{_some(newer)} of patch/ are newer than grouped_patch/, which is read; {again} takes them over"
+
+    def _differ(self, sids: list[str]) -> bool:
+        """Whether a subject's first patch is another in patch/ than grouped: a copied store has new times alone."""
+        for sid in sids:
+            own = PatchFile(self.layout.patch(sid), self._mapped).read_rows(np.array([0]))
+            grouped = self._files[0].read_rows(np.array([self._stored.index(sid)]))
+            if not np.array_equal(np.rint(own), np.rint(grouped)):
+                return True
+        return False
 
     # ------------------------------------------------------------ opening
 

@@ -1,6 +1,7 @@
 """CSV tables keyed by sid. A sid is text everywhere: 007 stays 007."""
 
 import csv
+import difflib
 import io
 import os
 import re
@@ -14,6 +15,13 @@ from data.layout import StoreError
 
 # Names that are also file names: anything that could leave its folder, hide, or break a line is out.
 _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
+
+
+SHOWN = 8  # columns named in a message
+
+
+def _some(columns: Sequence[str]) -> str:
+    return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else "")
 
 
 def check_sid(sid: str) -> None:
@@ -48,7 +56,7 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
     for name in required:
         if name not in table.columns:
             raise StoreError(
-                f"{path} has no column {name!r}; its columns are {', '.join(table.columns)}{_hint(name, table.columns)}"
+                f"{path} has no column {name!r}; its columns are {_some(table.columns)}{_hint(name, table.columns)}"
             )
     if table.empty:
         raise StoreError(f"{path} has a header and no rows")
@@ -61,6 +69,13 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
     if len(twice):
         raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
     return table
+
+
+def spelt(name: str, columns: Sequence[str]) -> str:
+    """What a table has in place of a column that it lacks, to end a message: the nearest name, or some of its own."""
+    near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], 1, 0.5)
+    meant = next((column for column in columns if near and column.lower() == near[0]), None)
+    return f"; did you mean {meant}?" if meant else f"; it has {_some(columns)}"
 
 
 def _hint(name: str, columns: Sequence[str]) -> str:

@@ -76,6 +76,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(aside, path)
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError, before any work, where a folder cannot be written to, or made; it is not made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{flag}: nothing can be written to {there}: {error.strerror}") from None
+
+
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
     """np.save of a whole file."""
     write_whole(path, lambda stream: np.save(stream, array, allow_pickle=False))

@@ -160,13 +160,14 @@ def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[i
         return
 
 
-def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> None:
-    """Some subjects, cut again from their scans."""
+def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> int:
+    """Some subjects, cut again from their scans; how many."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
         raise StoreError(f"{input_csv} has none of the subjects in {store.layout.patch_dir}")
-    for number in np.random.default_rng(seed).permutation(len(subjects))[:count]:
+    drawn = np.random.default_rng(seed).permutation(len(subjects))[:count]
+    for number in drawn:
         subject = subjects[number]
         try:
             subject.check_image()
@@ -187,6 +188,7 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
         except UserError as error:
             tell("scans", f"{subject.sid}: {error}")
         advance()
+    return len(drawn)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -218,12 +220,15 @@ def main() -> int:
     with progress_bar(args.no_progress, total=total, desc="check_store", unit="file") as bar:
         files = check_grouped(store, tell, bar.update) if store.grouped else {}
         check_subjects(store, files, args.locations, args.seed, tell, bar.update)
+        cut = 0
         if args.input_csv:
-            check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, tell, bar.update)
+            cut = check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, tell, bar.update)
     subjects = len(store.sids) or "unnamed"
+    compared = min(args.locations, len(store.table)) if files and store.in_patch else 0
     print(
         f"check_store: {len(store.table)} locations, {subjects} subjects; {len(files)} grouped files, "
-        f"{len(store.in_patch)} in patch/; {sum(map(len, found.values())) or 'nothing'} wrong"
+        f"{len(store.in_patch)} in patch/; rows compared at {compared} of the locations (--locations), {cut} scans cut "
+        f"again; {sum(map(len, found.values())) or 'nothing'} wrong"
     )
     for kind, sentences in found.items():
         print(f"{kind}: {len(sentences)}")

@@ -33,7 +33,7 @@ from data.tables import check_sid, feature_columns, feature_text, read_table
 from misc import process
 from misc.command import OneOf, Parser, UserError, between, run
 from misc.cores import usable_cores
-from misc.files import file_hash, save_array, write_text, write_whole
+from misc.files import check_writable, file_hash, save_array, write_text, write_whole
 from misc.progress import progress_bar
 from misc.sizes import PATCH_SIZE
 from models.cpu.memory import keep_freed_memory
@@ -81,7 +81,10 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
     found: dict[str, Subject] = {}
     for scan in args.scans:
         sid = name_of(scan)
-        check_sid(sid)
+        try:
+            check_sid(sid)
+        except UserError as error:
+            raise UserError(f"{scan}: {error}; or give an --input-csv with a sid for it") from None
         if sid in found:
             raise UserError(
                 f"{scan} and {found[sid].image} are both called {sid!r}; give an --input-csv with a sid each"
@@ -98,20 +101,34 @@ def files_of(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | No
 
 
 class Tables:
-    """OUT and OUT.report.csv, as far as they are made from what is at hand today."""
+    """OUT and OUT.report.csv: rows of other scans stay, those of these scans as far as they are made from what is at
+    hand today.
+
+    Raises:
+        UserError: OUT is of another checkpoint, atlas or method, or no table of features: its rows would be lost.
+    """
 
     def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
         self.out, self.subjects, self.columns, self.made_by = out, subjects, columns, made_by
         self.report = out.with_name(out.name + ".report.csv")
         self.features: dict[str, list[str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
+        self.kept: list[str] = []  # of other scans
         if not (out.is_file() and self.report.is_file()):
             return
         rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
         table = read_table(out)
-        if list(table.columns) != ["sid", *columns]:
-            return
+        others = [row["made_from"] for row in rows.values() if row.get("made_from")]
+        if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {made_by}") for made in others):
+            raise UserError(
+                f"--out {out} has features of another checkpoint, atlas or method; name another file, or remove it and "
+                f"{self.report}"
+            )
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
+        asked = {subject.sid for subject in subjects}
+        self.kept = [sid for sid in texts if sid not in asked]
+        self.features |= {sid: texts[sid] for sid in self.kept}
+        self.rows |= {sid: row for sid, row in rows.items() if sid not in asked}
         for subject in subjects:
             row = rows.get(subject.sid, {})
             same = row.get("status") == "ok" and row.get("made_from") == self.stamp(subject)
@@ -129,8 +146,9 @@ class Tables:
             self.features[sid] = feature_text(features)
 
     def write(self) -> None:
-        """Both tables, whole, in the order in which scans were given."""
-        sids = [subject.sid for subject in self.subjects]
+        """Both tables, whole: rows that were there, then the scans in the order in which they were given."""
+        earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
+        sids = [*earlier, *(subject.sid for subject in self.subjects)]
         table = pd.DataFrame(
             [[sid, *self.features[sid]] for sid in sids if sid in self.features], columns=["sid", *self.columns]
         )
@@ -173,6 +191,7 @@ def main() -> int:
     subjects, out = subjects_of(args), Path(args.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, such as {out / 'features.csv'}")
+    check_writable(out.parent, "--out")
     device = process.start_process(args.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -203,8 +222,9 @@ def main() -> int:
     finally:
         if tables.rows:
             tables.write()
-    done = len(tables.features)
-    print(f"embed_scan: {done} of {len(subjects)} scans; {out}")
+    done = len(tables.features) - len(tables.kept)
+    beside = f", beside {len(tables.kept)} that were there" if tables.kept else ""
+    print(f"embed_scan: {done} of {len(subjects)} scans{beside}; {out}")
     return 0 if done else 1
 
 

@@ -32,18 +32,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.labels import read_labels
 from data.layout import StoreError
 from data.store import PatchStore
-from data.tables import read_table
+from data.tables import read_table, spelt
 from misc.command import Parser, at_least, run
-from misc.files import write_json, write_text
+from misc.files import check_writable, write_json, write_text
 from misc.progress import progress_bar
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.judge import Judged, Label, judge
-from tools.evaluation.kinds import KINDS, recognize, why_no_survival, why_not
+from tools.evaluation.kinds import KINDS, recognize, stands_for_missing, why_no_survival, why_not
 from tools.evaluation.learn import covariate_weights, equal_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.splits import look_like_one_patient
-from tools.evaluation.tables import group_numbers, held_out_rows, matching_sids, read_features
+from tools.evaluation.tables import group_numbers, held_out_rows, matching_sids, read_features, refuse_leaks
 
 STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
@@ -92,6 +92,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--time-column and --event-column go together")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist")
+    for name in args.covariates:
+        if name in (*(args.columns or ()), args.time_column, args.event_column):
+            parser.error(f"--covariates {name} is what is to be predicted: every figure would be perfect")
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
         if kind not in KINDS:
@@ -151,18 +154,25 @@ class Cohort:
     def column(self, name: str) -> np.ndarray:
         """(N,) NaN where unknown. Raises StoreError."""
         if name not in self.names:
-            raise StoreError(f"{self.path} has no numeric column {name!r}; it has {', '.join(self.names)}")
+            raise StoreError(f"{self.path} has no numeric column {name!r}{spelt(name, self.names)}")
         return self.values[:, self.names.index(name)]
 
 
 def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
     """What is to be predicted, each with the rows (N,) where it is known. Raises StoreError."""
     taken = {args.held_out, args.time_column, args.event_column, *args.covariates}
+    unknown = next((name for name in args.kind if name not in cohort.names), None)
+    if unknown:
+        raise StoreError(f"--kind {unknown}: {cohort.path} has no such numeric column{spelt(unknown, cohort.names)}")
     wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
     labels = []
     for name in wanted:
         values = cohort.column(name)
         known = ~np.isnan(values) & cohort.known
+        if stands_for_missing(values[known]):
+            low = values[known].min()
+            count = int((values[known] == low).sum())
+            note(f"column {name!r} has {low:g} for {count} subjects: if that means missing, leave such cells empty")
         kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
         reason = why_not(values[known], kind, args.folds) or _too_few_patients(cohort, known, args.folds)
         if reason and args.columns:
@@ -206,7 +216,14 @@ def _stage(cohort: Cohort, name: str, values: np.ndarray, known: np.ndarray) -> 
 def main() -> None:
     args = parse_arguments()
     tables = named_tables(args)
-    sids = matching_sids(tables, read_table(args.labels, file_names=False), args.labels)
+    known = read_table(args.labels, file_names=False)
+    sids = matching_sids(tables, known, args.labels)
+    refuse_leaks(tables, known.columns, args.labels)
+    if len(sids) < (there := tables["features"].index.isin(known["sid"]).sum()):
+        note(f"{len(sids)} of {there} subjects with features and labels are in every table; the others are left out")
+    for flag, path in (("--out-dir", args.out_dir), ("--json", args.json and Path(args.json).absolute().parent)):
+        if path:
+            check_writable(Path(path), flag)
     cohort = Cohort(args, sids)
     arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}

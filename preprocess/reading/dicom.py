@@ -75,12 +75,18 @@ def _told(chosen: Candidate, others: Counter) -> dict[str, str]:
     }
 
 
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
 def _no_slices(folder: Path, others: Counter) -> str:
     """Why a folder cannot be read, and what to give."""
     if others:
         return f"{folder} has no CT slices, only " + ", ".join(f"{count} {what}" for what, count in others.items())
     below = folders_with_slices(folder)
     if not below:
+        images = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith(VOLUMES)]
+        if images:
+            return f"{folder} has {len(images)} image files and no DICOM slices; name one of them, such as {images[0]}"
         return f"{folder} is a folder without DICOM slices, and no folder in it has any"
     name = below[0] if len(below) == 1 else ", ".join(below[:5]) + (", ..." if len(below) > 5 else "")
     words = "is a folder without DICOM slices; subfolders are not searched, name the one with the slices"

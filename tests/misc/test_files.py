@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from misc.command import UserError
 from misc.files import (
     LEFTOVER_SECONDS,
     array_header,
+    check_writable,
     file_hash,
     held,
     locked,
@@ -152,3 +154,12 @@ def test_a_held_lock_says_who_has_it(tmp_path):
 def test_the_hash_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(tmp_path):
+    check_writable(tmp_path / "new" / "deep", "--out-dir")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(UserError, match="--out-dir: nothing can be written to "):
+            check_writable(path, "--out-dir")

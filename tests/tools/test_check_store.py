@@ -26,7 +26,8 @@ def check(run_here, root, *flags):
 def test_a_sound_store(store, run_here):
     assert check(run_here, store) == (
         0,
-        "check_store: 6 locations, 12 subjects; 6 grouped files, 12 in patch/; nothing wrong\n",
+        "check_store: 6 locations, 12 subjects; 6 grouped files, 12 in patch/; rows compared at 5 of the locations "
+        "(--locations), 0 scans cut again; nothing wrong\n",
     )
 
 
@@ -121,7 +122,8 @@ def test_patches_against_their_scans(cohort, run_here, tmp_path):
     root = tmp_path / "store"
     shutil.copytree(made, root)
     flags = ("--input-csv", folder / "dataset.csv", "--atlas-mask", folder / "atlas_lung_mask.nii.gz", "--scans", 2)
-    assert check(run_here, root, *flags)[0] == 0
+    status, said = check(run_here, root, *flags)
+    assert status == 0 and "2 scans cut again; nothing wrong" in said
     # Every subject's patches under the next one's name: sound arrays, of other scans.
     sids = pd.read_csv(folder / "dataset.csv", dtype=str)["sid"].tolist()
     for folder_name, suffix in (("patch", "_patch.npy"),):

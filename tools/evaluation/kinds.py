@@ -4,6 +4,7 @@ import numpy as np
 
 KINDS = ("regression", "log10", "grade", "class")
 MOST_GRADES = 10  # whole numbers of so few values are grades
+MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 FEWEST = 5  # subjects of a class; of fewer a fold would have none
 
 
@@ -19,7 +20,7 @@ def recognize(values: np.ndarray) -> str:
 def why_not(values: np.ndarray, kind: str, folds: int) -> str:
     """Why known values (n,) cannot be predicted as ``kind``; empty where they can."""
     if len(values) < 2 * folds:
-        return f"is known for {len(values)} subjects; at least {2 * folds} are needed"
+        return f"is known for {len(values)} subjects; {folds} folds need {2 * folds}, lower --folds or label more"
     if np.ptp(values) == 0:
         return f"is {values[0]:g} for every subject; there is nothing to predict"
     if kind == "log10" and values.min() <= 0:
@@ -33,6 +34,14 @@ def why_not(values: np.ndarray, kind: str, folds: int) -> str:
         if counts.min() < folds:
             return f"has {distinct[counts.argmin()]:g} for {counts.min()} subjects, fewer than the {folds} folds"
     return ""
+
+
+def stands_for_missing(values: np.ndarray) -> bool:
+    """Whether the lowest of known values (n,) is one that tables write for missing, far from all others."""
+    if len(values) < 2 or values.min() not in MISSING:
+        return False
+    rest = values[values != values.min()]
+    return rest.size > 0 and rest.min() >= 0
 
 
 def why_no_survival(time: np.ndarray, event: np.ndarray, folds: int) -> str:

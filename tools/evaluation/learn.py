@@ -1,5 +1,6 @@
 """Models of a label on features, fitted to some subjects and asked about others."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -70,7 +71,9 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
         model = LogisticRegression(C=1e-3, class_weight="balanced", max_iter=1000)
     else:
         model = LogisticRegressionCV(**settings, class_weight="balanced", max_iter=1000)
-    probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of defaults that scikit-learn 1.10 will change
+        probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
     return probabilities
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,16 @@ def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) 
     if numbers.max() == 0:
         raise StoreError(f"{path}: column {column!r} is {names.iloc[0]!r} for everybody; --group-column names patients")
     return numbers
+
+
+def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: str) -> None:
+    """Raise StoreError where a table of features has a column of the labels: it would be predicted from itself."""
+    for name, table in tables.items():
+        shared = [str(column) for column in table.columns if str(column) in set(labels) - {"sid"}]
+        if shared:
+            raise StoreError(
+                f"{name} has column {shared[0]!r}, which {path} has too: features must not hold what is predicted"
+            )
 
 
 def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
