@@ -73,6 +73,26 @@ def test_as_the_five_steps_to_the_bit(study, run, tmp_path):
     assert lines[2].startswith("broken,")
 
 
+def test_rows_of_other_scans_stay_and_another_checkpoint_is_refused(study, run, tmp_path):
+    root, folder = study
+    flags = (*flags_of(study), "--out", "f.csv", "--no-qc")
+    run("tools/embed_scan.py", folder / "image" / "0001.nii.gz", *flags, cwd=tmp_path)
+    first = (tmp_path / "f.csv").read_text().splitlines()
+    shown = run("tools/embed_scan.py", folder / "image" / "0002.nii.gz", *flags, cwd=tmp_path).stdout
+    assert "1 of 1 scans, beside 1 that were there" in shown
+    both = (tmp_path / "f.csv").read_text().splitlines()
+    assert both[:2] == first and both[2].startswith("0002,")
+    report = pd.read_csv(tmp_path / "f.csv.report.csv", dtype=str)
+    assert report["sid"].tolist() == ["0001", "0002"]
+    shutil.copy(root / "c_0003.pth.tar", tmp_path / "other.pth.tar")
+    with open(tmp_path / "other.pth.tar", "ab") as stream:
+        stream.write(b" ")  # another file
+    other = [flag if flag != root / "c_0003.pth.tar" else tmp_path / "other.pth.tar" for flag in flags]
+    refused = run("tools/embed_scan.py", folder / "image" / "0002.nii.gz", *other, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "f.csv has features of another checkpoint, atlas or method" in refused.stderr
+    assert (tmp_path / "f.csv").read_text().splitlines() == both
+
+
 def test_from_python(study):
     root, folder = study
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))

@@ -153,6 +153,20 @@ def test_held_out_subjects_are_reported_on(tmp_path, run):
     assert found["same"]["features"]["r2"]["mean"] > 0.99 and found["turned"]["features"]["r2"]["mean"] < -1
 
 
+def test_what_stands_for_missing_and_who_is_left_out_is_told(tmp_path, run):
+    rng = np.random.default_rng(0)
+    sids, values = [f"s{index:02d}" for index in range(40)], rng.uniform(1, 2, 40)
+    for name, some in (("f.csv", sids), ("g.csv", sids[:30])):
+        (tmp_path / name).write_text("sid,f000\n" + "".join(f"{sid},{v}\n" for sid, v in zip(some, values)))
+    rows = "".join(f"{sid},{v if n > 2 else -999},{n % 2}\n" for n, (sid, v) in enumerate(zip(sids, values)))
+    (tmp_path / "l.csv").write_text("sid,FEV1,sick\n" + rows)
+    flags = ("--features", "f.csv", "--compare", "g=g.csv", "--labels", "l.csv")
+    said = run("tools/evaluate.py", *flags, cwd=tmp_path).stderr
+    assert "30 of 40 subjects with features and labels are in every table" in said
+    assert "column 'FEV1' has -999 for 3 subjects: if that means missing" in said
+    assert "FutureWarning" not in said  # a two-valued label is a class
+
+
 def write_features(path, sids, value="0.5"):
     path.write_text("sid,f000\n" + "".join(f"{sid},{value}\n" for sid in sids))
 
@@ -185,6 +199,10 @@ def write_labels(path, sids):
         (("--columns", "age", "--kind", "age=log"), "--kind age=log: one of regression, log10"),
         (("--columns", "age", "--kind", "age=log10"), "column 'age' has 0, and log10 needs numbers above 0"),
         (("--columns", "age", "--kind", "age=class"), "column 'age' has 12 values; that many classes are no classes"),
+        (("--kind", "agee=log10"), "--kind agee: l.csv has no such numeric column; did you mean age?"),
+        (("--columns", "age", "--covariates", "age"), "--covariates age is what is to be predicted"),
+        (("--compare", "own=leak.csv"), "own has column 'age', which l.csv has too"),
+        (("--columns", "age", "--folds", "100"), "100 folds need 200, lower --folds or label more"),
         (("--held-out", "far"), "no numeric column 'far' for --held-out"),
         (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),
         (("--group-column", "who"), "no column 'who' for --group-column"),
@@ -203,6 +221,7 @@ def test_refusals(tmp_path, run_here, flags, message):
     write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
     write_features(tmp_path / "zeros.csv", [f"s{index}" for index in range(100, 112)])
     (tmp_path / "nan.csv").write_text("sid,f000\ns00,1\ns01,nan\n")
+    (tmp_path / "leak.csv").write_text("sid,age\n" + "".join(f"{sid},{n}\n" for n, sid in enumerate(sids)))
     (tmp_path / "text.csv").write_text("sid,f000\ns00,1\ns01,high\n")
     write_labels(tmp_path / "l.csv", sids)
     made = ("--out-dir", "out")
