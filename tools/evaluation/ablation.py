@@ -18,7 +18,7 @@ def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         seeds that both arms have. NaN where there is no such number: an SD of one seed, a difference to itself.
     """
     found = []
-    paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"]
+    paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"].sort_index()
     for (column, arm, table), group in rows.groupby(["column", "arm", "table"], sort=False):
         values = group.set_index("seed")["r2"]
         row = {
