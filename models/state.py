@@ -156,19 +156,23 @@ def start_from(model: nn.Module, path: Path) -> str:
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)
     refuse_unsound(state, path)
-    sizes, own = encoder_sizes(state, path), model.encoder_q.state_dict()
+    own = model.encoder_q.state_dict()
+    sizes, ours = encoder_sizes(state, path), encoder_sizes(own, "this run")
     for name in ("rep_dim", "num_experts"):
-        ours = {"rep_dim": own["conv4.weight"].shape[1], "num_experts": own["conv4.weight"].shape[0]}[name]
-        if sizes[name] != ours:
+        if sizes[name] != ours[name]:
             flag = f"--{name.replace('_', '-')}"
             raise CheckpointError(
-                f"--init-from {path} has {flag} {sizes[name]}, this run {ours}; give {flag} {sizes[name]}"
+                f"--init-from {path} has {flag} {sizes[name]}, this run {ours[name]}; give {flag} {sizes[name]}"
             )
-    body = {key for key in own if not key.startswith("fc.")}
-    projection = {key: value.shape for key, value in state.items() if key.startswith("fc.")}
-    fits = projection == {key: value.shape for key, value in own.items() if key not in body}
-    taken = {key: value for key, value in state.items() if fits or not key.startswith("fc.")}
-    load_strict(model.encoder_q, {**({} if fits else {k: own[k] for k in own if k not in body}), **taken}, path)
+    projection, own_projection = (
+        {key: value for key, value in encoder.items() if key.startswith("fc.")} for encoder in (state, own)
+    )
+    fits = {key: value.shape for key, value in projection.items()} == {
+        key: value.shape for key, value in own_projection.items()
+    }
+    if not fits:
+        state = {key: value for key, value in state.items() if key not in projection} | own_projection
+    load_strict(model.encoder_q, state, path)
     model.encoder_k.load_state_dict(model.encoder_q.state_dict())
     queue = strip_module(content["state_dict"]).get("queue")
     there = "" if queue is None else f" (its {queue.shape[-1]} locations and {queue.shape[1]} keys each are not taken)"

@@ -70,7 +70,12 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
 
 def load_patches(path: Path) -> np.ndarray:
     """One subject's patches as int16 HU; the published implementation allowed other dtypes."""
-    patches = to_hu(load_array(path))
+    return as_grouped(load_array(path))
+
+
+def as_grouped(patches: np.ndarray) -> np.ndarray:
+    """Patches as the grouped files have them: int16 HU, of any dtype."""
+    patches = to_hu(patches)
     return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
 
 
@@ -167,8 +172,7 @@ class Grouping:
                 self._give_up(f"{self._there(index)} has {size} bytes of {self.file_bytes}; is the disk full?")
         drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
         for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
-            source = load_array(self.layout.patch(sid), mapped=True)[index]
-            own = np.ascontiguousarray(np.rint(to_hu(np.asarray(source))).astype(np.int16))
+            own = as_grouped(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
             with open(self._there(index), "rb") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 if stream.read(self.patch_bytes) != own.tobytes():
