@@ -1,6 +1,7 @@
 """Where voxels lie: orientation, resampling, padding, grids. Axes are (x, y, z), places LPS in mm."""
 
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from preprocess.scan import AIR
 from preprocess.spline import resample_spline
 
 ISO_SPACING = 1.0  # mm
+SLAB = 1 << 24  # voxels that are float32 at one time: a whole scan would be 0.9 GB
+OPPOSITE = {(first, second) for pair in ("LR", "PA", "SI") for first in pair for second in pair}
 PADDING = 60  # voxels of air around the resampled scan, as published
 
 
@@ -27,7 +30,48 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
 
     A patch is cut along index axes from its lowest corner, so they must point the atlas's way.
     """
-    return image if orientation_of(image) == orientation else sitk.DICOMOrient(image, orientation)
+    own = orientation_of(image)
+    if own == orientation:
+        return image
+    if all(axes in OPPOSITE for axes in zip(own, orientation)):
+        # The filter of ITK that does all makes one more copy, also of axes that are in order.
+        return sitk.Flip(image, [first != second for first, second in zip(own, orientation)], False)
+    return sitk.DICOMOrient(image, orientation)
+
+
+def slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last slice, the last excluded, of pieces of some SLAB voxels; each starts at a multiple of ``step``."""
+    columns, rows, slices = image.GetSize()
+    thickness = max(1, SLAB // (columns * rows * step)) * step
+    for first in range(0, slices, thickness):
+        yield first, min(first + thickness, slices)
+
+
+def block_means(
+    image: sitk.Image, factors: Sequence[int], select: Callable[[sitk.Image], sitk.Image] = lambda slab: slab
+) -> sitk.Image:
+    """Float32 means of blocks of ``factors`` (x, y, z) voxels, of what ``select`` makes of them, a slab at a time.
+
+    As ITK's BinShrink of the whole; blocks that the image does not fill are left out.
+    """
+    factors = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
+    made = []
+    for first, last in slabs(image, factors[2]):
+        if last - first >= factors[2]:
+            made.append(sitk.BinShrink(sitk.Cast(select(image[:, :, first:last]), sitk.sitkFloat32), factors))
+    whole = sitk.GetImageFromArray(np.concatenate([sitk.GetArrayViewFromImage(part) for part in made]))
+    whole.SetOrigin(made[0].GetOrigin())
+    whole.SetSpacing(made[0].GetSpacing())
+    whole.SetDirection(made[0].GetDirection())
+    return whole
+
+
+def on_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.ndarray:
+    """An image on slices ``first`` to ``last`` of another one's grid, linear, 0 outside, (z, y, x)."""
+    size = [*grid.GetSize()[:2], last - first]
+    origin = grid.TransformIndexToPhysicalPoint([0, 0, first])
+    where = (origin, grid.GetSpacing(), grid.GetDirection())
+    return sitk.GetArrayFromImage(sitk.Resample(moving, size, sitk.Transform(), sitk.sitkLinear, *where, 0.0))
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:

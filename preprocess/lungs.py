@@ -68,10 +68,10 @@ def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: P
 def lung_volumes(mask: sitk.Image, name: Path | str) -> dict[str, float]:
     """Volumes of both lungs in ml. Raises ScanError where a side is missing or a label unknown."""
     labels = sitk.GetArrayViewFromImage(mask)
-    counts = np.bincount(labels.ravel(), minlength=3)
-    if counts[3:].any():
+    if labels.max() > 2:
         raise ScanError(f"{name} has labels beyond 1 (right lung) and 2 (left lung)")
-    millilitres = counts[1:3] * np.prod(mask.GetSpacing()) / 1000
+    counts = np.array([np.count_nonzero(labels == label) for label in (1, 2)])  # bincount takes 8 bytes a voxel
+    millilitres = counts * np.prod(mask.GetSpacing()) / 1000
     if millilitres.min() < MIN_LUNG_ML:
         side = SIDES[int(millilitres.argmin())]
         raise ScanError(f"{name}: the {side} lung has {millilitres.min():.1f} ml; no pair of lungs was found")

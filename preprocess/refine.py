@@ -10,6 +10,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from preprocess.geometry import block_means
+
 LEVELS = ((2.5, 30), (1.5, 12))  # grid of the atlas's points, times the registration's spacing; iterations
 LENGTH = 100.0  # mm; a step of 1 in the matrix moves a point this far from the centre by as much
 TOLERANCE = 1e-5  # of the sides' Dice together, between iterations
@@ -34,7 +36,7 @@ def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -
     """Share of each side in coarse voxels of about ``spacing`` mm: (x, y, z, 2) float64, and the grid as an image."""
     array = sitk.GetArrayViewFromImage(labels)
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
-    box = ndimage.find_objects((array > 0).astype(np.uint8))[0][::-1]  # x, y, z
+    box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
     labels = labels[box]
     # Voxels that do not fill a coarse one would be dropped; the border keeps lungs away from the edge.
     margin = [factor * 2 for factor in shrink]
@@ -42,7 +44,7 @@ def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -
     labels = sitk.ConstantPad(labels, margin, upper, 0)
     found, grid = [], None
     for value in values:
-        grid = sitk.BinShrink(sitk.Cast(labels == value, sitk.sitkFloat32), shrink)
+        grid = block_means(labels, shrink, lambda slab, value=value: slab == value)
         found.append(sitk.GetArrayFromImage(grid).transpose(2, 1, 0).astype(np.float64))
     return np.stack(found, axis=-1), grid
 

@@ -8,6 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from preprocess.atlas import read_affine
+from preprocess.geometry import block_means
 from preprocess.refine import refine
 from preprocess.scan import ScanError
 
@@ -21,8 +22,7 @@ def coarse_lungs(mask: sitk.Image, spacing: float):
     """Both lungs as an ANTs image, 1 inside, averaged onto a coarse grid with a margin of zeros."""
     import ants
 
-    image = sitk.Cast(mask > 0, sitk.sitkFloat32)
-    image = sitk.BinShrink(image, [max(1, round(spacing / own)) for own in image.GetSpacing()])
+    image = block_means(mask, [max(1, round(spacing / own)) for own in mask.GetSpacing()], lambda slab: slab > 0)
     size = [int(np.ceil(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
     image = sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), 0.0

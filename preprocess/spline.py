@@ -11,7 +11,7 @@ from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
 SLICES = 16  # at a time: a volume of float32 beside the scan would double its memory
-COLUMNS = 1 << 16
+COLUMNS = 1 << 14
 SNAP = 256.0  # a value within 1 / 512 of a whole number is that number: ITK computes in float64
 
 

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from preprocess.geometry import orient
+from preprocess.geometry import block_means, on_slab, orient, slabs
 from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
@@ -37,11 +37,11 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
     Raises:
         ScanError: nothing in it looks like a pair of lungs.
     """
-    oriented = orient(scan, "LPS")
-    width = oriented.GetSize()[0] * oriented.GetSpacing()[0]
+    working = orient(scan, "LPS")
+    width = working.GetSize()[0] * working.GetSpacing()[0]
     scale = float(np.clip(width / ADULT_WIDTH, 0.2, 1.0))
-    spacing = max(WORKING_SPACING * scale, min(oriented.GetSpacing()))
-    working = _resample(oriented, spacing)
+    spacing = max(WORKING_SPACING * scale, min(working.GetSpacing()))
+    working = _resample(working, spacing)
     volume = sitk.GetArrayFromImage(working)  # (z, y, x): z to the head, y to the back, x to the left
     air = _air_in_body(volume)
     airway = _find_airway(volume, air, spacing, scale)
@@ -54,11 +54,12 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
     for label in (RIGHT, LEFT):
         side = sitk.GetImageFromArray((labels == label).astype(np.float32))
         side.CopyInformation(working)
-        sides.append(sitk.GetArrayFromImage(sitk.Resample(side, scan, sitk.Transform(), sitk.sitkLinear, 0.0)))
-    right, left = sides
-    mask = np.zeros(right.shape, dtype=np.uint8)
-    mask[(right >= 0.5) & (right >= left)] = RIGHT
-    mask[(left >= 0.5) & (left > right)] = LEFT
+        sides.append(side)
+    mask = np.zeros(scan.GetSize()[::-1], dtype=np.uint8)
+    for first, last in slabs(scan):
+        right, left = (on_slab(side, scan, first, last) for side in sides)
+        mask[first:last][(right >= 0.5) & (right >= left)] = RIGHT
+        mask[first:last][(left >= 0.5) & (left > right)] = LEFT
     image = sitk.GetImageFromArray(mask)
     image.CopyInformation(scan)
     return image
@@ -67,7 +68,7 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
 def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     """Isotropic working copy, averaged over the voxels that it drops."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
-    image = sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
+    image = block_means(image, factors)
     # Not past the last voxel: a slice of air above the trachea would join the lungs to the outside.
     size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(

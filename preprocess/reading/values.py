@@ -210,7 +210,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
         ScanError: the values cannot be HU; the message tells where they are, and the usual cause.
     """
     warnings = [] if warnings is None else warnings
-    values = sitk.GetArrayViewFromImage(image)
+    given = values = sitk.GetArrayViewFromImage(image)
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=AIR, posinf=MAX_HU, neginf=AIR)
     low, high = float(values.min()), float(values.max())
@@ -232,9 +232,13 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
         )
     if wrong := _where_it_sits(find_peaks(values)):
         raise ScanError(f"{seen}: not HU, {wrong}; give the original CT")
-    values = np.where(values < PADDING_BELOW, AIR, np.minimum(values, MAX_HU))
+    if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
+        return image  # most scans: a copy would double their memory
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
-    checked = sitk.GetImageFromArray(values.astype(np.int16 if whole else np.float32))
+    result = np.empty(values.shape, np.int16 if whole else np.float32)
+    for plane, target in zip(values, result):
+        target[:] = np.where(plane < PADDING_BELOW, AIR, np.minimum(plane, MAX_HU))
+    checked = sitk.GetImageFromArray(result)
     checked.CopyInformation(image)
     return checked
 
