@@ -37,7 +37,7 @@ def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -
     array = sitk.GetArrayViewFromImage(labels)
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
     box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
-    labels = labels[box]
+    labels = sitk.RegionOfInterest(labels, [side.stop - side.start for side in box], [side.start for side in box])
     # Voxels that do not fill a coarse one would be dropped; the border keeps lungs away from the edge.
     margin = [factor * 2 for factor in shrink]
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
