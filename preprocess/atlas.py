@@ -30,9 +30,13 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     return mask
 
 
+def load_atlas(path: str | os.PathLike) -> sitk.Image:
+    """The atlas's lung mask, once per process. Raises ScanError."""
+    return _load_atlas(os.path.abspath(path))
+
+
 @lru_cache(maxsize=1)
-def load_atlas(path: str) -> sitk.Image:
-    """The atlas's lung mask, once per process."""
+def _load_atlas(path: str) -> sitk.Image:
     return read_atlas_mask(path)
 
 

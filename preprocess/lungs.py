@@ -1,6 +1,10 @@
 """The lung mask of a scan: lungmask's network, or thresholding; and what a mask must hold."""
 
+import contextlib
+import os
+import tempfile
 import urllib.error
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.command import UserError
+from misc.files import locked, try_lock
 from preprocess import threshold
 from preprocess.scan import ScanError, check_extent
 
@@ -28,6 +33,7 @@ def load_lungmask(weights: str | None):
     Raises:
         UserError: the weights cannot be downloaded or read; says what else can be done.
     """
+    import torch
     from lungmask import LMInferer
 
     choices = (
@@ -35,12 +41,41 @@ def load_lungmask(weights: str | None):
         "or use --method threshold, which needs no weights"
     )
     try:
-        return LMInferer(modelname="R231", modelpath=weights, tqdm_disable=True)
+        # With GPUs it waits on the CPU until one is free: every worker's would lie on the first.
+        return LMInferer("R231", weights, force_cpu=torch.cuda.is_available(), tqdm_disable=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"lungmask's weights could not be downloaded ({error}); {choices}") from error
     except Exception as error:  # torch raises many kinds for a wrong or broken file
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(f"lungmask cannot use {weights or 'its downloaded weights'}: {reason}; {choices}") from error
+
+
+@contextlib.contextmanager
+def one_gpu() -> Iterator[str | None]:
+    """A GPU for this process alone, until the block ends; None where there is none.
+
+    Workers that segment at one time would share the first one, and its memory. A further worker waits for its turn.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        for number in range(count):
+            stream = stack.enter_context(open(_gpu_lock(number), "a"))
+            if try_lock(stream):
+                yield f"cuda:{number}"
+                return
+        number = os.getpid() % count
+        with locked(_gpu_lock(number)):
+            yield f"cuda:{number}"
+
+
+def _gpu_lock(number: int) -> Path:
+    """The file that a GPU's user locks: of this machine and user."""
+    return Path(tempfile.gettempdir()) / f"drasclr-{os.getuid()}-gpu-{number}.lock"
 
 
 def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: Path | str = "the scan") -> sitk.Image:
@@ -59,7 +94,12 @@ def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: P
     if method == "threshold":
         mask = threshold.segment_lungs(scan)
     else:
-        mask = sitk.GetImageFromArray(load_lungmask(weights).apply(scan).astype(np.uint8))
+        inferer = load_lungmask(weights)
+        with one_gpu() as gpu:
+            if gpu is not None:
+                inferer.device = gpu
+                inferer.model.to(gpu)
+            mask = sitk.GetImageFromArray(inferer.apply(scan).astype(np.uint8))
         mask.CopyInformation(scan)
     lung_volumes(mask, name)
     return mask

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
 WORST_SHOWN = 5
 EARLIER = "failed in an earlier step: "  # begins the message of what an earlier step has told already
+NO_WORKER_SECONDS = (5.0, 30.0)  # after the start, and from then on
 REPORT_SECONDS = 30  # between reports while a step runs: what made an output must outlive a crash
 
 Row = dict[str, Any]
@@ -216,7 +218,7 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
             client = Client(args.scheduler, timeout="30s")
         except (OSError, ValueError) as error:
             raise StoreError(f"--scheduler {args.scheduler} does not answer: {error}") from error
-        with client:
+        with client, _word_without_workers(client, args.scheduler):
             yield client, 1
         return
     workers = min(args.num_workers, max(1, subjects))
@@ -232,6 +234,30 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
         )
     with cluster, Client(cluster) as client:
         yield client, max(1, usable_cores() // workers)
+
+
+@contextlib.contextmanager
+def _word_without_workers(client: Any, address: str) -> Iterator[None]:
+    """Say so, whenever a cluster has no worker, and none has come within a while: nothing would happen, silently."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seconds, told = NO_WORKER_SECONDS[0], False
+        while not ended.wait(seconds):
+            with contextlib.suppress(Exception):  # a scheduler that is gone is told where the work is
+                there = bool(client.scheduler_info()["workers"])
+                if not there and not told:
+                    print(f"note: --scheduler {address} has no worker; waiting for one", file=sys.stderr, flush=True)
+                told = not there
+            seconds = NO_WORKER_SECONDS[1]
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _distributed(

@@ -15,7 +15,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-torch.set_num_threads(2)
+# Side by side (pytest -n) a thread each: more would wait for each other. What is compared has as many on both sides.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,7 +40,7 @@ def reference() -> Path:
 def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subprocess.CompletedProcess:
     """Run a script of the project with this Python, from another folder, without PYTHONPATH."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2", **(env or {})}
+    environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(THREADS), **(env or {})}
     first, *rest = [str(part) for part in command]
     program = ["sh", str(ROOT / first)] if first.endswith(".sh") else [sys.executable, str(ROOT / first)]
     result = subprocess.run(

@@ -3,6 +3,7 @@
     python tools/benchmark.py --quick            under 2 minutes on 2 cores
     python tools/benchmark.py --json speed.json  the whole table, some 10 minutes on 2 cores
     python tools/benchmark.py --choices          what each choice of train.py costs
+    python tools/benchmark.py --scan thorax.nii.gz --atlas-mask M    preprocessing of a scan, part by part
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
 is written out in timing/literal.py and runs in a process of its own (a loop over samples in every
@@ -31,6 +32,7 @@ from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction
 from tools.timing.measure import describe, show
 from tools.timing.runs import row_memory, rows_gpu, scaling
+from tools.timing.scans import rows_scan
 from tools.timing.store import make_store
 from tools.timing.training import rows_training
 
@@ -40,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller sizes, fewer rounds, no scaling section")
     add("--choices", action="store_true", help="only what each choice of train.py costs: some 10 minutes on 2 cores")
+    add("--scan", metavar="FILE", help="only what preprocessing this scan costs: a minute or two; with --atlas-mask")
+    add("--atlas-mask", metavar="FILE", help="the atlas's lung mask, with --scan")
+    add("--atlas-patch-loc", metavar="FILE", help="table of locations, with --scan (default: laid over the mask)")
     add("--json", help="write all figures here too")
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     add("--batch", type=at_least(int, 2), default=32, help="samples a step")
@@ -48,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
         parser.error("--device cuda, but this machine has no usable GPU")
+    if bool(args.scan) != bool(args.atlas_mask) or (args.atlas_patch_loc and not args.scan):
+        parser.error("--scan and --atlas-mask go together, and --atlas-patch-loc with them")
+    for name in ("scan", "atlas_mask", "atlas_patch_loc"):
+        if getattr(args, name) and not Path(getattr(args, name)).exists():
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not exist")
     args.device = torch.device("cuda" if gpu and args.device != "cpu" else "cpu")
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = 2 if args.quick else 6
@@ -69,9 +79,9 @@ def main() -> None:
     report: dict = {"machine": machine, "quick": args.quick}
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
-        if args.choices:
-            rows = rows_choices(folder / "choices", args)
-            print(show_choices(rows))
+        if args.choices or args.scan:
+            rows = rows_scan(args) if args.scan else rows_choices(folder / "choices", args)
+            print(show(rows) if args.scan else show_choices(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
             return

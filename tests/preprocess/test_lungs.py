@@ -1,13 +1,18 @@
 """A mask's labels are the lungs of its scan, whoever made it; one that is cut, dense or exchanged is told."""
 
+import subprocess
+import sys
+import tempfile
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from misc.command import UserError
 from preprocess import geometry
 from preprocess.geometry import write_image, write_transform
-from preprocess.lungs import check_lungs
+from preprocess.lungs import _gpu_lock, check_lungs, one_gpu
 from preprocess.scan import ScanError, read_mask
 from preprocess.threshold import segment_lungs
 
@@ -139,3 +144,24 @@ def test_a_transform_that_the_disk_does_not_hold_is_not_left_half(tmp_path, monk
     with pytest.raises(UserError, match=r"t.mat could not be written whole"):
         write_transform(transform, tmp_path / "t.mat")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_has_one_process_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with one_gpu() as gpu:
+        assert gpu is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with one_gpu() as gpu:
+        assert gpu == "cuda:0"
+    hold = (
+        f"import fcntl, sys\nstream = open({str(_gpu_lock(0))!r}, 'a')\nfcntl.lockf(stream, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with one_gpu() as gpu:
+            assert gpu == "cuda:1"
+        other.stdin.close()
+    with one_gpu() as gpu:
+        assert gpu == "cuda:0"

@@ -1,8 +1,11 @@
 """Bookkeeping of steps over many subjects; a scan is read once for all of them."""
 
 import argparse
+import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -116,3 +119,70 @@ def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     row = record.lost("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
     assert "atlas" not in record.lost("b", "x")  # nothing of it was touched: a file there may be the user's own
+
+
+def wait_for(happened, seconds=90):
+    for _ in range(int(seconds / 0.1)):
+        if happened():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it has not happened")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_step_killed_twice_change_no_byte(tmp_path, cohort):
+    """On a cluster: the masks are those of the undisturbed run, and a cluster without a worker is told."""
+    folder, undisturbed = cohort
+    masks = tmp_path / "store" / "lung_mask"
+    started = []
+
+    def start(*command):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        process.said = []
+        thread = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)
+        thread.start()
+        process.reader = thread
+        started.append(process)
+        return process
+
+    def start_step():
+        flags = ("--input-csv", folder / "dataset.csv", "--root-dir", tmp_path / "store", "--method", "threshold")
+        return start(ROOT / "preprocess" / "segment_lung.py", *flags, "--scheduler", address, "--no-progress")
+
+    def start_worker():
+        flags = ("--nthreads", 1, "--no-nanny", "--no-dashboard", "--local-directory", tmp_path / "scratch")
+        return start("-m", "distributed.cli.dask_worker", address, *flags)
+
+    def made():
+        return len(list(masks.glob("*.nii.gz")))
+
+    try:
+        file = tmp_path / "scheduler.json"
+        start("-m", "distributed.cli.dask_scheduler", "--port", 0, "--no-dashboard", "--scheduler-file", file)
+        wait_for(file.is_file)
+        wait_for(lambda: file.read_text().strip().endswith("}"))
+        address = json.loads(file.read_text())["address"]
+        step = start_step()
+        wait_for(lambda: any("has no worker; waiting for one" in line for line in list(step.said)))
+        worker = start_worker()
+        wait_for(lambda: made() >= 1)
+        worker.kill()
+        start_worker()
+        wait_for(lambda: made() >= 2)
+        step.kill()
+        step.wait()
+        step = start_step()
+        wait_for(lambda: made() >= 3)
+        step.kill()
+        step.wait()
+        step = start_step()
+        assert step.wait(120) == 0, step.said
+        assert not any("no worker" in line for line in step.said)
+    finally:
+        for process in started[::-1]:
+            process.kill()
+            process.wait()
+    wanted = {path.name: path.read_bytes() for path in (undisturbed / "lung_mask").glob("*.nii.gz")}
+    assert {path.name: path.read_bytes() for path in masks.glob("*.nii.gz")} == wanted and len(wanted) == 6

@@ -60,3 +60,23 @@ def test_the_quick_benchmark_runs(tmp_path, run):
     assert all(row["note"] for row in report["rows"] if row["ours"] is None)
     assert {"reading", "copying", "augmenting", "backward", "update", "queue"} <= set(report["profile_ms"]["float32"])
     assert "| training step" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_scan_part_by_part(tmp_path, run, cohort):
+    folder, _ = cohort
+    flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    run("tools/benchmark.py", *flags, "--rounds", 1, "--json", tmp_path / "scan.json")
+    rows = {row["what"]: row for row in json.loads((tmp_path / "scan.json").read_text())["rows"]}
+    assert len(rows) == 8 and all(row["ours"] > 0 for row in rows.values())
+    cutting = next(row for what, row in rows.items() if what.startswith("cutting"))
+    assert cutting["ratio"] > 1 and cutting["note"].endswith(("patches to 0 HU", "patches to 1 HU"))
+    parts = [row["ours"] for row in rows.values() if row["unit"] == "core-seconds"]
+    assert sum(parts) == pytest.approx(2 * rows["all of these"]["ours"])
+
+
+def test_a_scan_goes_with_its_atlas(run_here):
+    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz")
+    assert refused.returncode == 2 and "--scan and --atlas-mask go together" in refused.stderr
+    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", "--atlas-mask", "m.nii.gz")
+    assert refused.returncode == 2 and "--scan x.nii.gz does not exist" in refused.stderr

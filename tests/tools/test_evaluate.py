@@ -96,6 +96,7 @@ def test_every_kind_of_label_is_recognised_and_found(study, run, tmp_path):
         ("sick", "auroc", 0.9),
         ("GOLD", "within_one", 0.8),
         ("GOLD_from_spirometry", "exact", 0.7),
+        ("GOLD_from_spirometry", "kappa", 0.85),
         ("died", "c_index", 0.72),
     ):
         ours, null = found[column]["features"][metric], found[column]["null"][metric]

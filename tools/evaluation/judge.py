@@ -1,12 +1,13 @@
 """How well each of several tables predicts one label: figures with intervals, beside permuted labels."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tools.evaluation.learn import MODELS, out_of_fold, predict_others
-from tools.evaluation.metrics import METRICS, Metric, exact, within_one
+from tools.evaluation.metrics import METRICS, Metric
 from tools.evaluation.splits import draw_folds, resamples, strata_of
 from tools.evaluation.survival import c_index
 
@@ -44,12 +45,12 @@ def metrics_of(kind: str) -> dict[str, Metric]:
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
-        return {"exact": lambda truth, *more: exact(truth[:, 0], *more), "within_one": _within_one_of_stage}
+        return {name: functools.partial(_of_stage, metric) for name, metric in METRICS["grade"].items()}
     return METRICS["regression" if kind == "log10" else kind]
 
 
-def _within_one_of_stage(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return within_one(truth[:, 0], predicted, weights)
+def _of_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return metric(truth[:, 0], predicted, weights)
 
 
 def judge(

@@ -71,14 +71,28 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = risk_groups(predicted, number)
-    for index in np.unique(group):
+    for position, index in enumerate(np.unique(group)):
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
         end = time[rows].max()
         name = f"{GROUP_NAMES[number][index]} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
-        panel.step([*times, end], [*share, share[-1]], where="post", label=name)
+        (line,) = panel.step([*times, end], [*share, share[-1]], where="post", label=name)
+        censored = time[rows & (event == 0)]
+        at = np.searchsorted(times, censored, side="right") - 1
+        panel.plot(censored, np.asarray(share)[at], "|", color=line.get_color(), ms=6)
+        at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
+        _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    panel.set_xlabel("time")
+    panel.set_xlabel("time; below, how many are at risk (ticks: censored)", labelpad=4 + 10 * len(np.unique(group)))
     panel.set_ylabel(f"share without {label.name}")
     p = log_rank(time, event, group)
     panel.legend(fontsize=8, title=f"log-rank p = {p:.2g}", title_fontsize=8)
+
+
+def _numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
+    """How many of a group are still followed at some times, in a line below the axis."""
+    for moment, count in at_risk.items():
+        place = dict(
+            xytext=(0, -16 - 9 * line), textcoords="offset points", ha="center", va="top", annotation_clip=False
+        )
+        panel.annotate(str(count), (moment, 0), color=color, fontsize=7, **place)

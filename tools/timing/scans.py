@@ -1,0 +1,134 @@
+"""The rows of preprocessing: core-seconds and memory of one scan's way to its patches."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from misc.sizes import HU_MAX, HU_MIN
+from preprocess.atlas import load_atlas
+from preprocess.geometry import PADDING, orient, orientation_of
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask
+from preprocess.patches import map_corners, patches_of
+from preprocess.patchify_atlas import grid_locations
+from preprocess.picture import picture_of_patches
+from preprocess.registration import overlap, register_masks
+from preprocess.scan import AIR, limit_threads, load_scan
+from tools.timing.measure import Row, compare
+from tools.timing.runs import peak_gb
+
+PATCH_SIZE = 32
+STEP_SIZE = 26
+LUNGMASK_CLASSES = 3  # of R231
+
+
+def core_seconds(work: Callable[[], object]) -> float:
+    """Of this process, all its threads."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def literal_patches(scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray) -> np.ndarray:
+    """Patches as the publication cuts them: ITK's own B-splines at every voxel of the new grid, (L, 32, 32, 32)."""
+    oriented = orient(scan, orientation_of(atlas))
+    size, spacing = oriented.GetSize(), oriented.GetSpacing()
+    wanted = [int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])]
+    where = (oriented.GetOrigin(), [1.0] * 3, oriented.GetDirection(), AIR)
+    volume = sitk.Resample(oriented, wanted, sitk.Transform(), sitk.sitkBSpline, *where)
+    volume = sitk.ConstantPad(volume, [PADDING] * 3, [PADDING] * 3, AIR)
+    values = np.clip(sitk.GetArrayFromImage(volume), HU_MIN, HU_MAX).astype(np.int16)
+    cut = []
+    for x, y, z in map_corners(table, atlas, transform, volume):
+        cut.append(values[z : z + PATCH_SIZE, y : y + PATCH_SIZE, x : x + PATCH_SIZE])
+    return np.stack(cut)
+
+
+def random_lungmask(folder: Path) -> str:
+    """A state dict of lungmask's own network with random weights: its time is that of the trained one."""
+    from lungmask.resunet import UNet
+
+    torch.manual_seed(0)
+    options = dict(padding=True, depth=5, up_mode="upsample", batch_norm=True, residual=False)
+    path = folder / "random.pth"
+    torch.save(UNet(n_classes=LUNGMASK_CLASSES, **options).state_dict(), path)
+    return str(path)
+
+
+def _whole_way(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
+    """A process that does the five steps' work once, and tells its peak memory in GB."""
+    limit_threads(1)
+    scan, atlas = load_scan(image).image, load_atlas(atlas_mask)
+    mask = lung_mask(scan, "threshold")
+    check_lungs(mask, scan, image)
+    transform = register_masks(atlas, mask)
+    cut = patches_of(scan, transform, atlas, table, PATCH_SIZE)
+    picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image)
+    pipe.send(peak_gb(os.getpid()))
+
+
+def peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
+    """GB that one worker needs for a scan."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_whole_way, args=(image, atlas_mask, table, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def rows_scan(args) -> list[Row]:
+    """Every part of preprocessing on ``args.scan``, with the atlas's mask and table that the flags name."""
+    limit_threads(1)
+    import ants  # noqa: F401 - its import is no part of a registration
+
+    image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
+    atlas = load_atlas(atlas_mask)
+    table = np.load(args.atlas_patch_loc) if args.atlas_patch_loc else grid_locations(atlas, PATCH_SIZE, STEP_SIZE)
+    scan = load_scan(image).image
+    mask = lung_mask(scan, "threshold")
+    transform = register_masks(atlas, mask)
+    cut = patches_of(scan, transform, atlas, table, PATCH_SIZE)
+    size = " x ".join(map(str, scan.GetSize()))
+    unit, rows = "core-seconds", []
+    parts = {
+        f"reading and checking a scan of {size}": lambda: load_scan(image),
+        "lung mask by threshold, checked": lambda: check_lungs(lung_mask(scan, "threshold"), scan, image),
+        "registration, and the sides' Dice": lambda: overlap(atlas, mask, register_masks(atlas, mask)),
+        "picture": lambda: picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    ours: list[float] = []
+    literal: list[float] = []
+    for _ in range(args.rounds):
+        for name, work in parts.items():
+            times[name].append(core_seconds(work))
+        ours.append(core_seconds(lambda: patches_of(scan, transform, atlas, table, PATCH_SIZE)))
+        literal.append(core_seconds(lambda: literal_patches(scan, transform, atlas, table)))
+    rows = [compare(name, unit, found, None, 1.0) for name, found in times.items()]
+    apart = int(np.abs(literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
+    what, note = f"cutting {len(table)} patches", f"beside ITK's B-splines, patches to {apart} HU"
+    rows.append(compare(what, unit, ours, literal, 1.0, 1.0, note=note))
+    together = sum(np.median(found) for found in (*times.values(), ours))
+    rows.append(Row("all of these", unit, ours=float(together), goal="10 core-seconds"))
+    with tempfile.TemporaryDirectory(prefix="drasclr-lungmask-") as folder:
+        weights = random_lungmask(Path(folder))
+        where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+        network, slices = load_lungmask(weights), scan.GetSize()[2]
+        few = min(slices, network.batch_size)
+        some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]  # a batch: a slice takes up to a second on a CPU
+        start = time.perf_counter()
+        network.apply(some)
+        each = (time.perf_counter() - start) / few
+        row = Row(f"lung mask by lungmask's network, random weights, {where}", "s a slice", ours=each)
+        row.note = f"{each * slices:.0f} s for {slices} slices"
+    memory = Row("memory of a worker, all of these", "GB", ours=peak_of_scan(image, atlas_mask, table), goal="2 GB")
+    return [*rows, row, memory]
