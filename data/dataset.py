@@ -1,9 +1,12 @@
 """Batches of raw patches with their neighbours, read by worker processes."""
 
+import atexit
+import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -99,7 +102,10 @@ def batches(loader: DataLoader, note=print) -> Iterator[PatchBatch]:
     """
     told = False
     try:
-        for batch in loader:
+        reader = iter(loader)
+        atexit.unregister(_end_reading)
+        atexit.register(_end_reading)  # before torch's own, which it has registered now
+        for batch in reader:
             if isinstance(batch, Exception):
                 raise batch
             if isinstance(batch.patches, np.ndarray):
@@ -123,34 +129,37 @@ def batches(loader: DataLoader, note=print) -> Iterator[PatchBatch]:
 def _leave_stopping_to_the_trainer(worker: int) -> None:
     """A signal to a reading process is for the trainer, which saves before it stops; so is one for all of them.
 
-    They end STOP_SECONDS after it all the same, or a trainer that fails would wait for them; and with the trainer.
+    They end STOP_SECONDS after it all the same, or a trainer that fails would wait for them; at once when it is the
+    trainer that ends them; and with the trainer.
     """
     end_with_parent(signal.SIGKILL)
     trainer = os.getppid()
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if _is_over(frame):  # torch ends a worker that is slow to leave by SIGTERM: that is no request to stop
-            os._exit(0)
-        signal.signal(number, signal.SIG_IGN)
-        signal.alarm(STOP_SECONDS)
-        if os.getppid() == trainer:
-            os.kill(trainer, number)
-
-    for number in STOPPING:
-        if number == signal.SIGINT:  # a terminal sends it to all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: who sends is not told
+        for number in heard:
             signal.signal(number, signal.SIG_IGN)
-        elif signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # of the threads to come too: a handler is not told who sends
+
+    def listen() -> None:
+        asked = signal.sigwaitinfo(heard)
+        if asked.si_pid != trainer and os.getppid() == trainer:
+            os.kill(trainer, asked.si_signo)
+            until = time.monotonic() + STOP_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                again = signal.sigtimedwait(heard, left)
+                if again is None or again.si_pid == trainer:
+                    break
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
-def _is_over(frame: FrameType | None) -> bool:
-    """Whether torch's loop of a worker, on this stack, has been told to end, or has ended."""
-    while frame is not None:
-        if frame.f_code.co_name == "_worker_loop":
-            event = frame.f_locals.get("done_event")
-            return event is not None and event.is_set()
-        frame = frame.f_back
-    return get_worker_info() is not None
+def _end_reading() -> None:
+    """When the process leaves after an error: torch would wait five seconds for each reading process, in turn."""
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def _as_it_is(batch: object) -> object:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from misc.files import locked
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -156,13 +158,18 @@ def grid():
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """A tiny synthetic cohort of six, and its preprocessed store: (cohort folder, store folder)."""
-    folder = tmp_path_factory.mktemp("cohort with a space")
-    run_script("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
-    run_script(
-        "preprocess/run_preprocess.sh",
-        *("--input-csv", folder / "cohort" / "dataset.csv", "--root-dir", folder / "store"),
-        *("--atlas-mask", folder / "cohort" / "atlas_lung_mask.nii.gz", "--method=threshold", "--num-workers", 2),
-        "--strict",
-    )
+    """A tiny synthetic cohort of six, and its preprocessed store: (cohort folder, store folder). Not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # side by side, one for all
+    folder.mkdir(exist_ok=True)
+    with locked(folder / "lock"):
+        if not (folder / "made").exists():
+            run_script("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
+            run_script(
+                "preprocess/run_preprocess.sh",
+                *("--input-csv", folder / "cohort" / "dataset.csv", "--root-dir", folder / "store"),
+                *("--atlas-mask", folder / "cohort" / "atlas_lung_mask.nii.gz", "--method=threshold"),
+                *("--num-workers", 2, "--strict"),
+            )
+            (folder / "made").touch()
     return folder / "cohort", folder / "store"

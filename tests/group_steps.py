@@ -1,4 +1,4 @@
-"""Run by test_groups.py, one process a rank:  python group_steps.py RANK WORLD FOLDER STEPS LR
+"""Run by test_groups.py, one process a rank:  python group_steps.py RANK WORLD FOLDER STEPS LR NEIGHBORS
 
 Steps of training as train.py composes them, the batch of 16 in four BatchNorm groups whatever the ranks.
 """
@@ -30,13 +30,13 @@ def state_of(model: DrasCLR) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), "subject": model.queue_subject, "step": model.queue_step}
 
 
-def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
+def main(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     device = torch.device("cpu")
     torch.manual_seed(3)
     store = PatchStore(Path(folder) / "store")
-    dataset = PatchDataset(store, 2)
+    dataset = PatchDataset(store, neighbors)
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
     model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
@@ -65,4 +65,4 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))

@@ -25,13 +25,13 @@ def store(tmp_path_factory, make_store, grid):
     return folder / "store"
 
 
-def run_ranks(store, folder, world, steps, lr):
+def run_ranks(store, folder, world, steps, lr, neighbors):
     folder.mkdir()
     shutil.copytree(store, folder / "store")
     script = [sys.executable, str(ROOT / "tests" / "group_steps.py")]
     processes = [
         subprocess.Popen(
-            [*script, str(rank), str(world), str(folder), str(steps), str(lr)], stderr=subprocess.PIPE, text=True
+            [*script, *map(str, (rank, world, folder, steps, lr, neighbors))], stderr=subprocess.PIPE, text=True
         )
         for rank in range(world)
     ]
@@ -50,14 +50,14 @@ def apart(ours, wanted):
 def learning(store, tmp_path_factory):
     """Three steps at rate 0.01 on 1, 2 and 4 ranks; gradients and state are those of the first."""
     folder = tmp_path_factory.mktemp("learning")
-    return {world: run_ranks(store, folder / str(world), world, 3, 0.01)[0] for world in (1, 2, 4)}
+    return {world: run_ranks(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def standing(store, tmp_path_factory):
-    """Twenty steps at rate 0."""
+    """Twenty steps at rate 0, with one neighbour."""
     folder = tmp_path_factory.mktemp("standing")
-    return {world: run_ranks(store, folder / str(world), world, 20, 0)[0] for world in (1, 2, 4)}
+    return {world: run_ranks(store, folder / str(world), world, 20, 0, 1)[0] for world in (1, 2, 4)}
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_every_package_in_requirements_is_used():
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imports.add(node.module.split(".")[0])
-    commands = {"tensorboard", "ruff", "protobuf"}  # run by name, or held at a version
+    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # run by name, held at a version, or a plug-in
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if not text:

@@ -1,16 +1,20 @@
 """Batches of reading processes: handed over whatever room /dev/shm has, and their errors as they are."""
 
-import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from data import dataset as module
 from data.dataset import PatchDataset, batches, make_loader
 from data.layout import StoreError
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
+
+from ..conftest import ROOT
 
 
 def loader_of(folder, workers=1):
@@ -42,23 +46,34 @@ def test_an_error_of_a_reading_process_is_one_sentence(tmp_path, make_store, gri
     with pytest.raises(StoreError) as error:
         list(batches(loader))
     assert "has changed since this run opened the store" in str(error.value) and "\n" not in str(error.value)
-    assert module.STOP_SECONDS > 0
 
 
-def test_a_worker_that_torch_ends_asks_nobody_to_stop(tmp_path, make_store, grid, monkeypatch):
+def test_a_worker_that_torch_ends_asks_nobody_to_stop(tmp_path, make_store, grid):
     """torch sends SIGTERM to one that is slow to leave; passed on, it would end the trainer itself."""
     make_store(tmp_path, 4, grid)
-    trainer, kill = os.getpid(), os.kill
-
-    def ask(*call):
-        (tmp_path / "asked").touch() if os.getpid() != trainer else kill(*call)
-
-    with monkeypatch.context() as patch:  # of the worker, which is forked
-        patch.setattr(module.os, "kill", ask)
-        found = iter(loader_of(tmp_path))
-        next(found)
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    found = iter(loader_of(tmp_path))
+    next(found)
     worker = found._workers[0]
-    found._workers_done_event.set()
     worker.terminate()
     worker.join(10)
-    assert worker.exitcode == 0 and not (tmp_path / "asked").exists()
+    signal.signal(signal.SIGTERM, before)
+    assert worker.exitcode == 0 and not asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_trainer_that_fails_leaves_at_once(tmp_path, make_store, grid, workers):
+    """Reading processes know who ends them; torch alone would wait 5 s for each, and they for their minute."""
+    make_store(tmp_path, 4, grid)
+    code = (
+        "import sys\nfrom data.dataset import batches\nfrom tests.data.test_dataset import loader_of\n"
+        f"from pathlib import Path\nfor batch in batches(loader_of(Path({str(tmp_path)!r}), {workers})):\n"
+        "    print('read', flush=True)\n    raise SystemExit(3)\n"
+    )
+    call = [sys.executable, "-c", code]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "read\n"
+        began = time.monotonic()
+        assert process.wait(60) == 3 and time.monotonic() - began < 4

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -96,11 +97,8 @@ def test_loader_serves_the_right_location(tmp_path, make_store, grid, workers):
         assert count == 12
 
 
-def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
-    """Long enough for the trainer, which it asks to stop, to save; but a trainer that fails must not wait for ever."""
-    monkeypatch.setattr(dataset_module, "STOP_SECONDS", 1)
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+def reading_process():
+    """A process that stands for a loader's worker, listening."""
     ready = multiprocessing.get_context("fork").Event()
 
     def work():
@@ -111,12 +109,31 @@ def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
     worker = multiprocessing.get_context("fork").Process(target=work)
     worker.start()
     assert ready.wait(10)
-    worker.terminate()
+    return worker
+
+
+def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
+    """Long enough for the trainer, which it asks to stop, to save; but a trainer that fails must not wait for ever."""
+    monkeypatch.setattr(dataset_module, "STOP_SECONDS", 1)
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    worker = reading_process()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(0.3)
     assert worker.is_alive()
     worker.join(10)
     signal.signal(signal.SIGTERM, before)
-    assert worker.exitcode == -signal.SIGALRM and asked == [signal.SIGTERM]
+    assert worker.exitcode == 0 and asked == [signal.SIGTERM]
+
+
+def test_a_worker_that_its_trainer_ends_leaves_at_once_and_asks_nobody():
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    worker = reading_process()
+    dataset_module._end_reading()
+    worker.join(5)
+    signal.signal(signal.SIGTERM, before)
+    assert worker.exitcode == 0 and not asked
 
 
 def test_interleaved_visits_are_short_and_cover_the_same():
