@@ -75,8 +75,8 @@ def test_a_scan_part_by_part(tmp_path, run, cohort):
     assert sum(parts) == pytest.approx(2 * rows["all of these"]["ours"])
 
 
-def test_a_scan_goes_with_its_atlas(run_here):
-    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz")
+def test_a_scan_goes_with_its_atlas(run_here, tmp_path):
+    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", cwd=tmp_path)
     assert refused.returncode == 2 and "--scan and --atlas-mask go together" in refused.stderr
-    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", "--atlas-mask", "m.nii.gz")
+    refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", "--atlas-mask", "m.nii.gz", cwd=tmp_path)
     assert refused.returncode == 2 and "--scan x.nii.gz does not exist" in refused.stderr

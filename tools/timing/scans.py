@@ -16,7 +16,7 @@ from preprocess.atlas import load_atlas
 from preprocess.geometry import PADDING, orient, orientation_of
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask
 from preprocess.patches import map_corners, patches_of
-from preprocess.patchify_atlas import grid_locations
+from preprocess.patchify_atlas import table_of
 from preprocess.picture import picture_of_patches
 from preprocess.registration import overlap, register_masks
 from preprocess.scan import AIR, limit_threads, load_scan
@@ -92,7 +92,7 @@ def rows_scan(args) -> list[Row]:
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)
-    table = np.load(args.atlas_patch_loc) if args.atlas_patch_loc else grid_locations(atlas, PATCH_SIZE, STEP_SIZE)
+    table = table_of(atlas, args.atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
     scan = load_scan(image).image
     mask = lung_mask(scan, "threshold")
     transform = register_masks(atlas, mask)
