@@ -203,7 +203,8 @@ class Experiment:
             ExperimentError: it is missing or no JSON object.
         """
         try:
-            return EasyDict(json.loads(self.configs.read_text(encoding="utf-8")))
+            settings = json.loads(self.configs.read_text(encoding="utf-8"))
+            return EasyDict({**settings})  # raises TypeError for anything but an object; EasyDict takes null for one
         except FileNotFoundError:
             raise ExperimentError(f"{self.configs} is not there") from None
         except (ValueError, TypeError, AttributeError, RecursionError):

@@ -58,6 +58,14 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
                 f"{path} has no 'state_dict' and is not a bare state dict; keys: {sorted(content)[:5]}"
             )
         content = {"state_dict": content}
+    state = content["state_dict"]
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: its 'state_dict' is a {type(state).__name__}, no table of weights")
+    other = next((name for name, value in state.items() if not isinstance(value, torch.Tensor)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path}: its 'state_dict' has an entry {other!r} of type {type(state[other]).__name__}, no tensor"
+        )
     return content
 
 
@@ -98,10 +106,18 @@ def intact(path: Path) -> tuple[int, int]:
 
 
 def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Finished epochs, and steps of the next; of a bare state dict the number in its name, else 0."""
+    """Finished epochs, and steps of the next; of a bare state dict the number in its name, else 0.
+
+    Raises:
+        CheckpointError: they are no whole numbers from 0.
+    """
     number = re.search(r"(\d+)", Path(path).name)
     epoch = content["epoch"] if "epoch" in content else int(number[1]) if number else 0
-    return int(epoch), int(content.get("step", 0))
+    found = {"epoch": epoch, "step": content.get("step", 0)}
+    for name, value in found.items():
+        if not isinstance(value, int) or value < 0:
+            raise CheckpointError(f"{path}: its '{name}' is {value!r}, no number of {name}s that are finished")
+    return found["epoch"], found["step"]
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

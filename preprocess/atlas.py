@@ -10,6 +10,8 @@ import SimpleITK as sitk
 
 from preprocess.scan import EarlierFailure, ScanError, read_mask
 
+SMALLEST = 1e-3  # of the atlas's volume; a child's lungs are a twentieth of an adult's
+
 
 def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     """The atlas's lung mask: 0 outside, 50 right lung, 100 left lung.
@@ -57,4 +59,10 @@ def read_affine(path: Path) -> sitk.Transform:
         raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
     if transform.GetDimension() != 3 or not transform.IsLinear():
         raise ScanError(f"{path} is not a 3-D affine transform")
+    axes = [transform.TransformVector(axis, [0.0, 0.0, 0.0]) for axis in np.eye(3).tolist()]
+    volume = abs(float(np.linalg.det(axes)))
+    if not SMALLEST < volume < 1 / SMALLEST:
+        raise ScanError(
+            f"{path} makes the atlas's lungs {volume:.3g} times as large, which none are; remove it and register again"
+        )
     return transform

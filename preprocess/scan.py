@@ -85,6 +85,8 @@ def _one_volume(image: sitk.Image, path: Path) -> sitk.Image:
         raise ScanError(
             f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; a scan is one 3-D volume"
         )
+    if "complex" in image.GetPixelIDTypeAsString():
+        raise ScanError(f"{path} has complex values; a CT has HU")
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values per voxel; a CT has one")
     if min(image.GetSize()) < 2:

@@ -49,7 +49,8 @@ def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UnicodeDecodeError) as error:  # of its message, where that quotes the file
-        raise ScanError(f"{path} cannot be read as {what}: {_itk_reason(str(error))}") from error
+        reason = _itk_reason(str(error)).replace(f"{path} ", "it ")
+        raise ScanError(f"{path} cannot be read as {what}: {reason}") from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
         before.SetAsGlobalITKLogger()
@@ -63,7 +64,8 @@ def _itk_reason(text: str) -> str:
     if "MetaImageIO" in text and "File cannot be read" in text:  # ITK's own last line is that of errno, unrelated
         return "its data are cut short, or the data file that its header names is missing"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")[:200]
+    told = next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")
+    return re.sub(r"^ITK ERROR: (\S+\(0x[0-9a-f]+\): )?", "", told)[:200]
 
 
 # ------------------------------------------------------------ where voxels are
