@@ -13,8 +13,8 @@ GOLD_from_spirometry.
 Everything that is chosen (penalty, scaling) is chosen inside the folds. Intervals are the bootstrap's over patients,
 95 %; `permuted` is the figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
 encoder's, is judged on the same folds; with --baselines STORE so are the share of lung below -950 HU, HU histograms,
-and features and histogram together. --held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those
-with 1.
+and features and histogram together (what the features weigh beside it is chosen inside the folds). --held-out COLUMN,
+of 0 and 1, fits to the subjects with 0 and reports on those with 1.
 
 Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column; prints a table.
 """
@@ -39,7 +39,7 @@ from misc.progress import progress_bar
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.judge import Judged, Label, judge
 from tools.evaluation.kinds import KINDS, recognize, stands_for_missing, why_no_survival, why_not
-from tools.evaluation.learn import covariate_weights, equal_weights
+from tools.evaluation.learn import added_weights, covariate_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.splits import look_like_one_patient
@@ -230,7 +230,7 @@ def main() -> None:
     if args.baselines:
         arrays["features+histogram"] = np.hstack([arrays["features"], arrays["histogram"]])
         widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
-        weights["features+histogram"] = equal_weights(*widths)
+        weights["features+histogram"] = added_weights(*widths)
     covariates = cohort.covariates
     if args.covariates:
         count = covariates.shape[1]

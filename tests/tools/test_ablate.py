@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tools.evaluation.ablation import markdown, summary
-from tools.evaluation.learn import equal_weights, held_out_r2
+from tools.evaluation.learn import MODELS, added_weights, choose_weights, equal_weights, held_out_r2
 
 
 def test_differences_are_paired_by_seed():
@@ -44,6 +44,25 @@ def test_tables_side_by_side_count_the_same():
     assert np.square(weights[:256]).sum() == pytest.approx(np.square(weights[256:]).sum())
     assert (equal_weights(7) == 1).all()
     assert held_out_r2(both, target, held, weights) > 0.9 > 0.6 > held_out_r2(both, target, held)
+
+
+def test_what_a_table_adds_is_chosen_on_the_fitted():
+    """Noise is left out, a table that knows what the other does not is taken; nothing of the held-out ones is seen."""
+    rng = np.random.default_rng(0)
+    known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
+    target = known.sum(axis=1) + rng.normal(size=120)
+    candidates, model = added_weights(60, 4), MODELS["regression"]
+    assert (candidates[-1] == equal_weights(60, 4)).all() and not candidates[0, :60].any()
+    beside_noise = np.hstack([noise, known])
+    chosen = choose_weights(model, beside_noise[~held], target[~held], candidates)
+    assert np.abs(chosen[:60]).max() < 0.5 * candidates[-1, 0]
+    assert (choose_weights(MODELS["class"], beside_noise, target, candidates) == candidates[-1]).all()
+    alone, equal = held_out_r2(known, target, held), held_out_r2(beside_noise, target, held, candidates[-1])
+    assert equal < held_out_r2(beside_noise, target, held, candidates) and alone > equal
+    telling = np.hstack([np.repeat(target[:, None], 60, 1) + 0.3 * noise, known])
+    assert held_out_r2(telling, target, held, candidates) > alone + 0.1
+    target[held] = rng.normal(size=60)
+    assert (choose_weights(model, beside_noise[~held], target[~held], candidates) == chosen).all()
 
 
 @pytest.mark.slow
