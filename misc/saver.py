@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from misc import process
-from misc.command import StopRequest
+from misc.command import StopRequest, UserError
 from misc.experiment import Experiment
 from misc.runlog import DivergedError, Meters
 
@@ -70,7 +70,7 @@ class Saver:
         """Save ``finished`` epochs, as often as asked, at the end, and when a signal came.
 
         Raises:
-            OSError: there is no room, and no later epoch to save again.
+            UserError: there is no room, and no later epoch to save again.
         """
         last = finished == self.epochs
         (self.agreed,) = process.all_largest(self.stop.number)
@@ -121,8 +121,9 @@ class Saver:
                 f"{error}; {self._last()}: go on from there by --resume auto with a lower --lr"
             ) from None
         except OSError as error:
-            if must:
-                raise
+            if must and error.errno in DISK_IS_FULL:
+                words = f"no room to save ({error}), {self._last()}"
+                raise UserError(f"{words}: make room, and go on with --resume auto") from error
             self._warn(error)
             return False
         self._saved(path, then)
