@@ -30,7 +30,8 @@ function rowOf(row) {
   }
   return element("tr", { className: { failed: "bad", odd: "odd" }[kind[row]] || "" },
     element("td", {}, sids[row]),
-    element("td", { className: DATA.status[row] }, DATA.status[row]),
+    kind[row] === "odd" ? element("td", { className: "look" }, "ok, but look")
+      : element("td", { className: DATA.status[row] }, DATA.status[row]),
     element("td", { className: "number" }, scores[row] >= 500 ? "" : scores[row].toFixed(1)),
     element("td", { className: "reasons" }, DATA.reasons[row]),
     picture, ...figures.map((figure) => element("td", { className: "number" }, number(figure.values[row]))));
@@ -109,7 +110,7 @@ function plot(figure) {
 function start() {
   const count = (one) => kind.filter((other) => other === one).length;
   byId("about").textContent = `${sids.length} subjects: ${count("failed")} failed, ${count("unfinished")} unfinished, ` +
-    `${count("odd")} strange among the others or warned of, ${count("plain")} usual. Worst first; the score counts ` +
+    `${count("odd")} to look at (unlike the others, or with a warning), ${count("plain")} usual. Worst first; the score counts ` +
     `robust standard deviations from the median, ${DATA.strange} is strange. Click a head to sort, a bar to filter.`;
   byId("plots").append(...figures.map(plot).filter(Boolean));
   const heads = COLUMNS.map((column) => {
@@ -121,7 +122,7 @@ function start() {
     head.dataset.title = column.title;
     return head;
   });
-  heads.splice(4, 0, element("th", { textContent: "patches" }));
+  heads.splice(4, 0, element("th", { textContent: "picture" }));
   byId("heads").append(...heads);
   byId("search").oninput = refresh;
   byId("show").onchange = refresh;

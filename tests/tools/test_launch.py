@@ -1,7 +1,9 @@
 """The launcher of ranks: one line for what the user can mend, torchrun's report for the rest."""
 
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -100,3 +102,21 @@ def test_our_defaults_give_way_to_flags(monkeypatch):
     )
     monkeypatch.setattr(launch, "heeded", lambda number: number != signal.SIGHUP)
     assert not any("SIGHUP" in flag for flag in launch.with_our_defaults(["train.py"]))
+
+
+@pytest.mark.slow
+def test_a_machine_whose_own_name_does_not_resolve_trains(tmp_path):
+    """A container's name is often in no table: --standalone meets at the loopback address."""
+    own_name = ["unshare", "-u", "sh", "-c"]
+    if subprocess.run([*own_name, "hostname no-such-name"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not give a process a host name of its own")
+    (tmp_path / "meet.py").write_text(
+        "import torch.distributed as dist\ndist.init_process_group('gloo')\nprint('rank', dist.get_rank())\n"
+    )
+    launch = [sys.executable, ROOT / "tools" / "launch.py", "--standalone", "--nproc-per-node", 2, tmp_path / "meet.py"]
+    words = " ".join(shlex.quote(str(part)) for part in launch)
+    done = subprocess.run(
+        [*own_name, f"hostname no-such-name && exec {words}"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0", "rank 1"]
