@@ -78,6 +78,18 @@ def _gpu_lock(number: int) -> Path:
     return Path(tempfile.gettempdir()) / f"drasclr-{os.getuid()}-gpu-{number}.lock"
 
 
+def network_mask(scan: sitk.Image, weights: str | None) -> sitk.Image:
+    """What lungmask's network says of a scan in HU, uint8 on its grid, on a GPU where one is. Raises UserError."""
+    inferer = load_lungmask(weights)
+    with one_gpu() as gpu:
+        if gpu is not None:
+            inferer.device = gpu
+            inferer.model.to(gpu)
+        mask = sitk.GetImageFromArray(inferer.apply(scan).astype(np.uint8))
+    mask.CopyInformation(scan)
+    return mask
+
+
 def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: Path | str = "the scan") -> sitk.Image:
     """Mask of both lungs on the scan's own grid: uint8, 1 right, 2 left (the patient's).
 
@@ -91,16 +103,7 @@ def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: P
         ScanError: the scan is no whole chest, or has no pair of lungs.
     """
     check_extent(scan, name)
-    if method == "threshold":
-        mask = threshold.segment_lungs(scan)
-    else:
-        inferer = load_lungmask(weights)
-        with one_gpu() as gpu:
-            if gpu is not None:
-                inferer.device = gpu
-                inferer.model.to(gpu)
-            mask = sitk.GetImageFromArray(inferer.apply(scan).astype(np.uint8))
-        mask.CopyInformation(scan)
+    mask = threshold.segment_lungs(scan) if method == "threshold" else network_mask(scan, weights)
     lung_volumes(mask, name)
     return mask
 

@@ -11,20 +11,18 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from misc.sizes import HU_MAX, HU_MIN
+from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import load_atlas
 from preprocess.geometry import PADDING, orient, orientation_of
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask, network_mask
 from preprocess.patches import map_corners, patches_of
-from preprocess.patchify_atlas import table_of
+from preprocess.patchify_atlas import STEP_SIZE, table_of
 from preprocess.picture import picture_of_patches
 from preprocess.registration import overlap, register_masks
 from preprocess.scan import AIR, limit_threads, load_scan
 from tools.timing.measure import Row, compare
 from tools.timing.runs import peak_gb
 
-PATCH_SIZE = 32
-STEP_SIZE = 26
 LUNGMASK_CLASSES = 3  # of R231
 
 
@@ -98,7 +96,7 @@ def rows_scan(args) -> list[Row]:
     transform = register_masks(atlas, mask)
     cut = patches_of(scan, transform, atlas, table, PATCH_SIZE)
     size = " x ".join(map(str, scan.GetSize()))
-    unit, rows = "core-seconds", []
+    unit = "core-seconds"
     parts = {
         f"reading and checking a scan of {size}": lambda: load_scan(image),
         "lung mask by threshold, checked": lambda: check_lungs(lung_mask(scan, "threshold"), scan, image),
@@ -122,11 +120,11 @@ def rows_scan(args) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="drasclr-lungmask-") as folder:
         weights = random_lungmask(Path(folder))
         where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-        network, slices = load_lungmask(weights), scan.GetSize()[2]
-        few = min(slices, network.batch_size)
+        slices = scan.GetSize()[2]
+        few = min(slices, load_lungmask(weights).batch_size)
         some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]  # a batch: a slice takes up to a second on a CPU
         start = time.perf_counter()
-        network.apply(some)
+        network_mask(some, weights)
         each = (time.perf_counter() - start) / few
         row = Row(f"lung mask by lungmask's network, random weights, {where}", "s a slice", ours=each)
         row.note = f"{each * slices:.0f} s for {slices} slices"
