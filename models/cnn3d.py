@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import gpu
 from models.condconv3d import CondConv3D
 from models.cpu.groups import encode_groups
 from models.cpu.norm_elu import norm_elu_training
@@ -35,6 +36,9 @@ def norm_elu(
             its samples in every block. Both divide B together.
         track: update the running statistics, as ``norm`` would, by group 0 alone.
     """
+    fast = None if torch.compiler.is_compiling() else gpu.norm_elu_training(norm, x, groups, blocks, track)
+    if fast is not None:
+        return fast
     if groups == 1 or not norm.training:
         return _norm_elu(norm, x, track)
     parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)

@@ -1,0 +1,97 @@
+"""models/gpu.py: its arithmetic with the four kernels written out for the CPU, and itself where there is a GPU."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import gpu
+
+
+def stats(x, eps):
+    var, mean = torch.var_mean(x, dim=(0, 2), correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def elemt(x, weight, bias, mean, inverse, eps):
+    wide = [value[None, :, None] for value in (weight, bias, mean, inverse)]
+    return (x - wide[2]) * wide[3] * wide[0] + wide[1]
+
+
+def reduce(grad, x, mean, inverse, weight, *wanted):
+    return grad.sum(dim=(0, 2)), (grad * (x - mean[None, :, None])).sum(dim=(0, 2)), None, None
+
+
+def backward(grad, x, mean, inverse, weight, sum_dy, sum_dy_xmu, count):
+    wide = [value[None, :, None] for value in (mean, inverse, weight, sum_dy / count, sum_dy_xmu / count)]
+    return (grad - wide[3] - (x - wide[0]) * wide[1] ** 2 * wide[4]) * wide[1] * wide[2]
+
+
+def written_out(monkeypatch):
+    """The kernels that only GPUs have, as torch's documentation of BatchNorm defines them."""
+    kernels = {"stats": stats, "elemt": elemt, "backward_reduce": reduce, "backward_elemt": backward}
+    for name, function in kernels.items():
+        monkeypatch.setattr(torch, f"batch_norm_{name}", function)
+
+
+def one_group_after_another(norm, x, groups, blocks):
+    parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)
+    done = []
+    for group, part in enumerate(parts):
+        layer = norm if group == 0 else copy.deepcopy(norm)
+        layer.weight, layer.bias = norm.weight, norm.bias
+        done.append(F.elu(layer(part.flatten(0, 1))).unflatten(0, (blocks, -1)))
+    return torch.stack(done, dim=1).flatten(0, 2)
+
+
+SHAPES = [(12, 8, 4, 4, 4), (12, 3, 2, 2, 2), (24, 5, 1, 1, 1)]
+
+
+def both(x, groups, blocks, tolerance):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm3d(x.shape[1]).to(x)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    other = copy.deepcopy(norm)
+    weights = torch.randn_like(x)
+    results = []
+    for layer, way in ((norm, lambda *a: gpu.apply(*a, True)), (other, one_group_after_another)):
+        inputs = x.clone().requires_grad_()
+        y = way(layer, inputs, groups, blocks)
+        (y * weights).sum().backward()
+        results.append((y.detach(), inputs.grad, layer.weight.grad, layer.bias.grad, dict(layer.named_buffers())))
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups, blocks", [(1, 1), (2, 1), (4, 1), (2, 3), (1, 3)])
+def test_every_group_as_one_after_another(monkeypatch, shape, groups, blocks):
+    written_out(monkeypatch)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 + 2
+    both(x, groups, blocks, dict(rtol=1e-9, atol=1e-9))
+
+
+def test_a_channel_without_spread_has_a_finite_gradient(monkeypatch):
+    written_out(monkeypatch)
+    norm = nn.BatchNorm3d(2).double()
+    x = torch.ones(4, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    y = gpu.apply(norm, x, 2, 1, True)
+    y.square().sum().backward()
+    assert torch.isfinite(x.grad).all() and not y.detach().any()
+
+
+def test_without_tracking_the_running_statistics_stay(monkeypatch):
+    written_out(monkeypatch)
+    norm = nn.BatchNorm3d(3).double()
+    gpu.apply(norm, torch.randn(4, 3, 2, 2, 2, dtype=torch.float64), 1, 1, False)
+    assert not norm.running_mean.any() and norm.num_batches_tracked == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (12, 8, 32, 32, 32)])
+@pytest.mark.parametrize("groups, blocks", [(1, 1), (4, 1), (2, 3)])
+def test_on_a_gpu(shape, groups, blocks):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).cuda() * 3 + 2
+    both(x, groups, blocks, dict(rtol=1e-8, atol=1e-8))
+    both(x.float(), groups, blocks, dict(rtol=1e-3, atol=1e-4))
