@@ -32,17 +32,20 @@ def check_sid(sid: str) -> None:
         )
 
 
-def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), file_names: bool = True) -> pd.DataFrame:
+def read_table(
+    path: str | os.PathLike, required: tuple[str, ...] = ("sid",), file_names: bool = True, one_row: bool = True
+) -> pd.DataFrame:
     """Read a CSV as text, every cell a string, and check its sid column.
 
     Args:
         path: with a header. Empty cells beyond it, as a spreadsheet's trailing commas, are left out.
         required: columns that must be there.
         file_names: whether files will be named after the sids, so that each must be safe for that.
+        one_row: whether a subject may have one row only.
 
     Raises:
         StoreError: missing or unreadable file, missing column, more cells than columns, no rows, a
-            sid that is twice or unsafe as a file name.
+            sid that is unsafe as a file name, or twice where it may not be.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +69,7 @@ def read_table(path: str | os.PathLike, required: tuple[str, ...] = ("sid",), fi
         except StoreError as error:
             raise StoreError(f"{path}, line {line}: {error}") from None
     twice = table["sid"][table["sid"].duplicated()]
-    if len(twice):
+    if one_row and len(twice):
         raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
     return table
 

@@ -74,9 +74,8 @@ class _NormELU(torch.autograd.Function):
         wanted = True, False, False
         sum_dy, sum_dy_xmu, *_ = torch.batch_norm_backward_reduce(grad, rows, mean, inverse, weight, *wanted)
         spread = (ctx.blocks, ctx.groups, -1, ctx.shape[1])
-        sums = (
-            torch.stack([sum_dy, sum_dy_xmu, sum_dy_xmu * inverse]).view(3, *spread).sum(dim=(1, 3))
-        )  # (3, groups, C)
+        sums = torch.stack([sum_dy, sum_dy_xmu, sum_dy_xmu * inverse]).view(3, *spread)
+        sums = sums.sum(dim=(1, 3))  # (3, groups, C)
         grad_bias, _, grad_weight = sums.sum(dim=1)  # (C,) each
         sum_dy, sum_dy_xmu = _to_samples(sums[:2], ctx.blocks, ctx.per_sample)  # (B * C,) each
         count = rows.numel() // ctx.shape[1] // ctx.groups

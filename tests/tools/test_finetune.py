@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
+from tools.finetuning import fit as fitting
 from tools.finetuning.network import Head
 from tools.finetuning.tasks import Task, draw_split
 
@@ -72,7 +73,7 @@ def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_training_the_encoder_lowers_its_loss(study, run, tmp_path, layers):
-    flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 0.5, "--seeds", 1)
+    flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 1, "--seeds", 1)
     finetune(run, study, tmp_path / "out", *flags, "--layers", layers, "--pooling", "attention")
     start = torch.load(study / "k.pth.tar", weights_only=True)["state_dict"]
     end = torch.load(tmp_path / "out" / "k.pth.tar", weights_only=True)["state_dict"]
@@ -129,6 +130,8 @@ def test_a_smaller_fractions_patients_are_a_larger_ones_and_nobody_is_on_two_sid
         (("--labels", "l.csv"), "give --labels and --column, or --patch-labels"),
         (("--patch-labels", "bad.csv"), "bad.csv, line 3: patch '9' is not a number from 0 to 5"),
         (("--patch-labels", "who.csv"), "who.csv, line 2: sid 'x' is not in the store"),
+        (("--patch-labels", "sup.csv"), "sup.csv, line 2: patch '²' is not a number from 0 to 5"),
+        (("--patch-labels", "sep.csv"), "cells must be separated by commas"),
         (("--patch-labels", "l.csv"), "l.csv has no column 'patch'"),
         (("--labels", "l.csv", "--column", "sick", "--checkpoint", "no.tar"), "no checkpoint at no.tar"),
     ],
@@ -136,6 +139,31 @@ def test_a_smaller_fractions_patients_are_a_larger_ones_and_nobody_is_on_two_sid
 def test_refusals(study, run_here, flags, message):
     (study / "bad.csv").write_text("sid,patch,value\n000,0,1\n000,9,1\n")
     (study / "who.csv").write_text("sid,patch,value\nx,0,1\n")
+    (study / "sup.csv").write_text("sid,patch,value\n000,²,1\n", encoding="utf-8")
+    (study / "sep.csv").write_text("sid;patch;value\n000;0;1\n")
     given = ("--root-dir", "store", "--checkpoint", "k.pth.tar", "--out-dir", "refused")
     result = run_here("tools/finetune.py", *given, *flags, cwd=study)
     assert result.returncode == 2 and message in result.stderr and not (study / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "start", "best", "kept", "rounds"),
+    [
+        ([3, 1, 2, 2, 2, 2, 0], float("inf"), 1, 2, 6),
+        ([3, 2, 2, 2, 0], 1.0, 1.0, 0, 4),
+        ([5, 4, 3], float("inf"), 3, 3, 3),
+    ],
+)
+def test_rounds_leave_the_model_at_its_best(monkeypatch, losses, start, best, kept, rounds):
+    monkeypatch.setitem(fitting.ROUNDS, "last", len(losses))
+    monkeypatch.setitem(fitting.PATIENCE, "last", 4)
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    following = iter(losses)
+
+    def one_round():
+        model.weight.data += 1
+        return next(following)
+
+    assert fitting._until_no_better(one_round, (model,), "last", start) == (best, rounds)
+    assert model.weight.item() == kept  # how many rounds there were when it was at its best

@@ -1,6 +1,7 @@
 """One fit: a head, and where asked the encoder, on some labels, until the validation labels get no better."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from models.frozen import LOCATIONS_AT_ONCE, freeze
 from tools.finetuning.network import Head, trainable
 from tools.finetuning.tasks import Split, Task
 
-HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-4, 1e-2
+HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
 ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # at most, over the training labels
 PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss
 PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # of a step that trains the encoder
@@ -101,6 +102,10 @@ def fit(
 ) -> Fitted:
     """Train on ``split.train``, stop by ``split.validation``, predict ``split.test``.
 
+    The head is fitted to the representations as they are first; only then does the encoder move, and only as long as
+    that makes the validation loss better than it was: a head of random weights would pull the encoder away from what
+    it knows (Kumar et al., ICLR 2022).
+
     Args:
         encoder: changed in place where ``layers`` trains it.
         layers, pooling: of tools.finetuning.network.
@@ -123,33 +128,56 @@ def fit(
     head = Head(train_h.shape[-1], outputs_of(task), pooling)
     head.calibrate(train_h)
     head.to(device)
-    groups = [{"params": list(head.parameters()), "lr": HEAD_RATE}]
-    groups += [{"params": parameters, "lr": ENCODER_RATE}] if parameters else []
-    optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
-    rng = np.random.default_rng([seed, 11])
     validation_h = represent(split.validation, fresh=False)
-    best, best_loss, waited, rounds = None, float("inf"), 0, 0
-    while rounds < ROUNDS[layers] and waited < PATIENCE[layers]:
-        rounds += 1
-        if parameters:
-            _round_of_encoder(task, split.train, data, encoder, head, scaled, optimizer, rng)
-            validation_h = represent(split.validation, fresh=True)
-        else:
-            optimizer.zero_grad(set_to_none=True)
-            scaled.loss(head(train_h.to(device)), split.train).backward()
-            optimizer.step()
+
+    def judged(h: torch.Tensor) -> float:
         with torch.no_grad():
-            loss = float(scaled.loss(head(validation_h.to(device)), split.validation))
-        if loss < best_loss:
-            best, best_loss, waited = (copy.deepcopy(head.state_dict()), copy.deepcopy(encoder.state_dict())), loss, 0
-        else:
-            waited += 1
-    if best is not None:
-        head.load_state_dict(best[0])
-        encoder.load_state_dict(best[1])
+            return float(scaled.loss(head(h.to(device)), split.validation))
+
+    optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=DECAY)
+
+    def round_of_head() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        scaled.loss(head(train_h.to(device)), split.train).backward()
+        optimizer.step()
+        return judged(validation_h)
+
+    best_loss, rounds = _until_no_better(round_of_head, (head,), "frozen", float("inf"))
+    if parameters:
+        groups = [{"params": head.parameters(), "lr": FITTED_HEAD_RATE}, {"params": parameters, "lr": ENCODER_RATE}]
+        descent = torch.optim.AdamW(groups, weight_decay=DECAY)
+        rng = np.random.default_rng([seed, 11])
+
+        def round_of_encoder() -> float:
+            _round_of_encoder(task, split.train, data, encoder, head, scaled, descent, rng)
+            return judged(represent(split.validation, fresh=True))
+
+        best_loss, rounds = _until_no_better(round_of_encoder, (head, encoder), layers, best_loss)
     with torch.no_grad():
         outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
     return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss)
+
+
+def _until_no_better(
+    one_round: Callable[[], float], models: Sequence[nn.Module], layers: str, best_loss: float
+) -> tuple[float, int]:
+    """Rounds until the validation loss that each returns gets no better; ``models`` are left as at their best.
+
+    Returns:
+        The best loss, ``best_loss`` where no round beat it, and how many rounds there were.
+    """
+    best = [copy.deepcopy(model.state_dict()) for model in models]
+    waited = rounds = 0
+    while rounds < ROUNDS[layers] and waited < PATIENCE[layers]:
+        rounds += 1
+        loss = one_round()
+        if loss < best_loss:
+            best, best_loss, waited = [copy.deepcopy(model.state_dict()) for model in models], loss, 0
+        else:
+            waited += 1
+    for model, state in zip(models, best):
+        model.load_state_dict(state)
+    return best_loss, rounds
 
 
 def _round_of_encoder(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.layout import StoreError
+from data.tables import read_table
 from tools.evaluation.kinds import recognize, why_not
 
 FEWEST = 10  # labelled patients
@@ -38,13 +39,13 @@ def patient_task(sids: list[str], values: np.ndarray, column: str, kind: str | N
 
 def patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
     """From a CSV of sid, patch, value. Raises StoreError, which names the line."""
-    table = read_table_of_patches(path)
+    table = read_table(path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
     rows, places, values = [], [], []
     for line, (sid, place, value) in enumerate(zip(table["sid"], table["patch"], table["value"]), start=2):
         if sid not in row_of:
             raise StoreError(f"{path}, line {line}: sid {sid!r} is not in the store, whose first is {sids[0]!r}")
-        if not place.isdigit() or int(place) >= locations:
+        if not place.isdecimal() or int(place) >= locations:
             raise StoreError(f"{path}, line {line}: patch {place!r} is not a number from 0 to {locations - 1}")
         try:
             number = float(value)
@@ -56,22 +57,6 @@ def patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> 
         places.append(int(place))
         values.append(number)
     return _task(np.array(rows), np.array(places), np.array(values), f"{path}: value", kind)
-
-
-def read_table_of_patches(path: str):
-    """sid, patch, value as text; a sid has many rows. Raises StoreError."""
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} cannot be read as a CSV table: {error}") from error
-    for name in ("sid", "patch", "value"):
-        if name not in table.columns:
-            raise StoreError(f"{path} has no column {name!r}; a table of patch labels has sid, patch and value")
-    if table.empty:
-        raise StoreError(f"{path} has a header and no rows")
-    return table
 
 
 def _task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what: str, kind: str | None) -> Task:
