@@ -98,6 +98,9 @@ def _read_text(path: Path) -> pd.DataFrame:
             header.pop()
         if not header:
             raise ValueError("its first line is empty")
+        nameless = next((n for n, name in enumerate(header, start=1) if not name or name.startswith("Unnamed:")), None)
+        if nameless is not None:
+            raise ValueError(f"column {nameless} has no name; delete it (a table saved with its row numbers has one)")
         twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
         if twice is not None:
             raise ValueError(f"it has column {twice!r} twice")
@@ -105,7 +108,9 @@ def _read_text(path: Path) -> pd.DataFrame:
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells[len(header) :]):
-                raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header")
+                other = len(header) == 1 and re.search("[;\t]", header[0])  # and decimal commas
+                hint = "; cells must be separated by commas" if other else ""
+                raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header{hint}")
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
     return pd.DataFrame(rows, columns=header, dtype=str)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -83,6 +84,11 @@ def check_writable(folder: Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"{flag}: nothing can be written to {there}: {error.strerror}") from None
+
+
+def safe_name(text: str) -> str:
+    """A name that a user gave as part of a file's: signs that could leave a folder or break a name become _."""
+    return re.sub(r"[^\w.+=@,-]", "_", text).lstrip(".") or "_"
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:

@@ -20,6 +20,7 @@ Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column; print
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,28 +30,22 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels
 from data.layout import StoreError
 from data.store import PatchStore
-from data.tables import read_table, spelt
+from data.tables import read_table
 from misc.command import Parser, at_least, run
-from misc.files import check_writable, write_json, write_text
+from misc.files import check_writable, safe_name, write_json, write_text
 from misc.progress import progress_bar
 from tools.evaluation.baselines import baseline_tables
+from tools.evaluation.cohort import Cohort, make_labels, note
 from tools.evaluation.judge import Judged, Label, judge
-from tools.evaluation.kinds import KINDS, recognize, stands_for_missing, why_no_survival, why_not
+from tools.evaluation.kinds import KINDS
 from tools.evaluation.learn import added_weights, covariate_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
-from tools.evaluation.splits import look_like_one_patient
-from tools.evaluation.tables import group_numbers, held_out_rows, matching_sids, read_features, refuse_leaks
+from tools.evaluation.tables import matching_sids, read_features, refuse_leaks, tell_unmatched
 
-STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
-SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+RESERVED = ("covariates", "density", "density_by_location", "histogram", "histogram_by_location", "features+histogram")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,8 +87,14 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--time-column and --event-column go together")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist")
+    if args.json and Path(args.json).is_dir():
+        parser.error(f"--json {args.json} is a folder; give a file's name")
+    args.columns = list(dict.fromkeys(args.columns)) if args.columns else None
+    wanted = (*(args.columns or ()), args.time_column, args.event_column)
+    if args.event_column in (args.columns or ()):
+        parser.error(f"--columns {args.event_column} is the event of --time-column already: leave it out")
     for name in args.covariates:
-        if name in (*(args.columns or ()), args.time_column, args.event_column):
+        if name in wanted:
             parser.error(f"--covariates {name} is what is to be predicted: every figure would be perfect")
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
@@ -108,7 +109,9 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
     for text in args.compare:
         name, sign, path = text.partition("=")
         name, path = (name, path) if sign and not Path(text).exists() else ("compare", text)
-        if name in tables:
+        if not name:
+            raise StoreError(f"--compare {text}: no name before the =; give NAME=FILE")
+        if name in (*tables, *RESERVED):
             raise StoreError(f"--compare {text}: the name {name} is taken; give another, NAME=FILE")
         tables[name] = read_features(path)
         tables[name].attrs["path"] = path
@@ -117,100 +120,14 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
     return tables
 
 
-class Cohort:
-    """Labels, covariates and patients of the subjects that all tables have."""
-
-    def __init__(self, args: argparse.Namespace, sids: list[str]):
-        self.path, self.sids = args.labels, sids
-        asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
-        told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
-
-        def hear(text: str) -> None:
-            if "column" not in text or any(name in text for name in told):
-                note(text)
-
-        values, self.names = read_labels(args.labels, sids, hear)
-        self.values = values.astype(np.float64)
-        self.held_out = held_out_rows(values, self.names, args.held_out, args.labels) if args.held_out else None
-        self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
-        self.known = ~np.isnan(self.covariates).any(axis=1)
-        if not self.known.all():
-            first = sids[int(np.argmin(self.known))]
-            note(
-                f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, the first {first!r}"
-            )
-        if args.group_column:
-            table = read_table(args.labels, file_names=False)
-            self.groups = group_numbers(table, args.group_column, sids, args.labels)
-        else:
-            self.groups = np.arange(len(sids))
-            alike = look_like_one_patient(sids)
-            if alike:
-                note(
-                    f"sids {', '.join(alike[:3])} look like scans of one patient; without --group-column they may "
-                    "be in several folds, and any label is then predicted by recognising the patient"
-                )
-
-    def column(self, name: str) -> np.ndarray:
-        """(N,) NaN where unknown. Raises StoreError."""
-        if name not in self.names:
-            raise StoreError(f"{self.path} has no numeric column {name!r}{spelt(name, self.names)}")
-        return self.values[:, self.names.index(name)]
-
-
-def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
-    """What is to be predicted, each with the rows (N,) where it is known. Raises StoreError."""
-    taken = {args.held_out, args.time_column, args.event_column, *args.covariates}
-    unknown = next((name for name in args.kind if name not in cohort.names), None)
-    if unknown:
-        raise StoreError(f"--kind {unknown}: {cohort.path} has no such numeric column{spelt(unknown, cohort.names)}")
-    wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
-    labels = []
-    for name in wanted:
-        values = cohort.column(name)
-        known = ~np.isnan(values) & cohort.known
-        if stands_for_missing(values[known]):
-            low = values[known].min()
-            count = int((values[known] == low).sum())
-            note(f"column {name!r} has {low:g} for {count} subjects: if that means missing, leave such cells empty")
-        kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
-        reason = why_not(values[known], kind, args.folds) or _too_few_patients(cohort, known, args.folds)
-        if reason and args.columns:
-            raise StoreError(f"column {name!r} {reason}")
-        if reason:
-            note(f"column {name!r} left out, it {reason}")
-            continue
-        classes = tuple(np.unique(values[known])) if kind == "class" else ()
-        target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
-        labels.append((Label(name, kind, target, classes), known))
-        stages = _stage(cohort, name, values, known) if kind == "grade" else None
-        labels += [stages] if stages else []
-    if args.time_column:
-        both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
-        known = ~np.isnan(both).any(axis=1) & cohort.known
-        reason = "nobody's time and event are known" if not known.any() else why_no_survival(*both[known].T, args.folds)
-        if reason:
-            raise StoreError(f"--time-column {args.time_column}, --event-column {args.event_column}: {reason}")
-        labels.append((Label(args.event_column, "survival", both[known]), known))
-    if not labels:
-        raise StoreError(f"{cohort.path} has no column that can be predicted for these subjects")
-    return labels
-
-
-def _too_few_patients(cohort: Cohort, known: np.ndarray, folds: int) -> str:
-    patients = len(np.unique(cohort.groups[known]))
-    return "" if patients >= folds else f"is known for {patients} patients, fewer than the {folds} folds"
-
-
-def _stage(cohort: Cohort, name: str, values: np.ndarray, known: np.ndarray) -> tuple[Label, np.ndarray] | None:
-    """A stage by way of the spirometry that it follows from, where the table has it."""
-    columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
-    if name not in STAGES or None in columns:
-        return None
-    spirometry = np.stack([cohort.column(column) for column in columns], axis=1)
-    known = known & (spirometry > 0).all(axis=1)  # NaN is not above 0
-    target = np.column_stack([values[known], np.log10(spirometry[known])])
-    return Label(f"{name}_from_spirometry", "stage", target), known
+def remove_pictures(out_dir: Path) -> None:
+    """Those of an evaluation before this one, of whatever columns."""
+    try:
+        before = json.loads((out_dir / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for name in before if isinstance(before, dict) else ():
+        (out_dir / f"{safe_name(name)}.png").unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -219,12 +136,13 @@ def main() -> None:
     known = read_table(args.labels, file_names=False)
     sids = matching_sids(tables, known, args.labels)
     refuse_leaks(tables, known.columns, args.labels)
+    tell_unmatched(tables["features"].index, known["sid"], args.labels, note)
     if len(sids) < (there := tables["features"].index.isin(known["sid"]).sum()):
         note(f"{len(sids)} of {there} subjects with features and labels are in every table; the others are left out")
     for flag, path in (("--out-dir", args.out_dir), ("--json", args.json and Path(args.json).absolute().parent)):
         if path:
             check_writable(Path(path), flag)
-    cohort = Cohort(args, sids)
+    cohort = Cohort(args, sids, known)
     arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     if args.baselines:
@@ -258,10 +176,11 @@ def main() -> None:
     if args.out_dir:
         out_dir = Path(args.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
+        remove_pictures(out_dir)
         write_json(out_dir / "evaluation.json", results)
         write_text(out_dir / "evaluation.md", f"{text}\n\n{details(listed)}\n")
         for label, reported, found in judged:
-            draw(label, found, "features", reported, out_dir / f"{label.name}.png")
+            draw(label, found, "features", reported, out_dir / f"{safe_name(label.name)}.png")
     if args.json:
         write_json(args.json, results)
 

@@ -28,6 +28,7 @@ from data.labels import filled_and_numbers
 from data.layout import StoreLayout, load_locations
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
+from misc.files import check_writable
 from misc.page import link_to, packed, write_page
 from misc.progress import progress_bar
 from misc.sizes import PATCH_SIZE
@@ -63,6 +64,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{flag} needs --{other.replace('_', '-')}")
     if args.atlas_mask and not args.root_dir:
         parser.error("--atlas-mask needs --root-dir, whose table has the locations")
+    page = Path(args.out)
+    inputs = [Path(path).resolve() for path in (args.features, args.labels, args.patch_features) if path]
+    if page.is_dir() or page.resolve() in inputs:
+        parser.error(f"--out {page} is {'a folder' if page.is_dir() else 'an input'}; give the page's own name")
     return args
 
 
@@ -138,6 +143,7 @@ def picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict[str,
 def main() -> None:
     args = parse_arguments()
     page = Path(args.out)
+    check_writable(page.absolute().parent, "--out")
     table = read_features(args.features)
     sids = table.index.tolist()
     if len(sids) < 3:

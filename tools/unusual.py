@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.store import PatchStore
 from misc.command import Parser, UserError, run
-from misc.files import write_json, write_text
+from misc.files import check_writable, write_json, write_text
 from tools.evaluation.baselines import BINS, baseline_tables
 from tools.evaluation.metrics import auroc
 from tools.evaluation.normal import FEWEST, unusual
@@ -57,6 +57,7 @@ def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
+    check_writable(Path(args.out_dir), "--out-dir")
     path = Path(args.features_dir) / "pred_arr_patch_full.npy"
     features, sids = read_patch_features(path), patch_sids(path)
     healthy, known = healthy_and_known(args.labels, sids, args.healthy, FEWEST)

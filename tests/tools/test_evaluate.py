@@ -190,7 +190,7 @@ def write_labels(path, sids):
         (("--compare", "others.csv"), "others.csv has none of the features' subjects, such as 's00'"),
         (("--compare", "zeros=zeros.csv"), "such as 's00'"),
         (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
-        (("--compare", "text.csv"), "text.csv has a cell that is no number"),
+        (("--compare", "text.csv"), "text.csv has 'high' in column f000 of sid s01"),
         (("--compare", "a=f.csv", "--compare", "a=f.csv"), "--compare a=f.csv: the name a is taken"),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
         (("--columns", "few"), "column 'few' is known for 3 subjects"),
@@ -259,3 +259,93 @@ def test_a_subject_without_a_covariate_is_left_out_and_told(study, run, tmp_path
     result = run("tools/evaluate.py", *flags, cwd=tmp_path)
     assert "1 of 120 subjects lack a covariate and are left out, the first '003'" in result.stderr
     assert "| number | 119 |" in result.stdout
+
+
+def held_out_tables(folder, count=60):
+    """Two scans of each patient; died and cls vary on one side only; sex is text; odd/name is no file's name."""
+    rng = np.random.default_rng(4)
+    sids = [f"{number:04d}" for number in range(count)]
+    table = pd.DataFrame({"sid": sids, "patient": np.arange(count) // 2, "y": rng.normal(size=count)})
+    table["held"] = np.arange(count) % 2
+    table["side"] = (np.arange(count) >= count // 2).astype(int)
+    table["odd/name"], table["sex"], table["years"] = table["y"], "M", rng.uniform(1, 5, count)
+    table["died"] = table["side"].where(table.index % 3 > 0, 0)  # of side 1 alone
+    table["cls"] = table["side"] * (table.index % 2)
+    table["one"] = [1.0] * (count // 2) + [np.nan] * (count // 2)
+    table["fitted"] = table["y"].where(table["side"] == 0)
+    table["GOLD"], table["FEV1pp"], table["FEV1_FVC"] = table.index % 4, 80.0 - table.index % 4, 0.7
+    table.loc[5:, "FEV1pp"] = np.nan
+    table.to_csv(folder / "l.csv", index=False)
+    features = pd.DataFrame(rng.normal(size=(count, 3)), columns=["f000", "f001", "f002"])
+    features.insert(0, "sid", sids)
+    features.to_csv(folder / "f.csv", index=False)
+    return features, table
+
+
+SURVIVAL = ("--time-column", "years", "--event-column", "died")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--columns", "y", "--held-out", "held", "--group-column", "patient"),
+            "are of one patient, who is then fitted to",
+        ),
+        (("--held-out", "side", *SURVIVAL), "no event was seen: everybody is censored of those fitted to"),
+        (
+            ("--held-out", "side", "--columns", "cls"),
+            "column 'cls' is 0 for every subject; there is nothing to predict of",
+        ),
+        (("--held-out", "side", "--columns", "fitted"), "column 'fitted' is known for 0 of those reported on"),
+        (("--columns", "GOLD", "--covariates", "FEV1pp"), "column 'GOLD' follows from --covariates FEV1pp"),
+        (("--columns", "y", "--group-column", "sid"), "--group-column sid: a sid names a scan"),
+        (("--columns", "y", "--compare", "covariates=f.csv"), "the name covariates is taken"),
+        (("--columns", "y", "--compare", "=f.csv"), "no name before the ="),
+        (("--columns", "sex"), "no numeric column 'sex', as 'M' of sid 0000 is none: write numbers only, 1 and 0"),
+        (("--columns", "died", *SURVIVAL), "--columns died is the event of --time-column already"),
+        (("--columns", "y", "--held-out", "helf"), "no numeric column 'helf' for --held-out; did you mean held?"),
+        (("--columns", "y", "--json", "."), "--json . is a folder"),
+    ],
+)
+def test_what_a_side_lacks_is_told(tmp_path, run_here, flags, message):
+    held_out_tables(tmp_path)
+    given = ("--features", "f.csv", "--labels", "l.csv", "--out-dir", "out")
+    result = run_here("tools/evaluate.py", *given, *flags, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_have_safe_names_and_old_ones_go(tmp_path, run_here):
+    held_out_tables(tmp_path)
+    given = ("--features", "f.csv", "--labels", "l.csv", "--out-dir", "out")
+    first = run_here("tools/evaluate.py", *given, "--columns", "odd/name", "GOLD", cwd=tmp_path)
+    assert first.returncode == 0 and "No better than chance as far as these patients tell" in first.stdout
+    assert "GOLD is not predicted by way of spirometry: where FEV1pp, FEV1_FVC are known" in first.stderr
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"odd_name.png", "GOLD.png"}
+    assert run_here("tools/evaluate.py", *given, "--columns", "y", cwd=tmp_path).returncode == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"y.png"}
+
+
+def test_subjects_that_one_table_lacks_are_told(tmp_path, run_here):
+    features, labels = held_out_tables(tmp_path)
+    labels["sid"] = [sid if number % 2 else f"{number}.0" for number, sid in enumerate(labels["sid"])]
+    labels.to_csv(tmp_path / "l.csv", index=False)
+    said = run_here(
+        "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "y", cwd=tmp_path
+    ).stderr
+    assert "30 of 60 subjects have no row in l.csv, such as '0000'" in said and "it has '0.0' for '0000', and a sid is text" in said
+    features.to_csv(tmp_path / "f.csv")  # with the row numbers, as pandas does unless told otherwise
+    result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
+    assert result.returncode == 2 and "column 1 has no name; delete it" in result.stderr
+
+
+def test_one_risk_for_all_is_a_picture_without_a_test(tmp_path, run_here):
+    features, labels = held_out_tables(tmp_path)
+    labels["died"] = labels.index % 2
+    labels.to_csv(tmp_path / "l.csv", index=False)
+    features[["f000", "f001", "f002"]] = 1.0
+    features.to_csv(tmp_path / "f.csv", index=False)
+    flags = ("--features", "f.csv", "--labels", "l.csv", "--held-out", "side", *SURVIVAL, "--out-dir", "out")
+    result = run_here("tools/evaluate.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path / "out" / "died.png").is_file(), result.stderr

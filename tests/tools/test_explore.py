@@ -200,6 +200,9 @@ def test_ten_thousand_patients_open_soon(tmp_path):
     [
         (("--atlas-mask", "atlas.nii.gz"), "--atlas-mask needs --root-dir"),
         (("--healthy", "healthy"), "--healthy needs --labels"),
+        (("--out", "patient_features.csv"), "--out patient_features.csv is an input"),
+        (("--out", "."), "--out . is a folder"),
+        (("--out", "labels.csv/page.html"), "--out: nothing can be written to"),
         (("--labels", "labels.csv", "--columns", "age"), "labels.csv has no column 'age'; it has grade, sex"),
         (("--labels", "other.csv"), "other.csv has none of the features' subjects, such as '000'; it has '0'"),
         (("--patch-features", "patches.npy"), "lacks subject '001' of the patient features"),

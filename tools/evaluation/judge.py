@@ -25,12 +25,14 @@ class Label(NamedTuple):
         kind: regression, log10, grade, class, survival or stage.
         target: (N,) numbers, of classes 0, 1, ...; (N, 2) time and event; (N, 3) stage and what it follows from.
         classes: what class numbers stand for.
+        time: of survival the column of the follow-up.
     """
 
     name: str
     kind: str
     target: np.ndarray
     classes: tuple[float, ...] = ()
+    time: str = ""
 
 
 class Judged(NamedTuple):

@@ -83,10 +83,11 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
         _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    panel.set_xlabel("time; below, how many are at risk (ticks: censored)", labelpad=4 + 10 * len(np.unique(group)))
-    panel.set_ylabel(f"share without {label.name}")
-    p = log_rank(time, event, group)
-    panel.legend(fontsize=8, title=f"log-rank p = {p:.2g}", title_fontsize=8)
+    text = f"{label.time or 'time'}; below, how many are at risk (ticks: censored)"
+    panel.set_xlabel(text, labelpad=4 + 10 * len(np.unique(group)))
+    panel.set_ylabel(f"share without the event ({label.name})")
+    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(np.unique(group)) > 1 else "one risk for all"
+    panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 
 def _numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:

@@ -48,6 +48,15 @@ def resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
     return drawn[:, inverse].T
 
 
+def on_both_sides(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
+    """Two rows of one patient, of groups (N,), the first not held out and the second held out; None where none are."""
+    shared = np.intersect1d(groups[held_out], groups[~held_out])
+    if not len(shared):
+        return None
+    own = groups == shared[0]
+    return int(np.flatnonzero(own & ~held_out)[0]), int(np.flatnonzero(own & held_out)[0])
+
+
 def look_like_one_patient(sids: list[str]) -> list[str]:
     """Two or more sids that differ only in what names a scan of one patient; empty where none do.
 

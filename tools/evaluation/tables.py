@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 
 from data.labels import read_labels
 from data.layout import StoreError
-from data.tables import read_table
+from data.tables import read_table, spelt
 from misc.files import load_array
 
 
@@ -19,8 +19,13 @@ def read_features(path: str) -> pd.DataFrame:
     table = read_table(path).set_index("sid")
     try:
         table = table.astype(np.float64)
-    except ValueError as error:
-        raise StoreError(f"{path} has a cell that is no number: {error}") from error
+    except ValueError:
+        numbers = table.apply(pd.to_numeric, errors="coerce")
+        row, column = np.argwhere(numbers.isna().to_numpy())[0]
+        where = f"{table.iat[row, column]!r} in column {table.columns[column]} of sid {table.index[row]}"
+        raise StoreError(
+            f"{path} has {where}; features are numbers, with a point for decimals, and none is missing"
+        ) from None
     if table.columns.empty:
         raise StoreError(f"{path} has no column beside sid")
     wrong = ~np.isfinite(table.to_numpy())
@@ -85,7 +90,7 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
     """
     values, names = read_labels(labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
     if column not in names:
-        raise StoreError(f"{labels} has no numeric column {column!r}; it has {', '.join(names)}")
+        raise StoreError(f"{labels} has no numeric column {column!r} for --healthy{spelt(column, names)}")
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
     if not np.isin(found[known], (0, 1)).all():
@@ -98,11 +103,11 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
 def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
     """(N,) bool from a column of 0 and 1. Raises StoreError."""
     if column not in names:
-        raise StoreError(f"{labels} has no numeric column {column!r} for --held-out; it has {', '.join(names)}")
+        raise StoreError(f"{labels} has no numeric column {column!r} for --held-out{spelt(column, names)}")
     held = values[:, names.index(column)]
     counts = (held == 0).sum(), (held == 1).sum()
     if sum(counts) < len(held):
-        raise StoreError(f"--held-out {column} must be 0 or 1 for every subject; {labels} has another value")
+        raise StoreError(f"--held-out {column} must be 0 or 1 for every subject; {labels} has another value, or none")
     if min(counts) < fewest:
         raise StoreError(
             f"--held-out {column}: {counts[0]} subjects to fit and {counts[1]} to report on; at least {fewest} of each"
@@ -113,7 +118,9 @@ def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str
 def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
     """(N,) numbers of the patients that a column of a label table names. Raises StoreError."""
     if column not in table.columns:
-        raise StoreError(f"{path} has no column {column!r} for --group-column; it has {', '.join(table.columns)}")
+        raise StoreError(f"{path} has no column {column!r} for --group-column{spelt(column, list(table.columns))}")
+    if column == "sid":
+        raise StoreError("--group-column sid: a sid names a scan; give the column that names its patient, or none")
     names = table.set_index("sid")[column].reindex(sids)
     unnamed = names.isna() | (names == "")
     if unnamed.any():
@@ -149,9 +156,30 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
     for name, index in [*((name, table.index) for name, table in tables.items()), (path, labels["sid"])]:
         lacking = [sid for sid in first if sid not in set(index)]
         if lacking:
-            bare = {str(other).lstrip("0"): other for other in index}
-            alike = bare.get(lacking[0].lstrip("0"))
-            hint = f"; it has {alike!r}, and a sid is text" if alike is not None else ""
             name = table_paths.get(name, name)
+            hint = _alike(lacking, index)
             raise StoreError(f"{name} has none of the features' subjects, such as {lacking[0]!r}{hint}")
     raise StoreError(f"the tables and {path} have no sid in common")
+
+
+def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
+    """Where one table writes 007 and another 7 or 7.0, to end a message."""
+
+    def bare(sid: str) -> str:
+        return str(sid).lstrip("0").removesuffix(".0")
+
+    others = {bare(sid): sid for sid in there}
+    alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
+    return f"; it has {alike[1]!r} for {alike[0]!r}, and a sid is text" if alike else ""
+
+
+def tell_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
+    """A note of subjects that one of the two tables lacks: they are left out."""
+    features, labels = list(features), list(labels)
+    unlabelled = sorted(set(features) - set(labels))
+    unknown = sorted(set(labels) - set(features))
+    if unlabelled:
+        hint = _alike(unlabelled, unknown)
+        note(f"{len(unlabelled)} of {len(features)} subjects have no row in {path}, such as {unlabelled[0]!r}{hint}")
+    if unknown:
+        note(f"{len(unknown)} of {len(labels)} subjects of {path} have no features, such as {unknown[0]!r}")

@@ -1,0 +1,184 @@
+"""Who is evaluated and on what: labels, covariates, patients, and whether each label can be predicted."""
+
+import argparse
+import sys
+
+import numpy as np
+import pandas as pd
+
+from data.labels import read_labels
+from data.layout import StoreError
+from data.tables import spelt
+from tools.evaluation.judge import Label
+from tools.evaluation.kinds import FEWEST, recognize, stands_for_missing, why_no_survival, why_not
+from tools.evaluation.splits import look_like_one_patient, on_both_sides
+from tools.evaluation.tables import group_numbers, held_out_rows
+
+STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
+SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
+FEWEST_TO_FIT = 10  # subjects
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+class Cohort:
+    """Labels, covariates and patients of the subjects that all tables have.
+
+    Args:
+        args: of tools/evaluate.py.
+        sids: N subjects.
+        table: the labels as text.
+    """
+
+    def __init__(self, args: argparse.Namespace, sids: list[str], table: pd.DataFrame):
+        self.path, self.sids, self.table = args.labels, sids, table
+        asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
+        told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
+
+        def hear(text: str) -> None:
+            if "column" not in text or any(name in text for name in told):
+                note(text)
+
+        values, self.names = read_labels(args.labels, sids, hear)
+        self.values = values.astype(np.float64)
+        self.held_out = held_out_rows(values, self.names, args.held_out, args.labels) if args.held_out else None
+        self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
+        for name, values in zip(args.covariates, self.covariates.T):
+            _note_missing(name, values[~np.isnan(values)])
+        self.known = ~np.isnan(self.covariates).any(axis=1)
+        if not self.known.all():
+            first = sids[int(np.argmin(self.known))]
+            note(
+                f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, the first {first!r}"
+            )
+        if args.group_column:
+            self.groups = group_numbers(table, args.group_column, sids, args.labels)
+            both = None if self.held_out is None else on_both_sides(self.groups, self.held_out)
+            if both is not None:
+                fitted, reported = (sids[row] for row in both)
+                raise StoreError(
+                    f"--held-out {args.held_out}: sids {fitted!r} (0) and {reported!r} (1) are of one patient, who is "
+                    f"then fitted to and reported on; give all scans of a patient the same number in {self.path}"
+                )
+        else:
+            self.groups = np.arange(len(sids))
+            alike = look_like_one_patient(sids)
+            if alike:
+                note(
+                    f"sids {', '.join(alike[:3])} look like scans of one patient; without --group-column they may be "
+                    "fitted to and reported on, and any label is then predicted by recognising the patient"
+                )
+
+    def column(self, name: str) -> np.ndarray:
+        """(N,) NaN where unknown. Raises StoreError."""
+        if name in self.names:
+            return self.values[:, self.names.index(name)]
+        if name in self.table.columns:
+            numbers = pd.to_numeric(self.table[name], errors="coerce")
+            wrong = self.table[name][~np.isfinite(numbers) & (self.table[name] != "")]
+            cell = f", as {wrong.iloc[0]!r} of sid {self.table['sid'][wrong.index[0]]} is none" if len(wrong) else ""
+            raise StoreError(
+                f"{self.path} has no numeric column {name!r}{cell}: write numbers only, 1 and 0 for yes and no, "
+                "without units, with a point for decimals"
+            )
+        raise StoreError(f"{self.path} has no numeric column {name!r}{spelt(name, self.names)}")
+
+    def parts(self, known: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Of known rows (N,) those that models are fitted to and reported on, in words: (k,) bool each."""
+        if self.held_out is None:
+            return [("", np.ones(known.sum(), dtype=bool))]
+        held = self.held_out[known]
+        return [(" of those fitted to", ~held), (" of those reported on", held)]
+
+
+def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
+    """What is to be predicted, each with the rows (N,) where it is known. Raises StoreError."""
+    taken = {args.held_out, args.group_column, args.time_column, args.event_column, *args.covariates}
+    unknown = next((name for name in args.kind if name not in cohort.names), None)
+    if unknown:
+        raise StoreError(f"--kind {unknown}: {cohort.path} has no such numeric column{spelt(unknown, cohort.names)}")
+    wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
+    labels = []
+    for name in wanted:
+        values = cohort.column(name)
+        known = ~np.isnan(values) & cohort.known
+        _note_missing(name, values[known])
+        kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
+        reason = why_not_in_parts(cohort, values, known, kind, args.folds)
+        source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
+        if source:
+            reason = f"follows from --covariates {source}: it would be predicted from itself"
+        if reason and args.columns:
+            raise StoreError(f"{cohort.path}: column {name!r} {reason}")
+        if reason:
+            note(f"column {name!r} left out, it {reason}")
+            continue
+        classes = tuple(np.unique(values[known])) if kind == "class" else ()
+        target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
+        labels.append((Label(name, kind, target, classes), known))
+        stages = _stage(cohort, name, values, known, args.folds) if kind == "grade" else None
+        labels += [stages] if stages else []
+    if args.time_column:
+        both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
+        known = ~np.isnan(both).any(axis=1) & cohort.known
+        for words, rows in cohort.parts(known):
+            of_part = both[known][rows].T
+            reason = why_no_survival(*of_part, args.folds) if rows.any() else "nobody's time and event are known"
+            if reason:
+                flags = f"--time-column {args.time_column}, --event-column {args.event_column} of {cohort.path}"
+                raise StoreError(f"{flags}: {reason}{words}")
+        labels.append((Label(args.event_column, "survival", both[known], time=args.time_column), known))
+    if not labels:
+        raise StoreError(f"{cohort.path} has no column that can be predicted for these subjects")
+    return labels
+
+
+def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:
+    """Why a column (N,), of which (N,) are known, cannot be predicted; empty where it can."""
+    if cohort.held_out is None:
+        return why_not(values[known], kind, folds) or _too_few_patients(cohort, known, folds)
+    for words, rows in cohort.parts(known):
+        own = values[known][rows]
+        if len(own) < (fewest := FEWEST if "reported" in words else FEWEST_TO_FIT):
+            return f"is known for {len(own)}{words}; at least {fewest} are needed"
+        reason = why_not(own, kind, folds=2)
+        if reason:
+            return reason + words
+    if kind == "class":
+        fitted, reported = (set(values[known][rows]) for _, rows in cohort.parts(known))
+        if fitted != reported:
+            return f"has {min(fitted ^ reported):g} on one side of --held-out only"
+    return ""
+
+
+def _note_missing(name: str, values: np.ndarray) -> None:
+    """Tell of a number (n,) that tables write for missing."""
+    if stands_for_missing(values):
+        count = int((values == values.min()).sum())
+        low = f"{values.min():g} for {count} subjects"
+        note(f"column {name!r} has {low}: if that means missing, leave such cells empty")
+
+
+def _too_few_patients(cohort: Cohort, known: np.ndarray, folds: int) -> str:
+    patients = len(np.unique(cohort.groups[known]))
+    return "" if patients >= folds else f"is known for {patients} patients, fewer than the {folds} folds"
+
+
+def _stage(
+    cohort: Cohort, name: str, values: np.ndarray, known: np.ndarray, folds: int
+) -> tuple[Label, np.ndarray] | None:
+    """A stage by way of the spirometry that it follows from, where the table has it."""
+    columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
+    if name not in STAGES or None in columns:
+        return None
+    spirometry = np.stack([cohort.column(column) for column in columns], axis=1)
+    known = known & (spirometry > 0).all(axis=1)  # NaN is not above 0
+    for what in (values, *spirometry.T):
+        reason = why_not_in_parts(cohort, what, known, "regression", folds)
+        if reason:
+            note(f"{name} is not predicted by way of spirometry: where {', '.join(columns)} are known, one {reason}")
+            return None
+    target = np.column_stack([values[known], np.log10(spirometry[known])])
+    return Label(f"{name}_from_spirometry", "stage", target), known
