@@ -40,13 +40,14 @@ from tools.evaluation.learn import FOLDS, added_weights, held_out_r2
 from tools.evaluation.tables import held_out_rows, read_features
 
 ROOT = Path(__file__).resolve().parent.parent
+FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks, which the small recipe has not
 ARMS = {
-    "full": (),
+    "full": FULL,
     "no-neighbours": ("--beta", "0"),
-    "one-expert": ("--num-experts", "1"),
+    "one-expert": (*FULL, "--num-experts", "1"),
     # Negatives of the step, as in the small recipe, are of one place already: these two differ in the queue alone.
-    "queues": ("--negatives", "queue", "--mask-own"),
-    "one-queue": ("--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
+    "queues": (*FULL, "--negatives", "queue", "--mask-own"),
+    "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
     "random": ("--lr", "0", "--epochs", "1", "--k-neighbors", "1"),  # a pass for BatchNorm's statistics
 }
 COHORT_COLUMNS = (

@@ -334,7 +334,7 @@ def test_subjects_that_one_table_lacks_are_told(tmp_path, run_here):
     said = run_here(
         "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "y", cwd=tmp_path
     ).stderr
-    assert "30 of 60 subjects have no row in l.csv, such as '0000'" in said and "it has '0.0' for '0000', and a sid is text" in said
+    assert "30 of 60 subjects have no row in l.csv, such as '0000'; it has '0.0' for '0000', and a sid is text" in said
     features.to_csv(tmp_path / "f.csv")  # with the row numbers, as pandas does unless told otherwise
     result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
     assert result.returncode == 2 and "column 1 has no name; delete it" in result.stderr
