@@ -83,8 +83,8 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
         _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    text = f"{label.time or 'time'}; below, how many are at risk (ticks: censored)"
-    panel.set_xlabel(text, labelpad=4 + 10 * len(np.unique(group)))
+    text = f"{label.time or 'time'} (above: how many are at risk; ticks: censored)"
+    panel.set_xlabel(text, labelpad=4 + 10 * len(np.unique(group)), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
     title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(np.unique(group)) > 1 else "one risk for all"
     panel.legend(fontsize=8, title=title, title_fontsize=8)
