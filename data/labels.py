@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreError
-from data.tables import read_table
+from data.tables import read_table, spelt
 
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
@@ -17,6 +17,21 @@ def filled_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
     text = column.str.strip()
     filled = ~text.fillna("").str.lower().isin(MISSING)
     return filled, pd.to_numeric(text.where(filled), errors="coerce")
+
+
+def why_no_column(path: str | os.PathLike, column: str, names: list[str], flag: str = "") -> str:
+    """Why a column is not among the numeric ones, ``names``, of a label CSV: it is not there, is empty, or has text."""
+    table = read_table(path, file_names=False)
+    start = f"{path} has no numeric column {column!r}{flag and f' for {flag}'}"
+    if column not in table.columns:
+        return start + spelt(column, names)
+    filled, numbers = filled_and_numbers(table[column])
+    if not filled.any():
+        return f"{start}: it is empty"
+    with np.errstate(over="ignore"):
+        wrong = np.flatnonzero(filled & ~np.isfinite(numbers.astype(np.float32)))
+    cell = f", as {table[column].iloc[wrong[0]]!r} of sid {table['sid'].iloc[wrong[0]]} is none" if len(wrong) else ""
+    return f"{start}{cell}: write numbers only, 1 and 0 for yes and no, without units, with a point for decimals"
 
 
 def read_labels(

@@ -38,7 +38,8 @@ def read_table(
     """Read a CSV as text, every cell a string, and check its sid column.
 
     Args:
-        path: with a header. Empty cells beyond it, as a spreadsheet's trailing commas, are left out.
+        path: with a header. Empty cells beyond it, as a spreadsheet's trailing commas, are left out; so are columns
+            without a name.
         required: columns that must be there.
         file_names: whether files will be named after the sids, so that each must be safe for that.
         one_row: whether a subject may have one row only.
@@ -98,10 +99,7 @@ def _read_text(path: Path) -> pd.DataFrame:
             header.pop()
         if not header:
             raise ValueError("its first line is empty")
-        nameless = next((n for n, name in enumerate(header, start=1) if not name or name.startswith("Unnamed:")), None)
-        if nameless is not None:
-            raise ValueError(f"column {nameless} has no name; delete it (a table saved with its row numbers has one)")
-        twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
+        twice = next((name for index, name in enumerate(header) if name and name in header[:index]), None)
         if twice is not None:
             raise ValueError(f"it has column {twice!r} twice")
         rows = []
@@ -113,7 +111,8 @@ def _read_text(path: Path) -> pd.DataFrame:
                 raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header{hint}")
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
-    return pd.DataFrame(rows, columns=header, dtype=str)
+    named = [index for index, name in enumerate(header) if name]  # row numbers, which pandas writes, have no name
+    return pd.DataFrame(rows, columns=range(len(header)), dtype=str)[named].set_axis([header[n] for n in named], axis=1)
 
 
 # ============================================================ features

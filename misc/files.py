@@ -87,8 +87,9 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def safe_name(text: str) -> str:
-    """A name that a user gave as part of a file's: signs that could leave a folder or break a name become _."""
-    return re.sub(r"[^\w.+=@,-]", "_", text).lstrip(".") or "_"
+    """A name that a user gave, as a file's: signs that could leave a folder become _, and a number tells it apart."""
+    safe = re.sub(r"[^\w.+=@,-]", "_", text).lstrip(".")[:100]
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:

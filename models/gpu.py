@@ -2,9 +2,10 @@
 
 torch's BatchNorm gives each channel to one of a GPU's multiprocessors, and the first layers, the largest, have 8
 channels for more than a hundred of them. Here every sample's channel has its own partial statistics, which are then
-put together, by the kernels that torch has for BatchNorm over several GPUs. Measured on an H100 (2026-11-26), a step of
-128 in bf16: the GPU is busy for 28 ms of it, before (on an H200) for 71. It takes more launches a layer, so one group
-alone, where a step waits for its launches, is left to torch: 73 ms a step that way, 75 to 103 this way.
+put together, by the kernels that torch has for BatchNorm over several GPUs. Measured on an H100 (2026-11-26) with one
+group, a step of 128 in bf16: the GPU is busy for 28 ms of it, before (on an H200) for 71. It takes more launches, and
+a step of one group waits for its launches: 73 ms torch's way, 75 to 103 this way. So one group is left to torch;
+several, which torch takes one after another, with as many launches each, were not timed apart.
 The environment variable DRASCLR_GPU=plain switches it off, to find out whether a result hangs on it.
 """
 
@@ -24,8 +25,9 @@ def norm_elu_training(
     Args:
         groups, blocks, track: as in :func:`models.cnn3d.norm_elu`.
     """
-    plain = os.environ.get("DRASCLR_GPU") == "plain"
-    if plain or groups == 1 or x.device.type != "cuda" or not norm.training:
+    plain = os.environ.get("DRASCLR_GPU") == "plain" or groups == 1 or x.device.type != "cuda"
+    own = type(norm) is nn.BatchNorm3d and norm.training and norm.affine and norm.track_running_stats
+    if plain or not own or norm.momentum is None or x.numel() <= x.shape[1] * groups:  # one value has no variance
         return None
     return apply(norm, x, groups, blocks, track)
 
@@ -56,8 +58,8 @@ class _NormELU(torch.autograd.Function):
         variance = (inverses.view(spread).pow(-2) - eps).mean(dim=(0, 2)).clamp_(min=0) + between
         inverse = torch.rsqrt(variance + eps)
         table = torch.stack([weight.detach().expand_as(mean), bias.detach().expand_as(mean), mean, inverse])
-        ctx.per_sample = len(x) // blocks // groups
-        table = _to_samples(table, blocks, ctx.per_sample)  # (4, B * C)
+        ctx.own = len(x) // blocks // groups  # samples of a group in a block
+        table = _to_samples(table, blocks, ctx.own)  # (4, B * C)
         y = F.elu_(torch.batch_norm_elemt(rows, *table, eps))
         ctx.save_for_backward(rows, y, table)
         ctx.shape, ctx.groups, ctx.blocks = x.shape, groups, blocks
@@ -77,14 +79,14 @@ class _NormELU(torch.autograd.Function):
         sums = torch.stack([sum_dy, sum_dy_xmu, sum_dy_xmu * inverse]).view(3, *spread)
         sums = sums.sum(dim=(1, 3))  # (3, groups, C)
         grad_bias, _, grad_weight = sums.sum(dim=1)  # (C,) each
-        sum_dy, sum_dy_xmu = _to_samples(sums[:2], ctx.blocks, ctx.per_sample)  # (B * C,) each
+        sum_dy, sum_dy_xmu = _to_samples(sums[:2], ctx.blocks, ctx.own)  # (B * C,) each
         count = rows.numel() // ctx.shape[1] // ctx.groups
         total = torch.full((1,), count, dtype=torch.int32, device=rows.device)
         grad = torch.batch_norm_backward_elemt(grad, rows, mean, inverse, weight, sum_dy, sum_dy_xmu, total)
         return grad.view(ctx.shape), grad_weight, grad_bias, None, None, None
 
 
-def _to_samples(values: torch.Tensor, blocks: int, per_sample: int) -> torch.Tensor:
+def _to_samples(values: torch.Tensor, blocks: int, own: int) -> torch.Tensor:
     """(n, groups, C) of every group -> (n, B * C) of every sample."""
     n, groups, channels = values.shape
-    return values[:, None, :, None].expand(n, blocks, groups, per_sample, channels).reshape(n, -1)
+    return values[:, None, :, None].expand(n, blocks, groups, own, channels).reshape(n, -1)

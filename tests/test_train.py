@@ -73,7 +73,7 @@ def test_defaults_are_the_published_values():
 def test_a_recipe_is_a_set_of_defaults_and_a_flag_given_wins():
     small = arguments("--recipe", "small")
     assert {name: getattr(small, name) for name in RECIPES["small"]} == RECIPES["small"]
-    assert small.beta == 0 and small.weight_decay == 1e-4 and small.recipe == "small"
+    assert small.moco_t == 0.2 and small.weight_decay == 1e-4 and small.recipe == "small"
     other = arguments("--lr", 0.1, "--recipe=small", "--negatives", "queue")
     assert (other.lr, other.negatives, other.moco_m) == (0.1, "queue", 0.9)
     assert arguments().negatives == "queue" and arguments().bn_groups is None

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks, which the small recipe has not
 ARMS = {
     "full": FULL,
-    "no-neighbours": ("--beta", "0"),
+    "no-neighbours": (*FULL, "--beta", "0"),
     "one-expert": (*FULL, "--num-experts", "1"),
     # Negatives of the step, as in the small recipe, are of one place already: these two differ in the queue alone.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--columns", nargs="+", help="labels to predict (default: the synthetic cohort's, or every numeric one)")
     add("--num-subjects", type=at_least(int, 40), default=200, help="of the synthetic cohort; fewer tell less")
     add("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}; differences are to the first")
-    text = "a further arm: flags of train.py; several times"
+    text = "a further arm: flags of train.py beside those of full; several times"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
         "--seeds",
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         name, sign, flags = text.partition("=")
         if not sign or not name.replace("-", "").isalnum():
             parser.error(f"--arm {text}: NAME=FLAGS, the name of letters, digits and -")
-        args.arms[name] = tuple(shlex.split(flags))
+        args.arms[name] = (*FULL, *shlex.split(flags))  # of train.py, the later flag wins
     unknown = [name for name, flags in args.arms.items() if flags is None]
     if unknown:
         parser.error(f"--arms {unknown[0]}: one of {', '.join(ARMS)}, or give it by --arm NAME=FLAGS")

@@ -16,7 +16,8 @@ encoder's, is judged on the same folds; with --baselines STORE so are the share 
 and features and histogram together (what the features weigh beside it is chosen inside the folds). --held-out COLUMN,
 of 0 and 1, fits to the subjects with 0 and reports on those with 1.
 
-Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column; prints a table.
+Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column, in place of those of an evaluation before;
+prints a table.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.tables import matching_sids, read_features, refuse_leaks, tell_unmatched
 
-RESERVED = ("covariates", "density", "density_by_location", "histogram", "histogram_by_location", "features+histogram")
+OF_BASELINES = ("density", "density_by_location", "histogram", "histogram_by_location", "features+histogram")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -111,7 +112,7 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
         name, path = (name, path) if sign and not Path(text).exists() else ("compare", text)
         if not name:
             raise StoreError(f"--compare {text}: no name before the =; give NAME=FILE")
-        if name in (*tables, *RESERVED):
+        if name in (*tables, *(OF_BASELINES if args.baselines else ()), *(("covariates",) if args.covariates else ())):
             raise StoreError(f"--compare {text}: the name {name} is taken; give another, NAME=FILE")
         tables[name] = read_features(path)
         tables[name].attrs["path"] = path
@@ -126,23 +127,24 @@ def remove_pictures(out_dir: Path) -> None:
         before = json.loads((out_dir / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    for name in before if isinstance(before, dict) else ():
+    figures = before if isinstance(before, dict) else {}
+    for name in [name for name, tables in figures.items() if isinstance(tables, dict) and "features" in tables]:
         (out_dir / f"{safe_name(name)}.png").unlink(missing_ok=True)
 
 
 def main() -> None:
     args = parse_arguments()
     tables = named_tables(args)
-    known = read_table(args.labels, file_names=False)
-    sids = matching_sids(tables, known, args.labels)
-    refuse_leaks(tables, known.columns, args.labels)
-    tell_unmatched(tables["features"].index, known["sid"], args.labels, note)
-    if len(sids) < (there := tables["features"].index.isin(known["sid"]).sum()):
+    table = read_table(args.labels, file_names=False)
+    sids = matching_sids(tables, table, args.labels)
+    refuse_leaks(tables, table.columns, args.labels)
+    tell_unmatched(tables["features"].index, table["sid"], args.labels, note)
+    if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
         note(f"{len(sids)} of {there} subjects with features and labels are in every table; the others are left out")
     for flag, path in (("--out-dir", args.out_dir), ("--json", args.json and Path(args.json).absolute().parent)):
         if path:
             check_writable(Path(path), flag)
-    cohort = Cohort(args, sids, known)
+    cohort = Cohort(args, sids, table)
     arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     if args.baselines:

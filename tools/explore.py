@@ -65,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.atlas_mask and not args.root_dir:
         parser.error("--atlas-mask needs --root-dir, whose table has the locations")
     page = Path(args.out)
-    inputs = [Path(path).resolve() for path in (args.features, args.labels, args.patch_features) if path]
+    inputs = [
+        Path(path).resolve() for path in (args.features, args.labels, args.patch_features, args.atlas_mask) if path
+    ]
     if page.is_dir() or page.resolve() in inputs:
         parser.error(f"--out {page} is {'a folder' if page.is_dir() else 'an input'}; give the page's own name")
     return args

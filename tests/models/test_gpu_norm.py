@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import gpu
+from models.cnn3d import norm_elu
 
 
 def stats(x, eps):
@@ -95,3 +96,40 @@ def test_on_a_gpu(shape, groups, blocks):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).cuda() * 3 + 2
     both(x, groups, blocks, dict(rtol=1e-8, atol=1e-8))
     both(x.float(), groups, blocks, dict(rtol=1e-3, atol=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [({}, 1), ({"momentum": None}, 2), ({"affine": False}, 2), ({"track_running_stats": False}, 2)],
+)
+def test_what_it_leaves_to_torch(monkeypatch, change, groups):
+    """Judged as on a GPU, by a tensor that says it is on one."""
+
+    class There(torch.Tensor):
+        device = torch.device("cuda")
+
+    x = torch.randn(4, 3, 2, 2, 2).as_subclass(There)
+    monkeypatch.setattr(gpu, "apply", lambda *_: "taken")
+    assert gpu.norm_elu_training(nn.BatchNorm3d(3), x, 2) == "taken"
+    assert gpu.norm_elu_training(nn.BatchNorm3d(3, **change), x, groups) is None
+    assert gpu.norm_elu_training(nn.BatchNorm3d(3).eval(), x, 2) is None
+    assert gpu.norm_elu_training(nn.BatchNorm3d(3), x[:2, :, :1, :1, :1], 2) is None  # a value a group
+    monkeypatch.setenv("DRASCLR_GPU", "plain")
+    assert gpu.norm_elu_training(nn.BatchNorm3d(3), x, 2) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_on_a_gpu_takes_it_to_the_same_numbers(monkeypatch, dtype):
+    x = torch.randn(8, 8, 16, 16, 16, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    norms, results, calls, taken = [nn.BatchNorm3d(8).cuda() for _ in range(2)], [], [], gpu.apply
+    monkeypatch.setattr(gpu, "apply", lambda *given: calls.append(1) or taken(*given))
+    for norm, way in zip(norms, ("", "plain")):
+        monkeypatch.setenv("DRASCLR_GPU", way)
+        inputs = x.clone().requires_grad_()
+        y = norm_elu(norm, inputs, groups=4)
+        assert len(calls) == 1  # by the first way alone
+        y.float().square().sum().backward()
+        results.append((y.detach(), inputs.grad, dict(norm.named_buffers())))
+    torch.testing.assert_close(*results, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=2e-2)

@@ -1,9 +1,13 @@
 """The study: a planted answer comes out, a finished run is not done again."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 
+import train
+from tools import ablate
 from tools.evaluation.ablation import markdown, summary
 from tools.evaluation.learn import MODELS, added_weights, choose_weights, equal_weights, held_out_r2
 
@@ -101,3 +105,19 @@ def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
 def test_refusals(tmp_path, run_here, flags, message):
     result = run_here("tools/ablate.py", "--out-dir", "study", *flags, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("recipe", ["small", "published"])
+def test_arms_differ_from_full_by_what_they_say(monkeypatch, recipe):
+    """Whatever the recipe, which may leave the neighbour task out; an arm of one's own stands on full too."""
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--out-dir", "o", "--arm", "cold=--moco-t 0.1"])
+    arms = ablate.parse_arguments().arms
+    given = {
+        name: train.parse_arguments(["--root-dir", "p", "--exp-name", "e", "--recipe", recipe, *flags])
+        for name, flags in arms.items()
+    }
+    full = vars(given["full"])
+    assert (full["beta"], full["k_neighbors"]) == (1, 2)
+    changed = {name: {key for key, value in vars(args).items() if value != full[key]} for name, args in given.items()}
+    assert changed["no-neighbours"] == {"beta"} and changed["one-expert"] == {"num_experts"}
+    assert changed["cold"] == {"moco_t"} and "beta" not in changed["queues"] | changed["one-queue"]

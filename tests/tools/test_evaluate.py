@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from misc.files import safe_name
 from tools.evaluation.judge import Label, judge
 from tools.evaluation.learn import MODELS, covariate_weights, out_of_fold
+from tools.evaluation.report import explain
 
 N = 120
 
@@ -292,15 +294,18 @@ SURVIVAL = ("--time-column", "years", "--event-column", "died")
             ("--columns", "y", "--held-out", "held", "--group-column", "patient"),
             "are of one patient, who is then fitted to",
         ),
-        (("--held-out", "side", *SURVIVAL), "no event was seen: everybody is censored of those fitted to"),
+        (("--held-out", "side", *SURVIVAL), "among those fitted to it no event was seen"),
         (
             ("--held-out", "side", "--columns", "cls"),
-            "column 'cls' is 0 for every subject; there is nothing to predict of",
+            "column 'cls' among those fitted to it is 0 for every subject",
         ),
-        (("--held-out", "side", "--columns", "fitted"), "column 'fitted' is known for 0 of those reported on"),
+        (
+            ("--held-out", "side", "--columns", "fitted"),
+            "column 'fitted' among those reported on it is known for 0 patients; at least 5",
+        ),
         (("--columns", "GOLD", "--covariates", "FEV1pp"), "column 'GOLD' follows from --covariates FEV1pp"),
         (("--columns", "y", "--group-column", "sid"), "--group-column sid: a sid names a scan"),
-        (("--columns", "y", "--compare", "covariates=f.csv"), "the name covariates is taken"),
+        (("--columns", "y", "--covariates", "held", "--compare", "covariates=f.csv"), "the name covariates is taken"),
         (("--columns", "y", "--compare", "=f.csv"), "no name before the ="),
         (("--columns", "sex"), "no numeric column 'sex', as 'M' of sid 0000 is none: write numbers only, 1 and 0"),
         (("--columns", "died", *SURVIVAL), "--columns died is the event of --time-column already"),
@@ -320,24 +325,49 @@ def test_pictures_have_safe_names_and_old_ones_go(tmp_path, run_here):
     held_out_tables(tmp_path)
     given = ("--features", "f.csv", "--labels", "l.csv", "--out-dir", "out")
     first = run_here("tools/evaluate.py", *given, "--columns", "odd/name", "GOLD", cwd=tmp_path)
-    assert first.returncode == 0 and "No better than chance as far as these patients tell" in first.stdout
+    assert first.returncode == 0
     assert "GOLD is not predicted by way of spirometry: where FEV1pp, FEV1_FVC are known" in first.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"odd_name.png", "GOLD.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{safe_name('odd/name')}.png", "GOLD.png"}
     assert run_here("tools/evaluate.py", *given, "--columns", "y", cwd=tmp_path).returncode == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"y.png"}
 
 
 def test_subjects_that_one_table_lacks_are_told(tmp_path, run_here):
-    features, labels = held_out_tables(tmp_path)
+    _, labels = held_out_tables(tmp_path)
     labels["sid"] = [sid if number % 2 else f"{number}.0" for number, sid in enumerate(labels["sid"])]
     labels.to_csv(tmp_path / "l.csv", index=False)
     said = run_here(
         "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "y", cwd=tmp_path
     ).stderr
     assert "30 of 60 subjects have no row in l.csv, such as '0000'; it has '0.0' for '0000', and a sid is text" in said
-    features.to_csv(tmp_path / "f.csv")  # with the row numbers, as pandas does unless told otherwise
-    result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
-    assert result.returncode == 2 and "column 1 has no name; delete it" in result.stderr
+
+
+def test_row_numbers_are_no_feature(tmp_path, run_here):
+    """As pandas saves them, without a name, and as it saves them again."""
+    features, _ = held_out_tables(tmp_path)
+    flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
+    without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout
+    features.to_csv(tmp_path / "f.csv")
+    assert run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout == without != ""
+    pd.read_csv(tmp_path / "f.csv", dtype=str).to_csv(tmp_path / "f.csv", index=False)
+    result = run_here("tools/evaluate.py", *flags, cwd=tmp_path)
+    assert result.returncode == 2 and "column 'Unnamed: 0', row numbers that were saved as a column" in result.stderr
+
+
+def test_figures_at_chance_are_told():
+    def figures(metric, low, mean, high):
+        return {"features": {metric: {"low": low, "mean": mean, "high": high}}}
+
+    found = {
+        "a": figures("auroc", 0.4, 0.5, 0.6),
+        "b": figures("auroc", 0.6, 0.7, 0.8),
+        "c": figures("kappa", -0.1, 0.1, 0.2),
+        "d": figures("r2", -0.2, -0.1, 0.1),
+        "e": figures("c_index", 0.2, 0.3, 0.4),
+        "f": figures("auroc", float("nan"), float("nan"), float("nan")),
+    }
+    below, chance = explain(found)
+    assert "R2 below 0 (d)" in below and "as far as these patients tell (a, c):" in chance
 
 
 def test_one_risk_for_all_is_a_picture_without_a_test(tmp_path, run_here):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from data.labels import read_labels
+from data.labels import read_labels, why_no_column
 from data.layout import StoreError
 from data.tables import spelt
 from tools.evaluation.judge import Label
@@ -16,7 +16,6 @@ from tools.evaluation.tables import group_numbers, held_out_rows
 
 STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
-FEWEST_TO_FIT = 10  # subjects
 
 
 def note(text: str) -> None:
@@ -38,6 +37,8 @@ class Cohort:
         told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
 
         def hear(text: str) -> None:
+            if args.group_column and f"column {args.group_column!r}" in text:
+                return  # names of patients are no label
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
@@ -75,22 +76,18 @@ class Cohort:
         """(N,) NaN where unknown. Raises StoreError."""
         if name in self.names:
             return self.values[:, self.names.index(name)]
-        if name in self.table.columns:
-            numbers = pd.to_numeric(self.table[name], errors="coerce")
-            wrong = self.table[name][~np.isfinite(numbers) & (self.table[name] != "")]
-            cell = f", as {wrong.iloc[0]!r} of sid {self.table['sid'][wrong.index[0]]} is none" if len(wrong) else ""
-            raise StoreError(
-                f"{self.path} has no numeric column {name!r}{cell}: write numbers only, 1 and 0 for yes and no, "
-                "without units, with a point for decimals"
-            )
-        raise StoreError(f"{self.path} has no numeric column {name!r}{spelt(name, self.names)}")
+        raise StoreError(why_no_column(self.path, name, self.names))
 
-    def parts(self, known: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        """Of known rows (N,) those that models are fitted to and reported on, in words: (k,) bool each."""
+    def parts(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
+        """Of known rows (N,) those that models are fitted to and those that are reported on.
+
+        Returns:
+            For each: how a message begins; (k,) bool; the fewest of it, in folds; the fewest patients.
+        """
         if self.held_out is None:
-            return [("", np.ones(known.sum(), dtype=bool))]
+            return [("", np.ones(known.sum(), dtype=bool), folds, folds)]
         held = self.held_out[known]
-        return [(" of those fitted to", ~held), (" of those reported on", held)]
+        return [("among those fitted to it ", ~held, 2, 2 * FEWEST), ("among those reported on it ", held, 1, FEWEST)]
 
 
 def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
@@ -123,12 +120,10 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
     if args.time_column:
         both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
-        for words, rows in cohort.parts(known):
-            of_part = both[known][rows].T
-            reason = why_no_survival(*of_part, args.folds) if rows.any() else "nobody's time and event are known"
-            if reason:
-                flags = f"--time-column {args.time_column}, --event-column {args.event_column} of {cohort.path}"
-                raise StoreError(f"{flags}: {reason}{words}")
+        reason = why_not_in_parts(cohort, both, known, "survival", args.folds)
+        if reason:
+            flags = f"--time-column {args.time_column}, --event-column {args.event_column}"
+            raise StoreError(f"{cohort.path}: {flags}: {reason}")
         labels.append((Label(args.event_column, "survival", both[known], time=args.time_column), known))
     if not labels:
         raise StoreError(f"{cohort.path} has no column that can be predicted for these subjects")
@@ -136,18 +131,21 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
 
 
 def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:
-    """Why a column (N,), of which (N,) are known, cannot be predicted; empty where it can."""
-    if cohort.held_out is None:
-        return why_not(values[known], kind, folds) or _too_few_patients(cohort, known, folds)
-    for words, rows in cohort.parts(known):
-        own = values[known][rows]
-        if len(own) < (fewest := FEWEST if "reported" in words else FEWEST_TO_FIT):
-            return f"is known for {len(own)}{words}; at least {fewest} are needed"
-        reason = why_not(own, kind, folds=2)
+    """Why labels (N, ...), of which (N,) are known, cannot be predicted, of all or of a side; empty where they can."""
+    for words, rows, fewest, patients in cohort.parts(known, folds):
+        own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
+        if kind == "survival":
+            reason = why_no_survival(*own.T, FEWEST if words else folds, bool(words)) if rows.any() else ""
+        else:
+            reason = why_not(own, kind, fewest) if len(own) >= patients or not words else ""
+        if not reason and there < patients:
+            reason = f"is known for {there} patients, fewer than the {folds} folds"
+            if words:
+                reason = f"is known for {there} patients; at least {patients} are needed"
         if reason:
-            return reason + words
-    if kind == "class":
-        fitted, reported = (set(values[known][rows]) for _, rows in cohort.parts(known))
+            return words + reason
+    if kind == "class" and cohort.held_out is not None:
+        fitted, reported = (set(values[known][rows]) for _, rows, *_ in cohort.parts(known, folds))
         if fitted != reported:
             return f"has {min(fitted ^ reported):g} on one side of --held-out only"
     return ""
@@ -159,11 +157,6 @@ def _note_missing(name: str, values: np.ndarray) -> None:
         count = int((values == values.min()).sum())
         low = f"{values.min():g} for {count} subjects"
         note(f"column {name!r} has {low}: if that means missing, leave such cells empty")
-
-
-def _too_few_patients(cohort: Cohort, known: np.ndarray, folds: int) -> str:
-    patients = len(np.unique(cohort.groups[known]))
-    return "" if patients >= folds else f"is known for {patients} patients, fewer than the {folds} folds"
 
 
 def _stage(

@@ -44,16 +44,22 @@ def stands_for_missing(values: np.ndarray) -> bool:
     return rest.size > 0 and rest.min() >= 0
 
 
-def why_no_survival(time: np.ndarray, event: np.ndarray, folds: int) -> str:
-    """Why known times and events (n,) tell nothing; empty where they do."""
+def why_no_survival(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bool = False) -> str:
+    """Why known times and events (n,) tell nothing; empty where they do.
+
+    Args:
+        fewest: events.
+        a_side: of --held-out, where there are no folds.
+    """
     if time.min() < 0:
         return f"a time is {time.min():g}; follow-up is 0 or more"
     if not np.isin(event, (0, 1)).all():
         return f"an event is {event[~np.isin(event, (0, 1))][0]:g}; it is 1 where the event was seen, 0 where not"
     if not event.any():
         return "no event was seen: everybody is censored"
-    if event.sum() < folds:
-        return f"{int(event.sum())} events were seen, fewer than the {folds} folds"
+    if event.sum() < fewest:
+        seen = f"{int(event.sum())} events were seen"
+        return f"{seen}; at least {fewest} are needed" if a_side else f"{seen}, fewer than the {fewest} folds"
     if np.ptp(time) == 0:
         return f"every time is {time[0]:g}"
     return ""

@@ -23,6 +23,7 @@ def draw(label: Label, judged: Judged, table: str, reported: np.ndarray, path: P
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    label = label._replace(name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$"))  # no formulas
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     truth, predicted = label.target[reported], judged.predictions[table]
     main, figures = next(iter(judged.figures[table].items()))
@@ -75,7 +76,8 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
         end = time[rows].max()
-        name = f"{GROUP_NAMES[number][index]} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
+        which = GROUP_NAMES[number][index] if len(np.unique(group)) > 1 else "one"
+        name = f"{which} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
         (line,) = panel.step([*times, end], [*share, share[-1]], where="post", label=name)
         censored = time[rows & (event == 0)]
         at = np.searchsorted(times, censored, side="right") - 1

@@ -51,7 +51,7 @@ def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[st
         metric, figures = next(iter(tables["features"].items()))
         if metric == "r2" and figures["mean"] < 0:
             negative.append(label)
-        elif metric in CHANCE and not figures["low"] > CHANCE[metric]:
+        elif metric in CHANCE and figures["low"] <= CHANCE[metric] <= figures["high"]:
             chance.append(label)
     lines = []
     if negative:

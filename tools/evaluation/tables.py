@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data.labels import read_labels
+from data.labels import read_labels, why_no_column
 from data.layout import StoreError
 from data.tables import read_table, spelt
 from misc.files import load_array
@@ -28,6 +28,9 @@ def read_features(path: str) -> pd.DataFrame:
         ) from None
     if table.columns.empty:
         raise StoreError(f"{path} has no column beside sid")
+    numbers = next((name for name in table.columns if name.startswith("Unnamed:")), None)
+    if numbers is not None:
+        raise StoreError(f"{path} has column {numbers!r}, row numbers that were saved as a column; delete it")
     wrong = ~np.isfinite(table.to_numpy())
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -90,7 +93,7 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
     """
     values, names = read_labels(labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
     if column not in names:
-        raise StoreError(f"{labels} has no numeric column {column!r} for --healthy{spelt(column, names)}")
+        raise StoreError(why_no_column(labels, column, names, "--healthy"))
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
     if not np.isin(found[known], (0, 1)).all():
@@ -103,7 +106,7 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
 def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
     """(N,) bool from a column of 0 and 1. Raises StoreError."""
     if column not in names:
-        raise StoreError(f"{labels} has no numeric column {column!r} for --held-out{spelt(column, names)}")
+        raise StoreError(why_no_column(labels, column, names, "--held-out"))
     held = values[:, names.index(column)]
     counts = (held == 0).sum(), (held == 1).sum()
     if sum(counts) < len(held):
@@ -166,9 +169,9 @@ def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
     """Where one table writes 007 and another 7 or 7.0, to end a message."""
 
     def bare(sid: str) -> str:
-        return str(sid).lstrip("0").removesuffix(".0")
+        return str(sid).removesuffix(".0").lstrip("0") or "0"
 
-    others = {bare(sid): sid for sid in there}
+    others = {bare(sid): sid for sid in there if sid}
     alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
     return f"; it has {alike[1]!r} for {alike[0]!r}, and a sid is text" if alike else ""
 
