@@ -94,6 +94,7 @@ def test_an_endpoint_in_use_or_of_another_job_is_one_line(capsys, monkeypatch):
 
 
 def test_our_defaults_give_way_to_flags(monkeypatch):
+    monkeypatch.setattr(launch, "heeded", lambda number: True)  # also where the tests run under nohup
     flags = launch.with_our_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
     assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
     assert launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
