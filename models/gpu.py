@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models.running import is_plain, update_running
+
 
 def norm_elu_training(
     norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
@@ -26,8 +28,7 @@ def norm_elu_training(
         groups, blocks, track: as in :func:`models.cnn3d.norm_elu`.
     """
     plain = os.environ.get("DRASCLR_GPU") == "plain" or groups == 1 or x.device.type != "cuda"
-    own = type(norm) is nn.BatchNorm3d and norm.training and norm.affine and norm.track_running_stats
-    if plain or not own or norm.momentum is None or x.numel() <= x.shape[1] * groups:  # one value has no variance
+    if plain or not is_plain(norm) or x.numel() <= x.shape[1] * groups:  # one value has no variance
         return None
     return apply(norm, x, groups, blocks, track)
 
@@ -36,12 +37,7 @@ def apply(norm: nn.BatchNorm3d, x: torch.Tensor, groups: int, blocks: int, track
     """:func:`norm_elu_training` wherever the four kernels are."""
     y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps, groups, blocks)
     if track:
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] // groups
-            norm.num_batches_tracked += 1
-            # .data: a pass through this layer that is not yet back-propagated must not find a new version
-            norm.running_mean.data.lerp_(mean, norm.momentum)
-            norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
+        update_running(norm, mean, variance, x.numel() // x.shape[1] // groups)
     return y
 
 

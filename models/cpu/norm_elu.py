@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models import cpu
+from models.running import is_plain, update_running
 
 LOG2_E = 1.4426950408889634
 CHUNK = 16384  # rows of VECTOR numbers: 4 MB in float32
@@ -19,15 +20,8 @@ def norm_elu_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool = True)
     if not (cpu.enabled() and _worth_it(norm, x)):
         return None
     y, mean, variance = _NormELU.apply(x, norm.weight, norm.bias, norm.eps)
-    if not track:
-        return y
-    with torch.no_grad():
-        count = x.numel() // x.shape[1]
-        norm.num_batches_tracked += 1
-        # .data, as torch's kernel writes them: a pass through it may hold them for its backward,
-        # which does not look at their values in training, and must not find a new version.
-        norm.running_mean.data.lerp_(mean, norm.momentum)
-        norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
+    if track:
+        update_running(norm, mean, variance, x.numel() // x.shape[1])
     return y
 
 
@@ -39,11 +33,7 @@ def _worth_it(norm: nn.BatchNorm3d, x: torch.Tensor) -> bool:
     """
     channels = x.shape[1]
     return (
-        type(norm) is nn.BatchNorm3d
-        and norm.training
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
+        is_plain(norm)
         and x.device.type == "cpu"
         and channels < VECTOR
         and VECTOR % channels == 0

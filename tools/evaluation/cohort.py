@@ -32,7 +32,7 @@ class Cohort:
     """
 
     def __init__(self, args: argparse.Namespace, sids: list[str], table: pd.DataFrame):
-        self.path, self.sids, self.table = args.labels, sids, table
+        self.path = args.labels
         asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
         told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
 
@@ -132,7 +132,8 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
 
 def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:
     """Why labels (N, ...), of which (N,) are known, cannot be predicted, of all or of a side; empty where they can."""
-    for words, rows, fewest, patients in cohort.parts(known, folds):
+    parts = cohort.parts(known, folds)
+    for words, rows, fewest, patients in parts:
         own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
         if kind == "survival":
             reason = why_no_survival(*own.T, FEWEST if words else folds, bool(words)) if rows.any() else ""
@@ -145,7 +146,7 @@ def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind
         if reason:
             return words + reason
     if kind == "class" and cohort.held_out is not None:
-        fitted, reported = (set(values[known][rows]) for _, rows, *_ in cohort.parts(known, folds))
+        fitted, reported = (set(values[known][rows]) for _, rows, *_ in parts)
         if fitted != reported:
             return f"has {min(fitted ^ reported):g} on one side of --held-out only"
     return ""

@@ -72,11 +72,12 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = risk_groups(predicted, number)
-    for position, index in enumerate(np.unique(group)):
+    there = np.unique(group)  # one where everybody has the same risk
+    for position, index in enumerate(there):
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
         end = time[rows].max()
-        which = GROUP_NAMES[number][index] if len(np.unique(group)) > 1 else "one"
+        which = GROUP_NAMES[number][index] if len(there) > 1 else "one"
         name = f"{which} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
         (line,) = panel.step([*times, end], [*share, share[-1]], where="post", label=name)
         censored = time[rows & (event == 0)]
@@ -86,9 +87,9 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
     text = f"{label.time or 'time'} (above: how many are at risk; ticks: censored)"
-    panel.set_xlabel(text, labelpad=4 + 10 * len(np.unique(group)), fontsize=8)
+    panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
-    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(np.unique(group)) > 1 else "one risk for all"
+    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(there) > 1 else "one risk for all"
     panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 

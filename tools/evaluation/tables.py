@@ -157,7 +157,8 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
     if sids:
         return sids
     for name, index in [*((name, table.index) for name, table in tables.items()), (path, labels["sid"])]:
-        lacking = [sid for sid in first if sid not in set(index)]
+        there = set(index)
+        lacking = [sid for sid in first if sid not in there]
         if lacking:
             name = table_paths.get(name, name)
             hint = _alike(lacking, index)
