@@ -89,14 +89,13 @@ def add_method(parser: Parser) -> None:
     add("--rotate", amount, PUBLISHED.rotate, "degrees about each axis; lower it where pose tells something")
     text = "voxels along each axis; lower it where views share too little: 12 is a third of a patch"
     add("--translate", amount, PUBLISHED.translate, text)
-    text = "zoom, a share either way; lower it where size tells something"
-    add("--scale", between(float, 0, 0.9), PUBLISHED.scale, text)
+    add("--scale", between(float, 0, 0.9), PUBLISHED.scale, "zoom, a share either way; lower it where size tells much")
     add("--noise-std", amount, PUBLISHED.noise_std, "HU, the largest of g; raise it for cohorts of many doses")
+    add("--noise-prob", between(float, 0, 1), PUBLISHED.noise_prob, "how often g is applied; raise it likewise")
+    add("--smooth", amount, PUBLISHED.smooth, "voxels, the largest sigma of s; raise it where slices are thick")
     text = "smallest and largest exponent of c; narrow it where density itself matters"
     add("--gamma", at_least(float, 0.01), list(PUBLISHED.gamma), text, nargs=2)
-    text = (
-        "queue: other subjects' keys of earlier steps; batch: those of this step, as old as the key; for small cohorts"
-    )
+    text = "queue: other subjects' keys of earlier steps; batch: keys of this step, as new as the key: for few subjects"
     add("--negatives", OneOf("queue", "batch"), "queue", text)
     text = (
         "groups of the batch with BatchNorm statistics of their own, a multiple of the ranks (default: 4 as published, "
@@ -193,7 +192,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def make_augmentation(args: argparse.Namespace) -> Augmentation:
     """The transforms that the flags ask for. Raises StoreError."""
     ranges = Ranges(rotate=args.rotate, translate=args.translate, scale=args.scale)
-    return Augmentation(args.augmentation, ranges._replace(noise_std=args.noise_std, gamma=tuple(args.gamma)))
+    noise = dict(noise_std=args.noise_std, noise_prob=args.noise_prob)
+    return Augmentation(args.augmentation, ranges._replace(gamma=tuple(args.gamma), smooth=args.smooth, **noise))
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:

@@ -9,10 +9,12 @@ from monai.transforms import (
     AdjustContrast,
     Affine,
     Flip,
+    GaussianSmooth,
     Rand3DElastic,
     RandAdjustContrast,
     RandAffine,
     RandGaussianNoise,
+    RandGaussianSmooth,
 )
 from scipy.stats import ks_2samp
 
@@ -178,6 +180,30 @@ def test_flip_is_monais():
         assert torch.equal(ours[index], torch.as_tensor(Flip(axes)(inputs[index])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
+def test_smoothing_is_monais_and_keeps_the_rim(dtype, size):
+    """MONAI pads with zeros: divided by what it makes of ones, its result is a mean of what lies inside."""
+    inputs = volumes(4, 2, dtype, size)
+    before = inputs.clone()
+    drawn = augment.draw_smooth(4, size, generator(5))
+    drawn["sigma"][1] = torch.tensor([2.0, 0.3, 1.1])
+    ours = augment.apply_smooth(inputs, drawn, generator())
+    assert torch.equal(inputs, before)
+    for index in range(4):
+        monai = GaussianSmooth(drawn["sigma"][index].tolist())
+        wanted = monai(inputs[index].double()) / monai(torch.ones_like(inputs[index], dtype=torch.float64))
+        assert float((ours[index] - torch.as_tensor(wanted).to(dtype)).abs().max()) < tolerance(dtype)
+    flat = torch.full((4, 1, *size), 300.0, dtype=dtype)
+    assert torch.allclose(augment.apply_smooth(flat, drawn, generator()), flat)
+
+
+def test_smoothing_by_nothing_changes_nothing():
+    inputs = volumes(2)
+    drawn = augment.draw_smooth(2, SIZE, generator(5), augment.Ranges(smooth=0.0))
+    torch.testing.assert_close(augment.apply_smooth(inputs, drawn, generator()), inputs)
+
+
 def test_drawn_parameters_have_monais_distributions():
     count = 4000
     affine = augment.draw_affine(count, SIZE, generator(1))
@@ -208,6 +234,15 @@ def test_drawn_parameters_have_monais_distributions():
         gammas.randomize()
         values.append(gammas.gamma_value)
     assert ks_2samp(contrast["gamma"].numpy(), values).pvalue > 1e-3
+
+    sigma, axes = augment.draw_smooth(count, SIZE, generator(4))["sigma"].numpy(), ("x", "y", "z")
+    smooth = RandGaussianSmooth(*[(0.0, 2.0)] * 3, prob=1.0)
+    smooth.set_random_state(0)
+    values = []
+    for _ in range(count):
+        smooth.randomize()
+        values.append([getattr(smooth, axis) for axis in axes])
+    assert all(ks_2samp(sigma[:, axis], np.array(values)[:, axis]).pvalue > 1e-3 for axis in range(3))
 
     elastic = augment.draw_elastic(300, (4, 4, 4), generator(3))
     monai = Rand3DElastic((8, 12), (0, 1264), prob=1.0)
@@ -330,14 +365,17 @@ def test_sampling_slice_by_slice_is_trilinear(size, channels):
 
 def test_ranges_are_the_flags():
     """Narrower ranges draw narrower parameters from the same stream; the defaults are the published ones."""
-    ranges = augment.Ranges(rotate=5, translate=3, scale=0.05, noise_std=10, gamma=(0.9, 1.1))
+    narrower = dict(rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5)
+    ranges = augment.Ranges(**narrower)
     wide, narrow = (
-        dict(zip("agc", Augmentation("agc", chosen).draw(500, SIZE, generator(2))))
+        dict(zip("agcs", Augmentation("agcs", chosen).draw(500, SIZE, generator(2))))
         for chosen in (augment.PUBLISHED, ranges)
     )
     torch.testing.assert_close(narrow["a"]["translation"], wide["a"]["translation"] / 4)
     torch.testing.assert_close(narrow["a"]["rotation"], wide["a"]["rotation"] / 2)
     torch.testing.assert_close(narrow["a"]["scale"] - 1, (wide["a"]["scale"] - 1) / 2)
     torch.testing.assert_close(narrow["g"]["std"], wide["g"]["std"] / 5)
+    assert len(wide["g"]["chosen"]) < 0.35 * 500 < 0.65 * 500 < len(narrow["g"]["chosen"])
+    torch.testing.assert_close(narrow["s"]["sigma"], wide["s"]["sigma"] / 4)
     assert 0.9 <= float(narrow["c"]["gamma"].min()) < float(narrow["c"]["gamma"].max()) <= 1.1
     assert 11.5 < float(wide["a"]["translation"].max()) <= 12 and 4.4 < float(wide["c"]["gamma"].max()) <= 4.5

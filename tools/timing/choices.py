@@ -14,6 +14,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "--negatives batch": {"negatives": "batch"},
     "--mask-own": {"mask-own": None},
     "--translate 3": {"translate": 3},
+    "--augmentation asg": {"augmentation": "asg"},
     "--location-order interleaved": {"location-order": "interleaved"},
     "--optimizer adamw": {"optimizer": "adamw"},
     "--accumulate 4": {"accumulate": 4},
