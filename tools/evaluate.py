@@ -46,7 +46,10 @@ from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.tables import matching_sids, read_features, refuse_leaks, tell_unmatched
 
-OF_BASELINES = ("density", "density_by_location", "histogram", "histogram_by_location", "features+histogram")
+OF_BASELINES = (
+    *("density", "density_by_location", "histogram", "histogram_smoothed"),
+    *("histogram_by_location", "features+histogram"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:

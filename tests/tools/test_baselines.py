@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from data.store import PatchStore
 from tools.evaluation.baselines import BINS, baseline_tables
@@ -36,6 +37,22 @@ def test_shares_and_histograms(store, grid):
     assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
 
 
+def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
+    """Of -850 HU with noise of 60, one bin holds most voxels after scipy's Gaussian, and ours; a third before."""
+    noise = np.random.default_rng(0).normal(-850, 60, (3, len(grid), 32, 32, 32)).astype(np.int16)
+    for location in range(len(grid)):
+        np.save(store / "grouped_patch" / f"patch_loc_{location}.npy", noise[:, location])
+    tables = baseline_tables(PatchStore(store), no_progress=True)
+    plain, smoothed = (tables[name].to_numpy() for name in ("histogram", "histogram_smoothed"))
+    assert smoothed.shape == (3, BINS) and smoothed.sum(1) == pytest.approx([1, 1, 1])
+    assert smoothed.max() > 2 * plain.max()
+    sigma = np.sqrt(1 + 1 / 12)  # ours is integrated over each voxel
+    values = np.stack([gaussian_filter(patch.astype(float), sigma, mode="constant") for patch in noise[0]])
+    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # its zeros outside weigh nothing
+    wanted = np.histogram(values, np.linspace(-1024, 240, BINS + 1))[0] / values.size
+    assert smoothed[0] == pytest.approx(wanted, abs=0.002)
+
+
 def test_command(tmp_path, make_store, grid, run):
     """Labels that are a density are found by it, and by noise features only together with it."""
     rng = np.random.default_rng(0)
@@ -53,5 +70,6 @@ def test_command(tmp_path, make_store, grid, run):
     result = run("tools/evaluate.py", *flags, cwd=tmp_path)
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
-    for name in ("density", "density_by_location", "histogram", "histogram_by_location", "features+histogram"):
+    names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")
+    for name in (*names, "features+histogram"):
         assert name in scores and f" {name} |" in result.stdout.splitlines()[0]
