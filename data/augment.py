@@ -101,13 +101,18 @@ def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF
     return torch.where(distance.abs() <= tail[:, None, None], band.clamp(min=0), 0.0)
 
 
+def _along_axes(volumes: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Volumes (n, C, D, H, W) times each sample's own matrix, (n, size, size), along each axis in turn."""
+    for subscripts, matrix in zip(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd"), matrices, strict=True):
+        volumes = torch.einsum(subscripts, _moved(matrix, volumes), volumes)
+    return volumes
+
+
 def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
     """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
     size = volumes.shape[2:]
     offset = _moved(parameters["offset"], volumes)  # (n, 3, *size)
-    for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
-        band = _moved(gaussian_band(parameters["sigma"], size[axis]), volumes)
-        offset = torch.einsum(subscripts, band, offset)
+    offset = _along_axes(offset, [gaussian_band(parameters["sigma"], length) for length in size])
     offset = offset * _moved(parameters["magnitude"], volumes)[:, None, None, None, None]
 
     return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), size, offset))
@@ -191,12 +196,11 @@ def apply_smooth(volumes: torch.Tensor, parameters: Parameters, generator: torch
 
     At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim.
     """
-    for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
-        band = gaussian_band(
-            parameters["sigma"][:, axis].clamp(min=SMOOTH_LEAST), volumes.shape[axis + 2], SMOOTH_CUTOFF
-        )
-        volumes = torch.einsum(subscripts, _moved(band / band.sum(dim=2, keepdim=True), volumes), volumes)
-    return volumes
+    bands = []
+    for sigma, length in zip(parameters["sigma"].clamp(min=SMOOTH_LEAST).unbind(dim=1), volumes.shape[2:]):
+        band = gaussian_band(sigma, length, SMOOTH_CUTOFF)  # (n, length, length)
+        bands.append(band / band.sum(dim=2, keepdim=True))
+    return _along_axes(volumes, bands)
 
 
 class Transform(NamedTuple):
