@@ -25,8 +25,9 @@ def test_five_losses_of_a_seeded_run(tmp_path, make_store, grid, run):
     run("train.py", *flags, *sizes, "--augmentation", "fagc", "--bn-groups", 1, cwd=tmp_path)
     lines = map(json.loads, (tmp_path / "ssl_exp" / "g" / "log.jsonl").read_text(encoding="utf-8").splitlines())
     steps = [line for line in lines if line["kind"] == "step"][:5]
+    # Kinds of CPU round apart, and each step doubles it: 4e-4 at the fifth between AVX2 and an Intel with AVX-512.
     for name in ("loss_patch", "loss_neighbor"):
-        np.testing.assert_allclose([step[name] for step in steps], GUARD[name], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose([step[name] for step in steps], GUARD[name], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 def test_features_of_a_seeded_checkpoint(tmp_path, make_store, grid, run):
