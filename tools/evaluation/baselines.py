@@ -19,10 +19,14 @@ SMOOTHING = 1.0  # voxels: takes the dose's noise out; 2 and 3 told less of phan
 ROWS_AT_ONCE = 64
 
 
+def histogram_of(patch: np.ndarray) -> np.ndarray:
+    """Voxels of a patch, in HU, in each bin: (BINS,)."""
+    return np.histogram(np.clip(patch, HU_MIN, HU_MAX), EDGES)[0]
+
+
 def counts_of(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Voxels of a patch, in HU: a histogram (BINS,), those below -950 and those below -500 HU."""
-    histogram = np.histogram(np.clip(patch, HU_MIN, HU_MAX), EDGES)[0]
-    return histogram, np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
+    return histogram_of(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
 
 def smooth(patches: np.ndarray) -> np.ndarray:
@@ -55,7 +59,7 @@ def density_counts(store: PatchStore, no_progress: bool = False) -> Counts:
                 for row, patch, smoothed in zip(rows, patches, smooth(patches)):
                     counts.histogram[row, location], low, lung = counts_of(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
-                    counts.smoothed[row] += counts_of(smoothed)[0]
+                    counts.smoothed[row] += histogram_of(smoothed)
             bar.update()
     return counts
 
