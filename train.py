@@ -93,6 +93,7 @@ def add_method(parser: Parser) -> None:
     add("--noise-std", amount, PUBLISHED.noise_std, "HU, the largest of g; raise it for cohorts of many doses")
     add("--noise-prob", between(float, 0, 1), PUBLISHED.noise_prob, "how often g is applied; raise it likewise")
     add("--smooth", amount, PUBLISHED.smooth, "voxels, the largest sigma of s; raise it where slices are thick")
+    add("--shift", amount, PUBLISHED.shift, "HU, the largest of i, either way; raise it where breath differs much")
     text = "smallest and largest exponent of c; narrow it where density itself matters"
     add("--gamma", at_least(float, 0.01), list(PUBLISHED.gamma), text, nargs=2)
     text = "queue: other subjects' keys of earlier steps; batch: keys of this step, as new as the key: for few subjects"
@@ -191,9 +192,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_augmentation(args: argparse.Namespace) -> Augmentation:
     """The transforms that the flags ask for. Raises StoreError."""
-    ranges = Ranges(rotate=args.rotate, translate=args.translate, scale=args.scale)
-    noise = dict(noise_std=args.noise_std, noise_prob=args.noise_prob)
-    return Augmentation(args.augmentation, ranges._replace(gamma=tuple(args.gamma), smooth=args.smooth, **noise))
+    ranges = Ranges(**{name: value for name, value in vars(args).items() if name in Ranges._fields})
+    return Augmentation(args.augmentation, ranges)
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:

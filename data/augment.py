@@ -38,6 +38,7 @@ class Ranges(NamedTuple):
     contrast_prob: float = 0.25
     gamma: tuple[float, float] = (0.5, 4.5)
     smooth: float = 2.0  # voxels, largest sigma; unpublished
+    shift: float = 30.0  # HU, either way; unpublished
 
 
 PUBLISHED = Ranges()
@@ -184,7 +185,7 @@ def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: tor
     return volumes.index_copy(0, rows, some)
 
 
-# ---------------------------------------------------------------- smoothing
+# ---------------------------------------------------------------- smoothing, shift
 
 
 def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
@@ -203,6 +204,15 @@ def apply_smooth(volumes: torch.Tensor, parameters: Parameters, generator: torch
     return _along_axes(volumes, bands)
 
 
+def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+    return {"offset": _uniform((count,), -ranges.shift, ranges.shift, generator)}
+
+
+def apply_shift(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+    """monai.transforms.RandShiftIntensity: the same HU for all voxels, as a deeper breath takes off. Unpublished."""
+    return volumes + _moved(parameters["offset"], volumes)[:, None, None, None, None]
+
+
 class Transform(NamedTuple):
     """What a letter stands for."""
 
@@ -218,6 +228,7 @@ TRANSFORMS = {
     "g": Transform(draw_noise, apply_noise, "Gaussian noise"),
     "c": Transform(draw_contrast, apply_contrast, "contrast"),
     "s": Transform(draw_smooth, apply_smooth, "smoothing"),
+    "i": Transform(draw_shift, apply_shift, "intensity shift"),
 }
 LETTERS = ", ".join(f"{letter} ({transform.name})" for letter, transform in TRANSFORMS.items())  # for help and errors
 

@@ -15,6 +15,8 @@ from monai.transforms import (
     RandAffine,
     RandGaussianNoise,
     RandGaussianSmooth,
+    RandShiftIntensity,
+    ShiftIntensity,
 )
 from scipy.stats import ks_2samp
 
@@ -204,6 +206,18 @@ def test_smoothing_by_nothing_changes_nothing():
     torch.testing.assert_close(augment.apply_smooth(inputs, drawn, generator()), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shift_is_monais(dtype):
+    inputs = volumes(4, 2, dtype)
+    before = inputs.clone()
+    drawn = augment.draw_shift(4, SIZE, generator(6))
+    ours = augment.apply_shift(inputs, drawn, generator())
+    assert torch.equal(inputs, before)
+    for index in range(4):
+        wanted = ShiftIntensity(float(drawn["offset"][index]))(inputs[index])
+        assert float((ours[index] - torch.as_tensor(wanted).to(dtype)).abs().max()) < tolerance(dtype)
+
+
 def test_drawn_parameters_have_monais_distributions():
     count = 4000
     affine = augment.draw_affine(count, SIZE, generator(1))
@@ -243,6 +257,14 @@ def test_drawn_parameters_have_monais_distributions():
         smooth.randomize()
         values.append([getattr(smooth, axis) for axis in axes])
     assert all(ks_2samp(sigma[:, axis], np.array(values)[:, axis]).pvalue > 1e-3 for axis in range(3))
+
+    shift = RandShiftIntensity(30.0, prob=1.0)
+    shift.set_random_state(0)
+    values = []
+    for _ in range(count):
+        shift.randomize()
+        values.append(shift._offset)
+    assert ks_2samp(augment.draw_shift(count, SIZE, generator(7))["offset"].numpy(), values).pvalue > 1e-3
 
     elastic = augment.draw_elastic(300, (4, 4, 4), generator(3))
     monai = Rand3DElastic((8, 12), (0, 1264), prob=1.0)
@@ -365,10 +387,12 @@ def test_sampling_slice_by_slice_is_trilinear(size, channels):
 
 def test_ranges_are_the_flags():
     """Narrower ranges draw narrower parameters from the same stream; the defaults are the published ones."""
-    narrower = dict(rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5)
+    narrower = dict(
+        rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5, shift=10
+    )
     ranges = augment.Ranges(**narrower)
     wide, narrow = (
-        dict(zip("agcs", Augmentation("agcs", chosen).draw(500, SIZE, generator(2))))
+        dict(zip("agcsi", Augmentation("agcsi", chosen).draw(500, SIZE, generator(2))))
         for chosen in (augment.PUBLISHED, ranges)
     )
     torch.testing.assert_close(narrow["a"]["translation"], wide["a"]["translation"] / 4)
@@ -377,5 +401,6 @@ def test_ranges_are_the_flags():
     torch.testing.assert_close(narrow["g"]["std"], wide["g"]["std"] / 5)
     assert len(wide["g"]["chosen"]) < 0.35 * 500 < 0.65 * 500 < len(narrow["g"]["chosen"])
     torch.testing.assert_close(narrow["s"]["sigma"], wide["s"]["sigma"] / 4)
+    torch.testing.assert_close(narrow["i"]["offset"], wide["i"]["offset"] / 3)
     assert 0.9 <= float(narrow["c"]["gamma"].min()) < float(narrow["c"]["gamma"].max()) <= 1.1
     assert 11.5 < float(wide["a"]["translation"].max()) <= 12 and 4.4 < float(wide["c"]["gamma"].max()) <= 4.5

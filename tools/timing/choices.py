@@ -15,6 +15,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "--mask-own": {"mask-own": None},
     "--translate 3": {"translate": 3},
     "--augmentation asg": {"augmentation": "asg"},
+    "--augmentation agi": {"augmentation": "agi"},
     "--location-order interleaved": {"location-order": "interleaved"},
     "--optimizer adamw": {"optimizer": "adamw"},
     "--accumulate 4": {"accumulate": 4},
