@@ -36,7 +36,7 @@ from misc.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.kinds import why_not
-from tools.evaluation.learn import FOLDS, added_weights, held_out_r2
+from tools.evaluation.learn import FOLDS, held_out_r2, joined_weights
 from tools.evaluation.tables import held_out_rows, read_features
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +179,7 @@ class Study:
         call(log, sys.executable, ROOT / "extract_feature.py", *given, "--out-dir", folder / "features")
         features = read_features(str(folder / "features" / "patient_features.csv"))
         both = pd.concat([features, self.baselines["histogram"].loc[features.index]], axis=1)
-        weights = {"features+histogram": added_weights(features.shape[1], self.baselines["histogram"].shape[1])}
+        weights = {"features+histogram": joined_weights(features.shape[1], self.baselines["histogram"].shape[1])}
         rows = self.judge({"features": features, "features+histogram": both}, arm, seed, weights)
         write_text(kept, rows.to_csv(index=False))
         return rows

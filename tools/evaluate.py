@@ -41,7 +41,7 @@ from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.cohort import Cohort, make_labels, note
 from tools.evaluation.judge import Judged, Label, judge
 from tools.evaluation.kinds import KINDS
-from tools.evaluation.learn import added_weights, covariate_weights
+from tools.evaluation.learn import covariate_weights, joined_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.tables import matching_sids, read_features, refuse_leaks, tell_unmatched
@@ -153,7 +153,7 @@ def main() -> None:
     if args.baselines:
         arrays["features+histogram"] = np.hstack([arrays["features"], arrays["histogram"]])
         widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
-        weights["features+histogram"] = added_weights(*widths)
+        weights["features+histogram"] = joined_weights(*widths)
     covariates = cohort.covariates
     if args.covariates:
         count = covariates.shape[1]

@@ -9,7 +9,7 @@ import pytest
 import train
 from tools import ablate
 from tools.evaluation.ablation import markdown, summary
-from tools.evaluation.learn import MODELS, added_weights, choose_weights, equal_weights, held_out_r2
+from tools.evaluation.learn import MODELS, held_out_r2, joined_weights, predict_others
 
 
 def test_differences_are_paired_by_seed():
@@ -39,34 +39,30 @@ def test_held_out_subjects_are_not_fitted_to():
     assert held_out_r2(features, signal, held) < -1
 
 
-def test_tables_side_by_side_count_the_same():
-    """Many columns of noise must not outvote the few that know."""
-    rng = np.random.default_rng(0)
-    known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 256)), np.arange(120) >= 60
-    target = known.sum(axis=1)
-    both, weights = np.hstack([noise, known]), equal_weights(256, 4)
-    assert np.square(weights[:256]).sum() == pytest.approx(np.square(weights[256:]).sum())
-    assert (equal_weights(7) == 1).all()
-    assert held_out_r2(both, target, held, weights) > 0.9 > 0.6 > held_out_r2(both, target, held)
+def test_two_tables_together_are_the_mean_of_two_models():
+    """Of the second alone and of both side by side; nothing of the held-out subjects is seen."""
+    rng, model = np.random.default_rng(0), MODELS["regression"]
+    one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
+    target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
+    both = np.hstack([one, other])
+    found = predict_others(model, both, target, held, joined_weights(60, 4))
+    each = [predict_others(model, table, target, held) for table in (other, both)]
+    np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
+    target[held] = rng.normal(size=60)
+    assert (predict_others(model, both, target, held, joined_weights(60, 4)) == found).all()
 
 
-def test_what_a_table_adds_is_chosen_on_the_fitted():
-    """Noise is left out, a table that knows what the other does not is taken; nothing of the held-out ones is seen."""
+def test_what_a_table_adds():
+    """A table that knows what the other does not makes it better; noise makes it less worse than side by side."""
     rng = np.random.default_rng(0)
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
-    target = known.sum(axis=1) + rng.normal(size=120)
-    candidates, model = added_weights(60, 4), MODELS["regression"]
-    assert (candidates[-1] == equal_weights(60, 4)).all() and not candidates[0, :60].any()
-    beside_noise = np.hstack([noise, known])
-    chosen = choose_weights(model, beside_noise[~held], target[~held], candidates)
-    assert np.abs(chosen[:60]).max() < 0.5 * candidates[-1, 0]
-    assert (choose_weights(MODELS["class"], beside_noise, target, candidates) == candidates[-1]).all()
-    alone, equal = held_out_r2(known, target, held), held_out_r2(beside_noise, target, held, candidates[-1])
-    assert equal < held_out_r2(beside_noise, target, held, candidates) and alone > equal
-    telling = np.hstack([np.repeat(target[:, None], 60, 1) + 0.3 * noise, known])
-    assert held_out_r2(telling, target, held, candidates) > alone + 0.1
-    target[held] = rng.normal(size=60)
-    assert (choose_weights(model, beside_noise[~held], target[~held], candidates) == chosen).all()
+    hidden = rng.normal(size=120)
+    target = known.sum(axis=1) + hidden
+    alone, weights = held_out_r2(known, target, held), joined_weights(60, 4)
+    telling, beside_noise = np.hstack([hidden[:, None] + 0.3 * noise, known]), np.hstack([noise, known])
+    assert held_out_r2(telling, target, held, weights) > alone + 0.1
+    plainly = held_out_r2(beside_noise, target, held)
+    assert alone > held_out_r2(beside_noise, target, held, weights) > (alone + plainly) / 2
 
 
 @pytest.mark.slow

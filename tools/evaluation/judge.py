@@ -74,7 +74,7 @@ def judge(
         tables: (N, D) each; the first is the one that others are compared to.
         groups: (N,) numbers of patients.
         folds: of each repeat.
-        weights: (D,) of the columns of tables, or (candidates, D), chosen inside the folds; ones where none are given.
+        weights: (D,) of the columns of tables, or (models, D), to average predictions of; else ones.
         held_out: (N,) subjects to report on, by a model of the others, in place of folds.
         seed: of folds, bootstrap and permutations.
     """

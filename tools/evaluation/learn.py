@@ -12,27 +12,17 @@ FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # of features with SD 1
 COVARIATE_WEIGHT = 10.0  # of a standardised covariate: hardly penalised beside features
 INNER_FOLDS = 3
-SHARES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)  # of a table's weight that one beside it may have
 
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
 
 
-def equal_weights(*widths: int) -> np.ndarray:
-    """Weights of the columns of tables side by side, such that each table counts the same in a ridge regression.
+def joined_weights(added: int, known: int) -> np.ndarray:
+    """Weights of the columns of two tables side by side, (2, D), to ask what the first adds to the second.
 
-    128 features would otherwise outvote the 32 bins of a histogram, whatever either knows. One table: ones.
+    A row is a model: the second table alone, and both. The mean of their predictions is taken, because a choice on some
+    hundred subjects is noisier (the forecast combination puzzle: Stock and Watson, 2004).
     """
-    shares = [np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths]
-    return np.concatenate(shares)
-
-
-def added_weights(first: int, second: int) -> np.ndarray:
-    """Weights of two tables side by side, (candidates, D), of which one is chosen on the fitted subjects.
-
-    What the first adds to the second is asked: it may weigh as much, or less, down to nothing.
-    """
-    equal = equal_weights(first, second)
-    return np.stack([np.concatenate([share * equal[:first], equal[first:]]) for share in SHARES])
+    return np.stack([np.repeat([0.0, 1.0], [added, known]), np.ones(added + known)])
 
 
 def covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
@@ -129,20 +119,12 @@ def predict_others(
     """The rows ``others`` (N,) bool predicted by a model of the rest: (others, ...). Scaling is the rest's too.
 
     Args:
-        weights: (D,) of the columns, or (candidates, D), of which the rest's choice is taken.
+        weights: (D,) of the columns, or (models, D), the mean of whose predictions is taken.
     """
     if weights is not None and weights.ndim == 2:
-        weights = choose_weights(model, features[~others], target[~others], weights)
+        return np.mean([predict_others(model, features, target, others, row) for row in weights], axis=0)
     fitted, asked = scale(features[~others], features[others], weights)
     return model(fitted, target[~others], asked)
-
-
-def choose_weights(model: Predict, fitted: np.ndarray, target: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Of numbers and grades the candidate with the least error of those left out, one at a time; of others the last."""
-    if model not in (predict_number, predict_grade):
-        return candidates[-1]
-    scores = [ridge().fit(scale(fitted, fitted[:0], weights)[0], target).best_score_ for weights in candidates]
-    return candidates[int(np.argmax(scores))]
 
 
 def out_of_fold(
@@ -171,7 +153,7 @@ def held_out_r2(
     Args:
         features, target: (N, D), (N,).
         held_out: (N,) bool.
-        weights: (D,) of the columns, or (candidates, D).
+        weights: (D,) of the columns, or (models, D).
     """
     predicted = predict_others(predict_number, features, target, held_out, weights)
     return float(r2(target[held_out], predicted, np.ones((len(predicted), 1)))[0])
