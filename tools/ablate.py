@@ -68,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--held-out", default="held_out", metavar="COLUMN", help=text)
     add("--columns", nargs="+", help="labels to predict (default: the synthetic cohort's, or every numeric one)")
     add("--num-subjects", type=at_least(int, 40), default=200, help="of the synthetic cohort; fewer tell less")
-    add("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}; differences are to the first")
+    text = f"of {', '.join(ARMS)}, or none, for those of --arm alone; differences are to the first"
+    add("--arms", nargs="*", default=list(ARMS), help=text)
     text = "a further arm: flags of train.py beside those of full; several times"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
@@ -91,6 +92,8 @@ def parse_arguments() -> argparse.Namespace:
     unknown = [name for name, flags in args.arms.items() if flags is None]
     if unknown:
         parser.error(f"--arms {unknown[0]}: one of {', '.join(ARMS)}, or give it by --arm NAME=FLAGS")
+    if not args.arms:
+        parser.error("--arms names none: give at least one, or --arm NAME=FLAGS")
     if bool(args.root_dir) != bool(args.labels):
         parser.error("--root-dir and --labels go together")
     return args

@@ -94,6 +94,7 @@ def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
     ("flags", "message"),
     [
         (("--arms", "ful"), "--arms ful: one of full, no-neighbours"),
+        (("--arms",), "--arms names none: give at least one"),
         (("--arm", "cold"), "--arm cold: NAME=FLAGS"),
         (("--root-dir", "store"), "--root-dir and --labels go together"),
     ],
