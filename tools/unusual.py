@@ -66,7 +66,7 @@ def main() -> None:
         store = PatchStore(args.baselines)
         if missing := set(sids) - set(store.sids):
             raise UserError(f"--baselines {args.baselines} has no subject {min(missing)!r} of --features-dir")
-        table = baseline_tables(store, args.no_progress)["histogram_by_location"].loc[sids].to_numpy()
+        table = baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()
         scores["histogram_by_location"] = unusual(table.reshape(len(sids), -1, BINS), healthy)
     found = {}
     if (known & ~healthy).any():

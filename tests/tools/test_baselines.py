@@ -35,6 +35,9 @@ def test_shares_and_histograms(store, grid):
     assert histogram.shape == (3, BINS) and histogram.sum(1) == pytest.approx([1, 1, 1])
     assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # -984.5 to -945
     assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
+    quick = baseline_tables(PatchStore(store), no_progress=True, smoothed=False)
+    assert list(quick) == [name for name in tables if name != "histogram_smoothed"]
+    assert all(quick[name].equals(tables[name]) for name in quick)
 
 
 def test_smoothing_takes_noise_out_of_a_histogram(store, grid):

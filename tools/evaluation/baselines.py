@@ -45,8 +45,8 @@ class Counts(NamedTuple):
     lung: np.ndarray  # (N, L) below -500 HU
 
 
-def density_counts(store: PatchStore, no_progress: bool = False) -> Counts:
-    """Of every patch of a store."""
+def density_counts(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
+    """Of every patch of a store; those of smoothed patches, which take longest, stay 0 where they are not asked for."""
     shape = (store.num_subjects, store.num_locations)
     sizes = ((*shape, BINS), (shape[0], BINS), shape, shape)
     counts = Counts(*(np.zeros(size, dtype=np.int64) for size in sizes))
@@ -56,28 +56,31 @@ def density_counts(store: PatchStore, no_progress: bool = False) -> Counts:
             for start in range(0, store.num_subjects, ROWS_AT_ONCE):
                 rows = np.arange(start, min(start + ROWS_AT_ONCE, store.num_subjects))
                 patches = store.read(location, rows)
-                for row, patch, smoothed in zip(rows, patches, smooth(patches)):
+                for row, patch in zip(rows, patches):
                     counts.histogram[row, location], low, lung = counts_of(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
-                    counts.smoothed[row] += histogram_of(smoothed)
+                for row, patch in zip(rows, smooth(patches) if smoothed else ()):
+                    counts.smoothed[row] += histogram_of(patch)
             bar.update()
     return counts
 
 
-def baseline_tables(store: PatchStore, no_progress: bool = False) -> dict[str, pd.DataFrame]:
+def baseline_tables(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> dict[str, pd.DataFrame]:
     """Tables by sid, for the same regression as the features.
 
     density: share of the lung below -950 HU, one number; density_by_location: the same in each patch; histogram: 32
-    bins over all patches; histogram_smoothed: after a Gaussian of 1 voxel, which takes noise out;
-    histogram_by_location: of each patch.
+    bins over all patches; histogram_smoothed, left out where it is not asked for: after a Gaussian of 1 voxel, which
+    takes noise out; histogram_by_location: of each patch.
     """
-    histogram, smoothed, low, lung = density_counts(store, no_progress)
+    histogram, of_smoothed, low, lung = density_counts(store, no_progress, smoothed)
     voxels = histogram.sum(axis=2, keepdims=True)
     columns = {
         "density": (low.sum(1) / np.maximum(1, lung.sum(1)))[:, None],  # (N, 1)
         "density_by_location": low / np.maximum(1, lung),  # (N, L)
         "histogram": histogram.sum(1) / voxels.sum(1),  # (N, BINS)
-        "histogram_smoothed": smoothed / voxels.sum(1),  # (N, BINS)
+        "histogram_smoothed": of_smoothed / voxels.sum(1),  # (N, BINS)
         "histogram_by_location": (histogram / voxels).reshape(len(histogram), -1),  # (N, L BINS)
     }
+    if not smoothed:
+        del columns["histogram_smoothed"]
     return {name: pd.DataFrame(values, index=store.sids) for name, values in columns.items()}
