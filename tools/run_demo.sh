@@ -24,7 +24,7 @@ cd "$here"
 
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
-epochs=${DEMO_EPOCHS:-8}
+epochs=${DEMO_EPOCHS:-6}
 subjects=${DEMO_SUBJECTS:-48}
 defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto --epochs $epochs --workers 1 --print-freq 34"
 # A wrong flag is told now, not when training begins.
