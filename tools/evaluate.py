@@ -13,8 +13,8 @@ GOLD_from_spirometry.
 Everything that is chosen (penalty, scaling) is chosen inside the folds. Intervals are the bootstrap's over patients,
 95 %; `permuted` is the figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
 encoder's, is judged on the same folds; with --baselines STORE so are the share of lung below -950 HU, HU histograms,
-and features and histogram together (what the features weigh beside it is chosen inside the folds). --held-out COLUMN,
-of 0 and 1, fits to the subjects with 0 and reports on those with 1.
+and features and histogram together (the mean of the histogram's model and that of both), with what they add to it.
+--held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those with 1.
 
 Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column, in place of those of an evaluation before;
 prints a table.
@@ -150,10 +150,12 @@ def main() -> None:
     cohort = Cohort(args, sids, table)
     arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
+    added_to: dict[str, str] = {}
     if args.baselines:
         arrays["features+histogram"] = np.hstack([arrays["features"], arrays["histogram"]])
         widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
         weights["features+histogram"] = joined_weights(*widths)
+        added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:
         count = covariates.shape[1]
@@ -168,7 +170,7 @@ def main() -> None:
         for label, known in labels:
             held_out = None if cohort.held_out is None else cohort.held_out[known]
             given = {name: table[known] for name, table in arrays.items()}
-            found = judge(label, given, cohort.groups[known], args.folds, weights, held_out, args.seed)
+            found = judge(label, given, cohort.groups[known], args.folds, weights, held_out, args.seed, added_to)
             reported = np.ones(known.sum(), dtype=bool) if held_out is None else held_out
             judged.append((label, reported, found))
             results[label.name] = found.figures

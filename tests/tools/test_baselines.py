@@ -70,7 +70,12 @@ def test_command(tmp_path, make_store, grid, run):
     features.to_csv(tmp_path / "f.csv", index=False)
     pd.DataFrame({"sid": sids, "density": np.linspace(0, 1, 24)}).to_csv(tmp_path / "l.csv", index=False)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--baselines", "s", "--json", "e.json")
-    result = run("tools/evaluate.py", *flags, cwd=tmp_path)
+    result = run("tools/evaluate.py", *flags, "--out-dir", "o", cwd=tmp_path)
+    assert "Beside the histogram the features add to it on 0 of 1 label(s)" in result.stdout
+    (row,) = [
+        line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
+    ]
+    assert row.count(" to ") == 3  # the figure's interval, that of features less this, and that of this less histogram
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
     names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")

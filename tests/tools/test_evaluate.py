@@ -44,6 +44,20 @@ def test_a_covariate_is_hardly_penalised(kind):
     assert weighted > 0.85 and weighted > found(None) + 0.2
 
 
+def test_what_a_table_adds_to_another_is_paired():
+    """The difference of two tables that share an error has a narrower interval than either, and the right sign."""
+    rng = np.random.default_rng(2)
+    known, new, error = rng.normal(size=(3, 200))
+    label = Label("label", "regression", known + 0.5 * new + error)
+    tables = {"features": new[:, None], "known": known[:, None], "both": np.column_stack([new, known])}
+    figures = judge(label, tables, np.arange(200), 5, added_to={"both": "known"}).figures
+    one, both = figures["known"]["r2"], figures["both"]["r2"]
+    added = both["this_minus_known"]
+    assert added["mean"] == pytest.approx(both["mean"] - one["mean"]) and 0 < added["low"] < added["high"]
+    assert added["high"] - added["low"] < 0.8 * (both["high"] - both["low"])
+    assert "this_minus_known" not in one and both["features_minus_this"]["high"] < 0
+
+
 def test_a_first_fold_may_lack_the_highest_class():
     target = np.array([0, 1] * 12 + [2] * 4, dtype=float)
     fold = np.where(target == 2, 0, np.arange(28) % 2)  # nobody of class 2 is fitted to, when fold 0 is asked about
@@ -368,6 +382,18 @@ def test_figures_at_chance_are_told():
     }
     below, chance = explain(found)
     assert "R2 below 0 (d)" in below and "as far as these patients tell (a, c):" in chance
+
+
+def test_what_features_add_to_a_histogram_is_told():
+    def figures(low, mean, high):
+        plain = {"r2": {"low": 0.1, "mean": 0.2, "high": 0.3}}
+        added = {"this_minus_histogram": {"low": low, "mean": mean, "high": high}}
+        return {"features": plain, "features+histogram": {"r2": plain["r2"] | added}}
+
+    found = {"a": figures(0.1, 0.2, 0.3), "b": figures(-0.1, 0.1, 0.2), "c": figures(-0.3, -0.2, -0.1)}
+    (line,) = explain(found)
+    assert "add to it on 2 of 3 label(s); with an interval above 0 on 1 (a); they take from it on c." in line
+    assert explain({"a": {"features": found["a"]["features"]}}) == []
 
 
 def test_one_risk_for_all_is_a_picture_without_a_test(tmp_path, run_here):

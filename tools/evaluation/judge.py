@@ -63,6 +63,7 @@ def judge(
     weights: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,
     seed: int = 0,
+    added_to: Mapping[str, str] | None = None,
 ) -> Judged:
     """Nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
 
@@ -77,6 +78,11 @@ def judge(
         weights: (D,) of the columns of tables, or (models, D), to average predictions of; else ones.
         held_out: (N,) subjects to report on, by a model of the others, in place of folds.
         seed: of folds, bootstrap and permutations.
+        added_to: of a table that has another's columns too, that other one.
+
+    Returns:
+        Figures and predictions. Beside a table's first metric stand the paired differences, with their intervals:
+        ``{first}_minus_this``, and of a table in ``added_to`` ``this_minus_{other}``.
     """
     metrics, repeats = metrics_of(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
@@ -111,10 +117,16 @@ def judge(
         for metric, measure in metrics.items():
             chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
             figures[name][metric]["permuted"] = float(np.nanmean(chance))
+
+    def difference(one: str, other: str) -> dict[str, float]:
+        paired = samples[one] - samples[other]
+        low, high = np.nanpercentile(paired[1:], INTERVAL)
+        return {"mean": float(paired[0]), "low": float(low), "high": float(high)}
+
     first, main = next(iter(tables)), next(iter(metrics))
-    for name, values in samples.items():
+    for name in samples:
         if name != first:
-            low, high = np.nanpercentile(samples[first][1:] - values[1:], INTERVAL)
-            difference = {"mean": float(samples[first][0] - values[0]), "low": float(low), "high": float(high)}
-            figures[name][main][f"{first}_minus_this"] = difference
+            figures[name][main][f"{first}_minus_this"] = difference(first, name)
+    for name, other in (added_to or {}).items():
+        figures[name][main][f"this_minus_{other}"] = difference(name, other)
     return Judged(figures, predictions)
