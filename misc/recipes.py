@@ -11,7 +11,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Some hundred subjects, minutes on a CPU: negatives as old as the key, and views that share most of a patch. No
     # neighbour task, which so few subjects do not learn: what neighbours share is the person and the scanner. A step
     # takes less than half the time so. Views that differ in sharpness and noise, for both say who was scanned how, and
-    # would win the task without disease (README, Results).
+    # would win the task without disease (README, Results; misc/results).
     "small": {
         "epochs": 10,
         "beta": 0.0,
