@@ -27,10 +27,10 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels
+from data.labels import read_labels, why_no_column
 from data.store import PatchStore
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.files import write_text
+from misc.files import check_writable, write_text
 from misc.progress import progress_bar
 from misc.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
@@ -136,7 +136,7 @@ class Study:
         wanted = args.columns or (names if args.root_dir else COHORT_COLUMNS)
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise UserError(f"{labels} has no numeric column {unknown[0]!r}; it has {', '.join(names)}")
+            raise UserError(why_no_column(labels, unknown[0], names))
         self.columns = [name for name in wanted if name != args.held_out and not self._why_not(name)]
         self.subjects = out_dir / "trained_on.csv"
         trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
@@ -191,6 +191,7 @@ class Study:
 def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir).resolve()
+    check_writable(out_dir, "--out-dir")
     (out_dir / "rows").mkdir(parents=True, exist_ok=True)
     data = (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_data(out_dir, args.num_subjects)
     study = Study(args, out_dir, data[0].resolve(), data[1])

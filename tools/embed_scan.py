@@ -6,7 +6,7 @@
 
 Each SCAN is a NIfTI, NRRD or MetaImage file or a folder of DICOM slices; --input-csv is a table as preprocessing takes
 it. A scan goes through the same steps as there, and through the frozen encoder: the features are those of the five
-steps and extract_feature.py, to the bit. Writes
+steps and extract_feature.py, to float32 rounding (in batches of other sizes sums round apart). Writes
 
     OUT                sid, f000 ...: the columns of patient_features.csv; the sid is the file's or folder's name
     OUT.report.csv     for every scan status, a one-line verdict, what it was made from, the preprocessing's figures
@@ -114,8 +114,13 @@ class Tables:
         self.features: dict[str, list[str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.kept: list[str] = []  # of other scans
-        if not (out.is_file() and self.report.is_file()):
+        if not out.is_file():
             return
+        if not self.report.is_file():
+            raise UserError(
+                f"--out {out} is there already, and no {self.report.name} beside it that says what its rows are of; "
+                "name another file, or remove it"
+            )
         rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
         table = read_table(out)
         others = [row["made_from"] for row in rows.values() if row.get("made_from")]
@@ -153,8 +158,9 @@ class Tables:
             [[sid, *self.features[sid]] for sid in sids if sid in self.features], columns=["sid", *self.columns]
         )
         report = pd.DataFrame([self.rows[sid] for sid in sids if sid in self.rows], dtype=object)
-        write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
+        # The report first: OUT without one is taken for somebody else's table.
         write_text(self.report, report.to_csv(index=False, lineterminator="\n"))
+        write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
 
 
 def draw(path: Path, sid: str, found: Embedded) -> None:

@@ -31,7 +31,7 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels
+from data.labels import read_labels, why_no_column
 from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
@@ -100,7 +100,7 @@ def fit_probes(
         targets = {}
         for column in args.column:
             if column not in names:
-                raise UserError(f"{args.labels} has no numeric column {column!r}; it has {', '.join(names)}")
+                raise UserError(why_no_column(args.labels, column, names))
             target = values[:, names.index(column)].astype(np.float64)[others]
             known = np.flatnonzero(~np.isnan(target))
             if len(known) < FEWEST or np.ptp(target[known]) == 0:

@@ -11,7 +11,8 @@ risk). A column GOLD or finalGold beside FEV1pp... and FEV1_FVC... is predicted 
 GOLD_from_spirometry.
 
 Everything that is chosen (penalty, scaling) is chosen inside the folds. Intervals are the bootstrap's over patients,
-95 %; `permuted` is the figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
+95 %, of the folds as they are: another --seed draws others, and moves a figure by some hundredths. `permuted` is the
+figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
 encoder's, is judged on the same folds; with --baselines STORE so are the share of lung below -950 HU, HU histograms,
 and features and histogram together (the mean of the histogram's model and that of both), with what they add to it.
 --held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those with 1.
@@ -22,6 +23,7 @@ prints a table.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,14 @@ from tools.evaluation.kinds import KINDS
 from tools.evaluation.learn import covariate_weights, joined_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
-from tools.evaluation.tables import matching_sids, read_features, refuse_leaks, tell_unmatched
+from tools.evaluation.tables import (
+    is_constant,
+    matching_sids,
+    other_store,
+    read_features,
+    refuse_leaks,
+    tell_unmatched,
+)
 
 OF_BASELINES = (
     *("density", "density_by_location", "histogram", "histogram_smoothed"),
@@ -93,6 +102,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--json {args.json}: its folder does not exist")
     if args.json and Path(args.json).is_dir():
         parser.error(f"--json {args.json} is a folder; give a file's name")
+    if args.json and Path(args.json).suffix != ".json" and Path(args.json).exists():
+        parser.error(f"--json {args.json} is there already and named as no JSON file: remove it, or name another")
     args.columns = list(dict.fromkeys(args.columns)) if args.columns else None
     wanted = (*(args.columns or ()), args.time_column, args.event_column)
     if args.event_column in (args.columns or ()):
@@ -110,6 +121,7 @@ def parse_arguments() -> argparse.Namespace:
 def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
     """The tables of the command line, by name; ``features`` is the first."""
     tables = {"features": read_features(args.features)}
+    tables["features"].attrs["path"] = args.features
     for text in args.compare:
         name, sign, path = text.partition("=")
         name, path = (name, path) if sign and not Path(text).exists() else ("compare", text)
@@ -120,7 +132,17 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
         tables[name] = read_features(path)
         tables[name].attrs["path"] = path
     if args.baselines:
-        tables |= baseline_tables(PatchStore(args.baselines), args.no_progress)
+        try:
+            store = PatchStore(args.baselines)
+        except StoreError as error:
+            raise StoreError(re.sub("^--root-dir ", "--baselines ", str(error))) from error
+        told = other_store(args.features, store, "--baselines")
+        if told:
+            note(told)
+        tables |= baseline_tables(store, args.no_progress)
+    for name, table in tables.items():
+        if is_constant(table.to_numpy()):
+            note(f"{table.attrs.get('path', name)} has the same numbers for every subject, so it predicts nothing")
     return tables
 
 
@@ -177,15 +199,14 @@ def main() -> None:
             bar.update()
     listed = [(label, int(reported.sum()), found) for label, reported, found in judged]
     text = overview(listed)
-    print(text)
-    for line in explain(results):
-        print(line)
+    words = "\n".join(explain(results))
+    print(text, words, sep="\n" if words else "", flush=True)
     if args.out_dir:
         out_dir = Path(args.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         remove_pictures(out_dir)
         write_json(out_dir / "evaluation.json", results)
-        write_text(out_dir / "evaluation.md", f"{text}\n\n{details(listed)}\n")
+        write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{details(listed)}\n")
         for label, reported, found in judged:
             draw(label, found, "features", reported, out_dir / f"{safe_name(label.name)}.png")
     if args.json:

@@ -15,6 +15,7 @@ healthy ones. Each needs what it is made of:
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.labels import filled_and_numbers
-from data.layout import StoreLayout, load_locations
+from data.layout import StoreError, StoreLayout, load_locations
+from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
@@ -34,7 +36,7 @@ from misc.progress import progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
 from tools.evaluation.normal import FEWEST
-from tools.evaluation.tables import healthy_and_known, read_features, read_patch_features
+from tools.evaluation.tables import healthy_and_known, is_constant, other_store, read_features, read_patch_features
 from tools.pages.numbers import importance, maps_of, nearest, standardised, telling
 from tools.pages.sides import sides_of
 
@@ -150,10 +152,19 @@ def main() -> None:
     sids = table.index.tolist()
     if len(sids) < 3:
         raise UserError(f"{args.features} has {len(sids)} patients; a map needs 3")
+    if is_constant(table.to_numpy()):
+        raise UserError(
+            f"{args.features}: every patient has the same features; a collapsed run has, and no map of them is"
+        )
     colours = read_colours(args.labels, sids, args.columns) if args.labels else {}
     healthy = np.ones(len(sids), dtype=bool)
     if args.healthy:
         healthy, _ = healthy_and_known(args.labels, sids, args.healthy, FEWEST)
+    if args.root_dir:
+        with contextlib.suppress(StoreError):  # a folder of the locations alone will do
+            told = other_store(args.features, PatchStore(args.root_dir), "--root-dir")
+            if told:
+                print(f"note: {told}", file=sys.stderr)
     locations = load_locations(StoreLayout(args.root_dir).find_atlas_patch_loc()) if args.root_dir else None
     atlas = read_atlas_mask(args.atlas_mask) if args.atlas_mask else None
     places: dict[str, Any] = {"importance": [], "telling": None}

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels
+from data.labels import read_labels, why_no_column
 from data.layout import StoreError
 from data.locations import normalize_locations
 from data.store import PatchStore
@@ -144,7 +144,7 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
         return patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
     values, names = read_labels(args.labels, store.sids)
     if args.column not in names:
-        raise StoreError(f"{args.labels} has no numeric column {args.column!r}; it has {', '.join(names)}")
+        raise StoreError(why_no_column(args.labels, args.column, names))
     held_out = held_out_rows(values, names, args.held_out, args.labels) if args.held_out else None
     task = patient_task(store.sids, values[:, names.index(args.column)].astype(np.float64), args.column, args.kind)
     return task, held_out

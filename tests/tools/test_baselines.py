@@ -9,6 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from data.store import PatchStore
 from tools.evaluation.baselines import BINS, baseline_tables
+from tools.evaluation.tables import other_store
 
 
 @pytest.fixture
@@ -70,14 +71,33 @@ def test_command(tmp_path, make_store, grid, run):
     features.to_csv(tmp_path / "f.csv", index=False)
     pd.DataFrame({"sid": sids, "density": np.linspace(0, 1, 24)}).to_csv(tmp_path / "l.csv", index=False)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--baselines", "s", "--json", "e.json")
+    version = PatchStore(tmp_path / "s").version
+    (tmp_path / "features.json").write_text(json.dumps({"store_version": version, "root_dir": "there"}))
     result = run("tools/evaluate.py", *flags, "--out-dir", "o", cwd=tmp_path)
+    assert "another store" not in result.stderr
     assert "Beside the histogram the features add to it on 0 of 1 label(s)" in result.stdout
     (row,) = [
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
+    assert "Beside the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
     assert row.count(" to ") == 3  # the figure's interval, that of features less this, and that of this less histogram
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
     names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")
     for name in (*names, "features+histogram"):
         assert name in scores and f" {name} |" in result.stdout.splitlines()[0]
+
+
+def test_another_store_whose_subjects_have_the_same_names_is_told(tmp_path, make_store, grid):
+    make_store(tmp_path / "a", 3, grid)
+    make_store(tmp_path / "b", 3, grid)
+    np.save(tmp_path / "b" / "grouped_patch" / "patch_loc_0.npy", np.zeros((3, 32, 32, 32), dtype=np.int16))
+    mine, theirs = PatchStore(tmp_path / "a"), PatchStore(tmp_path / "b")
+    made = {"store_version": mine.version, "root_dir": "/data/a"}
+    (tmp_path / "features.json").write_text(json.dumps(made))
+    assert other_store(tmp_path / "f.csv", mine, "--baselines") == ""
+    told = other_store(tmp_path / "f.csv", theirs, "--baselines")
+    assert "f.csv is of the patches of /data/a, and --baselines" in told and "is another store" in told
+    for text in ("", "[]", "{}"):  # no note of ours
+        (tmp_path / "features.json").write_text(text)
+        assert other_store(tmp_path / "f.csv", theirs, "--baselines") == ""

@@ -93,6 +93,17 @@ def test_rows_of_other_scans_stay_and_another_checkpoint_is_refused(study, run, 
     assert (tmp_path / "f.csv").read_text().splitlines() == both
 
 
+def test_a_table_of_somebody_elses_is_not_written_over(study, run_here, tmp_path):
+    root, folder = study
+    mine = "sid,FEV1pp\n0001,80\n0002,70\n"
+    (tmp_path / "base.csv").write_text(mine)
+    flags = ("--checkpoint", root / "c_0003.pth.tar", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
+    more = ("--method", "threshold", "--out", "base.csv", "--no-progress")
+    refused = run_here("tools/embed_scan.py", folder / "image" / "0001.nii.gz", *flags, *more, cwd=tmp_path)
+    assert refused.returncode == 2 and "--out base.csv is there already, and no base.csv.report.csv" in refused.stderr
+    assert (tmp_path / "base.csv").read_text() == mine
+
+
 def test_from_python(study):
     root, folder = study
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))

@@ -8,7 +8,8 @@ import pytest
 
 from misc.files import safe_name
 from tools.evaluation.judge import Label, judge
-from tools.evaluation.learn import MODELS, covariate_weights, out_of_fold
+from tools.evaluation.learn import MODELS, covariate_weights, out_of_fold, predict_others
+from tools.evaluation.metrics import r2
 from tools.evaluation.report import explain
 
 N = 120
@@ -56,6 +57,59 @@ def test_what_a_table_adds_to_another_is_paired():
     assert added["mean"] == pytest.approx(both["mean"] - one["mean"]) and 0 < added["low"] < added["high"]
     assert added["high"] - added["low"] < 0.8 * (both["high"] - both["low"])
     assert "this_minus_known" not in one and both["features_minus_this"]["high"] < 0
+
+
+def test_r2_does_not_depend_on_the_unit():
+    rng = np.random.default_rng(3)
+    truth, predicted, weights = rng.normal(size=50), rng.normal(size=50), np.ones((50, 1))
+    wanted = r2(truth, predicted, weights)[0]
+    for unit, start in ((1e-9, 0), (1e9, 0), (1, 1e6)):
+        assert r2(truth * unit + start, predicted * unit + start, weights)[0] == pytest.approx(wanted, abs=1e-6)
+    assert np.isnan(r2(np.full(50, 1e-9), predicted, weights)[0]) and np.isnan(r2(np.zeros(50), predicted, weights)[0])
+
+
+def test_a_stage_of_two_models_is_a_stage():
+    """The mean of what they say of spirometry gives a stage; the mean of their stages would be one and a half."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(150, 4))
+    values = x[:, :2] + x[:, 2:] + 0.3 * rng.normal(size=(150, 2))
+    target = np.column_stack([np.digitize(values.sum(1), (-2, 0, 2)), values])
+    others = np.arange(150) % 3 == 0
+    weights = np.stack([np.array([1.0, 1, 0, 0]), np.ones(4)])
+    found = predict_others(MODELS["stage"], x, target, others, weights)
+    assert set(found) <= {0.0, 1.0, 2.0, 3.0} and np.abs(found - target[others, 0]).mean() < 0.6
+    single = [predict_others(MODELS["stage"], x, target, others, row) for row in weights]
+    assert not np.array_equal(*single)  # so that their mean is no stage everywhere
+
+
+def test_neither_the_order_of_rows_nor_equal_features_go_unseen(run_here, tmp_path):
+    rng = np.random.default_rng(5)
+    sids = [f"{number:02d}" for number in range(60)]
+    features = pd.DataFrame({"sid": sids, "f000": rng.normal(size=60), "f001": rng.normal(size=60)})
+    columns = {"a": features["f000"] + rng.normal(size=60), "held_out": np.arange(60) % 2, "survival_years": 3.5}
+    columns["survival_years"] += rng.random(60)
+    pd.DataFrame({"sid": sids} | columns).to_csv(tmp_path / "l.csv", index=False)
+    flags = ("--labels", "l.csv", "--no-progress", "--json", "j.json", "--features")
+    found = []
+    for order in (np.arange(60), rng.permutation(60)):
+        features.iloc[order].to_csv(tmp_path / "f.csv", index=False)
+        result = run_here("tools/evaluate.py", *flags, "f.csv", cwd=tmp_path)
+        assert "column 'held_out' left out, its name says who is fitted to (--held-out held_out)" in result.stderr
+        assert "column 'survival_years' left out, its name says follow-up" in result.stderr
+        found.append((tmp_path / "j.json").read_text())
+    assert found[0] == found[1] and list(json.loads(found[0])) == ["a"]
+    features.assign(f000=1.0, f001=2.0).to_csv(tmp_path / "f.csv", index=False)
+    result = run_here("tools/evaluate.py", *flags, "f.csv", cwd=tmp_path)
+    assert "f.csv has the same numbers for every subject" in result.stderr
+    result = run_here("tools/explore.py", "--features", "f.csv", "--out", "p.html", cwd=tmp_path)
+    assert result.returncode == 2 and "every patient has the same features" in result.stderr
+    kept = (tmp_path / "l.csv").read_text()
+    result = run_here("tools/evaluate.py", *flags[:-2], "l.csv", "--features", "f.csv", cwd=tmp_path)
+    assert result.returncode == 2 and "--json l.csv is there already" in result.stderr
+    assert (tmp_path / "l.csv").read_text() == kept
+    kind = ("--columns", "a", "--kind", "held_out=class")
+    result = run_here("tools/evaluate.py", *flags, "f.csv", *kind, cwd=tmp_path)
+    assert result.returncode == 2 and "--kind held_out: not among --columns a" in result.stderr
 
 
 def test_a_first_fold_may_lack_the_highest_class():
@@ -392,7 +446,16 @@ def test_what_features_add_to_a_histogram_is_told():
 
     found = {"a": figures(0.1, 0.2, 0.3), "b": figures(-0.1, 0.1, 0.2), "c": figures(-0.3, -0.2, -0.1)}
     (line,) = explain(found)
-    assert "add to it on 2 of 3 label(s); with an interval above 0 on 1 (a); they take from it on c." in line
+    assert (
+        "add to it on 2 of 3 label(s), by 0.005 at least; with an interval above 0 on 1 (a); they take from it on c."
+        in line
+    )
+    found["d"] = figures(0.0, 1e-15, 0.1)  # equal
+    found["e"] = figures(float("nan"), float("nan"), float("nan"))
+    useless = figures(0.1, 0.2, 0.3)
+    useless["features+histogram"]["r2"]["mean"] = -1.1  # of a histogram with -1.3
+    (line,) = explain(found | {"f": useless})
+    assert "on 2 of 4 label(s)" in line and "Together they tell nothing of f." in line
     assert explain({"a": {"features": found["a"]["features"]}}) == []
 
 

@@ -96,12 +96,20 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
     unknown = next((name for name in args.kind if name not in cohort.names), None)
     if unknown:
         raise StoreError(f"--kind {unknown}: {cohort.path} has no such numeric column{spelt(unknown, cohort.names)}")
+    idle = next((name for name in args.kind if args.columns and name not in args.columns), None)
+    if idle:
+        raise StoreError(f"--kind {idle}: not among --columns {' '.join(args.columns)}, so it would not be predicted")
     wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
     labels = []
     for name in wanted:
         values = cohort.column(name)
         known = ~np.isnan(values) & cohort.known
         _note_missing(name, values[known])
+        if args.columns and np.isnan(values).any():
+            note(f"column {name!r} is known for {(~np.isnan(values)).sum()} of {len(values)} subjects")
+        elif not args.columns and (reason := _no_label(name, values[known])):
+            note(f"column {name!r} left out, {reason}; --columns {name} predicts it all the same")
+            continue
         kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
         reason = why_not_in_parts(cohort, values, known, kind, args.folds)
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
@@ -128,6 +136,16 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
     if not labels:
         raise StoreError(f"{cohort.path} has no column that can be predicted for these subjects")
     return labels
+
+
+def _no_label(name: str, values: np.ndarray) -> str:
+    """Why a column that nobody asked for by name is hardly meant to be predicted as a number; empty where it may be."""
+    lower = name.lower().replace("-", "_")
+    if lower in ("held_out", "heldout", "split", "fold", "test", "train") and len(np.unique(values)) <= 10:
+        return f"its name says who is fitted to (--held-out {name})"
+    if lower.startswith(("survival", "follow")) and (values >= 0).all():
+        return f"its name says follow-up (--time-column {name}, with --event-column)"
+    return ""
 
 
 def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:

@@ -93,13 +93,21 @@ def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     Returns:
         (n,) grades.
     """
+    return _stage_of([(fitted, others)], target)
+
+
+def _stage_of(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
+    """As predict_stage, of several tables: the mean of the values that they predict, for a mean of stages is none."""
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
-    values = [cross_val_predict(ridge(), fitted, target[:, column], cv=INNER_FOLDS) for column in (1, 2)]
+    known, asked = [], []
+    for column in (1, 2):
+        values = target[:, column]
+        known.append(np.mean([cross_val_predict(ridge(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0))
+        asked.append(np.mean([predict_number(own, values, others) for own, others in tables], axis=0))
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, random_state=0)
-    tree.fit(np.stack(values, axis=1), target[:, 0])
-    asked = [predict_number(fitted, target[:, column], others) for column in (1, 2)]
+    tree.fit(np.stack(known, axis=1), target[:, 0])
     return tree.predict(np.stack(asked, axis=1)).astype(float)
 
 
@@ -122,6 +130,8 @@ def predict_others(
         weights: (D,) of the columns, or (models, D), the mean of whose predictions is taken.
     """
     if weights is not None and weights.ndim == 2:
+        if model is predict_stage:
+            return _stage_of([scale(features[~others], features[others], row) for row in weights], target[~others])
         return np.mean([predict_others(model, features, target, others, row) for row in weights], axis=0)
     fitted, asked = scale(features[~others], features[others], weights)
     return model(fitted, target[~others], asked)

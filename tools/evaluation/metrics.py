@@ -18,10 +18,12 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """1 - SSE / SST; below 0 the prediction is worse than everybody's mean."""
-    count = weights.sum(0)
+    count, middle = weights.sum(0), truth.mean()
+    truth, predicted = truth - middle, predicted - middle  # else digits are lost where the mean is large
     mean = _ratio(truth @ weights, count)  # (b,)
-    total = np.square(truth) @ weights - count * mean**2
-    return 1 - _ratio(np.square(truth - predicted) @ weights, np.where(total > 1e-12 * np.maximum(count, 1), total, 0))
+    squares = np.square(truth) @ weights
+    total = squares - count * mean**2
+    return 1 - _ratio(np.square(truth - predicted) @ weights, np.where(total > 1e-12 * squares, total, 0))
 
 
 def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from tools.evaluation.judge import Judged, Label
 
 
@@ -47,6 +49,7 @@ def _interval(figures: dict[str, Any], sign: str) -> str:
     return f"{figures['mean']:{sign}.2f} ({figures['low']:{sign}.2f} to {figures['high']:{sign}.2f})"
 
 
+SHOWN = 0.005  # differences that two digits show
 CHANCE = {"r2": 0.0, "kappa": 0.0, "auroc": 0.5, "c_index": 0.5}
 
 
@@ -75,19 +78,27 @@ def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[st
 
 def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
     """Whether the features add to the histogram, the question that a clinic has to a network."""
-    added = {}
+    added, useless = {}, []
     for label, tables in results.items():
-        figures = next(iter(tables.get("features+histogram", {"": {}}).values()))
+        metric, figures = next(iter(tables.get("features+histogram", {"": {}}).items()))
         if "this_minus_histogram" in figures:
-            added[label] = figures["this_minus_histogram"]
+            known = not np.isnan(figures["this_minus_histogram"]["mean"])
+            if known and figures["mean"] > CHANCE.get(
+                metric, -np.inf
+            ):  # less wrong than a useless histogram is no gain
+                added[label] = figures["this_minus_histogram"]
+            elif known:
+                useless.append(label)
     if not added:
         return []
-    more = [label for label, figures in added.items() if figures["low"] > 0]
-    less = [label for label, figures in added.items() if figures["high"] < 0]
+    some = [label for label, figures in added.items() if figures["mean"] >= SHOWN]
+    more = [label for label in some if added[label]["low"] > 0]
+    less = [label for label, figures in added.items() if figures["mean"] <= -SHOWN and figures["high"] < 0]
     line = (
-        f"Beside the histogram the features add to it on {sum(figures['mean'] > 0 for figures in added.values())} of "
-        f"{len(added)} label(s); with an interval above 0 on {len(more)}"
+        f"Beside the histogram the features add to it on {len(some)} of {len(added)} label(s), by {SHOWN:g} at least; "
+        f"with an interval above 0 on {len(more)}"
     )
     line += f" ({', '.join(more)})" if more else ""
     line += f"; they take from it on {', '.join(less)}" if less else ""
-    return [line + ". Random weights would too, a little: a model averaged with another is steadier."]
+    line += f". Together they tell nothing of {', '.join(useless)}" if useless else ""
+    return [line + ". Random weights would add a little too: a model averaged with another is steadier."]

@@ -1,5 +1,6 @@
 """Feature and label tables of a command line, matched by subject."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import pandas as pd
 
 from data.labels import read_labels, why_no_column
 from data.layout import StoreError
+from data.store import PatchStore
 from data.tables import read_table, spelt
 from misc.files import load_array
 
@@ -134,9 +136,33 @@ def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) 
     return numbers
 
 
+def is_constant(features: np.ndarray) -> bool:
+    """Whether (N, D) tell no row from another."""
+    return bool((features == features[:1]).all())
+
+
+def other_store(features: str | os.PathLike, store: PatchStore, flag: str) -> str:
+    """A sentence where a table of extract_feature.py is of another store than ``store``; else empty.
+
+    Two stores may well have subjects of the same names, such as 0001.
+    """
+    try:
+        made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
+        theirs, where = made["store_version"], made.get("root_dir", "another place")
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""  # a table by hand, or of embed_scan.py
+    if theirs == store.version:
+        return ""
+    return (
+        f"{features} is of the patches of {where}, and {flag} {store.layout.root} is another store, or was changed "
+        "since: where a name stands for somebody else there, what is said of it is of somebody else"
+    )
+
+
 def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: str) -> None:
     """Raise StoreError where a table of features has a column of the labels: it would be predicted from itself."""
     for name, table in tables.items():
+        name = table.attrs.get("path", name)
         shared = [str(column) for column in table.columns if str(column) in set(labels) - {"sid"}]
         if shared:
             raise StoreError(
@@ -145,7 +171,7 @@ def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: s
 
 
 def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
-    """Subjects that every table and the labels have, in the first table's order.
+    """Subjects that every table and the labels have, sorted: folds are the same in whatever order rows are.
 
     Raises:
         StoreError: there are none; it tells where one table writes 007 and another 7.
@@ -153,7 +179,7 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
     first = next(iter(tables.values())).index
     known = set(labels["sid"])
     table_paths = {name: table.attrs.get("path", name) for name, table in tables.items()}
-    sids = [sid for sid in first if sid in known and all(sid in table.index for table in tables.values())]
+    sids = [sid for sid in sorted(first) if sid in known and all(sid in table.index for table in tables.values())]
     if sids:
         return sids
     for name, index in [*((name, table.index) for name, table in tables.items()), (path, labels["sid"])]:
