@@ -140,9 +140,6 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
         if told:
             note(told)
         tables |= baseline_tables(store, args.no_progress)
-    for name, table in tables.items():
-        if is_constant(table.to_numpy()):
-            note(f"{table.attrs.get('path', name)} has the same numbers for every subject, so it predicts nothing")
     return tables
 
 
@@ -184,6 +181,9 @@ def main() -> None:
         weights = {name: covariate_weights(count, weights[name]) for name in arrays}
         arrays = {name: np.hstack([covariates, table]) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
+    for name, table in tables.items():
+        if is_constant(table.loc[sids].to_numpy()):
+            note(f"{table.attrs.get('path', name)} has the same numbers for every subject, so it predicts nothing")
 
     results: dict[str, dict[str, Any]] = {}
     judged: list[tuple[Label, np.ndarray, Judged]] = []

@@ -272,7 +272,7 @@ def write_labels(path, sids):
         (("--columns", "age", "--kind", "age=class"), "column 'age' has 12 values; that many classes are no classes"),
         (("--kind", "agee=log10"), "--kind agee: l.csv has no such numeric column; did you mean age?"),
         (("--columns", "age", "--covariates", "age"), "--covariates age is what is to be predicted"),
-        (("--compare", "own=leak.csv"), "own has column 'age', which l.csv has too"),
+        (("--compare", "own=leak.csv"), "leak.csv has column 'age', which l.csv has too"),
         (("--columns", "age", "--folds", "100"), "100 folds need 200, lower --folds or label more"),
         (("--held-out", "far"), "no numeric column 'far' for --held-out"),
         (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),

@@ -105,9 +105,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         values = cohort.column(name)
         known = ~np.isnan(values) & cohort.known
         _note_missing(name, values[known])
-        if args.columns and np.isnan(values).any():
-            note(f"column {name!r} is known for {(~np.isnan(values)).sum()} of {len(values)} subjects")
-        elif not args.columns and (reason := _no_label(name, values[known])):
+        if not args.columns and (reason := _no_label(name, values[known])):
             note(f"column {name!r} left out, {reason}; --columns {name} predicts it all the same")
             continue
         kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
@@ -120,6 +118,8 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         if reason:
             note(f"column {name!r} left out, it {reason}")
             continue
+        if args.columns and np.isnan(values).any():
+            note(f"column {name!r} is known for {(~np.isnan(values)).sum()} of {len(values)} subjects")
         classes = tuple(np.unique(values[known])) if kind == "class" else ()
         target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
         labels.append((Label(name, kind, target, classes), known))
