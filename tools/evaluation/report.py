@@ -101,4 +101,4 @@ def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> 
     line += f" ({', '.join(more)})" if more else ""
     line += f"; they take from it on {', '.join(less)}" if less else ""
     line += f". Together they tell nothing of {', '.join(useless)}" if useless else ""
-    return [line + ". Random weights would add a little too: a model averaged with another is steadier."]
+    return [line + ". Random weights may add a little too: a model averaged with another is steadier."]
