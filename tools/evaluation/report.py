@@ -35,7 +35,7 @@ def details(judged: list[tuple[Label, int, Judged]]) -> str:
                 more = next((value for key, value in figures.items() if key.endswith("_minus_this")), None)
                 added = next((value for key, value in figures.items() if key.startswith("this_minus_")), None)
                 cells = [_cell(label.name), metric, _cell(table), _interval(figures, ""), f"{figures['permuted']:.2f}"]
-                cells += ["" if found is None else _interval(found, "+") for found in (more, added)]
+                cells += ["" if paired is None else _interval(paired, "+") for paired in (more, added)]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -81,14 +81,13 @@ def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> 
     added, useless = {}, []
     for label, tables in results.items():
         metric, figures = next(iter(tables.get("features+histogram", {"": {}}).items()))
-        if "this_minus_histogram" in figures:
-            known = not np.isnan(figures["this_minus_histogram"]["mean"])
-            if known and figures["mean"] > CHANCE.get(
-                metric, -np.inf
-            ):  # less wrong than a useless histogram is no gain
-                added[label] = figures["this_minus_histogram"]
-            elif known:
-                useless.append(label)
+        difference = figures.get("this_minus_histogram")
+        if difference is None or np.isnan(difference["mean"]):
+            continue
+        if figures["mean"] > CHANCE.get(metric, -np.inf):
+            added[label] = difference
+        else:  # less wrong than a useless histogram is no gain
+            useless.append(label)
     if not added:
         return []
     some = [label for label, figures in added.items() if figures["mean"] >= SHOWN]
