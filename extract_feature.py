@@ -37,18 +37,17 @@ from data.store import PatchStore
 from data.tables import feature_table
 from data.views import to_input
 from misc import process
-from misc.code import running_code
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.experiment import Experiment, environment
-from misc.files import array_header, file_hash, held, save_array, write_json, write_text, write_whole
-from misc.progress import progress_bar
+from misc.experiment import Experiment, environment, running_code
+from misc.files import array_header, file_hash, held, resume_folder, save_array, write_json, write_text, write_whole
+from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
-from models.cpu.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 
 MADE_BY = "features.json"  # beside the features
-SUBJECT_BLOCK = 64  # subjects read together where there is only patch/
+PIECE_SUBJECTS = 64  # of a piece, if there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
 
 
@@ -60,21 +59,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
     parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
     parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
-    text = "patches read at a time; a GPU encodes them at once, lower it where its memory is short"
-    parser.add_argument("--batch-size", type=at_least(int, 1), default=256, help=text)
-    text = "bf16: faster, features to within 1 %%"
-    parser.add_argument("--amp", type=OneOf("off", "bf16"), default="off", help=text)
-    text = "auto takes a GPU where there is one"
-    parser.add_argument("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help=text)
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(int, 1),
+        default=256,
+        help="patches read at a time; a GPU encodes them at once, lower it if its memory is short",
+    )
+    parser.add_argument("--amp", type=OneOf("off", "bf16"), default="off", help="bf16: faster, features to within 1 %%")
+    parser.add_argument(
+        "--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
+    add_progress_flag(parser)
     return parser.parse_args(argv)
 
 
 # ============================================================ inputs
 
 
-def keep_other_features(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
-    """Raise StoreError where the default folder has features of the store that the experiment was trained on."""
+def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
+    """Raise StoreError if the default folder has features of the store that the experiment was trained on."""
     try:
         own = Path(experiment.root_dir())
     except (UserError, OSError):
@@ -97,15 +100,15 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
     return store
 
 
-def whose(checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str) -> dict[str, Any]:
-    """Who makes these features, for MADE_BY beside them."""
+def describe_origin(checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str) -> dict[str, Any]:
+    """What these features are made from, for MADE_BY beside them."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
     return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"}
 
 
-def keep_others(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Refuse to replace the features of another checkpoint; tell of what else is replaced. Raises StoreError."""
+def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Raise StoreError if the folder has another checkpoint's features; report what else is replaced."""
     try:
         theirs = json.loads((out_dir / MADE_BY).read_text(encoding="utf-8"))
         before = {name: theirs.get(name) for name in ("checkpoint_sha256", "store_version", "amp")}
@@ -127,53 +130,58 @@ def keep_others(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], Non
 # ============================================================ encoding
 
 
-class Unit(NamedTuple):
-    """A piece of work whose result is one file: all subjects at a location, or all locations of some subjects."""
+class Piece(NamedTuple):
+    """Work whose result is one file in .pieces: all subjects at a location, or all locations of some subjects."""
 
     name: str
     locations: range
     rows: range
 
 
-def plan(store: PatchStore) -> list[Unit]:
-    """Location-major over grouped files; over patch/, subjects in blocks, so that each file is read once."""
+def list_pieces(store: PatchStore) -> list[Piece]:
+    """A piece a location; over patch/, a piece of PIECE_SUBJECTS subjects, so that each file is read once."""
     if store.grouped:
         return [
-            Unit(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
+            Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
             for index in range(store.num_locations)
         ]
-    starts = range(0, store.num_subjects, SUBJECT_BLOCK)
-    return [
-        Unit(f"subjects_{a:07d}.npy", range(store.num_locations), range(a, min(a + SUBJECT_BLOCK, store.num_subjects)))
-        for a in starts
-    ]
+    pieces = []
+    for start in range(0, store.num_subjects, PIECE_SUBJECTS):
+        rows = range(start, min(start + PIECE_SUBJECTS, store.num_subjects))
+        pieces.append(Piece(f"subjects_{start:07d}.npy", range(store.num_locations), rows))
+    return pieces
 
 
 class Batch(NamedTuple):
-    """Patches of some rows of a unit at one of its locations."""
+    """Patches of some rows of a piece at one of its locations."""
 
-    unit: Unit
-    column: int  # of the unit's locations
-    start: int  # of the unit's rows
+    piece: Piece
+    column: int  # of the piece's locations
+    start: int  # of the piece's rows
     rows: np.ndarray
-    last: bool  # of the unit
+    last: bool  # of the piece
 
 
-def split(units: list[Unit], batch_size: int) -> Iterator[Batch]:
-    """The units' batches, location by location."""
-    for unit in units:
-        rows = np.asarray(unit.rows)
+def list_batches(pieces: list[Piece], batch_size: int) -> Iterator[Batch]:
+    """The batches of each piece, location by location."""
+    for piece in pieces:
+        rows = np.asarray(piece.rows)
         starts = range(0, len(rows), batch_size)
-        for column in range(len(unit.locations)):
+        for column in range(len(piece.locations)):
             for start in starts:
-                last = column == len(unit.locations) - 1 and start == starts[-1]
-                yield Batch(unit, column, start, rows[start : start + batch_size], last)
+                last = column == len(piece.locations) - 1 and start == starts[-1]
+                yield Batch(piece, column, start, rows[start : start + batch_size], last)
 
 
-def encode(
-    encoder: Encoder, store: PatchStore, locations: torch.Tensor, units: list[Unit], batch_size: int, dtype: torch.dtype
-) -> Iterator[tuple[Unit, np.ndarray]]:
-    """Representations h of one unit after the other: (rows, locations, rep_dim) float32.
+def encode_pieces(
+    encoder: Encoder,
+    store: PatchStore,
+    locations: torch.Tensor,
+    pieces: list[Piece],
+    batch_size: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Representations h of one piece after the other: (rows, locations, rep_dim) float32.
 
     Patches are read ahead in threads. The encoder is frozen once for all rows of a location, at LOCATIONS_AT_ONCE
     locations at a time: always the same ones, so that a run that goes on after a stop rounds alike.
@@ -181,32 +189,32 @@ def encode(
     device = locations.device
 
     def read(batch: Batch) -> torch.Tensor:
-        patches = torch.from_numpy(store.read(batch.unit.locations[batch.column], batch.rows))
+        patches = torch.from_numpy(store.read(batch.piece.locations[batch.column], batch.rows))
         return patches.pin_memory() if device.type == "cuda" else patches
 
-    frozen, block, result = [], None, None
-    for batch, patches in read_ahead(read, split(units, batch_size)):
-        unit = batch.unit
-        wanted, index = divmod(unit.locations[batch.column], LOCATIONS_AT_ONCE)
-        if wanted != block:
-            block, first = wanted, wanted * LOCATIONS_AT_ONCE
-            frozen = freeze(encoder, locations[first : first + LOCATIONS_AT_ONCE], dtype)
-        h = frozen[index](patches.to(device, non_blocking=True), to_input)
+    frozen, frozen_from, result = [], -1, None
+    for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
+        piece = batch.piece
+        location = piece.locations[batch.column]
+        first = location - location % LOCATIONS_AT_ONCE
+        if first != frozen_from:
+            frozen, frozen_from = freeze(encoder, locations[first : first + LOCATIONS_AT_ONCE], dtype), first
+        h = frozen[location - first](patches.to(device, non_blocking=True), to_input)  # (b, rep_dim)
         if result is None:  # on the device: a copy for every batch would wait for it every time
-            result = h.new_empty(len(unit.rows), len(unit.locations), h.shape[1])
+            result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:
-            yield unit, refuse_not_finite(result.cpu().numpy(), unit, store)
+            yield piece, refuse_not_finite(result.cpu().numpy(), piece, store)
             result = None
 
 
-def refuse_not_finite(features: np.ndarray, unit: Unit, store: PatchStore) -> np.ndarray:
-    """The features, (rows, locations, rep_dim). Raises StoreError where one is not finite, naming its patch."""
+def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
+    """The features, (rows, locations, rep_dim). Raises StoreError if one is not finite, naming its patch."""
     if np.isfinite(features).all():
         return features
     row, column = np.argwhere(~np.isfinite(features))[0][:2]
     raise StoreError(
-        f"features of subject {store.sids[unit.rows[row]]} at location {unit.locations[column]} are not finite: the "
+        f"features of subject {store.sids[piece.rows[row]]} at location {piece.locations[column]} are not finite: the "
         "checkpoint's run had diverged; take an earlier checkpoint, or check that patch"
     )
 
@@ -224,71 +232,63 @@ def work_key(checkpoint: Path, store: PatchStore, amp: str) -> str:
     return digest.hexdigest()
 
 
-def prepare_pieces(pieces: Path, key: str) -> None:
-    """An empty folder for this work, or the one that a stopped run left."""
-    note = pieces / "key.txt"
-    if note.is_file() and note.read_text() == key:
-        return
-    shutil.rmtree(pieces, ignore_errors=True)
-    pieces.mkdir(parents=True)
-    write_text(note, key)
-
-
-def blocks(pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
-    """The pieces as blocks of whole subjects in row order: (n, L, rep_dim) float32."""
+def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
+    """The pieces' features of some subjects after the others, in row order: (n, L, rep_dim) float32."""
     if not store.grouped:
-        for unit in units:
-            yield np.load(pieces / unit.name)
+        for piece in pieces:
+            yield np.load(folder / piece.name)
         return
     step = max(1, ASSEMBLY_BYTES // (store.num_locations * rep_dim * 4))
     for start in range(0, store.num_subjects, step):
         count = min(step, store.num_subjects - start)
-        block = np.empty((count, store.num_locations, rep_dim), dtype=np.float32)
-        for index, unit in enumerate(units):  # one open at a time: a process may have 1024 files
-            block[:, index] = np.load(pieces / unit.name, mmap_mode="r")[start : start + count, 0]
-        yield block
+        features = np.empty((count, store.num_locations, rep_dim), dtype=np.float32)
+        for index, piece in enumerate(pieces):  # one open at a time: a process may have 1024 files
+            features[:, index] = np.load(folder / piece.name, mmap_mode="r")[start : start + count, 0]
+        yield features
 
 
-def assemble(out_dir: Path, pieces: Path, units: list[Unit], store: PatchStore, rep_dim: int) -> None:
-    """Put the pieces together, a block of subjects at a time, and take each patient's mean."""
-    patient = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
+def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int) -> None:
+    """Put the pieces together, some subjects at a time, and take each subject's mean over the locations."""
+    means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
 
     def write_patches(stream) -> None:
         stream.write(array_header((store.num_subjects, store.num_locations, rep_dim), np.dtype("<f4")))
         row = 0
-        for block in blocks(pieces, units, store, rep_dim):
-            patient[row : row + len(block)] = block.mean(axis=1, dtype=np.float64)
-            stream.write(np.ascontiguousarray(block, dtype="<f4").data)
-            row += len(block)
+        for features in read_subjects(folder, pieces, store, rep_dim):
+            means[row : row + len(features)] = features.mean(axis=1, dtype=np.float64)
+            stream.write(np.ascontiguousarray(features, dtype="<f4").data)
+            row += len(features)
 
     write_whole(out_dir / "pred_arr_patch_full.npy", write_patches)
-    save_array(out_dir / "pred_arr_patient_full.npy", patient)
+    save_array(out_dir / "pred_arr_patient_full.npy", means)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
-    write_text(out_dir / "patient_features.csv", feature_table(store.sids, patient))
+    write_text(out_dir / "patient_features.csv", feature_table(store.sids, means))
 
 
 # ============================================================ the script
 
 
-def encode_all(args: argparse.Namespace, encoder: Encoder, store: PatchStore, pieces: Path, units: list[Unit]) -> None:
-    """This rank's share of the pieces, but those that are there."""
+def encode_share(
+    args: argparse.Namespace, encoder: Encoder, store: PatchStore, folder: Path, pieces: list[Piece]
+) -> None:
+    """Encode those of this rank's pieces that are not in the folder yet."""
     rank, world = process.rank(), process.world_size()
+    # Consecutive pieces, because consecutive locations are frozen together.
+    share = pieces[len(pieces) * rank // world : len(pieces) * (rank + 1) // world]
+    todo = [piece for piece in share if not (folder / piece.name).is_file()]
     locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)
-    # Neighbouring locations, which are frozen together.
-    share = units[len(units) * rank // world : len(units) * (rank + 1) // world]
-    todo = [unit for unit in share if not (pieces / unit.name).is_file()]
+    locations = locations.to(next(encoder.parameters()).device)
+    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
     bar = progress_bar(
         args.no_progress or rank != 0,
         total=len(share),
         initial=len(share) - len(todo),
         desc="extract_feature",
-        unit="location" if store.grouped else "block",
+        unit="location" if store.grouped else f"{PIECE_SUBJECTS} subjects",
     )
     with bar:
-        dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
-        locations = locations.to(next(encoder.parameters()).device)
-        for unit, features in encode(encoder, store, locations, todo, args.batch_size, dtype):
-            save_array(pieces / unit.name, features)
+        for piece, features in encode_pieces(encoder, store, locations, todo, args.batch_size, dtype):
+            save_array(folder / piece.name, features)
             bar.update()
 
 
@@ -312,34 +312,34 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     if out_dir.exists() and not out_dir.is_dir():
         raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
     if not args.out_dir:
-        keep_other_features(out_dir, experiment, store)
+        refuse_features_of_other_store(out_dir, experiment, store)
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content
 
-    made_by = whose(checkpoint, place, store, args.amp)
+    made_by = describe_origin(checkpoint, place, store, args.amp)
     process.agree({**vars(args), **made_by, **running_code()})
     with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode
-        pieces, units = out_dir / ".pieces", plan(store)
+        folder, pieces = out_dir / ".pieces", list_pieces(store)
         if rank == 0:
-            keep_others(out_dir, made_by, say)
-            prepare_pieces(pieces, work_key(checkpoint, store, args.amp))
+            refuse_features_of_other_checkpoint(out_dir, made_by, say)
+            resume_folder(folder, work_key(checkpoint, store, args.amp))
         process.barrier()
-        encode_all(args, encoder.to(device), store, pieces, units)
+        encode_share(args, encoder.to(device), store, folder, pieces)
         process.wait_for_all()
 
         # ---------------------------------------------------- put together
         if rank == 0:
             store.check_unchanged()
             (out_dir / MADE_BY).unlink(missing_ok=True)  # until all of them are these
-            assemble(out_dir, pieces, units, store, sizes["rep_dim"])
+            assemble(out_dir, folder, pieces, store, sizes["rep_dim"])
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
                 (out_dir / name).unlink(missing_ok=True)
             if labels is not None:
                 save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
                 write_text(out_dir / "label_names.json", json.dumps(labels[1]))
             write_json(out_dir / MADE_BY, {**made_by, "rep_dim": sizes["rep_dim"], **environment()})
-            shutil.rmtree(pieces)
+            shutil.rmtree(folder)
             print(
                 f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
                 f"{sizes['rep_dim']} features; {out_dir}"

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.layout import StoreError
 from data.resample import Parameters, affine_matrix, sample, voxel_coordinates
-from misc.sizes import HU_MAX, HU_MIN
+from misc.run.augmentation import PUBLISHED, Ranges, refuse_unknown_letters
 
 ELASTIC_SIGMA = (8.0, 12.0)  # voxels
 ELASTIC_CUTOFF = 3.0  # standard deviations
@@ -24,24 +23,6 @@ CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels: less changes nothing, and 0 has no kernel
-
-
-class Ranges(NamedTuple):
-    """What the transforms' parameters are drawn from; the defaults are the published ones."""
-
-    rotate: float = 10.0  # degrees, about each axis, either way
-    translate: float = 12.0  # voxels, along each axis, either way
-    scale: float = 0.1  # about 1, on each axis, either way
-    elastic: float = float(HU_MAX - HU_MIN)  # voxels before smoothing, largest; as published
-    noise_prob: float = 0.25
-    noise_std: float = 50.0  # HU, largest
-    contrast_prob: float = 0.25
-    gamma: tuple[float, float] = (0.5, 4.5)
-    smooth: float = 2.0  # voxels, largest sigma; unpublished
-    shift: float = 30.0  # HU, either way; unpublished
-
-
-PUBLISHED = Ranges()
 
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
@@ -218,19 +199,17 @@ class Transform(NamedTuple):
 
     draw: Callable[[int, Sequence[int], torch.Generator, Ranges], Parameters]
     apply: Callable[[torch.Tensor, Parameters, torch.Generator], torch.Tensor]
-    name: str
 
 
-TRANSFORMS = {
-    "f": Transform(draw_flip, apply_flip, "flip"),
-    "a": Transform(draw_affine, apply_affine, "affine"),
-    "e": Transform(draw_elastic, apply_elastic, "elastic"),
-    "g": Transform(draw_noise, apply_noise, "Gaussian noise"),
-    "c": Transform(draw_contrast, apply_contrast, "contrast"),
-    "s": Transform(draw_smooth, apply_smooth, "smoothing"),
-    "i": Transform(draw_shift, apply_shift, "intensity shift"),
+TRANSFORMS = {  # their names and ranges are in misc/run/augmentation.py
+    "f": Transform(draw_flip, apply_flip),
+    "a": Transform(draw_affine, apply_affine),
+    "e": Transform(draw_elastic, apply_elastic),
+    "g": Transform(draw_noise, apply_noise),
+    "c": Transform(draw_contrast, apply_contrast),
+    "s": Transform(draw_smooth, apply_smooth),
+    "i": Transform(draw_shift, apply_shift),
 }
-LETTERS = ", ".join(f"{letter} ({transform.name})" for letter, transform in TRANSFORMS.items())  # for help and errors
 
 
 # ---------------------------------------------------------------- a string of letters
@@ -240,13 +219,11 @@ class Augmentation:
     """Transforms named by the letters of TRANSFORMS, in order, with parameters drawn from ``ranges``.
 
     Raises:
-        StoreError: an unknown letter.
+        UserError: an unknown letter.
     """
 
     def __init__(self, letters: str, ranges: Ranges = PUBLISHED):
-        unknown = sorted(set(letters) - set(TRANSFORMS))
-        if unknown:
-            raise StoreError(f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are {LETTERS}")
+        refuse_unknown_letters(letters)
         self.letters, self.ranges = letters, ranges
 
     def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:

@@ -25,7 +25,7 @@ def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
 
 
 def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest other locations of each: (L, 3) int -> (L, k) int64, nearest first.
+    """The k nearest other locations of each: (L, 3) int -> (L, k) int64, nearest first; k may be 0.
 
     Euclidean distance of corners, ties to the lower index. Squared distances of whole numbers are
     exact, so a tie is a tie; on the published atlas nearly every location has some.
@@ -34,7 +34,7 @@ def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
         StoreError: there are not k other locations.
     """
     table = np.asarray(atlas_patch_loc)
-    if not 1 <= k < len(table):
+    if not 0 <= k < len(table):
         raise StoreError(
             f"--k-neighbors {k} with {len(table)} locations: it must be at least 1 and below the number of locations"
         )

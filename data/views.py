@@ -47,17 +47,20 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return x[:, None]
 
 
+Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # query, key, neighbours
+
+
 def make_views(
     patches: torch.Tensor,
-    neighbors: torch.Tensor,
+    neighbors: torch.Tensor | None,
     augmentation: Augmentation,
     generators: tuple[torch.Generator, torch.Generator],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three inputs of a step from raw HU.
+) -> Views:
+    """The inputs of a step from raw HU.
 
     Args:
         patches: (B, 32, 32, 32).
-        neighbors: (B, k, 32, 32, 32); the k of a subject are one volume and share one draw.
+        neighbors: (B, k, 32, 32, 32); the k of a subject are one volume and share one draw. Or None.
         augmentation: what to apply.
         generators: from :func:`step_generators`.
 
@@ -67,29 +70,33 @@ def make_views(
     """
     batch = len(patches)
     shifted = shift_to_zero(patches)[:, None]  # (B, 1, 32, 32, 32)
-    views = augmentation(torch.cat([shifted, shifted]), *generators)
-    neighbors = augmentation(shift_to_zero(neighbors), *generators)  # (B, k, 32, 32, 32)
+    views = augmentation(torch.cat([shifted, shifted]), *generators)  # (2 B, 1, 32, 32, 32)
+    if neighbors is not None:
+        neighbors = to_unit(augmentation(shift_to_zero(neighbors), *generators))  # (B, k, 32, 32, 32)
     views = to_unit(views)  # (2 B, 1, 32, 32, 32)
-    return views[:batch], views[batch:], to_unit(neighbors)
+    return views[:batch], views[batch:], neighbors
 
 
-def step_views(
-    batch: PatchBatch, augmentation: Augmentation, seed: int, groups: range, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def step_views(batch: PatchBatch, augmentation: Augmentation, seed: int, groups: range, device: torch.device) -> Views:
     """The views of one rank's share of a training step, on ``device``; see :func:`make_views`.
 
     ``groups`` are the numbers, over all ranks, of the groups that the share is dealt to; each has streams of its own.
     """
     patches = batch.patches.to(device, non_blocking=True).chunk(len(groups))  # of each group (b, 32, 32, 32)
-    neighbors = batch.neighbors.to(device, non_blocking=True).chunk(len(groups))  # (b, k, 32, 32, 32)
+    neighbors = [None] * len(groups)
+    if batch.neighbors is not None:
+        neighbors = batch.neighbors.to(device, non_blocking=True).chunk(len(groups))  # (b, k, 32, 32, 32)
     views = []
     for group, of_group, near in zip(groups, patches, neighbors, strict=True):
         generators = step_generators(seed, batch.epoch, batch.location, batch.step, group, device)
         views.append(make_views(of_group, near, augmentation, generators))
-    return views[0] if len(views) == 1 else tuple(torch.cat(parts) for parts in zip(*views))
+    if len(views) == 1:
+        return views[0]
+    query, key, near = zip(*views)
+    return torch.cat(query), torch.cat(key), None if batch.neighbors is None else torch.cat(near)
 
 
-def grid_of_views(views: tuple[torch.Tensor, torch.Tensor, torch.Tensor], subjects: int = 8) -> np.ndarray:
+def grid_of_views(views: Views, subjects: int = 8) -> np.ndarray:
     """What the encoders see, as a picture: a column a subject; rows are query, key and each neighbour.
 
     Args:
@@ -101,8 +108,8 @@ def grid_of_views(views: tuple[torch.Tensor, torch.Tensor, torch.Tensor], subjec
     """
     from torchvision.utils import make_grid  # imported here: a CPU-only torch may lack a matching torchvision
 
-    query, key, neighbors = (view[:subjects].float().cpu() for view in views)
-    rows = torch.cat([query, key, neighbors], dim=1).transpose(0, 1)  # (2 + k, n, 32, 32, 32)
+    given = [view[:subjects].float().cpu() for view in views if view is not None]
+    rows = torch.cat(given, dim=1).transpose(0, 1)  # (2 + k, n, 32, 32, 32)
     slices = rows[:, :, rows.shape[2] // 2].flatten(0, 1)[:, None]  # ((2 + k) n, 1, 32, 32)
-    grid = make_grid(slices, nrow=query.shape[0], normalize=True, value_range=(-1, 1), pad_value=0.5)  # (3, H, W)
+    grid = make_grid(slices, nrow=rows.shape[1], normalize=True, value_range=(-1, 1), pad_value=0.5)  # (3, H, W)
     return (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()  # (H, W, 3)

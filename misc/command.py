@@ -191,7 +191,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once; reading processes and other ranks are not waited for."""
+    """End this process at once; data-loader workers and other ranks are not waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,8 +1,10 @@
 """Names and rules inside an experiment's folder, ssl_exp/NAME, as data/layout.py has them for a store."""
 
+import hashlib
 import json
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any, TextIO
 
 from easydict import EasyDict
 
-from misc.code import running_code
 from misc.command import UserError
 from misc.files import remove_leftovers, this_process, try_lock, write_json
 
+CODE = Path(__file__).resolve().parent.parent
+METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # what training and extraction run
 HOME = Path("ssl_exp")  # of experiments, under the current folder
 UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # of an epoch under way
 CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
@@ -249,3 +252,30 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
     return {**running_code(), "versions": versions}
+
+
+# ============================================================ the running code
+
+
+def git_commit() -> str:
+    """The commit, and whether files differ from it; unknown where this is no clone."""
+    try:
+        git = ["git", "-C", str(CODE)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        return commit + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def source_hash() -> str:
+    """Sixteen digits of the sources themselves, which uncommitted changes and copies without git have too."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in METHOD for path in CODE.glob(pattern)}):
+        digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def running_code() -> dict[str, str]:
+    """Both, by name."""
+    return {"git_commit": git_commit(), "source_hash": source_hash()}

@@ -158,13 +158,23 @@ def remove_leftovers(*folders: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def resume_folder(folder: Path, key: str) -> None:
+    """Make a folder for pieces of work; keep the pieces in it if a stopped run with the same ``key`` left them."""
+    note = folder / "key.txt"
+    if note.is_file() and note.read_text(encoding="utf-8") == key:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_text(note, key)
+
+
 def try_lock(stream: TextIO) -> bool:
     """Lock an open file until it is closed or this process ends; False where another process has it.
 
     True, without a lock, on a file system that has none. Child processes do not inherit the lock.
     """
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which reading processes would inherit
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data-loader workers would inherit
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -25,7 +25,7 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 
 PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
-MORE = 3.0  # minutes that a collective waits longer, so that misc/watch.py can tell who is waited for
+MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
 PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
 MAY_DIFFER = ("root_dir", "subjects", "no_progress")  # between machines, where what lies there is the same
 _waits: list[str] = []  # names of the waits so far
@@ -184,6 +184,13 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; Slurm and containers give fewer than the machine has."""
+    from dask.system import CPU_COUNT  # knows a container's quota too
+
+    return CPU_COUNT
 
 
 def local_world_size() -> int:

@@ -1,4 +1,4 @@
-"""Numbers that the data and the model must agree on."""
+"""Numbers and names that the data, the model and the flags must agree on."""
 
 from misc.command import UserError
 
@@ -6,6 +6,7 @@ PATCH_SIZE = 32  # voxels of 1 mm; the encoder's five halvings take it to 1
 HU_MIN, HU_MAX = -1024, 240  # Hounsfield units; what patches are clipped to
 PUBLISHED_GROUPS = 4  # GPUs of the publication, each with BatchNorm statistics of its own
 SMALLEST_GROUP = 2  # samples; one has no variance
+OPTIMIZERS = ("sgd", "adamw")
 
 
 def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:

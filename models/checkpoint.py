@@ -88,6 +88,11 @@ def progress(path: Path) -> tuple[int, int]:
     return position(content, path)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was trained with; empty if it does not say. Raises CheckpointError."""
+    return read_checkpoint(path, tensors=False).get("config") or {}
+
+
 def intact(path: Path) -> tuple[int, int]:
     """:func:`progress` of a checkpoint that is read from start to end. Raises CheckpointError where it is damaged.
 

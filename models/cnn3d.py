@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import gpu
 from models.condconv3d import CondConv3D
-from models.cpu.groups import encode_groups
-from models.cpu.norm_elu import norm_elu_training
+from models.fast.groups import encode_groups
+from models.fast.norm_elu import norm_elu as fast_norm_elu
 
 # The last layers leave 8, 8 and 1 voxels of a patch, and BatchNorm stretches what little differs
 # between so few values. Rounded to bfloat16 they can be equal, and a variance of 0 multiplies the
@@ -29,50 +28,26 @@ def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordin
 def norm_elu(
     norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
 ) -> torch.Tensor:
-    """elu(norm(x)) for x (B, C, D, H, W), in training with statistics of each group's own.
+    """elu(norm(x)) for x (B, C, D, H, W), in training with separate statistics for each group.
 
     Args:
-        groups, blocks: the batch is ``blocks`` blocks of ``groups`` groups of consecutive samples; group g is all of
-            its samples in every block. Both divide B together.
-        track: update the running statistics, as ``norm`` would, by group 0 alone.
+        norm: the layer.
+        x: the batch: ``blocks`` blocks of ``groups`` groups of consecutive samples; a group is all of its samples in
+            every block. ``blocks * groups`` divides B.
+        groups, blocks: how many there are.
+        track: whether group 0 updates the running statistics.
     """
-    fast = None if torch.compiler.is_compiling() else gpu.norm_elu_training(norm, x, groups, blocks, track)
-    if fast is not None:
-        return fast
-    if groups == 1 or not norm.training:
-        return _norm_elu(norm, x, track)
-    parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)
-    parts = [_norm_elu(norm, part.flatten(0, 1), track and group == 0) for group, part in enumerate(parts)]
-    return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 2)  # (B, C, D, H, W)
-
-
-def _norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    """One group's."""
-    if norm.training and torch.compiler.is_compiling():
-        return _norm_elu_compiled(norm, x, track)
-    fast = norm_elu_training(norm, x, track)
-    if fast is not None:
-        return fast
+    result = fast_norm_elu(norm, x, groups, blocks, track)
+    if result is not None:
+        return result
+    if groups > 1 and norm.training:
+        parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)
+        parts = [norm_elu(norm, part.flatten(0, 1), track=track and group == 0) for group, part in enumerate(parts)]
+        return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 2)  # (B, C, D, H, W)
+    # In place: the backward pass of neither needs the value in between.
     if norm.training and not track:
         return F.elu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps), inplace=True)
-    return F.elu(norm(x), inplace=True)  # in place: the backward pass of neither needs the value in between
-
-
-def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    """For torch.compile, whose graphs keep the statistics that they were given for the backward pass.
-
-    Patches and neighbours go through a layer one after the other, so those of the first pass would
-    have changed by then. Here the layer gets none, and they are updated beside it.
-    """
-    y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-    if track:
-        with torch.no_grad():
-            count = x.numel() // x.shape[1]
-            variance = inverse.detach() ** -2 - norm.eps  # (C,)
-            norm.num_batches_tracked += 1
-            norm.running_mean.lerp_(mean.detach(), norm.momentum)
-            norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    return F.elu(y)
+    return F.elu(norm(x), inplace=True)
 
 
 class Block(nn.Module):
@@ -144,11 +119,8 @@ class Encoder(nn.Module):
         """
         kernels = self.mix_kernels(loc)
         blocks = loc.shape[0] if loc.shape[0] < x.shape[0] else 1  # a location a sample: no blocks
-        if self.bn_groups > 1 and self.training and not torch.compiler.is_compiling():
-            fast = encode_groups(self, x, kernels, self.bn_groups, blocks)
-            if fast is not None:
-                return fast
-        return self.encode(x, kernels, self.bn_groups, blocks)
+        encoded = encode_groups(self, x, kernels, self.bn_groups, blocks)
+        return self.encode(x, kernels, self.bn_groups, blocks) if encoded is None else encoded
 
     def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:
         """Every layer's kernels at (G, 3) locations, (G, out, in, 3, 3, 3) each."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _triple
 
-from models.cpu.pairs import convolve_pairs
+from models.fast.pairs import convolve_pairs
 
 
 class Routing(nn.Module):

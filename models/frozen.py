@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from models.cnn3d import Encoder
 from models.condconv3d import dense_conv3d
-from models.cpu.fused import conv_elu
-from models.cpu.pieces import PATCHES_AT_ONCE, encode_in_pieces
+from models.fast.fused import conv_elu
+from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
 

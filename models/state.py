@@ -1,4 +1,4 @@
-"""A run's state in a checkpoint, and what a run that goes on from it changes."""
+"""A run's state in a checkpoint, and back."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from misc.runlog import DivergedError, Sums
+from misc.run.resume import refuse_other_encoder
+from misc.run.runlog import DivergedError, Sums
 from models.checkpoint import (
-    CheckpointError,
     add_module,
     check_table,
     encoder_sizes,
@@ -27,13 +27,21 @@ from models.checkpoint import (
 
 
 class Restored(NamedTuple):
-    """What a checkpoint tells beside the tensors that it has filled."""
+    """What a checkpoint holds beside the tensors that it has filled."""
 
     epoch: int  # finished
     step: int  # of the epoch under way
-    sums: Sums | None  # of the meters' figures over these steps
+    sums: Sums | None  # of the statistics over these steps
     config: dict[str, Any]  # the settings that it was trained with
-    note: str = ""  # on what it does not tell
+    note: str = ""  # on what it does not say
+
+
+class Started(NamedTuple):
+    """What a new run has taken from another run's checkpoint."""
+
+    epochs: int  # that the encoder was trained for
+    with_projection: bool
+    queue: tuple[int, int] | None  # locations and keys of the checkpoint's queue, which is not taken
 
 
 class TrainingState:
@@ -141,29 +149,21 @@ def on_host(value: Any) -> Any:
     return [on_host(entry) for entry in value] if isinstance(value, list) else value
 
 
-def start_from(model: nn.Module, path: Path) -> str:
+def start_from(model: nn.Module, path: Path) -> Started:
     """Give both encoders the weights of a checkpoint's query encoder; queue, optimiser and position stay new.
 
     The convolutions must fit. A projection (``fc``) of another size stays new too: it belongs to the loss, not to the
     representation.
 
-    Returns:
-        What was taken, a line.
-
     Raises:
-        CheckpointError: unreadable, not finite, or of another encoder; names the flag that would make it fit.
+        CheckpointError: unreadable or not finite.
+        ResumeError: of another encoder; names the flag that would make it fit.
     """
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)
     refuse_unsound(state, path)
     own = model.encoder_q.state_dict()
-    sizes, ours = encoder_sizes(state, path), encoder_sizes(own, "this run")
-    for name in ("rep_dim", "num_experts"):
-        if sizes[name] != ours[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise CheckpointError(
-                f"--init-from {path} has {flag} {sizes[name]}, this run {ours[name]}; give {flag} {sizes[name]}"
-            )
+    refuse_other_encoder(path, encoder_sizes(state, path), encoder_sizes(own, "this run"))
     projection, own_projection = (
         {key: value for key, value in encoder.items() if key.startswith("fc.")} for encoder in (state, own)
     )
@@ -174,69 +174,5 @@ def start_from(model: nn.Module, path: Path) -> str:
         state = {key: value for key, value in state.items() if key not in projection} | own_projection
     load_strict(model.encoder_q, state, path)
     model.encoder_k.load_state_dict(model.encoder_q.state_dict())
-    queue = strip_module(content["state_dict"]).get("queue")
-    there = "" if queue is None else f" (its {queue.shape[-1]} locations and {queue.shape[1]} keys each are not taken)"
-    return (
-        f"starting from the encoder of {path}, {position(content, path)[0]} epochs, its projection "
-        f"{'too' if fits else 'left out, which has another size'}; queue and optimiser begin anew{there}"
-    )
-
-
-FREE_TO_CHANGE = (
-    "resume",
-    "init_from",
-    "exp_name",
-    "root_dir",
-    "start_epoch",
-    "no_progress",
-    "keep",
-    "patience",
-)  # without a note
-SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
-NOT_FLAGS = {
-    "num_subjects": "number of subjects",
-    "store_version": "store's version",
-    "location_table": "table of locations",
-    "world_size": "number of ranks",
-}
-MEANS = {  # what a change makes of the result, where the flag's name does not say it
-    "epochs": "so the cosine's rates are others",
-    "store_version": "so it goes on with other patches or other subjects",
-    "world_size": "which computes the same to rounding",
-    "bn_groups": "so BatchNorm takes its statistics over other samples",
-}
-
-
-def note_changes(
-    restored: Restored, settings: Mapping[str, Any], source: Path, begins_anew: bool, say: Callable[[str], None]
-) -> None:
-    """Tell which settings a resumed run changes.
-
-    Args:
-        restored: what ``source`` told.
-        settings: of the run that goes on.
-        begins_anew: it starts an epoch of its own choice, not within the one under way.
-        say: prints a line.
-
-    Raises:
-        CheckpointError: the steps or the optimiser would be others.
-    """
-    before = restored.config
-    changed = [name for name in before if settings.get(name, before[name]) != before[name]]
-    for name in changed:
-        if name not in FREE_TO_CHANGE:
-            shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
-            means = f", {MEANS[name]}" if name in MEANS else ""
-            say(f"note: {shown} was {before[name]} in {source.name} and is {settings[name]} now{means}")
-    if restored.note:
-        say(f"note: {restored.note}")
-    steps = f" and {restored.step} steps" if restored.step else ""
-    say(f"resuming from {source}: {restored.epoch} epochs done{steps}")
-    if "optimizer" in changed:
-        raise CheckpointError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
-    for name in SETS_STEPS:
-        if name in changed and restored.step and not begins_anew:
-            raise CheckpointError(
-                f"{source} is from within an epoch with {name} {before[name]}, now it is {settings[name]}: "
-                f"its steps are others; give the same, or --start-epoch {restored.epoch} to begin that epoch again"
-            )
+    queue = strip_module(content["state_dict"]).get("queue")  # (dim, K, L)
+    return Started(position(content, path)[0], fits, None if queue is None else (queue.shape[2], queue.shape[1]))

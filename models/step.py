@@ -1,4 +1,4 @@
-"""One step of training, from views in the network's units to the figures that are logged."""
+"""A step of training, from views in the network's units to the loss and the statistics that are logged."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FIGURES = (
-    *("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor"),
-    *("accuracy_fresh", "alignment", "uniformity", "queue_own", "queue_age"),  # DrasCLR.probe's
-)
+from misc.sizes import OPTIMIZERS
+from models import probe
+from models.builder import DrasCLR
+
+STATISTICS = ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor", *probe.STATISTICS)
+
+
+def statistic_names(neighbors: bool) -> tuple[str, ...]:
+    """Names of a step's statistics in order; without the neighbour task its own are left out."""
+    return tuple(name for name in STATISTICS if neighbors or not name.endswith("_neighbor"))
 
 
 class LocationTable(NamedTuple):
@@ -21,48 +27,70 @@ class LocationTable(NamedTuple):
 
     @classmethod
     def of(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
-        """From (L, 3) normalised locations and (L, k) indices of neighbours."""
+        """From (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
         locations = torch.from_numpy(normalized).to(device)  # (L, 3)
         return cls(locations, locations[torch.from_numpy(neighbors).to(device)])  # (L, k, 3)
 
 
-def compute_losses(
-    model: nn.Module,
-    location: int,
-    views: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    table: LocationTable,
-    beta: float,
-    bf16: bool = False,
-    subjects: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss to descend, CE(patch) + beta CE(neighbour), and the step's figures in the order of FIGURES.
+class Outcome(NamedTuple):
+    """What a training step comes to."""
+
+    loss: torch.Tensor  # (), to descend
+    statistics: torch.Tensor  # (n,), in the order of statistic_names
+    representation: torch.Tensor  # (B, rep_dim), h of the patches
+
+
+class TrainingStep(nn.Module):
+    """Views -> loss. DistributedDataParallel wraps this module if there is a process group.
 
     Args:
-        model: DrasCLR, in DistributedDataParallel where there is a process group.
-        location: index l that the whole batch shares.
-        views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32).
+        model: DrasCLR.
         table: on the model's device.
-        beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
         bf16: compute the encoders in bfloat16.
-        subjects: (B,) numbers of the batch's subjects, on the model's device.
     """
-    query, key, neighbors = views
-    loc = table.locations[location : location + 1]  # (1, 3): one location for the whole batch
-    neighbor_loc = table.neighbors[location : location + 1]  # (1, k, 3)
-    with torch.autocast(query.device.type, torch.bfloat16, enabled=bf16):
-        inputs = (location, [query, loc], [key, loc], [neighbors, neighbor_loc], subjects)
-        logits_pch, logits_ngb, labels = model(*inputs)
-    loss_pch = F.cross_entropy(logits_pch, labels)
-    loss_ngb = F.cross_entropy(logits_ngb, labels)
-    loss = loss_pch + beta * loss_ngb if beta else loss_pch
-    with torch.no_grad():
-        accuracies = [(logits.argmax(dim=1) == labels).float().mean() * 100 for logits in (logits_pch, logits_ngb)]
-        probe = getattr(model, "module", model).probe
-        figures = torch.stack([loss_pch, loss_ngb, loss, *accuracies, *(probe[name] for name in FIGURES[5:])])  # (10,)
-    return loss, figures
+
+    def __init__(self, model: DrasCLR, table: LocationTable, bf16: bool = False):
+        super().__init__()
+        self.model, self.table, self.bf16 = model, table, bf16
+
+    def forward(
+        self,
+        location: int,
+        views: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        beta: float,
+        subjects: torch.Tensor | None = None,
+        move_keys: bool = True,
+    ) -> Outcome:
+        """CE(patch) + beta CE(neighbour), and the step's statistics.
+
+        Args:
+            location: index l that the whole batch shares.
+            views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32) or None.
+            beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
+            subjects: (B,) numbers of the batch's subjects, on the model's device.
+            move_keys: as in :meth:`DrasCLR.step`.
+        """
+        query, key, neighbors = views
+        loc = self.table.locations[location : location + 1]  # (1, 3): one location for the whole batch
+        ngb_q = None if neighbors is None else [neighbors, self.table.neighbors[location : location + 1]]  # (1, k, 3)
+        with torch.autocast(query.device.type, torch.bfloat16, enabled=self.bf16):
+            step = self.model.step(location, [query, loc], [key, loc], ngb_q, subjects, move_keys)
+
+        loss = loss_pch = F.cross_entropy(step.logits_pch, step.labels)
+        statistics = {"loss_patch": loss_pch, "accuracy_patch": accuracy(step.logits_pch), **step.statistics}
+        if step.logits_ngb is not None:
+            loss_ngb = F.cross_entropy(step.logits_ngb, step.labels)
+            statistics |= {"loss_neighbor": loss_ngb, "accuracy_neighbor": accuracy(step.logits_ngb)}
+            if beta:
+                loss = loss_pch + beta * loss_ngb
+        statistics["loss"] = loss
+        names = statistic_names(neighbors is not None)
+        return Outcome(loss, torch.stack([statistics[name].detach() for name in names]), step.representation)
 
 
-OPTIMIZERS = ("sgd", "adamw")
+def accuracy(logits: torch.Tensor) -> torch.Tensor:
+    """% of rows whose largest logit is the key's, in column 0: (B, n) -> ()."""
+    return 100 * (logits.argmax(dim=1) == 0).float().mean()
 
 
 def make_optimizer(
@@ -71,24 +99,26 @@ def make_optimizer(
     """One of OPTIMIZERS over every parameter, the frozen key encoder's too: the published checkpoints list all 164.
 
     ``momentum`` is SGD's, and AdamW's first beta.
+
+    Raises:
+        ValueError: another name.
     """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"the optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}")
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay, foreach=True)
     return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
 
 
 class Descent:
-    """Back-propagation, and a step of the optimiser for every ``accumulate`` losses, of their mean gradient.
+    """Back-propagation, and an optimiser step on the mean gradient of every ``accumulate`` losses."""
 
-    The key encoder moves with the query encoder: not in the batches between.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1):
-        self.model, self.optimizer, self.accumulate = model, optimizer, accumulate
-        self.waiting = 0  # losses whose gradients no step has taken
+    def __init__(self, optimizer: torch.optim.Optimizer, accumulate: int = 1):
+        self.optimizer, self.accumulate = optimizer, accumulate
+        self.waiting = 0  # losses since the last optimiser step
 
     def __call__(self, loss: torch.Tensor, last: bool = False) -> bool:
-        """Whether the optimiser took a step; ``last`` has it take one whatever it waits for, as at an epoch's end."""
+        """Whether the optimiser took a step; ``last`` makes it take one, as at an epoch's end."""
         if not self.waiting:
             self.optimizer.zero_grad(set_to_none=True)
         (loss / self.accumulate if self.accumulate > 1 else loss).backward()
@@ -97,7 +127,6 @@ class Descent:
         if stepped:
             self.optimizer.step()
             self.waiting = 0
-        self.model.keys_follow = stepped
         return stepped
 
 

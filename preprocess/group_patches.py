@@ -25,8 +25,8 @@ from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
 from misc.command import run
 from misc.files import array_header, held, load_array, write_text
-from misc.progress import progress_bar
-from preprocess.subjects import add_progress, add_store, parse_flags
+from misc.progress import add_progress_flag, progress_bar
+from preprocess.subjects import add_store, parse_flags
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
 
@@ -228,7 +228,7 @@ def _note(path: Path, content: dict) -> None:
 
 
 def main() -> int:
-    return group_all(parse_flags(__doc__, add_store, add_progress))
+    return group_all(parse_flags(__doc__, add_store, add_progress_flag))
 
 
 if __name__ == "__main__":

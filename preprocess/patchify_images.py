@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations
 from misc.command import Parser, run
 from misc.files import load_array, save_array, write_whole
+from misc.progress import add_progress_flag
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
@@ -37,7 +38,6 @@ from preprocess.subjects import (
     Subject,
     add_atlas,
     add_patch_size,
-    add_progress,
     add_store,
     add_subjects,
     parse_flags,
@@ -188,7 +188,7 @@ def cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress)
+    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress_flag)
     subjects = read_subjects(args.input_csv)
     return run_steps([cutting_step(args, subjects)], subjects, args)
 

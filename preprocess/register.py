@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreLayout
 from misc.command import Parser, between, run
+from misc.progress import add_progress_flag
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.geometry import write_transform
 from preprocess.outputs import Output
 from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import EarlierFailure, read_mask
-from preprocess.subjects import Subject, add_atlas, add_progress, add_store, add_subjects, parse_flags, read_subjects
+from preprocess.subjects import Subject, add_atlas, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import Step, run_steps
 
 FIGURES = ("dice", "dice_right", "dice_left")
@@ -76,7 +77,7 @@ def registration_step(args: argparse.Namespace) -> Step:
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress)
+    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress_flag)
     subjects = read_subjects(args.input_csv)
     return run_steps([registration_step(args)], subjects, args)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import run
+from misc.progress import add_progress_flag
 from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
 from preprocess.patchify_atlas import add_locations, lay_locations
@@ -25,7 +26,6 @@ from preprocess.segment_lung import add_segmentation, check_segmentation, segmen
 from preprocess.subjects import (
     add_atlas,
     add_patch_size,
-    add_progress,
     add_store,
     add_subjects,
     parse_flags,
@@ -36,7 +36,7 @@ from preprocess.workers import run_steps
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Every step's flags."""
-    shared = (add_subjects, add_store, add_atlas, add_patch_size, add_progress)
+    shared = (add_subjects, add_store, add_atlas, add_patch_size, add_progress_flag)
     return parse_flags(__doc__, *shared, add_locations, add_segmentation, add_registration, add_cutting, argv=argv)
 
 

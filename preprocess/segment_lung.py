@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
+from misc.progress import add_progress_flag
 from preprocess.geometry import same_grid, write_image
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
 from preprocess.shared_scan import load_shared
-from preprocess.subjects import Subject, add_progress, add_store, add_subjects, parse_flags, read_subjects
+from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import Step, run_steps
 
 
@@ -105,7 +106,7 @@ def segmentation_step(args: argparse.Namespace) -> Step:
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress)
+    args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress_flag)
     check_segmentation(args)
     subjects = read_subjects(args.input_csv)  # before the weights are downloaded
     return run_steps([segmentation_step(args)], subjects, args)

@@ -62,11 +62,6 @@ def add_patch_size(parser: Parser) -> None:
     parser.add_argument("--patch-size", type=at_least(int, 1), default=PATCH_SIZE, help=text)
 
 
-def add_progress(parser: Parser) -> None:
-    """The flag of the progress bar."""
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
-
-
 def add_subjects(parser: Parser) -> None:
     """The flags of a step that works through the subjects."""
     text = (

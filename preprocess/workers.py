@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from data.layout import StoreError, StoreLayout
 from misc.command import UserError
-from misc.cores import usable_cores
 from misc.files import remove_leftovers
+from misc.process import usable_cores
 from misc.progress import progress_bar
 from preprocess.outputs import Skip
 from preprocess.report import claimed, previous_figures, stamps_of, unclaim, write_report

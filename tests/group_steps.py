@@ -18,10 +18,10 @@ from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import step_views
 from misc import process
-from misc.runlog import Meters
+from misc.run.runlog import Meters
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import FIGURES, Descent, LocationTable, compute_losses, make_optimizer
+from models.step import STATISTICS, Descent, LocationTable, TrainingStep, make_optimizer
 
 BATCH, GROUPS = 16, 4
 
@@ -40,10 +40,10 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: i
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
     model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
-    descend = Descent(model, make_optimizer(model, lr, 0.9, 1e-4))
-    parallel = process.data_parallel(model, device).train()
+    descend = Descent(make_optimizer(model, lr, 0.9, 1e-4))
+    parallel = process.data_parallel(TrainingStep(model, table), device).train()
     mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
-    meters, means, gradients, batches = Meters(FIGURES, device), [], None, []
+    meters, means, gradients, batches = Meters(STATISTICS, device), [], None, []
     for epoch in range(-(-steps // len(sampler))):
         sampler.set_epoch(epoch)
         batches += [(epoch, index) for index in sampler]
@@ -52,7 +52,7 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: i
         sampler.set_epoch(epoch)
         batch = dataset[index]
         views = step_views(batch, Augmentation("agc"), 0, mine, device)
-        loss, figures = compute_losses(parallel, batch.location, views, table, 1.0, subjects=batch.subjects)
+        loss, figures, _ = parallel(batch.location, views, 1.0, batch.subjects)
         descend(loss)
         if gradients is None:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

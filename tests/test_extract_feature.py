@@ -130,7 +130,7 @@ def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
     monkeypatch.setattr(sys, "argv", ["extract_feature.py", *map(str, flags), "--device", "cpu"])
-    monkeypatch.setattr(extract_feature, "encode", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(extract_feature, "encode_pieces", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as left:
@@ -155,26 +155,26 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
         "--device",
         "cpu",
     )
-    original, seen = extract_feature.encode, []
+    original, seen = extract_feature.encode_pieces, []
 
     def stop_at_the_fourth(*inputs):
-        for unit, features in original(*inputs):
+        for piece, features in original(*inputs):
             if len(seen) == 3:
                 raise KeyboardInterrupt
-            seen.append(unit.name)
-            yield unit, features
+            seen.append(piece.name)
+            yield piece, features
 
     def follow(*inputs):
-        for unit, features in original(*inputs):
-            again.append(unit.name)
-            yield unit, features
+        for piece, features in original(*inputs):
+            again.append(piece.name)
+            yield piece, features
 
-    monkeypatch.setattr(extract_feature, "encode", stop_at_the_fourth)
+    monkeypatch.setattr(extract_feature, "encode_pieces", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         extract(*flags, "--out-dir", tmp_path / "a")
     assert not (tmp_path / "a" / "pred_arr_patch_full.npy").exists()
     again = []
-    monkeypatch.setattr(extract_feature, "encode", follow)
+    monkeypatch.setattr(extract_feature, "encode_pieces", follow)
     extract(*flags, "--out-dir", tmp_path / "a")
     assert len(again) == 3 and not set(again) & set(seen)
     extract(*flags, "--out-dir", tmp_path / "b")
@@ -186,12 +186,12 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     key = extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
     assert key != extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
-    monkeypatch.setattr(extract_feature, "encode", stop_at_the_fourth)
+    monkeypatch.setattr(extract_feature, "encode_pieces", stop_at_the_fourth)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
         extract(*flags, "--out-dir", tmp_path / "c")
     make_checkpoint(tmp_path / "c.pth.tar", seed=9)
-    monkeypatch.setattr(extract_feature, "encode", original)
+    monkeypatch.setattr(extract_feature, "encode_pieces", original)
     extract(*flags, "--out-dir", tmp_path / "c")
     extract(*flags, "--out-dir", tmp_path / "d")
     third, fourth = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in "cd")
@@ -202,7 +202,7 @@ def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid
     make_store(tmp_path / "g", 7, grid)
     make_store(tmp_path / "u", 7, grid, grouped=False)
     make_checkpoint(tmp_path / "c.pth.tar")
-    monkeypatch.setattr(extract_feature, "SUBJECT_BLOCK", 3)
+    monkeypatch.setattr(extract_feature, "PIECE_SUBJECTS", 3)
     monkeypatch.setattr(extract_feature, "ASSEMBLY_BYTES", 2 * 6 * 12 * 4)
     for name in "gu":
         extract(
@@ -354,11 +354,11 @@ def test_features_that_are_not_finite_are_refused(small, tmp_path, run_here, mon
     assert refused.returncode == 2 and "nan.pth.tar has values in conv2.weight that are not finite" in refused.stderr
     store = PatchStore(tmp_path / "store")
     features = np.zeros((3, 1, 12), dtype=np.float32)
-    unit = extract_feature.plan(store)[4]
-    assert extract_feature.refuse_not_finite(features, unit, store) is features
+    piece = extract_feature.list_pieces(store)[4]
+    assert extract_feature.refuse_not_finite(features, piece, store) is features
     features[2, 0, 5] = np.inf
     with pytest.raises(StoreError, match="features of subject 002 at location 4 are not finite"):
-        extract_feature.refuse_not_finite(features, unit, store)
+        extract_feature.refuse_not_finite(features, piece, store)
 
 
 def test_two_extractions_into_one_folder(small, tmp_path, run_here):
@@ -371,7 +371,7 @@ def test_two_extractions_into_one_folder(small, tmp_path, run_here):
 
 
 def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch):
-    original = extract_feature.encode
+    original = extract_feature.encode_pieces
 
     def regroup(*inputs):
         for count, piece in enumerate(original(*inputs)):
@@ -381,7 +381,7 @@ def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch)
                 np.save(path, np.load(path)[::-1])
             yield piece
 
-    monkeypatch.setattr(extract_feature, "encode", regroup)
+    monkeypatch.setattr(extract_feature, "encode_pieces", regroup)
     with pytest.raises(StoreError, match="has changed since this run opened the store"):
         extract(*small)
     assert not (tmp_path / "o" / "patient_features.csv").exists()

@@ -11,7 +11,7 @@ from data.views import step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.frozen import freeze
-from models.step import Descent, LocationTable, compute_losses, make_optimizer
+from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 
 from .conftest import calibrate
 
@@ -80,7 +80,7 @@ def test_features_are_the_cpus(gpu):
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_step_does_not_wait_for_the_device(gpu, amp):
     model = build().to(gpu)
-    descend = Descent(model, make_optimizer(model, 0.01, 0.9, 1e-4))
+    descend = Descent(make_optimizer(model, 0.01, 0.9, 1e-4))
     locations = (torch.rand(L, 3) * 2 - 1).to(gpu)
     neighbors = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]])
     table = LocationTable(locations, locations[neighbors.to(gpu)])
@@ -90,7 +90,6 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
             batch = batch._replace(patches=batch.patches.pin_memory(), neighbors=batch.neighbors.pin_memory())
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps set up
             views = step_views(batch, Augmentation("agcf"), 0, range(1), gpu)
-            loss, _ = compute_losses(model, batch.location, views, table, 1.0, amp == "bf16")
-            descend(loss)
+            descend(TrainingStep(model, table, amp == "bf16")(batch.location, views, 1.0).loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,7 +7,7 @@ import pytest
 
 from .conftest import ROOT
 
-LONGEST_FILE, LONGEST_FUNCTION = 400, 90  # lines
+LONGEST_FILE = 400  # lines
 SHELL_ALSO = (".py", ".sh")
 FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the front door
 MAY_IMPORT = {
@@ -67,18 +67,6 @@ def test_the_house_is_read_at_all():
 @pytest.mark.parametrize("path", list(sources(*SHELL_ALSO)), ids=str)
 def test_files_are_short(path):
     assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
-
-
-def test_train_is_shorter_still():
-    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= 350
-
-
-@pytest.mark.parametrize("path", PYTHON, ids=str)
-def test_functions_are_short(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)

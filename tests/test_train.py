@@ -22,10 +22,11 @@ from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import make_views, step_generators, step_views
 from misc.experiment import UNFINISHED
-from misc.recipes import RECIPES
+from misc.run.flags import parse_arguments
+from misc.run.recipes import RECIPES
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import FIGURES, LocationTable, compute_losses, make_optimizer
+from models.step import STATISTICS, LocationTable, TrainingStep, make_optimizer
 from tools.timing.measure import has_fast_bf16
 
 from .conftest import ROOT
@@ -49,7 +50,7 @@ SMALL = (
 
 
 def arguments(*flags):
-    return train.parse_arguments(["--root-dir", "x", "--exp-name", "x", *map(str, flags)])
+    return parse_arguments(None, ["--root-dir", "x", "--exp-name", "x", *map(str, flags)])
 
 
 def lines(folder, kind="step"):
@@ -104,7 +105,7 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     augmentation = Augmentation("agc")
     places = LocationTable.of(normalize_locations(grid), neighbor_table(grid, 2), torch.device("cpu"))
     views = step_views(batch, augmentation, args.seed, range(1), torch.device("cpu"))
-    loss, figures = compute_losses(model, 4, views, places, args.beta if epoch >= args.warm_up else 0.0)
+    loss, figures, _ = TrainingStep(model, places)(4, views, args.beta if epoch >= args.warm_up else 0.0)
 
     generators = step_generators(0, epoch, 4, 1, 0, torch.device("cpu"))
     query, key, around = make_views(batch.patches, batch.neighbors, augmentation, generators)
@@ -181,7 +182,7 @@ def test_curves_are_there(trained):
         event = Event.FromString(data[offset + 12 : offset + 12 + length])
         tags |= {value.tag for value in event.summary.value}
         offset += 12 + length + 4
-    assert {f"train/{name}" for name in (*FIGURES, "lr", "samples_per_s")} <= tags
+    assert {f"train/{name}" for name in (*STATISTICS, "lr", "samples_per_s")} <= tags
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -209,7 +210,7 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert f"{workers} reading processes" in result.stdout
+    assert f"{workers} data-loader workers" in result.stdout
     # One epoch of one has another cosine than the first of two only after the first epoch.
     ours = [record["loss"] for record in lines(tmp_path / "ssl_exp" / "w")]
     assert ours == [record["loss"] for record in lines(trained[0] / "ssl_exp" / "a") if record["epoch"] == 1]
@@ -294,6 +295,29 @@ def test_a_run_of_every_choice_goes_on_too(store, run, tmp_path):
         same_checkpoint(*(folder / f"checkpoint_patch_{epoch:04d}.pth.tar" for folder in (whole, ours)))
     assert "6 subjects" in rest or steps == 2 * 6  # one subject of seven is left out
     assert lines(whole, "epoch")[1]["queue_own"] >= 0
+
+
+def test_without_the_neighbour_task_nothing_is_said_of_neighbours(store, run, tmp_path):
+    """A run that began with the neighbours' pass, as all did once, keeps it: the same weights, other statistics."""
+    flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--beta", 0, *SMALL, "--workers", 0)
+    shown = run("train.py", *flags, "--print-freq", 4, cwd=tmp_path).stdout
+    folder = tmp_path / "ssl_exp" / "a"
+    assert "neighbour" not in shown and "neighbour" not in (folder / "log.jsonl").read_text()
+    assert not any("neighbor" in name for line in lines(folder) for name in line)
+    first, wanted = (torch.load(folder / f"checkpoint_patch_000{n}.pth.tar", weights_only=True) for n in (1, 2))
+    assert first["config"].pop("neighbor_pass") is False
+    (tmp_path / "ssl_exp" / "b").mkdir()
+    torch.save(first, tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0001.pth.tar")
+    flags = (*flags[:3], "b", *flags[4:])
+    shown = run("train.py", *flags, "--resume", "auto", "--print-freq", 4, cwd=tmp_path).stdout
+    assert "note: --beta is 0, but this run began with the neighbours' pass and keeps it" in shown
+    assert all("loss_neighbor" in line for line in lines(tmp_path / "ssl_exp" / "b"))
+    path = tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0002.pth.tar"
+    found = torch.load(path, weights_only=True)
+    assert found["config"]["neighbor_pass"] is True
+    for name, value in wanted["state_dict"].items():
+        same = torch.equal(value, found["state_dict"][name])
+        assert same != ("encoder_q" in name and (".running_" in name or "num_batches" in name)), name
 
 
 @pytest.mark.slow
@@ -430,7 +454,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
 
 @pytest.mark.slow
 def test_stops_quickly_without_workers_left(store, tmp_path):
-    """SIGINT from a terminal, while reading processes run."""
+    """SIGINT from a terminal, while data-loader workers run."""
     flags = ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
     status, rest, seconds = stop_at("epoch 1 [2/12]", signal.SIGINT, *flags, cwd=tmp_path)
     assert status == 128 + signal.SIGINT and "--resume auto" in rest and seconds < 30
@@ -506,9 +530,9 @@ def test_bf16_follows_float32_over_fifty_steps(cohort, run, tmp_path, make_store
         before = {name: value.clone() for name, value in model.state_dict().items()}
         views = step_views(drawn, Augmentation("agc"), 0, range(1), torch.device("cpu"))
         with torch.no_grad():
-            _, half = compute_losses(model, drawn.location, views, table, 1.0, bf16=True)
+            half = TrainingStep(model, table, bf16=True)(drawn.location, views, 1.0).statistics
         model.load_state_dict(before)
-        loss, full = compute_losses(model, drawn.location, views, table, 1.0)
+        loss, full, _ = TrainingStep(model, table)(drawn.location, views, 1.0)
         apart.append((half / full - 1)[:2])
         optimizer.zero_grad()
         loss.backward()

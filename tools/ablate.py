@@ -31,8 +31,8 @@ from data.labels import read_labels, why_no_column
 from data.store import PatchStore
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import check_writable, write_text
-from misc.progress import progress_bar
-from misc.recipes import RECIPES
+from misc.progress import add_progress_flag, progress_bar
+from misc.run.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.kinds import why_not
@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--first-seed", type=at_least(int, 0), default=0, help="the others follow; to share a study among machines")
     add("--recipe", type=OneOf(*RECIPES), default="small", help="of train.py")
     add("--epochs", type=at_least(int, 1), help="of every arm (default: the recipe's)")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     args.arms = {name: ARMS.get(name) for name in args.arms}
     for text in args.arm:

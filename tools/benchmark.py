@@ -6,7 +6,7 @@
     python tools/benchmark.py --scan thorax.nii.gz --atlas-mask M    preprocessing of a scan, part by part
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
-is written out in timing/literal.py and runs in a process of its own (a loop over samples in every
+is written out in dev/literal.py and runs in a process of its own (a loop over samples in every
 convolution, a loop over MONAI's transforms, a queue of shape (moco_dim, K, L), a subject's patches
 encoded at once). The figure that carries over between machines is their ratio, given as the median
 over the rounds with the smallest and the largest. Before anything is timed the two must give the
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
-from models.cpu.memory import keep_freed_memory
-from tools.timing.apart import PUBLISHED_LOCATIONS, Apart
+from models.fast.memory import keep_freed_memory
+from tools.dev.apart import PUBLISHED_LOCATIONS, Apart
 from tools.timing.choices import rows_choices, show_choices
 from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction

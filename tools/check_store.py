@@ -26,7 +26,7 @@ from data.store import PatchFile
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import load_array
-from misc.progress import progress_bar
+from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import read_affine, read_atlas_mask
 from preprocess.patches import patches_of
@@ -201,7 +201,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--atlas-mask", help="the atlas that the store was cut with")
     add("--scans", type=at_least(int, 1), default=5, help="subjects that are cut again")
     add("--seed", type=at_least(int, 0), default=0, help="another seed draws other locations and scans")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.input_csv) != bool(args.atlas_mask):
         parser.error("--input-csv and --atlas-mask go together")

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.tables import check_sid, feature_columns, feature_text, read_table
 from misc import process
 from misc.command import OneOf, Parser, UserError, between, run
-from misc.cores import usable_cores
 from misc.files import check_writable, file_hash, save_array, write_text, write_whole
-from misc.progress import progress_bar
+from misc.process import usable_cores
+from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
-from models.cpu.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory
 from preprocess.outputs import file_stamp
 from preprocess.picture import picture_of_patches
 from preprocess.segment_lung import add_segmentation, check_segmentation
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--patch-dir", help="folder for the features of single patches")
     add("--no-qc", action="store_true", help="draw no pictures, which saves about a second a scan")
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.scans) == bool(args.input_csv):
         parser.error("give SCANs, or --input-csv")

@@ -36,9 +36,9 @@ from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_json, write_text, write_whole
-from misc.progress import progress_bar
+from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
-from models.cpu.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory
 from preprocess.atlas import read_affine, read_atlas_mask
 from preprocess.geometry import same_grid, write_image
 from preprocess.patches import patches_of
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--truth-values", nargs="+", type=int, default=[], help="values of those images that count as there")
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     add("--out-dir", required=True, help="folder of the maps; give the same to go on")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.patch_labels) == bool(args.labels) or bool(args.labels) != bool(args.column):
         parser.error("give --labels and --column, or --patch-labels")

@@ -38,7 +38,7 @@ from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, at_least, run
 from misc.files import check_writable, safe_name, write_json, write_text
-from misc.progress import progress_bar
+from misc.progress import add_progress_flag, progress_bar
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.cohort import Cohort, make_labels, note
 from tools.evaluation.judge import Judged, Label, judge
@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=at_least(int, 0), default=0, help="of folds, bootstrap and permutations")
     add("--out-dir", help="folder for evaluation.json, evaluation.md and pictures")
     add("--json", help="write the figures here too")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.time_column) != bool(args.event_column):
         parser.error("--time-column and --event-column go together")

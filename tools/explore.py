@@ -32,7 +32,7 @@ from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
 from misc.page import link_to, packed, write_page
-from misc.progress import progress_bar
+from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
 from tools.evaluation.normal import FEWEST
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--places", type=at_least(int, 1), default=10, help="unusual places shown of one; raise it for large tables")
     add("--no-tsne", action="store_true", help="principal components only: t-SNE takes a minute for 10,000 patients")
     add("--out", required=True, help="the page, such as page.html")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     for flag, other in (("columns", "labels"), ("healthy", "labels"), ("healthy", "patch_features")):
         if getattr(args, flag) and not getattr(args, other):

@@ -35,10 +35,10 @@ from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, at_least, between, run
 from misc.files import write_json, write_text
-from misc.progress import progress_bar
+from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import save_checkpoint
 from models.cnn3d import Encoder
-from models.cpu.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory
 from tools.evaluation.kinds import KINDS
 from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import held_out_rows
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     add("--out-dir", required=True, help="folder of the fits; give the same to go on")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.patch_labels) == bool(args.labels) or bool(args.labels) != bool(args.column):
         parser.error("give --labels and --column, or --patch-labels")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.store import PatchStore
 from misc.command import Parser, UserError, run
 from misc.files import check_writable, write_json, write_text
+from misc.progress import add_progress_flag
 from tools.evaluation.baselines import BINS, baseline_tables
 from tools.evaluation.metrics import auroc
 from tools.evaluation.normal import FEWEST, unusual
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--healthy", required=True, metavar="COLUMN", help="1 for patients to learn from, 0 for others to tell apart")
     add("--baselines", metavar="STORE", help="patch store of these patients: judge its histograms likewise")
     add("--out-dir", required=True, help="folder of the scores")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     return parser.parse_args()
 
 

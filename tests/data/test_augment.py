@@ -21,8 +21,9 @@ from monai.transforms import (
 from scipy.stats import ks_2samp
 
 from data import augment, resample
-from data.augment import Augmentation, StoreError
+from data.augment import Augmentation
 from data.views import make_views, shift_to_zero, step_generators, to_input, to_unit
+from misc.command import UserError
 
 SIZE = (32, 32, 32)
 RANGE = 1264.0
@@ -301,7 +302,7 @@ def test_letters_are_applied_in_their_order():
 
 
 def test_unknown_letter():
-    with pytest.raises(StoreError, match="'agx' has the unknown letter 'x'"):
+    with pytest.raises(UserError, match="'agx' has the unknown letter 'x'"):
         Augmentation("agx")
 
 

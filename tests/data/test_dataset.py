@@ -1,4 +1,4 @@
-"""Batches of reading processes: handed over whatever room /dev/shm has, and their errors as they are."""
+"""Batches of data-loader workers: handed over whatever room /dev/shm has, and their errors as they are."""
 
 import signal
 import subprocess
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.dataset import PatchDataset, batches, make_loader
+from data.dataset import PatchDataset
 from data.layout import StoreError
-from data.sampler import LocationBatchSampler
+from data.loader import batches, make_loader
+from data.sampler import BatchIndex, LocationBatchSampler
 from data.store import PatchStore
 
 from ..conftest import ROOT
@@ -68,7 +69,7 @@ def test_a_trainer_that_fails_leaves_at_once(tmp_path, make_store, grid, workers
     """Reading processes know who ends them; torch alone would wait 5 s for each, and they for their minute."""
     make_store(tmp_path, 4, grid)
     code = (
-        "import sys\nfrom data.dataset import batches\nfrom tests.data.test_dataset import loader_of\n"
+        "import sys\nfrom data.loader import batches\nfrom tests.data.test_dataset import loader_of\n"
         f"from pathlib import Path\nfor batch in batches(loader_of(Path({str(tmp_path)!r}), {workers})):\n"
         "    print('read', flush=True)\n    raise SystemExit(3)\n"
     )
@@ -77,3 +78,11 @@ def test_a_trainer_that_fails_leaves_at_once(tmp_path, make_store, grid, workers
         assert process.stdout.readline() == "read\n"
         began = time.monotonic()
         assert process.wait(60) == 3 and time.monotonic() - began < 4
+
+
+def test_without_neighbours_only_the_patches_are_read(tmp_path, make_store, grid, monkeypatch):
+    patches, store, read = make_store(tmp_path, 4, grid), PatchStore(tmp_path), []
+    monkeypatch.setattr(store, "read", lambda *given, way=store.read: read.append(given[0]) or way(*given))
+    batch = PatchDataset(store, 0)[BatchIndex(0, 3, 0, np.array([2, 1]))]
+    assert batch.neighbors is None and read == [3]
+    assert np.array_equal(batch.patches.numpy(), patches[[2, 1], 3])

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from data import prefetch
+from data import dataset as dataset_module
 from data.dataset import PatchDataset
-from data.prefetch import FileWarmer, read_ahead, warm
+from data.prefetch import read_ahead, will_need
 from data.sampler import BatchIndex
 from data.store import PatchStore
 
@@ -49,50 +49,22 @@ def test_an_error_comes_at_its_turn_and_the_threads_end():
     assert threading.active_count() <= before
 
 
-def test_warming_reads_what_is_not_cached_and_only_that(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    path.write_bytes(bytes(5 * prefetch.WARM_CHUNK + 10))
-    on_disk = {1, 5}  # chunks, the last one short
-    monkeypatch.setattr(prefetch, "is_cached", lambda _, offset: offset // prefetch.WARM_CHUNK not in on_disk)
-    seen, original = [], os.preadv
-    monkeypatch.setattr(
-        os,
-        "preadv",
-        lambda fd, buffers, offset: seen.append(offset // prefetch.WARM_CHUNK) or original(fd, buffers, offset),
-    )
-    warm(path)
-    assert seen == [1, 5]
+def test_missing_files_are_passed_over(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(10))
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given[1:]))
+    will_need([tmp_path / "a", tmp_path / "missing", tmp_path / "b"])
+    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
+    monkeypatch.delattr(os, "posix_fadvise")
+    will_need([tmp_path / "a"])  # macOS
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached")
-def test_a_file_just_written_is_cached(tmp_path):
-    (tmp_path / "f").write_bytes(bytes(10000))
-    with open(tmp_path / "f", "rb") as stream:
-        assert prefetch.is_cached(stream.fileno(), 9999) and not prefetch.is_cached(stream.fileno(), 10000)
-
-
-def test_the_warmer_takes_files_in_order_and_passes_over_missing_ones(tmp_path, monkeypatch):
-    done, finished = [], threading.Event()
-
-    def record(path):
-        if path == "missing":
-            raise FileNotFoundError(path)
-        done.append(path)
-        if path == "last":
-            finished.set()
-
-    monkeypatch.setattr(prefetch, "warm", record)
-    warmer = FileWarmer()
-    warmer(["a", "missing", "b"])
-    warmer(["last"])
-    assert finished.wait(10) and done == ["a", "b", "last"]
-
-
-def test_each_location_warms_the_next_once(tmp_path, make_store, grid):
+def test_each_location_prefetches_the_next_once(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path, 4, grid)
     dataset = PatchDataset(PatchStore(tmp_path), 2)
     asked = []
-    dataset._warmer = asked.extend
+    monkeypatch.setattr(dataset_module, "will_need", asked.extend)
     for location in (3, 3, 4, 5):
         dataset[BatchIndex(0, location, 0, np.array([0, 1]))]
     wanted = [index for following in (4, 5) for index in (following, *dataset.neighbors[following])]

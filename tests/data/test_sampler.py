@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from data import dataset as dataset_module
-from data.dataset import PatchDataset, make_loader
+from data import loader as loader_module
+from data.dataset import PatchDataset
 from data.layout import StoreError
+from data.loader import make_loader
 from data.locations import neighbor_table
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
@@ -102,7 +103,7 @@ def reading_process():
     ready = multiprocessing.get_context("fork").Event()
 
     def work():
-        dataset_module._leave_stopping_to_the_trainer(0)
+        loader_module._leave_stopping_to_the_trainer(0)
         ready.set()
         time.sleep(30)
 
@@ -114,7 +115,7 @@ def reading_process():
 
 def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
     """Long enough for the trainer, which it asks to stop, to save; but a trainer that fails must not wait for ever."""
-    monkeypatch.setattr(dataset_module, "STOP_SECONDS", 1)
+    monkeypatch.setattr(loader_module, "STOP_SECONDS", 1)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     worker = reading_process()
@@ -130,7 +131,7 @@ def test_a_worker_that_its_trainer_ends_leaves_at_once_and_asks_nobody():
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     worker = reading_process()
-    dataset_module._end_reading()
+    loader_module._end_reading()
     worker.join(5)
     signal.signal(signal.SIGTERM, before)
     assert worker.exitcode == 0 and not asked

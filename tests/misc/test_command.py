@@ -100,7 +100,7 @@ def test_every_error_of_ours_is_the_users():
     from data.layout import StoreError
     from misc.experiment import ExperimentError
     from misc.process import DeviceError
-    from misc.runlog import DivergedError
+    from misc.run.runlog import DivergedError
     from models.checkpoint import CheckpointError
     from preprocess.scan import ScanError
 

@@ -215,7 +215,7 @@ def calibrated(**choices):
 
 def step(model, index, inputs, subjects=None):
     query, key, neighbors, here, near = inputs
-    return model(index, [query, here], [key, here], [neighbors, near], subjects)
+    return model.step(index, [query, here], [key, here], [neighbors, near], subjects)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def test_negatives_of_the_batch():
     """The other subjects' keys of the step, in both tasks; the queue is filled all the same."""
     model, inputs = calibrated(negatives="batch"), draw_inputs()
     q, r, keys = encoded(model, 1, inputs)
-    patch, neighbor, labels = step(model, 1, inputs)
+    patch, neighbor, labels = step(model, 1, inputs)[:3]
     assert patch.shape == neighbor.shape == (B, B) and not labels.any()
     for logits, left in ((patch, q), (neighbor, r)):
         for i in range(B):
@@ -265,11 +265,27 @@ def test_a_subjects_own_keys_are_masked():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_without_neighbours_the_rest_of_the_step_is_the_same(training):
+    """Logits, keys and queue; in training BatchNorm's running statistics come from the patches alone."""
+    model = calibrated().train(training)
+    twin, (query, key, *_, here, _near) = copy.deepcopy(model), draw_inputs()
+    logits, none, labels = twin(1, [query, here], [key, here], None)
+    assert none is None and not labels.any()
+    assert torch.equal(logits, step(model, 1, draw_inputs()).logits_pch)
+    ours = twin.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, ours[name])}
+    norms = {name for name in ours if name.startswith("encoder_q.") and ("running" in name or "batches" in name)}
+    assert changed == (norms if training else set())
+    assert int(model.encoder_q.bn1.num_batches_tracked - twin.encoder_q.bn1.num_batches_tracked) == training
+
+
+@torch.no_grad()
 def test_the_probe_against_loops():
     model, inputs = calibrated(), draw_inputs()
     q, _, keys = encoded(model, 1, inputs)
-    step(model, 1, inputs, torch.arange(B))
-    probe = {name: float(value) for name, value in model.probe.items()}
+    first = step(model, 1, inputs, torch.arange(B))
+    probe = {name: float(value) for name, value in first.statistics.items()}
     nearest = [max(range(B), key=lambda j: float(q[i] @ keys[j])) for i in range(B)]
     assert probe["accuracy_fresh"] == pytest.approx(100 * sum(i == j for i, j in enumerate(nearest)) / B)
     assert probe["alignment"] == pytest.approx(
@@ -278,11 +294,11 @@ def test_the_probe_against_loops():
     pairs = [math.exp(-2 * float((keys[i] - keys[j]).square().sum())) for i in range(B) for j in range(B) if i != j]
     assert probe["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-3, abs=1e-4)
     assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # noise, of nobody and no age
-    assert model.representation.shape == (B, 8)
+    assert first.representation.shape == (B, 8)
     step(model, 0, draw_inputs(3), torch.arange(B))  # elsewhere: time passes
-    step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7]))
-    assert float(model.probe["queue_age"]) == 2.0  # keys of step 1 in step 3
-    assert float(model.probe["queue_own"]) == pytest.approx(100 * 2 / (B * K))
+    third = step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7])).statistics
+    assert float(third["queue_age"]) == 2.0  # keys of step 1 in step 3
+    assert float(third["queue_own"]) == pytest.approx(100 * 2 / (B * K))
 
 
 @torch.no_grad()

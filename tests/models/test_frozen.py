@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.cnn3d import Encoder
-from models.cpu.pieces import PATCHES_AT_ONCE
+from models.fast.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
 
 

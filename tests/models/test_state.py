@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from misc import process
+from misc.run.resume import ResumeError, describe_start
 from models.builder import DrasCLR
 from models.checkpoint import CheckpointError, add_module, save_checkpoint
 from models.cnn3d import Encoder
-from models.state import TrainingState, start_from
+from models.state import Started, TrainingState, start_from
 
 
 def model(locations=6, rep_dim=8, moco_dim=4, experts=2, keys=6, mlp=True, seed=0):
@@ -33,10 +34,11 @@ def test_another_queue_and_other_locations(weights):
     path, given = weights
     fresh = model(locations=9, keys=12, seed=1)
     queue = fresh.state_dict()["queue"].clone()
-    said = start_from(fresh, path)
+    started = start_from(fresh, path)
     assert not differs(fresh.encoder_q, given.encoder_q) and not differs(fresh.encoder_k, given.encoder_q)
     assert torch.equal(fresh.state_dict()["queue"], queue)
-    assert said == (
+    assert started == Started(3, True, (6, 6))
+    assert describe_start(path, *started) == (
         f"starting from the encoder of {path}, 3 epochs, its projection too; queue and optimiser begin anew "
         "(its 6 locations and 6 keys each are not taken)"
     )
@@ -46,7 +48,8 @@ def test_another_queue_and_other_locations(weights):
 def test_a_projection_of_another_size_stays_new(weights, choice):
     path, given = weights
     fresh, untouched = model(**choice, seed=1), model(**choice, seed=1)
-    assert "its projection left out, which has another size" in start_from(fresh, path)
+    started = start_from(fresh, path)
+    assert "its projection left out, which has another size" in describe_start(path, *started)
     assert not differs(fresh.encoder_q.fc, untouched.encoder_q.fc)
     assert not differs(fresh.encoder_q.conv4, given.encoder_q.conv4)
     assert not differs(fresh.encoder_k, fresh.encoder_q)
@@ -56,7 +59,7 @@ def test_a_projection_of_another_size_stays_new(weights, choice):
     ("choice", "advice"), [(dict(rep_dim=16), "give --rep-dim 8"), (dict(experts=3), "give --num-experts 2")]
 )
 def test_another_encoder_is_refused_by_its_flag(weights, choice, advice):
-    with pytest.raises(CheckpointError, match=advice):
+    with pytest.raises(ResumeError, match=advice):
         start_from(model(**choice), weights[0])
 
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from misc.sizes import OPTIMIZERS
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import OPTIMIZERS, Descent, make_optimizer
+from models.step import Descent, make_optimizer
 
 
 def build():
@@ -22,18 +23,18 @@ def draw(seed):
     return 0, [volumes[0], loc], [volumes[1], loc], [volumes[2], loc[:, None]]
 
 
-def losses(model, seed):
-    logits, _, labels = model(*draw(seed))
-    return torch.nn.functional.cross_entropy(logits, labels)
+def losses(model, seed, move_keys=True):
+    step = model.step(*draw(seed), move_keys=move_keys)
+    return torch.nn.functional.cross_entropy(step.logits_pch, step.labels)
 
 
 def test_accumulated_gradients_are_the_mean_and_the_keys_wait():
     """Two batches, then a step; the literal way beside it."""
     ours, wanted = build(), build()
-    descend = Descent(ours, make_optimizer(ours, 0.1, 0.9, 1e-4), accumulate=2)
-    assert not descend(losses(ours, 1)) and not ours.keys_follow
+    descend = Descent(make_optimizer(ours, 0.1, 0.9, 1e-4), accumulate=2)
+    assert not descend(losses(ours, 1))
     assert torch.equal(ours.encoder_q.conv1.weight, wanted.encoder_q.conv1.weight)
-    assert descend(losses(ours, 2)) and ours.keys_follow
+    assert descend(losses(ours, 2, move_keys=False))
 
     optimizer = make_optimizer(wanted, 0.1, 0.9, 1e-4)
     first = losses(wanted, 1)
@@ -52,7 +53,7 @@ def test_accumulated_gradients_are_the_mean_and_the_keys_wait():
 
 def test_the_last_batch_of_an_epoch_does_not_wait():
     model = build()
-    descend = Descent(model, make_optimizer(model, 0.1, 0.9, 0.0), accumulate=3)
+    descend = Descent(make_optimizer(model, 0.1, 0.9, 0.0), accumulate=3)
     before = model.encoder_q.conv1.weight.clone()
     assert [descend(losses(model, seed), last=seed == 4) for seed in range(1, 5)] == [False, False, True, True]
     assert descend.waiting == 0 and not torch.equal(before, model.encoder_q.conv1.weight)
@@ -63,7 +64,7 @@ def test_every_optimiser_lists_every_parameter_and_descends(name):
     model = build()
     optimizer = make_optimizer(model, 1e-3, 0.9, 1e-4, name)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-    descend = Descent(model, optimizer)
+    descend = Descent(optimizer)
     values, queue = [], model.queue.clone()
     for _ in range(8):
         model.queue.copy_(queue)

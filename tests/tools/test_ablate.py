@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import train
+from misc.run.flags import parse_arguments
 from tools import ablate
 from tools.evaluation.ablation import markdown, summary
 from tools.evaluation.learn import MODELS, held_out_r2, joined_weights, predict_others
@@ -110,7 +110,7 @@ def test_arms_differ_from_full_by_what_they_say(monkeypatch, recipe):
     monkeypatch.setattr(sys, "argv", ["ablate.py", "--out-dir", "o", "--arm", "cold=--moco-t 0.1"])
     arms = ablate.parse_arguments().arms
     given = {
-        name: train.parse_arguments(["--root-dir", "p", "--exp-name", "e", "--recipe", recipe, *flags])
+        name: parse_arguments(None, ["--root-dir", "p", "--exp-name", "e", "--recipe", recipe, *flags])
         for name, flags in arms.items()
     }
     full = vars(given["full"])

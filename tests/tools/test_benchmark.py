@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
-from tools.timing.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
 from tools.timing.measure import Row, compare, show
 from tools.timing.store import DISTINCT_FILES, make_store
 

@@ -11,7 +11,7 @@ import torch
 from data.augment import Augmentation
 from data.prefetch import FileWarmer
 from data.store import PatchStore
-from tools.timing.literal import LiteralAugmentation
+from tools.dev.literal import LiteralAugmentation
 from tools.timing.measure import Row, compare, in_turns, seconds
 from tools.timing.store import DISTINCT_FILES, make_store
 

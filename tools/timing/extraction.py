@@ -10,8 +10,8 @@ from data.locations import normalize_locations
 from data.store import PatchStore
 from data.views import to_input
 from models.frozen import LOCATIONS_AT_ONCE, freeze
-from tools.timing.apart import PUBLISHED_LOCATIONS, Apart
-from tools.timing.literal import literal_encode
+from tools.dev.apart import PUBLISHED_LOCATIONS, Apart
+from tools.dev.literal import literal_encode
 from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of
 from tools.timing.step import trained_encoder
 from tools.timing.training import FORWARD_GFLOP

@@ -17,7 +17,7 @@ from data.store import PatchStore
 from data.views import to_input
 from models.cnn3d import Encoder
 from models.frozen import LOCATIONS_AT_ONCE, freeze
-from tools.timing.apart import PUBLISHED_LOCATIONS
+from tools.dev.apart import PUBLISHED_LOCATIONS
 from tools.timing.measure import Row, in_turns
 from tools.timing.step import TimedStep
 from tools.timing.store import make_store

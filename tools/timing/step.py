@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from data.augment import Augmentation
-from data.dataset import PatchBatch, PatchDataset, make_loader
+from data.dataset import PatchBatch, PatchDataset
+from data.loader import make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import Descent, LocationTable, compute_losses, make_optimizer
+from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 
 Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -23,14 +24,15 @@ class TimedStep:
 
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)
-        self.device, self.bf16 = device, bf16
+        self.device = device
         dataset = PatchDataset(store, 2)
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
         self.loader = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
-        self.table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+        table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
         self.augmentation = Augmentation("agc")
         self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
-        self.descend = Descent(self.model, make_optimizer(self.model, 0.01, 0.9, 1e-4))
+        self.step = TrainingStep(self.model, table, bf16)
+        self.descend = Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4))
         self.batches = self._forever()
 
     def _forever(self) -> Iterator[PatchBatch]:
@@ -44,11 +46,11 @@ class TimedStep:
         return step_views(batch, self.augmentation, 0, range(1), self.device)
 
     def loss(self, location: int, views: Views) -> torch.Tensor:
-        return compute_losses(self.model, location, views, self.table, 1.0, self.bf16)[0]
+        return self.step(location, views, 1.0).loss
 
     def where(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The location, (1, 3), and its neighbours', (1, k, 3)."""
-        return tuple(table[location : location + 1] for table in self.table)
+        return tuple(table[location : location + 1] for table in self.step.table)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):

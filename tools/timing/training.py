@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from data.store import PatchStore
-from tools.timing.apart import Apart
+from tools.dev.apart import Apart
 from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of, synchronize
 from tools.timing.step import TimedStep
 

@@ -1,0 +1,1 @@
+"""What a training run needs: its flags, recipes, saver, logs, watch and resume notes."""

@@ -1,0 +1,48 @@
+"""Convolution of a volume of one channel, two voxels at a time."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from models import fast
+
+
+def convolve_pairs(
+    inputs: torch.Tensor,
+    kernel: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: tuple,
+    convolve: Callable[..., torch.Tensor] = F.conv3d,
+) -> torch.Tensor | None:
+    """3 x 3 x 3 convolution of one channel with padding 1, (B, 1, D, H, W) -> (B, out, D, H, W), channels last.
+
+    An output pair, voxels 2 X and 2 X + 1 of a line, looks at the four voxels 2 X - 1 ... 2 X + 2: with a
+    voxel of padding in front these are two pairs, two channels of a volume of half the width. The
+    kernel over pairs has 2 x out output channels and a width of 2, a quarter of its taps are zero, and
+    the library has fast code for it where it has none for a single channel.
+
+    Args:
+        geometry: stride, padding, dilation and groups of the convolution.
+        convolve: F.conv3d, or one that does more, number by number.
+
+    Returns:
+        None where it is another convolution, or another device.
+    """
+    one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.shape[-1] % 2 == 0 and inputs.is_contiguous()
+    if not (fast.enabled() and inputs.device.type == "cpu" and one_channel):
+        return None
+    if geometry != ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1):
+        return None
+    batch, _, depth, height, width = inputs.shape
+    out = kernel.shape[0]
+    pairs = F.pad(inputs, (1, 1)).view(batch, depth, height, width // 2 + 1, 2).permute(0, 4, 1, 2, 3)
+    taps = torch.stack([F.pad(kernel, (0, 1)), F.pad(kernel, (1, 0))])  # (2, out, 1, 3, 3, 4)
+    taps = taps.reshape(2 * out, 3, 3, 2, 2).permute(0, 4, 1, 2, 3)  # (2 out, 2, 3, 3, 2)
+    both = convolve(
+        pairs.contiguous(memory_format=torch.channels_last_3d),
+        taps.contiguous(memory_format=torch.channels_last_3d),
+        None if bias is None else bias.repeat(2),
+        padding=(1, 1, 0),
+    ).contiguous(memory_format=torch.channels_last_3d)
+    return both.permute(0, 2, 3, 4, 1).reshape(batch, depth, height, width, out).permute(0, 4, 1, 2, 3)

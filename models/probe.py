@@ -1,0 +1,49 @@
+"""Statistics of a training step that the queue cannot flatter. Monitoring only: no gradient depends on them."""
+
+import torch
+
+STATISTICS = ("accuracy_fresh", "alignment", "uniformity", "queue_own", "queue_age")
+
+
+@torch.no_grad()
+def observe(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    own: torch.Tensor,
+    subjects: torch.Tensor | None,
+    queue_subject: torch.Tensor,
+    queue_age: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The statistics of one step, each () on the device.
+
+    Args:
+        query: (B, dim), normalised.
+        keys: (world * B, dim), the step's, normalised.
+        own: (B,) row of each query's key in ``keys``.
+        subjects: (B,) of the queries, or None.
+        queue_subject, queue_age: (K,) of the location's queue, -1 where unknown.
+
+    Returns:
+        accuracy_fresh: % of queries whose own key is the nearest of this step's keys, which are all equally old.
+        alignment: mean squared distance of query and key.
+        uniformity: log of the mean Gaussian potential of pairs of keys (Wang and Isola, 2020).
+        queue_own: % of the location's queue that is keys of the query's own subject.
+        queue_age: mean age of the location's keys whose age is known, in steps.
+    """
+    total = keys.shape[0]
+    nearest = (query @ keys.t()).argmax(dim=1)  # (B,)
+    squared = 2 - 2 * (keys @ keys.t())  # (total, total)
+    potential = torch.exp(-2 * squared)  # (total, total)
+    pairs = (potential.sum() - potential.diagonal().sum()) / max(1, total * (total - 1))  # ()
+    known = queue_age >= 0  # (K,)
+    age = (queue_age * known).sum() / known.sum().clamp(min=1)  # ()
+    shared = query.new_zeros(())
+    if subjects is not None:
+        shared = 100 * (queue_subject == subjects[:, None]).float().mean()  # (B, K) -> ()
+    return {
+        "accuracy_fresh": 100 * (nearest == own).float().mean(),
+        "alignment": (query - keys[own]).square().sum(dim=1).mean(),
+        "uniformity": pairs.log(),
+        "queue_own": shared,
+        "queue_age": age.float(),
+    }

@@ -1,0 +1,130 @@
+"""When a run saves, and what becomes of it where it cannot."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from misc.command import StopRequest, UserError
+from misc.experiment import Experiment
+from misc.run.runlog import DivergedError, Meters
+from misc.run.saver import Saver
+
+from ...conftest import ROOT
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+
+def saver_of(tmp_path, save, aside=None, **more):
+    state = SimpleNamespace(save=save, aside=aside)
+    return Saver(state, Experiment(tmp_path), StopRequest(), epochs=3, every=1, minutes=1e-9, **more)
+
+
+def meters():
+    made = Meters(("loss",), torch.device("cpu"))
+    made.start_epoch()
+    made.add(torch.ones(1))
+    return made
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
+    saver = saver_of(tmp_path, full, good=tmp_path / "c_0001")
+    saver.after_step(1, 2, meters())
+    saver.after_epoch(2)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and all("warning: no room to save" in line and "c_0001" in line for line in told)
+    with pytest.raises(UserError, match=r"no room to save \(.*No space left.*go on with --resume auto"):
+        saver.after_epoch(3)  # nothing comes after it
+
+
+def test_what_is_written_aside_is_the_state_of_that_moment(tmp_path, capsys):
+    """While a slow disk takes it training goes on; the next save, a stop and the last epoch wait for it."""
+    state, free, done = {"step": 0}, threading.Event(), []
+
+    def aside(path, *_):
+        copied = dict(state)
+
+        def write():
+            assert free.wait(10)
+            path.write_text(str(copied["step"]))
+            done.append(path.name)
+
+        return write
+
+    def at_once(path, *_):
+        path.write_text(str(state["step"]))
+        done.append(path.name)
+
+    saver = saver_of(tmp_path, at_once, aside=aside, keep=2)
+    (tmp_path / "checkpoint_patch_0001.pth.tar").write_text("old")
+    state["step"] = 5
+    saver.after_step(0, 5, meters())
+    state["step"] = 6  # the disk is slow, training is not
+    assert not done and saver.good is None
+    free.set()
+    saver.after_epoch(2)
+    saver._finish()
+    assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
+    assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
+    free.clear()
+    saver.after_epoch(3)  # the last one: at once
+    assert done[-1] == "checkpoint_patch_0003.pth.tar"
+    assert sorted(path.name[17:21] for path in tmp_path.iterdir()) == ["0002", "0003"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_is_full_aside_is_told_by_the_next_save(tmp_path, capsys):
+    saver = saver_of(tmp_path, full, aside=lambda *_: full, good=tmp_path / "c_0001")
+    saver.after_step(1, 2, meters())
+    saver._finish()
+    assert "warning: no room to save" in capsys.readouterr().out and saver.good.name == "c_0001"
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x")
+
+    saver.state.aside = lambda *_: broken
+    saver.after_step(1, 3, meters())
+    with pytest.raises(OSError, match="Input/output error"):
+        saver.after_step(1, 4, meters())
+
+
+def test_a_state_that_is_not_sound_names_the_last_good_one(tmp_path):
+    def unsound(*_):
+        raise DivergedError("the state is not finite at epoch 2, step 3")
+
+    with pytest.raises(DivergedError, match=r"step 3; the last good state is .*c_0001: go on .* a lower --lr"):
+        saver_of(tmp_path, unsound, good=tmp_path / "c_0001").after_step(1, 3, meters())
+
+
+def test_the_step_that_diverged_is_named(tmp_path):
+    figures = meters()
+    figures.add(torch.full((1,), torch.nan))
+    figures.add(torch.ones(1))
+    read = figures.read()
+    with pytest.raises(DivergedError, match="not finite at epoch 1, step 9; nothing was saved before"):
+        saver_of(tmp_path, full).check(0, 10, 4, read, figures)
+
+
+def test_torchs_writer_tells_of_a_full_disk_too(tmp_path):
+    """A limit on the size of files stands for the disk; the file that was there stays."""
+    code = (
+        "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom models.checkpoint import save_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"
+        "path = Path(sys.argv[1])\nsave_checkpoint(path, {'a': torch.zeros(9)})\n"
+        "try:\n    save_checkpoint(path, {'a': torch.zeros(90000), 'b': torch.zeros(90)})\n"
+        "except OSError as error:\n    print(error.errno, error, len(torch.load(path)['a']))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c.pth.tar")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.startswith(f"{errno.EFBIG} ") and result.stdout.endswith("c.pth.tar' 9\n"), result
+    assert len(list(tmp_path.iterdir())) == 1
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 40000 and signal.getsignal(signal.SIGXFSZ) is not None

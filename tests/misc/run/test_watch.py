@@ -1,0 +1,52 @@
+"""Who hangs, as the ranks' places tell it."""
+
+import pytest
+
+from misc.run.watch import Place, Watch, who_hangs
+
+
+class Store(dict):
+    """Of the ranks' words, in this process."""
+
+    def set(self, key, text):
+        self[key] = text
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+
+def place(step, host="a", beat=1, epoch=1):
+    return Place(epoch, step, host, beat)
+
+
+@pytest.mark.parametrize(
+    ("steps", "silent", "words"),
+    [
+        ((8, 8, 8), {1}, "rank 1 (b) hangs at epoch 1, step 8, its process does not answer"),
+        ((8, 8, 7), set(), "rank 2 (c) hangs at epoch 1, step 8, it has not come from epoch 1, step 7"),
+        ((8, 7, 7), {2}, "rank 2 (c) hangs at epoch 1, step 8, its process does not answer"),
+        ((8, 8, 8), set(), "all ranks hang at epoch 1, step 8"),
+        ((8, 7, 7), set(), "rank 1 (b), 2 (c) hangs at epoch 1, step 8"),
+    ],
+)
+def test_who_hangs(steps, silent, words):
+    places = {rank: place(step, host) for rank, (step, host) in enumerate(zip(steps, "abc"))}
+    assert who_hangs(places, silent).startswith(words)
+
+
+def test_a_rank_that_is_not_heard_any_more(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("misc.run.watch.time.monotonic", lambda: clock[0])
+    store = Store()
+    ranks = [Watch(store, rank, 3, 60.0) for rank in range(3)]
+    for moment in range(4):
+        for rank in ranks:
+            rank.move(1, moment + 1)
+            assert rank.look() == ""
+        clock[0] += 3.0
+    for _ in range(25):  # rank 2's process is stopped; the others wait for it, and say so when a minute is over
+        clock[0] += 3.0
+        said = [rank.look() for rank in ranks[:2]]
+    assert all(text.startswith("rank 2 (") and text.endswith("its process does not answer") for text in said)
+    ranks[0].move(1, 5)
+    assert ranks[0].look() == ""

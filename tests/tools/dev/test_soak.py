@@ -1,0 +1,62 @@
+"""A short soak of the jobs that are quickly done; a job that does not come back as it was is told."""
+
+import csv
+import random
+import sys
+
+import pytest
+from tools.soak import Job, files_of, trial
+
+SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
+
+
+def job(text):
+    return Job((sys.executable, "-c", SLOWLY + text), (), files_of("made/*"))
+
+
+def results(job, folder, wanted, count=6):
+    found = []
+    for number in range(count):
+        (folder / str(number)).mkdir()
+        found.append(trial(job, folder / str(number), wanted, 0.7, random.Random(number)))
+    return found
+
+
+def test_what_survives_and_what_does_not(tmp_path):
+    careful = "    pathlib.Path('made').mkdir(exist_ok=True)\npathlib.Path('made/a').write_text('whole')"
+    reference = tmp_path / "reference"
+    (reference / "made").mkdir(parents=True)
+    (reference / "made" / "a").write_text("whole")
+    wanted = files_of("made/*")(reference)
+    good = results(job(careful), tmp_path, wanted)
+    assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 3
+    # Appending from the start again: a run that was killed leaves its lines behind.
+    careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
+    (tmp_path / "more").mkdir()
+    (reference / "made" / "a").write_text("line" * 6)
+    bad = results(job(careless), tmp_path / "more", files_of("made/*")(reference))
+    assert {wrong for _, wrong in bad} - {""} == {"differs in made/a"}
+    # A process that outlives the one it belongs to.
+    left = "import subprocess\nsubprocess.Popen(['sleep', '60'])\n"
+    (tmp_path / "left").mkdir()
+    orphans = Job((sys.executable, "-c", left), (), files_of("made/*"))
+    import tools.soak as module
+
+    before, module.LINGER = module.LINGER, 1.0
+    try:
+        assert results(orphans, tmp_path / "left", {}, 1)[0][1] == "leaves 1 processes"
+    finally:
+        module.LINGER = before
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path, run):
+    """Grouping and extraction, once each; a second call has nothing to do."""
+    flags = ("--work-dir", tmp_path / "s", "--trials", 1, "--num-subjects", 4, "--no-progress")
+    flags += ("--jobs", "group_patches", "extract_feature")
+    shown = run("tools/dev/soak.py", *flags).stdout
+    assert "| group_patches | 1 | " in shown and "| extract_feature | 1 | " in shown
+    with open(tmp_path / "s" / "trials.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 and not any(row["wrong"] for row in rows)
+    assert run("tools/dev/soak.py", *flags).stdout == shown

@@ -1,0 +1,68 @@
+"""The literal versions in a process of their own, with memory allocated as the system does by default."""
+
+import multiprocessing
+
+import torch
+
+from data.store import PatchStore
+from data.views import to_input
+from tools.dev.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
+from tools.timing.measure import synchronize
+from tools.timing.step import TimedStep, trained_encoder
+
+PUBLISHED_LOCATIONS = 581
+
+
+def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
+    """Answer the names of literal jobs by doing them, with memory allocated as the system does by default."""
+    fast = TimedStep(
+        PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
+    )  # weights and batches
+    literal = LiteralStep(fast.model)
+    encoder = trained_encoder(device)
+    augment = LiteralAugmentation("agc")
+    x = torch.randn(batch, 1, 32, 32, 32, device=device)
+    everywhere = torch.rand(PUBLISHED_LOCATIONS, 3, device=device)
+
+    def loss() -> float:
+        drawn = next(fast.batches)
+        return float(literal.losses(drawn.location, *fast.views(drawn), *fast.where(drawn.location)).detach())
+
+    def encode() -> None:
+        literal_encode(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
+
+    def step() -> None:
+        drawn = next(fast.batches)
+        views = literal_views(drawn.patches, drawn.neighbors, augment)
+        literal.step(drawn.location, *(view.to(device) for view in views), *fast.where(drawn.location))
+
+    @torch.no_grad()
+    def features() -> None:
+        patches = torch.zeros(PUBLISHED_LOCATIONS, 32, 32, 32, dtype=torch.int16).to(device)
+        literal_encode(encoder, to_input(patches), everywhere)[1].cpu()
+
+    jobs = {work.__name__: work for work in (loss, encode, step, features)}
+    while (name := pipe.recv()) is not None:
+        result = jobs[name]()
+        synchronize()
+        pipe.send(result)
+
+
+class Apart:
+    """The literal versions in a process of their own: call it with a job's name."""
+
+    def __init__(self, store: PatchStore, K: int, args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
+        self.process = context.Process(target=literal_process, args=inputs, daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is an error here, not a wait
+
+    def __call__(self, name: str):
+        self.pipe.send(name)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()

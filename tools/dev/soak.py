@@ -1,0 +1,351 @@
+"""Kill everything at random moments, start it again, and compare with what it makes undisturbed, bit for bit.
+
+    python tools/dev/soak.py --work-dir soak --trials 20
+
+Training on one and two ranks, each step of preprocessing, grouping and extraction: a job runs once undisturbed; then,
+in every trial, it is started in a folder of its own, a process of it (or all of them) gets a random signal at a random
+moment, once or twice, and it is started again until it ends by itself. What it has made must be the bytes of the
+undisturbed run, and no process may be left. 20 trials of all jobs take an hour or more on two cores.
+
+Prints a line a job; the exit status is 1 where a trial went wrong. <work-dir>/trials.csv has every trial, and what it
+found; a soak that is stopped goes on after the trials that are there. A trial that went wrong keeps its folder.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from misc.command import Parser, UserError, at_least, run
+from misc.progress import add_progress_flag, progress_bar
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL twice: it is the one that nothing can prepare for
+TRAINING = (
+    *("--epochs", "2", "--batch-size", "4", "--moco-k", "8", "--rep-dim", "8", "--moco-dim", "4", "--num-experts", "2"),
+    *("--print-freq", "3", "--workers", "1", "--device", "cpu", "--save-minutes", "0.02", "--no-progress"),
+)
+TIME_LIMIT = 300.0  # seconds of one start
+LINGER = 20.0  # seconds that processes may take to leave
+STARTS = 8  # of a trial, the undisturbed last one included
+
+
+class Job(NamedTuple):
+    """What is killed.
+
+    Attributes:
+        command: words, run in the trial's folder.
+        needs: parts of the prepared folder that it starts from.
+        made: what it has made in a folder: name -> fingerprint.
+    """
+
+    command: tuple[str, ...]
+    needs: tuple[str, ...]
+    made: Callable[[Path], dict[str, str]]
+
+
+# ============================================================ what is compared
+
+
+def files_of(*patterns: str) -> Callable[[Path], dict[str, str]]:
+    """Fingerprints of the files that match."""
+
+    def made(folder: Path) -> dict[str, str]:
+        paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    return made
+
+
+def training_of(folder: Path) -> dict[str, str]:
+    """Fingerprints of each epoch's weights, queue, optimiser and random stream, and of the log's steps and epochs."""
+    import torch
+
+    made = {}
+    for path in sorted(folder.glob("ssl_exp/run/checkpoint_patch_[0-9]*.pth.tar")):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(content["state_dict"].items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        for _, entry in sorted(content["optimizer"]["state"].items()):
+            digest.update(entry["momentum_buffer"].numpy().tobytes())
+        made[path.name] = digest.hexdigest() + hashlib.sha256(content["rng_state"].numpy().tobytes()).hexdigest()
+    log = folder / "ssl_exp" / "run" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    told = [[line[name] for name in ("kind", "epoch", "step", "loss") if name in line] for line in lines]
+    made["log.jsonl"] = hashlib.sha256(
+        json.dumps([line for line in told if line[0] in ("step", "epoch")]).encode()
+    ).hexdigest()
+    return made
+
+
+# ============================================================ jobs
+
+
+def jobs() -> dict[str, Job]:
+    """All of them, in the order of the way from scans to features."""
+    python, store = sys.executable, ("--root-dir", "store")
+    scans = ("--input-csv", "cohort/dataset.csv", "--num-workers", "2", "--no-progress")
+    atlas = ("--atlas-mask", "cohort/atlas_lung_mask.nii.gz")
+
+    def script(name: str, *flags: str) -> tuple[str, ...]:
+        return (python, str(ROOT / name), *flags)
+
+    masks, transforms = "store/lung_mask", "store/transform"
+    laid, cut = "store/atlas_patch_loc.npy", ("store/patch", "store/patch_loc")
+    train = ("--root-dir", "store", "--exp-name", "run", "--resume", "auto", *TRAINING)
+    grouped = (laid, "store/grouped_patch", "store/subjects.csv")
+    segment = script("preprocess/segment_lung.py", *scans, *store, "--method", "threshold")
+    launch = script("tools/launch.py", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *train)
+    extract = ("--exp-name", "trained", "--checkpoint-patch", "checkpoint_patch_0002.pth.tar", *store)
+    return {
+        "segment_lung": Job(segment, ("cohort",), files_of("store/lung_mask/*")),
+        "register": Job(
+            script("preprocess/register.py", *scans, *store, *atlas), ("cohort", masks), files_of("store/transform/*")
+        ),
+        "patchify_images": Job(
+            script("preprocess/patchify_images.py", *scans, *store, *atlas),
+            ("cohort", masks, transforms, laid),
+            files_of("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
+        ),
+        "run_preprocess": Job(
+            script("preprocess/run_preprocess.py", *scans, *store, *atlas, "--method", "threshold"),
+            ("cohort",),
+            files_of("store/*/*.npy", "store/*.npy", "store/lung_mask/*", "store/transform/*", "store/subjects.csv"),
+        ),
+        "group_patches": Job(
+            script("preprocess/group_patches.py", *store, "--no-progress"),
+            (laid, *cut),
+            files_of("store/grouped_patch/*.npy", "store/subjects.csv"),
+        ),
+        "train, 1 rank": Job(script("train.py", *train), grouped, training_of),
+        "train, 2 ranks": Job(launch, grouped, training_of),
+        "extract_feature": Job(
+            script("extract_feature.py", *extract, "--device", "cpu", "--no-progress", "--out-dir", "features"),
+            (*grouped, "trained"),
+            files_of("features/*.npy", "features/*.csv"),
+        ),
+    }
+
+
+def prepare(folder: Path, subjects: int) -> None:
+    """What the jobs start from, made undisturbed: a cohort, its store and a trained experiment."""
+    if (folder / "trained").is_dir():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make = (str(ROOT / "tools/make_cohort.py"), "--out-dir", "cohort", "--num-subjects", str(subjects), "--no-progress")
+    every = jobs()
+    for command in (
+        (sys.executable, *make, "--num-workers", "2"),
+        every["run_preprocess"].command,
+        every["train, 1 rank"].command,
+    ):
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
+        if done.returncode:
+            raise UserError(f"{Path(command[1]).name}, undisturbed, ended with {done.returncode}: {done.stderr[-400:]}")
+    shutil.move(folder / "ssl_exp" / "run", folder / "trained")
+
+
+def lay_out(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
+    """A folder with copies of what a job needs; times are kept, by which outputs are told from newer inputs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in needs:
+        source, target = prepared / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+
+
+# ============================================================ killing
+
+
+def members(session: int) -> list:
+    """Processes of a session that still run."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
+
+
+def start(job: Job, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the process keeps it)
+    with log:
+        return subprocess.Popen(
+            job.command,
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def disturb(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
+    """Send a signal at a moment, if it still runs; what was sent, ``""`` for nothing."""
+    try:
+        process.wait(moment)
+        return ""
+    except subprocess.TimeoutExpired:
+        pass
+    name, there = rng.choice(SIGNALS), members(process.pid)
+    target = rng.choice(("main", "any", "all"))
+    chosen = {
+        "main": [p for p in there if p.pid == process.pid],
+        "any": [rng.choice(there)] if there else [],
+        "all": there,
+    }
+    for one in chosen[target]:
+        try:
+            os.kill(one.pid, getattr(signal, f"SIG{name}"))
+        except ProcessLookupError:
+            continue
+    return f"{name} to {target} after {moment:.1f} s"
+
+
+def leave(process: subprocess.Popen) -> str:
+    """Wait until a start is over and nobody is left; what is wrong, ``""`` for nothing."""
+    try:
+        process.wait(TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        wrong = f"hangs for {TIME_LIMIT:.0f} s"
+    else:
+        until = time.monotonic() + LINGER
+        while (there := members(process.pid)) and time.monotonic() < until:
+            time.sleep(0.2)
+        wrong = f"leaves {len(there)} processes" if there else ""
+    for one in members(process.pid):
+        one.kill()
+    process.wait()
+    return wrong
+
+
+def trial(job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[list[str], str]:
+    """One trial: what was sent, and what is wrong with what came of it (``""`` for nothing)."""
+    sent = []
+    for number in range(STARTS):
+        process = start(job, folder)
+        kills = number < rng.choice((1, 2))
+        if kills and (text := disturb(process, rng, rng.uniform(0.0, seconds))):
+            sent.append(text)
+        if wrong := leave(process):
+            return sent, wrong
+        if process.returncode == 0:
+            break
+    else:
+        return sent, f"did not come to an end in {STARTS} starts"
+    found = job.made(folder)
+    lacking, more = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    other = sorted(name for name in set(wanted) & set(found) if wanted[name] != found[name])
+    for names, words in ((lacking, "lacks"), (more, "has besides"), (other, "differs in")):
+        if names:
+            return sent, f"{words} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return sent, ""
+
+
+# ============================================================ the command
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--work-dir", required=True, help="folder of the soak; give the same to go on")
+    add("--trials", type=at_least(int, 1), default=20, help="of each job; more find what is rare")
+    add("--jobs", nargs="+", default=list(jobs()), metavar="JOB", help=f"of {', '.join(jobs())}")
+    add("--num-subjects", type=at_least(int, 4), default=5, help="of the synthetic cohort; more take longer")
+    add("--seed", type=at_least(int, 0), default=0, help="another seed kills at other moments")
+    add_progress_flag(parser)
+    args = parser.parse_args()
+    unknown = [name for name in args.jobs if name not in jobs()]
+    if unknown:
+        parser.error(f"--jobs {unknown[0]!r}: one of {', '.join(jobs())}")
+    return args
+
+
+def trials_there(path: Path) -> dict[tuple[str, int], dict[str, str]]:
+    """Rows of trials.csv by job and number."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as stream:
+        return {(row["job"], int(row["trial"])): row for row in csv.DictReader(stream)}
+
+
+def soak(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) -> Iterator[dict[str, str]]:
+    """Rows of a job's trials."""
+    missing = [number for number in range(args.trials) if (name, number) not in done]
+    if not missing:
+        return
+    prepared, plain = work / "prepared", work / "undisturbed" / name.replace(", ", "-").replace(" ", "-")
+    lay_out(prepared, plain, job.needs)
+    began = time.monotonic()
+    process = start(job, plain)
+    if leave(process) or process.returncode:
+        raise UserError(f"{name}, undisturbed, ended with {process.returncode}; see {plain / 'output.txt'}")
+    seconds, wanted = time.monotonic() - began, job.made(plain)
+    for number in missing:
+        rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"
+        lay_out(prepared, folder, job.needs)
+        began = time.monotonic()
+        sent, wrong = trial(job, folder, wanted, seconds, rng)
+        if not wrong:
+            shutil.rmtree(folder)
+        took = f"{time.monotonic() - began:.1f}"
+        yield {"job": name, "trial": str(number), "seconds": took, "sent": "; ".join(sent), "wrong": wrong}
+
+
+def main() -> int:
+    args = parse_arguments()
+    work = Path(args.work_dir).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(work / "prepared", args.num_subjects)
+    path = work / "trials.csv"
+    done, every = trials_there(path), jobs()
+    columns = ("job", "trial", "seconds", "sent", "wrong")
+    with (
+        open(path, "a", newline="") as stream,
+        progress_bar(args.no_progress, total=args.trials * len(args.jobs), desc="soak", unit="trial") as bar,
+    ):
+        table = csv.DictWriter(stream, columns)
+        if not done:
+            table.writeheader()
+        bar.update(sum(key[0] in args.jobs and key[1] < args.trials for key in done))
+        for name in args.jobs:
+            for row in soak(work, name, every[name], args, done):
+                done[name, int(row["trial"])] = row
+                table.writerow(row)
+                stream.flush()
+                bar.update()
+    print("| job | trials | signals sent | as undisturbed | minutes |\n| --- | --- | --- | --- | --- |")
+    wrong = []
+    for name in args.jobs:
+        rows = [done[name, number] for number in range(args.trials)]
+        wrong += [row for row in rows if row["wrong"]]
+        signals = sum(bool(text) for row in rows for text in row["sent"].split("; "))
+        minutes = sum(float(row["seconds"]) for row in rows) / 60
+        print(f"| {name} | {len(rows)} | {signals} | {sum(not row['wrong'] for row in rows)} | {minutes:.1f} |")
+    for row in wrong:
+        print(f"{row['job']}, trial {row['trial']} ({row['sent']}): {row['wrong']}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run(main)
