@@ -112,7 +112,8 @@ def test_a_machine_whose_own_name_does_not_resolve_trains(tmp_path):
     if subprocess.run([*own_name, "hostname no-such-name"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not give a process a host name of its own")
     (tmp_path / "meet.py").write_text(
-        "import torch.distributed as dist\ndist.init_process_group('gloo')\nprint('rank', dist.get_rank())\n"
+        "import torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "print(f'rank {dist.get_rank()}\\n', end='', flush=True)\n"
     )
     launch = [sys.executable, ROOT / "tools" / "launch.py", "--standalone", "--nproc-per-node", 2, tmp_path / "meet.py"]
     words = " ".join(shlex.quote(str(part)) for part in launch)
