@@ -4,7 +4,8 @@
     python tools/make_cohort.py --out-dir ssl_exp/warped --num-subjects 12 --template thorax_ct.nii.gz
 
 The first makes procedural phantoms; the second deforms one real scan into many. Both plant
-emphysema of five subtypes with the texture of real lungs, reticulation and lesions. Same flags, same bytes. Writes
+emphysema of five subtypes with the texture of real lungs, reticulation and lesions. Same flags, same bytes. A stopped
+run goes on with the subjects that are missing. Writes
 
     image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices differ
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
@@ -17,9 +18,12 @@ emphysema of five subtypes with the texture of real lungs, reticulation and lesi
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,14 +34,14 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, run
-from misc.files import write_text
-from misc.progress import progress_bar
+from misc.files import file_hash, resume_folder, write_json, write_text
+from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
 from tools.cohort.disease import Disease, draw_disease, plant_disease
 from tools.cohort.phantom import LUNG_HU, Phantom
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
-from tools.cohort.subject import write_subject
+from tools.cohort.subject import subject_name, write_subject
 from tools.cohort.warped import load_template, make_template_atlas, make_warped
 
 
@@ -72,23 +76,56 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
     write_image(to_image(labels, phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas_lung_mask.nii.gz")
 
 
+def make_subject(
+    made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
+) -> tuple[dict, dict]:
+    """The rows of ``job``, from its file in ``made`` if an earlier run has finished this subject."""
+    path = made / f"{subject_name(index)}.json"
+    if path.is_file():
+        labels, scanned = json.loads(path.read_text(encoding="utf-8"))
+        return labels, scanned
+    rows = job(seed, index, *how)
+    write_json(path, rows)
+    return rows
+
+
+def work_key(args: argparse.Namespace) -> str:
+    """Changes with every flag that the subjects depend on."""
+    flags = {
+        name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
+    }
+    templates = [file_hash(path) for path in (args.template, args.template_mask) if path and Path(path).is_file()]
+    return repr((sorted(flags.items()), templates))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out-dir", required=True, help="folder to write to, made where it is missing")
     add("--num-subjects", type=at_least(int, 1), default=24, help="subjects beside the atlas")
     add("--seed", type=at_least(int, 0), default=0, help="another seed, another cohort")
-    text = "tiny: a third of an adult, under 2 s a subject; full: an adult, about a minute"
-    add("--size", type=OneOf(*SIZES), default="tiny", help=text)
+    add(
+        "--size",
+        type=OneOf(*SIZES),
+        default="tiny",
+        help="tiny: a third of an adult, 8 to 9 core-seconds a subject; full: an adult, about a minute",
+    )
     add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
-    text = "varied: dose, kernel, slices and breath differ, as in a clinic; one: the same for all, to see disease alone"
-    add("--scanners", type=OneOf("varied", "one"), default="varied", help=text)
-    text = "its lung mask, 1 right, 2 left (default: made by thresholding)"
-    add("--template-mask", metavar="MASK", help=text)
-    text = "write class/{sid}.nii.gz too: each lung voxel's class, 1 normal, 2 to 6 the subtypes as in labels.csv"
-    add("--class-maps", action="store_true", help=text)
+    add(
+        "--scanners",
+        type=OneOf("varied", "one"),
+        default="varied",
+        help="varied: dose, kernel, slices and breath differ, as in a clinic; one: the same for all, to see disease "
+        "alone",
+    )
+    add("--template-mask", metavar="MASK", help="its lung mask, 1 right, 2 left (default: made by thresholding)")
+    add(
+        "--class-maps",
+        action="store_true",
+        help="write class/{sid}.nii.gz too: each lung voxel's class, 1 normal, 2 to 6 the subtypes as in labels.csv",
+    )
     add("--num-workers", type=at_least(int, 1), default=1, help="subjects at a time; raise it to the number of cores")
-    add("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    add_progress_flag(parser)
     args = parser.parse_args()
     if args.template_mask and not args.template:
         parser.error("--template-mask goes with --template")
@@ -105,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir)
+    made = out_dir / ".made"  # rows of finished subjects, until all are there
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
         if args.template:
             image, labels = load_template(args.template, args.template_mask)
@@ -115,18 +153,20 @@ def main() -> None:
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
+        resume_folder(made, work_key(args))
         how = (given, args.scanners == "one", args.class_maps, out_dir)
-        jobs = [(job, args.seed, index, *how) for index in range(args.num_subjects)]
+        jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
         with bar, ProcessPoolExecutor(args.num_workers) as pool:
-            for future in [pool.submit(*job) for job in jobs]:
+            for future in [pool.submit(make_subject, *job) for job in jobs]:
                 rows.append(future.result())
                 bar.update()
     labels, scans = (pd.DataFrame(table) for table in zip(*rows))
     images = pd.DataFrame({"sid": labels["sid"], "image": [f"image/{sid}.nii.gz" for sid in labels["sid"]]})
     for name, table in (("dataset.csv", images), ("labels.csv", labels), ("scans.csv", scans)):
         write_text(out_dir / name, table.to_csv(index=False))
+    shutil.rmtree(made)
     print(f"make_cohort: {len(rows)} subjects, an atlas and its mask; {out_dir}")
 
 

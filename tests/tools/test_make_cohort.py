@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from misc.files import resume_folder
 from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
 from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_shares, plant_disease
 from tools.cohort.patient import simulate_patient
@@ -12,7 +13,7 @@ from tools.cohort.phantom import AIR, FAT_HU, Phantom
 from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan
 from tools.cohort.texture import CLASSES, MODERATE, NORMAL, PANLOBULAR, PARASEPTAL, SEVERE
 from tools.cohort.warped import random_diffeomorphism
-from tools.make_cohort import make_phantom
+from tools.make_cohort import make_phantom, make_subject
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -28,6 +29,26 @@ def test_same_seed_same_bytes(tmp_path):
     counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows[0][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
+
+
+def test_a_finished_subject_is_not_made_again(tmp_path):
+    made, calls = tmp_path / ".made", []
+
+    def job(seed, index, *how):
+        calls.append(index)
+        if index == 1:
+            raise KeyboardInterrupt
+        return {"sid": f"{index}", "FEV1pp": 0.1 + 0.2}, {"sid": f"{index}", "died": 1, "how": list(how)}
+
+    resume_folder(made, "flags")
+    first = make_subject(made, job, 7, 0, "x")
+    with pytest.raises(KeyboardInterrupt):
+        make_subject(made, job, 7, 1)
+    resume_folder(made, "flags")
+    assert make_subject(made, job, 7, 0, "x") == first and calls == [0, 1]
+    resume_folder(made, "other flags")
+    make_subject(made, job, 7, 0, "x")
+    assert calls == [0, 1, 0]
 
 
 def test_one_scanner_scans_the_same_people(tmp_path):
