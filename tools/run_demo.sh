@@ -32,10 +32,10 @@ defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto 
 counts=$("$PYTHON" -c '
 import sys
 import torch
-from misc.cores import usable_cores
-from train import parse_arguments
+from misc.process import usable_cores
+from misc.run.flags import parse_arguments
 subjects, *flags = sys.argv[1:]
-args = parse_arguments(flags)
+args = parse_arguments(None, flags)
 if args.batch_size > int(subjects):
     print(f"error: --batch-size {args.batch_size}: the try-out has {subjects} subjects", file=sys.stderr)
     sys.exit(2)
