@@ -1,17 +1,23 @@
 """Fixtures that several folders of tests share."""
 
+import functools
+import io
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from misc.command import STOPPING
 from misc.files import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,8 +45,8 @@ def reference() -> Path:
     return SHARED / "reference"
 
 
-def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subprocess.CompletedProcess:
-    """Run a script of the project with this Python, from another folder, without PYTHONPATH."""
+def run_process(*command, cwd=None, check=True, timeout=600, env=None) -> subprocess.CompletedProcess:
+    """Run a script of the project in a process of its own, from another folder, without PYTHONPATH."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(THREADS), **(env or {})}
     first, *rest = [str(part) for part in command]
@@ -53,31 +59,56 @@ def run_script(*command, cwd=None, check=True, timeout=600, env=None) -> subproc
     return result
 
 
+def leave_test(status: int) -> NoReturn:
+    """Stands for misc.command.leave, which would end the process of the tests."""
+    raise SystemExit(status)
+
+
+def run_script(*command, cwd=None, check=True, env=None) -> subprocess.CompletedProcess:
+    """Run a script of the project as a command in this process, which has imported torch already.
+
+    Shell scripts, the launcher of ranks, and a command with an environment of its own get a process.
+    """
+    script, *flags = [str(part) for part in command]
+    if script.endswith((".sh", "launch.py")) or env:
+        return run_process(*command, cwd=cwd, check=check, env=env)
+    path, output, errors = str(ROOT / script), io.StringIO(), io.StringIO()
+    before = os.getcwd(), sys.argv, sys.path[:]
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        os.chdir(cwd or before[0])
+        sys.argv = [path, *flags]
+        with redirect_stdout(output), redirect_stderr(errors), mock.patch("misc.command.leave", leave_test):
+            runpy.run_path(path, run_name="__main__")
+        status = 0
+    except SystemExit as left:
+        status = left.code or 0
+    finally:
+        os.chdir(before[0])
+        sys.argv, sys.path[:] = before[1], before[2]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    result = subprocess.CompletedProcess([path, *flags], status, output.getvalue(), errors.getvalue())
+    if check:
+        assert status == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
 @pytest.fixture(scope="session")
 def run():
+    """A command, in this process where that does; ``run_apart`` always gives it a process."""
     return run_script
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Like ``run`` for a Python script, in this process, which has torch already: for what is refused at once."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+@pytest.fixture(scope="session")
+def run_apart():
+    return run_process
 
-    def run(script, *flags, cwd) -> subprocess.CompletedProcess:
-        command = [str(ROOT / script), *map(str, flags)]
-        capsys.readouterr()
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "argv", command)
-            patched.chdir(cwd)
-            with pytest.raises(SystemExit) as left:
-                runpy.run_path(command[0], run_name="__main__")
-        code = left.value.code
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(command, code or 0, printed.out, printed.err)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@pytest.fixture(scope="session")
+def run_here():
+    """A command in this process that may be refused."""
+    return functools.partial(run_script, check=False)
 
 
 @pytest.fixture
@@ -164,8 +195,8 @@ def cohort(tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with locked(folder / "lock"):
         if not (folder / "made").exists():
-            run_script("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
-            run_script(
+            run_process("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
+            run_process(
                 "preprocess/run_preprocess.sh",
                 *("--input-csv", folder / "cohort" / "dataset.csv", "--root-dir", folder / "store"),
                 *("--atlas-mask", folder / "cohort" / "atlas_lung_mask.nii.gz", "--method=threshold"),

@@ -73,15 +73,13 @@ def readers() -> dict:
     }
 
 
-def main() -> None:
-    kind, source, seed, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def spoil_often(kind: str, source: Path, seed: int, count: int) -> None:
+    """Read ``count`` spoiled versions of a file; tell on standard output what did not end in an error of ours."""
     from misc.command import UserError
-    from preprocess.scan import limit_threads
 
-    limit_threads(1)
     read, rng = readers()[kind], random.Random(seed)
     before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY, before + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY, resource.RLIM_INFINITY))
     content = source.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "in"
@@ -91,19 +89,28 @@ def main() -> None:
         target = place / source.name
         for number in range(count):
             target.write_bytes(spoil(content, rng))
-            print(
-                f"{number} {target.stat().st_size}", file=sys.stderr, flush=True
-            )  # the last one told is the one at fault
+            # The last one told is the one at fault.
+            print(f"{source.name} {number} {target.stat().st_size}", file=sys.stderr, flush=True)
             try:
                 read(target)
             except UserError as error:
                 if not str(error).strip() or len(str(error).splitlines()) > 3:
-                    print(f"{number}: says {str(error)!r}")
+                    print(f"{source.name} {number}: says {str(error)!r}")
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                print(f"{number}: {type(error).__name__} {str(error)[:200]!r} ({where.filename}, line {where.lineno})")
+                what = f"{type(error).__name__} {str(error)[:200]!r} ({where.filename}, line {where.lineno})"
+                print(f"{source.name} {number}: {what}")
             if {path.name for path in Path(folder).iterdir()} != {"in"}:
-                print(f"{number}: wrote outside")
+                print(f"{source.name} {number}: wrote outside")
+
+
+def main() -> None:
+    from preprocess.scan import limit_threads
+
+    limit_threads(1)
+    seed, count, *files = sys.argv[1:]
+    for kind, source in zip(files[::2], files[1::2], strict=True):
+        spoil_often(kind, Path(source), int(seed), int(count))
 
 
 if __name__ == "__main__":

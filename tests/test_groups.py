@@ -56,9 +56,9 @@ def learning(store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def standing(store, tmp_path_factory):
-    """Twenty steps at rate 0, with one neighbour."""
+    """Eight steps at rate 0, with one neighbour."""
     folder = tmp_path_factory.mktemp("standing")
-    return {world: run_ranks(store, folder / str(world), world, 20, 0, 1)[0] for world in (1, 2, 4)}
+    return {world: run_ranks(store, folder / str(world), world, 8, 0, 1)[0] for world in (1, 2, 4)}
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_one_step_is_the_same_on_any_number_of_ranks(learning, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_twenty_steps_without_learning(standing, world):
+def test_eight_steps_without_learning(standing, world):
     one, several = standing[1], standing[world]
     torch.testing.assert_close(several["means"][:, :3], one["means"][:, :3], rtol=1e-4, atol=0)
     for name, wanted in one["state"].items():

@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         "--size",
         type=OneOf(*SIZES),
         default="tiny",
-        help="tiny: a third of an adult, 8 to 9 core-seconds a subject; full: an adult, about a minute",
+        help="tiny: a third of an adult, 4 to 9 core-seconds a subject; full: an adult, about a minute",
     )
     add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
     add(

@@ -283,15 +283,14 @@ def test_pixel_types_read_alike(thorax, tmp_path, kind):
 
 
 @pytest.mark.reference
-@pytest.mark.slow
-@pytest.mark.slow
 def test_every_orientation_gives_the_same_volume(thorax):
     """All 48, compared after orienting: what follows is the test above's."""
     wanted_code = orientation_of(thorax.atlas)
-    wanted = orient(thorax.raw, wanted_code)
+    raw = thorax.raw[::5, ::4, ::3]
+    wanted = orient(raw, wanted_code)
     values = sitk.GetArrayFromImage(wanted)
     for code in orientations():
-        turned = orient(sitk.DICOMOrient(thorax.raw, code), wanted_code)
+        turned = orient(sitk.DICOMOrient(raw, code), wanted_code)
         np.testing.assert_array_equal(sitk.GetArrayFromImage(turned), values, err_msg=code)
         np.testing.assert_allclose(turned.GetOrigin(), wanted.GetOrigin(), atol=1e-3)
         np.testing.assert_allclose(turned.GetDirection(), wanted.GetDirection(), atol=1e-6)

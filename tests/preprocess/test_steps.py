@@ -125,7 +125,7 @@ def test_a_bad_scan_costs_one_subject(small, run):
     folder, tmp_path = small
     command = ("--input-csv", tmp_path / "table.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
-    result = run("preprocess/run_preprocess.sh", *command, *atlas, cwd=tmp_path)
+    result = run("preprocess/run_preprocess.py", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
     # Listed once, where it fails; the later steps count it.
     assert result.stdout.count("  broken  failed  ") == 1 and "broken" not in result.stderr
@@ -155,7 +155,7 @@ def test_a_bad_scan_costs_one_subject(small, run):
     table = (tmp_path / "table.csv").read_text().splitlines()[:3]
     table[1] = f"001,{image}"
     (tmp_path / "table.csv").write_text("\n".join(table) + "\n")
-    again = run("preprocess/run_preprocess.sh", *command, *atlas, "--strict").stdout
+    again = run("preprocess/run_preprocess.py", *command, *atlas, "--strict").stdout
     assert again.count("1 ok, 1 skipped, 0 failed") == 3
     assert "2 subjects" in again.splitlines()[-2] and "qc_page" in again.splitlines()[-1]
 
@@ -374,7 +374,7 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
 def test_a_wrong_table_or_flag_is_told_before_anything_is_written(tmp_path, cohort, run, header, more, message):
     (tmp_path / "t.csv").write_text(f"{header}\na,b\n")
     flags = ("--input-csv", "t.csv", "--root-dir", "s", "--atlas-mask", cohort[0] / "atlas_lung_mask.nii.gz")
-    result = run("preprocess/run_preprocess.sh", *flags, *more, cwd=tmp_path, check=False)
+    result = run("preprocess/run_preprocess.py", *flags, *more, cwd=tmp_path, check=False)
     assert result.returncode == 2 and result.stderr == f"error: {message}\n"
     assert not (tmp_path / "s").exists()
 
@@ -636,7 +636,7 @@ def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_p
     folder, _ = cohort
     store, atlas = tmp_path / "s", ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
-    run("preprocess/run_preprocess.sh", *flags, *atlas, "--method", "threshold", "--no-qc")
+    run("preprocess/run_preprocess.py", *flags, *atlas, "--method", "threshold", "--no-qc")
     path = store / "lung_mask" / "a.nii.gz"
     mask = sitk.ReadImage(str(path))
     labels = np.zeros_like(sitk.GetArrayFromImage(mask))

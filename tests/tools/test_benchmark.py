@@ -1,15 +1,21 @@
 """The benchmark's literal versions are the method; its table is made of what was measured."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from models.cnn3d import Encoder
+from tools.dev.apart import Apart
 from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.timing.data import rows_augmentation, rows_reading
+from tools.timing.extraction import rows_extraction
 from tools.timing.measure import Row, compare, show
+from tools.timing.runs import row_memory, rows_gpu
 from tools.timing.store import DISTINCT_FILES, make_store
+from tools.timing.training import rows_training
 
 
 def test_literal_encoder_is_the_encoder():
@@ -49,17 +55,37 @@ def test_the_store_has_every_location(tmp_path):
     assert first.min() >= -1024 and first.max() <= 240 and first.std() > 50
 
 
+@pytest.fixture
+def args(tmp_path):
+    """The benchmark's settings, as small as they can be."""
+    return SimpleNamespace(device=torch.device("cpu"), batch=4, rounds=1, steps=1, reading_subjects=8)
+
+
 @pytest.mark.slow
-def test_the_quick_benchmark_runs(tmp_path, run):
-    result = run("tools/benchmark.py", "--quick", "--batch", 4, "--rounds", 1, "--json", tmp_path / "speed.json")
-    report = json.loads((tmp_path / "speed.json").read_text())
+def test_rows_of_training_and_extraction(tmp_path, args):
+    """The step of both versions starts with the same loss, and both encoders give the same features."""
+    store, report = make_store(tmp_path / "store", 8, 4), {}
+    machine = {"fast_bf16": False, "matrix_gflops_float32": 100.0}
+    apart = Apart(store, 8, args)
+    try:
+        rows = rows_training(store, 8, apart, args, machine, report) + rows_extraction(store, apart, args, machine)
+    finally:
+        apart.close()
     losses = report["first_step_loss"]
     assert losses["ours"] == pytest.approx(losses["literal"], rel=1e-4)
-    measured = [row for row in report["rows"] if row["ours"] is not None]
-    assert len(measured) >= (11 if report["machine"]["fast_bf16"] else 8) and all(row["ours"] > 0 for row in measured)
-    assert all(row["note"] for row in report["rows"] if row["ours"] is None)
+    measured = [row for row in rows if row.ours is not None]
+    assert len(measured) == 3 and all(row.ours > 0 and row.literal > 0 for row in measured)
+    assert all(row.note for row in rows if row.ours is None) and len(rows) == 6
     assert {"reading", "copying", "augmenting", "backward", "update", "queue"} <= set(report["profile_ms"]["float32"])
-    assert "| training step" in result.stdout
+
+
+@pytest.mark.slow
+def test_rows_of_the_data_and_of_a_run(tmp_path, args):
+    rows = [*rows_augmentation(args), *rows_reading(tmp_path / "reading", args)]
+    assert len(rows) == 5 and all(row.ours > 0 and row.literal > 0 for row in rows)
+    memory = row_memory(make_store(tmp_path / "store", 8, 16), 8, tmp_path / "run", args)
+    assert 0.1 < memory.ours < 8, memory.note
+    assert all("no GPU" in row.note for row in rows_gpu(args, tmp_path / "gpu", {}))
 
 
 @pytest.mark.slow

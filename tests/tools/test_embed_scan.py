@@ -26,7 +26,7 @@ def study(cohort, tmp_path_factory, run):
     table.to_csv(root / "dataset.csv", index=False)
     atlas = folder / "atlas_lung_mask.nii.gz"
     run(
-        "preprocess/run_preprocess.sh",
+        "preprocess/run_preprocess.py",
         *("--input-csv", root / "dataset.csv", "--root-dir", root / "store", "--atlas-mask", atlas),
         *("--method", "threshold", "--strict", "--no-qc"),
     )

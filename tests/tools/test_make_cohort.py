@@ -16,19 +16,29 @@ from tools.cohort.warped import random_diffeomorphism
 from tools.make_cohort import make_phantom, make_subject
 
 
-def test_same_seed_same_bytes(tmp_path):
-    for folder in ("a", "b", "c"):
-        (tmp_path / folder).mkdir()
-    rows = [make_phantom(3, 4, "tiny", False, folder == "a", tmp_path / folder) for folder in ("a", "b")]
-    other = make_phantom(4, 4, "tiny", False, False, tmp_path / "c")
-    files = [(tmp_path / folder / "image" / "0005.nii.gz").read_bytes() for folder in ("a", "b", "c")]
-    assert files[0] == files[1] != files[2] and rows[0] == rows[1] != other
-    assert not (tmp_path / "b" / "class").exists()
-    image, classes = (sitk.ReadImage(str(tmp_path / "a" / kind / "0005.nii.gz")) for kind in ("image", "class"))
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Subject 5 of seed 3 twice, of seed 4, and once more with one scanner: (folder, rows) of each."""
+    folder = tmp_path_factory.mktemp("people")
+    how = {"first": (3, False, True), "again": (3, False, False), "other": (4, True, False), "one": (3, True, True)}
+    return {
+        name: (folder / name, make_phantom(seed, 4, "tiny", one, maps, folder / name))
+        for name, (seed, one, maps) in how.items()
+    }
+
+
+def test_same_seed_same_bytes(people):
+    files = {name: (folder / "image" / "0005.nii.gz").read_bytes() for name, (folder, _) in people.items()}
+    assert files["first"] == files["again"] and len(set(files.values())) == 3
+    rows = {name: rows for name, (_, rows) in people.items()}
+    assert rows["first"] == rows["again"] and rows["one"][0] != rows["other"][0]
+    assert not (people["again"][0] / "class").exists()
+    folder = people["first"][0]
+    image, classes = (sitk.ReadImage(str(folder / kind / "0005.nii.gz")) for kind in ("image", "class"))
     assert image.GetSize() == classes.GetSize() and image.GetDirection() == classes.GetDirection()
     counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
     for name, share in zip(CLASSES, counts / counts.sum()):
-        assert rows[0][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
+        assert rows["first"][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_finished_subject_is_not_made_again(tmp_path):
@@ -51,13 +61,12 @@ def test_a_finished_subject_is_not_made_again(tmp_path):
     assert calls == [0, 1, 0]
 
 
-def test_one_scanner_scans_the_same_people(tmp_path):
-    rows = {one: make_phantom(3, 4, "tiny", one, True, tmp_path / str(one)) for one in (True, False)}
-    (labels, scanned), (with_many, scanned_by_many) = rows[True], rows[False]
+def test_one_scanner_scans_the_same_people(people):
+    (labels, scanned), (with_many, scanned_by_many) = people["one"][1], people["first"][1]
     assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
-    assert make_phantom(3, 5, "tiny", True, False, tmp_path / "True")[1] == {**scanned, "sid": "0006"}
+    assert people["other"][1][1] == scanned
     assert labels == with_many  # what a scanner adds is no disease
-    classes = [sitk.ReadImage(str(tmp_path / str(one) / "class" / "0005.nii.gz")) for one in rows]
+    classes = [sitk.ReadImage(str(people[name][0] / "class" / "0005.nii.gz")) for name in ("one", "first")]
     assert np.array_equal(*(sitk.GetArrayFromImage(image) for image in classes))
 
 
@@ -270,8 +279,8 @@ def test_deformation_is_smooth_and_invertible():
 def test_template_mode(cohort, tmp_path, run):
     folder, store = cohort
     flags = ("--template", folder / "image" / "0002.nii.gz", "--template-mask", store / "lung_mask" / "0002.nii.gz")
-    for name in ("a", "b"):
-        run("tools/make_cohort.py", "--out-dir", tmp_path / name, "--num-subjects", 2, *flags)
+    for name, subjects in (("a", 2), ("b", 1)):
+        run("tools/make_cohort.py", "--out-dir", tmp_path / name, "--num-subjects", subjects, *flags)
     first = (tmp_path / "a" / "image" / "0001.nii.gz").read_bytes()
     assert first == (tmp_path / "b" / "image" / "0001.nii.gz").read_bytes()
     assert first != (tmp_path / "a" / "image" / "0002.nii.gz").read_bytes()

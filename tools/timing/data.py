@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.augment import Augmentation
-from data.prefetch import FileWarmer
+from data.prefetch import will_need
 from data.store import PatchStore
 from tools.dev.literal import LiteralAugmentation
 from tools.timing.measure import Row, compare, in_turns, seconds
@@ -63,10 +63,10 @@ def rows_reading(folder: Path, args) -> list[Row]:
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def batches(warmer: Callable[[list[Path]], None] = lambda _: None) -> None:
+    def batches(prefetch: Callable[[list[Path]], None] = lambda _: None) -> None:
         fresh = PatchStore(folder, require_grouped=True)  # opened anew, or its mapping keeps the pages
         for location in range(DISTINCT_FILES):
-            warmer(paths[location + 1 : location + 2])
+            prefetch(paths[location + 1 : location + 2])
             for start in range(0, len(order), 32):
                 fresh.read(location, order[start : start + 32])
 
@@ -78,7 +78,7 @@ def rows_reading(folder: Path, args) -> list[Row]:
     for cold, ahead in ((True, False), (True, True), (False, True)):
         times: dict[str, list[float]] = {"ours": [], "dd": []}
         for _ in range(args.rounds):
-            jobs = {"ours": (lambda: batches(FileWarmer())) if ahead else batches, "dd": dd}
+            jobs = {"ours": (lambda: batches(will_need)) if ahead else batches, "dd": dd}
             for name, work in jobs.items():
                 if cold:
                     forget()

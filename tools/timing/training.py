@@ -32,7 +32,7 @@ def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, 
     steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}
     report["first_step_loss"] = check_equal_losses(steps["float32"], apart)
     x = torch.randn(B, 1, 32, 32, 32, device=device)
-    encoder, loc = steps["float32"].model.encoder_q, steps["float32"].table.locations[:1]
+    encoder, loc = steps["float32"].model.encoder_q, steps["float32"].step.table.locations[:1]
 
     def encode(kind: str) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
@@ -83,8 +83,8 @@ def profile(step: TimedStep, args) -> dict[str, float]:
         return run
 
     model = step.model
-    inner = {name: getattr(model, name) for name in ("_update_key_encoder", "_encode_keys", "_enqueue")}
-    names = {"_update_key_encoder": "momentum", "_encode_keys": "forward, keys", "_enqueue": "queue"}
+    inner = {name: getattr(model, name) for name in ("_update_key_encoder", "_encode_keys", "enqueue")}
+    names = {"_update_key_encoder": "momentum", "_encode_keys": "forward, keys", "enqueue": "queue"}
     for method, name in names.items():
         setattr(model, method, timed(name, inner[method]))
     try:

@@ -11,17 +11,17 @@ from models.cnn3d import Encoder
 from models.fast.groups import encode_groups
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
+@pytest.fixture
+def threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("locations", [1, 3, 12])
-def test_side_by_side_or_in_one_pass(monkeypatch, threads, locations):
+@pytest.mark.parametrize(("count", "locations"), [(2, 1), (1, 3), (3, 12)])
+def test_side_by_side_or_in_one_pass(monkeypatch, threads, count, locations):
     """Values, every gradient and the statistics, for one location, one a block and one a sample."""
+    threads(count)
     torch.manual_seed(0)
     fast = Encoder(16, 8, 2, 1).double().train()
     fast.bn_groups = 2

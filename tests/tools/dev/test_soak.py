@@ -2,10 +2,12 @@
 
 import csv
 import random
+import shutil
 import sys
 
 import pytest
-from tools.soak import Job, files_of, trial
+
+from tools.dev.soak import TRAINING, Job, files_of, trial
 
 SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
 
@@ -40,7 +42,7 @@ def test_what_survives_and_what_does_not(tmp_path):
     left = "import subprocess\nsubprocess.Popen(['sleep', '60'])\n"
     (tmp_path / "left").mkdir()
     orphans = Job((sys.executable, "-c", left), (), files_of("made/*"))
-    import tools.soak as module
+    import tools.dev.soak as module
 
     before, module.LINGER = module.LINGER, 1.0
     try:
@@ -50,8 +52,13 @@ def test_what_survives_and_what_does_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_soak(tmp_path, run):
+def test_a_short_soak(cohort, tmp_path, run):
     """Grouping and extraction, once each; a second call has nothing to do."""
+    prepared = tmp_path / "s" / "prepared"
+    shutil.copytree(cohort[1], prepared / "store")
+    flags = ("--root-dir", prepared / "store", "--exp-name", "trained", "--epochs", 2, *TRAINING[2:])
+    run("train.py", *flags, cwd=prepared)
+    shutil.move(prepared / "ssl_exp" / "trained", prepared / "trained")
     flags = ("--work-dir", tmp_path / "s", "--trials", 1, "--num-subjects", 4, "--no-progress")
     flags += ("--jobs", "group_patches", "extract_feature")
     shown = run("tools/dev/soak.py", *flags).stdout
