@@ -34,7 +34,7 @@ from data.sampler import LocationBatchSampler
 from data.store import PatchStore
 from data.views import grid_of_views, step_views
 from misc import process
-from misc.command import StopRequest, run
+from misc.command import StopRequest, run, usable_cores
 from misc.experiment import Experiment, running_code
 from misc.run.augmentation import ranges_of
 from misc.run.flags import parse_arguments
@@ -78,7 +78,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int) ->
     dataset = PatchDataset(store, neighbors)
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
     sampler = LocationBatchSampler(*sizes, rank, world, args.location_order)
-    workers = math.ceil(min(args.workers, process.usable_cores()) / process.local_world_size())
+    workers = math.ceil(min(args.workers, usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     return Data(store, sampler, loader, workers, table)

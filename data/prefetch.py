@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Thread
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -34,13 +35,21 @@ def read_ahead(
                 future.cancel()
 
 
-def will_need(paths: Iterable[str | os.PathLike]) -> None:
-    """Ask the system to read files into the page cache; returns before it has, and does nothing on macOS.
+PIECE = 2**17  # bytes; the kernel cuts a longer request down to the disk's read-ahead
 
-    A batch's rows lie scattered over a file: read one by one from a cold disk they arrive more slowly.
+
+def will_need(paths: Iterable[str | os.PathLike]) -> None:
+    """Have the system read whole files into the page cache; returns at once. macOS has no such call.
+
+    A batch's rows lie scattered over a file. Measured on a disk of 0.3 GB/s, cold, a quarter of the rows of four files
+    of 67 MB: 240 to 310 ms, and 41 ms if the files were asked for a second and a half before.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
+    Thread(target=_ask_for, args=(list(paths),), daemon=True).start()  # calls wait if the disk's queue is full
+
+
+def _ask_for(paths: list[str | os.PathLike]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError), open(path, "rb") as stream:  # the real read reports what is wrong with it
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        # The real read reports what is wrong with a file.
+        with contextlib.suppress(OSError, AttributeError), open(path, "rb") as stream:
+            for start in range(0, os.fstat(stream.fileno()).st_size, PIECE):
+                os.posix_fadvise(stream.fileno(), start, PIECE, os.POSIX_FADV_WILLNEED)

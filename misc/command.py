@@ -249,3 +249,13 @@ class StopRequest:
     def leave(self) -> NoReturn:
         """End this process at once, with a status that says which signal it was: it may be started again."""
         leave(128 + self.number)
+
+
+# ============================================================ cores
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; Slurm and containers give fewer than the machine has."""
+    from dask.system import CPU_COUNT  # knows a container's quota too
+
+    return CPU_COUNT

@@ -186,13 +186,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on; Slurm and containers give fewer than the machine has."""
-    from dask.system import CPU_COUNT  # knows a container's quota too
-
-    return CPU_COUNT
-
-
 def local_world_size() -> int:
     """Number of ranks on this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", 1))

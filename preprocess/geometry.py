@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from misc.command import UserError
 from misc.files import whole_file
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 from preprocess.reading.nifti import check_whole, read_header
 from preprocess.scan import AIR
 from preprocess.spline import resample_spline

@@ -33,7 +33,6 @@ from preprocess.patches import Patches, check_inside, patches_of, share_inside
 from preprocess.picture import picture_of_patches
 from preprocess.registration import overlap
 from preprocess.scan import ScanError, read_mask
-from preprocess.shared_scan import load_shared
 from preprocess.subjects import (
     Subject,
     add_atlas,
@@ -43,7 +42,7 @@ from preprocess.subjects import (
     parse_flags,
     read_subjects,
 )
-from preprocess.workers import Step, run_steps
+from preprocess.workers import Step, load_shared, run_steps
 
 LUNG_BELOW = -500  # HU; chest wall and heart are denser
 FIGURES = (

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import SimpleITK as sitk
 
-from preprocess.reading import nifti
+from preprocess.reading import EarlierFailure, ScanError, nifti
 from preprocess.reading.claims import check_claim
 from preprocess.reading.dicom import read_dicom
-from preprocess.reading.errors import EarlierFailure, ScanError
 from preprocess.reading.formats import check_name, check_stranger, head_of, kind_of
 from preprocess.reading.itk import affine_of, check_right_angles, itk_reading
 from preprocess.reading.values import AIR, check_extent, check_hounsfield

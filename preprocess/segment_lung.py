@@ -32,9 +32,8 @@ from preprocess.geometry import same_grid, write_image
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
-from preprocess.shared_scan import load_shared
 from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
-from preprocess.workers import Step, run_steps
+from preprocess.workers import Step, load_shared, run_steps
 
 
 def segment(

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.layout import StoreError, StoreLayout
-from misc.command import UserError
+from misc.command import UserError, usable_cores
 from misc.files import remove_leftovers
-from misc.process import usable_cores
 from misc.progress import progress_bar
-from preprocess.outputs import Skip
+from preprocess.outputs import Skip, file_stamp
 from preprocess.report import claimed, previous_figures, stamps_of, unclaim, write_report
-from preprocess.scan import EarlierFailure, limit_threads
-from preprocess.shared_scan import forget_scan
+from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
 from preprocess.subjects import Subject
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,3 +302,22 @@ def _ignored(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+# ============================================================ one scan for all steps
+
+_kept: dict[tuple[str, str, str], Scan] = {}  # at most one: of the subject that this process is at
+
+
+def load_shared(subject: Subject) -> Scan:
+    """The subject's scan. The same one again while its file is the same, until forget_scan(). Raises ScanError."""
+    key = (subject.image, subject.series, file_stamp(subject.image, subject.series))
+    if key not in _kept:
+        _kept.clear()  # before the next one is read: a worker holds one scan
+        _kept[key] = load_scan(subject.image, subject.series)
+    return _kept[key]
+
+
+def forget_scan() -> None:
+    """Give the memory back; steps are done with the subject."""
+    _kept.clear()

@@ -31,9 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.tables import check_sid, feature_columns, feature_text, read_table
 from misc import process
-from misc.command import OneOf, Parser, UserError, between, run
+from misc.command import OneOf, Parser, UserError, between, run, usable_cores
 from misc.files import check_writable, file_hash, save_array, write_text, write_whole
-from misc.process import usable_cores
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory

@@ -23,8 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser, main, parse_args
 
-from misc.command import LOST, STOPPING, USER_ERROR, heeded, print_error
-from misc.process import usable_cores
+from misc.command import LOST, STOPPING, USER_ERROR, heeded, print_error, usable_cores
 
 SAVE_SECONDS = 600  # for ranks that were asked to stop: a step, and the save of 1.2 GB to a slow disk
 MEET_SECONDS = 600  # for the first machine to come

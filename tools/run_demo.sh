@@ -32,7 +32,7 @@ defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto 
 counts=$("$PYTHON" -c '
 import sys
 import torch
-from misc.process import usable_cores
+from misc.command import usable_cores
 from misc.run.flags import parse_arguments
 subjects, *flags = sys.argv[1:]
 args = parse_arguments(None, flags)

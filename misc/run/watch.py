@@ -33,6 +33,9 @@ class Place(NamedTuple):
     beat: int  # how often it was heard; another number is another sign of life
 
 
+NEVER_HEARD = Place(0, 0, "not heard since the start", 0)
+
+
 def who_hangs(places: Mapping[int, Place], silent: set[int]) -> str:
     """The ranks that others wait for, and why it is they, in words; places by rank.
 
@@ -66,7 +69,8 @@ class Watch:
     def __init__(self, store: Any, rank: int, world: int, seconds: float):
         self.store, self.rank, self.world, self.seconds = store, rank, world, seconds
         self.pause = min(seconds / BEATS, LONGEST_BEAT)
-        self.at, self.since, self.beats = (0, 0), time.monotonic(), 0
+        self.began = self.since = time.monotonic()
+        self.at, self.beats = (0, 0), 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> beat, when it was new
 
     def move(self, epoch: int, step: int) -> None:
@@ -79,14 +83,15 @@ class Watch:
         own = Place(*self.at, socket.gethostname(), self.beats)
         self.store.set(f"watch-{self.rank}", json.dumps(own))
         now, places, silent = time.monotonic(), {self.rank: own}, set()
-        for rank in range(self.world):
-            if rank == self.rank or not self.store.check([f"watch-{rank}"]):
-                continue
-            place = Place(*json.loads(self.store.get(f"watch-{rank}")))
-            if self._heard.get(rank, (0, 0.0))[0] != place.beat:
-                self._heard[rank] = (place.beat, now)
-            places[rank] = place
-            if now - self._heard[rank][1] > max(SILENT_BEATS * self.pause, 2.0):
+        for rank in set(range(self.world)) - {self.rank}:
+            key = f"watch-{rank}"
+            there = self.store.check([key])  # not before its first sign of life, which may never come
+            places[rank] = Place(*json.loads(self.store.get(key))) if there else NEVER_HEARD
+            beat, heard_at = self._heard.get(rank, (0, self.began))
+            if places[rank].beat != beat:
+                heard_at = now
+            self._heard[rank] = places[rank].beat, heard_at
+            if now - heard_at > max(SILENT_BEATS * self.pause, 2.0):
                 silent.add(rank)
         return who_hangs(places, silent) if now - self.since > self.seconds else ""
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 
 LONGEST_HEADER = 1 << 20  # bytes
 MOST_PACKED = 1100  # times: more than that no deflated data unpack to

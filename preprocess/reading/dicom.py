@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from preprocess.reading import ScanError
 from preprocess.reading.dicom_files import (
     Damaged,
     folders_with_slices,
@@ -23,7 +24,6 @@ from preprocess.reading.dicom_files import (
 )
 from preprocess.reading.dicom_geometry import place_slices
 from preprocess.reading.dicom_series import Candidate, Frame, candidates, choose
-from preprocess.reading.errors import ScanError
 from preprocess.reading.itk import itk_reading
 from preprocess.reading.values import fill_padding
 

@@ -14,7 +14,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 from preprocess.reading.formats import is_dicom
 
 CT = "1.2.840.10008.5.1.4.1.1.2"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from preprocess.reading import ScanError
 from preprocess.reading.dicom_files import text
 from preprocess.reading.dicom_series import Frame
-from preprocess.reading.errors import ScanError
 from preprocess.reading.itk import PLACE
 
 ONE_PLACE = 0.2  # of the usual step: slices nearer to each other than this are two of one place

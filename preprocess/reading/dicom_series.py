@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 
+from preprocess.reading import ScanError
 from preprocess.reading.dicom_files import ENHANCED, is_capture, numbers, text
-from preprocess.reading.errors import ScanError
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 

@@ -5,7 +5,7 @@ import re
 import zlib
 from pathlib import Path
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 
 GZIP = b"\x1f\x8b"
 HEAD = 544  # bytes; the longest header that is looked at, NIfTI-2's, with its end mark

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 
 PLACE = 0.1  # mm; farther than this from where its file has it, a voxel is in the wrong place
 

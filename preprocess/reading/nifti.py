@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 from preprocess.reading.formats import head_of, unpacked_bytes
 from preprocess.reading.itk import PLACE, apart, check_right_angles
 

@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage, signal
 
-from preprocess.reading.errors import ScanError
+from preprocess.reading import ScanError
 
 AIR = -1024  # HU; what lies outside a scan
 MIN_EXTENT = 50.0  # mm along each axis

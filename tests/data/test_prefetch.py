@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data import dataset as dataset_module
+from data import prefetch
 from data.dataset import PatchDataset
 from data.prefetch import read_ahead, will_need
 from data.sampler import BatchIndex
@@ -49,15 +50,22 @@ def test_an_error_comes_at_its_turn_and_the_threads_end():
     assert threading.active_count() <= before
 
 
-def test_missing_files_are_passed_over(tmp_path, monkeypatch):
-    for name in "ab":
-        (tmp_path / name).write_bytes(bytes(10))
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given[1:]))
-    will_need([tmp_path / "a", tmp_path / "missing", tmp_path / "b"])
-    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
-    monkeypatch.delattr(os, "posix_fadvise")
-    will_need([tmp_path / "a"])  # macOS
+def test_files_are_asked_for_from_start_to_end_and_missing_ones_passed_over(tmp_path, monkeypatch):
+    for name, size in (("a", prefetch.PIECE + 1), ("b", 10)):
+        (tmp_path / name).write_bytes(bytes(size))
+    asked, done = [], threading.Event()
+
+    def advise(descriptor, start, length, advice):
+        asked.append((start, length, advice))
+        if len(asked) == 3:
+            done.set()
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    will_need(tmp_path / name for name in ("a", "missing", "b"))
+    assert done.wait(10)
+    assert asked == [(start, prefetch.PIECE, os.POSIX_FADV_WILLNEED) for start in (0, prefetch.PIECE, 0)]
+    monkeypatch.delattr(os, "posix_fadvise")  # macOS
+    prefetch._ask_for([tmp_path / "a"])
 
 
 def test_each_location_prefetches_the_next_once(tmp_path, make_store, grid, monkeypatch):

@@ -10,12 +10,11 @@ import time
 import pytest
 
 from data.layout import StoreLayout
-from preprocess import shared_scan
+from preprocess import workers
 from preprocess.report import claim
 from preprocess.scan import ScanError
-from preprocess.shared_scan import forget_scan, load_shared
 from preprocess.subjects import Subject
-from preprocess.workers import EARLIER, Record, Step, run_steps
+from preprocess.workers import EARLIER, Record, Step, forget_scan, load_shared, run_steps
 
 from ..conftest import ROOT
 
@@ -65,7 +64,7 @@ def test_ten_thousand_start_and_resume_in_half_a_minute_and_a_gigabyte(tmp_path)
 def reads(monkeypatch, tmp_path):
     """What is read, and a subject whose scan it is."""
     found = []
-    monkeypatch.setattr(shared_scan, "load_scan", lambda image, series: found.append((image, series)) or object())
+    monkeypatch.setattr(workers, "load_scan", lambda image, series: found.append((image, series)) or object())
     path = tmp_path / "a.nii"
     path.write_bytes(b"first")
     yield found, Subject("a", str(path))
@@ -81,7 +80,7 @@ def test_a_scan_is_read_once_for_all_steps(reads, tmp_path, capsys):
 
     args = argparse.Namespace(root_dir=str(tmp_path), num_workers=1, scheduler=None, no_progress=True, strict=False)
     run_steps([Step(name, step, {}) for name in ("one", "two", "three")], [subject], args)
-    assert len(found) == 1 and not shared_scan._kept
+    assert len(found) == 1 and not workers._kept
     assert capsys.readouterr().out.count("1 ok, 0 skipped, 0 failed") == 3
 
 
@@ -92,7 +91,7 @@ def test_another_file_another_series_or_a_change_is_read_again(reads, tmp_path):
     assert load_shared(subject._replace(series="2")) is not first
     (tmp_path / "a.nii").write_bytes(b"second, longer")
     load_shared(subject)
-    assert len(found) == 3 and len(shared_scan._kept) == 1
+    assert len(found) == 3 and len(workers._kept) == 1
 
 
 def test_a_subject_that_fails_goes_through_the_steps_and_the_worst_overlaps_are_told(tmp_path, capsys):

@@ -50,3 +50,14 @@ def test_a_rank_that_is_not_heard_any_more(monkeypatch):
     assert all(text.startswith("rank 2 (") and text.endswith("its process does not answer") for text in said)
     ranks[0].move(1, 5)
     assert ranks[0].look() == ""
+
+
+def test_a_rank_that_was_never_heard(monkeypatch):
+    """Stopped before its first sign of life: it is the one that hangs, not the network."""
+    clock = [100.0]
+    monkeypatch.setattr("misc.run.watch.time.monotonic", lambda: clock[0])
+    watch = Watch(Store(), 0, 2, 60.0)
+    watch.move(1, 3)
+    assert watch.look() == ""
+    clock[0] += 61.0
+    assert watch.look() == "rank 1 (not heard since the start) hangs at epoch 1, step 3, its process does not answer"
