@@ -258,8 +258,7 @@ def processes_of(folder):
     ("script", "number", "to_group"),
     [
         ("run_preprocess.sh", signal.SIGTERM, False),
-        ("run_preprocess.sh", signal.SIGINT, True),
-        ("segment_lung.py", signal.SIGINT, True),
+        pytest.param("run_preprocess.sh", signal.SIGINT, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_stops_the_step_under_way(cohort, tmp_path, script, number, to_group):

@@ -1,5 +1,7 @@
 """Classical lung masks against the phantoms' truth."""
 
+import functools
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -14,15 +16,22 @@ from tools.cohort.phantom import LUNG_HU, Phantom
 from tools.cohort.scanner import Acquisition, finish, scan, to_image
 
 
-def phantom(index, orientation="LPS"):
+@functools.lru_cache(maxsize=4)
+def make_phantom(index):
+    """HU, lungs, origin and spacing of a phantom, which tests do not change."""
     rng = np.random.default_rng([7, index])
     anatomy = draw_anatomy(rng, "tiny")
     spacing = np.array([1.2, 1.2, 1.4])
     made = Phantom(anatomy, tuple(spacing), rng)
     plant_disease(made.hu, made.lung, spacing, draw_disease(rng), rng, base=made.hu - LUNG_HU)
     scan(made.hu, spacing, Acquisition(noise_hu=15, kernel_mm=0.5, sharpness=0.0, slice_mm=1.0), rng)
-    truth = to_image(made.lung, made.origin, spacing, orientation)
-    return to_image(finish(made.hu), made.origin, spacing, orientation), truth
+    return finish(made.hu), made.lung, made.origin, spacing
+
+
+def phantom(index, orientation="LPS"):
+    """The scan and its true lungs."""
+    hu, lung, origin, spacing = make_phantom(index)
+    return to_image(hu, origin, spacing, orientation), to_image(lung, origin, spacing, orientation)
 
 
 def dice(mask, truth, label):
@@ -40,7 +49,7 @@ def test_phantoms(index, orientation):
         assert dice(mask, truth, label) > 0.97
 
 
-@pytest.mark.parametrize("index", [1, 2, 3])
+@pytest.mark.parametrize("index", [1, 3])
 def test_touching_lungs_are_split_by_the_patients_side(index):
     image, truth = phantom(index)
     hu, labels = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(truth)

@@ -18,7 +18,6 @@ from ..conftest import ROOT
     ("flags", "message"),
     [
         ((), "--root-dir {}/store is no patch store: it has no atlas_patch_loc.npy"),
-        (("--moco-k", 100), "--moco-k 100 is not a multiple of --batch-size 128"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
 )
