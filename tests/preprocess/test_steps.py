@@ -577,10 +577,10 @@ def test_grouping_is_verified_before_what_was_there_goes(tmp_path, make_store, g
     assert step.main() == 0 and "6 subjects" in capsys.readouterr().out
 
 
-def test_two_runs_do_not_group_one_store(tmp_path, make_store, grid, run):
+def test_two_runs_do_not_group_one_store(tmp_path, make_store, grid, run, run_apart):
     make_store(tmp_path, 5, grid, grouped=False)
     with held(StoreLayout(tmp_path).grouping_lock, "x"):
-        result = run("preprocess/group_patches.py", "--root-dir", tmp_path, check=False)
+        result = run_apart("preprocess/group_patches.py", "--root-dir", tmp_path, check=False)
     assert result.returncode == 2 and "which grouping writes, is in use by process" in result.stderr
     assert not (tmp_path / "grouped_patch").exists()
     run("preprocess/group_patches.py", "--root-dir", tmp_path)

@@ -16,18 +16,17 @@ from tools.cohort.warped import random_diffeomorphism
 from tools.make_cohort import make_phantom, make_subject
 
 
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
+@pytest.fixture
+def people(tmp_path):
     """Subject 5 of seed 3 twice, of seed 4, and once more with one scanner: (folder, rows) of each."""
-    folder = tmp_path_factory.mktemp("people")
     how = {"first": (3, False, True), "again": (3, False, False), "other": (4, True, False), "one": (3, True, True)}
     return {
-        name: (folder / name, make_phantom(seed, 4, "tiny", one, maps, folder / name))
+        name: (tmp_path / name, make_phantom(seed, 4, "tiny", one, maps, tmp_path / name))
         for name, (seed, one, maps) in how.items()
     }
 
 
-def test_same_seed_same_bytes(people):
+def test_the_same_seed_gives_the_same_bytes(people):
     files = {name: (folder / "image" / "0005.nii.gz").read_bytes() for name, (folder, _) in people.items()}
     assert files["first"] == files["again"] and len(set(files.values())) == 3
     rows = {name: rows for name, (_, rows) in people.items()}
@@ -39,6 +38,14 @@ def test_same_seed_same_bytes(people):
     counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows["first"][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
+
+    # One scanner scans the same people.
+    (labels, scanned), (with_many, scanned_by_many) = people["one"][1], people["first"][1]
+    assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
+    assert people["other"][1][1] == scanned
+    assert labels == with_many  # what a scanner adds is no disease
+    classes = [sitk.ReadImage(str(people[name][0] / "class" / "0005.nii.gz")) for name in ("one", "first")]
+    assert np.array_equal(*(sitk.GetArrayFromImage(image) for image in classes))
 
 
 def test_a_finished_subject_is_not_made_again(tmp_path):
@@ -59,15 +66,6 @@ def test_a_finished_subject_is_not_made_again(tmp_path):
     resume_folder(made, "other flags")
     make_subject(made, job, 7, 0, "x")
     assert calls == [0, 1, 0]
-
-
-def test_one_scanner_scans_the_same_people(people):
-    (labels, scanned), (with_many, scanned_by_many) = people["one"][1], people["first"][1]
-    assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
-    assert people["other"][1][1] == scanned
-    assert labels == with_many  # what a scanner adds is no disease
-    classes = [sitk.ReadImage(str(people[name][0] / "class" / "0005.nii.gz")) for name in ("one", "first")]
-    assert np.array_equal(*(sitk.GetArrayFromImage(image) for image in classes))
 
 
 def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():

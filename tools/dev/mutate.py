@@ -17,10 +17,8 @@ status is 1 if the new suite did not catch every mutation that the old one caugh
 """
 
 import argparse
-import ast
 import itertools
 import os
-import random
 import re
 import shutil
 import signal
@@ -30,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -42,161 +40,11 @@ sys.path.insert(0, str(ROOT))
 
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_text
+from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_rows, list_files
 
-FOLDERS = (".", "data", "misc", "models", "preprocess", "tools")  # "." has the scripts of the top level
-EXCLUDED = ("tools/dev/", "tools/timing/", "tools/benchmark.py")
-DRAWN = ("id", "folder", "file", "line", "kind", "before", "after")
-COLUMNS = (*DRAWN, "old", "old_by", "old_seconds", "new", "new_by", "new_seconds")
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-rfE", "--tb=no")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
 ROW = "{id} {file}:{line} {kind}"
-SIGN, BOUND, AXIS, CHECK = KINDS = ("wrong sign", "off by one", "swapped axis", "dropped check")
-OPERATORS = {sign: (other, SIGN) for sign, other in ("+-", "-+", "*/")}
-OPERATORS |= {"<": ("<=", BOUND), "<=": ("<", BOUND), ">": (">=", BOUND), ">=": (">", BOUND)}
-OPPOSITES = [("<", ">="), (">", "<="), ("==", "!="), ("in", "not in"), ("is", "is not")]
-NEGATIONS = {sign: (other, CHECK) for pair in OPPOSITES for sign, other in (pair, pair[::-1])}
-REDUCE = rb"\.(?:all|any|arg\w+|a?max|a?min|cat|flatten|flip|gather|index_\w+|mean|median|stack|std|sum|unbind|var)\("
-RULES = (  # nodes, pattern, and what replaces its first group, for a swapped axis
-    (ast.keyword, rb"^(?:dim|axis)=(0)$", rb"1"),
-    (ast.keyword, rb"^(?:dim|axis)=(-?[1-9])$", rb"0"),
-    (ast.Call, REDUCE + rb"(?:\w+, )?(0)[,)]", rb"1"),
-    (ast.Call, REDUCE + rb"(?:\w+, )?(-?[1-9])[,)]", rb"0"),
-    (ast.Call, rb"\.(?:permute|transpose)\(((-?\d+), (-?\d+)), ", rb"\3, \2"),
-    (ast.Tuple | ast.List, rb"^[(\[]?((-?\d+), (-?\d+))(?:, -?\d+)*[)\]]?$", rb"\3, \2"),
-    (ast.Call, rb"(?<!np)(?<!torch)(\.(?:t|transpose|permute|swapaxes)\([^()]*\))$", rb""),
-    (ast.Attribute, rb"(?<!self)(\.m?T)$", rb""),  # self.T is a temperature
-    (ast.Attribute, rb"\.shape()$", rb"[::-1]"),
-    (ast.Slice, rb"^(::-1)$", rb":"),
-)
-Edit = tuple[int, int, int, bytes, str]  # line, first and last column in bytes, new text, kind
-Row = dict[str, str]  # of COLUMNS
-
-# ============================================================ draw
-
-
-def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
-    """Whether a part of the sources is left alone: texts, messages, flags, annotations, decorators, __main__ blocks."""
-    match node:
-        case ast.Call():
-            is_flag = any(ast.unparse(argument).startswith("'--") for argument in node.args)
-            return is_flag or ast.unparse(node.func).endswith(("add_argument", "sys.path.insert"))
-        case ast.BinOp(left=left, right=right):  # + and * of texts and lists, % of texts
-            return any(isinstance(x, (ast.JoinedStr, ast.List)) or ast.unparse(x)[0] in "'\"" for x in (left, right))
-        case ast.If():
-            return "__name__" in ast.unparse(node.test)
-        case ast.JoinedStr() | ast.Raise():
-            return True
-    hints = [getattr(parent, name, None) for name in ("annotation", "returns")]
-    return node in [*hints, *getattr(parent, "decorator_list", ())]
-
-
-def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST | None]]:
-    """Nodes that may be mutated, each with its parent."""
-    if not is_skipped(node, parent):
-        yield node, parent
-        for child in ast.iter_child_nodes(node):
-            yield from walk_code(child, node)
-
-
-def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[str, str]]) -> Iterator[Edit]:
-    """Replace each operator of ``signs`` that is on the same line as the operands beside it."""
-    if not isinstance(node, (ast.AugAssign, ast.BinOp, ast.Compare)):
-        return
-    operands = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-    for left, right in itertools.pairwise(operands):
-        gap = lines[right.lineno - 1][left.end_col_offset : right.col_offset].decode()
-        sign = gap.strip(" ()=" if isinstance(node, ast.AugAssign) else " ()")
-        if left.end_lineno == right.lineno and sign in signs:
-            start = left.end_col_offset + gap.index(sign)
-            other, kind = signs[sign]
-            yield right.lineno, start, start + len(sign), other.encode(), kind
-
-
-def swap_axes(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
-    """Edits by RULES of a node that is on one line."""
-    if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
-        return
-    text = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
-    ignores_order = isinstance(parent, ast.Compare | ast.For | ast.comprehension | ast.keyword)  # x in (0, 1)
-    is_indexed = isinstance(parent, (ast.Attribute, ast.Subscript))
-    for nodes, pattern, new in RULES:
-        found = re.search(pattern, text) if isinstance(node, nodes) else None
-        if found and not (is_indexed and new == b"[::-1]") and not (ignores_order and nodes == ast.Tuple | ast.List):
-            start, end = (node.col_offset + column for column in found.span(1))
-            yield node.lineno, start, end, found.expand(new), AXIS
-
-
-def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
-    """A condition that leads to ``raise``: never true, or negated."""
-    if not isinstance(node, ast.If) or not isinstance(node.body[0], ast.Raise):
-        return
-    if node.test.lineno == node.test.end_lineno:
-        yield node.test.lineno, node.test.col_offset, node.test.end_col_offset, b"False", CHECK
-    for part, _ in walk_code(node.test):
-        if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Not):
-            yield part.lineno, part.col_offset, part.col_offset + len("not "), b"", CHECK
-        elif isinstance(part, ast.Compare):
-            yield from replace_operators(lines, part, NEGATIONS)
-
-
-def find_edits(source: bytes) -> list[Edit]:
-    """All mutations of a file. An integer that is an axis is not also off by one."""
-    lines, edits = source.split(b"\n"), []
-    for node, parent in walk_code(ast.parse(source)):
-        edits += [*drop_checks(lines, node), *swap_axes(lines, node, parent)]
-        edits += replace_operators(lines, node, OPERATORS)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            edits.append((node.lineno, node.col_offset, node.col_offset + 1, b"", SIGN))
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            edits.append((node.lineno, node.col_offset, node.end_col_offset, b"%d" % (node.value + 1), BOUND))
-    axes = {edit[:3] for edit in edits if edit[4] == AXIS}
-    return sorted({edit for edit in edits if edit[4] != BOUND or edit[:3] not in axes})
-
-
-def take_turns(streams: Iterable[Iterable]) -> Iterator:
-    """One item of each stream in turn, until all have ended."""
-    for items in itertools.zip_longest(*streams):
-        yield from (item for item in items if item is not None)
-
-
-def list_files(checkout: Path) -> list[str]:
-    """Tracked files that exist."""
-    git = subprocess.run(["git", "-C", checkout, "ls-files", "-z"], capture_output=True, encoding="utf-8", check=False)
-    if git.returncode:
-        raise UserError(f"--checkout {checkout} is not a git checkout; give the folder that has .git")
-    return [name for name in git.stdout.split("\0") if (checkout / name).is_file()]
-
-
-def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
-    """File, line, kind, before and after in random order, the kinds in turn; only lines that are unique in a file."""
-    candidates = [(name, edit) for name, source in sources.items() for edit in find_edits(source)]
-    random.Random(seed).shuffle(candidates)
-    drawn = set()
-    for name, (line, start, end, text, kind) in take_turns([c for c in candidates if c[1][4] == k] for k in KINDS):
-        lines = sources[name].split(b"\n")
-        before = lines[line - 1]
-        after = before[:start] + text + before[end:]
-        if (name, line) not in drawn and lines.count(before) == 1 and after != before:
-            drawn.add((name, line))
-            yield name, str(line), kind, before.decode(), after.decode()
-
-
-def draw_rows(checkout: Path, seed: int, count: int) -> list[Row]:
-    """Mutations of all folders in turn; the same seed and sources give the same rows."""
-    sources: dict[str, dict[str, bytes]] = {folder: {} for folder in FOLDERS}
-    for name in list_files(checkout):
-        folder = name.split("/")[0] if "/" in name else "."
-        if name.endswith(".py") and folder in sources and not name.startswith(EXCLUDED):
-            sources[folder][name] = (checkout / name).read_bytes()
-    streams = [zip(itertools.repeat(folder), draw_folder(sources[folder], seed)) for folder in FOLDERS]
-    rows = []
-    for folder, values in itertools.islice(take_turns(streams), count):
-        values = (f"m{len(rows) + 1:03d}", folder, *values)
-        rows.append(dict(itertools.zip_longest(COLUMNS, values, fillvalue="")))
-    return rows
-
-
-# ============================================================ run
 
 
 def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
@@ -212,24 +60,34 @@ def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
 
 
 def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str], list[str]]]:
-    """Test files and flags of each stage for a mutated file: namesakes, importers, folder, top level, the rest."""
+    """Test files and flags of each stage for a mutated file.
+
+    Quick tests of its namesakes, of its importers, of its folder, of the top level; then slow tests of the first two;
+    then, with ``whole``, the rest.
+    """
     tests = [str(path.relative_to(tree)) for path in sorted(tree.glob("tests/**/test_*.py"))]
     parts = Path(name.removesuffix("/__init__.py")).with_suffix("").parts
     near = f"tests/{parts[0]}/" if "/" in name else "tests/test_"
     tests = [test for test in sorted(tests, key=lambda test: not test.startswith(near)) if "/test_house." not in test]
     module, package = re.escape(".".join(parts)), re.escape(".".join(parts[:-1]))
     uses = rf"(from|import|['\"]) ?{module}\b|\b{re.escape(name)}\b|from {package or '-'} import .*\b{parts[-1]}\b"
-    stages = (
-        [test for test in tests if test.startswith(near) and Path(test).name.startswith(f"test_{parts[-1]}")],
-        [test for test in tests if re.search(uses, (tree / test).read_text(encoding="utf-8"))],
-        [test for test in tests if test.startswith(near) and "/" in name],
-        [test for test in tests if test.count("/") == 1],
-        tests if whole else [],
-    )
-    for number, stage in enumerate(stages):
-        files = [test for test in stage if test in tests]
-        tests = [test for test in tests if test not in files]
-        yield files, ["-m", "not slow"] if number == 3 and not whole else []
+    namesakes = [test for test in tests if test.startswith(near) and Path(test).name.startswith(f"test_{parts[-1]}")]
+    importers = [test for test in tests if re.search(uses, (tree / test).read_text(encoding="utf-8"))]
+    folder = [test for test in tests if test.startswith(near) and "/" in name]
+    top_level = [test for test in tests if test.count("/") == 1]
+    quick, slow = ["-m", "not slow"], ["-m", "slow"]
+    stages = [
+        (namesakes, quick),
+        (importers, quick),
+        (folder, quick),
+        (top_level, quick),
+        (namesakes + importers, slow),
+    ]
+    seen: set[tuple[str, str]] = set()
+    for files, flags in [*stages, *([(tests, quick), (tests, slow)] if whole else [])]:
+        new = [test for test in dict.fromkeys(files) if (test, flags[1]) not in seen]
+        seen |= {(test, flags[1]) for test in new}
+        yield new, flags
 
 
 class Runner:
