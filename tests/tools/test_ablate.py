@@ -67,9 +67,9 @@ def test_what_a_table_adds():
 
 @pytest.mark.slow
 def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
-    make_store(tmp_path / "store", 24, grid[:3], seed=3)
+    make_store(tmp_path / "store", 40, grid[:3], seed=3)
     sids = pd.read_csv(tmp_path / "store" / "subjects.csv", dtype=str)["sid"]
-    labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 6, "age": np.arange(24.0), "same": 7})
+    labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 10, "age": np.arange(40.0), "same": 7})
     labels.to_csv(tmp_path / "labels.csv", index=False)
     flags = ("--out-dir", "study", "--root-dir", "store", "--labels", "labels.csv", "--seeds", 1, "--epochs", 1)
     arms = ("--arms", "random", "--arm", "narrow=--rep-dim 8 --moco-dim 8")
@@ -81,7 +81,7 @@ def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
     trained = (tmp_path / "study" / "trained_on.csv").read_text().split()[1:]
     assert trained == [sid for n, sid in enumerate(sids) if n % 4 != 3]
     log = (tmp_path / "study" / "rows" / "narrow-0.log").read_text()
-    assert "18 subjects" in log
+    assert "30 subjects" in log
 
     (tmp_path / "study" / "rows" / "narrow-0.csv").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "rows").glob("*.log")}

@@ -42,7 +42,7 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_text
 from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_rows, list_files
 
-PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-rfE", "--tb=no")
+PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "1", "-rfE", "--tb=no")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
 ROW = "{id} {file}:{line} {kind}"
 
