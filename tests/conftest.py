@@ -2,11 +2,13 @@
 
 import functools
 import io
+import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
@@ -57,6 +59,17 @@ def run_process(*command, cwd=None, check=True, timeout=600, env=None) -> subpro
     if check:
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def run_ranks(main: Callable[..., None], world: int, *inputs) -> None:
+    """Run ``main(rank, world, *inputs)`` in a process for each rank, which has imported torch already."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=main, args=(rank, world, *inputs), daemon=True) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0] * world
 
 
 def leave_test(status: int) -> NoReturn:

@@ -1,12 +1,7 @@
-"""Run by test_distributed.py, one process a rank:  python distributed_step.py RANK WORLD FOLDER MODE"""
-
-import sys
-from pathlib import Path
+"""Two steps of one rank, for test_distributed.py."""
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc import process
 from models.builder import DrasCLR
@@ -23,7 +18,7 @@ def inputs(step):
     return patches[0], patches[1], neighbors, locs
 
 
-def main(rank, world, folder, mode):
+def run_rank(rank, world, folder, mode):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     torch.manual_seed(1000 + rank)  # ranks start different: the wrapper must make them equal
@@ -56,7 +51,3 @@ def main(rank, world, folder, mode):
         f"{folder}/rank{rank}.pt",
     )
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,15 +1,12 @@
-"""Run by test_groups.py, one process a rank:  python group_steps.py RANK WORLD FOLDER STEPS LR NEIGHBORS
+"""One rank's steps of training as train.py composes them, for test_groups.py.
 
-Steps of training as train.py composes them, the batch of 16 in four BatchNorm groups whatever the ranks.
+The batch of 16 is in four BatchNorm groups, whatever the number of ranks.
 """
 
 import copy
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.augment import Augmentation
 from data.dataset import PatchDataset
@@ -30,7 +27,7 @@ def state_of(model: DrasCLR) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), "subject": model.queue_subject, "step": model.queue_step}
 
 
-def main(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: int) -> None:
+def run_rank(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     device = torch.device("cpu")
@@ -62,7 +59,3 @@ def main(rank: int, world: int, folder: str, steps: int, lr: float, neighbors: i
     kept = {"means": torch.tensor(means), "gradients": gradients, "first": first, "state": state_of(model)}
     torch.save(kept, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]))

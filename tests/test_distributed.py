@@ -11,42 +11,35 @@ import torch
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 
-from .conftest import ROOT, calibrate
+from . import distributed_step
+from .conftest import ROOT, calibrate, run_ranks
 from .distributed_step import NEAR, TOTAL, K, L, inputs
 
 
-def run_ranks(folder, world, mode):
+def results_of(folder, world, mode):
     torch.manual_seed(7)
     model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
     calibrate(model.encoder_q, model.encoder_k)
     folder.mkdir()
     torch.save(model.state_dict(), folder / "start.pt")
-    script = ROOT / "tests" / "distributed_step.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(folder), mode], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_ranks(distributed_step.run_rank, world, folder, mode)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return {mode: run_ranks(folder / mode, 1, mode)[0] for mode in ("eval", "rows")}
+def in_eval_mode(tmp_path_factory):
+    """Results of 1, 2 and 4 ranks, and the folder of the weights that they start from."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return {world: results_of(folder / str(world), world, "eval") for world in (1, 2, 4)}, folder / "1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one_process(single, tmp_path, world):
+def test_ranks_equal_one_process(in_eval_mode, world):
     """With BatchNorm in eval mode the batch may be cut anywhere: same loss, gradients, queue, weights."""
-    wanted = single["eval"]
-    ranks = run_ranks(tmp_path / "r", world, "eval")
-    for result in ranks:
+    results, _ = in_eval_mode
+    (wanted,) = results[1]
+    for result in results[world]:
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for name, gradient in wanted["gradients"].items():
             # Of the whole tensor: single elements of a sum over voxels cancel, and their rounding shows.
@@ -59,7 +52,7 @@ def test_ranks_equal_one_process(single, tmp_path, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_shuffled_batchnorm(tmp_path, world):
     """Ranks encode each other's keys, every patch once with its own location, and queues stay equal to the bit."""
-    ranks = run_ranks(tmp_path / "r", world, "rows")
+    ranks = results_of(tmp_path / "r", world, "rows")
     for step in range(2):
         _, key, _, locs = inputs(step)
         order = []
@@ -82,11 +75,10 @@ def test_shuffled_batchnorm(tmp_path, world):
 
 
 @pytest.mark.slow
-def test_keys_enter_the_queue_in_rank_order(single, tmp_path):
+def test_keys_enter_the_queue_in_rank_order(in_eval_mode):
     """The queue after a step with frozen BatchNorm is the keys of samples 0, 1, 2, ... of the whole batch."""
-    torch.manual_seed(7)
-    folder = tmp_path / "r"
-    ranks = run_ranks(folder, 2, "eval")
+    results, folder = in_eval_mode
+    ranks = results[2]
     model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True).eval()
     model.load_state_dict(torch.load(folder / "start.pt", weights_only=True))
     _, key, _, locs = inputs(0)

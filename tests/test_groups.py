@@ -2,8 +2,6 @@
 
 import contextlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from models import fast
 from models.cnn3d import Encoder, norm_elu
 from models.step import STATISTICS
 
-from .conftest import ROOT
+from . import group_steps
+from .conftest import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +25,10 @@ def store(tmp_path_factory, make_store, grid):
     return folder / "store"
 
 
-def run_ranks(store, folder, world, steps, lr, neighbors):
+def results_of(store, folder, world, steps, lr, neighbors):
     folder.mkdir()
     shutil.copytree(store, folder / "store")
-    script = [sys.executable, str(ROOT / "tests" / "group_steps.py")]
-    processes = [
-        subprocess.Popen(
-            [*script, *map(str, (rank, world, folder, steps, lr, neighbors))], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    run_ranks(group_steps.run_rank, world, folder, steps, lr, neighbors)
     shutil.rmtree(folder / "store")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
@@ -51,14 +41,14 @@ def apart(ours, wanted):
 def learning(store, tmp_path_factory):
     """Three steps at rate 0.01 on 1, 2 and 4 ranks; gradients and state are those of the first."""
     folder = tmp_path_factory.mktemp("learning")
-    return {world: run_ranks(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
+    return {world: results_of(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def standing(store, tmp_path_factory):
-    """Eight steps at rate 0, with one neighbour."""
+    """Five steps at rate 0, with one neighbour."""
     folder = tmp_path_factory.mktemp("standing")
-    return {world: run_ranks(store, folder / str(world), world, 8, 0, 1)[0] for world in (1, 2, 4)}
+    return {world: results_of(store, folder / str(world), world, 5, 0, 1)[0] for world in (1, 2, 4)}
 
 
 @pytest.mark.slow
@@ -79,7 +69,7 @@ def test_one_step_is_the_same_on_any_number_of_ranks(learning, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_eight_steps_without_learning(standing, world):
+def test_five_steps_without_learning(standing, world):
     one, several = standing[1], standing[world]
     torch.testing.assert_close(several["means"][:, :3], one["means"][:, :3], rtol=1e-4, atol=0)
     for name, wanted in one["state"].items():

@@ -10,6 +10,7 @@ import torch
 from models.cnn3d import Encoder
 from tools.dev.apart import Apart
 from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.timing import scans
 from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction
 from tools.timing.measure import Row, compare, show
@@ -89,8 +90,10 @@ def test_rows_of_the_data_and_of_a_run(tmp_path, args):
 
 
 @pytest.mark.slow
-def test_a_scan_part_by_part(tmp_path, run, cohort):
+def test_a_scan_part_by_part(tmp_path, run, cohort, monkeypatch):
+    """But for lungmask's network, which takes half a minute and has a test of its own."""
     folder, _ = cohort
+    monkeypatch.setattr(scans, "network_mask", lambda image, weights: image)
     flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     run("tools/benchmark.py", *flags, "--rounds", 1, "--json", tmp_path / "scan.json")
     rows = {row["what"]: row for row in json.loads((tmp_path / "scan.json").read_text())["rows"]}

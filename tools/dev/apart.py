@@ -22,7 +22,7 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
     encoder = trained_encoder(device)
     augment = LiteralAugmentation("agc")
     x = torch.randn(batch, 1, 32, 32, 32, device=device)
-    everywhere = torch.rand(PUBLISHED_LOCATIONS, 3, device=device)
+    everywhere = torch.rand(fast.store.num_locations, 3, device=device)
 
     def loss() -> float:
         drawn = next(fast.batches)
@@ -38,7 +38,7 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
 
     @torch.no_grad()
     def features() -> None:
-        patches = torch.zeros(PUBLISHED_LOCATIONS, 32, 32, 32, dtype=torch.int16).to(device)
+        patches = torch.zeros(len(everywhere), 32, 32, 32, dtype=torch.int16).to(device)
         literal_encode(encoder, to_input(patches), everywhere)[1].cpu()
 
     jobs = {work.__name__: work for work in (loss, encode, step, features)}

@@ -50,7 +50,8 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
         error = float((freeze(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        row = compare(what, "s", times[kind], times["literal"], amount, 1.0, gflop, rate)
+        one = store.num_locations / PUBLISHED_LOCATIONS  # of the literal subject
+        row = compare(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"
         rows.append(row)
     return rows

@@ -24,7 +24,7 @@ class TimedStep:
 
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)
-        self.device = device
+        self.device, self.store = device, store
         dataset = PatchDataset(store, 2)
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
         self.loader = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")

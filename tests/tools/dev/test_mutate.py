@@ -108,6 +108,7 @@ def test_mutations_of_a_line(line, kind, mutated):
     assert {(source[:start] + text + source[end:]).decode() for _, start, end, text, _ in edits} == mutated
 
 
+@pytest.mark.slow
 def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
     log = tmp_path / "log"
     project = make_project(tmp_path / "project", **{"tests/misc/test_numbers_of.py": TEST.format(log=str(log))})
@@ -126,6 +127,7 @@ def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
     assert (project / "misc" / "numbers_of.py").read_text(encoding="utf-8") == SOURCE
 
 
+@pytest.mark.slow
 def test_a_test_that_fails_anyway_does_not_count(tmp_path):
     tests = "from misc import numbers_of\n\ndef test_nothing():\n    assert False\n"
     project = make_project(tmp_path / "project", **{"tests/test_other.py": tests})

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools.dev.soak import TRAINING, Job, files_of, trial
+from tools.dev.soak import Job, files_of, trial
 
 SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
 
@@ -16,7 +16,7 @@ def job(text):
     return Job((sys.executable, "-c", SLOWLY + text), (), files_of("made/*"))
 
 
-def results(job, folder, wanted, count=6):
+def results(job, folder, wanted, count=4):
     found = []
     for number in range(count):
         (folder / str(number)).mkdir()
@@ -31,7 +31,7 @@ def test_what_survives_and_what_does_not(tmp_path):
     (reference / "made" / "a").write_text("whole")
     wanted = files_of("made/*")(reference)
     good = results(job(careful), tmp_path, wanted)
-    assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 3
+    assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 2
     # Appending from the start again: a run that was killed leaves its lines behind.
     careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
     (tmp_path / "more").mkdir()
@@ -53,17 +53,15 @@ def test_what_survives_and_what_does_not(tmp_path):
 
 @pytest.mark.slow
 def test_a_short_soak(cohort, tmp_path, run):
-    """Grouping and extraction, once each; a second call has nothing to do."""
+    """Grouping, once; a second call has nothing to do."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
-    flags = ("--root-dir", prepared / "store", "--exp-name", "trained", "--epochs", 2, *TRAINING[2:])
-    run("train.py", *flags, cwd=prepared)
-    shutil.move(prepared / "ssl_exp" / "trained", prepared / "trained")
+    (prepared / "trained").mkdir()  # which grouping does not need
     flags = ("--work-dir", tmp_path / "s", "--trials", 1, "--num-subjects", 4, "--no-progress")
-    flags += ("--jobs", "group_patches", "extract_feature")
+    flags += ("--jobs", "group_patches")
     shown = run("tools/dev/soak.py", *flags).stdout
-    assert "| group_patches | 1 | " in shown and "| extract_feature | 1 | " in shown
+    assert "| group_patches | 1 | " in shown
     with open(tmp_path / "s" / "trials.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 2 and not any(row["wrong"] for row in rows)
+    assert len(rows) == 1 and not any(row["wrong"] for row in rows)
     assert run("tools/dev/soak.py", *flags).stdout == shown
