@@ -50,105 +50,58 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         )
 
 
+class Group:
+    """A titled group of flags in the help; one call a flag: name, type, default, help."""
+
+    def __init__(self, parser: Parser, title: str):
+        self.group = parser.add_argument_group(title)
+
+    def add(self, flag: str, kind: Any, default: Any, text: str, **more: Any) -> None:
+        self.group.add_argument(flag, type=kind, default=default, help=text, **more)
+
+    def switch(self, flag: str, text: str, **more: Any) -> None:
+        self.group.add_argument(flag, help=text, **({"action": "store_true"} | more))
+
+
 def add_run(parser: Parser) -> None:
     """Flags of the run: what it reads, how long it takes, what it computes on."""
-    add = parser.add_argument_group("the run").add_argument
-    add("--root-dir", required=True, help="patch store made by preprocess/run_preprocess.sh")
-    add(
-        "--exp-name",
-        required=True,
-        help="experiments go to ssl_exp/<exp-name> under the current folder; extract_feature.py wants that folder",
-    )
-    add("--subjects", help="CSV with a column sid: train on these subjects only, to hold others out")
-    add(
-        "--resume",
-        default="",
-        help="auto: the experiment's latest checkpoint, or a new start if it has none; or a name in its folder; "
-        "or a path",
-    )
-    add(
-        "--init-from",
-        metavar="CHECKPOINT",
-        help="begin with the encoder's weights of this checkpoint, whatever its queue and locations, for example for "
-        "another cohort",
-    )
-    add(
-        "--start-epoch",
-        type=at_least(int, 0),
-        help="count epochs from here instead of from the checkpoint's; to train on weights of another cohort, 0",
-    )
-    add(
-        "--epochs",
-        type=at_least(int, 1),
-        default=20,
-        help="epochs in all; each visits every location once; raise it for few subjects, whose epochs are short",
-    )
-    add(
-        "--seed",
-        type=at_least(int, 0),
-        default=0,
-        help="of weights, queue, shuffling and augmentation; vary it to see how much a result depends on chance",
-    )
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
+    group = Group(parser, "the run")
+    add, switch = group.add, group.switch
+    add("--root-dir", str, None, "patch store made by preprocess/run_preprocess.sh", required=True)
+    add("--exp-name", str, None, "name of the experiment's folder, ssl_exp/<exp-name>", required=True)
+    add("--subjects", str, None, "CSV with a column sid: train on these subjects only, to hold others out")
+    add("--resume", str, "", "auto: the latest checkpoint, or a new start; or a name in the folder; or a path")
+    add("--init-from", str, None, "begin with this checkpoint's encoder, even of another store", metavar="CHECKPOINT")
+    add("--start-epoch", at_least(int, 0), None, "count epochs from here instead of from the checkpoint's")
+    add("--epochs", at_least(int, 1), 20, "visits to every location; raise it for few subjects")
+    add("--seed", at_least(int, 0), 0, "of weights, queue, shuffling, augmentation; vary it to see what chance does")
+    add("--device", OneOf("auto", "cpu", "cuda"), "auto", "auto takes a GPU if there is one")
     add(
         "--workers",
-        type=at_least(int, 0),
-        default=16,
-        help="data-loader workers on this machine, shared by its ranks, no more than its cores; raise it while GPUs "
-        "wait for data, lower it if memory is short; 0 reads in the main process",
+        at_least(int, 0),
+        16,
+        "data-loader workers per machine; raise it while GPUs wait; 0 has none",
     )
-    add(
-        "--amp",
-        type=OneOf("off", "bf16"),
-        default="off",
-        help="bf16 computes the encoder in bfloat16: for GPUs from A100 on and CPUs with AVX512-BF16 or AMX",
-    )
-    add("--tf32", action="store_true", help="let float32 products use TF32 on GPUs: faster, 10-bit mantissa")
-    add(
-        "--patience",
-        type=at_least(float, 0.01),
-        default=PATIENCE,
-        help="minutes that ranks wait for one that hangs; raise it for slow disks",
-    )
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same bytes again on a GPU too, as on a CPU anyway: slower convolutions",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the encoders, for long runs on GPUs; on CPUs it measured slower, 41 against 49 samples/s",
-    )
+    add("--amp", OneOf("off", "bf16"), "off", "bf16: for GPUs from A100 on, and CPUs with AVX512-BF16 or AMX")
+    switch("--tf32", "let float32 products use TF32 on GPUs: faster, 10-bit mantissa")
+    add("--patience", at_least(float, 0.01), PATIENCE, "minutes to wait for a rank that hangs; raise it for slow disks")
+    switch("--deterministic", "the same bytes again on a GPU too, as on a CPU anyway: slower convolutions")
+    switch("--compile", "torch.compile the encoders, for long runs on GPUs; slower on CPUs (41 against 49 samples/s)")
 
 
 def add_method(parser: Parser) -> None:
     """Flags of the method, with the published values as defaults."""
-    group = parser.add_argument_group("the method, with the published values as defaults")
-
-    def add(flag: str, kind: Any, default: Any, text: str, **more: Any) -> None:
-        group.add_argument(flag, type=kind, default=default, help=text, **more)
-
+    group = Group(parser, "the method, with the published values as defaults")
+    add, switch = group.add, group.switch
     count, size, amount = at_least(int, 1), at_least(int, 1), at_least(float, 0)
     add("--batch-size", size, 128, "subjects a step, over all ranks, at most the cohort; lower it for a small cohort")
     add("--lr", amount, 0.01, "learning rate at the start; raise it with the batch, lower it when the loss diverges")
     add("--lr-schedule", OneOf("cosine", "step"), "cosine", "cosine falls to 0 over --epochs; step follows --schedule")
     add("--schedule", int, [120, 160], "epochs at which 'step' divides the rate by 10", nargs="*")
-    add(
-        "--optimizer",
-        OneOf(*OPTIMIZERS),
-        "sgd",
-        "adamw with --lr 0.001 and --weight-decay 0.05 for runs of few steps; sgd otherwise",
-    )
+    add("--optimizer", OneOf(*OPTIMIZERS), "sgd", "adamw, with --lr 0.001 --weight-decay 0.05, for runs of few steps")
     add("--momentum", amount, 0.9, "of SGD, beta 1 of AdamW; lower it when the loss swings")
     add("--weight-decay", amount, 1e-4, "of the optimiser; raise it if a small cohort is overfitted")
-    add(
-        "--accumulate",
-        count,
-        1,
-        "batches whose gradients are averaged for a step of the optimiser; raise it for a steadier gradient if memory "
-        "allows no larger batch (negatives stay those of the batch)",
-    )
+    add("--accumulate", count, 1, "batches whose mean gradient makes a step; raise it if memory allows no larger batch")
     add("--rep-dim", size, 128, "size of the representation h, the features; lower it for few subjects")
     add("--moco-dim", size, 128, "size of the projection z, compared in the loss")
     add("--moco-k", size, 4096, "keys in each location's queue, a multiple of the batch; at most half the cohort")
@@ -157,75 +110,35 @@ def add_method(parser: Parser) -> None:
     add("--num-experts", count, 8, "kernels that every convolution mixes by location; 1 switches conditioning off")
     add("--num-coordinates", int, 1, "points per location; 1 is the only value defined")
     add("--k-neighbors", count, 2, "nearest locations in the neighbour task; more see farther and take longer")
-    add(
-        "--beta",
-        amount,
-        1.0,
-        "weight of the neighbour loss; lower it if neighbours differ too much; 0 drops the task, and no neighbour is "
-        "read or encoded",
-    )
+    add("--beta", amount, 1.0, "weight of the neighbour loss; lower it if neighbours differ too much; 0 reads none")
     add("--warm-up", at_least(int, 0), 0, "epochs before the neighbour loss counts; raise it when it hurts the start")
-    add_augmentation_flags(group)
-    add(
-        "--negatives",
-        OneOf("queue", "batch"),
-        "queue",
-        "queue: other subjects' keys of earlier steps; batch: keys of this step, as new as the key: for few subjects",
-    )
+    add_augmentation_flags(group.group)
+    add("--negatives", OneOf("queue", "batch"), "queue", "batch: keys of this step, for few subjects")
     add(
         "--bn-groups",
         count,
         None,
-        "groups of the batch with separate BatchNorm statistics, a multiple of the ranks (default: 4 as published, "
-        "more ranks, or what the batch allows); fewer for small batches",
+        "groups with own BatchNorm statistics (default: 4, or what the batch allows)",
     )
-    add(
-        "--location-order",
-        OneOf("sequential", "interleaved"),
-        "sequential",
-        "sequential: all steps of a location, then the next; interleaved: short visits in turn, for younger queues",
-    )
-    group.add_argument(
-        "--mask-own",
-        action="store_true",
-        help="leave a subject's own keys out of its queue's negatives; if --moco-k exceeds the cohort",
-    )
-    group.add_argument(
-        "--one-queue",
-        action="store_true",
-        help="one queue for all locations instead of one each, to see what the latter gains; give it a larger --moco-k",
-    )
-    group.add_argument(
-        "--no-mlp",
-        dest="mlp",
-        action="store_false",
-        help="project with one linear layer (MoCo v1) instead of two; for checkpoints that were trained so",
-    )
+    add("--location-order", OneOf("sequential", "interleaved"), "sequential", "interleaved: for younger queues")
+    switch("--mask-own", "leave a subject's own keys out of its queue's negatives; if --moco-k exceeds the cohort")
+    switch("--one-queue", "one queue for all locations, to see what one each gains; give it a larger --moco-k")
+    switch("--no-mlp", "project with one linear layer (MoCo v1) instead of two", dest="mlp", action="store_false")
 
 
 def add_output(parser: Parser) -> None:
     """Flags of what a run writes."""
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add(
-        "--print-freq",
-        type=at_least(int, 1),
-        default=10,
-        help="steps between log lines and curve points; lower it to watch a short run, raise it for a small log",
-    )
+    group = Group(parser, "output")
+    add = group.add
+    add("--print-freq", at_least(int, 1), 10, "steps between log lines; lower it to watch a short run")
     add(
         "--save-freq",
-        type=at_least(int, 1),
-        default=1,
-        help="epochs between checkpoints; the last epoch is always saved; raise it if the disk is small",
+        at_least(int, 1),
+        1,
+        "epochs between checkpoints; raise it for a small disk; the last is kept",
     )
-    add("--keep", type=at_least(int, 0), default=0, help="checkpoints to keep, the latest; 0 keeps every epoch's")
-    add(
-        "--save-minutes",
-        type=at_least(float, 0),
-        default=30.0,
-        help="minutes between saves within an epoch; lower it if machines fail often, 0 for none",
-    )
-    add("--save-initial", action="store_true", help="save checkpoint_patch_0000 too: an untrained encoder to compare")
-    add_progress_flag(group)
-    add("--arch", default="custom", help="name kept in the checkpoint")
+    add("--keep", at_least(int, 0), 0, "checkpoints to keep, the latest; 0 keeps every epoch's")
+    add("--save-minutes", at_least(float, 0), 30.0, "between saves in an epoch, 0 for none; lower it if machines fail")
+    group.switch("--save-initial", "save checkpoint_patch_0000 too: an untrained encoder to compare")
+    add_progress_flag(group.group)
+    add("--arch", str, "custom", "name kept in the checkpoint")
