@@ -47,8 +47,9 @@ from models.builder import DrasCLR
 from models.checkpoint import intact, read_config
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
+from models.probe import effective_rank
 from models.state import TrainingState, start_from
-from models.step import Descent, LocationTable, TrainingStep, effective_rank, make_optimizer, statistic_names
+from models.step import Descent, LocationTable, TrainingStep, make_optimizer, statistic_names
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -128,6 +129,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     resume = experiment.resume_from(args.resume, intact, say)
 
     # -------------------------------------------------------- data
+    # The checkpoint says whether neighbours are read, so its settings are needed before the data.
     neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
     data = open_data(args, device, args.k_neighbors if neighbor_pass else 0)
     store, sampler = data.store, data.sampler

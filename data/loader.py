@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.dataset import PatchBatch
 from data.sampler import BatchIndex, LocationBatchSampler
-from misc.command import STOPPING, UserError
-from misc.process import end_with_parent
+from misc.command import STOPPING, UserError, end_with_parent
 
 STOP_SECONDS = 60
 

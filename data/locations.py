@@ -36,7 +36,8 @@ def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
     table = np.asarray(atlas_patch_loc)
     if not 0 <= k < len(table):
         raise StoreError(
-            f"--k-neighbors {k} with {len(table)} locations: it must be at least 1 and below the number of locations"
+            f"--k-neighbors {k} with {len(table)} locations: it must be below the number of locations"
+            + ("; --beta 0 needs no neighbours" if len(table) == 1 else "")
         )
     neighbors = np.empty((len(table), k), dtype=np.int64)
     for index, corner in enumerate(table):

@@ -206,10 +206,6 @@ class PatchStore:
             return self._files[location].read_rows(rows)
         return np.stack([self._files[row].read_rows(np.array([location]))[0] for row in rows])
 
-    def bytes_per_patch(self) -> int:
-        """Bytes on disk of one patch."""
-        return self._files[0].dtype.itemsize * PATCH_SIZE**3
-
 
 def _some(sids: list[str]) -> str:
     """How many subjects, and the first names."""

@@ -10,6 +10,8 @@ if __name__ == "__main__":
 """
 
 import argparse
+import contextlib
+import ctypes
 import errno
 import math
 import os
@@ -251,7 +253,15 @@ class StopRequest:
         leave(128 + self.number)
 
 
-# ============================================================ cores
+# ============================================================ processes and cores
+
+PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
+
+
+def end_with_parent(number: int) -> None:
+    """Have the system send this process a signal when the one that started it ends, so that none is left behind."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def usable_cores() -> int:

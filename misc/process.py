@@ -4,7 +4,6 @@ The collectives are no-ops when there is one process, so that callers need no se
 """
 
 import contextlib
-import ctypes
 import inspect
 import os
 import signal
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from misc.command import LOST, UserError, leave, print_error
+from misc.command import LOST, UserError, end_with_parent, leave, print_error
 
 # torch 2.14 renamed it.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -26,7 +25,6 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
 MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
-PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
 MAY_DIFFER = ("root_dir", "subjects", "no_progress")  # between machines, where what lies there is the same
 _waits: list[str] = []  # names of the waits so far
 _control: list = []  # the process group of small words between ranks, on CPUs; empty where there is one process
@@ -134,12 +132,6 @@ def _number(name: str, default: int) -> int:
     """A variable of the environment as a whole number; ``default`` where it is none."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
-
-
-def end_with_parent(number: int) -> None:
-    """Have the system send this process a signal when the one that started it ends, so that none is left behind."""
-    with contextlib.suppress(OSError, AttributeError):  # not on Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def end_process() -> None:

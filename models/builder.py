@@ -42,7 +42,7 @@ class DrasCLR(KeyQueues):
         mlp: put a hidden layer before the projection (MoCo v2).
         bn_groups: groups of this rank's consecutive samples with separate BatchNorm statistics; the publication has
             one on each of its GPUs.
-        variants: negatives, mask_own and one_queue of :meth:`KeyQueues.make_queues`.
+        negatives, mask_own, one_queue: unpublished variants, see :meth:`KeyQueues.make_queues`.
 
     Raises:
         ValueError: num_coordinates is not 1, or a variant is unknown.
@@ -61,7 +61,9 @@ class DrasCLR(KeyQueues):
         T: float,
         mlp: bool,
         bn_groups: int = 1,
-        **variants: str | bool,
+        negatives: str = "queue",
+        mask_own: bool = False,
+        one_queue: bool = False,
     ):
         super().__init__()
         if num_coordinates != 1:
@@ -78,7 +80,7 @@ class DrasCLR(KeyQueues):
                 encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        self.make_queues(num_patch, K, moco_dim, **variants)
+        self.make_queues(num_patch, K, moco_dim, negatives, mask_own, one_queue)
 
     def forward(
         self,
@@ -121,7 +123,7 @@ class DrasCLR(KeyQueues):
         batch = query_patch.shape[0]
         self._check(batch, {"pch_q": pch_q, "pch_k": pch_k, "ngb_q": ngb_q}, subjects)
 
-        # -------- queries: patches and neighbours in two BatchNorm passes
+        # -------- queries: patches, and neighbours in a BatchNorm pass of their own
         z, h = self.encoder_q(query_patch, query_loc)  # (B, dim), (B, rep_dim)
         queries = [F.normalize(z, dim=1)]  # (B, dim)
         if ngb_q is not None:

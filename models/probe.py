@@ -47,3 +47,17 @@ def observe(
         "queue_own": shared,
         "queue_age": age.float(),
     }
+
+
+def effective_rank(representations: torch.Tensor) -> float:
+    """How many directions representations (n, rep_dim) spread over: exp of the entropy of their variances.
+
+    After Roy and Vetterli (2007), of the covariance; 1 where they lie on a line, at most n - 1.
+    """
+    centred = representations.detach().float().cpu()
+    if not torch.isfinite(centred).all():
+        return float("nan")  # which no decomposition takes; the loss tells
+    centred = centred - centred.mean(dim=0)
+    variances = torch.linalg.svdvals(centred).square()
+    share = variances / variances.sum().clamp(min=1e-30)
+    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))

@@ -12,11 +12,12 @@ from models import probe
 from models.builder import DrasCLR
 
 STATISTICS = ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor", *probe.STATISTICS)
+OF_NEIGHBORS = ("loss_neighbor", "accuracy_neighbor")
 
 
 def statistic_names(neighbors: bool) -> tuple[str, ...]:
     """Names of a step's statistics in order; without the neighbour task its own are left out."""
-    return tuple(name for name in STATISTICS if neighbors or not name.endswith("_neighbor"))
+    return tuple(name for name in STATISTICS if neighbors or name not in OF_NEIGHBORS)
 
 
 class LocationTable(NamedTuple):
@@ -128,17 +129,3 @@ class Descent:
             self.optimizer.step()
             self.waiting = 0
         return stepped
-
-
-def effective_rank(representations: torch.Tensor) -> float:
-    """How many directions representations (n, rep_dim) spread over: exp of the entropy of their variances.
-
-    After Roy and Vetterli (2007), of the covariance; 1 where they lie on a line, at most n - 1.
-    """
-    centred = representations.detach().float().cpu()
-    if not torch.isfinite(centred).all():
-        return float("nan")  # which no decomposition takes; the loss tells
-    centred = centred - centred.mean(dim=0)
-    variances = torch.linalg.svdvals(centred).square()
-    share = variances / variances.sum().clamp(min=1e-30)
-    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))

@@ -1,6 +1,6 @@
 """Numbers of a tiny seeded run, kept in guard.json: who changes one, notices, without anything beside the clone.
 
-They were made by the code that reproduced the publication's recorded steps (models/test_reference.py), on
+They were made by the code that reproduced the publication's recorded steps (tests/models/test_reference.py), on
 torch 2.14. A change that is meant changes guard.json in the same commit, and says why.
 """
 

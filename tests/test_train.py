@@ -310,7 +310,7 @@ def test_without_the_neighbour_task_nothing_is_said_of_neighbours(store, run, tm
     torch.save(first, tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0001.pth.tar")
     flags = (*flags[:3], "b", *flags[4:])
     shown = run("train.py", *flags, "--resume", "auto", "--print-freq", 4, cwd=tmp_path).stdout
-    assert "note: --beta is 0, but this run began with the neighbours' pass and keeps it" in shown
+    assert "note: --beta is 0, but checkpoint_patch_0001.pth.tar was trained with the neighbours' pass" in shown
     assert all("loss_neighbor" in line for line in lines(tmp_path / "ssl_exp" / "b"))
     path = tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0002.pth.tar"
     found = torch.load(path, weights_only=True)
@@ -318,6 +318,16 @@ def test_without_the_neighbour_task_nothing_is_said_of_neighbours(store, run, tm
     for name, value in wanted["state_dict"].items():
         same = torch.equal(value, found["state_dict"][name])
         assert same != ("encoder_q" in name and (".running_" in name or "num_batches" in name)), name
+
+    # The other way round the statistics have other names: not within an epoch, and nothing is written before.
+    first["config"]["neighbor_pass"], first["step"] = False, 4
+    torch.save(first, folder / UNFINISHED)
+    before = (folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes()
+    refused = run(
+        "train.py", *flags[:3], "a", *flags[4:], "--resume", UNFINISHED, "--beta", 1, cwd=tmp_path, check=False
+    )
+    assert refused.returncode == 2 and "within an epoch without neighbours (--beta 0); give --beta 0" in refused.stderr
+    assert before == ((folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes())
 
 
 @pytest.mark.slow
@@ -376,6 +386,7 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--seed", 2**40), "below 2"),
         (("--bn-groups", 2), "--bn-groups 2 must be a divisor of --batch-size 3"),
         (("--gamma", 0, 2), "--gamma 0.0: at least 0.01"),
+        (("--gamma", 4, 1), "--gamma 4.0 1.0: the smallest exponent comes first"),
         (("--recipe", "big"), "--recipe big is neither published nor small"),
         (
             ("--rep-dim", 16, "--resume", "{a}"),

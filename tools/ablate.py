@@ -43,12 +43,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks, which the small recipe has not
 ARMS = {
     "full": FULL,
-    "no-neighbours": (*FULL, "--beta", "0"),
+    "no-neighbours": (*FULL, "--beta", "0"),  # BatchNorm's statistics come from patches alone too
     "one-expert": (*FULL, "--num-experts", "1"),
     # Negatives of the step, as in the small recipe, are of one place already: these two differ in the queue alone.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
-    "random": ("--lr", "0", "--epochs", "1", "--k-neighbors", "1"),  # a pass for BatchNorm's statistics
+    "random": ("--lr", "0", "--epochs", "1"),  # a pass for BatchNorm's statistics
 }
 COHORT_COLUMNS = (
     *("centrilobular_fraction", "mild_centrilobular_fraction", "moderate_centrilobular_fraction"),

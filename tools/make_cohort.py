@@ -19,8 +19,10 @@ run goes on with the subjects that are missing. Writes
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,8 +35,9 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from misc.command import OneOf, Parser, at_least, run
-from misc.files import file_hash, resume_folder, write_json, write_text
+from misc.command import OneOf, Parser, at_least, end_with_parent, run
+from misc.experiment import git_commit
+from misc.files import file_hash, held, remove_leftovers, resume_folder, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
@@ -80,8 +83,9 @@ def make_subject(
     made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
 ) -> tuple[dict, dict]:
     """The rows of ``job``, from its file in ``made`` if an earlier run has finished this subject."""
-    path = made / f"{subject_name(index)}.json"
-    if path.is_file():
+    sid, out_dir = subject_name(index), how[-1]
+    path = made / f"{sid}.json"
+    if path.is_file() and (out_dir / "image" / f"{sid}.nii.gz").is_file():
         labels, scanned = json.loads(path.read_text(encoding="utf-8"))
         return labels, scanned
     rows = job(seed, index, *how)
@@ -90,12 +94,12 @@ def make_subject(
 
 
 def work_key(args: argparse.Namespace) -> str:
-    """Changes with every flag that the subjects depend on."""
+    """Changes with every flag that the subjects depend on, and with the code."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
     }
     templates = [file_hash(path) for path in (args.template, args.template_mask) if path and Path(path).is_file()]
-    return repr((sorted(flags.items()), templates))
+    return repr((sorted(flags.items()), templates, git_commit()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,7 +147,7 @@ def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir)
     made = out_dir / ".made"  # rows of finished subjects, until all are there
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
+    with held(out_dir / ".lock", str(out_dir)), tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
         if args.template:
             image, labels = load_template(args.template, args.template_mask)
             sitk.WriteImage(image, os.path.join(workdir, "scan.nii.gz"))
@@ -153,15 +157,23 @@ def main() -> None:
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
+        remove_leftovers(out_dir, out_dir / "image", out_dir / "class")
         resume_folder(made, work_key(args))
         how = (given, args.scanners == "one", args.class_maps, out_dir)
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
-        with bar, ProcessPoolExecutor(args.num_workers) as pool:
-            for future in [pool.submit(make_subject, *job) for job in jobs]:
-                rows.append(future.result())
-                bar.update()
+        # No worker outlives a run that is killed, or it would write into the next one's folder.
+        with bar, ProcessPoolExecutor(args.num_workers, None, end_with_parent, (signal.SIGKILL,)) as pool:
+            futures = [pool.submit(make_subject, *job) for job in jobs]
+            try:
+                for future in futures:
+                    rows.append(future.result())
+                    bar.update()
+            except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                raise
     labels, scans = (pd.DataFrame(table) for table in zip(*rows))
     images = pd.DataFrame({"sid": labels["sid"], "image": [f"image/{sid}.nii.gz" for sid in labels["sid"]]})
     for name, table in (("dataset.csv", images), ("labels.csv", labels), ("scans.csv", scans)):

@@ -72,7 +72,7 @@ train "$@"
 echo
 echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
 head -n 17 "$data/patches/subjects.csv" > "$data/sixteen.csv"
-train --exp-name demo_untrained --epochs 1 --lr 0 --k-neighbors 1 --moco-k 16 --subjects "$data/sixteen.csv"
+train --exp-name demo_untrained --epochs 1 --lr 0 --moco-k 16 --subjects "$data/sixteen.csv"
 
 step "4/5 features, of the trained and of the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)

@@ -43,6 +43,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError(f"--num-coordinates {args.num_coordinates}: a location is one 3-D point, only 1 is defined")
     if not 0 < args.moco_t < math.inf:
         raise UserError(f"--moco-t {args.moco_t}: above 0")
+    if args.gamma[0] > args.gamma[1]:
+        raise UserError(f"--gamma {args.gamma[0]} {args.gamma[1]}: the smallest exponent comes first")
     if args.moco_k % args.batch_size:
         raise UserError(
             f"--moco-k {args.moco_k} is not a multiple of --batch-size {args.batch_size}; a queue takes whole batches, "

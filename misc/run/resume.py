@@ -6,14 +6,16 @@ from typing import Any
 
 from misc.command import UserError
 
-WITHOUT_NOTE = ("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep", "patience")
+WITHOUT_NOTE = (
+    *("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep", "patience"),
+    "neighbor_pass",  # which --beta decides
+)
 SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
 NOT_FLAGS = {
     "num_subjects": "number of subjects",
     "store_version": "store's version",
     "location_table": "table of locations",
     "world_size": "number of ranks",
-    "neighbor_pass": "pass of the neighbours",
 }
 CONSEQUENCES = {  # of a change, if the flag's name does not say it
     "epochs": "so the cosine's rates are others",
@@ -64,16 +66,25 @@ def note_changes(
     epoch, step = place
     changed = [name for name in before if settings.get(name, before[name]) != before[name]]
     for name in changed:
-        if name not in WITHOUT_NOTE:
+        unused = name == "k_neighbors" and not settings["neighbor_pass"]
+        if name not in WITHOUT_NOTE and not unused:
             shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             consequence = f", {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
             say(f"note: {shown} was {before[name]} in {source.name} and is {settings[name]} now{consequence}")
-    if settings["neighbor_pass"] and not settings["beta"]:
-        say("note: --beta is 0, but this run began with the neighbours' pass and keeps it, for BatchNorm's statistics")
+    had_pass, has_pass = before.get("neighbor_pass", True), settings["neighbor_pass"]
+    if has_pass and not settings["beta"]:
+        say(f"note: --beta is 0, but {source.name} was trained with the neighbours' pass, which is kept")
+    if has_pass and not had_pass:
+        say("note: BatchNorm's statistics come from neighbours too from here on")
     steps = f" and {step} steps" if step else ""
     say(f"resuming from {source}: {epoch} epochs done{steps}")
     if "optimizer" in changed:
         raise ResumeError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
+    if has_pass and not had_pass and step and not begins_anew:
+        raise ResumeError(
+            f"{source} is from within an epoch without neighbours (--beta 0); give --beta 0, or --start-epoch {epoch} "
+            "to begin that epoch again"
+        )
     for name in SETS_STEPS:
         if name in changed and step and not begins_anew:
             raise ResumeError(

@@ -3,11 +3,13 @@
 What log.jsonl said of them is kept under another name, as the checkpoints further on are.
 """
 
+import itertools
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from misc.files import write_text, write_whole
 
@@ -60,38 +62,63 @@ def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str,
     return counts
 
 
+class Record(NamedTuple):
+    """One record of a TensorBoard file."""
+
+    content: bytes
+    step: int
+    tags: list[str]  # of its curves
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The whole records of a TensorBoard file; a killed run may have left half a record at its end."""
+    from tensorboard_logger.tf_protobuf.event_pb2 import Event
+
+    data, offset = path.read_bytes(), 0
+    while offset + 12 <= len(data):  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", data, offset)
+        record = data[offset : offset + 16 + length]
+        if len(record) < 16 + length:
+            return
+        offset += len(record)
+        event = Event.FromString(record[12:-4])
+        tags = [value.tag for value in event.summary.value if value.WhichOneof("value") == "simple_value"]
+        yield Record(record, event.step, tags)
+
+
 def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
-    """Cut TensorBoard's files down to as many points of each curve as log.jsonl has lines.
+    """Cut TensorBoard's curves where log.jsonl ends.
 
     Args:
         folder: of the events.out.tfevents.* files.
-        counts: points that stay, of ``train/`` curves (step) and of ``epoch/`` curves (epoch).
+        counts: points that stay, of the longest ``train/`` curve (step) and of the longest ``epoch/`` curve (epoch).
+            A curve that began later has fewer; all are cut at the same place.
 
     Returns:
-        The last step of the ``train/`` curves that stays; 0 where none does.
+        The last step of the ``train/`` curves that stays; 0 if none does.
     """
-    from tensorboard_logger.tf_protobuf.event_pb2 import Event
+    paths = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    files = {path: list(read_records(path)) for path in paths}
+    curves: dict[str, list[int]] = {}  # rising steps of each curve
+    for record in itertools.chain(*files.values()):
+        for tag in record.tags:
+            points = curves.setdefault(tag, [])
+            if not points or record.step > points[-1]:
+                points.append(record.step)
+    ends = {}
+    for family, most in (("train", counts["step"]), ("epoch", counts["epoch"])):
+        longest = max((points for tag, points in curves.items() if tag.split("/")[0] == family), key=len, default=[])
+        ends[family] = longest[:most][-1] if longest[:most] else -1
 
-    most = {"train": counts["step"], "epoch": counts["epoch"]}
-    seen: dict[str, int] = {}
     last: dict[str, int] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
-        data, kept, offset = path.read_bytes(), [], 0
-        while offset + 12 <= len(data):  # length, its checksum, the event, its checksum
-            (length,) = struct.unpack_from("<Q", data, offset)
-            record = data[offset : offset + 16 + length]
-            if len(record) < 16 + length:
-                break  # half a record: the run was killed
-            offset += len(record)
-            event = Event.FromString(record[12:-4])
-            tags = [value.tag for value in event.summary.value if value.WhichOneof("value") == "simple_value"]
-            if any(
-                seen.get(tag, 0) >= most.get(tag.split("/")[0], 0) or event.step <= last.get(tag, -1) for tag in tags
-            ):
+    for path, records in files.items():
+        kept = []
+        for record in records:
+            late = any(record.step > ends.get(tag.split("/")[0], -1) for tag in record.tags)
+            if late or any(record.step <= last.get(tag, -1) for tag in record.tags):
                 continue
-            for tag in tags:
-                seen[tag], last[tag] = seen.get(tag, 0) + 1, event.step
-            kept.append(record)
-        if (whole := b"".join(kept)) != data:
+            last |= dict.fromkeys(record.tags, record.step)
+            kept.append(record.content)
+        if (whole := b"".join(kept)) != path.read_bytes():
             write_whole(path, lambda stream, whole=whole: stream.write(whole))
-    return max((step for tag, step in last.items() if tag.startswith("train/")), default=0)
+    return max(ends["train"], 0)

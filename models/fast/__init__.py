@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-_off: list[bool] = [os.environ.get("DRASCLR_FAST", "") == "off"]
+_off: list[bool] = [os.environ.get("DRASCLR_FAST", "").lower() not in ("", "on", "1")]
 
 
 def enabled() -> bool:

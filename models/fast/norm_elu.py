@@ -11,7 +11,10 @@ from models.fast import norm_elu_cpu, norm_elu_gpu
 def norm_elu(
     norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
 ) -> torch.Tensor | None:
-    """elu(norm(x)) for x (B, C, D, H, W), as :func:`models.cnn3d.norm_elu`; None if the plain path must do it."""
+    """elu(norm(x)) for x (B, C, D, H, W), as :func:`models.cnn3d.norm_elu`; None if the plain path must do it.
+
+    Under torch.compile there is one version only, whatever the switch says.
+    """
     if not norm.training:
         return None
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Reading a scan rightly, a kind of file a module. ``preprocess.scan`` is the door; nothing else imports from here."""
+"""Reading a scan rightly, a kind of file a module. ``preprocess.scan`` is the door."""
 
 from misc.command import UserError
 

@@ -51,21 +51,26 @@ def test_the_same_seed_gives_the_same_bytes(people):
 def test_a_finished_subject_is_not_made_again(tmp_path):
     made, calls = tmp_path / ".made", []
 
-    def job(seed, index, *how):
+    def job(seed, index, out_dir):
         calls.append(index)
         if index == 1:
             raise KeyboardInterrupt
-        return {"sid": f"{index}", "FEV1pp": 0.1 + 0.2}, {"sid": f"{index}", "died": 1, "how": list(how)}
+        (out_dir / "image").mkdir(exist_ok=True)
+        (out_dir / "image" / "0001.nii.gz").touch()
+        return {"sid": "0001", "FEV1pp": 0.1 + 0.2}, {"sid": "0001", "died": 1}
 
     resume_folder(made, "flags")
-    first = make_subject(made, job, 7, 0, "x")
+    first = make_subject(made, job, 7, 0, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        make_subject(made, job, 7, 1)
+        make_subject(made, job, 7, 1, tmp_path)
     resume_folder(made, "flags")
-    assert make_subject(made, job, 7, 0, "x") == first and calls == [0, 1]
+    assert make_subject(made, job, 7, 0, tmp_path) == first and calls == [0, 1]
     resume_folder(made, "other flags")
-    make_subject(made, job, 7, 0, "x")
+    make_subject(made, job, 7, 0, tmp_path)
     assert calls == [0, 1, 0]
+    (tmp_path / "image" / "0001.nii.gz").unlink()
+    make_subject(made, job, 7, 0, tmp_path)
+    assert calls == [0, 1, 0, 0]
 
 
 def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():

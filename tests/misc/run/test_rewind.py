@@ -8,14 +8,14 @@ from tensorboard_logger.tf_protobuf.event_pb2 import Event
 from misc.run.rewind import rewind_curves, rewind_log
 
 
-def steps_of(folder):
+def steps_of(folder, tag="train/loss"):
     found = []
     for path in sorted(folder.glob("events*")):
         data, offset = path.read_bytes(), 0
         while offset < len(data):
             length = int.from_bytes(data[offset : offset + 8], "little")
             event = Event.FromString(data[offset + 12 : offset + 12 + length])
-            found += [event.step for value in event.summary.value if value.tag == "train/loss"]
+            found += [event.step for value in event.summary.value if value.tag == tag]
             offset += length + 16
     return found
 
@@ -37,6 +37,17 @@ def test_each_step_is_told_once(tmp_path):
     assert [tuple(json.loads(line).values()) for line in kept[:-1]] == places[:4] and kept[-1] == "next"
     assert rewind_curves(tmp_path, counts) == 6 and steps_of(tmp_path) == [2, 4, 6]
     assert rewind_curves(tmp_path, {"step": 0, "epoch": 0}) == 0 and steps_of(tmp_path) == []
+
+
+def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
+    """As the neighbours' after a change of --beta 0."""
+    curves = Logger(str(tmp_path))
+    for step in range(1, 8):
+        curves.log_value("train/loss", 1.0, step)
+        if step > 3:
+            curves.log_value("train/loss_neighbor", 1.0, step)
+    assert rewind_curves(tmp_path, {"step": 5, "epoch": 0}) == 5
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and steps_of(tmp_path, "train/loss_neighbor") == [4, 5]
 
 
 def test_nothing_to_take_back_changes_nothing(tmp_path):
