@@ -126,8 +126,7 @@ class DrasCLR(KeyQueues):
         # -------- queries: patches, and neighbours in a BatchNorm pass of their own
         z, h = self.encoder_q(query_patch, query_loc)  # (B, dim), (B, rep_dim)
         queries = [F.normalize(z, dim=1)]  # (B, dim)
-        if ngb_q is not None:
-            neighbors = F.normalize(self._encode_neighbors(*ngb_q), dim=2)  # (B, k, dim)
+        neighbors = None if ngb_q is None else F.normalize(self._encode_neighbors(*ngb_q), dim=2)  # (B, k, dim)
 
         # -------- keys: momentum first, then the pass
         if move_keys:
@@ -137,14 +136,15 @@ class DrasCLR(KeyQueues):
 
         # -------- logits, with the queue as it was before this step's keys
         with torch.autocast(z.device.type, enabled=False):
-            if ngb_q is not None:
+            if neighbors is not None:
                 queries.append(neighbors.sum(dim=1))  # (B, dim); sum over k of r . x = (sum over k of r) . x
             logits = [similarity / self.T for similarity in self.compare(queries, keys, own, patch_idx, subjects)]
             statistics = observe(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
 
         self.enqueue(keys, patch_idx, None if subjects is None else process.all_gather_rows(subjects))
-        return Step(logits[0], logits[1] if ngb_q is not None else None, labels, h.detach(), statistics)
+        logits_ngb = None if neighbors is None else logits[1]
+        return Step(logits[0], logits_ngb, labels, h.detach(), statistics)
 
     def _encode_neighbors(self, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
         """All k neighbours in one BatchNorm pass: (B, k, 32, 32, 32), (1 or B, k, 3) -> (B, k, dim)."""
