@@ -29,6 +29,11 @@ class ResumeError(UserError):
     """A run cannot go on from, or start from, a checkpoint; the message says which flag would let it."""
 
 
+def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's run encoded neighbours; checkpoints that do not say, published ones too, always did."""
+    return before.get("neighbor_pass", True)
+
+
 def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
     """Whether neighbours are read and encoded at every step.
 
@@ -36,10 +41,9 @@ def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
 
     Args:
         beta: the flag's value; a warm-up does not change it.
-        before: settings of the checkpoint that the run goes on from, None for a new run. Checkpoints from before this
-            setting was recorded, published ones too, always had the pass.
+        before: settings of the checkpoint that the run goes on from, None for a new run.
     """
-    return beta > 0 or (before is not None and bool(before.get("neighbor_pass", True)))
+    return beta > 0 or (before is not None and had_neighbor_pass(before))
 
 
 def note_changes(
@@ -71,7 +75,7 @@ def note_changes(
             shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             consequence = f", {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
             say(f"note: {shown} was {before[name]} in {source.name} and is {settings[name]} now{consequence}")
-    had_pass, has_pass = before.get("neighbor_pass", True), settings["neighbor_pass"]
+    had_pass, has_pass = had_neighbor_pass(before), settings["neighbor_pass"]
     if has_pass and not settings["beta"]:
         say(f"note: --beta is 0, but {source.name} was trained with the neighbours' pass, which is kept")
     if has_pass and not had_pass:

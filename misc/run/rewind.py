@@ -119,6 +119,7 @@ def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
                 continue
             last |= dict.fromkeys(record.tags, record.step)
             kept.append(record.content)
-        if (whole := b"".join(kept)) != path.read_bytes():
+        whole = b"".join(kept)
+        if len(whole) != path.stat().st_size:
             write_whole(path, lambda stream, whole=whole: stream.write(whole))
     return max(ends["train"], 0)

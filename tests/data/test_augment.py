@@ -24,6 +24,7 @@ from data import augment, resample
 from data.augment import Augmentation
 from data.views import make_views, shift_to_zero, step_generators, to_input, to_unit
 from misc.command import UserError
+from misc.run.augmentation import LETTERS
 
 SIZE = (32, 32, 32)
 RANGE = 1264.0
@@ -299,6 +300,10 @@ def test_letters_are_applied_in_their_order():
     first = Augmentation("ga").apply(flat, [everyone, move], generator(6))
     last = Augmentation("ag").apply(flat, [move, everyone], generator(6))
     assert float(first.std()) < 0.8 * float(last.std())
+
+
+def test_every_letter_has_a_name_and_a_transform():
+    assert augment.TRANSFORMS.keys() == LETTERS.keys()
 
 
 def test_unknown_letter():

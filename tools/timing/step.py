@@ -11,12 +11,10 @@ from data.loader import make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
-from data.views import step_views
+from data.views import Views, step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.step import Descent, LocationTable, TrainingStep, make_optimizer
-
-Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class TimedStep:
