@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from data.device import Copier, LateCopies
 from data.labels import read_labels
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
@@ -104,7 +105,9 @@ def describe_origin(checkpoint: Path, place: tuple[int, int], store: PatchStore,
     """What these features are made from, for MADE_BY beside them."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
-    return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"}
+    return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
+        "precision": "bf16" if amp == "bf16" else process.precision()
+    }
 
 
 def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -192,6 +195,7 @@ def encode_pieces(
         patches = torch.from_numpy(store.read(batch.piece.locations[batch.column], batch.rows))
         return patches.pin_memory() if device.type == "cuda" else patches
 
+    copy, late = Copier(device), LateCopies(device)
     frozen, frozen_from, result = [], -1, None
     for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
         piece = batch.piece
@@ -199,13 +203,16 @@ def encode_pieces(
         first = location - location % LOCATIONS_AT_ONCE
         if first != frozen_from:
             frozen, frozen_from = freeze(encoder, locations[first : first + LOCATIONS_AT_ONCE], dtype), first
-        h = frozen[location - first](patches.to(device, non_blocking=True), to_input)  # (b, rep_dim)
+        h = frozen[location - first](*copy(patches), to_input)  # (b, rep_dim)
         if result is None:  # on the device: a copy for every batch would wait for it every time
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:
-            yield piece, refuse_not_finite(result.cpu().numpy(), piece, store)
+            for done, features in late.add(piece, result):
+                yield done, refuse_not_finite(features, done, store)
             result = None
+    for done, features in late.rest():
+        yield done, refuse_not_finite(features, done, store)
 
 
 def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:

@@ -27,12 +27,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.augment import Augmentation
-from data.dataset import PatchDataset
+from data.dataset import Draw, PatchDataset
+from data.device import BatchCarrier, ResidentPatches
 from data.loader import batches, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
-from data.views import grid_of_views, step_views
+from data.views import StepDraws, StepViews, grid_of_views
 from misc import process
 from misc.command import StopRequest, run, usable_cores
 from misc.experiment import Experiment, running_code
@@ -46,10 +47,11 @@ from misc.sizes import bn_groups, groups_of_rank
 from models.builder import DrasCLR
 from models.checkpoint import intact, read_config
 from models.cnn3d import Encoder
+from models.fast.graph import RecordedStep, can_record
 from models.fast.memory import keep_freed_memory
 from models.probe import effective_rank
 from models.state import TrainingState, start_from
-from models.step import Descent, LocationTable, TrainingStep, make_optimizer, statistic_names
+from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer, statistic_names
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -70,19 +72,22 @@ class Data(NamedTuple):
     loader: DataLoader
     workers: int  # of this rank
     table: LocationTable
+    carrier: BatchCarrier
 
 
-def open_data(args: argparse.Namespace, device: torch.device, neighbors: int) -> Data:
-    """The store and this rank's share of its batches, with so many neighbours. Raises StoreError."""
+def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, draw: Draw) -> Data:
+    """The store and this rank's share of its batches, with so many neighbours and drawn so. Raises StoreError."""
     rank, world = process.rank(), process.world_size()
     store = PatchStore(args.root_dir, require_grouped=True, subjects=args.subjects)
-    dataset = PatchDataset(store, neighbors)
+    dataset = PatchDataset(store, neighbors, draw)
+    resident = ResidentPatches.fitting(store, dataset.neighbors, device)
+    dataset.read = resident is None
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
     sampler = LocationBatchSampler(*sizes, rank, world, args.location_order)
     workers = math.ceil(min(args.workers, usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
-    return Data(store, sampler, loader, workers, table)
+    return Data(store, sampler, loader, workers, table, BatchCarrier(device, resident))
 
 
 def describe_store(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
@@ -131,18 +136,17 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     # -------------------------------------------------------- data
     # The checkpoint says whether neighbours are read, so its settings are needed before the data.
     neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
-    data = open_data(args, device, args.k_neighbors if neighbor_pass else 0)
+    draws = StepDraws(Augmentation(args.augmentation, ranges_of(args)), args.seed, groups)
+    data = open_data(args, device, args.k_neighbors if neighbor_pass else 0, draws)
     store, sampler = data.store, data.sampler
     settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.facts()}
     process.agree({**settings, "resumed checkpoint": resume, **running_code()})
-    augmentation = Augmentation(args.augmentation, ranges_of(args))
     for text in describe_store(args, store):
         say(f"note: {text}")
 
     # -------------------------------------------------------- model
     model = build_model(args, store.num_locations, len(groups)).to(device)
     optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay, args.optimizer)
-    descend = Descent(optimizer, args.accumulate)
 
     # -------------------------------------------------------- restore
     state = TrainingState(model, optimizer, device, args.arch, settings)
@@ -171,6 +175,10 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         model.encoder_q.compile()
         model.encoder_k.compile()
     training_step = process.data_parallel(TrainingStep(model, data.table, args.amp == "bf16"), device).train()
+    views = StepViews(draws, device)
+    advance = WholeStep(views, training_step, Descent(optimizer, args.accumulate))
+    if can_record(device, advance, args):
+        advance = RecordedStep(advance, views.generators, say)
     if rank == 0:
         experiment.write_config({**settings, "num_patch": store.num_locations})
         if args.save_initial and resume is None:
@@ -187,7 +195,6 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     stop.listen()  # asked to stop, all ranks end after the step under way, which the first one saves
 
     # -------------------------------------------------------- loop
-    move_keys = True  # the key encoder moves with the query encoder: not in the batches between optimiser steps
     for epoch in range(start, args.epochs):
         skip, sums = (skip, sums) if epoch == start else (0, None)
         rate = optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
@@ -197,19 +204,17 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         log.start_epoch(epoch, skip)
         reader = watched(batches(data.loader, say), epoch, skip, args.patience)
         for done, batch in enumerate(reader, start=skip + 1):
-            views = step_views(batch, augmentation, args.seed, groups, device)
-            subjects = batch.subjects.to(device, non_blocking=True)
-            outcome = training_step(batch.location, views, beta, subjects, move_keys)
-            stepped = move_keys = descend(outcome.loss, last=done == len(sampler))
+            views.seed(batch.epoch, batch.location, batch.step)
+            step = advance(Inputs(*data.carrier(batch)), beta, last=done == len(sampler))
 
-            meters.add(outcome.statistics)
-            log.advance(lambda views=views: grid_of_views(views))
+            meters.add(step.outcome.statistics)
+            log.advance(lambda step=step: grid_of_views(step.views))
             if done % args.print_freq == 0 or done == len(sampler):
-                representation = process.all_gather_rows(outcome.representation)  # (B, rep_dim) of all ranks
+                representation = process.all_gather_rows(step.outcome.representation)  # (B, rep_dim) of all ranks
                 means = {**meters.read(), "effective_rank": effective_rank(representation)}
                 saver.check(epoch, done, batch.location, means, meters)
                 log.step(epoch, done, batch.location, meters.last_count, means, rate)
-            if stepped and done < len(sampler):
+            if step.stepped and done < len(sampler):
                 saver.after_step(epoch, done, meters)
         saver.after_epoch(epoch + 1)
         log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # reported once it is saved

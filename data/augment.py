@@ -1,13 +1,14 @@
 """Augmentation of a whole mini-batch on the training device, with MONAI's meaning.
 
 Each letter is one transform; a string of letters applies them in order. ``draw`` makes the random
-parameters of every sample (small tensors on the CPU), ``apply`` uses them, so that a test can hand
-the same parameters to MONAI's own transforms.
+parameters of every sample, which a test can hand to MONAI's own transforms; ``prepare`` computes from
+them the tensors that ``apply`` reads, so that nothing is computed on the CPU within a step on a GPU.
 
 A sample is a volume of C channels that share every parameter: a patch has one channel, the k
 neighbours of a subject are one volume of k channels. Axes are the array's, (z, y, x) for a patch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,22 +25,36 @@ FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels: less changes nothing, and 0 has no kernel
 
+Noise = Callable[[torch.Tensor], torch.Tensor]  # normal noise of unit variance, shaped as the volumes that it is for
+
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
-def _moved(drawn: torch.Tensor, volumes: torch.Tensor) -> torch.Tensor:
-    """Parameters where the volumes are, numbers in their dtype, indices as they are.
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """(n,) -> (n, 1, 1, 1, 1), beside volumes."""
+    return values[:, None, None, None, None]
 
-    From pinned memory, because a copy from ordinary memory waits until a GPU has done all that it
-    was given before; the step after would start only then.
+
+def _where_chosen(
+    chosen: torch.Tensor,
+    work: Callable[..., torch.Tensor],
+    volumes: torch.Tensor,
+    *parameters: torch.Tensor,
+    dense: bool,
+) -> torch.Tensor:
+    """``work(volumes, *parameters)`` of the samples that are chosen, (n,) bool, the others as they are.
+
+    ``dense``: computed for all, in tensors of sizes that no draw decides, as a GPU wants it. Else for the chosen alone,
+    which takes a CPU less time.
     """
-    if drawn.is_floating_point():
-        drawn = drawn.to(volumes.dtype)
-    if volumes.device.type == "cuda":
-        drawn = drawn.pin_memory()
-    return drawn.to(volumes.device, non_blocking=True)
+    if dense:
+        return torch.where(_wide(chosen), work(volumes, *parameters), volumes)
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
+        return volumes
+    return volumes.index_copy(0, rows, work(volumes[rows], *(values[rows] for values in parameters)))
 
 
 # ---------------------------------------------------------------- affine, elastic
@@ -54,9 +69,13 @@ def draw_affine(count: int, size: Sequence[int], generator: torch.Generator, ran
     }
 
 
-def apply_affine(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+def prepare_affine(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    return {"matrix": affine_matrix(parameters)}
+
+
+def apply_affine(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
-    return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), volumes.shape[2:]))
+    return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:]))
 
 
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
@@ -83,21 +102,23 @@ def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF
     return torch.where(distance.abs() <= tail[:, None, None], band.clamp(min=0), 0.0)
 
 
-def _along_axes(volumes: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Volumes (n, C, D, H, W) times each sample's own matrix, (n, size, size), along each axis in turn."""
-    for subscripts, matrix in zip(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd"), matrices, strict=True):
-        volumes = torch.einsum(subscripts, _moved(matrix, volumes), volumes)
+def _along_axes(volumes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+    """Volumes (n, C, D, H, W) times each sample's own band, (n, size, size), along each axis in turn."""
+    for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
+        volumes = torch.einsum(subscripts, parameters[f"band{axis}"], volumes)
     return volumes
 
 
-def apply_elastic(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
-    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
-    size = volumes.shape[2:]
-    offset = _moved(parameters["offset"], volumes)  # (n, 3, *size)
-    offset = _along_axes(offset, [gaussian_band(parameters["sigma"], length) for length in size])
-    offset = offset * _moved(parameters["magnitude"], volumes)[:, None, None, None, None]
+def prepare_elastic(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    bands = {f"band{axis}": gaussian_band(parameters["sigma"], length) for axis, length in enumerate(size)}
+    offset = {"offset": parameters["offset"], "magnitude": parameters["magnitude"]}
+    return offset | bands | prepare_affine(parameters, size)
 
-    return sample(volumes, voxel_coordinates(_moved(affine_matrix(parameters), volumes), size, offset))
+
+def apply_elastic(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
+    offset = _along_axes(parameters["offset"], parameters) * _wide(parameters["magnitude"])  # (n, 3, *size)
+    return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:], offset))
 
 
 # ---------------------------------------------------------------- flip, noise, contrast
@@ -107,63 +128,47 @@ def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, range
     return {"flip": torch.rand(count, 3, generator=generator) < FLIP_PROB}
 
 
-def apply_flip(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+def apply_flip(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandFlip on each axis by itself. Not in the publication."""
-    volumes = volumes.clone()
-    for axis in range(3):
-        chosen = _moved(parameters["flip"][:, axis].nonzero()[:, 0], volumes)
-        if len(chosen):
-            volumes[chosen] = volumes[chosen].flip(axis + 2)
+    for axis, chosen in enumerate(parameters["flip"].bool().unbind(dim=1), start=2):
+        volumes = _where_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
     return volumes
 
 
 def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {
-        "chosen": (torch.rand(count, generator=generator) < ranges.noise_prob).nonzero()[:, 0],
+        "chosen": torch.rand(count, generator=generator) < ranges.noise_prob,
         "std": _uniform((count,), 0.0, ranges.noise_std, generator),
     }
 
 
-def apply_noise(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
-    """monai.transforms.RandGaussianNoise: the standard deviation is itself drawn.
+def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """monai.transforms.RandGaussianNoise: the standard deviation is itself drawn."""
 
-    ``parameters["noise"]``, of unit variance, replaces the generator's where it is given.
-    """
-    chosen = parameters["chosen"]
-    if not len(chosen):
-        return volumes
-    noise = parameters.get("noise")
-    if noise is None:
-        noise = torch.randn(
-            len(chosen), *volumes.shape[1:], generator=generator, device=volumes.device, dtype=volumes.dtype
-        )
-    std = _moved(parameters["std"][chosen], volumes)
-    noise = noise * std[:, None, None, None, None]
-    return volumes.index_add(0, _moved(chosen, volumes), noise)
+    def work(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        return some + noise(some) * _wide(std)
+
+    return _where_chosen(parameters["chosen"].bool(), work, volumes, parameters["std"], dense=dense)
 
 
 def draw_contrast(
     count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
 ) -> Parameters:
     return {
-        "chosen": (torch.rand(count, generator=generator) < ranges.contrast_prob).nonzero()[:, 0],
+        "chosen": torch.rand(count, generator=generator) < ranges.contrast_prob,
         "gamma": _uniform((count,), *ranges.gamma, generator),
     }
 
 
-def apply_contrast(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandAdjustContrast: gamma between the minimum and maximum over all channels."""
-    chosen = parameters["chosen"]
-    if not len(chosen):
-        return volumes
-    rows = _moved(chosen, volumes)
-    some = volumes[rows]
-    flat = some.flatten(1)
-    low = flat.amin(1)[:, None, None, None, None]
-    span = flat.amax(1)[:, None, None, None, None] - low
-    gamma = _moved(parameters["gamma"][chosen], volumes)[:, None, None, None, None]
-    some = ((some - low) / (span + CONTRAST_EPSILON)).pow(gamma) * span + low
-    return volumes.index_copy(0, rows, some)
+
+    def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        low, high = some.flatten(1).aminmax(dim=1)
+        low, span = _wide(low), _wide(high - low)
+        return ((some - low) / (span + CONTRAST_EPSILON)).pow(_wide(gamma)) * span + low
+
+    return _where_chosen(parameters["chosen"].bool(), work, volumes, parameters["gamma"], dense=dense)
 
 
 # ---------------------------------------------------------------- smoothing, shift
@@ -173,41 +178,44 @@ def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ran
     return {"sigma": _uniform((count, 3), 0.0, ranges.smooth, generator)}
 
 
-def apply_smooth(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
-    """monai.transforms.RandGaussianSmooth, each axis with a sigma of its own, as kernels and slices blur. Unpublished.
+def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    """At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim."""
+    bands = {}
+    for axis, length in enumerate(size):
+        band = gaussian_band(parameters["sigma"][:, axis].clamp(min=SMOOTH_LEAST), length, SMOOTH_CUTOFF)
+        bands[f"band{axis}"] = band / band.sum(dim=2, keepdim=True)  # (n, length, length)
+    return bands
 
-    At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim.
-    """
-    bands = []
-    for sigma, length in zip(parameters["sigma"].clamp(min=SMOOTH_LEAST).unbind(dim=1), volumes.shape[2:]):
-        band = gaussian_band(sigma, length, SMOOTH_CUTOFF)  # (n, length, length)
-        bands.append(band / band.sum(dim=2, keepdim=True))
-    return _along_axes(volumes, bands)
+
+def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """monai.transforms.RandGaussianSmooth, each axis with a sigma of its own, as kernels and slices do. Unpublished."""
+    return _along_axes(volumes, parameters)
 
 
 def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {"offset": _uniform((count,), -ranges.shift, ranges.shift, generator)}
 
 
-def apply_shift(volumes: torch.Tensor, parameters: Parameters, generator: torch.Generator) -> torch.Tensor:
+def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandShiftIntensity: the same HU for all voxels, as a deeper breath takes off. Unpublished."""
-    return volumes + _moved(parameters["offset"], volumes)[:, None, None, None, None]
+    return volumes + _wide(parameters["offset"])
 
 
 class Transform(NamedTuple):
     """What a letter stands for."""
 
     draw: Callable[[int, Sequence[int], torch.Generator, Ranges], Parameters]
-    apply: Callable[[torch.Tensor, Parameters, torch.Generator], torch.Tensor]
+    apply: Callable[[torch.Tensor, Parameters, Noise, bool], torch.Tensor]
+    prepare: Callable[[Parameters, Sequence[int]], Parameters] = lambda parameters, size: parameters
 
 
 TRANSFORMS = {  # their names and ranges are in misc/run/augmentation.py
     "f": Transform(draw_flip, apply_flip),
-    "a": Transform(draw_affine, apply_affine),
-    "e": Transform(draw_elastic, apply_elastic),
+    "a": Transform(draw_affine, apply_affine, prepare_affine),
+    "e": Transform(draw_elastic, apply_elastic, prepare_elastic),
     "g": Transform(draw_noise, apply_noise),
     "c": Transform(draw_contrast, apply_contrast),
-    "s": Transform(draw_smooth, apply_smooth),
+    "s": Transform(draw_smooth, apply_smooth, prepare_smooth),
     "i": Transform(draw_shift, apply_shift),
 }
 
@@ -230,14 +238,41 @@ class Augmentation:
         """Parameters of ``count`` samples of spatial ``size``, one entry per letter."""
         return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
-    def apply(
-        self, volumes: torch.Tensor, parameters: Sequence[Parameters], generator: torch.Generator
-    ) -> torch.Tensor:
-        """Transform (n, C, D, H, W); the input is not modified. ``generator`` makes the noise."""
-        for letter, drawn in zip(self.letters, parameters, strict=True):
-            volumes = TRANSFORMS[letter].apply(volumes, drawn, generator)
-        return volumes
+    def prepare(self, drawn: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:
+        """What ``apply`` reads, (n, ...) each, from what was drawn."""
+        pairs = zip(self.letters, drawn, strict=True)
+        return [TRANSFORMS[letter].prepare(parameters, size) for letter, parameters in pairs]
 
-    def __call__(self, volumes: torch.Tensor, parameters: torch.Generator, noise: torch.Generator) -> torch.Tensor:
-        """Draw for every sample and apply."""
-        return self.apply(volumes, self.draw(len(volumes), volumes.shape[2:], parameters), noise)
+    def pack(self, prepared: Sequence[Parameters], count: int) -> torch.Tensor:
+        """All of them as one tensor, (count, W) float32, to be copied to a GPU at once."""
+        values = [value for parameters in prepared for value in parameters.values()]
+        packed = [value.reshape(count, -1).to(torch.float32) for value in values]
+        return torch.cat(packed, dim=1) if packed else torch.zeros(count, 0)
+
+    def unpack(self, packed: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
+        """The inverse of :meth:`pack`, as views."""
+        shapes = [{name: value.shape[1:] for name, value in some.items()} for some in self._example(tuple(size))]
+        values = iter(packed.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
+        count = len(packed)
+        return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has one or two of them
+    def _example(self, size: tuple[int, ...]) -> list[Parameters]:
+        """What is prepared for one sample, for the shapes."""
+        return self.prepare(self.draw(1, size, torch.Generator()), size)
+
+    def apply(
+        self, volumes: torch.Tensor, prepared: Sequence[Parameters], noise: Noise, dense: bool = False
+    ) -> torch.Tensor:
+        """Transform (n, C, D, H, W); the input is not modified.
+
+        Args:
+            volumes: in [0, 1264].
+            prepared: of :meth:`prepare` or :meth:`unpack`.
+            noise: makes the noise of ``g``.
+            dense: in tensors of sizes that no draw decides, as a GPU wants it; else less is computed.
+        """
+        for letter, parameters in zip(self.letters, prepared, strict=True):
+            parameters = {name: value.to(volumes) for name, value in parameters.items()}
+            volumes = TRANSFORMS[letter].apply(volumes, parameters, noise, dense)
+        return volumes

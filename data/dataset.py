@@ -1,5 +1,6 @@
 """Batches of raw patches with their neighbours, read from the store."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from data.prefetch import will_need
 from data.sampler import BatchIndex
 from data.store import PatchStore
 
+Draw = Callable[[BatchIndex, bool], torch.Tensor]
+
 
 class PatchBatch(NamedTuple):
     """One step's input, in HU, before augmentation."""
@@ -18,9 +21,10 @@ class PatchBatch(NamedTuple):
     epoch: int
     location: int
     step: int
-    patches: torch.Tensor  # (B, 32, 32, 32) int16, or float32 if the store is of floats
+    patches: torch.Tensor | None  # (B, 32, 32, 32) int16, or float32 if the store is of floats; None if not read
     neighbors: torch.Tensor | None = None  # (B, k, 32, 32, 32); None without the neighbour task
     subjects: torch.Tensor | None = None  # (B,) int64, rows of the store
+    draws: torch.Tensor | None = None  # (2 or 3, B, W) float32, of data.views.StepDraws
 
 
 class PatchDataset(Dataset):
@@ -29,10 +33,12 @@ class PatchDataset(Dataset):
     Args:
         store: grouped store.
         k_neighbors: neighbours of each location to read with it; 0 reads none.
+        draw: the transforms' random parameters, of a batch's index and whether it has neighbours.
+        read: False leaves the patches to whoever has them already, and gives none.
     """
 
-    def __init__(self, store: PatchStore, k_neighbors: int):
-        self.store = store
+    def __init__(self, store: PatchStore, k_neighbors: int, draw: Draw | None = None, read: bool = True):
+        self.store, self.draw, self.read = store, draw, read
         self.neighbors = neighbor_table(store.locations, k_neighbors)  # (L, k)
         self._location = -1
 
@@ -45,14 +51,18 @@ class PatchDataset(Dataset):
         self._location = location
 
     def __getitem__(self, index: BatchIndex) -> PatchBatch:
-        self._prefetch_next(index.location)
-        patches = self.store.read(index.location, index.rows)  # (B, 32, 32, 32)
-        neighbors = [self.store.read(int(neighbor), index.rows) for neighbor in self.neighbors[index.location]]
+        patches = neighbors = None
+        if self.read:
+            self._prefetch_next(index.location)
+            patches = torch.from_numpy(np.ascontiguousarray(self.store.read(index.location, index.rows)))
+            near = [self.store.read(int(neighbor), index.rows) for neighbor in self.neighbors[index.location]]
+            neighbors = torch.from_numpy(np.stack(near, axis=1)) if near else None  # (B, k, 32, 32, 32)
         return PatchBatch(
             index.epoch,
             index.location,
             index.step,
-            torch.from_numpy(np.ascontiguousarray(patches)),
-            torch.from_numpy(np.stack(neighbors, axis=1)) if neighbors else None,  # (B, k, 32, 32, 32)
+            patches,
+            neighbors,
             torch.from_numpy(np.asarray(index.rows, dtype=np.int64)),
+            None if self.draw is None else self.draw(index, self.neighbors.shape[1] > 0),
         )

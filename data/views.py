@@ -1,28 +1,28 @@
 """From raw patches to the network's input: the views of a training step, and patches as they are."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from data.augment import Augmentation
-from data.dataset import PatchBatch
-from misc.sizes import HU_MAX, HU_MIN
+from data.sampler import BatchIndex
+from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 
 HALF_RANGE = (HU_MAX - HU_MIN) / 2  # 632 HU; intensities are (HU + 1024) / 632 - 1, in [-1, 1]
+PATCH = (PATCH_SIZE,) * 3
 INPUT_CHUNK = 16  # patches converted together on the CPU, so that they stay in its cache
 
 
-def step_generators(
-    seed: int, epoch: int, location: int, step: int, group: int, device: torch.device
-) -> tuple[torch.Generator, torch.Generator]:
-    """Two streams for one step of one group: parameters on the CPU, noise on the device.
+def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
+    """Seeds of the parameters' and of the noise's stream, for one step of one group.
 
     Five numbers in, so no two steps, epochs, locations or groups share a stream, and a resumed run
     draws what the uninterrupted one would have drawn, on however many ranks.
     """
     state = np.random.SeedSequence([seed, epoch, location, step, group]).generate_state(2, np.uint64)
-    parameters = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-    noise = torch.Generator(device).manual_seed(int(state[1] >> np.uint64(1)))
-    return parameters, noise
+    return int(state[0] >> np.uint64(1)), int(state[1] >> np.uint64(1))
 
 
 def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
@@ -47,60 +47,119 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return x[:, None]
 
 
-Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # query, key, neighbours
+class StepDraws(NamedTuple):
+    """Draws the random parameters of a rank's share of each step, in a data-loader worker or where the step is made.
+
+    Attributes:
+        augmentation: what to draw for.
+        seed: of the run.
+        groups: numbers, over all ranks, of the groups that the share is dealt to; each has streams of its own.
+    """
+
+    augmentation: Augmentation
+    seed: int
+    groups: range
+
+    def __call__(self, index: BatchIndex, neighbors: bool, size: Sequence[int] = PATCH) -> torch.Tensor:
+        """(2 or 3, B, W) float32, packed: of query, key and, if there are ``neighbors``, these."""
+        count = len(index.rows) // len(self.groups)
+        drawn = []
+        for group in self.groups:
+            seed, _ = stream_seeds(self.seed, index.epoch, index.location, index.step, group)
+            generator = torch.Generator().manual_seed(seed)
+            views = list(self._draw(2 * count, size, generator).chunk(2))  # query and key
+            if neighbors:  # the k of a subject are one volume and share one draw
+                views.append(self._draw(count, size, generator))
+            drawn.append(torch.stack(views))
+        return torch.cat(drawn, dim=1)
+
+    def _draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        drawn = self.augmentation.draw(count, size, generator)
+        return self.augmentation.pack(self.augmentation.prepare(drawn, size), count)  # (count, W)
 
 
-def make_views(
-    patches: torch.Tensor,
-    neighbors: torch.Tensor | None,
-    augmentation: Augmentation,
-    generators: tuple[torch.Generator, torch.Generator],
-) -> Views:
-    """The inputs of a step from raw HU.
+class Views(NamedTuple):
+    """The inputs of a training step, in the network's units."""
+
+    query: torch.Tensor  # (B, 1, 32, 32, 32)
+    key: torch.Tensor  # (B, 1, 32, 32, 32), another view of the same patches
+    neighbors: torch.Tensor | None  # (B, k, 32, 32, 32), one view
+
+
+class StepViews:
+    """Makes the views of one rank's share of a step.
 
     Args:
-        patches: (B, 32, 32, 32).
-        neighbors: (B, k, 32, 32, 32); the k of a subject are one volume and share one draw. Or None.
-        augmentation: what to apply.
-        generators: from :func:`step_generators`.
-
-    Returns:
-        Two independent views of the patches, each (B, 1, 32, 32, 32), and one of the neighbours,
-        (B, k, 32, 32, 32); all in the network's units.
+        draws: of the parameters.
+        device: where they are made.
+        dense: all groups at once, in operations whose sizes no draw decides, so that a GPU's kernels can be recorded.
+            Default: on a GPU. Else group by group, and each transform only for the samples that are drawn for it.
     """
-    batch = len(patches)
-    shifted = shift_to_zero(patches)[:, None]  # (B, 1, 32, 32, 32)
-    views = augmentation(torch.cat([shifted, shifted]), *generators)  # (2 B, 1, 32, 32, 32)
-    if neighbors is not None:
-        neighbors = to_unit(augmentation(shift_to_zero(neighbors), *generators))  # (B, k, 32, 32, 32)
-    views = to_unit(views)  # (2 B, 1, 32, 32, 32)
-    return views[:batch], views[batch:], neighbors
 
+    def __init__(self, draws: StepDraws, device: torch.device, dense: bool | None = None):
+        self.augmentation, self.draws = draws.augmentation, draws
+        self.dense = device.type != "cpu" if dense is None else dense
+        self.generators = [torch.Generator(device) for _ in draws.groups]  # of the noise
 
-def step_views(batch: PatchBatch, augmentation: Augmentation, seed: int, groups: range, device: torch.device) -> Views:
-    """The views of one rank's share of a training step, on ``device``; see :func:`make_views`.
+    def seed(self, epoch: int, location: int, step: int) -> None:
+        """Begin each group's stream of noise for a step."""
+        for group, generator in zip(self.draws.groups, self.generators):
+            generator.manual_seed(stream_seeds(self.draws.seed, epoch, location, step, group)[1])
 
-    ``groups`` are the numbers, over all ranks, of the groups that the share is dealt to; each has streams of its own.
-    """
-    patches = batch.patches.to(device, non_blocking=True).chunk(len(groups))  # of each group (b, 32, 32, 32)
-    neighbors = [None] * len(groups)
-    if batch.neighbors is not None:
-        neighbors = batch.neighbors.to(device, non_blocking=True).chunk(len(groups))  # (b, k, 32, 32, 32)
-    views = []
-    for group, of_group, near in zip(groups, patches, neighbors, strict=True):
-        generators = step_generators(seed, batch.epoch, batch.location, batch.step, group, device)
-        views.append(make_views(of_group, near, augmentation, generators))
-    if len(views) == 1:
-        return views[0]
-    query, key, near = zip(*views)
-    return torch.cat(query), torch.cat(key), None if batch.neighbors is None else torch.cat(near)
+    def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, draws: torch.Tensor) -> Views:
+        """The views of a step that :meth:`seed` has begun.
+
+        Args:
+            patches: (B, 32, 32, 32) HU, on the device like the others.
+            neighbors: (B, k, 32, 32, 32) HU, or None.
+            draws: (2 or 3, B, W), of :class:`StepDraws`.
+        """
+        if self.dense:
+            return self._make(patches, neighbors, draws, self.generators)
+        count = len(self.generators)
+        near = [None] * count if neighbors is None else neighbors.chunk(count)
+        shares = zip(patches.chunk(count), near, draws.chunk(count, dim=1), self.generators, strict=True)
+        views = [self._make(*share, [generator]) for *share, generator in shares]
+        if count == 1:
+            return views[0]
+        query, key, around = zip(*views)
+        return Views(torch.cat(query), torch.cat(key), None if neighbors is None else torch.cat(around))
+
+    def _make(
+        self,
+        patches: torch.Tensor,
+        neighbors: torch.Tensor | None,
+        draws: torch.Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Views:
+        """The views of the groups that the generators are of, each an equal share of the samples in order."""
+        batch, size = len(patches), patches.shape[1:]
+
+        def noise(like: torch.Tensor) -> torch.Tensor:
+            if len(generators) == 1:
+                return torch.randn(like.shape, generator=generators[0], device=like.device, dtype=like.dtype)
+            # (m, groups, b, C, D, H, W): of the m views of a batch, each group's own samples
+            blocks = like.new_empty(len(like) // batch, len(generators), batch // len(generators), *like.shape[1:])
+            for of_group, generator in zip(blocks.unbind(dim=1), generators):
+                of_group.copy_(torch.randn(of_group.shape, generator=generator, device=like.device, dtype=like.dtype))
+            return blocks.flatten(0, 2)
+
+        def augment(volumes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+            unpacked = self.augmentation.unpack(packed, size)
+            return to_unit(self.augmentation.apply(volumes, unpacked, noise, self.dense))
+
+        shifted = shift_to_zero(patches)[:, None]  # (B, 1, 32, 32, 32)
+        views = augment(torch.cat([shifted, shifted]), draws[:2].flatten(0, 1))  # (2 B, 1, 32, 32, 32)
+        if neighbors is not None:
+            neighbors = augment(shift_to_zero(neighbors), draws[2])  # (B, k, 32, 32, 32)
+        return Views(views[:batch], views[batch:], neighbors)
 
 
 def grid_of_views(views: Views, subjects: int = 8) -> np.ndarray:
     """What the encoders see, as a picture: a column a subject; rows are query, key and each neighbour.
 
     Args:
-        views: from :func:`step_views`.
+        views: of :class:`StepViews`.
         subjects: how many of the batch to show.
 
     Returns:

@@ -38,7 +38,7 @@ class DeviceError(UserError):
 
 
 def start_process(device: str, patience: float = PATIENCE) -> torch.device:
-    """Choose this process's device and, under torchrun, join the process group.
+    """Choose this process's device, in float32, and, under torchrun, join the process group.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
@@ -62,6 +62,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
         chosen = torch.device("cuda", local_rank)
     else:
         chosen = torch.device("cpu")
+    set_arithmetic(tf32=False, deterministic=False)
     if "RANK" in os.environ and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent(signal.SIGTERM)
@@ -80,7 +81,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
 
 
 def set_arithmetic(tf32: bool, deterministic: bool) -> None:
-    """How a GPU computes; a CPU computes the same bytes again in any case.
+    """How a GPU computes; a CPU computes the same bytes again in any case. torch itself starts with TF32 convolutions.
 
     Args:
         tf32: products in TF32.
@@ -91,6 +92,12 @@ def set_arithmetic(tf32: bool, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks when it is first used
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def precision() -> str:
+    """What a GPU multiplies float32 numbers in now: ``float32`` or ``tf32``."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return "tf32" if allowed else "float32"
 
 
 def _local_rank(gpus: int) -> int:

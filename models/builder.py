@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from misc import process
+from models.cnn3d import Encoder
 from models.probe import observe
 from models.queue import KeyQueues
 
@@ -95,7 +96,7 @@ class DrasCLR(KeyQueues):
 
     def step(
         self,
-        patch_idx: int,
+        patch_idx: int | torch.Tensor,
         pch_q: Sequence[torch.Tensor],
         pch_k: Sequence[torch.Tensor],
         ngb_q: Sequence[torch.Tensor] | None,
@@ -107,7 +108,7 @@ class DrasCLR(KeyQueues):
         All of it happens in ``eval()`` too. Inputs are not modified.
 
         Args:
-            patch_idx: index l of the location that the whole batch shares.
+            patch_idx: index l of the location that the whole batch shares; or a tensor of it, (1,), on the device.
             pch_q: first view (B, 1, 32, 32, 32) and its locations, (1, 3) or (B, 3).
             pch_k: second view of the same patches, likewise.
             ngb_q: one view of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3); or
@@ -124,9 +125,9 @@ class DrasCLR(KeyQueues):
         self._check(batch, {"pch_q": pch_q, "pch_k": pch_k, "ngb_q": ngb_q}, subjects)
 
         # -------- queries: patches, and neighbours in a BatchNorm pass of their own
-        z, h = self.encoder_q(query_patch, query_loc)  # (B, dim), (B, rep_dim)
+        z, h, z_neighbors = self._encode_queries(query_patch, query_loc, ngb_q)  # (B, dim), (B, rep_dim), (B, k, dim)
         queries = [F.normalize(z, dim=1)]  # (B, dim)
-        neighbors = None if ngb_q is None else F.normalize(self._encode_neighbors(*ngb_q), dim=2)  # (B, k, dim)
+        neighbors = None if z_neighbors is None else F.normalize(z_neighbors, dim=2)  # (B, k, dim)
 
         # -------- keys: momentum first, then the pass
         if move_keys:
@@ -146,16 +147,29 @@ class DrasCLR(KeyQueues):
         logits_ngb = None if neighbors is None else logits[1]
         return Step(logits[0], logits_ngb, labels, h.detach(), statistics)
 
-    def _encode_neighbors(self, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-        """All k neighbours in one BatchNorm pass: (B, k, 32, 32, 32), (1 or B, k, 3) -> (B, k, dim)."""
-        batch, k = patches.shape[:2]
-        if locs.shape[0] == 1:
+    def _encode_queries(
+        self, patch: torch.Tensor, loc: torch.Tensor, ngb_q: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """z (B, dim) and h (B, rep_dim) of the patches; z of all k neighbours (B, k, dim), in one BatchNorm pass."""
+        if ngb_q is None:
+            return *self.encoder_q(patch, loc), None
+        neighbors, near = ngb_q  # (B, k, 32, 32, 32), (1 or B, k, 3)
+        batch, k = neighbors.shape[:2]
+        shared = near.shape[0] == 1  # one location for the whole batch
+        if shared:
             # Location-major, so that block j of B samples shares the kernel of neighbour j.
             # BatchNorm does not mind the order.
-            flat = patches.transpose(0, 1).reshape(k * batch, 1, *patches.shape[2:])  # (k B, 1, 32, 32, 32)
-            return self.encoder_q(flat, locs[0])[0].view(k, batch, -1).transpose(0, 1)  # (B, k, dim)
-        flat = patches.reshape(batch * k, 1, *patches.shape[2:])  # (B k, 1, 32, 32, 32)
-        return self.encoder_q(flat, locs.reshape(batch * k, 3))[0].view(batch, k, -1)  # (B, k, dim)
+            near, order = near[0], neighbors.transpose(0, 1)  # (k, 3), (k, B, 32, 32, 32)
+        else:
+            near, order = near.reshape(batch * k, 3), neighbors  # (B k, 3), (B, k, 32, 32, 32)
+        flat = order.reshape(batch * k, 1, *order.shape[2:])  # (k B or B k, 1, 32, 32, 32)
+        kernels = near_kernels = ()
+        if isinstance(self.encoder_q, Encoder):  # both passes' kernels at once
+            mixed = self.encoder_q.mix_kernels(torch.cat([loc, near]))
+            kernels, near_kernels = zip(*(kernel.split([len(loc), len(near)]) for kernel in mixed))
+        z, h = self.encoder_q(patch, loc, *kernels)  # (B, dim), (B, rep_dim)
+        z_near = self.encoder_q(flat, near, *near_kernels)[0].view(*order.shape[:2], -1)
+        return z, h, z_near.transpose(0, 1) if shared else z_near  # (B, k, dim)
 
     @torch.no_grad()
     def _update_key_encoder(self) -> None:

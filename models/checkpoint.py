@@ -179,12 +179,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: Path) -> None:
     """Load momentum buffers and the group; keep this process's implementation. Raises CheckpointError."""
-    implementation = {name: optimizer.param_groups[0][name] for name in ("foreach", "fused")}
+    ours = optimizer.param_groups[0]
+    implementation = {name: ours[name] for name in ("foreach", "fused", "capturable") if name in ours}
     try:
-        optimizer.load_state_dict(state)
+        # First, because they decide on which device a step count is kept.
+        optimizer.load_state_dict(
+            {**state, "param_groups": [{**group, **implementation} for group in state["param_groups"]]}
+        )
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: its optimizer state is of another model ({error})") from error
-    optimizer.param_groups[0].update(implementation)
 
 
 # ============================================================ whether it may be used

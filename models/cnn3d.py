@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.condconv3d import CondConv3D
+from models.condconv3d import CondConv3D, channels_last
 from models.fast.groups import encode_groups
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
@@ -26,28 +26,53 @@ def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordin
 
 
 def norm_elu(
-    norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
-) -> torch.Tensor:
-    """elu(norm(x)) for x (B, C, D, H, W), in training with separate statistics for each group.
+    norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int = 1, track: bool = True
+) -> list[torch.Tensor]:
+    """elu(norm(x)) of a batch in blocks (n, C, D, H, W), in training with separate statistics for each group.
 
     Args:
         norm: the layer.
-        x: the batch: ``blocks`` blocks of ``groups`` groups of consecutive samples; a group is all of its samples in
-            every block. ``blocks * groups`` divides B.
-        groups, blocks: how many there are.
+        blocks: of ``groups`` groups of consecutive samples each; a group is all of its samples in every block.
+        groups: how many there are; divides n.
         track: whether group 0 updates the running statistics.
     """
-    result = fast_norm_elu(norm, x, groups, blocks, track)
+    result = fast_norm_elu(norm, blocks, groups, track)
     if result is not None:
         return result
-    if groups > 1 and norm.training:
-        parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, C, D, H, W)
-        parts = [norm_elu(norm, part.flatten(0, 1), track=track and group == 0) for group, part in enumerate(parts)]
-        return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 2)  # (B, C, D, H, W)
-    # In place: the backward pass of neither needs the value in between.
-    if norm.training and not track:
-        return F.elu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps), inplace=True)
-    return F.elu(norm(x), inplace=True)
+    if not norm.training:
+        return [F.elu(norm(block), inplace=True) for block in blocks]
+    of_groups = zip(*(block.chunk(groups) for block in blocks))  # of each group its part of every block
+    done = [
+        _norm_elu_in_training(norm, _join(parts), track and group == 0).chunk(len(blocks))
+        for group, parts in enumerate(of_groups)
+    ]
+    return [_join(parts) for parts in zip(*done)]
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Parts of a batch, one after the other, in their layout."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
+    """elu(norm(x)) for x (B, C, D, H, W), one group.
+
+    As images of (D H, W) voxels, a view: on GPUs torch has BatchNorm for channels-last images, not for volumes.
+    """
+    images = x.flatten(2, 3)  # (B, C, D H, W)
+    running = (norm.running_mean, norm.running_var) if track else (None, None)
+    if track:
+        norm.num_batches_tracked += 1
+    y = F.batch_norm(images, *running, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    return F.elu(y, inplace=True).unflatten(2, x.shape[2:4])  # in place: neither's backward pass needs y
+
+
+def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
+    """Blocks of consecutive samples that share a location: G of (G, ...) kernels, 1 if every sample has its own."""
+    locations = len(kernels[0])
+    if locations == 0 or len(x) % locations:
+        raise ValueError(f"{locations} locations do not divide a batch of {len(x)} samples")
+    return locations if locations < len(x) else 1
 
 
 class Block(nn.Module):
@@ -107,20 +132,20 @@ class Encoder(nn.Module):
         yield from self.downsample3.layers()  # 64 x 2^3
         yield from ((self.conv3, self.bn3), (self.conv4, self.bn4))  # 128 x 2^3, rep_dim x 1^3
 
-    def forward(self, x: torch.Tensor, loc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, loc: torch.Tensor, *kernels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch of patches.
 
         Args:
             x: (B, 1, 32, 32, 32), intensities in [-1, 1].
             loc: (G, 3) normalised locations, G divides B; see :meth:`CondConv3D.forward`.
+            kernels: every layer's at ``loc``, of :meth:`mix_kernels`, if they are mixed already.
 
         Returns:
             z (B, moco_dim) and h (B, rep_dim).
         """
-        kernels = self.mix_kernels(loc)
-        blocks = loc.shape[0] if loc.shape[0] < x.shape[0] else 1  # a location a sample: no blocks
-        encoded = encode_groups(self, x, kernels, self.bn_groups, blocks)
-        return self.encode(x, kernels, self.bn_groups, blocks) if encoded is None else encoded
+        kernels = kernels or self.mix_kernels(loc)
+        encoded = encode_groups(self, x, kernels, self.bn_groups)
+        return self.encode(x, kernels, self.bn_groups) if encoded is None else encoded
 
     def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:
         """Every layer's kernels at (G, 3) locations, (G, out, in, 3, 3, 3) each."""
@@ -130,16 +155,21 @@ class Encoder(nn.Module):
             return kernels + [conv.mix_kernels(loc) for conv in convolutions[-FLOAT32_LAYERS:]]
 
     def encode(
-        self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, blocks: int = 1, track: bool = True
+        self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, track: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`forward` with the kernels mixed already; for the rest see :func:`norm_elu`."""
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels)]
+        """:meth:`forward` with the kernels mixed, in so many BatchNorm groups; ``track`` as in :func:`norm_elu`."""
+        layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels, strict=True)]
+        blocks = channels_last(x).chunk(count_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
         for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:
-            x = norm_elu(norm, conv.convolve(x, kernel), groups, blocks, track)
+            blocks = norm_elu(norm, self._convolve(conv, blocks, kernel), groups, track)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.bn4.weight.dtype)
+            blocks = [block.to(self.bn4.weight.dtype) for block in blocks]
             for conv, kernel, norm in layers[-FLOAT32_LAYERS:]:
-                x = norm_elu(norm, conv.convolve(x, kernel), groups, blocks, track)
-            h = x.flatten(1)
+                blocks = norm_elu(norm, self._convolve(conv, blocks, kernel), groups, track)
+            h = torch.cat(blocks).flatten(1)  # (B, rep_dim)
             return self.fc(h), h
+
+    @staticmethod
+    def _convolve(conv: CondConv3D, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
+        """Each block with the kernel of its location; one block may have a kernel for each sample."""
+        return [conv.convolve(blocks[0], kernels)] if len(blocks) == 1 else conv.convolve_blocks(blocks, kernels)

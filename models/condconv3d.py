@@ -5,7 +5,7 @@ CondConv (Yang et al., NeurIPS 2019) with the routing driven by where a patch li
 shows:  kernel(loc) = sum_e sigmoid(W loc + b)_e * weight_e.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,18 @@ class Routing(nn.Module):
         return torch.sigmoid(self.fc(locs))
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x (B, C, D, H, W) with the channels of a voxel side by side in memory, copied if they are not.
+
+    For one channel both orders are the same memory, and torch's ``contiguous`` leaves the strides as they are. They
+    still decide what a convolution returns: without these, every layer would run channels-first.
+    """
+    if x.shape[1] > 1:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    depth, height, width = x.shape[2:]
+    return x.contiguous().as_strided(x.shape, (depth * height * width, 1, height * width, width, 1))
+
+
 def dense_conv3d(
     inputs: torch.Tensor,
     kernel: torch.Tensor,
@@ -42,7 +54,7 @@ def dense_conv3d(
     if fast is not None:
         return fast
     if inputs.is_contiguous(memory_format=torch.channels_last_3d):
-        kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
+        kernel = channels_last(kernel)
     return convolve(inputs, kernel, bias, stride, padding, dilation, groups)
 
 
@@ -123,7 +135,11 @@ class CondConv3D(_ConvNd):
             raise ValueError(f"{blocks} locations do not divide a batch of {batch} samples")
         if blocks == 1:
             return self._convolve(inputs, kernels[0])
-        # One dense convolution per distinct location. Grouped convolution over the blocks would be
-        # one call, but few libraries have a fast kernel for it in 3-D.
-        parts = inputs.chunk(blocks)
-        return torch.cat([self._convolve(part, kernel) for part, kernel in zip(parts, kernels)])
+        return torch.cat(self.convolve_blocks(inputs.chunk(blocks), kernels))
+
+    def convolve_blocks(self, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
+        """Each block (B, in, D, H, W) with its kernel, (G, out, in / groups, k, k, k) -> G of (B, out, D', H', W').
+
+        One dense convolution per location: a grouped one would be one call, but few libraries are fast at it in 3-D.
+        """
+        return [self._convolve(block, kernel) for block, kernel in zip(blocks, kernels, strict=True)]

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from models.cnn3d import Encoder
-from models.condconv3d import dense_conv3d
+from models.condconv3d import channels_last, dense_conv3d
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
+AT_ONCE = 64  # patches encoded by all experts together: the first layer of 8 experts then takes 0.5 GB
 LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -50,7 +51,7 @@ class FrozenEncoder:
     @torch.no_grad()
     def _encode(self, x: torch.Tensor, prepare: Prepare) -> torch.Tensor:
         x = prepare(x, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = channels_last(x)
         one_pass = x.device.type == "cpu" and len(x) == PATCHES_AT_ONCE
         for kernel, bias, stride, padding in self._layers:
             if one_pass:
@@ -58,6 +59,39 @@ class FrozenEncoder:
             else:
                 x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
         return x.flatten(1).float()  # (B, rep_dim)
+
+
+@torch.no_grad()
+def encode_each(
+    encoder: Encoder, x: torch.Tensor, locs: torch.Tensor, prepare: Prepare = torch.Tensor.to, at_once: int = AT_ONCE
+) -> torch.Tensor:
+    """h of one patch at each location, from an encoder in eval mode: all experts see every patch, then are mixed.
+
+    A convolution is linear in its kernel, so the mixture of the experts' results is the mixed kernel's result. That is
+    as many times the arithmetic as there are experts, in a few large calls: for a GPU, which takes longer to launch
+    the layers of each location apart.
+
+    Args:
+        encoder: in eval mode, on the device.
+        x: (L, 1, 32, 32, 32) in [-1, 1], or what ``prepare(x, dtype)`` makes that of.
+        locs: (L, 3) normalised locations.
+        prepare: as in :class:`FrozenEncoder`.
+        at_once: patches that are encoded together.
+
+    Returns:
+        (L, rep_dim) float32.
+    """
+    results = []
+    for some, where in zip(x.split(at_once), locs.split(at_once)):
+        some = channels_last(prepare(some, torch.float32))  # (n, 1, 32, 32, 32)
+        for conv, norm in encoder.layers():
+            experts = channels_last(conv.weight.flatten(0, 1))  # (experts * out, in, 3, 3, 3)
+            routing = conv._routing_fn(where)  # (n, experts)
+            apart = F.conv3d(some, experts, None, conv.stride, conv.padding)  # (n, experts * out, D, H, W)
+            mixed = torch.einsum("ne,neodhw->nodhw", routing, apart.unflatten(1, (conv.num_experts, -1)))
+            some = F.elu_(norm(mixed + conv.bias[:, None, None, None]))
+        results.append(some.flatten(1))
+    return torch.cat(results)
 
 
 @torch.no_grad()
@@ -75,6 +109,5 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
         bias = ((conv.bias - norm.running_mean) * factor + norm.bias).to(dtype)  # (out,)
         for of_location, kernel in zip(layers, conv.mix_kernels(locs)):
             kernel = (kernel * factor[:, None, None, None, None]).to(dtype)  # (out, in, 3, 3, 3)
-            kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
-            of_location.append(Layer(kernel, bias, conv.stride, conv.padding))
+            of_location.append(Layer(channels_last(kernel), bias, conv.stride, conv.padding))
     return [FrozenEncoder(of_location) for of_location in layers]

@@ -51,7 +51,7 @@ class KeyQueues(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
         # Where each key is from. Not in the published state dict; see queue_origin.
-        self.steps = 0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int32), persistent=False)
         unknown = torch.full((num_patch, K), -1, dtype=torch.int32)  # (L, K)
         self.register_buffer("queue_subject", unknown, persistent=False)
         self.register_buffer("queue_step", unknown.clone(), persistent=False)
@@ -63,7 +63,7 @@ class KeyQueues(nn.Module):
         queries: Sequence[torch.Tensor],
         keys: torch.Tensor,
         own: torch.Tensor,
-        patch_idx: int,
+        patch_idx: int | torch.Tensor,
         subjects: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         """Similarities [q . own key, q . negatives] of each tensor of queries.
@@ -72,7 +72,7 @@ class KeyQueues(nn.Module):
             queries: (B, dim) each.
             keys: (world * B, dim), the step's.
             own: (B,) row of each query's key in ``keys``.
-            patch_idx: location l.
+            patch_idx: location l, or a tensor of it, (1,).
             subjects: (B,) of the queries; needed with mask_own.
 
         Returns:
@@ -82,52 +82,54 @@ class KeyQueues(nn.Module):
             total = keys.shape[0]
             order = (own[:, None] + torch.arange(total, device=own.device)) % total  # (B, world * B), own key first
             return [(query @ keys.t()).gather(1, order) for query in queries]
-        patch_idx = self._queue_index(patch_idx)
-        negatives = self.queue[patch_idx].clone()  # (K, dim); the backward pass needs it after the queue has moved on
+        where = self._queue_index(patch_idx)  # (1,)
+        negatives = self.queue[where][0]  # (K, dim), a copy: the backward pass needs it after the queue has moved on
         similarities = []
         for query in queries:
             positive = (query * keys[own]).sum(dim=1, keepdim=True)  # (B, 1)
             negative = query @ negatives.t()  # (B, K)
             if self.mask_own:
-                negative = negative.masked_fill(self.queue_subject[patch_idx] == subjects[:, None], -torch.inf)
+                negative = negative.masked_fill(self.queue_subject[where] == subjects[:, None], -torch.inf)
             similarities.append(torch.cat([positive, negative], dim=1))  # (B, 1 + K)
         return similarities
 
     @torch.no_grad()
-    def enqueue(self, keys: torch.Tensor, patch_idx: int, subjects: torch.Tensor | None) -> None:
+    def enqueue(self, keys: torch.Tensor, patch_idx: int | torch.Tensor, subjects: torch.Tensor | None) -> None:
         """Replace the oldest keys of one location. keys: (world * B, dim); subjects: (world * B,) or None."""
-        patch_idx = self._queue_index(patch_idx)
+        where = self._queue_index(patch_idx)  # (1,)
         count = keys.shape[0]
-        pointer = self.queue_ptr[patch_idx]  # ()
+        pointer = self.queue_ptr[where]  # (1,)
         # Indices are computed on the device: reading the pointer would wait for it at every step.
-        rows = (pointer + torch.arange(count, device=keys.device)) % self.K  # (world * B,)
-        self.queue[patch_idx].index_copy_(0, rows, keys.to(self.queue.dtype))
-        self.queue_ptr[patch_idx] = (pointer + count) % self.K
+        rows = (pointer + torch.arange(count, device=keys.device)) % self.K + where * self.K  # (world * B,), of L K
+        self.queue.flatten(0, 1).index_copy_(0, rows, keys.to(self.queue.dtype))
+        self.queue_ptr.index_copy_(0, where, (pointer + count) % self.K)
         self.steps += 1
-        self.queue_step[patch_idx].index_fill_(0, rows, self.steps)
+        self.queue_step.flatten().index_copy_(0, rows, self.steps.expand(count))
         if subjects is not None:
-            self.queue_subject[patch_idx].index_copy_(0, rows, subjects.to(torch.int32))
+            self.queue_subject.flatten().index_copy_(0, rows, subjects.to(torch.int32))
 
-    def origin_at(self, patch_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def origin_at(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Subject and age in steps of each key at a location, (K,) each; -1 where unknown."""
-        patch_idx = self._queue_index(patch_idx)
-        step = self.queue_step[patch_idx]  # (K,)
-        return self.queue_subject[patch_idx], torch.where(step >= 0, self.steps + 1 - step, -1)
+        where = self._queue_index(patch_idx)
+        step = self.queue_step[where][0]  # (K,)
+        return self.queue_subject[where][0], torch.where(step >= 0, self.steps + 1 - step, -1)
 
-    def _queue_index(self, patch_idx: int) -> int:
-        return 0 if self.one_queue else patch_idx
+    def _queue_index(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
+        """The queue of a location, (1,), on its device: a GPU's step does not depend on a number of Python's."""
+        where = torch.as_tensor(patch_idx, device=self.queue.device).reshape(1)
+        return torch.zeros_like(where) if self.one_queue else where
 
     # ------------------------------------------------------------ on disk
 
     def queue_origin(self) -> dict[str, Any]:
         """Subject and step of each key, -1 where unknown, (L, K) each; and the number of steps so far."""
-        return {"subject": self.queue_subject, "step": self.queue_step, "steps": self.steps}
+        return {"subject": self.queue_subject, "step": self.queue_step, "steps": int(self.steps)}
 
     def load_queue_origin(self, origin: dict[str, Any]) -> None:
         """The inverse of :meth:`queue_origin`."""
         self.queue_subject.copy_(origin["subject"])
         self.queue_step.copy_(origin["step"])
-        self.steps = int(origin["steps"])
+        self.steps.fill_(int(origin["steps"]))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

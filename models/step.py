@@ -1,5 +1,6 @@
 """A step of training, from views in the network's units to the loss and the statistics that are logged."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class TrainingStep(nn.Module):
 
     def forward(
         self,
-        location: int,
+        location: int | torch.Tensor,
         views: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
         beta: float,
         subjects: torch.Tensor | None = None,
@@ -65,17 +66,18 @@ class TrainingStep(nn.Module):
         """CE(patch) + beta CE(neighbour), and the step's statistics.
 
         Args:
-            location: index l that the whole batch shares.
+            location: index l that the whole batch shares; or a tensor of it, (1,), on the model's device.
             views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32) or None.
             beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
             subjects: (B,) numbers of the batch's subjects, on the model's device.
             move_keys: as in :meth:`DrasCLR.step`.
         """
         query, key, neighbors = views
-        loc = self.table.locations[location : location + 1]  # (1, 3): one location for the whole batch
-        ngb_q = None if neighbors is None else [neighbors, self.table.neighbors[location : location + 1]]  # (1, k, 3)
+        where = torch.as_tensor(location, device=query.device).reshape(1)
+        loc = self.table.locations[where]  # (1, 3): one location for the whole batch
+        ngb_q = None if neighbors is None else [neighbors, self.table.neighbors[where]]  # (1, k, 3)
         with torch.autocast(query.device.type, torch.bfloat16, enabled=self.bf16):
-            step = self.model.step(location, [query, loc], [key, loc], ngb_q, subjects, move_keys)
+            step = self.model.step(where, [query, loc], [key, loc], ngb_q, subjects, move_keys)
 
         loss = loss_pch = F.cross_entropy(step.logits_pch, step.labels)
         statistics = {"loss_patch": loss_pch, "accuracy_patch": accuracy(step.logits_pch), **step.statistics}
@@ -106,9 +108,13 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"the optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}")
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    # On a GPU the fused kernel, which reads the learning rate from the device: a CUDA graph's may change between steps.
+    kind = {"fused": True} if on_gpu else {"foreach": True}
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay, foreach=True)
-    return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+        betas = (momentum, 0.999)
+        return torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay, capturable=on_gpu, **kind)
+    return torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, **kind)
 
 
 class Descent:
@@ -129,3 +135,42 @@ class Descent:
             self.optimizer.step()
             self.waiting = 0
         return stepped
+
+
+class Inputs(NamedTuple):
+    """Tensors of one step, on the model's device."""
+
+    location: torch.Tensor  # (1,) int64
+    patches: torch.Tensor  # (B, 32, 32, 32) HU
+    neighbors: torch.Tensor | None  # (B, k, 32, 32, 32) HU
+    draws: torch.Tensor  # of the transforms
+    subjects: torch.Tensor | None  # (B,) int64
+
+
+class Done(NamedTuple):
+    """What a whole step leaves."""
+
+    views: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    outcome: Outcome
+    stepped: bool  # whether the optimiser took a step
+
+
+class WholeStep:
+    """From raw patches to new weights: views, loss, gradients, update.
+
+    Args:
+        make_views: of patches, neighbours and draws.
+        training_step: a TrainingStep, or DistributedDataParallel's of one.
+        descend: of its parameters.
+    """
+
+    def __init__(self, make_views: Callable[..., tuple], training_step: nn.Module, descend: Descent):
+        self.make_views, self.training_step, self.descend = make_views, training_step, descend
+        self._move_keys = True  # the key encoder moves with the query encoder: not between two optimiser steps
+
+    def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
+        """One step; ``beta`` as in :class:`TrainingStep`, ``last`` as in :class:`Descent`."""
+        views = self.make_views(inputs.patches, inputs.neighbors, inputs.draws)
+        outcome = self.training_step(inputs.location, views, beta, inputs.subjects, self._move_keys)
+        stepped = self._move_keys = self.descend(outcome.loss, last)
+        return Done(views, outcome._replace(loss=outcome.loss.detach()), stepped)

@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import nn
 
+from data.sampler import BatchIndex
+from data.views import StepDraws, StepViews
 from misc.command import STOPPING
 from misc.files import locked
 
@@ -217,3 +219,13 @@ def cohort(tmp_path_factory):
             )
             (folder / "made").touch()
     return folder / "cohort", folder / "store"
+
+
+def step_views(batch, augmentation, seed, groups, device, dense=None):
+    """The views of a step as train.py makes them, its random parameters drawn here."""
+    views = StepViews(StepDraws(augmentation, seed, groups), device, dense)
+    views.seed(batch.epoch, batch.location, batch.step)
+    index = BatchIndex(batch.epoch, batch.location, batch.step, range(len(batch.patches)))
+    draws = views.draws(index, batch.neighbors is not None, batch.patches.shape[1:])
+    near = None if batch.neighbors is None else batch.neighbors.to(device)
+    return views(batch.patches.to(device), near, draws.to(device))

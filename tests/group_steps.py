@@ -13,12 +13,13 @@ from data.dataset import PatchDataset
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
-from data.views import step_views
 from misc import process
 from misc.run.runlog import Meters
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.step import STATISTICS, Descent, LocationTable, TrainingStep, make_optimizer
+
+from .conftest import step_views
 
 BATCH, GROUPS = 16, 4
 

@@ -17,12 +17,14 @@ import extract_feature
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
 from data.store import PatchStore
+from misc import process
 from misc.command import run as run_command
 from misc.experiment import Experiment
 from misc.files import held
 from models.builder import DrasCLR
 from models.checkpoint import add_module, check_sum, position, save_checkpoint
 from models.cnn3d import Encoder
+from models.frozen import FrozenEncoder
 
 from .conftest import ROOT
 
@@ -328,13 +330,26 @@ def test_another_table_of_as_many_locations_is_refused(small, tmp_path, grid, ru
     assert noted.returncode == 0 and "c_0003.pth.tar does not tell its table of locations" in noted.stdout
 
 
+def test_features_are_in_the_precision_that_they_report(small, tmp_path, run_here, monkeypatch):
+    """torch starts with TF32 convolutions on a GPU: 6e-5 off."""
+    process.set_arithmetic(tf32=True, deterministic=False)
+    during, encode = [], FrozenEncoder.__call__
+    monkeypatch.setattr(
+        FrozenEncoder, "__call__", lambda self, *given: during.append(process.precision()) or encode(self, *given)
+    )
+    for flags, wanted in (((), "float32"), (("--amp", "bf16"), "bf16")):
+        assert run_here("extract_feature.py", *small, *flags, cwd=tmp_path).returncode == 0
+        assert json.loads((tmp_path / "o" / "features.json").read_text())["precision"] == wanted
+    assert set(during) == {"float32"}
+
+
 def test_who_made_the_features_and_nobody_else_replaces_them(small, tmp_path, run_here):
     assert run_here("extract_feature.py", *small, cwd=tmp_path).returncode == 0
     made = json.loads((tmp_path / "o" / "features.json").read_text())
     digest = hashlib.sha256((tmp_path / "c_0003.pth.tar").read_bytes()).hexdigest()
     wanted = {"checkpoint_sha256": digest, "epoch": 3, "step": 0, "amp": "off", "num_subjects": 3, "rep_dim": 12}
     assert {name: made[name] for name in wanted} == wanted and made["git_commit"] and made["source_hash"]
-    assert made["store_version"] == PatchStore(tmp_path / "store").version
+    assert made["store_version"] == PatchStore(tmp_path / "store").version and made["precision"] == "float32"
     before = (tmp_path / "o" / "patient_features.csv").read_bytes()
     make_checkpoint(tmp_path / "superseded_0003.pth.tar", seed=4)
     other = ("--checkpoint-patch", "superseded_0003.pth.tar", *small[2:])

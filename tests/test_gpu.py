@@ -7,13 +7,12 @@ import torch
 
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import step_views
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.frozen import freeze
 from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 
-from .conftest import calibrate
+from .conftest import calibrate, step_views
 
 pytestmark = pytest.mark.gpu
 

@@ -20,7 +20,6 @@ from data.dataset import PatchBatch, PatchDataset
 from data.locations import neighbor_table, normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
-from data.views import make_views, step_generators, step_views
 from misc.experiment import UNFINISHED
 from misc.run.flags import parse_arguments
 from misc.run.recipes import RECIPES
@@ -29,7 +28,7 @@ from models.cnn3d import Encoder
 from models.step import STATISTICS, LocationTable, TrainingStep, make_optimizer
 from tools.timing.measure import has_fast_bf16
 
-from .conftest import ROOT
+from .conftest import ROOT, step_views
 
 SMALL = (
     "--batch-size",
@@ -107,8 +106,7 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     views = step_views(batch, augmentation, args.seed, range(1), torch.device("cpu"))
     loss, figures, _ = TrainingStep(model, places)(4, views, args.beta if epoch >= args.warm_up else 0.0)
 
-    generators = step_generators(0, epoch, 4, 1, 0, torch.device("cpu"))
-    query, key, around = make_views(batch.patches, batch.neighbors, augmentation, generators)
+    query, key, around = step_views(batch, augmentation, 0, range(1), torch.device("cpu"))
     here = table[4].expand(3, 3)
     patch, neighbor, labels = twin(4, [query, here], [key, here], [around, table[near[4]].expand(3, 2, 3)])
     wanted = [F.cross_entropy(patch, labels), F.cross_entropy(neighbor, labels)]
@@ -316,8 +314,10 @@ def test_without_the_neighbour_task_nothing_is_said_of_neighbours(store, run, tm
     found = torch.load(path, weights_only=True)
     assert found["config"]["neighbor_pass"] is True
     for name, value in wanted["state_dict"].items():
-        same = torch.equal(value, found["state_dict"][name])
-        assert same != ("encoder_q" in name and (".running_" in name or "num_batches" in name)), name
+        if "encoder_q" in name and "num_batches" in name:
+            assert found["state_dict"][name] == 1.5 * value, name  # a pass more in each step of the second epoch
+        elif not ("encoder_q" in name and ".running_" in name):
+            torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
     # The other way round the statistics have other names: not within an epoch, and nothing is written before.
     first["config"]["neighbor_pass"], first["step"] = False, 4

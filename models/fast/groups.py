@@ -13,9 +13,7 @@ from models.fast.pieces import side_by_side
 Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 
 
-def encode_groups(
-    encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int, blocks: int
-) -> Pair | None:
+def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int) -> Pair | None:
     """``encoder.encode`` of groups that nothing passes between; None where one pass serves, or fails.
 
     Cores that share a layer wait for each other at its end; here they meet twice a pass only, and no result is taken
@@ -24,17 +22,18 @@ def encode_groups(
 
     Args:
         encoder: models.cnn3d.Encoder; only its group 0 updates running statistics.
-        x, kernels, groups, blocks: as in its ``encode``.
+        x, kernels, groups: as in its ``encode``.
 
     Returns:
         z (B, moco_dim) and h (B, rep_dim).
     """
     if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.enabled():
         return None
+    own = len(kernels[0]) == len(x)  # a kernel a sample is dealt like the samples
+    blocks = 1 if own else len(kernels[0])
     if x.device.type != "cpu" or x.requires_grad or len(x) % (groups * blocks):
         return None
     parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # of each group (blocks, b, 1, 32, 32, 32)
-    own = len(kernels[0]) == len(x)  # a kernel a sample is dealt like the samples
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in encoder.parameters())
 

@@ -1,5 +1,7 @@
 """BatchNorm3d followed by ELU in training: the one entrance to the versions for CPUs, GPUs and torch.compile."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,27 +11,30 @@ from models.fast import norm_elu_cpu, norm_elu_gpu
 
 
 def norm_elu(
-    norm: nn.BatchNorm3d, x: torch.Tensor, groups: int = 1, blocks: int = 1, track: bool = True
-) -> torch.Tensor | None:
-    """elu(norm(x)) for x (B, C, D, H, W), as :func:`models.cnn3d.norm_elu`; None if the plain path must do it.
+    norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int = 1, track: bool = True
+) -> list[torch.Tensor] | None:
+    """elu(norm(x)) of blocks (n, C, D, H, W), as :func:`models.cnn3d.norm_elu`; None if the plain path must do it.
 
     Under torch.compile there is one version only, whatever the switch says.
     """
     if not norm.training:
         return None
     if torch.compiler.is_compiling():
-        return _norm_elu_compiled(norm, x, track) if groups == 1 else None
+        return None if groups > 1 else _apply_joined(_norm_elu_compiled, norm, blocks, track)
     if not (fast.enabled() and _has_usual_settings(norm)):
         return None
-    if norm_elu_gpu.is_faster(x, groups):
-        y, mean, variance = norm_elu_gpu.apply(norm, x, groups, blocks)
-    elif groups == 1 and norm_elu_cpu.is_faster(x):
-        y, mean, variance = norm_elu_cpu.apply(norm, x)
-    else:
-        return None
-    if track:
-        _update_running(norm, mean, variance, x.numel() // x.shape[1] // groups)
-    return y
+    if norm_elu_gpu.is_faster(blocks, groups):
+        return norm_elu_gpu.apply(norm, blocks, groups, track)
+    if groups == 1 and norm_elu_cpu.is_faster(blocks[0]):
+        return _apply_joined(_norm_elu_cpu, norm, blocks, track)
+    return None
+
+
+def _apply_joined(work, norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], track: bool) -> list[torch.Tensor]:
+    """``work(norm, x, track)`` of the blocks as one tensor, cut into blocks again."""
+    if len(blocks) == 1:
+        return [work(norm, blocks[0], track)]
+    return list(work(norm, torch.cat(list(blocks)), track).chunk(len(blocks)))
 
 
 def _has_usual_settings(norm: nn.BatchNorm3d) -> bool:
@@ -37,14 +42,17 @@ def _has_usual_settings(norm: nn.BatchNorm3d) -> bool:
     return type(norm) is nn.BatchNorm3d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-@torch.no_grad()
-def _update_running(norm: nn.BatchNorm3d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-    """Move the running statistics towards a batch's mean and biased variance, (C,) each, of ``count`` values."""
-    norm.num_batches_tracked += 1
-    # .data, as torch's own kernel writes them: an earlier pass may hold them for its backward pass, which does
-    # not read their values in training and must not find a new version.
-    norm.running_mean.data.lerp_(mean, norm.momentum)
-    norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
+def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
+    y, mean, variance = norm_elu_cpu.apply(norm, x)
+    if track:
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            # .data, as torch's own kernel writes them: an earlier pass may hold them for its backward pass, which
+            # does not read their values in training and must not find a new version.
+            norm.running_mean.data.lerp_(mean, norm.momentum)
+            norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return y
 
 
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:

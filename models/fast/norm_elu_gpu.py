@@ -1,77 +1,300 @@
-"""BatchNorm3d followed by ELU on a GPU, for all groups of a batch at once.
+"""BatchNorm3d followed by ELU on a GPU: all groups of a batch at once, channels last, in Triton.
 
-torch's BatchNorm gives each channel to one of a GPU's multiprocessors, and the first layers, the largest, have 8
-channels for more than a hundred of them. Here every sample's channel has its own partial statistics, which are then
-put together, by the kernels that torch has for BatchNorm over several GPUs. Measured on an H100 (2026-11-26) with one
-group, a step of 128 in bf16: the GPU is busy for 28 ms of it, before (on an H200) for 71. It takes more launches, and
-a step of one group waits for its launches: 73 ms torch's way, 75 to 103 this way. So one group is left to torch;
-several, which torch takes one after another, with as many launches each, were not timed apart.
+torch reads a layer's result five times in the forward pass (mean and variance, normalisation, ELU) and once more in
+the backward pass, group after group. Here two kernels read it forward, and two backward, which recompute the ELU. A
+tile's mean and squares are merged with the next one's (Chan, Golub and LeVeque, 1979), in an order that does not
+depend on timing, so that the same input gives the same bits.
 """
 
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models.condconv3d import channels_last
 
-def is_faster(x: torch.Tensor, groups: int) -> bool:
-    """Whether x (B, C, D, H, W) is on a GPU in several groups, each of more than one value a channel."""
-    return x.device.type == "cuda" and groups > 1 and x.numel() > x.shape[1] * groups  # one value has no variance
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch without CUDA
+    triton = None
+
+TILE = 4096  # numbers of a tile
+PROGRAMS = 1024  # over a GPU's multiprocessors, 132 on an H100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are in float32
 
 
-def apply(
-    norm: nn.BatchNorm3d, x: torch.Tensor, groups: int, blocks: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """elu(norm(x)), and the first group's mean and biased variance, (C,) each.
+def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
+    """Whether blocks (n, C, D, H, W) are on a GPU that compiles the kernels, each group with over one value a channel.
+
+    One value has no variance.
+    """
+    x = blocks[0]
+    enough = len(blocks) * x.numel() > x.shape[1] * groups
+    return x.device.type == "cuda" and x.dtype in DTYPES and enough and _compiles(x.device)
+
+
+def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, track: bool) -> list[torch.Tensor]:
+    """elu(norm(x)) of all blocks; the running statistics are updated too.
 
     Args:
-        groups, blocks: as in :func:`models.cnn3d.norm_elu`.
+        norm: scaled, with running statistics of a fixed momentum.
+        blocks, groups, track: as in :func:`models.cnn3d.norm_elu`.
     """
-    return _NormELU.apply(x, norm.weight, norm.bias, norm.eps, groups, blocks)
+    running = None
+    if track:
+        norm.num_batches_tracked += 1
+        # Detached: an earlier pass may hold them for its backward pass, which does not read their values.
+        running = norm.running_mean.detach(), norm.running_var.detach(), norm.momentum
+    return list(_NormELU.apply(norm.weight, norm.bias, running, norm.eps, groups, *blocks))
+
+
+@functools.lru_cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton works here: it needs a C compiler."""
+    if triton is None:
+        return False
+    try:
+        apply(nn.BatchNorm3d(8).to(device), [torch.zeros(2, 8, 2, 2, 2, device=device)], 1, True)
+    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+        warnings.warn(f"Triton cannot compile here ({error}); BatchNorm is torch's own, which is slower", stacklevel=2)
+        return False
+    return True
+
+
+class Layout(NamedTuple):
+    """How a block's values lie in memory, and how they are cut into tiles."""
+
+    rows: int  # voxels of a group
+    channels: int
+    tiles: int  # programs for each group
+    tile_rows: int
+    columns: int  # channels, rounded up to a power of two
+
+    @classmethod
+    def of(cls, block: torch.Tensor, groups: int) -> "Layout":
+        rows, channels = block.numel() // block.shape[1] // groups, block.shape[1]
+        columns = triton.next_power_of_2(channels)
+        tile_rows = max(1, TILE // columns)
+        return cls(rows, channels, min(triton.cdiv(rows, tile_rows), max(1, PROGRAMS // groups)), tile_rows, columns)
 
 
 class _NormELU(torch.autograd.Function):
-    """Training-mode BatchNorm and ELU, and the first group's mean and variance, (C,) each."""
+    """elu(norm(x)) of blocks (n, C, D, H, W), every group with statistics of its own."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, groups, blocks):
-        channels = x.shape[1]
-        rows = x.contiguous().view(1, x.shape[0] * channels, -1)  # a "channel" is a sample's channel
-        means, inverses = torch.batch_norm_stats(rows, eps)  # (B * C,) each
-        spread = (blocks, groups, -1, channels)
-        between, mean = torch.var_mean(means.view(spread), dim=(0, 2), correction=0)  # (groups, C) each
-        variance = (inverses.view(spread).pow(-2) - eps).mean(dim=(0, 2)).clamp_(min=0) + between
-        inverse = torch.rsqrt(variance + eps)
-        table = torch.stack([weight.detach().expand_as(mean), bias.detach().expand_as(mean), mean, inverse])
-        ctx.own = len(x) // blocks // groups  # samples of a group in a block
-        table = _to_samples(table, blocks, ctx.own)  # (4, B * C)
-        y = F.elu_(torch.batch_norm_elemt(rows, *table, eps))
-        ctx.save_for_backward(rows, y, table)
-        ctx.shape, ctx.groups, ctx.blocks = x.shape, groups, blocks
-        first = mean[0], variance[0]
-        ctx.mark_non_differentiable(*first)
-        return y.view(x.shape), *first
+    def forward(ctx, weight, bias, running, eps, groups, *blocks):
+        blocks = [channels_last(block) for block in blocks]
+        layout = Layout.of(blocks[0], groups)
+        _, channels, tiles, *tile = layout
+        partial = weight.new_empty(len(blocks) * tiles, groups, 3, channels, dtype=torch.float32)
+        for block, part in zip(blocks, partial.split(tiles)):
+            _tile_moments[tiles, groups](block, part, layout.rows, channels, *tile)
+        moments = weight.new_empty(groups, 2, channels, dtype=torch.float32)  # mean, 1 / SD
+        means, variances, momentum = running or (moments, moments, 0.0)  # unused without running statistics
+        track = running is not None
+        _merge_moments[groups,](partial, moments, means, variances, len(partial), momentum, eps, channels, *tile, track)
+        results = [torch.empty_like(block) for block in blocks]
+        for block, result in zip(blocks, results):
+            _normalize[tiles, groups](block, result, moments, weight, bias, layout.rows, channels, *tile)
+        ctx.save_for_backward(weight, bias, moments, *blocks)
+        ctx.groups = groups
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
-        rows, y, table = ctx.saved_tensors
-        weight, _, mean, inverse = table
-        grad = torch.ops.aten.elu_backward(grad.contiguous().view(rows.shape), 1.0, 1.0, 1.0, True, y)
-        wanted = True, False, False
-        sum_dy, sum_dy_xmu, *_ = torch.batch_norm_backward_reduce(grad, rows, mean, inverse, weight, *wanted)
-        spread = (ctx.blocks, ctx.groups, -1, ctx.shape[1])
-        sums = torch.stack([sum_dy, sum_dy_xmu, sum_dy_xmu * inverse]).view(3, *spread)
-        sums = sums.sum(dim=(1, 3))  # (3, groups, C)
-        grad_bias, _, grad_weight = sums.sum(dim=1)  # (C,) each
-        sum_dy, sum_dy_xmu = _to_samples(sums[:2], ctx.blocks, ctx.own)  # (B * C,) each
-        count = rows.numel() // ctx.shape[1] // ctx.groups
-        total = torch.full((1,), count, dtype=torch.int32, device=rows.device)
-        grad = torch.batch_norm_backward_elemt(grad, rows, mean, inverse, weight, sum_dy, sum_dy_xmu, total)
-        return grad.view(ctx.shape), grad_weight, grad_bias, None, None, None
+    def backward(ctx, *grads):
+        weight, bias, moments, *blocks = ctx.saved_tensors
+        layout, groups = Layout.of(blocks[0], ctx.groups), ctx.groups
+        rows, channels, tiles, *tile = layout
+        grads = [channels_last(grad) for grad in grads]
+        partial = weight.new_empty(len(blocks) * tiles, groups, 2, channels, dtype=torch.float32)
+        for block, grad, part in zip(blocks, grads, partial.split(tiles)):
+            _tile_gradients[tiles, groups](block, grad, part, moments, weight, bias, rows, channels, *tile)
+        sums = partial.sum(dim=0)  # (groups, 2, C): of g and of g x_hat, g the gradient before the ELU
+        results = [torch.empty_like(block) for block in blocks]
+        count = rows * len(blocks)
+        for block, grad, result in zip(blocks, grads, results):
+            _descend[tiles, groups](
+                block, grad, result, sums, moments, weight, bias, 1.0 / count, rows, channels, *tile
+            )
+        grad_bias, grad_weight = sums.sum(dim=0)  # (C,) each
+        return grad_weight, grad_bias, None, None, None, *results
 
 
-def _to_samples(values: torch.Tensor, blocks: int, own: int) -> torch.Tensor:
-    """(n, groups, C) of every group -> (n, B * C) of every sample."""
-    n, groups, channels = values.shape
-    return values[:, None, :, None].expand(n, blocks, groups, own, channels).reshape(n, -1)
+if triton is not None:
+
+    @triton.jit
+    def _tile_moments(x, partial, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Count, mean and sum of squares about it, of every channel, over a program's tiles of one group."""
+        tile, group = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, COLUMNS)
+        inside = column < CHANNELS
+        count = 0.0
+        mean = tl.zeros([COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float32)
+        for start in range(tile * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+            row = start + tl.arange(0, TILE_ROWS)
+            valid = (row < rows)[:, None] & inside[None, :]
+            offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
+            values = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+            new = tl.minimum(rows - start, TILE_ROWS).to(tl.float32)
+            tile_mean = tl.sum(values, axis=0) / new
+            away = tl.where(valid, values - tile_mean[None, :], 0.0)
+            total = count + new
+            apart = tile_mean - mean
+            mean += apart * (new / total)
+            squares += tl.sum(away * away, axis=0) + apart * apart * (count * new / total)
+            count = total
+        into = partial + (tile * tl.num_programs(1) + group) * 3 * CHANNELS + column
+        tl.store(into, tl.zeros([COLUMNS], tl.float32) + count, mask=inside)
+        tl.store(into + CHANNELS, mean, mask=inside)
+        tl.store(into + 2 * CHANNELS, squares, mask=inside)
+
+    @triton.jit
+    def _merge_moments(
+        partial,
+        moments,
+        running_mean,
+        running_var,
+        parts,
+        momentum,
+        eps,
+        CHANNELS: tl.constexpr,
+        TILE_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        TRACK: tl.constexpr,
+    ):
+        """A group's mean and 1 / SD from its parts; group 0 moves the running statistics."""
+        group, groups = tl.program_id(0), tl.num_programs(0)
+        column = tl.arange(0, COLUMNS)
+        inside = column < CHANNELS
+        count = tl.zeros([COLUMNS], tl.float32)
+        mean = tl.zeros([COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, parts, TILE_ROWS):
+            part = start + tl.arange(0, TILE_ROWS)
+            valid = (part < parts)[:, None] & inside[None, :]
+            source = partial + (part * groups + group)[:, None] * 3 * CHANNELS + column[None, :]
+            counts = tl.load(source, mask=valid, other=0.0)
+            means = tl.load(source + CHANNELS, mask=valid, other=0.0)
+            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # 1 for a channel that only fills up the tile
+            new_mean = tl.sum(counts * means, axis=0) / new
+            away = means - new_mean[None, :]
+            new_squares = tl.sum(tl.load(source + 2 * CHANNELS, mask=valid, other=0.0) + counts * away * away, axis=0)
+            total = count + new
+            apart = new_mean - mean
+            mean += apart * (new / total)
+            squares += new_squares + apart * apart * (count * new / total)
+            count = total
+        variance = squares / count
+        into = moments + group * 2 * CHANNELS + column
+        tl.store(into, mean, mask=inside)
+        tl.store(into + CHANNELS, 1.0 / tl.sqrt(variance + eps), mask=inside)
+        if TRACK:  # noqa: SIM102 - known when it is compiled; the group when it runs
+            if group == 0:
+                before = tl.load(running_mean + column, mask=inside, other=0.0)
+                tl.store(running_mean + column, before + momentum * (mean - before), mask=inside)
+                before = tl.load(running_var + column, mask=inside, other=0.0)
+                unbiased = squares / tl.maximum(count - 1.0, 1.0)
+                tl.store(running_var + column, before + momentum * (unbiased - before), mask=inside)
+
+    @triton.jit
+    def _load_scale(moments, weight, bias, group, CHANNELS: tl.constexpr, column, inside):
+        """Mean, 1 / SD, weight and bias of each channel, in float32."""
+        source = moments + group * 2 * CHANNELS + column
+        mean = tl.load(source, mask=inside, other=0.0)
+        inverse = tl.load(source + CHANNELS, mask=inside, other=0.0)
+        weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        return mean, inverse, weight, bias
+
+    @triton.jit
+    def _normalize(
+        x, y, moments, weight, bias, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """y = elu((x - mean) / SD * weight + bias)."""
+        tile, group = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, COLUMNS)
+        inside = column < CHANNELS
+        mean, inverse, scale, shift = _load_scale(moments, weight, bias, group, CHANNELS, column, inside)
+        for start in range(tile * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+            row = start + tl.arange(0, TILE_ROWS)
+            valid = (row < rows)[:, None] & inside[None, :]
+            offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
+            values = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+            z = (values - mean[None, :]) * inverse[None, :] * scale[None, :] + shift[None, :]
+            z = tl.where(z > 0, z, tl.exp(tl.minimum(z, 0.0)) - 1.0)
+            tl.store(y + offset, z.to(y.dtype.element_ty), mask=valid)
+
+    @triton.jit
+    def _tile_gradients(
+        x,
+        grad,
+        partial,
+        moments,
+        weight,
+        bias,
+        rows,
+        CHANNELS: tl.constexpr,
+        TILE_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """Sums of g and g x_hat over a program's tiles, g the gradient before the ELU, x_hat = (x - mean) / SD."""
+        tile, group = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, COLUMNS)
+        inside = column < CHANNELS
+        mean, inverse, scale, shift = _load_scale(moments, weight, bias, group, CHANNELS, column, inside)
+        sums = tl.zeros([COLUMNS], tl.float32)
+        products = tl.zeros([COLUMNS], tl.float32)
+        for start in range(tile * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+            row = start + tl.arange(0, TILE_ROWS)
+            valid = (row < rows)[:, None] & inside[None, :]
+            offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
+            x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
+            g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
+            z = x_hat * scale[None, :] + shift[None, :]
+            g = tl.where(z > 0, g, g * tl.exp(tl.minimum(z, 0.0)))
+            sums += tl.sum(g, axis=0)
+            products += tl.sum(g * x_hat, axis=0)
+        into = partial + (tile * tl.num_programs(1) + group) * 2 * CHANNELS + column
+        tl.store(into, sums, mask=inside)
+        tl.store(into + CHANNELS, products, mask=inside)
+
+    @triton.jit
+    def _descend(
+        x,
+        grad,
+        result,
+        sums,
+        moments,
+        weight,
+        bias,
+        share,
+        rows,
+        CHANNELS: tl.constexpr,
+        TILE_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """d loss / d x = weight / SD (g - mean of g - x_hat mean of g x_hat); ``share`` is 1 / count."""
+        tile, group = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, COLUMNS)
+        inside = column < CHANNELS
+        mean, inverse, scale, shift = _load_scale(moments, weight, bias, group, CHANNELS, column, inside)
+        source = sums + group * 2 * CHANNELS + column
+        mean_g = tl.load(source, mask=inside, other=0.0) * share
+        mean_product = tl.load(source + CHANNELS, mask=inside, other=0.0) * share
+        for start in range(tile * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+            row = start + tl.arange(0, TILE_ROWS)
+            valid = (row < rows)[:, None] & inside[None, :]
+            offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
+            x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
+            g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
+            z = x_hat * scale[None, :] + shift[None, :]
+            g = tl.where(z > 0, g, g * tl.exp(tl.minimum(z, 0.0)))
+            g = (g - mean_g[None, :] - x_hat * mean_product[None, :]) * (scale * inverse)[None, :]
+            tl.store(result + offset, g.to(result.dtype.element_ty), mask=valid)

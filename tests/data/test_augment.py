@@ -22,11 +22,14 @@ from scipy.stats import ks_2samp
 
 from data import augment, resample
 from data.augment import Augmentation
-from data.views import make_views, shift_to_zero, step_generators, to_input, to_unit
+from data.dataset import PatchBatch
+from data.views import shift_to_zero, stream_seeds, to_input, to_unit
 from misc.command import UserError
 from misc.run.augmentation import LETTERS
 
-SIZE = (32, 32, 32)
+from ..conftest import step_views
+
+SIZE, CPU = (32, 32, 32), torch.device("cpu")
 RANGE = 1264.0
 
 
@@ -42,6 +45,19 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def normal(seed=0):
+    """Noise from a stream of its own."""
+    stream = generator(seed)
+    return lambda some: torch.randn(some.shape, generator=stream, dtype=some.dtype)
+
+
+def apply(name, inputs, drawn, noise=None, dense=False):
+    """A transform by its name, from what was drawn."""
+    prepared = getattr(augment, f"prepare_{name}", lambda parameters, size: parameters)(drawn, inputs.shape[2:])
+    prepared = {key: value.to(inputs) for key, value in prepared.items()}
+    return getattr(augment, f"apply_{name}")(inputs, prepared, noise or normal(), dense)
+
+
 def tolerance(dtype):
     """MONAI returns float32 whatever goes in, so its rounding bounds the float64 comparison too."""
     return 1e-6 * RANGE if dtype == torch.float64 else 1e-4 * RANGE
@@ -52,7 +68,7 @@ def tolerance(dtype):
 def test_affine_is_monais(dtype, size):
     inputs = volumes(5, 2, dtype, size)
     drawn = augment.draw_affine(5, size, generator(1))
-    ours = augment.apply_affine(inputs, drawn, generator())
+    ours = apply("affine", inputs, drawn)
     for index in range(5):
         monai = Affine(
             rotate_params=drawn["rotation"][index].tolist(),
@@ -85,7 +101,7 @@ def test_affine_conventions_in_closed_form():
     points = np.stack([z, y, x], -1)[inside, inside, inside]
     source = (points * s + t) @ rotation.T
     wanted = source @ [2.0, -3.0, 5.0]
-    ours = augment.apply_affine(ramp, drawn, generator())[0, 0, inside, inside, inside].numpy()
+    ours = apply("affine", ramp, drawn)[0, 0, inside, inside, inside].numpy()
     np.testing.assert_allclose(ours, wanted, atol=1e-9)
 
 
@@ -93,7 +109,7 @@ def test_scale_above_one_zooms_out():
     cube = torch.zeros(1, 1, *SIZE, dtype=torch.float64)
     cube[:, :, 8:24, 8:24, 8:24] = 1
     drawn = {"rotation": torch.zeros(1, 3), "translation": torch.zeros(1, 3), "scale": torch.full((1, 3), 1.1)}
-    assert augment.apply_affine(cube, drawn, generator()).sum() < cube.sum()
+    assert apply("affine", cube, drawn).sum() < cube.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -103,7 +119,7 @@ def test_elastic_is_monais(dtype):
     drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs on both sides of a half
     # Smaller than drawn in training, so that most voxels land inside and the deformation is seen.
     drawn["magnitude"] = drawn["magnitude"] / 8
-    ours = augment.apply_elastic(inputs, drawn, generator())
+    ours = apply("elastic", inputs, drawn)
     monai = Rand3DElastic((8, 12), (0, RANGE), prob=1.0, padding_mode="border", spatial_size=SIZE)
     for index in range(3):
         monai._do_transform = True
@@ -139,8 +155,8 @@ def test_elastic_kernel_and_cutoff_are_monais(sigma):
 def test_noise_scales_what_is_drawn_and_leaves_the_rest(dtype):
     inputs = volumes(4, 2, dtype)
     unit = torch.randn(2, 2, *SIZE, generator=generator(5), dtype=torch.float64).to(dtype)
-    drawn = {"chosen": torch.tensor([1, 3]), "std": torch.tensor([9.0, 20.0, 30.0, 50.0]), "noise": unit}
-    ours = augment.apply_noise(inputs, drawn, generator())
+    drawn = {"chosen": torch.tensor([0, 1, 0, 1]) > 0, "std": torch.tensor([9.0, 20.0, 30.0, 50.0])}
+    ours = apply("noise", inputs, drawn, lambda some: unit)
     assert torch.equal(ours[0], inputs[0]) and torch.equal(ours[2], inputs[2])
     for row, (index, std) in enumerate(((1, 20.0), (3, 50.0))):
         monai = RandGaussianNoise(prob=1.0, std=50, dtype=np.float64)
@@ -151,8 +167,8 @@ def test_noise_scales_what_is_drawn_and_leaves_the_rest(dtype):
 
 
 def test_noise_is_normal_with_the_drawn_deviation():
-    drawn = {"chosen": torch.tensor([0]), "std": torch.tensor([37.0])}
-    noise = augment.apply_noise(torch.zeros(1, 1, *SIZE), drawn, generator(2))
+    drawn = {"chosen": torch.tensor([True]), "std": torch.tensor([37.0])}
+    noise = apply("noise", torch.zeros(1, 1, *SIZE), drawn, normal(2))
     assert float(noise.std()) == pytest.approx(37.0, rel=0.02) and abs(float(noise.mean())) < 1.0
 
 
@@ -160,8 +176,8 @@ def test_noise_is_normal_with_the_drawn_deviation():
 def test_contrast_is_monais_over_all_channels(dtype):
     inputs = volumes(3, 2, dtype)
     inputs[:, 1] *= 0.3  # the channels' own ranges differ
-    drawn = {"chosen": torch.tensor([0, 2]), "gamma": torch.tensor([0.5, 2.0, 4.5])}
-    ours = augment.apply_contrast(inputs, drawn, generator())
+    drawn = {"chosen": torch.tensor([True, False, True]), "gamma": torch.tensor([0.5, 2.0, 4.5])}
+    ours = apply("contrast", inputs, drawn)
     assert torch.equal(ours[1], inputs[1])
     for index, gamma in ((0, 0.5), (2, 4.5)):
         wanted = torch.as_tensor(AdjustContrast(gamma)(inputs[index].double())).to(dtype)
@@ -169,16 +185,16 @@ def test_contrast_is_monais_over_all_channels(dtype):
 
 
 def test_contrast_of_a_constant_patch_stays_finite():
-    drawn = {"chosen": torch.tensor([0]), "gamma": torch.tensor([0.5])}
+    drawn = {"chosen": torch.tensor([True]), "gamma": torch.tensor([0.5])}
     constant = torch.full((1, 1, *SIZE), 100.0)
-    assert torch.equal(augment.apply_contrast(constant, drawn, generator()), constant)
+    assert torch.equal(apply("contrast", constant, drawn), constant)
 
 
 def test_flip_is_monais():
     inputs = volumes(2, 2)
     drawn = {"flip": torch.tensor([[True, False, True], [False, True, False]])}
     before = inputs.clone()
-    ours = augment.apply_flip(inputs, drawn, generator())
+    ours = apply("flip", inputs, drawn)
     assert torch.equal(inputs, before)
     for index, axes in ((0, [0, 2]), (1, [1])):
         assert torch.equal(ours[index], torch.as_tensor(Flip(axes)(inputs[index])))
@@ -192,20 +208,20 @@ def test_smoothing_is_monais_and_keeps_the_rim(dtype, size):
     before = inputs.clone()
     drawn = augment.draw_smooth(4, size, generator(5))
     drawn["sigma"][1] = torch.tensor([2.0, 0.3, 1.1])
-    ours = augment.apply_smooth(inputs, drawn, generator())
+    ours = apply("smooth", inputs, drawn)
     assert torch.equal(inputs, before)
     for index in range(4):
         monai = GaussianSmooth(drawn["sigma"][index].tolist())
         wanted = monai(inputs[index].double()) / monai(torch.ones_like(inputs[index], dtype=torch.float64))
         assert float((ours[index] - torch.as_tensor(wanted).to(dtype)).abs().max()) < tolerance(dtype)
     flat = torch.full((4, 1, *size), 300.0, dtype=dtype)
-    assert torch.allclose(augment.apply_smooth(flat, drawn, generator()), flat)
+    assert torch.allclose(apply("smooth", flat, drawn), flat)
 
 
 def test_smoothing_by_nothing_changes_nothing():
     inputs = volumes(2)
     drawn = augment.draw_smooth(2, SIZE, generator(5), augment.Ranges(smooth=0.0))
-    torch.testing.assert_close(augment.apply_smooth(inputs, drawn, generator()), inputs)
+    torch.testing.assert_close(apply("smooth", inputs, drawn), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -213,7 +229,7 @@ def test_shift_is_monais(dtype):
     inputs = volumes(4, 2, dtype)
     before = inputs.clone()
     drawn = augment.draw_shift(4, SIZE, generator(6))
-    ours = augment.apply_shift(inputs, drawn, generator())
+    ours = apply("shift", inputs, drawn)
     assert torch.equal(inputs, before)
     for index in range(4):
         wanted = ShiftIntensity(float(drawn["offset"][index]))(inputs[index])
@@ -240,7 +256,7 @@ def test_drawn_parameters_have_monais_distributions():
         f(count, SIZE, generator(2)) for f in (augment.draw_noise, augment.draw_contrast, augment.draw_flip)
     )
     for drawn_here in (noise, contrast):
-        assert len(drawn_here["chosen"]) / count == pytest.approx(0.25, abs=0.03)
+        assert int(drawn_here["chosen"].sum()) / count == pytest.approx(0.25, abs=0.03)
     assert float(flip["flip"].float().mean()) == pytest.approx(0.5, abs=0.03)
     assert ks_2samp(noise["std"].numpy(), np.random.default_rng(0).uniform(0, 50, count)).pvalue > 1e-3
     gammas = RandAdjustContrast(prob=1.0)
@@ -288,17 +304,20 @@ def test_letters_are_applied_in_their_order():
         drawn = Augmentation(letters).draw(2, SIZE, generator(4))
         for parameters in drawn:
             if "chosen" in parameters:
-                parameters["chosen"] = torch.arange(2)
+                parameters["chosen"] = torch.ones(2, dtype=torch.bool)
         chained = inputs
         for letter, parameters in zip(letters, drawn):
-            chained = augment.TRANSFORMS[letter][1](chained, parameters, generator(6))
-        assert torch.equal(Augmentation(letters).apply(inputs, drawn, generator(6)), chained)
+            chained = apply(
+                {"f": "flip", "c": "contrast", "g": "noise", "a": "affine"}[letter], chained, parameters, normal(6)
+            )
+        prepared = Augmentation(letters).prepare(drawn, SIZE)
+        assert torch.equal(Augmentation(letters).apply(inputs, prepared, normal(6)), chained)
     # The order matters: noise before a resampling is smoothed by it.
-    everyone = {"chosen": torch.arange(2), "std": torch.full((2,), 50.0)}
-    move = augment.draw_affine(2, SIZE, generator(4))
+    everyone = {"chosen": torch.ones(2, dtype=torch.bool), "std": torch.full((2,), 50.0)}
+    move = augment.prepare_affine(augment.draw_affine(2, SIZE, generator(4)), SIZE)
     flat = torch.zeros(2, 1, *SIZE)
-    first = Augmentation("ga").apply(flat, [everyone, move], generator(6))
-    last = Augmentation("ag").apply(flat, [move, everyone], generator(6))
+    first = Augmentation("ga").apply(flat, [everyone, move], normal(6))
+    last = Augmentation("ag").apply(flat, [move, everyone], normal(6))
     assert float(first.std()) < 0.8 * float(last.std())
 
 
@@ -318,8 +337,7 @@ def test_streams_are_never_shared():
             for location in range(3):
                 for step in range(3):
                     for rank in range(3):
-                        one, two = step_generators(seed, epoch, location, step, rank, torch.device("cpu"))
-                        seen |= {one.initial_seed(), two.initial_seed()}
+                        seen |= set(stream_seeds(seed, epoch, location, step, rank))
     assert len(seen) == 2 * 3**4 * 2
 
 
@@ -327,10 +345,9 @@ def test_a_step_can_be_drawn_again():
     patches = torch.randint(-1024, 241, (3, *SIZE), dtype=torch.int16, generator=generator(1))
     neighbors = torch.randint(-1024, 241, (3, 2, *SIZE), dtype=torch.int16, generator=generator(2))
     views = [
-        make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 3, 0, torch.device("cpu")))
-        for _ in range(2)
+        step_views(PatchBatch(1, 2, 3, patches, neighbors), Augmentation("feagc"), 0, range(1), CPU) for _ in range(2)
     ]
-    other = make_views(patches, neighbors, Augmentation("feagc"), step_generators(0, 1, 2, 4, 0, torch.device("cpu")))
+    other = step_views(PatchBatch(1, 2, 4, patches, neighbors), Augmentation("feagc"), 0, range(1), CPU)
     for a, b, c in zip(*views, other):
         assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -339,9 +356,7 @@ def test_views_are_independent_and_neighbors_share_one_draw():
     one = torch.randint(-1024, 241, (1, *SIZE), dtype=torch.int16, generator=generator(1))
     patches = one.expand(2, -1, -1, -1)
     neighbors = one[:, None].expand(2, 3, -1, -1, -1)
-    query, key, around = make_views(
-        patches, neighbors, Augmentation("a"), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
-    )
+    query, key, around = step_views(PatchBatch(0, 0, 0, patches, neighbors), Augmentation("a"), 0, range(1), CPU)
     assert query.shape == key.shape == (2, 1, *SIZE) and around.shape == (2, 3, *SIZE)
     drawn = [query[0], query[1], key[0], key[1], around[0, :1], around[1, :1]]
     for i, first in enumerate(drawn):
@@ -355,9 +370,8 @@ def test_intensities_without_augmentation():
     hu = torch.tensor([-2000, -1024, -392, 240, 3000], dtype=torch.int16)
     torch.testing.assert_close(to_unit(shift_to_zero(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
     patches = hu[1:2, None, None, None].expand(2, *SIZE)
-    query, key, around = make_views(
-        patches, patches[:, None], Augmentation(""), step_generators(0, 0, 0, 0, 0, torch.device("cpu"))
-    )
+    batch = PatchBatch(0, 0, 0, patches, patches[:, None])
+    query, key, around = step_views(batch, Augmentation(""), 0, range(1), CPU)
     assert all(torch.equal(view, torch.full_like(view, -1.0)) for view in (query, key, around))
 
 
@@ -405,7 +419,7 @@ def test_ranges_are_the_flags():
     torch.testing.assert_close(narrow["a"]["rotation"], wide["a"]["rotation"] / 2)
     torch.testing.assert_close(narrow["a"]["scale"] - 1, (wide["a"]["scale"] - 1) / 2)
     torch.testing.assert_close(narrow["g"]["std"], wide["g"]["std"] / 5)
-    assert len(wide["g"]["chosen"]) < 0.35 * 500 < 0.65 * 500 < len(narrow["g"]["chosen"])
+    assert int(wide["g"]["chosen"].sum()) < 0.35 * 500 < 0.65 * 500 < int(narrow["g"]["chosen"].sum())
     torch.testing.assert_close(narrow["s"]["sigma"], wide["s"]["sigma"] / 4)
     torch.testing.assert_close(narrow["i"]["offset"], wide["i"]["offset"] / 3)
     assert 0.9 <= float(narrow["c"]["gamma"].min()) < float(narrow["c"]["gamma"].max()) <= 1.1

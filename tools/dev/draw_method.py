@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.augment import Augmentation
 from data.locations import neighbor_table
+from data.sampler import BatchIndex
 from data.store import PatchStore
-from data.views import make_views, step_generators
+from data.views import StepDraws, StepViews
 from misc.command import Parser, run
 from misc.files import write_whole
 
@@ -31,11 +32,13 @@ def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch
     neighbors = neighbor_table(store.locations, 2)
     shown = np.minimum(lung, lung[neighbors].min(axis=1))
     location = int(shown.argmax()) if location is None else location
-    return make_views(
+    draws = StepDraws(Augmentation("agc"), 1, range(1))
+    views = StepViews(draws, torch.device("cpu"))
+    views.seed(0, location, 0)
+    return views(
         torch.from_numpy(patches[location : location + 1].copy()),
         torch.from_numpy(patches[neighbors[location]][None].copy()),
-        Augmentation("agc"),
-        step_generators(1, 0, location, 0, 0, torch.device("cpu")),
+        draws(BatchIndex(0, location, 0, np.array([row])), True),
     )
 
 

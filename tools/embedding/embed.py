@@ -17,7 +17,7 @@ from misc.command import UserError
 from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
-from models.frozen import LOCATIONS_AT_ONCE, freeze
+from models.frozen import LOCATIONS_AT_ONCE, encode_each, freeze
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
@@ -85,6 +85,9 @@ class Embedder:
 
     def encode(self, patches: np.ndarray) -> np.ndarray:
         """(L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32: extract_feature.py's numbers for a store of one."""
+        if self.locations.device.type != "cpu":
+            hu = torch.from_numpy(patches).to(self.locations.device)
+            return encode_each(self.encoder, hu, self.locations, to_input).cpu().numpy()
         found = np.empty((len(patches), self.rep_dim), dtype=np.float32)
         for first in range(0, len(patches), LOCATIONS_AT_ONCE):
             some = freeze(self.encoder, self.locations[first : first + LOCATIONS_AT_ONCE])

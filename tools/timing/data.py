@@ -25,10 +25,16 @@ def rows_augmentation(args) -> list[Row]:
         for letters, count, slow_count, goal in (("agc", 64, 64, "0.5 ms; 3 times"), ("e", 32, 2, "10 ms; 10 times")):
             volumes = torch.rand(count, 1, 32, 32, 32) * 1264
             ours, literal = Augmentation(letters), LiteralAugmentation(letters)
-            generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+            parameters, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+
+            def augment(volumes=volumes, ours=ours, parameters=parameters, noise=noise):
+                size = volumes.shape[2:]
+                prepared = ours.prepare(ours.draw(len(volumes), size, parameters), size)
+                return ours.apply(volumes, prepared, lambda some: torch.randn(some.shape, generator=noise))
+
             times = in_turns(
                 {
-                    "ours": lambda ours=ours, volumes=volumes, pair=generators: ours(volumes, *pair),
+                    "ours": augment,
                     "literal": lambda literal=literal, volumes=volumes, n=slow_count: [literal(v) for v in volumes[:n]],
                 },
                 args.rounds,

@@ -7,14 +7,15 @@ from torch import nn
 
 from data.augment import Augmentation
 from data.dataset import PatchBatch, PatchDataset
+from data.device import BatchCarrier
 from data.loader import make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.store import PatchStore
-from data.views import Views, step_views
+from data.views import StepDraws, StepViews
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.step import Descent, LocationTable, TrainingStep, make_optimizer
+from models.step import Descent, Done, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
 
 
 class TimedStep:
@@ -23,14 +24,16 @@ class TimedStep:
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)
         self.device, self.store = device, store
-        dataset = PatchDataset(store, 2)
+        draws = StepDraws(Augmentation("agc"), 0, range(1))
+        dataset = PatchDataset(store, 2, draws)
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
         self.loader = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
         table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
-        self.augmentation = Augmentation("agc")
         self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
         self.step = TrainingStep(self.model, table, bf16)
+        self.carrier, self.views = BatchCarrier(device), StepViews(draws, device)
         self.descend = Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4))
+        self.whole = WholeStep(self.views, self.step, self.descend)
         self.batches = self._forever()
 
     def _forever(self) -> Iterator[PatchBatch]:
@@ -40,20 +43,23 @@ class TimedStep:
             yield from self.loader
             epoch += 1
 
-    def views(self, batch: PatchBatch) -> Views:
-        return step_views(batch, self.augmentation, 0, range(1), self.device)
+    def inputs(self, batch: PatchBatch) -> Inputs:
+        """A batch on the device, and its noise begun."""
+        self.views.seed(batch.epoch, batch.location, batch.step)
+        return Inputs(*self.carrier(batch))
 
-    def loss(self, location: int, views: Views) -> torch.Tensor:
-        return self.step(location, views, 1.0).loss
+    def loss(self, inputs: Inputs) -> torch.Tensor:
+        views = self.views(inputs.patches, inputs.neighbors, inputs.draws)
+        return self.step(inputs.location, views, 1.0, inputs.subjects).loss
 
     def where(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The location, (1, 3), and its neighbours', (1, k, 3)."""
         return tuple(table[location : location + 1] for table in self.step.table)
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int) -> Done:
         for _ in range(steps):
-            batch = next(self.batches)
-            self.descend(self.loss(batch.location, self.views(batch)))
+            done = self.whole(self.inputs(next(self.batches)), 1.0)
+        return done
 
 
 def trained_encoder(device: torch.device) -> Encoder:

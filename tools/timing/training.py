@@ -19,7 +19,7 @@ STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and
 def check_equal_losses(fast: TimedStep, apart: Apart) -> dict[str, float]:
     """First-step losses of both from the same weights on the same views. Raises where they differ."""
     batch = next(fast.batches)
-    ours, slow = float(fast.loss(batch.location, fast.views(batch)).detach()), apart("loss")
+    ours, slow = float(fast.loss(fast.inputs(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
         raise RuntimeError(f"losses differ, {ours} here and {slow} in the literal version: the timings mean nothing")
     return {"ours": ours, "literal": slow}
@@ -90,9 +90,9 @@ def profile(step: TimedStep, args) -> dict[str, float]:
     try:
         for _ in range(args.steps * args.rounds):
             batch = timed("reading", next)(step.batches)
-            timed("copying", lambda batch: (batch.patches.to(step.device), batch.neighbors.to(step.device)))(batch)
-            views = timed("augmenting", step.views)(batch)
-            loss = timed("forward, all", step.loss)(batch.location, views)
+            inputs = timed("copying", step.inputs)(batch)
+            views = timed("augmenting", step.views)(inputs.patches, inputs.neighbors, inputs.draws)
+            loss = timed("forward, all", step.step)(inputs.location, views, 1.0, inputs.subjects).loss
             step.descend.optimizer.zero_grad(set_to_none=True)
             timed("backward", loss.backward)()
             timed("update", step.descend.optimizer.step)()

@@ -33,7 +33,7 @@ def test_values_gradients_and_statistics(channels, size, layout):
         x = (torch.randn(3, channels, size, size, size, dtype=torch.float64) * 2 + 1).contiguous(memory_format=layout)
         weights = torch.randn_like(x)
         a, b = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.clone().requires_grad_()
-        y, wanted = norm_elu(fast, a), F.elu(slow(b))
+        y, wanted = norm_elu(fast, [a])[0], F.elu(slow(b))
         (y * weights).sum().backward()
         (wanted * weights).sum().backward()
         torch.testing.assert_close(y, wanted, rtol=1e-11, atol=1e-11)
@@ -46,17 +46,17 @@ def test_values_gradients_and_statistics(channels, size, layout):
 
 def test_the_quick_way_is_taken_where_it_is_said_to_be():
     x = torch.randn(2, 8, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
-    assert entrance.norm_elu(make(8, dtype=torch.float32), x) is not None
-    assert entrance.norm_elu(make(8, dtype=torch.float32).eval(), x) is None
-    assert entrance.norm_elu(make(8, dtype=torch.float32), x.contiguous()) is None
-    assert entrance.norm_elu(nn.SyncBatchNorm(8), x) is None
+    assert entrance.norm_elu(make(8, dtype=torch.float32), [x]) is not None
+    assert entrance.norm_elu(make(8, dtype=torch.float32).eval(), [x]) is None
+    assert entrance.norm_elu(make(8, dtype=torch.float32), [x.contiguous()]) is None
+    assert entrance.norm_elu(nn.SyncBatchNorm(8), [x]) is None
 
 
 def test_large_mean_keeps_its_precision():
     """The variance of values far from zero, in float32, against float64."""
     x = (torch.randn(4, 8, 16, 16, 16) + 300).contiguous(memory_format=torch.channels_last_3d)
     norm = nn.BatchNorm3d(8, momentum=1.0)
-    norm_elu(norm, x)
+    norm_elu(norm, [x])
     wanted = x.double().transpose(0, 1).flatten(1).var(1)
     torch.testing.assert_close(norm.running_var.double(), wanted, rtol=1e-4, atol=0)
 
@@ -64,7 +64,7 @@ def test_large_mean_keeps_its_precision():
 def test_bfloat16_input_keeps_float32_statistics():
     x = torch.randn(4, 8, 8, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     norm = make(8, dtype=torch.float32)
-    y = norm_elu(norm, x)
+    (y,) = norm_elu(norm, [x])
     y.float().square().sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16 and norm.weight.grad.dtype == torch.float32
     slow = make(8, dtype=torch.float32)
@@ -83,7 +83,7 @@ def test_a_norm_may_go_both_ways_within_one_step():
     x = torch.randn(4, 8, 1, 1, 1), torch.randn(8, 8, 1, 1, 1)
     x = [value.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for value in x]
     assert [module.is_faster(value) for value in x] == [False, True]
-    sum(norm_elu(norm, value).sum() for value in x).backward()
+    sum(norm_elu(norm, [value])[0].sum() for value in x).backward()
     assert all(value.grad is not None for value in x)
 
 
@@ -105,8 +105,8 @@ class Layers(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm3d(8), nn.BatchNorm3d(4)
 
     def forward(self, x, locs):
-        x = norm_elu(self.bn1, self.conv1(x, locs))
-        return norm_elu(self.bn2, self.conv2(x, locs))
+        x = norm_elu(self.bn1, [self.conv1(x, locs)])[0]
+        return norm_elu(self.bn2, [self.conv2(x, locs)])[0]
 
 
 @pytest.mark.slow

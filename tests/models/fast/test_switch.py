@@ -9,7 +9,7 @@ import torch
 
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import step_views, to_input
+from data.views import to_input
 from models import cnn3d
 from models import fast as switch
 from models.builder import DrasCLR
@@ -20,7 +20,7 @@ from models.fast.pieces import PATCHES_AT_ONCE
 from models.frozen import freeze
 from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 
-from ...conftest import ROOT, calibrate
+from ...conftest import ROOT, calibrate, step_views
 
 
 def test_the_switch_switches():

@@ -1,0 +1,132 @@
+"""Batches on the training device, and location files that stay there."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.dataset import PatchBatch
+from data.store import PatchStore
+from misc.sizes import PATCH_SIZE
+
+SHARE = 0.25  # of a GPU's free memory that location files may take
+
+
+class Copier:
+    """Copies tensors to a device; on a GPU in a stream of its own, beside the kernels of the step before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The tensors on the device, pinned ones without waiting; None stays None."""
+        if self._stream is None:
+            return [None if tensor is None else tensor.to(self.device) for tensor in tensors]
+        with torch.cuda.stream(self._stream):
+            copied = [None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self._stream)
+        for tensor in copied:
+            if tensor is not None:
+                tensor.record_stream(here)
+        return copied
+
+
+class LateCopies:
+    """Results on their way from a device: each is waited for when the next one is under way."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._waiting: list[tuple[Any, torch.Tensor, Any]] = []
+
+    def add(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
+        """Begin to copy a result; the ones before it, with their names."""
+        if not self._on_gpu:
+            yield name, result.numpy()
+            return
+        on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        on_host.copy_(result, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        yield from self.rest()
+        self._waiting.append((name, on_host, copied))
+
+    def rest(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """All that have been added and not been given yet."""
+        while self._waiting:
+            name, on_host, copied = self._waiting.pop(0)
+            copied.synchronize()
+            yield name, on_host.numpy()
+
+
+class ResidentPatches:
+    """Location files kept on a device, whose rows are gathered there: a file is read once, not once for each batch.
+
+    Args:
+        store: grouped.
+        neighbors: (L, k) indices of each location's neighbours.
+        device: that keeps them.
+        files: how many it keeps; the one that was not wanted for the longest time makes room.
+    """
+
+    def __init__(self, store: PatchStore, neighbors: np.ndarray, device: torch.device, files: int):
+        self.store, self.neighbors, self.files = store, neighbors, files
+        self._copy = Copier(device)
+        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._coming: dict[int, Future] = {}
+        self._reader = ThreadPoolExecutor(1, "resident")
+
+    @classmethod
+    def fitting(cls, store: PatchStore, neighbors: np.ndarray, device: torch.device) -> "ResidentPatches | None":
+        """Those of a store if SHARE of a GPU's memory holds the files of two locations; else None."""
+        if device.type != "cuda":
+            return None
+        bytes_each = store.num_subjects * PATCH_SIZE**3 * store.read(0, np.zeros(1, dtype=np.int64)).itemsize
+        files = int(SHARE * torch.cuda.mem_get_info(device)[0]) // bytes_each
+        return cls(store, neighbors, device, files) if files >= 2 * (1 + neighbors.shape[1]) else None
+
+    def gather(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) of rows (B,) that are on the device."""
+        patches, *near = (self._file(index)[rows] for index in self._needed(location))
+        if location + 1 < len(self.neighbors):  # most runs go there next
+            wanted = [index for index in self._needed(location + 1) if index not in self._kept]
+            coming = self._coming
+            self._coming = {i: coming.get(i) or self._reader.submit(self._read, i) for i in wanted}
+        return patches, torch.stack(near, dim=1) if near else None
+
+    def _needed(self, location: int) -> Sequence[int]:
+        return [location, *map(int, self.neighbors[location])]
+
+    def _read(self, index: int) -> torch.Tensor:
+        patches = torch.from_numpy(self.store.read(index, np.arange(self.store.num_subjects)))
+        return patches.pin_memory() if self._copy.device.type == "cuda" else patches
+
+    def _file(self, index: int) -> torch.Tensor:
+        """A location's patches on the device, (N, 32, 32, 32)."""
+        if index not in self._kept:
+            coming = self._coming.pop(index, None)
+            (self._kept[index],) = self._copy(self._read(index) if coming is None else coming.result())
+            while len(self._kept) > self.files:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(index)
+        return self._kept[index]
+
+
+class BatchCarrier:
+    """Brings a batch's tensors to the device, from the loader or from files that stay there."""
+
+    def __init__(self, device: torch.device, resident: ResidentPatches | None = None):
+        self.device, self.resident = device, resident
+        self._copy = Copier(device)
+
+    def __call__(self, batch: PatchBatch) -> tuple[torch.Tensor | None, ...]:
+        """Location (1,), patches, neighbours, draws and subjects, as models.step.Inputs has them."""
+        where = torch.full((1,), batch.location, device=self.device)
+        patches, neighbors, draws, subjects = self._copy(batch.patches, batch.neighbors, batch.draws, batch.subjects)
+        if self.resident is not None:
+            patches, neighbors = self.resident.gather(batch.location, subjects)
+        return where, patches, neighbors, draws, subjects

@@ -1,0 +1,259 @@
+"""A step as a GPU records it: its trace on the CPU, and the recording itself with a stand-in for CUDA's."""
+
+import argparse
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.augment import Augmentation
+from data.sampler import BatchIndex
+from data.views import StepDraws, StepViews
+from misc.run.augmentation import PUBLISHED
+from models import fast
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.fast import graph
+from models.fast.graph import RecordedStep, can_record
+from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
+
+B, NEAR, L, CPU = 4, 2, 5, torch.device("cpu")
+GROUPS = range(2)
+
+
+def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
+    """A whole step as on a GPU, in dense views."""
+    torch.manual_seed(0)
+    model = DrasCLR(Encoder, L, 16, 8, 2, 1, 2 * B, 0.9, 0.2, True, bn_groups=len(GROUPS), **variants).train()
+    neighbors = np.array([[1, 2], [2, 3], [3, 4], [4, 0], [0, 1]])
+    table = LocationTable.of(np.random.default_rng(0).random((L, 3), dtype=np.float32), neighbors, CPU)
+    views = StepViews(StepDraws(Augmentation(letters), 0, GROUPS), CPU, dense=True)
+    return WholeStep(views, TrainingStep(model, table), Descent(make_optimizer(model, lr, 0.9, 1e-4, optimizer)))
+
+
+def begin(step: WholeStep, location: int, number: int) -> Inputs:
+    """Seed the noise of a step, and make its inputs."""
+    generator = torch.Generator().manual_seed(number)
+    hu = torch.randint(-1024, 241, (B, 1 + NEAR, 32, 32, 32), dtype=torch.int16, generator=generator)
+    views = step.make_views
+    views.seed(0, location, number)
+    draws = views.draws(BatchIndex(0, location, number, np.arange(B)), True)
+    return Inputs(torch.tensor([location]), hu[:, 0].clone(), hu[:, 1:].clone(), draws, torch.arange(B) + number)
+
+
+# ---------------------------------------------------------------- a trace of it
+
+
+class Trace(TorchDispatchMode):
+    """Every operation: its name, shapes and dtypes of its tensors, numbers and words that Python gave it."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, given=(), named=None):
+        def describe(value):
+            if isinstance(value, torch.Tensor):
+                return tuple(value.shape), value.dtype
+            if isinstance(value, list | tuple):
+                return tuple(map(describe, value))
+            return "a generator" if isinstance(value, torch.Generator) else str(value)
+
+        facts = [describe(value) for value in (*given, *(named or {}).items())]
+        self.operations.append((str(operation), *facts))
+        return operation(*given, **(named or {}))
+
+
+READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # the host waits for a value
+SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "bincount")
+MOVED = ("pin_memory", "_copy_from", "to.device")
+
+
+def trace_of(step: WholeStep, location: int, number: int) -> list:
+    inputs = begin(step, location, number)
+    with Trace() as trace, fast.plain():
+        step(inputs, 1.0)
+    return trace.operations
+
+
+@pytest.mark.parametrize("variants", [{}, {"negatives": "batch"}, {"mask_own": True}, {"one_queue": True}])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_steps_are_one_sequence_of_operations(variants, optimizer):
+    """Other location, draws, subjects and step: the same operations of the same sizes with the same numbers."""
+    step = build(optimizer=optimizer, **variants)
+    with fast.plain():
+        step(begin(step, 0, 0), 1.0)  # the optimiser makes its state
+    first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
+    apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
+    # Adam's count of steps is a number of Python's where it is not a GPU's (capturable).
+    assert len(first) == len(second) and (optimizer == "adamw" or not apart), apart[:3]
+    words = READ_BACK + SIZED_BY_VALUES + MOVED
+    if optimizer == "sgd":
+        assert not [entry for entry in first if any(word in entry[0] for word in words)]
+    indexed = [entry for entry in first if entry[0].startswith("aten.index.Tensor")]
+    assert indexed and not any("torch.bool" in str(entry) for entry in indexed)  # a mask's size is its values'
+
+
+def test_the_lint_finds_what_it_looks_for():
+    """The views of a CPU, whose sizes are drawn, are another sequence every time."""
+    step = build("agc")
+    step.make_views.dense = False
+    first, second = trace_of(step, 1, 1), trace_of(step, 1, 2)
+    assert first != second and any("nonzero" in entry[0] for entry in first)
+
+
+# ---------------------------------------------------------------- dense views
+
+
+@pytest.mark.parametrize("letters", ["agc", "fag", "ecsi", ""])
+def test_dense_views_are_the_sparse_ones(letters):
+    """Apart from the noise, of which every sample gets its own, not those alone that are drawn; here it is 0."""
+    draws = StepDraws(Augmentation(letters, PUBLISHED._replace(noise_std=0.0)), 0, GROUPS)
+    inputs = begin(build(letters), 2, 3)._replace(draws=draws(BatchIndex(0, 2, 3, np.arange(B)), True))
+    results = [StepViews(draws, CPU, dense)(inputs.patches, inputs.neighbors, inputs.draws) for dense in (True, False)]
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
+
+
+def test_dense_noise_is_each_groups_own():
+    """A group's noise is the same whether it is made alone, as on another rank, or beside others."""
+    hu = torch.full((4, 32, 32, 32), -500, dtype=torch.int16)
+    augmentation = Augmentation("g", PUBLISHED._replace(noise_prob=1.0))
+
+    def views_of(groups, rows):
+        views = StepViews(StepDraws(augmentation, 7, groups), CPU, dense=True)
+        views.seed(1, 2, 3)
+        near = hu[rows][:, None].expand(-1, 2, -1, -1, -1)
+        return views(hu[rows], near, views.draws(BatchIndex(1, 2, 3, np.arange(4)[rows]), True))
+
+    together = views_of(range(2), slice(0, 4))
+    for group in range(2):
+        rows = slice(2 * group, 2 * group + 2)
+        for whole, alone in zip(together, views_of(range(group, group + 1), rows)):
+            assert torch.equal(whole[rows], alone)
+    query, key, _ = together
+    assert not torch.equal(query[0], query[2]) and not torch.equal(query, key)
+    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # of a uniform 0 to 50
+
+
+# ---------------------------------------------------------------- the recording
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: a replay does the work again, on the tensors that it was recorded with."""
+
+    def register_generator_state(self, generator):
+        pass
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """graph.py as if there were a GPU. A recording runs nothing: the state is what it was before."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def record(self, inputs, beta, way=RecordedStep._record):
+        model, optimizer = self.step.training_step.model, self.optimizer
+        before = copy.deepcopy((model.state_dict(), model.queue_origin(), optimizer.state_dict()))
+        streams = [generator.get_state() for generator in (torch.default_generator, *self.generators)]
+        recorded = way(self, inputs, beta)
+        model.load_state_dict(before[0])
+        model.load_queue_origin(before[1])
+        optimizer.load_state_dict(before[2])
+        for generator, state in zip((torch.default_generator, *self.generators), streams):
+            generator.set_state(state)
+        if recorded is not None:
+            rate = self._rate
+
+            def replay():
+                given, self.optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"], float(rate)
+                done = self.step(recorded.inputs, beta)
+                self.optimizer.param_groups[0]["lr"] = given
+                recorded.done.outcome.statistics.copy_(done.outcome.statistics)
+                self.replays = getattr(self, "replays", 0) + 1
+
+            recorded.graph.replay = replay
+        return recorded
+
+    monkeypatch.setattr(RecordedStep, "_record", record)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+
+
+def test_a_recorded_run_is_the_run(recording):
+    """Losses and weights over steps of several locations, the rate changed in between."""
+    results = []
+    for wrap in (lambda step: step, lambda step: RecordedStep(step, step.make_views.generators)):
+        whole = build()
+        step, statistics = wrap(whole), []
+        for number in range(7):
+            whole.descend.optimizer.param_groups[0]["lr"] = 0.01 if number < 5 else 0.002
+            done = step(begin(whole, number % L, number), 1.0)
+            assert done.stepped
+            statistics.append(done.outcome.statistics.clone())
+        results.append((torch.stack(statistics), whole.training_step.model.state_dict()))
+    assert step.replays == 7 - graph.WARM_UP
+    assert isinstance(whole.descend.optimizer.param_groups[0]["lr"], float)  # what a checkpoint holds
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_other_shapes_and_betas_are_recorded_apart(recording):
+    whole = build()
+    step = RecordedStep(whole, whole.make_views.generators)
+    for number in range(6):
+        step(begin(whole, 0, number), 0.0)
+    for number in range(5):
+        step(begin(whole, 0, number), 1.0)
+    assert len(step._recorded) == 2 and step.replays == 6 + 5 - 2 * graph.WARM_UP
+
+
+def test_a_step_that_cannot_be_recorded_is_run(recording, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    whole, said = build(), []
+    step = RecordedStep(whole, whole.make_views.generators, said.append)
+    for number in range(6):
+        assert step(begin(whole, 0, number), 1.0).stepped
+    assert len(said) == 1 and "not permitted when stream is capturing)" in said[0]
+    assert isinstance(whole.descend.optimizer.param_groups[0]["lr"], float)
+
+
+def test_which_runs_are_recorded(monkeypatch):
+    step, gpu = build(), torch.device("cuda")
+    flags = argparse.Namespace(accumulate=1, compile=False, augmentation="agc")
+    assert can_record(gpu, step, flags) and not can_record(CPU, step, flags)
+    for name, value in (("accumulate", 2), ("compile", True), ("augmentation", "age")):
+        assert not can_record(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
+    with fast.plain():
+        assert not can_record(gpu, step, flags)
+    step.training_step = torch.nn.Module()  # as DistributedDataParallel is
+    assert not can_record(gpu, step, flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_a_gpu_a_replay_is_the_step(bf16):
+    gpu, results = torch.device("cuda", 0), []
+    for recorded in (False, True):
+        whole = build()
+        model, table = whole.training_step.model.to(gpu), whole.training_step.table
+        views = StepViews(whole.make_views.draws, gpu)
+        step = whole = WholeStep(
+            views,
+            TrainingStep(model, LocationTable(*(part.to(gpu) for part in table)), bf16),
+            Descent(make_optimizer(model, 0.01, 0.9, 1e-4)),
+        )
+        if recorded:
+            step = RecordedStep(whole, views.generators, pytest.fail)
+        torch.cuda.manual_seed(3)
+        statistics = []
+        for number in range(6):
+            inputs = begin(whole, number % L, number)
+            inputs = Inputs(*(value.to(gpu) for value in inputs))
+            statistics.append(step(inputs, 1.0).outcome.statistics.clone())
+        results.append(torch.stack(statistics)[:, :5].cpu())
+    torch.testing.assert_close(*results, rtol=2e-2 if bf16 else 1e-3, atol=1e-2)

@@ -1,0 +1,63 @@
+"""The Triton kernels compiled without running them: what they need of a multiprocessor."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from models.fast import norm_elu_gpu
+
+KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_descend")
+TENSORS = ("x", "y", "grad", "result")  # of activations; every other pointer is to float32
+COUNTS = ("rows", "parts")
+NUMBERS = ("momentum", "eps", "share")
+
+
+def _type_of(argument: str, constants: dict[str, int], dtype: str) -> str:
+    """A kernel's argument in Triton's words."""
+    if argument in constants:
+        return "constexpr"
+    if argument in COUNTS:
+        return "i32"
+    if argument in NUMBERS:
+        return "fp32"
+    return f"*{dtype if argument in TENSORS else 'fp32'}"
+
+
+def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") -> dict[str, dict[str, int]]:
+    """Registers a thread and bytes spilled, of each kernel for so many channels; needs no GPU.
+
+    Args:
+        channels: of the layer.
+        capability: of the GPU; 90 is an H100 or H200.
+        dtype: of the activations, in Triton's words.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    found = {}
+    for name in KERNELS:
+        kernel = getattr(norm_elu_gpu, name)
+        constants = {
+            "CHANNELS": channels,
+            "COLUMNS": triton.next_power_of_2(channels),
+            "TILE_ROWS": norm_elu_gpu.TILE // triton.next_power_of_2(channels),
+            "TRACK": True,
+        }
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        types = {name: _type_of(name, constants, dtype) for name in kernel.arg_names}
+        source = ASTSource(kernel, types, constexprs=constants)
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(folder) / "kernel.ptx"
+            text.write_text(code, encoding="utf-8")
+            architecture = re.search(r"\.target (\w+)", code)[1]
+            command = [assembler, "-v", f"--gpu-name={architecture}", text, "-o", text.with_suffix(".o")]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        found[name] = {
+            "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+            "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        }
+    return found
