@@ -24,19 +24,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from data.device import Copier, LateCopies
 from data.labels import read_labels
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
-from data.prefetch import read_ahead
+from data.pieces import PIECE_SUBJECTS, Piece, encode_pieces, list_pieces
 from data.store import PatchStore
 from data.tables import feature_table
-from data.views import to_input
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.experiment import Experiment, environment, running_code
@@ -45,10 +43,9 @@ from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
-from models.frozen import LOCATIONS_AT_ONCE, freeze
+from models.frozen import FrozenLocations
 
 MADE_BY = "features.json"  # beside the features
-PIECE_SUBJECTS = 64  # of a piece, if there is only patch/
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
 
 
@@ -133,88 +130,6 @@ def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], 
 # ============================================================ encoding
 
 
-class Piece(NamedTuple):
-    """Work whose result is one file in .pieces: all subjects at a location, or all locations of some subjects."""
-
-    name: str
-    locations: range
-    rows: range
-
-
-def list_pieces(store: PatchStore) -> list[Piece]:
-    """A piece a location; over patch/, a piece of PIECE_SUBJECTS subjects, so that each file is read once."""
-    if store.grouped:
-        return [
-            Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
-            for index in range(store.num_locations)
-        ]
-    pieces = []
-    for start in range(0, store.num_subjects, PIECE_SUBJECTS):
-        rows = range(start, min(start + PIECE_SUBJECTS, store.num_subjects))
-        pieces.append(Piece(f"subjects_{start:07d}.npy", range(store.num_locations), rows))
-    return pieces
-
-
-class Batch(NamedTuple):
-    """Patches of some rows of a piece at one of its locations."""
-
-    piece: Piece
-    column: int  # of the piece's locations
-    start: int  # of the piece's rows
-    rows: np.ndarray
-    last: bool  # of the piece
-
-
-def list_batches(pieces: list[Piece], batch_size: int) -> Iterator[Batch]:
-    """The batches of each piece, location by location."""
-    for piece in pieces:
-        rows = np.asarray(piece.rows)
-        starts = range(0, len(rows), batch_size)
-        for column in range(len(piece.locations)):
-            for start in starts:
-                last = column == len(piece.locations) - 1 and start == starts[-1]
-                yield Batch(piece, column, start, rows[start : start + batch_size], last)
-
-
-def encode_pieces(
-    encoder: Encoder,
-    store: PatchStore,
-    locations: torch.Tensor,
-    pieces: list[Piece],
-    batch_size: int,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Representations h of one piece after the other: (rows, locations, rep_dim) float32.
-
-    Patches are read ahead in threads. The encoder is frozen once for all rows of a location, at LOCATIONS_AT_ONCE
-    locations at a time: always the same ones, so that a run that goes on after a stop rounds alike.
-    """
-    device = locations.device
-
-    def read(batch: Batch) -> torch.Tensor:
-        patches = torch.from_numpy(store.read(batch.piece.locations[batch.column], batch.rows))
-        return patches.pin_memory() if device.type == "cuda" else patches
-
-    copy, late = Copier(device), LateCopies(device)
-    frozen, frozen_from, result = [], -1, None
-    for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
-        piece = batch.piece
-        location = piece.locations[batch.column]
-        first = location - location % LOCATIONS_AT_ONCE
-        if first != frozen_from:
-            frozen, frozen_from = freeze(encoder, locations[first : first + LOCATIONS_AT_ONCE], dtype), first
-        h = frozen[location - first](*copy(patches), to_input)  # (b, rep_dim)
-        if result is None:  # on the device: a copy for every batch would wait for it every time
-            result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
-        result[batch.start : batch.start + len(h), batch.column] = h
-        if batch.last:
-            for done, features in late.add(piece, result):
-                yield done, refuse_not_finite(features, done, store)
-            result = None
-    for done, features in late.rest():
-        yield done, refuse_not_finite(features, done, store)
-
-
 def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
     """The features, (rows, locations, rep_dim). Raises StoreError if one is not finite, naming its patch."""
     if np.isfinite(features).all():
@@ -294,8 +209,9 @@ def encode_share(
         unit="location" if store.grouped else f"{PIECE_SUBJECTS} subjects",
     )
     with bar:
-        for piece, features in encode_pieces(encoder, store, locations, todo, args.batch_size, dtype):
-            save_array(folder / piece.name, features)
+        frozen = FrozenLocations(encoder, locations, dtype)
+        for piece, features in encode_pieces(frozen, store, todo, args.batch_size, locations.device):
+            save_array(folder / piece.name, refuse_not_finite(features, piece, store))
             bar.update()
 
 

@@ -1,5 +1,7 @@
 """CSV tables keyed by sid. A sid is text everywhere: 007 stays 007."""
 
+from __future__ import annotations
+
 import csv
 import difflib
 import io
@@ -7,11 +9,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from data.layout import StoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Names that are also file names: anything that could leave its folder, hide, or break a line is out.
 _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
@@ -92,6 +97,8 @@ def _hint(name: str, columns: Sequence[str]) -> str:
 
 def _read_text(path: Path) -> pd.DataFrame:
     """A CSV's cells as they are, stripped; blank lines are left out, cells missing at a line's end are empty."""
+    import pandas as pd  # here: training on a machine without it reads no table
+
     with open(path, newline="", encoding="utf-8-sig") as stream:
         lines = csv.reader(stream, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(lines, [])]

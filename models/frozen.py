@@ -111,3 +111,25 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
             kernel = (kernel * factor[:, None, None, None, None]).to(dtype)  # (out, in, 3, 3, 3)
             of_location.append(Layer(channels_last(kernel), bias, conv.stride, conv.padding))
     return [FrozenEncoder(of_location) for of_location in layers]
+
+
+class FrozenLocations:
+    """The encoder frozen at any location, LOCATIONS_AT_ONCE of them together.
+
+    Always the same ones together, so that a run that goes on after a stop rounds alike.
+
+    Args:
+        encoder, dtype: as in :func:`freeze`.
+        locations: (L, 3) normalised, on the encoder's device.
+    """
+
+    def __init__(self, encoder: Encoder, locations: torch.Tensor, dtype: torch.dtype = torch.float32):
+        self.encoder, self.locations, self.dtype = encoder, locations, dtype
+        self._first, self._frozen = -1, []
+
+    def __getitem__(self, location: int) -> FrozenEncoder:
+        first = location - location % LOCATIONS_AT_ONCE
+        if first != self._first:
+            some = self.locations[first : first + LOCATIONS_AT_ONCE]
+            self._first, self._frozen = first, freeze(self.encoder, some, self.dtype)
+        return self._frozen[location - first]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import data.pieces
 import extract_feature
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
@@ -21,6 +22,7 @@ from misc import process
 from misc.command import run as run_command
 from misc.experiment import Experiment
 from misc.files import held
+from models import frozen
 from models.builder import DrasCLR
 from models.checkpoint import add_module, check_sum, position, save_checkpoint
 from models.cnn3d import Encoder
@@ -117,7 +119,7 @@ def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, ma
 @pytest.mark.parametrize("grouped", [True, False])
 def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monkeypatch, rel, grouped):
     """Six locations in blocks of four: the last block is another, and short."""
-    monkeypatch.setattr(extract_feature, "LOCATIONS_AT_ONCE", 4)
+    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
@@ -144,7 +146,7 @@ def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys
 
 
 def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
-    monkeypatch.setattr(extract_feature, "LOCATIONS_AT_ONCE", 4)  # it stops within a block
+    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # it stops within a block
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (
@@ -204,7 +206,7 @@ def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid
     make_store(tmp_path / "g", 7, grid)
     make_store(tmp_path / "u", 7, grid, grouped=False)
     make_checkpoint(tmp_path / "c.pth.tar")
-    monkeypatch.setattr(extract_feature, "PIECE_SUBJECTS", 3)
+    monkeypatch.setattr(data.pieces, "PIECE_SUBJECTS", 3)
     monkeypatch.setattr(extract_feature, "ASSEMBLY_BYTES", 2 * 6 * 12 * 4)
     for name in "gu":
         extract(

@@ -4,13 +4,15 @@
     python tools/benchmark.py --json speed.json  the whole table, some 10 minutes on 2 cores
     python tools/benchmark.py --choices          what each choice of train.py costs
     python tools/benchmark.py --scan thorax.nii.gz --atlas-mask M    preprocessing of a scan, part by part
+    python tools/dev/gpu.py --out-dir gpu        a GPU, in another way
 
 Every row has two timings taken in turns in the same run: this project's, and a literal version that
 is written out in dev/literal.py and runs in a process of its own (a loop over samples in every
 convolution, a loop over MONAI's transforms, a queue of shape (moco_dim, K, L), a subject's patches
-encoded at once). The figure that carries over between machines is their ratio, given as the median
-over the rounds with the smallest and the largest. Before anything is timed the two must give the
-same loss. Rows that this machine cannot measure stay in the table, marked so.
+encoded at once). Both compute in one BatchNorm group. The figure that carries over between machines
+is their ratio, given as the median over the rounds with the smallest and the largest. Before anything
+is timed the two must give the same loss. Rows that this machine cannot measure stay in the table,
+marked so.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from tools.timing.choices import rows_choices, show_choices
 from tools.timing.data import rows_augmentation, rows_reading
 from tools.timing.extraction import rows_extraction
 from tools.timing.measure import describe, show
-from tools.timing.runs import row_memory, rows_gpu, scaling
+from tools.timing.runs import row_memory, scaling
 from tools.timing.scans import rows_scan
 from tools.timing.store import make_store
 from tools.timing.training import rows_training
@@ -93,7 +95,6 @@ def main() -> None:
         rows += rows_augmentation(args)
         rows += rows_reading(folder / "reading", args)
         rows.append(row_memory(store, K, folder / "memory_run", args))
-        rows += rows_gpu(args, folder / "gpu", machine)
         print(show(rows))
         print(f"\nfirst-step loss {report['first_step_loss']}")
         for name, parts in report["profile_ms"].items():

@@ -36,7 +36,7 @@ def convolve_pairs(
         return None
     batch, _, depth, height, width = inputs.shape
     out = kernel.shape[0]
-    pairs = F.pad(inputs, (1, 1)).view(batch, depth, height, width // 2 + 1, 2).permute(0, 4, 1, 2, 3)
+    pairs = F.pad(inputs[:, 0], (1, 1)).view(batch, depth, height, width // 2 + 1, 2).permute(0, 4, 1, 2, 3)
     taps = torch.stack([F.pad(kernel, (0, 1)), F.pad(kernel, (1, 0))])  # (2, out, 1, 3, 3, 4)
     taps = taps.reshape(2 * out, 3, 3, 2, 2).permute(0, 4, 1, 2, 3)  # (2 out, 2, 3, 3, 2)
     both = convolve(

@@ -17,7 +17,7 @@ from misc.command import UserError
 from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
-from models.frozen import LOCATIONS_AT_ONCE, encode_each, freeze
+from models.frozen import FrozenLocations, encode_each
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
@@ -88,13 +88,8 @@ class Embedder:
         if self.locations.device.type != "cpu":
             hu = torch.from_numpy(patches).to(self.locations.device)
             return encode_each(self.encoder, hu, self.locations, to_input).cpu().numpy()
-        found = np.empty((len(patches), self.rep_dim), dtype=np.float32)
-        for first in range(0, len(patches), LOCATIONS_AT_ONCE):
-            some = freeze(self.encoder, self.locations[first : first + LOCATIONS_AT_ONCE])
-            for index, frozen in enumerate(some, start=first):
-                one = torch.from_numpy(patches[index : index + 1]).to(self.locations.device)
-                found[index] = frozen(one, to_input)[0].cpu().numpy()
-        return found
+        frozen, hu = FrozenLocations(self.encoder, self.locations), torch.from_numpy(patches)
+        return np.concatenate([frozen[index](hu[index : index + 1], to_input).numpy() for index in range(len(hu))])
 
     def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
         """One scan. Raises ScanError where it cannot be used."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from data.store import PatchStore
 from data.views import to_input
-from models.frozen import LOCATIONS_AT_ONCE, freeze
+from models.frozen import FrozenLocations
 from tools.finetuning.network import Head, trainable
 from tools.finetuning.tasks import Split, Task
 
@@ -40,13 +40,10 @@ class Data:
     @torch.no_grad()
     def encode(self, encoder: nn.Module, rows: np.ndarray) -> torch.Tensor:
         """h of every patch of some rows of the store: (n, L, rep_dim), on the CPU."""
-        encoder.eval()
-        found = []
-        for start in range(0, len(self.locations), LOCATIONS_AT_ONCE):
-            frozen = freeze(encoder, self.locations[start : start + LOCATIONS_AT_ONCE])
-            for index, at_location in enumerate(frozen):
-                patches = torch.from_numpy(self.store.read(start + index, rows)).to(self.locations.device)
-                found.append(at_location(patches, to_input).cpu())
+        frozen, found = FrozenLocations(encoder.eval(), self.locations), []
+        for location in range(len(self.locations)):
+            patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
+            found.append(frozen[location](patches, to_input).cpu())
         return torch.stack(found, dim=1)
 
     def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:

@@ -9,19 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data.locations import normalize_locations
 from data.store import PatchStore
-from data.views import to_input
-from models.cnn3d import Encoder
-from models.frozen import LOCATIONS_AT_ONCE, freeze
 from tools.dev.apart import PUBLISHED_LOCATIONS
 from tools.timing.measure import Row, in_turns
 from tools.timing.step import TimedStep
 from tools.timing.store import make_store
-from tools.timing.training import STEP_GFLOP
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -120,35 +114,3 @@ def scaling(folder: Path, args) -> list[dict]:
                 {"grown": "ranks", "value": ranks, "ms_per_step": None if rate is None else 1e3 * args.batch / rate}
             )
     return cases
-
-
-def rows_gpu(args, store_folder: Path, machine: dict) -> list[Row]:
-    """The GPU's rows; marked unmeasured where there is none."""
-    rows = [
-        Row("training, one GPU, reading from a store and agc, batch 128, bf16", "samples/s", goal="10,000"),
-        Row("features, one GPU, from the page cache, bf16", "subjects/s", goal="over 100"),
-    ]
-    if args.device.type != "cuda":
-        for row in rows:
-            row.note = "unmeasured: no GPU at hand"
-        return rows
-    store = make_store(store_folder, PUBLISHED_LOCATIONS, 512)
-    step = TimedStep(store, 128, 4096, args.device, bf16=True, workers=min(16, os.cpu_count() or 1))
-    times = in_turns({"ours": lambda: step.run(50)}, args.rounds)["ours"]
-    rows[0].ours = 128 * 50 / statistics.median(times)
-    rows[0].of_matrix_rate = STEP_GFLOP * rows[0].ours / machine["matrix_gflops_bf16"]
-    encoder = Encoder(128, 128, 8, 1).to(args.device).eval()
-    locations = torch.from_numpy(normalize_locations(store.locations)).to(args.device)
-
-    @torch.inference_mode()
-    def extract() -> None:
-        for start in range(0, 32, LOCATIONS_AT_ONCE):
-            for index, frozen in enumerate(
-                freeze(encoder, locations[start : start + LOCATIONS_AT_ONCE], torch.bfloat16)
-            ):
-                patches = torch.from_numpy(store.read(start + index, np.arange(512))).to(args.device)
-                frozen(patches, to_input).cpu()
-
-    times = in_turns({"ours": extract}, args.rounds)["ours"]
-    rows[1].ours = 512 * 32 / PUBLISHED_LOCATIONS / statistics.median(times)
-    return rows

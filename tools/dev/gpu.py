@@ -1,0 +1,76 @@
+"""Measure training and extraction on a GPU, part by part, beside an old commit.
+
+    python tools/dev/gpu.py --out-dir gpu --old-commit 4eccfb9          all of it, 5 minutes
+    python tools/dev/gpu.py --out-dir gpu --quick                       2 minutes, fewer rounds
+    python tools/dev/gpu.py --out-dir gpu --quick --device cpu          tiny sizes, to see that it runs
+
+It needs torch, NumPy and SciPy only. Every section writes OUT/<section>.json as it ends, so that a stop loses no more
+than the section under way; --sections chooses some. --old TREE takes an exported commit where git has no history.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from misc.command import OneOf, Parser, run
+from models.fast.memory import keep_freed_memory
+from tools.dev.gpu_lab.sections import ROOT, SECTIONS, Lab
+from tools.dev.gpu_lab.setting import QUICK, TINY, Sizes, write
+from tools.dev.gpu_lab.store import FileStore
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out-dir", required=True, help="folder of the results, and of the random patches that are read")
+    add("--quick", action="store_true", help="fewer rounds and locations")
+    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="cpu: tiny sizes, to see that it runs")
+    add("--old-commit", help="compare with this commit, exported by git archive")
+    add("--old", metavar="TREE", help="compare with the commit exported there")
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help=", ".join(SECTIONS))
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but this machine has no usable GPU")
+    return args
+
+
+def export(commit: str, folder: Path) -> Path:
+    """A commit's files under a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+    return folder
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
+    sizes = TINY if device.type == "cpu" else QUICK if args.quick else Sizes()
+    out = Path(args.out_dir).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    old = Path(args.old).resolve() if args.old else export(args.old_commit, out / "old") if args.old_commit else None
+    lab = Lab(sizes, device, FileStore(out / "store", sizes.locations, sizes.subjects), out, old)
+    for name in args.sections:
+        start = time.perf_counter()
+        try:
+            found = SECTIONS[name](lab)
+        except Exception as error:  # one section's failure must not cost the others' time on a borrowed GPU
+            traceback.print_exc()
+            found = {"failed": f"{type(error).__name__}: {error}"}
+        found["section_seconds"] = round(time.perf_counter() - start, 1)
+        write(out, name, found)
+        print(f"== {name}: {found['section_seconds']} s", flush=True)
+        for key, value in found.items():
+            print(f"{key}: {str(value)[:2000]}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

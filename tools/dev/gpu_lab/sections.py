@@ -1,0 +1,322 @@
+"""What tools/dev/gpu.py measures, a section a function: each returns what is written as its JSON."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.locations import normalize_locations
+from data.pieces import encode_pieces, list_pieces
+from data.views import to_input
+from models import condconv3d, fast, frozen
+from models.cnn3d import norm_elu
+from models.fast import norm_elu_gpu
+from models.frozen import FrozenLocations, encode_each
+from tools.dev.gpu_lab.convolutions import WAYS
+from tools.dev.gpu_lab.kernels import compile_kernels
+from tools.dev.gpu_lab.setting import PRECISIONS, Run, Sizes, in_turns, rates, synchronize
+from tools.dev.gpu_lab.store import FileStore
+from tools.timing.step import trained_encoder
+
+ROOT = Path(__file__).resolve().parents[3]
+LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # channels, voxels a side of their results
+
+
+class Lab(NamedTuple):
+    """What every section is given."""
+
+    sizes: Sizes
+    device: torch.device
+    store: FileStore
+    out: Path
+    old: Path | None  # tree of an old commit
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return PRECISIONS if self.on_gpu else ("float32",)
+
+    def run(self, precision: str | None = None, **choices: Any) -> Run:
+        return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
+
+    def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
+        return in_turns(jobs, self.sizes.rounds, self.device, warm_up)
+
+
+@contextlib.contextmanager
+def channels_first() -> Iterator[None]:
+    """The layout before: what one channel's ``contiguous`` gave."""
+
+    def as_before(x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
+    with contextlib.ExitStack() as stack:
+        for module in (condconv3d, frozen, sys.modules["models.cnn3d"]):
+            stack.enter_context(mock.patch.object(module, "channels_last", as_before))
+        yield
+
+
+def ceilings(lab: Lab) -> dict:
+    """What the machine can do: products, memory, launches."""
+    size = 8192 if lab.on_gpu else 256
+    device = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    for precision in lab.precisions:
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        a = torch.randn(size, size, device=lab.device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        times = lab.time({"product": lambda a=a: a @ a})["product"]
+        found[f"tflops_{precision}"] = round(2 * size**3 / times["median"] / 1e12, 2)
+    memory = torch.zeros(2**28 if lab.on_gpu else 2**20, device=lab.device)
+    found["copy_gb_s"] = round(2 * memory.nbytes / lab.time({"copy": memory.clone})["copy"]["median"] / 1e9, 1)
+    small = torch.zeros(1, device=lab.device)
+    launches = lab.time({"launches": lambda: [small.add_(1) for _ in range(1000)]})["launches"]
+    found["launch_us"] = round(1e3 * launches["median"], 2)
+    return found
+
+
+def kernels(lab: Lab) -> dict:
+    """Registers and spilled bytes of the Triton kernels, for the first layers' and the last's channels."""
+    if norm_elu_gpu.triton is None:
+        return {"skipped": "no Triton"}
+    return {str(channels): compile_kernels(channels) for channels in (8, 128)}
+
+
+def layouts(lab: Lab) -> dict:
+    """Strides of every convolution's input, and the kernels that a GPU runs for a forward and backward pass."""
+    run, strides = lab.run(recorded=False), []
+    convolve = condconv3d.CondConv3D._convolve
+
+    def note(self, x, kernel):
+        strides.append([tuple(x.shape), x.stride()])
+        return convolve(self, x, kernel)
+
+    run.advance(1)
+    with mock.patch.object(condconv3d.CondConv3D, "_convolve", note):
+        run.advance(1)
+    found: dict[str, Any] = {"inputs": strides[: 13 * 3]}
+    if lab.on_gpu:
+        found["kernels"] = profile_of(lambda: run.advance(1))["kernels"][:40]
+    return found
+
+
+def correctness(lab: Lab) -> dict:
+    """Recorded against eager, fast against plain, and the tests that want a GPU."""
+    found, steps = {}, 6
+    for precision in lab.precisions:
+        wanted = torch.stack(lab.run(precision, recorded=False).advance(steps))
+        runs = {"plain": lambda precision=precision: lab.run(precision, recorded=False)}
+        if lab.on_gpu:
+            runs["recorded"] = lambda precision=precision: lab.run(precision, recorded=True)
+        for name, make in runs.items():
+            with fast.plain() if name == "plain" else contextlib.nullcontext():
+                ours = torch.stack(make().advance(steps))
+            apart = ((ours - wanted).abs() / wanted.abs().clamp(min=1e-3))[:, :3]  # the three losses
+            found[f"{precision}, {name} against eager"] = {
+                "first step": float(apart[0].max()),
+                "in six": float(apart.max()),
+            }
+    if lab.on_gpu:
+        tests = ["tests/test_gpu.py", "tests/models/fast", "tests/data/test_device.py"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]
+        done = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, check=False)
+        found["pytest -m gpu"] = (done.stdout + done.stderr)[-1500:]
+    return found
+
+
+def convolutions(lab: Lab) -> dict:
+    """The first two convolutions three ways, forward and backward, at the batch of a step."""
+    found = {}
+    for precision in lab.precisions:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        x = condconv3d.channels_last(torch.randn(lab.sizes.batch, 1, 32, 32, 32, device=lab.device, dtype=dtype))
+        shapes = ((8, 1, 3, 3, 3), (8, 8, 3, 3, 3))
+        kernels = [torch.randn(*shape, device=lab.device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+        def descend(way, x=x, kernels=kernels) -> None:
+            way(x, *kernels).sum().backward()
+
+        jobs = {name: lambda way=way: descend(way) for name, way in WAYS.items()}
+        found[precision] = {name: {k: 1e3 * v for k, v in t.items()} for name, t in lab.time(jobs, 3).items()}
+    return {"ms": found}
+
+
+def norms(lab: Lab) -> dict:
+    """BatchNorm with ELU of every size of layer, forward and backward: torch's on volumes and on images, Triton's."""
+    found = {}
+    dtype = torch.bfloat16 if lab.on_gpu else torch.float32
+    for channels, side in LAYERS:
+        norm = nn.BatchNorm3d(channels).to(lab.device)
+        x = torch.randn(lab.sizes.batch, channels, side, side, side, device=lab.device).to(dtype)
+        x = condconv3d.channels_last(x).requires_grad_()
+
+        def as_volumes(norm=norm, x=x) -> torch.Tensor:
+            parts = [F.elu(norm(part)) for part in x.chunk(lab.sizes.groups)]
+            return torch.cat(parts)
+
+        def as_images(norm=norm, x=x) -> torch.Tensor:
+            with fast.plain():
+                return norm_elu(norm, [x], lab.sizes.groups)[0]
+
+        ways: dict[str, Callable[[], torch.Tensor]] = {"volumes": as_volumes, "images": as_images}
+        if lab.on_gpu:
+            for tile in (2048, 4096, 8192):
+
+                def in_triton(norm=norm, x=x, tile=tile) -> torch.Tensor:
+                    with mock.patch.object(norm_elu_gpu, "TILE", tile):
+                        return norm_elu(norm, [x], lab.sizes.groups)[0]
+
+                ways[f"Triton, tiles of {tile}"] = in_triton
+        jobs = {name: lambda way=way: way().sum().backward() for name, way in ways.items()}
+        times = lab.time(jobs, 3)
+        found[f"{channels} x {side}^3"] = {name: round(1e3 * value["median"], 3) for name, value in times.items()}
+    return {"ms": found}
+
+
+def ablation(lab: Lab) -> dict:
+    """Samples a second as it is, then with one thing taken away at a time, then all of them."""
+    if not lab.on_gpu:
+        ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.plain)}
+    else:
+        without_norm = lambda: mock.patch.object(norm_elu_gpu, "is_faster", lambda *_: False)  # noqa: E731
+        ways = {
+            "as it is": ({"recorded": True}, contextlib.nullcontext),
+            "files on the GPU": ({"recorded": True, "resident": True}, contextlib.nullcontext),
+            "not recorded": ({"recorded": False}, contextlib.nullcontext),
+            "torch's BatchNorm": ({"recorded": True}, without_norm),
+            "channels first": ({"recorded": True}, channels_first),
+            "none of these": ({"recorded": False, "dense": False}, fast.plain),
+        }
+    found = {}
+    for name, (choices, context) in ways.items():
+        with context():
+            run = lab.run(**choices)
+            run.advance(6)
+            times = lab.time({name: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
+        found |= rates(times, lab.sizes.batch * lab.sizes.steps)
+    return {"samples_per_s": found}
+
+
+def training(lab: Lab) -> dict:
+    """Samples a second of every precision, beside the old commit's, and both loss curves."""
+    found: dict[str, Any] = {"samples_per_s": {}, "curves": {}}
+    for precision in lab.precisions:
+        run = lab.run(precision, resident=False)
+        losses = torch.stack(run.advance(lab.sizes.curve))[:, 2].tolist()
+        times = lab.time({precision: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
+        found["samples_per_s"] |= rates(times, lab.sizes.batch * lab.sizes.steps)
+        found["curves"][precision] = losses
+        del run
+        if lab.old is None:
+            continue
+        result = lab.out / f"old_{precision}.json"
+        command = [sys.executable, str(Path(__file__).with_name("old.py")), str(lab.old), str(lab.out / "store")]
+        sizes = json.dumps(lab.sizes._asdict())
+        command += [sizes, lab.device.type, precision, str(lab.sizes.curve), str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            found["samples_per_s"][f"{precision}, old"] = done.stderr[-1500:]
+            continue
+        old = json.loads(result.read_text(encoding="utf-8"))
+        found["samples_per_s"][f"{precision}, old"] = old["samples_per_s"]
+        found["curves"][f"{precision}, old"] = old["losses"]
+    return found
+
+
+def profile_of(work: Callable[[], object]) -> dict:
+    """Kernels of some work on a GPU by their time, and their number."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+        work()
+        torch.cuda.synchronize()
+    rows = [event for event in record.key_averages() if event.self_device_time_total > 0]
+    rows.sort(key=lambda event: -event.self_device_time_total)
+    listed = [[event.key[:90], event.count, round(event.self_device_time_total / 1e3, 3)] for event in rows]
+    return {
+        "busy_ms": round(sum(row[2] for row in listed), 2),
+        "launches": sum(row[1] for row in listed),
+        "kernels": listed,
+    }
+
+
+def profile(lab: Lab) -> dict:
+    """Of a step: how long the GPU is busy, how long it takes, and with which kernels."""
+    if not lab.on_gpu:
+        return {"skipped": "no GPU"}
+    found = {}
+    for name, recorded in (("recorded", True), ("eager", False)):
+        run = lab.run(recorded=recorded)
+        run.advance(6)
+        batches = [next(run.batches) for _ in range(4)]
+        with mock.patch.object(run, "batches", iter(batches)):
+            record = profile_of(lambda run=run: run.advance(4))
+        times = lab.time({"step": lambda run=run: run.advance(10)})["step"]
+        found[name] = {
+            "wall_ms": round(1e2 * times["median"], 2),
+            "busy_ms": round(record["busy_ms"] / 4, 2),
+            "launches": record["launches"] // 4,
+            "kernels": [[key, count // 4, round(ms / 4, 3)] for key, count, ms in record["kernels"][:40]],
+        }
+    return found
+
+
+def loader(lab: Lab) -> dict:
+    """Samples a second that the data-loader workers hand over, and with their way to the device."""
+    run, steps = lab.run(recorded=False), lab.sizes.steps
+    jobs = {
+        "loader": lambda: [next(run.batches) for _ in range(steps)],
+        "loader and copies": lambda: [run.carrier(next(run.batches)) for _ in range(steps)],
+    }
+    return {"samples_per_s": rates(lab.time(jobs), lab.sizes.batch * steps)}
+
+
+def extraction(lab: Lab) -> dict:
+    """Subjects of 581 patches a second, as extract_feature.py encodes them, and one scan's seconds."""
+    store, encoder = lab.store, trained_encoder(lab.device)
+    locations = torch.from_numpy(normalize_locations(store.locations)).to(lab.device)
+    pieces = list_pieces(store)
+    found: dict[str, Any] = {}
+    for precision in ("bf16", "float32"):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        at = FrozenLocations(encoder, locations, torch.bfloat16 if precision == "bf16" else torch.float32)
+        work = lambda at=at: [len(h) for _, h in encode_pieces(at, store, pieces, 256, lab.device)]  # noqa: E731
+        times = lab.time({precision: work})
+        found |= rates(times, store.num_subjects * store.num_locations / 581)
+    count = 581 if lab.on_gpu else 8
+    hu = torch.from_numpy(store.read(0, np.arange(count) % store.num_subjects))
+    hu, places = hu.to(lab.device), torch.rand(count, 3, device=lab.device) * 2 - 1
+    one = lab.time({"one scan": lambda: encode_each(encoder, hu, places, to_input)})["one scan"]
+    at = FrozenLocations(encoder, places)
+    few = range(min(count, 16))
+    wanted = torch.cat([at[index](hu[index : index + 1], to_input) for index in few])
+    ours = encode_each(encoder, hu[: len(few)], places[: len(few)], to_input)
+    synchronize(lab.device)
+    return {"subjects_per_s": found, "one_scan_s": one, "one_scan_apart": float((ours - wanted).norm() / wanted.norm())}
+
+
+SECTIONS: dict[str, Callable[[Lab], dict]] = {
+    "ceilings": ceilings,
+    "kernels": kernels,
+    "correctness": correctness,
+    "training": training,
+    "profile": profile,
+    "ablation": ablation,
+    "norms": norms,
+    "convolutions": convolutions,
+    "layouts": layouts,
+    "loader": loader,
+    "extraction": extraction,
+}

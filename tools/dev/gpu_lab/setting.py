@@ -1,0 +1,137 @@
+"""The training step that train.py composes, for sizes of one's choice, and timings taken in turns."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data.augment import Augmentation
+from data.dataset import PatchBatch, PatchDataset
+from data.device import BatchCarrier, ResidentPatches
+from data.loader import batches, make_loader
+from data.locations import normalize_locations
+from data.sampler import LocationBatchSampler
+from data.views import StepDraws, StepViews
+from misc import process
+from models.builder import DrasCLR
+from models.cnn3d import Encoder
+from models.fast.graph import RecordedStep
+from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
+from tools.dev.gpu_lab.store import FileStore
+
+PRECISIONS = ("bf16", "tf32", "float32")
+
+
+class Sizes(NamedTuple):
+    """What is measured; the defaults are the published hyper-parameters on one GPU."""
+
+    batch: int = 128
+    groups: int = 4
+    locations: int = 64
+    subjects: int = 512
+    K: int = 4096
+    neighbors: int = 2
+    steps: int = 40  # of a timing
+    rounds: int = 5
+    curve: int = 200  # steps of a loss curve
+    workers: int = 12
+
+
+QUICK = Sizes(steps=15, rounds=3, curve=60, locations=24)
+TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a CPU, to see that it runs
+
+
+class Run:
+    """Training of one precision as train.py composes it: loader, device, views, step, optimiser."""
+
+    def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **choices: Any):
+        """``choices``: ``recorded``, ``resident``, ``dense`` as train.py chooses them for a GPU, unless given."""
+        on_gpu = device.type == "cuda"
+        process.set_arithmetic(precision == "tf32", deterministic=False)
+        torch.manual_seed(0)
+        groups = range(sizes.groups)
+        draws = StepDraws(Augmentation("agc"), 0, groups)
+        dataset = PatchDataset(store, sizes.neighbors, draws)
+        resident = None
+        if choices.get("resident", False):
+            resident = ResidentPatches(store, dataset.neighbors, device, store.num_locations)
+            dataset.read = False
+        self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, sizes.batch, seed=0)
+        self.loader = make_loader(dataset, self.sampler, sizes.workers, pin_memory=on_gpu)
+        table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+        self.model = DrasCLR(
+            Encoder, store.num_locations, 128, 128, 8, 1, sizes.K, 0.999, 0.2, True, bn_groups=sizes.groups
+        ).to(device)
+        self.views = StepViews(draws, device, choices.get("dense"))
+        step = TrainingStep(self.model, table, precision == "bf16").train()
+        self.whole = WholeStep(self.views, step, Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4)))
+        self.step = RecordedStep(self.whole, self.views.generators) if choices.get("recorded", on_gpu) else self.whole
+        self.carrier, self.batches = BatchCarrier(device, resident), self._forever()
+
+    def _forever(self) -> Iterator[PatchBatch]:
+        epoch = 0
+        while True:
+            self.sampler.set_epoch(epoch)
+            yield from batches(self.loader)
+            epoch += 1
+
+    def inputs(self, batch: PatchBatch) -> Inputs:
+        self.views.seed(batch.epoch, batch.location, batch.step)
+        return Inputs(*self.carrier(batch))
+
+    def advance(self, steps: int) -> list[torch.Tensor]:
+        """So many steps; the statistics of each, on the device."""
+        found = []
+        for _ in range(steps):
+            found.append(self.step(self.inputs(next(self.batches)), 1.0).outcome.statistics.clone())
+        return found
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
+    """Median, smallest and largest seconds of each job, taken in turns."""
+    for work in jobs.values():
+        for _ in range(warm_up):
+            work()
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, work in jobs.items():
+            times[name].append(seconds(work, device))
+    return {name: spread(values) for name, values in times.items()}
+
+
+def spread(values: Sequence[float], digits: int = 7) -> dict[str, float]:
+    found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
+
+
+def rates(times: dict[str, dict[str, float]], amount: float) -> dict[str, dict[str, float]]:
+    """Amounts a second from seconds."""
+    return {
+        name: {
+            "median": round(amount / value["median"], 1),
+            "low": round(amount / value["high"], 1),
+            "high": round(amount / value["low"], 1),
+        }
+        for name, value in times.items()
+    }
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
