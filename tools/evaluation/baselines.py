@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data.augment import apply_smooth
+from data.augment import Augmentation
 from data.store import PatchStore
 from misc.progress import progress_bar
 from misc.sizes import HU_MAX, HU_MIN
@@ -33,7 +33,9 @@ def smooth(patches: np.ndarray) -> np.ndarray:
     """Patches (n, 32, 32, 32) in HU after a Gaussian of SMOOTHING voxels, float32."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))[:, None]
     sigma = torch.full((len(patches), 3), SMOOTHING, dtype=torch.float64)
-    return apply_smooth(volumes, {"sigma": sigma}, torch.Generator())[:, 0].numpy()
+    smoothing = Augmentation("s")
+    prepared = smoothing.prepare([{"sigma": sigma}], volumes.shape[2:])
+    return smoothing.apply(volumes, prepared, torch.zeros_like)[:, 0].numpy()
 
 
 class Counts(NamedTuple):
