@@ -41,16 +41,21 @@ def norm_elu(
         return result
     if not norm.training:
         return [F.elu(norm(block), inplace=True) for block in blocks]
-    of_groups = zip(*(block.chunk(groups) for block in blocks))  # of each group its part of every block
+    of_groups = zip(*(_split(block, groups) for block in blocks))  # of each group its part of every block
     done = [
-        _norm_elu_in_training(norm, _join(parts), track and group == 0).chunk(len(blocks))
+        _split(_norm_elu_in_training(norm, _join(parts), track and group == 0), len(blocks))
         for group, parts in enumerate(of_groups)
     ]
     return [_join(parts) for parts in zip(*done)]
 
 
+def _split(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    """Equal parts of a batch, one after the other; one part is the batch itself, which costs no backward pass."""
+    return (x,) if count == 1 else x.chunk(count)
+
+
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Parts of a batch, one after the other, in their layout."""
+    """The inverse of :func:`_split`, channels-last as the parts are."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
