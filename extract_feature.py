@@ -13,8 +13,9 @@ with the published weights on your own store (its atlas_patch_loc.npy must be th
         --root-dir=/data/patches --out-dir=features
 
 Writes <exp-name>/patch_rep/<epoch>/, or --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
-(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, features.json (what made them), and
-with --labels feature_arr_patch_full.npy (N, P) and label_names.json. Stopped half-way, it goes on where it was.
+(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, features.json (what made them), with
+--layers layer_arr_patch_full.npy (N, L, 1216), and with --labels feature_arr_patch_full.npy (N, P) and
+label_names.json. Stopped half-way, it goes on where it was.
 """
 
 import argparse
@@ -43,9 +44,10 @@ from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
-from models.frozen import FrozenLocations
+from models.frozen import FrozenLocations, layer_width
 
 MADE_BY = "features.json"  # beside the features
+LAYERS = "layer_arr_patch_full.npy"
 ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
 
 
@@ -55,6 +57,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
     parser.add_argument("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
     parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
+    text = "also write the mean and SD of every layer's channels, for --patient-vector layers: 2.8 MB a subject"
+    parser.add_argument("--layers", action="store_true", help=text)
     parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
     parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
     parser.add_argument(
@@ -98,12 +102,15 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
     return store
 
 
-def describe_origin(checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str) -> dict[str, Any]:
+def describe_origin(
+    checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str, layers: bool
+) -> dict[str, Any]:
     """What these features are made from, for MADE_BY beside them."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
     return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
-        "precision": "bf16" if amp == "bf16" else process.precision()
+        "precision": "bf16" if amp == "bf16" else process.precision(),
+        "layers": layers,
     }
 
 
@@ -144,44 +151,55 @@ def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> 
 # ============================================================ output
 
 
-def work_key(checkpoint: Path, store: PatchStore, amp: str) -> str:
+def work_key(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False) -> str:
     """Changes with anything that the features depend on, so that old pieces are not taken for new ones."""
     digest = hashlib.sha256()
     for path in (checkpoint, *store.files):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    digest.update(repr((store.grouped, store.sids, store.locations.tolist(), amp)).encode())
+    digest.update(repr((store.grouped, store.sids, store.locations.tolist(), amp, layers)).encode())
     return digest.hexdigest()
 
 
-def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int) -> Iterator[np.ndarray]:
-    """The pieces' features of some subjects after the others, in row order: (n, L, rep_dim) float32."""
+def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
+    """The pieces' features of some subjects after the others, in row order: (n, L, width) float32."""
     if not store.grouped:
         for piece in pieces:
             yield np.load(folder / piece.name)
         return
-    step = max(1, ASSEMBLY_BYTES // (store.num_locations * rep_dim * 4))
+    step = max(1, ASSEMBLY_BYTES // (store.num_locations * width * 4))
     for start in range(0, store.num_subjects, step):
         count = min(step, store.num_subjects - start)
-        features = np.empty((count, store.num_locations, rep_dim), dtype=np.float32)
+        features = np.empty((count, store.num_locations, width), dtype=np.float32)
         for index, piece in enumerate(pieces):  # one open at a time: a process may have 1024 files
             features[:, index] = np.load(folder / piece.name, mmap_mode="r")[start : start + count, 0]
         yield features
 
 
-def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int) -> None:
+def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0) -> None:
     """Put the pieces together, some subjects at a time, and take each subject's mean over the locations."""
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
+    shape = store.num_subjects, store.num_locations
 
-    def write_patches(stream) -> None:
-        stream.write(array_header((store.num_subjects, store.num_locations, rep_dim), np.dtype("<f4")))
+    def write_both(patches, layers=None) -> None:
+        patches.write(array_header((*shape, rep_dim), np.dtype("<f4")))
+        if layers is not None:
+            layers.write(array_header((*shape, width), np.dtype("<f4")))
         row = 0
-        for features in read_subjects(folder, pieces, store, rep_dim):
+        for found in read_subjects(folder, pieces, store, rep_dim + width):
+            features = found[:, :, :rep_dim]
             means[row : row + len(features)] = features.mean(axis=1, dtype=np.float64)
-            stream.write(np.ascontiguousarray(features, dtype="<f4").data)
+            patches.write(np.ascontiguousarray(features, dtype="<f4").data)
+            if layers is not None:
+                layers.write(np.ascontiguousarray(found[:, :, rep_dim:], dtype="<f4").data)
             row += len(features)
 
-    write_whole(out_dir / "pred_arr_patch_full.npy", write_patches)
+    patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
+    layer_file.unlink(missing_ok=True)
+    if width:  # one file whole within the other's writing: both are there at its end, or neither
+        write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
+    else:
+        write_whole(patch_file, write_both)
     save_array(out_dir / "pred_arr_patient_full.npy", means)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
     write_text(out_dir / "patient_features.csv", feature_table(store.sids, means))
@@ -210,7 +228,7 @@ def encode_share(
     )
     with bar:
         frozen = FrozenLocations(encoder, locations, dtype)
-        for piece, features in encode_pieces(frozen, store, todo, args.batch_size, locations.device):
+        for piece, features in encode_pieces(frozen, store, todo, args.batch_size, locations.device, args.layers):
             save_array(folder / piece.name, refuse_not_finite(features, piece, store))
             bar.update()
 
@@ -239,14 +257,14 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content
 
-    made_by = describe_origin(checkpoint, place, store, args.amp)
+    made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
     process.agree({**vars(args), **made_by, **running_code()})
     with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode
         folder, pieces = out_dir / ".pieces", list_pieces(store)
         if rank == 0:
             refuse_features_of_other_checkpoint(out_dir, made_by, say)
-            resume_folder(folder, work_key(checkpoint, store, args.amp))
+            resume_folder(folder, work_key(checkpoint, store, args.amp, args.layers))
         process.barrier()
         encode_share(args, encoder.to(device), store, folder, pieces)
         process.wait_for_all()
@@ -255,7 +273,8 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         if rank == 0:
             store.check_unchanged()
             (out_dir / MADE_BY).unlink(missing_ok=True)  # until all of them are these
-            assemble(out_dir, folder, pieces, store, sizes["rep_dim"])
+            width = layer_width(encoder) if args.layers else 0
+            assemble(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
                 (out_dir / name).unlink(missing_ok=True)
             if labels is not None:

@@ -63,8 +63,9 @@ def encode_pieces(
     pieces: list[Piece],
     batch_size: int,
     device: torch.device,
+    layers: bool = False,
 ) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Representations h of one piece after the other: (rows, locations, rep_dim) float32.
+    """Representations of one piece after the other: (rows, locations, rep_dim) float32.
 
     Args:
         frozen: the encoder of each location, models.frozen.FrozenLocations.
@@ -72,6 +73,7 @@ def encode_pieces(
         pieces: of :func:`list_pieces`.
         batch_size: patches encoded together.
         device: of the encoder.
+        layers: append the summaries of all layers, (rows, locations, rep_dim + W).
     """
 
     def read(batch: Batch) -> torch.Tensor:
@@ -81,7 +83,7 @@ def encode_pieces(
     copy, late, result = Copier(device), LateCopies(device), None
     for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
         piece = batch.piece
-        h = frozen[piece.locations[batch.column]](*copy(patches), to_input)  # (b, rep_dim)
+        h = frozen[piece.locations[batch.column]](*copy(patches), to_input, layers)  # (b, rep_dim [+ W])
         if result is None:  # on the device: a copy for every batch would wait for it every time
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h

@@ -12,6 +12,7 @@ from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 AT_ONCE = 64  # patches encoded by all experts together: the first layer of 8 experts then takes 0.5 GB
+SUMMARIZED = 2**20  # numbers of a layer that are summarised together on the CPU, so that they stay in its cache
 LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -40,30 +41,61 @@ class FrozenEncoder:
     def __init__(self, layers: list[Layer]):
         self._layers = layers
 
-    def __call__(self, x: torch.Tensor, prepare: Prepare = torch.Tensor.to) -> torch.Tensor:
-        """(B, 1, 32, 32, 32), intensities in [-1, 1] -> h (B, rep_dim) float32.
+    def __call__(self, x: torch.Tensor, prepare: Prepare = torch.Tensor.to, layers: bool = False) -> torch.Tensor:
+        """Representations of a batch.
 
-        ``prepare(x, dtype)`` makes such a tensor of each piece of the batch, where ``x`` is none yet.
+        Args:
+            x: (B, 1, 32, 32, 32), intensities in [-1, 1].
+            prepare: ``prepare(x, dtype)`` makes such a tensor of each piece of the batch, if ``x`` is not one yet.
+            layers: append :func:`summarize` of every layer's result.
+
+        Returns:
+            h (B, rep_dim) float32; with ``layers`` (B, rep_dim + W), W of :func:`layer_width`.
         """
-        encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare), x)  # (B, rep_dim)
-        return self._encode(x, prepare) if encoded is None else encoded
+        encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare, layers), x)
+        return self._encode(x, prepare, layers) if encoded is None else encoded
 
     @torch.no_grad()
-    def _encode(self, x: torch.Tensor, prepare: Prepare) -> torch.Tensor:
+    def _encode(self, x: torch.Tensor, prepare: Prepare, layers: bool) -> torch.Tensor:
         x = prepare(x, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
         x = channels_last(x)
         one_pass = x.device.type == "cpu" and len(x) == PATCHES_AT_ONCE
+        summaries = []
         for kernel, bias, stride, padding in self._layers:
             if one_pass:
                 x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)
             else:
                 x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
-        return x.flatten(1).float()  # (B, rep_dim)
+            if layers:
+                summaries.append(summarize(x))
+        return torch.cat([x.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
+
+
+def layer_width(encoder: Encoder) -> int:
+    """Numbers that summarise all layers: a mean and an SD for each channel."""
+    return sum(2 * conv.out_channels for conv, _ in encoder.layers())
+
+
+def summarize(x: torch.Tensor) -> torch.Tensor:
+    """Mean and SD of every channel within each patch: (B, C, D, H, W) -> (B, 2 C) float32, means first."""
+    some = max(1, SUMMARIZED // x[0].numel()) if x.device.type == "cpu" else len(x)
+    found = []
+    for part in x.split(some):
+        voxels = part.permute(0, 2, 3, 4, 1).flatten(1, 3).float()  # (b, D H W, C)
+        mean = voxels.mean(dim=1)  # (b, C)
+        squares = (voxels - mean[:, None]).square_().mean(dim=1)  # (b, C)
+        found.append(torch.cat([mean, squares.sqrt_()], dim=1))
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def encode_each(
-    encoder: Encoder, x: torch.Tensor, locs: torch.Tensor, prepare: Prepare = torch.Tensor.to, at_once: int = AT_ONCE
+    encoder: Encoder,
+    x: torch.Tensor,
+    locs: torch.Tensor,
+    prepare: Prepare = torch.Tensor.to,
+    layers: bool = False,
+    at_once: int = AT_ONCE,
 ) -> torch.Tensor:
     """h of one patch at each location, from an encoder in eval mode: all experts see every patch, then are mixed.
 
@@ -75,22 +107,25 @@ def encode_each(
         encoder: in eval mode, on the device.
         x: (L, 1, 32, 32, 32) in [-1, 1], or what ``prepare(x, dtype)`` makes that of.
         locs: (L, 3) normalised locations.
-        prepare: as in :class:`FrozenEncoder`.
+        prepare, layers: as in :class:`FrozenEncoder`.
         at_once: patches that are encoded together.
 
     Returns:
-        (L, rep_dim) float32.
+        (L, rep_dim) float32, or with ``layers`` (L, rep_dim + W).
     """
     results = []
     for some, where in zip(x.split(at_once), locs.split(at_once)):
         some = channels_last(prepare(some, torch.float32))  # (n, 1, 32, 32, 32)
+        summaries = []
         for conv, norm in encoder.layers():
             experts = channels_last(conv.weight.flatten(0, 1))  # (experts * out, in, 3, 3, 3)
             routing = conv._routing_fn(where)  # (n, experts)
             apart = F.conv3d(some, experts, None, conv.stride, conv.padding)  # (n, experts * out, D, H, W)
             mixed = torch.einsum("ne,neodhw->nodhw", routing, apart.unflatten(1, (conv.num_experts, -1)))
             some = F.elu_(norm(mixed + conv.bias[:, None, None, None]))
-        results.append(some.flatten(1))
+            if layers:
+                summaries.append(summarize(some))
+        results.append(torch.cat([some.flatten(1), *summaries], dim=1))
     return torch.cat(results)
 
 

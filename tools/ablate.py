@@ -10,7 +10,8 @@ random encoder and what a density reading says. Without --root-dir a synthetic c
 
 A run stopped goes on where it was; a finished one is not done again. Writes, in --out-dir,
 
-    rows/{arm}-{seed}.csv     of one run: column, table (features, features+histogram), r2
+    rows/{arm}-{seed}.csv     of one run: column, table, r2; tables are the patient vectors (mean, moments, layers),
+                              each alone and beside the histogram
     ablation.csv              all of them
     ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
     ssl_exp/{arm}-{seed}/     the runs
@@ -37,7 +38,8 @@ from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.kinds import why_not
 from tools.evaluation.learn import FOLDS, held_out_r2, joined_weights
-from tools.evaluation.tables import held_out_rows, read_features
+from tools.evaluation.tables import held_out_rows, read_vectors
+from tools.evaluation.vectors import VECTORS, Table, side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks, which the small recipe has not
@@ -141,7 +143,8 @@ class Study:
         self.subjects = out_dir / "trained_on.csv"
         trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
         write_text(self.subjects, pd.DataFrame({"sid": trained}).to_csv(index=False))
-        self.baselines = baseline_tables(patches, args.no_progress)
+        baselines = baseline_tables(patches, args.no_progress)
+        self.baselines = {name: table.loc[self.sids].to_numpy() for name, table in baselines.items()}
 
     def _why_not(self, column: str) -> str:
         values = self.labels[column].to_numpy()
@@ -153,17 +156,14 @@ class Study:
             print(f"note: column {column!r} left out, it {reason}", file=sys.stderr)
         return reason
 
-    def judge(
-        self, tables: dict[str, pd.DataFrame], arm: str, seed: int, weights: dict[str, np.ndarray]
-    ) -> pd.DataFrame:
+    def judge(self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int) -> pd.DataFrame:
         """A row a column and table: arm, seed, column, table, r2."""
         rows = []
         for column in self.columns:
             target = self.labels[column].to_numpy()
             known = ~np.isnan(target)
             for name, table in tables.items():
-                values = table.loc[self.sids].to_numpy()[known]
-                score = held_out_r2(values, target[known], self.held_out[known], weights.get(name))
+                score = held_out_r2(table[known], target[known], self.held_out[known], weights.get(name))
                 rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
         return pd.DataFrame(rows)
 
@@ -179,13 +179,22 @@ class Study:
         folder = self.out_dir / "ssl_exp" / name
         checkpoint = max(folder.glob("checkpoint_patch_[0-9]*.pth.tar")).name
         given = ("--exp-name", folder, "--checkpoint-patch", checkpoint, "--root-dir", self.root_dir, "--no-progress")
-        call(log, sys.executable, ROOT / "extract_feature.py", *given, "--out-dir", folder / "features")
-        features = read_features(str(folder / "features" / "patient_features.csv"))
-        both = pd.concat([features, self.baselines["histogram"].loc[features.index]], axis=1)
-        weights = {"features+histogram": joined_weights(features.shape[1], self.baselines["histogram"].shape[1])}
-        rows = self.judge({"features": features, "features+histogram": both}, arm, seed, weights)
+        call(log, sys.executable, ROOT / "extract_feature.py", *given, "--layers", "--out-dir", folder / "features")
+        rows = self.judge(*self.tables_of(folder / "features"), arm, seed)
         write_text(kept, rows.to_csv(index=False))
         return rows
+
+    def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
+        """Every patient vector, alone and beside the histogram, and the weights of the columns of both."""
+        alone: dict[str, Table] = {
+            kind: read_vectors(features / "patient_features.csv", kind, self.sids) for kind in reversed(VECTORS)
+        }
+        histogram = self.baselines["histogram"]
+        both = {f"{kind}+histogram": side_by_side(table, histogram) for kind, table in alone.items()}
+        weights = {
+            f"{kind}+histogram": joined_weights(table.shape[1], histogram.shape[1]) for kind, table in alone.items()
+        }
+        return alone | both, weights
 
 
 def main() -> None:
@@ -196,7 +205,7 @@ def main() -> None:
     data = (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_data(out_dir, args.num_subjects)
     study = Study(args, out_dir, data[0].resolve(), data[1])
     common = ["--recipe", args.recipe, *(["--epochs", str(args.epochs)] if args.epochs else [])]
-    rows = [study.judge(study.baselines, "baseline", 0, {})]
+    rows = [study.judge(study.baselines, {}, "baseline", 0)]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
         for seed in seeds:  # every arm of a seed before the next: a study stopped early is a paired one

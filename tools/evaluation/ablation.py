@@ -78,7 +78,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     columns = rows["column"].unique()
-    runs = rows[(rows["arm"] != "baseline") & (rows["table"] == "features")]
+    runs = rows[rows["arm"] != "baseline"]
+    runs = runs[runs["table"] == runs["table"].iloc[0]]
     arms = list(runs["arm"].unique())
     wide = min(4, len(columns))
     tall = -(-len(columns) // wide)

@@ -10,6 +10,7 @@ from tools.evaluation.learn import MODELS, out_of_fold, predict_others
 from tools.evaluation.metrics import METRICS, Metric
 from tools.evaluation.splits import draw_folds, resamples, strata_of
 from tools.evaluation.survival import c_index
+from tools.evaluation.vectors import Table
 
 RESAMPLES = 1000  # of the bootstrap, over patients
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -57,7 +58,7 @@ def _of_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights:
 
 def judge(
     label: Label,
-    tables: Mapping[str, np.ndarray],
+    tables: Mapping[str, Table],
     groups: np.ndarray,
     folds: int,
     weights: Mapping[str, np.ndarray] | None = None,
@@ -72,7 +73,7 @@ def judge(
 
     Args:
         label: of N subjects, all known.
-        tables: (N, D) each; the first is the one that others are compared to.
+        tables: (N, D) each, or what gives them for each fold; the first is the one that others are compared to.
         groups: (N,) numbers of patients.
         folds: of each repeat.
         weights: (D,) of the columns of tables, or (models, D), to average predictions of; else ones.

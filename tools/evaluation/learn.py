@@ -7,6 +7,7 @@ import numpy as np
 
 from tools.evaluation.metrics import r2
 from tools.evaluation.survival import choose_penalty, fit_cox
+from tools.evaluation.vectors import Table, fitted_table
 
 FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # of features with SD 1
@@ -122,13 +123,15 @@ MODELS: dict[str, Predict] = {
 
 
 def predict_others(
-    model: Predict, features: np.ndarray, target: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
+    model: Predict, features: Table, target: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """The rows ``others`` (N,) bool predicted by a model of the rest: (others, ...). Scaling is the rest's too.
 
     Args:
+        features: (N, D), or what gives them for a set of fitted rows.
         weights: (D,) of the columns, or (models, D), the mean of whose predictions is taken.
     """
+    features = fitted_table(features, ~others)
     if weights is not None and weights.ndim == 2:
         if model is predict_stage:
             return _stage_of([scale(features[~others], features[others], row) for row in weights], target[~others])
@@ -138,7 +141,7 @@ def predict_others(
 
 
 def out_of_fold(
-    model: Predict, features: np.ndarray, target: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None
+    model: Predict, features: Table, target: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Everybody predicted by a model that has seen the other folds only: (N, ...)."""
     predicted = None
@@ -155,13 +158,12 @@ def out_of_fold(
     return predicted
 
 
-def held_out_r2(
-    features: np.ndarray, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
-) -> float:
+def held_out_r2(features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None) -> float:
     """R² of the held-out subjects by a ridge regression fitted to the others.
 
     Args:
-        features, target: (N, D), (N,).
+        features: (N, D), or as in :func:`predict_others`.
+        target: (N,).
         held_out: (N,) bool.
         weights: (D,) of the columns, or (models, D).
     """

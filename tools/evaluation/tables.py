@@ -14,6 +14,7 @@ from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table, spelt
 from misc.files import load_array
+from tools.evaluation.vectors import FILES, PatientVectors, Table
 
 
 def read_features(path: str) -> pd.DataFrame:
@@ -74,6 +75,28 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     if lacking is not None:
         raise StoreError(f"{path} lacks subject {lacking!r} of the patient features; give both of one extraction")
     return features[[rows[sid] for sid in sids]]
+
+
+def read_vectors(path: Path, kind: str, sids: Sequence[str], patches: Path | None = None) -> Table:
+    """The patient vectors of some subjects, (N, ...), from patient_features.csv or the patch features beside it.
+
+    Args:
+        path: patient_features.csv.
+        kind: of VECTORS.
+        sids: of the rows.
+        patches: the patch features, if they are not beside it.
+
+    Raises:
+        StoreError: a file or a subject is missing.
+    """
+    if kind == "mean":
+        return read_features(str(path)).loc[list(sids)].to_numpy()
+    patches = patches or path.with_name(FILES[kind])
+    rows = {sid: row for row, sid in enumerate(patch_sids(patches))}
+    lacking = next((sid for sid in sids if sid not in rows), None)
+    if lacking is not None:
+        raise StoreError(f"{patches} lacks subject {lacking!r} of {path}; give both of one extraction")
+    return PatientVectors(kind, read_patch_features(patches), np.array([rows[sid] for sid in sids]))
 
 
 def patch_sids(path: Path) -> list[str]:
