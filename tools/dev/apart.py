@@ -26,7 +26,9 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
 
     def loss() -> float:
         drawn = next(fast.batches)
-        return float(literal.losses(drawn.location, *fast.views(drawn), *fast.where(drawn.location)).detach())
+        inputs = fast.inputs(drawn)
+        views = fast.views(inputs.patches, inputs.neighbors, inputs.draws)
+        return float(literal.losses(drawn.location, *views, *fast.where(drawn.location)).detach())
 
     def encode() -> None:
         literal_encode(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
