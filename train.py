@@ -178,7 +178,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     views = StepViews(draws, device)
     advance = WholeStep(views, training_step, Descent(optimizer, args.accumulate))
     if can_record(device, advance, args):
-        advance = RecordedStep(advance, views.generators, say)
+        advance = RecordedStep(advance, views.generators)
     if rank == 0:
         experiment.write_config({**settings, "num_patch": store.num_locations})
         if args.save_initial and resume is None:

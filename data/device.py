@@ -1,5 +1,6 @@
 """Batches on the training device, and location files that stay there."""
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,7 +104,9 @@ class ResidentPatches:
 
     def _read(self, index: int) -> torch.Tensor:
         patches = torch.from_numpy(self.store.read(index, np.arange(self.store.num_subjects)))
-        return patches.pin_memory() if self._copy.device.type == "cuda" else patches
+        with contextlib.suppress(RuntimeError):  # memory that cannot be pinned is copied more slowly
+            return patches.pin_memory() if self._copy.device.type == "cuda" else patches
+        return patches
 
     def _file(self, index: int) -> torch.Tensor:
         """A location's patches on the device, (N, 32, 32, 32)."""

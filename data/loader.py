@@ -67,7 +67,7 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
         for batch in reader:
             if isinstance(batch, Exception):
                 raise batch
-            if isinstance(batch.patches, np.ndarray):
+            if any(isinstance(x, np.ndarray) for x in batch):
                 if not told:
                     note(
                         "note: /dev/shm is full, batches come through pipes, which is slower; a container has 64 MB "

@@ -132,8 +132,8 @@ class Descent:
         self.waiting += 1
         stepped = last or self.waiting == self.accumulate
         if stepped:
-            self.optimizer.step()
             self.waiting = 0
+            self.optimizer.step()
         return stepped
 
 

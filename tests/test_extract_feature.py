@@ -18,11 +18,12 @@ import extract_feature
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
 from data.store import PatchStore
+from data.views import to_input
 from misc import process
 from misc.command import run as run_command
 from misc.experiment import Experiment
 from misc.files import held
-from models import frozen
+from models import fast, frozen
 from models.builder import DrasCLR
 from models.checkpoint import add_module, check_sum, position, save_checkpoint
 from models.cnn3d import Encoder
@@ -330,6 +331,34 @@ def test_another_table_of_as_many_locations_is_refused(small, tmp_path, grid, ru
     (tmp_path / "o" / "features.json").unlink()
     noted = run_here("extract_feature.py", *small, cwd=tmp_path)
     assert noted.returncode == 0 and "c_0003.pth.tar does not tell its table of locations" in noted.stdout
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_layers_are_each_channels_mean_and_sd_in_a_patch(tmp_path, make_store, grid, grouped, rel):
+    """Against the encoder's own layers; h, and the mean of it, are to the bit what they are without."""
+    patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
+    encoder = make_checkpoint(tmp_path / "c.pth.tar")
+    flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
+    for name, more in (("plain", ()), ("layers", ("--layers",))):
+        extract(*flags, "--out-dir", tmp_path / name, "--device", "cpu", *more)
+    for name in ("pred_arr_patch_full.npy", "pred_arr_patient_full.npy", "patient_features.csv"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "layers" / name).read_bytes()
+    made = np.load(tmp_path / "layers" / "layer_arr_patch_full.npy")
+    seen = []
+    hooks = [
+        norm.register_forward_hook(lambda *given: seen.append(torch.nn.functional.elu(given[2])))
+        for _, norm in encoder.layers()
+    ]
+    locations = torch.from_numpy(normalize_locations(grid))
+    with torch.no_grad(), fast.plain():
+        encoder(to_input(torch.from_numpy(patches[:, 3])), locations[3:4])
+    wanted = torch.cat(
+        [part for x in seen for part in (x.mean(dim=(2, 3, 4)), x.std(dim=(2, 3, 4), correction=0))], dim=1
+    )
+    assert made.dtype == np.float32 and made.shape == (5, len(grid), wanted.shape[1])
+    assert rel(made[:, 3], wanted.numpy()) < 1e-4 and len(hooks) == 13
+    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # without: none is left that is not these
+    assert not (tmp_path / "layers" / "layer_arr_patch_full.npy").exists()
 
 
 def test_features_are_in_the_precision_that_they_report(small, tmp_path, run_here, monkeypatch):

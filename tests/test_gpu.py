@@ -7,12 +7,15 @@ import torch
 
 from data.augment import Augmentation
 from data.dataset import PatchBatch
+from data.device import BatchCarrier
+from data.sampler import BatchIndex
+from data.views import StepDraws, StepViews
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.frozen import freeze
-from models.step import Descent, LocationTable, TrainingStep, make_optimizer
+from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
 
-from .conftest import calibrate, step_views
+from .conftest import calibrate
 
 pytestmark = pytest.mark.gpu
 
@@ -62,8 +65,9 @@ def test_augmentation_is_the_cpus(gpu, letters):
     for parameters in drawn:
         if "magnitude" in parameters:
             parameters["magnitude"] = parameters["magnitude"] / 8  # most voxels land inside
-    ours = augmentation.apply(volumes.to(gpu), drawn, torch.Generator(gpu))
-    wanted = augmentation.apply(volumes, drawn, torch.Generator())
+    prepared = augmentation.prepare(drawn, (32, 32, 32))
+    ours = augmentation.apply(volumes.to(gpu), prepared, torch.zeros_like, dense=True)
+    wanted = augmentation.apply(volumes, prepared, torch.zeros_like)
     torch.testing.assert_close(ours.cpu(), wanted, rtol=0, atol=1e-3 * 1264)
 
 
@@ -79,16 +83,21 @@ def test_features_are_the_cpus(gpu):
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_step_does_not_wait_for_the_device(gpu, amp):
     model = build().to(gpu)
-    descend = Descent(make_optimizer(model, 0.01, 0.9, 1e-4))
     locations = (torch.rand(L, 3) * 2 - 1).to(gpu)
     neighbors = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]])
     table = LocationTable(locations, locations[neighbors.to(gpu)])
+    views, carry = StepViews(StepDraws(Augmentation("agcf"), 0, range(1)), gpu), BatchCarrier(gpu)
+    descend = Descent(make_optimizer(model, 0.01, 0.9, 1e-4))
+    advance = WholeStep(views, TrainingStep(model, table, amp == "bf16"), descend)
     try:
         for step in range(4):
             batch = draw_batch(step)
-            batch = batch._replace(patches=batch.patches.pin_memory(), neighbors=batch.neighbors.pin_memory())
+            draws = views.draws(BatchIndex(0, 1, step, range(B)), True)
+            batch = PatchBatch(
+                *(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch._replace(draws=draws))
+            )
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps set up
-            views = step_views(batch, Augmentation("agcf"), 0, range(1), gpu)
-            descend(TrainingStep(model, table, amp == "bf16")(batch.location, views, 1.0).loss)
+            views.seed(0, 1, step)
+            advance(Inputs(*carry(batch)), 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

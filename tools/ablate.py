@@ -38,7 +38,7 @@ from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import baseline_tables
 from tools.evaluation.kinds import why_not
 from tools.evaluation.learn import FOLDS, held_out_r2, joined_weights
-from tools.evaluation.tables import held_out_rows, read_vectors
+from tools.evaluation.tables import choose_vector, held_out_rows, read_features, read_vectors
 from tools.evaluation.vectors import VECTORS, Table, side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,9 +186,10 @@ class Study:
 
     def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
         """Every patient vector, alone and beside the histogram, and the weights of the columns of both."""
-        alone: dict[str, Table] = {
-            kind: read_vectors(features / "patient_features.csv", kind, self.sids) for kind in reversed(VECTORS)
-        }
+        path = str(features / "patient_features.csv")
+        table, alone = read_features(path), {}
+        for kind in reversed(VECTORS):
+            alone[kind] = read_vectors(choose_vector(kind, path, None, print), table, self.sids)
         histogram = self.baselines["histogram"]
         both = {f"{kind}+histogram": side_by_side(table, histogram) for kind, table in alone.items()}
         weights = {

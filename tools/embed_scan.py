@@ -13,6 +13,9 @@ steps and extract_feature.py, to float32 rounding (in batches of other sizes sum
     OUT.qc/{sid}.png   the patches over the scan and its lung mask; --no-qc leaves it out
     --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
 
+The features are the mean over patches, as published. --patient-vector moments or layers gives the vectors of
+evaluate.py, with the --standardization that it wrote for features of the same checkpoint.
+
 A bad scan costs itself. Stopped, it goes on where it was; a scan that was changed is done again.
 """
 
@@ -42,6 +45,7 @@ from preprocess.segment_lung import add_segmentation, check_segmentation
 from preprocess.subjects import Subject, read_subjects
 from preprocess.workers import attempt
 from tools.embedding.embed import Embedded, Embedder, name_of
+from tools.evaluation.vectors import VECTORS
 
 SAVE_SECONDS = 20  # between writings of the tables
 FilesOf = Callable[[str], list[Path]]  # what must be there beside the tables for a sid
@@ -62,6 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     text = "overlap with the atlas, of both lungs and of each, below which a scan is refused"
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
     add("--out", required=True, help="the table of features, such as features.csv")
+    text = "mean, as published; moments or layers need --standardization"
+    add("--patient-vector", type=OneOf(*VECTORS), default="mean", help=text)
+    text = "standardization.npz of evaluate.py --out-dir, so that a single scan gets the vector of its cohort"
+    add("--standardization", metavar="FILE", help=text)
     add("--patch-dir", help="folder for the features of single patches")
     add("--no-qc", action="store_true", help="draw no pictures, which saves about a second a scan")
     add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
@@ -201,15 +209,18 @@ def main() -> int:
     if device.type == "cpu":
         keep_freed_memory()
     choices = dict(method=args.method, lungmask_weights=args.lungmask_weights, min_dice=args.min_dice)
+    vector = dict(patient_vector=args.patient_vector, standardization=args.standardization)
     embedder = Embedder(
-        args.checkpoint, args.atlas_mask, args.atlas_patch_loc, **choices, sha256=args.sha256, device=device
+        args.checkpoint, args.atlas_mask, args.atlas_patch_loc, **choices, sha256=args.sha256, device=device, **vector
     )
     if embedder.note:
         print(f"note: {embedder.note}", file=sys.stderr)
     inputs = [args.checkpoint, args.atlas_mask, *filter(None, [args.atlas_patch_loc, args.lungmask_weights])]
     made_by = " ".join([*(file_hash(path)[:12] for path in inputs), args.method])
+    if args.standardization:
+        made_by += f" {args.patient_vector} {file_hash(args.standardization)[:12]}"
     tables = Tables(
-        out, subjects, feature_columns(embedder.rep_dim), made_by, lambda sid: [*filter(None, files_of(args, sid))]
+        out, subjects, feature_columns(embedder.width), made_by, lambda sid: [*filter(None, files_of(args, sid))]
     )
     todo = [subject for subject in subjects if subject.sid not in tables.rows]
     written = time.monotonic()

@@ -17,8 +17,11 @@ encoder's, is judged on the same folds; with --baselines STORE so are the share 
 and features and histogram together (the mean of the histogram's model and that of both), with what they add to it.
 --held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those with 1.
 
-Writes, with --out-dir, evaluation.json, evaluation.md and a PNG a column, in place of those of an evaluation before;
-prints a table.
+The features are those of --patient-vector, by default `layers` if extract_feature.py --layers wrote them; the mean over
+locations, as published, is a further table beside them, `mean`.
+
+Writes, with --out-dir, evaluation.json, evaluation.md, a PNG a column, in place of those of an evaluation before, and
+standardization.npz, which gives embed_scan.py the same vector of a single scan; prints a table.
 """
 
 import argparse
@@ -47,14 +50,20 @@ from tools.evaluation.learn import covariate_weights, joined_weights
 from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.tables import (
+    Chosen,
+    add_vector_flags,
+    choose_vector,
     is_constant,
     matching_sids,
     other_store,
     read_features,
+    read_vectors,
     refuse_leaks,
     tell_unmatched,
 )
+from tools.evaluation.vectors import JoinedTable, Standardization, Table, side_by_side
 
+STANDARDIZATION = "standardization.npz"
 OF_BASELINES = (
     *("density", "density_by_location", "histogram", "histogram_smoothed"),
     *("histogram_by_location", "features+histogram"),
@@ -67,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--features", required=True, help="patient_features.csv of extract_feature.py")
     text = "a further table on the same folds, NAME=FILE or FILE; several times"
     add("--compare", action="append", default=[], metavar="NAME=FILE", help=text)
+    add_vector_flags(parser)
     add("--labels", required=True, help="CSV with sid and numeric columns")
     add("--columns", nargs="+", help="columns to predict (default: every numeric one that can be)")
     add(
@@ -118,10 +128,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
-    """The tables of the command line, by name; ``features`` is the first."""
+def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataFrame]:
+    """The tables of the command line, by name; ``features`` is the first, before another vector's place is taken."""
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
+    if chosen.kind != "mean":
+        tables["mean"] = tables["features"]
     for text in args.compare:
         name, sign, path = text.partition("=")
         name, path = (name, path) if sign and not Path(text).exists() else ("compare", text)
@@ -143,6 +155,21 @@ def named_tables(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def save_standardization(path: Path, vectors: Table, features: str) -> None:
+    """The standardisation of all subjects, for embed_scan.py; none is left where the vector is the mean."""
+    if isinstance(vectors, JoinedTable):  # covariates before it
+        vectors = vectors.tables[-1]
+    if isinstance(vectors, np.ndarray):
+        path.unlink(missing_ok=True)
+        return
+    try:
+        made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
+        checkpoint = str(made["checkpoint_sha256"])
+    except (OSError, ValueError, TypeError, KeyError):
+        checkpoint = ""  # a table by hand
+    Standardization.fit(vectors.kind, vectors.patches, vectors.rows).save(path, checkpoint)
+
+
 def remove_pictures(out_dir: Path) -> None:
     """Those of an evaluation before this one, of whatever columns."""
     try:
@@ -156,7 +183,8 @@ def remove_pictures(out_dir: Path) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    tables = named_tables(args)
+    chosen = choose_vector(args.patient_vector, args.features, args.patch_features, note)
+    tables = named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
     sids = matching_sids(tables, table, args.labels)
     refuse_leaks(tables, table.columns, args.labels)
@@ -167,11 +195,12 @@ def main() -> None:
         if path:
             check_writable(Path(path), flag)
     cohort = Cohort(args, sids, table)
-    arrays = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
+    arrays: dict[str, Table] = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
+    arrays["features"] = read_vectors(chosen, tables["features"], sids)
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     added_to: dict[str, str] = {}
     if args.baselines:
-        arrays["features+histogram"] = np.hstack([arrays["features"], arrays["histogram"]])
+        arrays["features+histogram"] = side_by_side(arrays["features"], arrays["histogram"])
         widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
         weights["features+histogram"] = joined_weights(*widths)
         added_to["features+histogram"] = "histogram"
@@ -179,7 +208,7 @@ def main() -> None:
     if args.covariates:
         count = covariates.shape[1]
         weights = {name: covariate_weights(count, weights[name]) for name in arrays}
-        arrays = {name: np.hstack([covariates, table]) for name, table in arrays.items()} | {"covariates": covariates}
+        arrays = {name: side_by_side(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
     for name, table in tables.items():
         if is_constant(table.loc[sids].to_numpy()):
@@ -206,6 +235,7 @@ def main() -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
         remove_pictures(out_dir)
         write_json(out_dir / "evaluation.json", results)
+        save_standardization(out_dir / STANDARDIZATION, arrays["features"], args.features)
         write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{details(listed)}\n")
         for label, reported, found in judged:
             draw(label, found, "features", reported, out_dir / f"{safe_name(label.name)}.png")

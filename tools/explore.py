@@ -36,7 +36,17 @@ from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
 from tools.evaluation.normal import FEWEST
-from tools.evaluation.tables import healthy_and_known, is_constant, other_store, read_features, read_patch_features
+from tools.evaluation.tables import (
+    add_vector_flags,
+    choose_vector,
+    healthy_and_known,
+    is_constant,
+    other_store,
+    read_features,
+    read_patch_features,
+    read_vectors,
+)
+from tools.evaluation.vectors import fitted_table
 from tools.pages.numbers import importance, maps_of, nearest, standardised, telling
 from tools.pages.sides import sides_of
 
@@ -48,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--features", required=True, help="patient_features.csv of extract_feature.py")
+    add_vector_flags(parser, patches=False)
     add("--labels", help="CSV with sid and further columns, to colour by")
     add("--columns", nargs="+", default=[], help="of the labels (default: all); fewer make a smaller page, sooner")
     add("--patch-features", metavar="NPY", help="pred_arr_patch_full.npy beside the features' sid_arr_full.npy")
@@ -148,6 +159,11 @@ def main() -> None:
     args = parse_arguments()
     page = Path(args.out)
     check_writable(page.absolute().parent, "--out")
+
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    chosen = choose_vector(args.patient_vector, args.features, None, note)
     table = read_features(args.features)
     sids = table.index.tolist()
     if len(sids) < 3:
@@ -176,14 +192,16 @@ def main() -> None:
                 f"{len(locations)}; give the store that the features were extracted from"
             )
         places = place_data(args, features, colours, healthy)
-    values = standardised(table.to_numpy())
+    vectors = fitted_table(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
+    values = standardised(vectors)
     sides = [] if locations is None else sides_of(locations, PATCH_SIZE, atlas)
     without = "Places are drawn where --root-dir is given" if locations is None else ""
     if not args.patch_features:
         without = "--patch-features tells which places tell a label, and which are unusual."
     data = {
         "sids": sids,
-        "about": f"{len(sids)} patients, {values.shape[1]} features (standardised; near is Euclidean); {args.features}",
+        "about": f"{len(sids)} patients, {values.shape[1]} features ({chosen.kind}, standardised; near is Euclidean); "
+        f"{args.features}",
         "maps": [{"name": name, "places": packed(own)} for name, own in maps_of(values, tsne=not args.no_tsne).items()],
         "labels": [colour_data(name, *one) for name, one in colours.items()],
         "nearest": packed(nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),

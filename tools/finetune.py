@@ -42,6 +42,7 @@ from models.fast.memory import keep_freed_memory
 from tools.evaluation.kinds import KINDS
 from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import held_out_rows
+from tools.evaluation.vectors import VECTORS
 from tools.finetuning.curve import draw, markdown
 from tools.finetuning.fit import Data, Fitted, fit
 from tools.finetuning.network import LAYERS, POOLINGS, trained_encoder
@@ -72,6 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=OneOf(*LAYERS), default="frozen", help="what is trained beside the head; all for many labels")
     text = "of a patient's patches; attention where disease is in few of them"
     add("--pooling", type=OneOf(*POOLINGS), default="mean", help=text)
+    text = "of a frozen encoder: layers (mean and SD of every layer, standardised per location), moments (the same of "
+    text += "h), or mean (default: layers, but mean with --patch-labels, another --layers or --pooling)"
+    add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add(
         "--seeds",
         type=at_least(int, 1),
@@ -86,6 +90,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --labels and --column, or --patch-labels")
     if args.held_out and not args.labels:
         parser.error("--held-out is a column of --labels")
+    fixed = args.labels and args.layers == "frozen" and args.pooling == "mean"
+    args.patient_vector = args.patient_vector or ("layers" if fixed else "mean")
+    if args.patient_vector != "mean" and not fixed:
+        parser.error(f"--patient-vector {args.patient_vector} goes with --labels, --layers frozen and --pooling mean")
     return args
 
 
@@ -100,15 +108,15 @@ class Arm:
         if not self.random:
             self._encoder, self.sizes = trained_encoder(given, store, sha256)
 
-    def prepare(self, seed: int, data: Data, task: Task) -> tuple[Encoder, torch.Tensor]:
-        """The encoder, of random weights drawn by the seed, and the representations that it gives, (N, L, rep_dim)."""
+    def prepare(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
+        """The encoder, of random weights drawn by the seed, and the representations that it gives, (N, L, D)."""
         encoder = self._encoder
         if self.random:
             torch.manual_seed(seed)
             encoder = Encoder(**{name: value for name, value in self.sizes.items() if name != "mlp"})
             calibrate(encoder.to(data.locations.device), data, np.unique(task.rows)[:16])
         encoder = encoder.to(data.locations.device)
-        return encoder, data.encode(encoder, np.arange(data.store.num_subjects))
+        return encoder, data.encode(encoder, np.arange(data.store.num_subjects), layers)
 
 
 def calibrate(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
@@ -135,6 +143,10 @@ def as_checkpoint(task: Task, fitted: Fitted) -> dict:
     """What extract_feature.py reads, and the head beside it."""
     state = {f"module.encoder_q.{key}": value for key, value in fitted.encoder.state_dict().items()}
     head = {"state_dict": fitted.head.state_dict(), "kind": task.kind, "classes": [float(one) for one in task.classes]}
+    if fitted.standardization is not None:
+        kind, mean, factor = fitted.standardization
+        head |= {"patient_vector": kind, "location_mean": torch.from_numpy(mean)}
+        head["location_factor"] = torch.from_numpy(factor)
     return {"state_dict": state, "head": head}
 
 
@@ -179,8 +191,15 @@ def main() -> None:
                 if not kept.is_file():
                     drawn = seed if arm.random else 0  # a checkpoint is the same for every seed
                     if prepared is None or prepared[0] != drawn:
-                        prepared = (drawn, *arm.prepare(drawn, data, task))
-                    given = (copy.deepcopy(prepared[1]), args.layers, args.pooling, seed, prepared[2])
+                        prepared = (drawn, *arm.prepare(drawn, data, task, args.patient_vector == "layers"))
+                    given = (
+                        copy.deepcopy(prepared[1]),
+                        args.layers,
+                        args.pooling,
+                        seed,
+                        prepared[2],
+                        args.patient_vector,
+                    )
                     fitted = fit(task, split, data, *given)
                     if seed == 0 and fraction == max(args.fractions):
                         save_checkpoint(out_dir / f"{arm.name}.pth.tar", as_checkpoint(task, fitted))

@@ -76,7 +76,7 @@ train --exp-name demo_untrained --epochs 1 --lr 0 --moco-k 16 --subjects "$data/
 
 step "4/5 features, of the trained and of the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)
-run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --labels "$data/cohort/labels.csv"
+run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --layers --labels "$data/cohort/labels.csv"
 run "$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
 step "5/5 do the features know of the disease? R2 or kappa of subjects that the regression has not seen, 95 % intervals"

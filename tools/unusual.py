@@ -23,7 +23,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.store import PatchStore
-from misc.command import Parser, UserError, run
+from misc.command import OneOf, Parser, UserError, run
 from misc.files import check_writable, write_json, write_text
 from misc.progress import add_progress_flag
 from tools.evaluation.baselines import BINS, baseline_tables
@@ -31,6 +31,7 @@ from tools.evaluation.metrics import auroc
 from tools.evaluation.normal import FEWEST, unusual
 from tools.evaluation.splits import resamples
 from tools.evaluation.tables import healthy_and_known, patch_sids, read_patch_features
+from tools.evaluation.vectors import FILES, VECTORS
 
 RESAMPLES = 1000
 
@@ -39,6 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--features-dir", required=True, help="folder that extract_feature.py wrote")
+    text = "layers: judge patches by the mean and SD of every layer's channels (extract_feature.py --layers); mean or "
+    text += "moments: by h. Default: layers, if they are there"
+    add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add("--labels", required=True, help="CSV with sid and numeric columns")
     add("--healthy", required=True, metavar="COLUMN", help="1 for patients to learn from, 0 for others to tell apart")
     add("--baselines", metavar="STORE", help="patch store of these patients: judge its histograms likewise")
@@ -59,7 +63,9 @@ def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
 def main() -> None:
     args = parse_arguments()
     check_writable(Path(args.out_dir), "--out-dir")
-    path = Path(args.features_dir) / "pred_arr_patch_full.npy"
+    if args.patient_vector is None and (Path(args.features_dir) / FILES["layers"]).is_file():
+        args.patient_vector = "layers"
+    path = Path(args.features_dir) / FILES["layers" if args.patient_vector == "layers" else "moments"]
     features, sids = read_patch_features(path), patch_sids(path)
     healthy, known = healthy_and_known(args.labels, sids, args.healthy, FEWEST)
     scores = {"features": unusual(features, healthy)}

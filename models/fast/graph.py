@@ -4,11 +4,15 @@ A step is some thousand kernels of a few microseconds, and Python takes longer t
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import gc
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from misc.command import UserError
 from models import fast
 from models.step import Done, Inputs, TrainingStep, WholeStep
 
@@ -31,58 +35,77 @@ class RecordedStep:
     Args:
         step: with a view function whose sizes no draw decides.
         generators: that the views draw noise from; they may be seeded before every step.
-        say: prints a line if a step cannot be recorded.
     """
 
-    def __init__(self, step: WholeStep, generators: Sequence[torch.Generator], say: Callable[[str], Any] = print):
-        self.step, self.generators, self.say = step, generators, say
+    def __init__(self, step: WholeStep, generators: Sequence[torch.Generator]):
+        self.step, self.generators = step, generators
         self.optimizer = step.descend.optimizer
         self._rate: torch.Tensor | None = None
-        self._seen: dict[tuple, int] = {}
-        self._recorded: dict[tuple, Recorded | None] = {}
+        self._kind: tuple = ()  # what was recorded, or is being warmed up for
+        self._seen = 0  # steps of that kind so far
+        self._recorded: Recorded | None = None
 
     def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
-        """The step. What it returns is overwritten by the next one."""
-        shapes = [None if value is None else (value.shape, value.dtype) for value in inputs]
-        key = (beta, *shapes)
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] > WARM_UP and key not in self._recorded:
-            self._recorded[key] = self._record(inputs, beta)
-        recorded = self._recorded.get(key)
-        if recorded is None:
+        """The step. What it returns is overwritten by the next one.
+
+        Raises:
+            UserError: the step cannot be recorded.
+        """
+        kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
+        if kind != self._kind:  # beta changes once, after the warm-up: two graphs' memory would be too much
+            self._kind, self._seen, self._recorded = kind, 0, None
+        for group in self.optimizer.param_groups:  # a graph's rate is float32: every step's is, recorded or not
+            group["lr"] = float(np.float32(group["lr"]))
+        self._seen += 1
+        if self._seen <= WARM_UP:
             return self.step(inputs, beta, last)
-        for given, kept in zip(inputs, recorded.inputs):
+        if self._recorded is None:
+            self._recorded = self._record(inputs, beta)
+        for given, kept in zip(inputs, self._recorded.inputs):
             if kept is not None:
                 kept.copy_(given, non_blocking=True)
         self._rate.fill_(self.optimizer.param_groups[0]["lr"])
-        recorded.graph.replay()
-        return recorded.done
+        self._recorded.graph.replay()
+        return self._recorded.done
 
-    def _record(self, inputs: Inputs, beta: float) -> Recorded | None:
-        """The step as a graph, not run yet; None, and a line, if it cannot be."""
+    def _record(self, inputs: Inputs, beta: float) -> Recorded:
+        """The step as a graph, not run yet. Raises UserError."""
         kept = Inputs(*(None if value is None else value.clone() for value in inputs))
-        self._rate = torch.zeros((), device=inputs.patches.device) if self._rate is None else self._rate
+        self._rate = torch.zeros((), device=inputs.patches.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.zero_grad(set_to_none=True)  # so that the graph's own gradients are new ones
         torch.cuda.synchronize()
+        gc.collect()  # an older graph that is collected within a recording may spoil it
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators:
-                graph.register_generator_state(generator)
+                register_generator(graph, generator)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate  # a tensor, which a replay may find changed
             # The loader's thread pins memory meanwhile, which only its own mode allows.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            self.say(f"note: steps are not recorded as a CUDA graph, which is slower ({reason}); results are the same")
-            self.optimizer.zero_grad(set_to_none=True)
-            return None
+            cause = error.__context__ or error  # the recording's own end fails too, and says less
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            # Not every torch can go on after this: streams, generators and memory are left as within a recording.
+            raise UserError(
+                f"the training step cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}); set the "
+                "environment variable DRASCLR_FAST=off, and go on with --resume auto"
+            ) from cause
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates):
                 group["lr"] = rate
         return Recorded(graph, kept, done)
+
+
+def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
+    """Let a graph draw from a generator that is seeded between replays; torch 2.14 needs no telling."""
+    if hasattr(graph, "register_generator_state"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated there
+            graph.register_generator_state(generator)
 
 
 def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from misc.command import UserError
+from misc.files import file_hash
 from models.builder import DrasCLR
 from models.checkpoint import add_module, save_checkpoint
 from models.cnn3d import Encoder
@@ -14,6 +16,7 @@ from preprocess.registration import check_overlap
 from preprocess.scan import ScanError
 from tests.conftest import calibrate
 from tools.embedding.embed import Embedder, embed_scans, name_of
+from tools.evaluation.vectors import FILES, Standardization
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def study(cohort, tmp_path_factory, run):
     calibrate(model.encoder_q)
     save_checkpoint(root / "c_0003.pth.tar", {"epoch": 3, "state_dict": add_module(model.state_dict())})
     flags = ("--exp-name", root, "--checkpoint-patch", "c_0003.pth.tar", "--root-dir", root / "store")
-    run("extract_feature.py", *flags, "--device", "cpu", "--out-dir", root / "features")
+    run("extract_feature.py", *flags, "--device", "cpu", "--layers", "--out-dir", root / "features")
     return root, folder
 
 
@@ -102,6 +105,37 @@ def test_a_table_of_somebody_elses_is_not_written_over(study, run_here, tmp_path
     refused = run_here("tools/embed_scan.py", folder / "image" / "0001.nii.gz", *flags, *more, cwd=tmp_path)
     assert refused.returncode == 2 and "--out base.csv is there already, and no base.csv.report.csv" in refused.stderr
     assert (tmp_path / "base.csv").read_text() == mine
+
+
+@pytest.mark.parametrize("kind", ["moments", "layers"])
+def test_other_vectors_of_a_single_scan(study, run_here, tmp_path, rel, kind):
+    """Those of the store's patches, standardised by the file; and not without it, or by another's."""
+    root, folder = study
+    patches = np.load(root / "features" / FILES[kind])
+    rng = np.random.default_rng(0)
+    around = patches + rng.normal(size=(20, *patches.shape[1:])) * 0.1
+    kept = Standardization.fit(kind, around, np.arange(20))
+    kept.save(tmp_path / "s.npz", file_hash(root / "c_0003.pth.tar"))
+    flags = (folder / "image" / "0001.nii.gz", *flags_of(study), "--out", "f.csv", "--no-qc", "--patient-vector", kind)
+    told = run_here("tools/embed_scan.py", *flags, cwd=tmp_path)
+    assert told.returncode == 2 and f"--patient-vector {kind} is standardised by other subjects" in told.stderr
+    assert run_here("tools/embed_scan.py", *flags, "--standardization", "s.npz", cwd=tmp_path).returncode == 0
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert table.shape == (1, 1 + 2 * patches.shape[2])
+    assert rel(table.iloc[0, 1:].to_numpy(float), kept.vectors(patches)[0]) < 1e-5
+    given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
+    for change, message in (
+        (dict(patient_vector="mean"), "has no use with --patient-vector mean"),
+        (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is of the vector {kind}"),
+        (dict(sha="0" * 64), "features of another checkpoint"),
+        (dict(locations=3), "locations and features"),
+    ):
+        wrong = kept._replace(mean=kept.mean[: change.pop("locations", None)])
+        wrong = wrong._replace(factor=kept.factor[: len(wrong.mean)])
+        wrong.save(tmp_path / "w.npz", change.pop("sha", ""))
+        choices = dict(method="threshold", patient_vector=kind, standardization=tmp_path / "w.npz") | change
+        with pytest.raises(UserError, match=message):
+            Embedder(*given, **choices)
 
 
 def test_from_python(study):

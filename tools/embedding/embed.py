@@ -14,10 +14,11 @@ from data.locations import normalize_locations, table_fingerprint
 from data.tables import feature_columns
 from data.views import to_input
 from misc.command import UserError
+from misc.files import file_hash
 from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
-from models.frozen import FrozenLocations, encode_each
+from models.frozen import FrozenLocations, encode_each, layer_width
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
@@ -25,6 +26,7 @@ from preprocess.patchify_atlas import STEP_SIZE, table_of
 from preprocess.patchify_images import figures_of
 from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import ScanError, load_scan, with_warnings
+from tools.evaluation.vectors import Standardization
 
 OUTSIDE = 0.1  # share of the patches' voxels outside a scan that is worth a word
 OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a look is due
@@ -33,7 +35,7 @@ OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a l
 class Embedded(NamedTuple):
     """What came of a scan."""
 
-    features: np.ndarray  # (rep_dim,) float32: the mean over patches
+    features: np.ndarray  # (rep_dim,) float32: the mean over patches; or another patient vector
     patches: np.ndarray  # (L, rep_dim) float32
     figures: dict[str, Any]  # as the preprocessing's reports have them
     verdict: str  # a line
@@ -52,6 +54,8 @@ class Embedder:
         min_dice: overlap with the atlas below which a scan is refused.
         sha256: of the checkpoint, to be checked.
         device: of the encoder.
+        patient_vector: of VECTORS; all but the mean need ``standardization``.
+        standardization: file of evaluate.py --out-dir, of features of this checkpoint.
 
     Raises:
         UserError: a file is missing or unreadable, or the table of locations is not the checkpoint's.
@@ -67,6 +71,8 @@ class Embedder:
         min_dice: float = 0.5,
         sha256: str | None = None,
         device: torch.device | str = "cpu",
+        patient_vector: str = "mean",
+        standardization: str | os.PathLike | None = None,
     ):
         self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
         if method == "lungmask":
@@ -78,18 +84,33 @@ class Embedder:
         content = read_checkpoint(Path(checkpoint))
         self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
         encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
-        self.rep_dim = sizes["rep_dim"]
+        self.rep_dim, self.vector = sizes["rep_dim"], patient_vector
+        self.standardization = read_standardization(patient_vector, standardization, file_hash(Path(checkpoint)))
+        self.width = self.rep_dim
+        if self.standardization is not None:
+            patch_width = layer_width(encoder) if patient_vector == "layers" else self.rep_dim
+            shape, self.width = (len(self.table), patch_width), 2 * patch_width
+            if (there := self.standardization.mean.shape) != shape:
+                raise UserError(
+                    f"--standardization {standardization} has {there} locations and features, this checkpoint {shape}; "
+                    "make it from features of this checkpoint"
+                )
         self.encoder = encoder.to(device)
         self.locations = torch.from_numpy(normalize_locations(self.table)).to(device)
         self.usual = share_inside(self.table, PATCH_SIZE, self.atlas, self.atlas)
 
     def encode(self, patches: np.ndarray) -> np.ndarray:
-        """(L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32: extract_feature.py's numbers for a store of one."""
+        """(L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32: extract_feature.py's numbers for a store of one.
+
+        With the vector ``layers`` their summaries follow, as in models.frozen.
+        """
+        layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
-            hu = torch.from_numpy(patches).to(self.locations.device)
-            return encode_each(self.encoder, hu, self.locations, to_input).cpu().numpy()
-        frozen, hu = FrozenLocations(self.encoder, self.locations), torch.from_numpy(patches)
-        return np.concatenate([frozen[index](hu[index : index + 1], to_input).numpy() for index in range(len(hu))])
+            hu = hu.to(self.locations.device)
+            return encode_each(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
+        frozen = FrozenLocations(self.encoder, self.locations)
+        each = [frozen[index](hu[index : index + 1], to_input, layers) for index in range(len(hu))]
+        return torch.cat(each).numpy()
 
     def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
         """One scan. Raises ScanError where it cannot be used."""
@@ -103,10 +124,16 @@ class Embedder:
         check_inside(cut, path)
         inside = share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
         figures |= {**figures_of(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
-        patches = self.encode(cut.patches)
-        if not np.isfinite(patches).all():
+        encoded = self.encode(cut.patches)
+        if not np.isfinite(encoded).all():
             raise ScanError(f"{path} gives features that are not finite; the checkpoint's training had diverged")
-        features = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
+        patches = encoded[:, : self.rep_dim]
+        if self.standardization is None:
+            features = patches.mean(axis=0, dtype=np.float64)
+        else:
+            given = encoded[:, self.rep_dim :] if self.vector == "layers" else patches
+            features = self.standardization.vectors(given[None])[0]
+        features = features.astype(np.float32)
         return Embedded(features, patches, figures | facts, self.verdict(figures, facts), cut, mask)
 
     def verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
@@ -121,6 +148,30 @@ class Embedder:
                 f"{self.usual:.2f}"
             )
         return f"look at it: {'; '.join(said)}" if said else "fine"
+
+
+def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: str) -> Standardization | None:
+    """What a patient vector needs of other subjects; None for the mean. Raises UserError."""
+    if kind == "mean":
+        if path:
+            raise UserError(f"--standardization {path} has no use with --patient-vector mean; name moments or layers")
+        return None
+    if not path:
+        raise UserError(
+            f"--patient-vector {kind} is standardised by other subjects: give --standardization FILE, the "
+            "standardization.npz of evaluate.py --out-dir"
+        )
+    found, made_of = Standardization.load(path)
+    if found.kind != kind:
+        raise UserError(
+            f"--standardization {path} is of --patient-vector {found.kind}, not {kind}; give the one of {kind}"
+        )
+    if made_of and made_of != checkpoint:
+        raise UserError(
+            f"--standardization {path} is of features of another checkpoint (sha256 {made_of[:12]}, this one's is "
+            f"{checkpoint[:12]}); make it from features of this one"
+        )
+    return found
 
 
 def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask: str, **choices: Any) -> pd.DataFrame:
@@ -139,7 +190,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
         twice = next(sid for sid in sids if sids.count(sid) > 1)
         raise UserError(f"two of the scans are called {twice!r}; give a table with a sid for each")
     rows = np.stack([embedder(path).features for path in scans])
-    table = pd.DataFrame(rows, columns=feature_columns(embedder.rep_dim))
+    table = pd.DataFrame(rows, columns=feature_columns(embedder.width))
     table.insert(0, "sid", sids)
     return table
 

@@ -136,8 +136,22 @@ def predict_others(
         if model is predict_stage:
             return _stage_of([scale(features[~others], features[others], row) for row in weights], target[~others])
         return np.mean([predict_others(model, features, target, others, row) for row in weights], axis=0)
-    fitted, asked = scale(features[~others], features[others], weights)
-    return model(fitted, target[~others], asked)
+    if model is predict_stage:
+        fitted, asked = scale(features[~others], features[others], weights)
+        return _stage_of([(fitted, asked)], target[~others])
+    return model(*_in_row_space(*scale(features[~others], features[others], weights), target[~others]))
+
+
+def _in_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fitted rows, target and asked rows, of no more columns than fitted rows: (n, D), (m, D) -> (n, n), (n,), (m, n).
+
+    A model with a penalty on the squares of its weights has these in the space of the fitted rows, which an orthogonal
+    rotation takes to the first n columns: the same predictions, from fewer columns.
+    """
+    if fitted.shape[1] <= len(fitted):
+        return fitted, target, asked
+    basis, rows = np.linalg.qr(fitted.T)  # (D, n), (n, n)
+    return rows.T, target, asked @ basis
 
 
 def out_of_fold(

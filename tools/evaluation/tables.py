@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,9 @@ from data.labels import read_labels, why_no_column
 from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table, spelt
+from misc.command import OneOf, Parser
 from misc.files import load_array
-from tools.evaluation.vectors import FILES, PatientVectors, Table
+from tools.evaluation.vectors import FILES, VECTORS, PatientVectors, Table
 
 
 def read_features(path: str) -> pd.DataFrame:
@@ -77,26 +79,76 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     return features[[rows[sid] for sid in sids]]
 
 
-def read_vectors(path: Path, kind: str, sids: Sequence[str], patches: Path | None = None) -> Table:
-    """The patient vectors of some subjects, (N, ...), from patient_features.csv or the patch features beside it.
+class Chosen(NamedTuple):
+    """Which patient vector a tool takes, and from where."""
+
+    kind: str  # of VECTORS
+    patches: Path | None  # its patch features; None for the mean
+
+
+def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> Chosen:
+    """The patient vector that the flags ask for; by default the best that lies beside the features.
 
     Args:
-        path: patient_features.csv.
-        kind: of VECTORS.
-        sids: of the rows.
-        patches: the patch features, if they are not beside it.
+        kind: --patient-vector, or None.
+        features: patient_features.csv.
+        patches: --patch-features, or None for the file beside it.
+        note: prints a line if the default is not ``layers``.
 
     Raises:
-        StoreError: a file or a subject is missing.
+        StoreError: its patch features are not there.
     """
     if kind == "mean":
-        return read_features(str(path)).loc[list(sids)].to_numpy()
-    patches = patches or path.with_name(FILES[kind])
-    rows = {sid: row for row, sid in enumerate(patch_sids(patches))}
+        return Chosen(kind, None)
+    if kind is not None:
+        path = Path(patches) if patches else Path(features).with_name(FILES[kind])
+        if not path.is_file():
+            how = "extract_feature.py --layers writes it" if kind == "layers" else "extract_feature.py writes it"
+            raise StoreError(f"--patient-vector {kind} needs {path}, which is not there; {how}")
+        return Chosen(kind, path)
+    for best in ("layers", "moments"):
+        path = Path(features).with_name(FILES[best])
+        if path.is_file() and path.with_name("sid_arr_full.npy").is_file():
+            if best == "moments":
+                note(f"{path.parent} has no {FILES['layers']} (extract_feature.py --layers): --patient-vector moments")
+            return Chosen(best, path)
+    note(f"no patch features beside {features}: --patient-vector mean, the table as it is")
+    return Chosen("mean", None)
+
+
+def read_vectors(chosen: Chosen, features: pd.DataFrame, sids: Sequence[str]) -> Table:
+    """The patient vectors of some subjects, (N, ...).
+
+    Args:
+        chosen: of :func:`choose_vector`.
+        features: patient_features.csv, of :func:`read_features`.
+        sids: of the rows.
+
+    Raises:
+        StoreError: a subject has no patch features.
+    """
+    if chosen.patches is None:
+        return features.loc[list(sids)].to_numpy()
+    rows = {sid: row for row, sid in enumerate(patch_sids(chosen.patches))}
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
-        raise StoreError(f"{patches} lacks subject {lacking!r} of {path}; give both of one extraction")
-    return PatientVectors(kind, read_patch_features(patches), np.array([rows[sid] for sid in sids]))
+        raise StoreError(
+            f"{chosen.patches} lacks subject {lacking!r} of the patient features; give both of one extraction, or "
+            "--patient-vector mean"
+        )
+    return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
+
+
+def add_vector_flags(parser: Parser, patches: bool = True) -> None:
+    """--patient-vector, and --patch-features where the tool has no such flag of its own."""
+    text = (
+        "features of a patient: mean of the patches', moments (mean and SD, standardised per location), or layers (the "
+    )
+    text += "same of every layer) (default: layers, or else moments, if their file lies beside --features)"
+    parser.add_argument("--patient-vector", type=OneOf(*VECTORS), help=text)
+    if patches:
+        text = "its patch features (default: pred_arr_patch_full.npy or layer_arr_patch_full.npy beside --features)"
+        parser.add_argument("--patch-features", metavar="NPY", help=text)
 
 
 def patch_sids(path: Path) -> list[str]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from data.store import PatchStore
 from data.views import to_input
-from models.frozen import FrozenLocations
+from models.frozen import FrozenLocations, layer_width
+from tools.evaluation.vectors import Standardization
 from tools.finetuning.network import Head, trainable
 from tools.finetuning.tasks import Split, Task
 
@@ -29,6 +30,7 @@ class Fitted(NamedTuple):
     predicted: np.ndarray  # (n,) of the test labels, or (n, classes)
     rounds: int
     validation_loss: float
+    standardization: Standardization | None = None  # of the patient vector that the head takes
 
 
 class Data:
@@ -38,12 +40,13 @@ class Data:
         self.store, self.locations = store, locations
 
     @torch.no_grad()
-    def encode(self, encoder: nn.Module, rows: np.ndarray) -> torch.Tensor:
-        """h of every patch of some rows of the store: (n, L, rep_dim), on the CPU."""
+    def encode(self, encoder: nn.Module, rows: np.ndarray, layers: bool = False) -> torch.Tensor:
+        """h of every patch of some rows, (n, L, rep_dim), on the CPU; or the summaries of all layers, (n, L, W)."""
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
-            found.append(frozen[location](patches, to_input).cpu())
+            encoded = frozen[location](patches, to_input, layers)
+            found.append((encoded[:, -layer_width(encoder) :] if layers else encoded).cpu())
         return torch.stack(found, dim=1)
 
     def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
@@ -96,6 +99,7 @@ def fit(
     pooling: str,
     seed: int,
     known: torch.Tensor | None = None,
+    vector: str = "mean",
 ) -> Fitted:
     """Train on ``split.train``, stop by ``split.validation``, predict ``split.test``.
 
@@ -107,12 +111,19 @@ def fit(
         encoder: changed in place where ``layers`` trains it.
         layers, pooling: of tools.finetuning.network.
         seed: of the order of steps.
-        known: (N, L, rep_dim) representations of the encoder as it is, if they are at hand.
+        known: (N, L, rep_dim) representations of the encoder as it is, if they are at hand; summaries of its layers
+            with the vector ``layers``.
+        vector: of tools.evaluation.vectors; all but the mean need ``known``, layers "frozen" and pooling "mean".
     """
     torch.manual_seed(seed)
     parameters = trainable(encoder, layers)
     scaled = Scaled.of(task, split.train)
     device = data.locations.device
+
+    standardization = None
+    if vector != "mean":
+        standardization = Standardization.fit(vector, known.numpy(), np.unique(task.rows[split.train]))
+        known = torch.from_numpy(standardization.vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
 
     def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
         """h of the labels' patches, (n, patches, rep_dim): all of a patient's, or the one that is labelled."""
@@ -152,7 +163,7 @@ def fit(
         best_loss, rounds = _until_no_better(round_of_encoder, (head, encoder), layers, best_loss)
     with torch.no_grad():
         outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
-    return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss)
+    return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss, standardization)
 
 
 def _until_no_better(

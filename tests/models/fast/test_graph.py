@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.augment import Augmentation
 from data.sampler import BatchIndex
 from data.views import StepDraws, StepViews
+from misc.command import UserError
 from misc.run.augmentation import PUBLISHED
 from models import fast
 from models.builder import DrasCLR
@@ -165,17 +166,16 @@ def recording(monkeypatch):
         optimizer.load_state_dict(before[2])
         for generator, state in zip((torch.default_generator, *self.generators), streams):
             generator.set_state(state)
-        if recorded is not None:
-            rate = self._rate
+        rate = self._rate
 
-            def replay():
-                given, self.optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"], float(rate)
-                done = self.step(recorded.inputs, beta)
-                self.optimizer.param_groups[0]["lr"] = given
-                recorded.done.outcome.statistics.copy_(done.outcome.statistics)
-                self.replays = getattr(self, "replays", 0) + 1
+        def replay():
+            given, self.optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"], float(rate)
+            done = self.step(recorded.inputs, beta)
+            self.optimizer.param_groups[0]["lr"] = given
+            recorded.done.outcome.statistics.copy_(done.outcome.statistics)
+            self.replays = getattr(self, "replays", 0) + 1
 
-            recorded.graph.replay = replay
+        recorded.graph.replay = replay
         return recorded
 
     monkeypatch.setattr(RecordedStep, "_record", record)
@@ -199,26 +199,41 @@ def test_a_recorded_run_is_the_run(recording):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_other_shapes_and_betas_are_recorded_apart(recording):
+def test_another_beta_is_recorded_anew(recording):
     whole = build()
     step = RecordedStep(whole, whole.make_views.generators)
     for number in range(6):
         step(begin(whole, 0, number), 0.0)
+    first = step._recorded
     for number in range(5):
         step(begin(whole, 0, number), 1.0)
-    assert len(step._recorded) == 2 and step.replays == 6 + 5 - 2 * graph.WARM_UP
+    assert step.replays == 6 + 5 - 2 * graph.WARM_UP and step._recorded is not first
 
 
-def test_a_step_that_cannot_be_recorded_is_run(recording, monkeypatch):
-    def refuse(*_, **__):
+def test_a_step_that_cannot_be_recorded_says_what_to_do(recording, monkeypatch):
+    class Refused:
+        """As torch's: the step fails, and so does the recording's end."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    whole, said = build(), []
-    step = RecordedStep(whole, whole.make_views.generators, said.append)
-    for number in range(6):
-        assert step(begin(whole, 0, number), 1.0).stepped
-    assert len(said) == 1 and "not permitted when stream is capturing)" in said[0]
+    whole = build()
+    step = RecordedStep(whole, whole.make_views.generators)
+    for number in range(3):
+        step(begin(whole, 0, number), 1.0)
+    inputs = begin(whole, 0, 3)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refused())
+    monkeypatch.setattr(whole, "make_views", refuse)
+    with pytest.raises(
+        UserError, match=r"\(operation not permitted when stream is capturing\); set .*DRASCLR_FAST=off"
+    ):
+        step(inputs, 1.0)
     assert isinstance(whole.descend.optimizer.param_groups[0]["lr"], float)
 
 
@@ -248,7 +263,7 @@ def test_on_a_gpu_a_replay_is_the_step(bf16):
             Descent(make_optimizer(model, 0.01, 0.9, 1e-4)),
         )
         if recorded:
-            step = RecordedStep(whole, views.generators, pytest.fail)
+            step = RecordedStep(whole, views.generators)
         torch.cuda.manual_seed(3)
         statistics = []
         for number in range(6):

@@ -1,5 +1,6 @@
 """The Triton kernels compiled without running them: what they need of a multiprocessor."""
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -48,7 +49,8 @@ def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") ->
         }
         constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
         types = {name: _type_of(name, constants, dtype) for name in kernel.arg_names}
-        source = ASTSource(kernel, types, constexprs=constants)
+        named = "constexprs" if "constexprs" in inspect.signature(ASTSource.__init__).parameters else "constants"
+        source = ASTSource(kernel, types, **{named: constants})
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "kernel.ptx"

@@ -1,6 +1,7 @@
 """What tools/dev/gpu.py measures, a section a function: each returns what is written as its JSON."""
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Lab(NamedTuple):
         return PRECISIONS if self.on_gpu else ("float32",)
 
     def run(self, precision: str | None = None, **choices: Any) -> Run:
+        gc.collect()  # a run before is a circle of references, with its graph's memory and its workers
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
     def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
@@ -170,16 +172,18 @@ def norms(lab: Lab) -> dict:
             with fast.plain():
                 return norm_elu(norm, [x], lab.sizes.groups)[0]
 
-        ways: dict[str, Callable[[], torch.Tensor]] = {"volumes": as_volumes, "images": as_images}
+        jobs = {
+            name: lambda way=way: way().sum().backward()
+            for name, way in (("volumes", as_volumes), ("images", as_images))
+        }
         if lab.on_gpu:
             for tile in (2048, 4096, 8192):
 
-                def in_triton(norm=norm, x=x, tile=tile) -> torch.Tensor:
+                def in_triton(norm=norm, x=x, tile=tile) -> None:
                     with mock.patch.object(norm_elu_gpu, "TILE", tile):
-                        return norm_elu(norm, [x], lab.sizes.groups)[0]
+                        norm_elu(norm, [x], lab.sizes.groups)[0].sum().backward()
 
-                ways[f"Triton, tiles of {tile}"] = in_triton
-        jobs = {name: lambda way=way: way().sum().backward() for name, way in ways.items()}
+                jobs[f"Triton, tiles of {tile}"] = in_triton
         times = lab.time(jobs, 3)
         found[f"{channels} x {side}^3"] = {name: round(1e3 * value["median"], 3) for name, value in times.items()}
     return {"ms": found}
@@ -219,6 +223,7 @@ def training(lab: Lab) -> dict:
         found["samples_per_s"] |= rates(times, lab.sizes.batch * lab.sizes.steps)
         found["curves"][precision] = losses
         del run
+        gc.collect()
         if lab.old is None:
             continue
         result = lab.out / f"old_{precision}.json"
@@ -242,7 +247,11 @@ def profile_of(work: Callable[[], object]) -> dict:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
         work()
         torch.cuda.synchronize()
-    rows = [event for event in record.key_averages() if event.self_device_time_total > 0]
+    # A CPU operation carries its kernels' time too: kernels alone are counted.
+    kinds = torch.autograd.DeviceType
+    rows = [
+        event for event in record.key_averages() if event.device_type == kinds.CUDA and not event.is_user_annotation
+    ]
     rows.sort(key=lambda event: -event.self_device_time_total)
     listed = [[event.key[:90], event.count, round(event.self_device_time_total / 1e3, 3)] for event in rows]
     return {
