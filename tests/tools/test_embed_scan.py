@@ -126,7 +126,7 @@ def test_other_vectors_of_a_single_scan(study, run_here, tmp_path, rel, kind):
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
     for change, message in (
         (dict(patient_vector="mean"), "has no use with --patient-vector mean"),
-        (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is of the vector {kind}"),
+        (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is of --patient-vector {kind}"),
         (dict(sha="0" * 64), "features of another checkpoint"),
         (dict(locations=3), "locations and features"),
     ):
