@@ -32,6 +32,7 @@ from data.device import BatchCarrier, ResidentPatches
 from data.loader import batches, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
+from data.similarity import read_similarity
 from data.store import PatchStore
 from data.views import StepDraws, StepViews, grid_of_views
 from misc import process
@@ -83,7 +84,11 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
     resident = ResidentPatches.fitting(store, dataset.neighbors, device)
     dataset.read = resident is None
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
-    sampler = LocationBatchSampler(*sizes, rank, world, args.location_order)
+    similarity = None
+    if args.batch_by:
+        note = (lambda text: print(f"note: {text}")) if rank == 0 else (lambda _: None)
+        similarity = read_similarity(args.batch_by, args.batch_table, store.layout, store.sids, note)
+    sampler = LocationBatchSampler(*sizes, rank, world, args.location_order, similarity)
     workers = math.ceil(min(args.workers, usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.layout import StoreError
 
+JITTER = 0.5  # of SDs: how far from its place along the direction a subject may go to a batch
 VISIT_STEPS = 4  # at a location before the next one's turn, where locations are interleaved
 
 
@@ -33,6 +34,8 @@ class LocationBatchSampler:
         batch_size: B, over all ranks.
         seed: of the shuffle.
         rank, world_size: this process and how many there are.
+        similarity: (N, C) of how subjects were scanned, NaN where unknown; subjects of a step are then near each other
+            along a direction that is drawn for each epoch and location. None deals them at random.
         order: ``sequential``, as published: all steps at a location, then the next; or ``interleaved``: visits of a few
             steps in turn, so that a location's queue holds keys of a younger encoder.
 
@@ -50,6 +53,7 @@ class LocationBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         order: str = "sequential",
+        similarity: np.ndarray | None = None,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise StoreError(
@@ -78,6 +82,7 @@ class LocationBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.order = order
+        self.similarity = similarity
         self.epoch = 0
         self.skip = 0
 
@@ -114,4 +119,20 @@ class LocationBatchSampler:
 
     def _permutation(self, location: int) -> np.ndarray:
         """The subjects' order at a location, (N,)."""
-        return np.random.default_rng([self.seed, self.epoch, location]).permutation(self.num_subjects)
+        rng = np.random.default_rng([self.seed, self.epoch, location])
+        order = rng.permutation(self.num_subjects)
+        if self.similarity is None:
+            return order
+        used = self.steps_per_location * self.batch_size  # the rest stays out at random, not for lying at an end
+        batches = order[:used][np.argsort(self._scores(rng)[order[:used]], kind="stable")].reshape(-1, self.batch_size)
+        batches = rng.permuted(batches, axis=1)[rng.permutation(len(batches))]
+        return np.concatenate([batches.ravel(), order[used:]])
+
+    def _scores(self, rng: np.random.Generator) -> np.ndarray:
+        """Where subjects lie along a random direction, and a step to either side of it, (N,)."""
+        known = ~np.isnan(self.similarity)  # (N, C)
+        direction = rng.normal(size=self.similarity.shape[1])
+        length = np.sqrt((known * direction**2).sum(axis=1))  # (N,), 0 for who is unknown
+        along = (np.where(known, self.similarity, 0) * direction).sum(axis=1)
+        along = np.divide(along, length, out=rng.normal(size=len(along)), where=length > 0)
+        return along + JITTER * rng.normal(size=len(along))

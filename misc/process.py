@@ -25,7 +25,12 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
 MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
-MAY_DIFFER = ("root_dir", "subjects", "no_progress")  # between machines, where what lies there is the same
+MAY_DIFFER = (
+    "root_dir",
+    "subjects",
+    "batch_table",
+    "no_progress",
+)  # between machines, where what lies there is the same
 _waits: list[str] = []  # names of the waits so far
 _control: list = []  # the process group of small words between ranks, on CPUs; empty where there is one process
 

@@ -23,7 +23,8 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     add_output(parser)
     args = parser.parse_args(argv)
     args.root_dir = os.path.abspath(args.root_dir)  # configs.json is read from elsewhere
-    args.subjects, args.init_from = (path and os.path.abspath(path) for path in (args.subjects, args.init_from))
+    for name in ("subjects", "init_from", "batch_table"):
+        setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
     try:
         refuse_contradictions(args)
         refuse_unknown_letters(args.augmentation)
@@ -37,6 +38,10 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     """Raise UserError for a value, or two that do not go together, beyond what each flag's bounds say."""
     if args.init_from and args.resume not in ("", "auto"):
         raise UserError("--init-from begins a run and --resume goes on with one: give one of them, or --resume auto")
+    if args.batch_by and (args.batch_by == ["report"]) == bool(args.batch_table):
+        raise UserError("--batch-by takes report alone, or columns of --batch-table CSV")
+    if args.batch_table and not args.batch_by:
+        raise UserError("--batch-table: name its columns by --batch-by")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: below 2^32")
     if args.num_coordinates != 1:
@@ -122,6 +127,12 @@ def add_method(parser: Parser) -> None:
         None,
         "groups with own BatchNorm statistics (default: 4, or what the batch allows)",
     )
+    text = (
+        "deal similar scans to a step, so that scanner and breath give no key away: report (the store's own reports: "
+    )
+    text += "volume, density, slices, kernel), or columns of --batch-table"
+    add("--batch-by", str, None, text, nargs="+", metavar="COLUMN")
+    add("--batch-table", str, None, "CSV with sid and how each subject was scanned, for --batch-by", metavar="CSV")
     add("--location-order", OneOf("sequential", "interleaved"), "sequential", "interleaved: for younger queues")
     switch("--mask-own", "leave a subject's own keys out of its queue's negatives; if --moco-k exceeds the cohort")
     switch("--one-queue", "one queue for all locations, to see what one each gains; give it a larger --moco-k")

@@ -10,7 +10,14 @@ WITHOUT_NOTE = (
     *("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep", "patience"),
     "neighbor_pass",  # which --beta decides
 )
-SETS_STEPS = ("batch_size", "seed", "num_subjects", "accumulate", "location_order")  # what an epoch's steps are
+SETS_STEPS = (
+    "batch_size",
+    "seed",
+    "num_subjects",
+    "accumulate",
+    "location_order",
+    "batch_by",
+)  # what an epoch's steps are
 NOT_FLAGS = {
     "num_subjects": "number of subjects",
     "store_version": "store's version",
