@@ -27,6 +27,9 @@ fi
 }
 
 NGPUS=${NGPUS:-4}
+case $NGPUS in
+    0 | 0[0-9]* | *[!0-9]*) echo "error: NGPUS=$NGPUS must be a whole number of at least 1" >&2; exit 2 ;;
+esac
 NNODES=${NNODES:-1}
 if [ "$NNODES" -gt 1 ]; then
     [ -n "${RDZV_ENDPOINT:-}" ] || {

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from misc.command import UserError
-from misc.files import load_array
+from misc.files import is_utf8, load_array
 from misc.sizes import HU_MAX, HU_MIN
 
 PATCH_SUFFIX = "_patch.npy"
@@ -21,6 +21,11 @@ class StoreLayout:
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
+        if not is_utf8(self.root):
+            raise StoreError(
+                f"--root-dir {str(self.root)!a} has a name that is not UTF-8, which image libraries cannot open; "
+                "rename the folder"
+            )
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"--root-dir {self.root} is a file; name a folder")
 

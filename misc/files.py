@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -168,6 +169,15 @@ def resume_folder(folder: Path, key: str) -> None:
     write_text(note, key)
 
 
+def is_utf8(path: str | os.PathLike) -> bool:
+    """Whether a path's name is UTF-8; on Linux it may be any bytes, as old archives leave them."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def try_lock(stream: TextIO) -> bool:
     """Lock an open file until it is closed or this process ends; False where another process has it.
 
@@ -177,9 +187,22 @@ def try_lock(stream: TextIO) -> bool:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data-loader workers would inherit
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        pass
+    except OSError as error:
+        _note_without_locks(stream.name, error)
     return True
+
+
+_noted: set[str] = set()  # reasons that have been printed
+
+
+def _note_without_locks(path: str, error: OSError) -> None:
+    """Say once that a file system has no locks, as NFS mounted with nolock: work goes on without them."""
+    reason = error.strerror or str(error)
+    if reason not in _noted:
+        _noted.add(reason)
+        where = os.path.dirname(path)
+        text = f"note: {where} has no file locks ({reason}): start no second program on it meanwhile"
+        print(text, file=sys.stderr, flush=True)
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -233,5 +256,8 @@ def locked(path: Path) -> Iterator[None]:
     """Wait for a lock file, made where it is missing, and hold it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            _note_without_locks(str(path), error)
         yield

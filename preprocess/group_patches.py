@@ -26,6 +26,7 @@ from data.tables import read_table
 from misc.command import run
 from misc.files import array_header, held, load_array, write_text
 from misc.progress import add_progress_flag, progress_bar
+from preprocess.report import failed_before
 from preprocess.subjects import add_store, parse_flags
 
 CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
@@ -41,8 +42,12 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
         StoreError: there are none.
     """
     good: dict[tuple, list[str]] = {}
+    failed = failed_before(layout, "group_patches")
     for sid in layout.patch_sids():
         path = layout.patch(sid)
+        if sid in failed:
+            print(f"group_patches: {sid} left out: it failed in {failed[sid]}", file=sys.stderr)
+            continue
         try:
             patches = load_array(path, mapped=True)
         except (OSError, ValueError) as error:

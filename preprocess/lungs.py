@@ -20,6 +20,7 @@ MIN_LUNG_ML = 1.0  # millilitres a side; less is no lung, whatever made the mask
 SIDES = ("right", "left")
 DENSEST = -300  # HU, median of a lung; one that is half consolidated has still air
 DENSE = -500  # worth a look
+AIR_HU, AIRY = -500, 0.85  # share of the lungs below it that is worth a look
 UNEVEN = 4.0  # times as much lung on one side as on the other
 CUT = 0.05  # of a lung's largest cross-section, on an edge of the scan
 SAMPLES = 500_000  # voxels of a scan that medians are taken of
@@ -142,8 +143,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
             f"{name} has right and left exchanged: label 1, the patient's right lung, lies to the left of label 2"
         )
     said = []
-    step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
-    sampled, hu = labels[::step, ::step, ::step], values[::step, ::step, ::step]
+    sampled, hu = _samples(labels, values)
     for label, side, extent in zip((1, 2), SIDES, extents):
         inside = hu[sampled == label]
         median = float(np.median(inside)) if inside.size else DENSE
@@ -162,10 +162,26 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
                     said.append(
                         f"the {side} lung is cut by the scan's {end} edge ({share:.0%} of its largest section is there)"
                     )
+    air = air_share(mask, scan)
+    if air < AIRY and not any("denser" in text for text in said):
+        said.append(f"{air:.0%} of the lungs lie below {AIR_HU} HU, lungs have over 90%: is it the mask of this scan?")
     small, large = sorted(sum(extent[0]) for extent in extents)
     if large > UNEVEN * small:
         said.append(f"one lung has {large / small:.0f} times the volume of the other")
     return said
+
+
+def air_share(mask: sitk.Image, scan: sitk.Image) -> float:
+    """Share of the lungs that is below AIR_HU: 0.97 of healthy ones, 0.77 of a mask that is reversed front to back."""
+    labels, hu = _samples(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
+    inside = hu[labels > 0]
+    return float(np.mean(inside < AIR_HU)) if inside.size else 0.0
+
+
+def _samples(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some SAMPLES voxels of both."""
+    step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
+    return labels[::step, ::step, ::step], values[::step, ::step, ::step]
 
 
 def _places(lung: np.ndarray) -> list[np.ndarray]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from data.layout import StoreLayout
 from preprocess.report import STAMPS, claim
-from preprocess.scan import ScanError
+from preprocess.scan import EarlierFailure, ScanError
+
+FAILED_BEFORE = "failed_before"  # in a subject's row of the last report: why an earlier stage of this run failed it
 
 
 class Skip(Exception):
@@ -35,9 +37,15 @@ def file_stamp(path: str, series: str = "") -> str:
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)
-        return f"{len(files)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{len(files)}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"  # a name may be no UTF-8
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _changed_at(path: Path) -> int:
+    """When a file was last changed, in ns: copied from a machine with a fast clock it may say a time to come."""
+    status = path.stat()
+    return min(status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Output:
@@ -80,15 +88,20 @@ class Output:
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
-        return all(path.is_file() and path.stat().st_mtime_ns <= oldest for path in self.inputs)
+        return all(path.is_file() and _changed_at(path) <= oldest for path in self.inputs)
 
     def keep(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
         """Raise Skip where the output is there and may stay; ScanError where a user's own is not whole.
+
+        Raise EarlierFailure if an earlier stage failed the subject, whatever lies here; what is ours is removed.
 
         Args:
             verify: raises ScanError unless the output is whole; returns figures for the report.
             overwrite: whether it is to be made again in any case.
         """
+        if reason := self.previous.get(FAILED_BEFORE):
+            self.begin()
+            raise EarlierFailure(reason)
         if overwrite or not all(target.is_file() for target in self.targets):
             return
         if self.ours and not (self._of_these_inputs() and all(path.is_file() for path in self.pictures)):

@@ -8,6 +8,7 @@ import pandas as pd
 from data.layout import StoreLayout
 from misc.files import locked, write_text
 
+STAGES = ("segment_lung", "register", "patchify_images")  # that a subject goes through, by their reports
 STAMPS = ("method", "atlas", "image_stamp")  # columns of a report that tell what an output was made from
 
 
@@ -21,6 +22,17 @@ def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, st
     except (ValueError, OSError):
         return {}
     return {row["sid"]: row for row in table.to_dict("records")} if "sid" in table.columns else {}
+
+
+def failed_before(layout: StoreLayout, script: str) -> dict[str, str]:
+    """Why subjects failed in the last run of a stage before ``script``, by sid."""
+    before = STAGES[: STAGES.index(script)] if script in STAGES else STAGES
+    failed: dict[str, str] = {}
+    for stage in before:
+        for sid, row in previous_figures(layout, stage).items():
+            if row.get("status") == "failed":
+                failed.setdefault(sid, f"{stage}: {row.get('message', '')}")
+    return failed
 
 
 def claim(layout: StoreLayout, script: str, sid: str) -> None:

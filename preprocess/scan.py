@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import SimpleITK as sitk
 
+from misc.files import is_utf8
 from preprocess.reading import EarlierFailure, ScanError, nifti
-from preprocess.reading.claims import check_claim
+from preprocess.reading.claims import check_claim, check_frame
 from preprocess.reading.dicom import read_dicom
 from preprocess.reading.formats import check_name, check_stranger, head_of, kind_of
 from preprocess.reading.itk import affine_of, check_right_angles, itk_reading
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # columns of a report
+FRACTION = 0.01  # that a label may be off a whole number, as rescaled values are
 VOXEL = (0.05, 20.0)  # mm; a scan's voxels are 0.3 to 10 mm long
 
 
@@ -47,6 +50,8 @@ class Scan(NamedTuple):
 
 def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
     """An image of any format, and what its file tells of the series."""
+    if not is_utf8(path):
+        raise ScanError(f"{str(path)!a} has a name that is not UTF-8, which ITK cannot open; rename it")
     if not path.exists():
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
@@ -63,12 +68,14 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
     header = nifti.read_header(nifti.header_file(path)) if kind == "NIfTI" else None
     if header:
         nifti.check_forms(path, header, warnings)
+        nifti.check_sizes(path, header)
         nifti.check_whole(path, header)
     elif kind:
         check_claim(path, kind)
+        check_frame(path, kind, warnings)
     told: list[str] = []
-    with itk_reading(path, "an image", told):
-        image = sitk.ReadImage(str(path))
+    with itk_reading(path, "an image", told), nifti.alone(path) as only:
+        image = sitk.ReadImage(str(only))
     warnings += told
     image = _one_volume(image, path)
     if header:
@@ -154,6 +161,17 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
     """A label volume as uint8. Raises ScanError."""
     image = read_image(path)
     labels = sitk.GetArrayViewFromImage(image)
+    if labels.dtype.kind == "f":
+        whole = np.rint(labels)
+        off = float(np.nanmax(np.abs(labels - whole), initial=0.0))
+        if not np.isfinite(labels).all() or off > FRACTION:
+            raise ScanError(
+                f"{path} has labels that are not whole numbers, up to {off:.2f} off: it was interpolated or rescaled; "
+                "resample the original mask with nearest neighbour"
+            )
+        rounded = sitk.GetImageFromArray(whole)
+        rounded.CopyInformation(image)
+        image, labels = rounded, whole
     if labels.min() < 0 or labels.max() > 255:
         raise ScanError(f"{path} has values from {labels.min()} to {labels.max()}; a mask has small whole labels")
     return sitk.Cast(image, sitk.sitkUInt8)

@@ -29,7 +29,7 @@ from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
 from misc.progress import add_progress_flag
 from preprocess.geometry import same_grid, write_image
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
+from preprocess.lungs import air_share, check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
 from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
@@ -50,12 +50,13 @@ def segment(
         mask = read_mask(target)
         figures = lung_volumes(mask, target)
         if output.ours:
-            return {**figures, **output.earlier(*FACTS)}
+            return {**figures, **output.earlier("air", *FACTS)}
         scan = load_shared(subject)
         if not same_grid(mask, scan.image):
             raise ScanError(
                 f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
             )
+        figures["air"] = round(air_share(mask, scan.image), 3)
         return {**figures, **with_warnings(scan.facts, check_lungs(mask, scan.image, target))}
 
     output.keep(verify, overwrite)
@@ -64,7 +65,7 @@ def segment(
     mask = lung_mask(scan.image, method, weights, subject.image)
     facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)
-    return {**lung_volumes(mask, subject.image), **facts, **stamps}
+    return {**lung_volumes(mask, subject.image), "air": round(air_share(mask, scan.image), 3), **facts, **stamps}
 
 
 # ============================================================ the step

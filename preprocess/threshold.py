@@ -25,6 +25,7 @@ CLOSING_RADIUS = 8.0  # mm; fills vessels and hilum
 TRACHEA_AREA = (40.0, 900.0)  # mm2, cross-section
 TRACHEA_LENGTH = 20.0  # mm, at least
 ROUNDING = 1e-3  # of a squared distance between voxels, which is a whole number
+THIN, RIM = 2, 3  # working voxels: of a wall that is no body's, and how far around an air-filled space is looked
 MERGED_LENGTH = 12.0  # mm along the airway over which its wall may be lost
 
 
@@ -103,6 +104,10 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     if cut.any():  # a cushion reaches the image's side wherever it is
         sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
+    body = _body(volume)
+    for label in np.flatnonzero(sizes >= 0.05 * sizes.max(initial=0)):
+        if label and not _lies_in(labels, int(label), air, body):
+            sizes[label] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
             "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin?"
@@ -113,6 +118,28 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
         if label != largest and np.median(volume[labels == label]) > GAS_BELOW:
             kept.append(int(label))
     return np.isin(labels, kept)
+
+
+def _body(volume: np.ndarray) -> np.ndarray:
+    """The body's tissue: the largest piece once what is thin is taken away, as the shell of a couch that touches it."""
+    tissue = volume >= AIR_BELOW
+    labels, count = ndimage.label(ndimage.binary_erosion(tissue, iterations=THIN))
+    if not count:
+        return tissue
+    sizes = _sizes(labels, count)
+    sizes[0] = 0
+    return ndimage.binary_dilation(labels == sizes.argmax(), iterations=THIN + 1) & tissue
+
+
+def _lies_in(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) -> bool:
+    """Whether most of the tissue around an air-filled space is the body's: around a couch's foam it is the couch's."""
+    box = tuple(
+        slice(max(0, part.start - RIM), part.stop + RIM)
+        for part in ndimage.find_objects((labels == label).astype(np.uint8))[0]
+    )
+    space = labels[box] == label
+    rim = ndimage.binary_dilation(space, iterations=RIM) & ~space & ~air[box]
+    return not rim.any() or float(body[box][rim].mean()) > 0.5
 
 
 def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: float) -> np.ndarray:

@@ -16,8 +16,8 @@ from data.layout import StoreError, StoreLayout
 from misc.command import UserError, usable_cores
 from misc.files import remove_leftovers
 from misc.progress import progress_bar
-from preprocess.outputs import Skip, file_stamp
-from preprocess.report import claimed, previous_figures, stamps_of, unclaim, write_report
+from preprocess.outputs import FAILED_BEFORE, Skip, file_stamp
+from preprocess.report import claimed, failed_before, previous_figures, stamps_of, unclaim, write_report
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
 from preprocess.subjects import Subject
 
@@ -181,11 +181,21 @@ def attempt(
 
 
 def attempt_steps(
-    works: Sequence[tuple[Callable[..., dict], dict]], subject: Subject, previous: Sequence[dict], threads: int
+    works: Sequence[tuple[Callable[..., dict], dict]],
+    subject: Subject,
+    previous: Sequence[dict],
+    threads: int,
+    failed: str = "",
 ) -> list[Row]:
-    """One subject's rows, a step each; its scan is read once."""
+    """One subject's rows, a step each; its scan is read once. A step that fails it ends it for the later ones."""
+    rows = []
     try:
-        return [attempt(work, subject, row, threads, settings) for (work, settings), row in zip(works, previous)]
+        for (work, settings), before in zip(works, previous):
+            given = {**before, FAILED_BEFORE: failed} if failed else before
+            rows.append(attempt(work, subject, given, threads, settings))
+            if rows[-1]["status"] == "failed":
+                failed = failed or rows[-1]["message"]
+        return rows
     finally:
         forget_scan()
 
@@ -198,8 +208,10 @@ def _outcomes(
         yield from _distributed(steps, subjects, records, args)
         return
     works = [(step.work, step.settings) for step in steps]
+    failed = failed_before(records[0].layout, records[0].script)
     for subject in subjects:
-        yield attempt_steps(works, subject, _before(records, subject.sid), usable_cores())
+        before = _before(records, subject.sid)
+        yield attempt_steps(works, subject, before, usable_cores(), failed.get(subject.sid, ""))
 
 
 def _before(records: list[Record], sid: str) -> list[dict[str, str]]:
@@ -265,7 +277,9 @@ def _distributed(
 
     root, places = str(ROOT), [(*step.place, step.settings) for step in steps]
 
-    def remote(subject_fields, previous, threads):
+    failed = failed_before(records[0].layout, records[0].script)
+
+    def remote(subject_fields, previous, threads, failed):
         # Sent by value, because it is nested: the worker may not have the project on its path yet.
         import importlib
         import sys
@@ -274,12 +288,15 @@ def _distributed(
             sys.path.insert(0, root)
         runner = importlib.import_module("preprocess.workers")
         works = [(getattr(importlib.import_module(module), name), settings) for module, name, settings in places]
-        return runner.attempt_steps(works, runner.Subject(*subject_fields), previous, threads)
+        return runner.attempt_steps(works, runner.Subject(*subject_fields), previous, threads, failed)
 
     with _client(args, len(subjects)) as (client, threads):
         futures = {
             client.submit(
-                remote, tuple(subject), _before(records, subject.sid), threads, pure=False, retries=0
+                remote,
+                *(tuple(subject), _before(records, subject.sid), threads, failed.get(subject.sid, "")),
+                pure=False,
+                retries=0,
             ): subject
             for subject in subjects
         }

@@ -86,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="COLUMN=KIND",
         help=f"{', '.join(KINDS)}; where the guess is wrong",
     )
+    text = "numbers that stand for missing in every column of the labels, such as 999"
+    add("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
     text = "numeric columns of the labels that are known anyway, such as age: in every model, and a table of their own"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
     text = "column that names a scan's patient, so that all scans of one are in one fold"
@@ -183,7 +185,8 @@ def remove_pictures(out_dir: Path) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    chosen = choose_vector(args.patient_vector, args.features, args.patch_features, note)
+    notes: list[str] = []  # printed once nothing is refused
+    chosen = choose_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
     sids = matching_sids(tables, table, args.labels)
@@ -210,6 +213,8 @@ def main() -> None:
         weights = {name: covariate_weights(count, weights[name]) for name in arrays}
         arrays = {name: side_by_side(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
+    for text in notes:
+        note(text)
     for name, table in tables.items():
         if is_constant(table.loc[sids].to_numpy()):
             note(f"{table.attrs.get('path', name)} has the same numbers for every subject, so it predicts nothing")

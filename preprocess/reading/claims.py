@@ -23,6 +23,8 @@ NRRD_BYTES = {
     ),
     **dict.fromkeys(("longlong", "long long", "int64", "int64_t", "ulonglong", "uint64", "uint64_t", "double"), 8),
 }
+META_HEADER = 1 << 14  # bytes in which a MetaImage's fields are
+_META_FIELD = re.compile(r"^([A-Za-z]+)\s*=([^\n]*)$", re.M)
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -53,6 +55,37 @@ def check_claim(path: Path, kind: str) -> None:
         _unpack(claim)
 
 
+ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
+UNPLACED = (
+    "the header does not tell how the patient lies ({}); taken as stored in LPS, so right and left, front and back may "
+    "be exchanged: look at the picture"
+)
+
+
+def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
+    """Warn if a NRRD's or MetaImage's header has no axes of the patient, or no voxel sizes: ITK makes them up."""
+    with open(path, "rb") as stream:
+        head = stream.read(LONGEST_HEADER)
+    if kind == "NRRD":
+        fields = _nrrd_fields(head)[0]
+        space = fields.get("space", "").lower()
+        if not any(word in space for word in ANATOMICAL):
+            given = f"space is {fields['space']}" if space else "it has no space"
+            warnings.append(UNPLACED.format(given))
+        sized = {"spacings", "space directions"} & set(fields)
+        if not sized or ("space directions" not in fields and "nan" in fields.get("spacings", "").lower()):
+            warnings.append("the header has no voxel sizes; taken as 1 mm")
+        return
+    text = head[:META_HEADER].decode("latin-1")
+    fields = {key.lower(): value.strip() for key, value in _META_FIELD.findall(text)}
+    if not {"transformmatrix", "rotation", "orientation"} & set(fields):
+        given = fields.get("anatomicalorientation", "")
+        said = f"AnatomicalOrientation {given} without TransformMatrix" if given else "it has no TransformMatrix"
+        warnings.append(UNPLACED.format(said))
+    if not {"elementspacing", "elementsize"} & set(fields):
+        warnings.append("the header has no voxel sizes (ElementSpacing); taken as 1 mm")
+
+
 def _unpack(claim: Claim) -> None:
     """Read packed data to their end, a piece at a time; their checksum is compared."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
@@ -81,16 +114,22 @@ def _beside(path: Path, name: str) -> Path | None:
     return None if not name or name.startswith("LIST") or "%" in name or " " in name else path.parent / name
 
 
-def _nrrd(path: Path, head: bytes) -> Claim | None:
+def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
+    """A NRRD's header, and where its data begin."""
     end = re.search(rb"\r?\n\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+): ?([^\n]*)$", text, re.M)}
+    return fields, end.end() if end else len(head)
+
+
+def _nrrd(path: Path, head: bytes) -> Claim | None:
+    fields, end = _nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
     needed = _product(fields.get("sizes", ""), each) if each else None
     if needed is None or {"byte skip", "line skip", "byteskip", "lineskip"} & set(fields):
         return None
     named = fields.get("data file", fields.get("datafile", ""))
-    data, start = (_beside(path, named), 0) if named else (path, end.end() if end else len(head))
+    data, start = (_beside(path, named), 0) if named else (path, end)
     packed = {"raw": False, "gzip": True, "gz": True}.get(encoding)
     return None if data is None else Claim(needed, data, start, packed)
 

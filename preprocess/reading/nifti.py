@@ -5,7 +5,11 @@ the voxel sizes. Each has a code; 0 means that it is not set. A header is read h
 by the standard's offsets, because ITK gives only what it made of it.
 """
 
+import contextlib
+import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +23,7 @@ from preprocess.reading.itk import PLACE, apart, check_right_angles
 # contradiction for sure.
 CONTRADICTION = 1.0  # mm
 LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
+SINGLE_OFFSET = 352  # bytes: the header and four that say whether it is extended
 UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units; 2 are millimetres, 0 is unknown and means them
 
 FIELDS = {  # name: offset and type
@@ -44,6 +49,9 @@ class Header(NamedTuple):
     units: int
     bytes: float  # that the data file should have
     analyze: bool  # the older format, which has neither form
+    voxel: tuple[float, ...]  # sizes along (x, y, z), pixdim
+    offset: float  # of the voxels in the data file, vox_offset
+    single: bool  # header and voxels in one file
 
 
 def read_header(path: Path) -> Header | None:
@@ -70,6 +78,9 @@ def read_header(path: Path) -> Header | None:
         units=int(field("xyzt_units")) & 7,
         bytes=float(field("vox_offset") + np.prod(counts) * field("bitpix") / 8),
         analyze=analyze,
+        voxel=tuple(float(size) for size in field("pixdim")[1:4]),
+        offset=float(field("vox_offset")),
+        single=head[344:347] == b"n+1",
     )
 
 
@@ -97,10 +108,56 @@ def header_file(path: Path) -> Path:
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
 
+FAMILY = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """The path by which ITK reads this very file: beside ct.nii it would read that for ct.nii.gz, and say nothing.
+
+    A file with such a twin is read through a link in an empty folder.
+    """
+    if not FAMILY.search(path.name):
+        yield path
+        return
+    stem, header = FAMILY.sub("", path.name), header_file(path)
+    own = {path.name, header.name, data_file(path).name}
+    twins = [name for name in os.listdir(path.parent) if FAMILY.search(name) and FAMILY.sub("", name) == stem]
+    if set(twins) <= own:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="drasclr-scan-") as folder:
+        for name in own:
+            os.symlink(path.parent.resolve() / name, Path(folder) / name)
+        yield Path(folder) / path.name
+
+
+def data_file(path: Path) -> Path:
+    """Where the voxels are: in the file itself, or, in the older form of two files, beside the header that is named."""
+    pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
+    return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
+
+
+def check_sizes(path: Path, header: Header) -> None:
+    """Raise ScanError if the header has no voxel size, which ITK takes as 1 mm, or data that begin within itself."""
+    if header.sform is None and not all(np.isfinite(size) and size > 0 for size in header.voxel):
+        sizes = " x ".join(f"{size:g}" for size in header.voxel)
+        raise ScanError(
+            f"{path}: its header has no voxel size (pixdim {sizes}), so nothing says how large the scan is; write it "
+            "again from the original scan"
+        )
+    if header.single and header.offset < SINGLE_OFFSET:
+        begins = unpacked_bytes(path) - (header.bytes - header.offset)
+        if begins != 348:  # where ITK begins to read
+            raise ScanError(
+                f"{path}: its header says that voxels begin at byte {header.offset:g} (vox_offset), within the header; "
+                f"a file of one piece has them at {SINGLE_OFFSET}: write it again"
+            )
+
+
 def check_whole(path: Path, header: Header) -> None:
     """Raise ScanError where a NIfTI's data are cut: ITK fills what it lacks with a constant and says nothing."""
-    pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
-    data = next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
+    data = data_file(path)
     found = unpacked_bytes(data)
     if found < header.bytes:
         raise ScanError(f"{data} is cut short: {found} bytes of {header.bytes:.0f}; copy it again")

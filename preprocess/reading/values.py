@@ -94,7 +94,9 @@ def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list
     even = _even(faces, 0.005)
     found = [value for value in even if value > BRIGHT]
     ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
-    if values.min() < AIR_BELOW and (ends == 0).all():
+    sides = (values.take(end, axis) for axis in range(3) for end in (0, -1))
+    # All around, or up to a size, as a multiple of 32: then some sides are nothing else.
+    if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
         mask = outside_only(values == value)

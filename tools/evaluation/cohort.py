@@ -10,7 +10,7 @@ from data.labels import read_labels, why_no_column
 from data.layout import StoreError
 from data.tables import spelt
 from tools.evaluation.judge import Label
-from tools.evaluation.kinds import FEWEST, recognize, stands_for_missing, why_no_survival, why_not
+from tools.evaluation.kinds import FEWEST, missing_code, recognize, why_no_survival, why_not
 from tools.evaluation.splits import look_like_one_patient, on_both_sides
 from tools.evaluation.tables import group_numbers, held_out_rows
 
@@ -44,6 +44,7 @@ class Cohort:
 
         values, self.names = read_labels(args.labels, sids, hear)
         self.values = values.astype(np.float64)
+        self.values[np.isin(self.values, args.missing)] = np.nan
         self.held_out = held_out_rows(values, self.names, args.held_out, args.labels) if args.held_out else None
         self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
         for name, values in zip(args.covariates, self.covariates.T):
@@ -110,6 +111,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
             continue
         kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
         reason = why_not_in_parts(cohort, values, known, kind, args.folds)
+        reason = reason or ("" if name in args.kind else why_a_code(values[known]))
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
         if source:
             reason = f"follows from --covariates {source}: it would be predicted from itself"
@@ -172,10 +174,21 @@ def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind
 
 def _note_missing(name: str, values: np.ndarray) -> None:
     """Tell of a number (n,) that tables write for missing."""
-    if stands_for_missing(values):
-        count = int((values == values.min()).sum())
-        low = f"{values.min():g} for {count} subjects"
-        note(f"column {name!r} has {low}: if that means missing, leave such cells empty")
+    code = missing_code(values)
+    if code is not None:
+        count = int((values == code).sum())
+        note(
+            f"column {name!r} has {code:g} for {count} subjects: if that means missing, leave such cells empty, or "
+            f"give --missing {code:g}"
+        )
+
+
+def why_a_code(values: np.ndarray) -> str:
+    """Why values of 0, 1 and a code for missing, (n,), are no numbers to predict; empty for others."""
+    code = missing_code(values)
+    if code is None or not set(values) - {code} <= {0.0, 1.0}:
+        return ""
+    return f"has {code:g} beside 0 and 1: give --missing {code:g} if it means missing, else say what it is with --kind"
 
 
 def _stage(

@@ -5,6 +5,8 @@ import numpy as np
 KINDS = ("regression", "log10", "grade", "class")
 MOST_GRADES = 10  # whole numbers of so few values are grades
 MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
+MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
+EXCEL_DATES = (20000, 60000)  # 1954 to 2064; as days, follow-up of 54 years and more
 FEWEST = 5  # subjects of a class; of fewer a fold would have none
 
 
@@ -36,12 +38,33 @@ def why_not(values: np.ndarray, kind: str, folds: int) -> str:
     return ""
 
 
-def stands_for_missing(values: np.ndarray) -> bool:
-    """Whether the lowest of known values (n,) is one that tables write for missing, far from all others."""
-    if len(values) < 2 or values.min() not in MISSING:
-        return False
-    rest = values[values != values.min()]
-    return rest.size > 0 and rest.min() >= 0
+def missing_code(values: np.ndarray) -> float | None:
+    """The lowest or highest of known values (n,), if it is one that tables write for missing, far from all others."""
+    if len(values) < 2:
+        return None
+    low, high = values.min(), values.max()
+    rest = values[values != low]
+    if low in MISSING and rest.size and rest.min() >= 0:
+        return float(low)
+    rest, count = values[values != high], int((values == high).sum())
+    if high in MISSING_ABOVE and count > 1 and len(np.unique(rest)) > 1 and high - rest.max() > np.ptp(rest):
+        return float(high)
+    return None
+
+
+def as_date(values: np.ndarray) -> str:
+    """What kind of date known times (n,) are; empty if they may be follow-up."""
+    if not len(values) or np.any(values != np.rint(values)):
+        return ""
+    year, month, day = values // 10000, values // 100 % 100, values % 100
+    # A day off: labels are float32, which has no odd numbers of eight digits.
+    if np.all((year >= 1900) & (year <= 2100) & (month >= 1) & (month <= 12) & (day <= 32)):
+        return "dates, year month day"
+    if np.all((values >= EXCEL_DATES[0]) & (values <= EXCEL_DATES[1])):
+        return "dates as Excel counts them, days since 1900"
+    if np.all((values >= 1900) & (values <= 2100)) and np.ptp(values) > 0:
+        return "years of the calendar"
+    return ""
 
 
 def why_no_survival(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bool = False) -> str:
@@ -51,6 +74,8 @@ def why_no_survival(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bo
         fewest: events.
         a_side: of --held-out, where there are no folds.
     """
+    if kind := as_date(time):
+        return f"{time[0]:g} and all others are {kind}; give the time from a start to the event or the last visit"
     if time.min() < 0:
         return f"a time is {time.min():g}; follow-up is 0 or more"
     if not np.isin(event, (0, 1)).all():

@@ -32,6 +32,9 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     Returns:
         (d,)
     """
+    if features.shape[1] > len(features) and penalty > 0:  # the coefficients lie in the space of the rows
+        basis, rows = np.linalg.qr(features.T)  # (d, n), (n, n)
+        return basis @ fit_cox(rows.T, time, event, penalty)
     order = np.argsort(-time, kind="stable")
     x, event = features[order].astype(np.float64), event[order].astype(np.float64)
     last = _last_of_ties(time[order])

@@ -11,6 +11,7 @@ from tools.evaluation.kinds import recognize, why_not
 FEWEST = 10  # labelled patients
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.25
 FEWEST_DRAWN = 4  # patients that a fraction trains on, two of each class where there are classes
+FEWEST_OF_CLASS = 4  # patients
 
 
 class Task(NamedTuple):
@@ -66,6 +67,11 @@ def _task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what:
         )
     kind = kind or recognize(values)
     reason = why_not(values, kind, folds=2)
+    if kind == "class" and not reason:
+        numbers, counts = np.unique(values, return_counts=True)
+        if counts.min() < FEWEST_OF_CLASS:
+            reason = f"has {numbers[counts.argmin()]:g} for {counts.min()} subjects; at least {FEWEST_OF_CLASS} are "
+            reason += "needed to train, to stop by and to test"
     if reason:
         raise StoreError(f"{what} {reason}")
     classes = tuple(np.unique(values)) if kind == "class" else ()
@@ -112,6 +118,12 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     of = [np.flatnonzero(np.isin(task.rows, some)) for some in (train, validation, tested)]
     if task.kind == "class" and len(np.unique(task.target[of[0]])) < 2:
         raise StoreError(f"a fraction of {fraction:g} leaves labels of one class to learn from; give a larger one")
+    given = task.target[of[2]]
+    if held_out is not None and (not len(given) or np.ptp(given) == 0):
+        raise StoreError(
+            f"--held-out: the {len(given)} labelled patients to test on are all alike, so no figure can be told; hold "
+            "out others"
+        )
     return Split(*of)
 
 
