@@ -1,7 +1,8 @@
 """Label tables: numbers by subject."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pandas as pd
 from data.layout import StoreError
 from data.tables import read_table, spelt
 
+MOST_WORDS = 10  # different ones of a column that are classes; more are names
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
@@ -34,6 +36,52 @@ def why_no_column(path: str | os.PathLike, column: str, names: list[str], flag: 
     return f"{start}{cell}: write numbers only, 1 and 0 for yes and no, without units, with a point for decimals"
 
 
+class Labels(NamedTuple):
+    """Columns of a label table for some subjects."""
+
+    values: np.ndarray  # (N, P) float32, NaN where missing; of a column of words the numbers of its classes
+    names: list[str]
+    classes: dict[str, list[str]]  # of columns of words: what 0, 1, ... stand for
+
+
+def read_numbers_and_words(
+    path: str | os.PathLike,
+    sids: list[str],
+    note: Callable[[str], None] = lambda _: None,
+    order: Mapping[str, Sequence[str]] | None = None,
+) -> Labels:
+    """:func:`read_labels`, and columns of a few words as classes.
+
+    Args:
+        path, sids, note: as there; ``note`` is told which number stands for which word.
+        order: of a column the words in order, from 0 on; others are in alphabetical order.
+
+    Raises:
+        StoreError: as there; or a column of ``order`` is missing, or has another word.
+    """
+    table, order = read_table(path, file_names=False).set_index("sid"), order or {}
+    unknown = next((name for name in order if name not in table.columns), None)
+    if unknown is not None:
+        raise StoreError(f"--order {unknown}: {path} has no such column{spelt(unknown, list(table.columns))}")
+    coded, classes = table.copy(), {}
+    for name in table.columns:
+        filled, numbers = filled_and_numbers(table[name])
+        words = table[name].str.strip().where(filled, "")
+        found = sorted(set(words) - {""}, key=str.lower)
+        if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
+            continue
+        if name in order:
+            other = next((word for word in found if word not in order[name]), None)
+            if other is not None:
+                raise StoreError(f"--order {name}: {path} has {other!r} too; name every word of the column")
+            found = list(order[name])
+        classes[name] = found
+        coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
+        note(f"column {name!r}: " + ", ".join(f"{number} is {word}" for number, word in enumerate(found)))
+    values, names = _numeric(path, coded, sids, note)
+    return Labels(values, names, {name: words for name, words in classes.items() if name in names})
+
+
 def read_labels(
     path: str | os.PathLike, sids: list[str], note: Callable[[str], None] = lambda _: None
 ) -> tuple[np.ndarray, list[str]]:
@@ -52,7 +100,13 @@ def read_labels(
         StoreError: no such file, no sid column, a sid twice, no numeric column, or no subject of
             the store in it.
     """
-    table = read_table(path, file_names=False).set_index("sid")
+    return _numeric(path, read_table(path, file_names=False).set_index("sid"), sids, note)
+
+
+def _numeric(
+    path: str | os.PathLike, table: pd.DataFrame, sids: list[str], note: Callable[[str], None]
+) -> tuple[np.ndarray, list[str]]:
+    """As :func:`read_labels`, of a table by sid."""
     numeric = {}
     for name in table.columns:
         filled, values = filled_and_numbers(table[name])

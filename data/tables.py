@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 
 
+# A number with a decimal comma, or a whole one beside it.
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", re.IGNORECASE)
+# What Excel makes of a name of many digits.
+_SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # columns named in a message
 
 
@@ -74,6 +78,12 @@ def read_table(
             check_sid(sid)
         except StoreError as error:
             raise StoreError(f"{path}, line {line}: {error}") from None
+    shortened = next((sid for sid in table["sid"] if _SHORTENED.fullmatch(sid)), None)
+    if shortened is not None:
+        raise StoreError(
+            f"{path} has sid {shortened!r}, a long number that a spreadsheet has shortened; format the column as text, "
+            "and save the table again from its source"
+        )
     twice = table["sid"][table["sid"].duplicated()]
     if one_row and len(twice):
         raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
@@ -100,7 +110,8 @@ def _read_text(path: Path) -> pd.DataFrame:
     import pandas as pd  # here: training on a machine without it reads no table
 
     with open(path, newline="", encoding="utf-8-sig") as stream:
-        lines = csv.reader(stream, skipinitialspace=True, strict=True)
+        delimiter = _delimiter(stream)
+        lines = csv.reader(stream, skipinitialspace=True, strict=True, delimiter=delimiter)
         header = [name.strip() for name in next(lines, [])]
         while header and not header[-1]:
             header.pop()
@@ -118,8 +129,35 @@ def _read_text(path: Path) -> pd.DataFrame:
                 raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header{hint}")
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
+    if delimiter == ";":
+        rows = _with_points(rows)
     named = [index for index, name in enumerate(header) if name]  # row numbers, which pandas writes, have no name
     return pd.DataFrame(rows, columns=range(len(header)), dtype=str)[named].set_axis([header[n] for n in named], axis=1)
+
+
+def _delimiter(stream: TextIO) -> str:
+    """What separates a table's cells, by its header; the stream is left at it.
+
+    A comma; or the semicolon or tab of a spreadsheet, if the header has one of them and no comma; or what a first line
+    ``sep=`` says, which Excel writes and reads.
+    """
+    first = stream.readline()
+    if named := re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE):
+        return named[1]
+    stream.seek(0)
+    others = [sign for sign in ";\t" if sign in first]
+    return others[0] if len(others) == 1 and "," not in first else ","
+
+
+def _with_points(rows: list[list[str]]) -> list[list[str]]:
+    """Cells of a table with semicolons, decimal commas as points: in columns where every number that has one is so."""
+    if not rows:
+        return rows
+    columns = list(zip(*rows))
+    for index, column in enumerate(columns):
+        if all(_DECIMAL_COMMA.fullmatch(cell) for cell in column if cell):
+            columns[index] = [cell.replace(",", ".") for cell in column]
+    return [list(row) for row in zip(*columns)]
 
 
 # ============================================================ features

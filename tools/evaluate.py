@@ -86,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="COLUMN=KIND",
         help=f"{', '.join(KINDS)}; where the guess is wrong",
     )
+    text = "words of a column in order, as grades: Overall.Stage=I,II,IIIa; other columns of words are classes"
+    add("--order", action="append", default=[], metavar="COLUMN=A,B,C", help=text)
     text = "numbers that stand for missing in every column of the labels, such as 999"
     add("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
     text = "numeric columns of the labels that are known anyway, such as age: in every model, and a table of their own"
@@ -123,6 +125,10 @@ def parse_arguments() -> argparse.Namespace:
     for name in args.covariates:
         if name in wanted:
             parser.error(f"--covariates {name} is what is to be predicted: every figure would be perfect")
+    args.order = {name: words.split(",") for name, _, words in (text.partition("=") for text in args.order)}
+    for name, words in args.order.items():
+        if len(words) < 2 or len(set(words)) < len(words):
+            parser.error(f"--order {name}={','.join(words)}: name two words or more, each once, as COLUMN=A,B,C")
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
         if kind not in KINDS:

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels, why_no_column
+from data.labels import read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.locations import normalize_locations
 from data.store import PatchStore
@@ -154,11 +154,18 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
     """What is learnt, and who is held out where the table says. Raises StoreError."""
     if args.patch_labels:
         return patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
-    values, names = read_labels(args.labels, store.sids)
+
+    def say(text: str) -> None:
+        if repr(args.column) in text:
+            print(f"note: {text}", file=sys.stderr)
+
+    values, names, words = read_numbers_and_words(args.labels, store.sids, say)
     if args.column not in names:
         raise StoreError(why_no_column(args.labels, args.column, names))
     held_out = held_out_rows(values, names, args.held_out, args.labels) if args.held_out else None
-    task = patient_task(store.sids, values[:, names.index(args.column)].astype(np.float64), args.column, args.kind)
+    target = values[:, names.index(args.column)].astype(np.float64)
+    kind = args.kind or ("class" if args.column in words else None)
+    task = patient_task(store.sids, target, args.column, kind)
     return task, held_out
 
 

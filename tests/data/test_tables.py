@@ -34,7 +34,7 @@ def test_text_stays_text(tmp_path):
         ("sid,image\n../x,a\n", "line 2: sid '../x'"),
         ("sid,image\na,1\nb,2\na,3\n", "'a' more than once"),
         ("name,image\na,1\n", "no column 'sid'; its columns are name, image"),
-        ("sid;image\na;1\n", "no column 'sid'; its columns are sid;image; cells must be separated by commas"),
+        ("sid,image\n1.23457E+11,a\n", "sid '1.23457E\\+11', a long number that a spreadsheet has shortened"),
         ("sid,a,a\n1,2,3\n", "cannot be read as a CSV table: it has column 'a' twice"),
         ("SID,image\na,1\n", "no column 'sid'; its columns are SID, image; write sid instead of SID"),
     ],
@@ -64,3 +64,25 @@ def test_another_encoding_is_named(tmp_path):
         (tmp_path / "t.csv").write_bytes("sid,image\nMüller,a.nii\n".encode(encoding))
         with pytest.raises(StoreError, match="is no text in UTF-8"):
             read_table(tmp_path / "t.csv", ("sid", "image"))
+
+
+@pytest.mark.parametrize(
+    ("text", "ages"),
+    [
+        ("sid;age;name\n007;1,5;a, b\n008;-2;\n009;;c\n", ["1.5", "-2", ""]),
+        ("sep=;\nsid;age;name\n007;1,5;a, b\n008;2,25;\n009;1e3;c\n", ["1.5", "2.25", "1e3"]),
+        ("sid\tage\tname\n007\t1.5\ta, b\n008\t2\t\n009\t3\tc\n", ["1.5", "2", "3"]),
+        ('"sep=,"\nsid,age,name\n007,1.5,"a, b"\n008,2,\n009,3,c\n', ["1.5", "2", "3"]),
+        ("SEP=|\nsid|age|name\n007|1.5|a, b\n008|2|\n009|3|c\n", ["1.5", "2", "3"]),
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, text, ages):
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
+    table = read_table(tmp_path / "t.csv")
+    assert table["sid"].tolist() == ["007", "008", "009"] and table["age"].tolist() == ages
+    assert table["name"].tolist() == ["a, b", "", "c"]
+
+
+def test_semicolons_beside_commas_are_commas(tmp_path):
+    (tmp_path / "t.csv").write_text("sid,note;more\n007,a;b\n")
+    assert list(read_table(tmp_path / "t.csv").columns) == ["sid", "note;more"]

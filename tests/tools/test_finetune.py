@@ -131,7 +131,7 @@ def test_a_smaller_fractions_patients_are_a_larger_ones_and_nobody_is_on_two_sid
         (("--patch-labels", "bad.csv"), "bad.csv, line 3: patch '9' is not a number from 0 to 5"),
         (("--patch-labels", "who.csv"), "who.csv, line 2: sid 'x' is not in the store"),
         (("--patch-labels", "sup.csv"), "sup.csv, line 2: patch '²' is not a number from 0 to 5"),
-        (("--patch-labels", "sep.csv"), "cells must be separated by commas"),
+        (("--patch-labels", "sep.csv"), "sep.csv: value is known for 1 subjects"),
         (("--patch-labels", "l.csv"), "l.csv has no column 'patch'"),
         (("--labels", "l.csv", "--column", "sick", "--checkpoint", "no.tar"), "no checkpoint at no.tar"),
     ],

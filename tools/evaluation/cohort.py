@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from data.labels import read_labels, why_no_column
+from data.labels import read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.tables import spelt
 from tools.evaluation.judge import Label
@@ -14,6 +14,7 @@ from tools.evaluation.kinds import FEWEST, missing_code, recognize, why_no_survi
 from tools.evaluation.splits import look_like_one_patient, on_both_sides
 from tools.evaluation.tables import group_numbers, held_out_rows
 
+SEEN = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words of an event, in the order of 0 and 1
 STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
 
@@ -42,7 +43,9 @@ class Cohort:
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
-        values, self.names = read_labels(args.labels, sids, hear)
+        labels = read_numbers_and_words(args.labels, sids, hear, args.order)
+        self.names, self.words = labels.names, labels.classes
+        self.order, values = set(args.order), labels.values
         self.values = values.astype(np.float64)
         self.values[np.isin(self.values, args.missing)] = np.nan
         self.held_out = held_out_rows(values, self.names, args.held_out, args.labels) if args.held_out else None
@@ -72,6 +75,12 @@ class Cohort:
                     f"sids {', '.join(alike[:3])} look like scans of one patient; without --group-column they may be "
                     "fitted to and reported on, and any label is then predicted by recognising the patient"
                 )
+
+    def kind_of_words(self, name: str) -> str:
+        """The kind of a column of words: a grade if their order was given; empty for numbers."""
+        if name in self.order:
+            return "grade" if len(self.words[name]) > 2 else "class"
+        return "class" if name in self.words else ""
 
     def column(self, name: str) -> np.ndarray:
         """(N,) NaN where unknown. Raises StoreError."""
@@ -109,7 +118,11 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         if not args.columns and (reason := _no_label(name, values[known])):
             note(f"column {name!r} left out, {reason}; --columns {name} predicts it all the same")
             continue
-        kind = args.kind.get(name) or recognize(values[known]) if known.any() else "regression"
+        kind = (
+            args.kind.get(name)
+            or cohort.kind_of_words(name)
+            or (recognize(values[known]) if known.any() else "regression")
+        )
         reason = why_not_in_parts(cohort, values, known, kind, args.folds)
         reason = reason or ("" if name in args.kind else why_a_code(values[known]))
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
@@ -128,6 +141,12 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         stages = _stage(cohort, name, values, known, args.folds) if kind == "grade" else None
         labels += [stages] if stages else []
     if args.time_column:
+        words = cohort.words.get(args.event_column)
+        if words and [word.lower() for word in words] not in SEEN:
+            raise StoreError(
+                f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 where "
+                "the event was seen and 0 where not, or yes and no"
+            )
         both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
         reason = why_not_in_parts(cohort, both, known, "survival", args.folds)

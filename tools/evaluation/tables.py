@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from data.labels import read_labels, why_no_column
+from data.labels import read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table, spelt
@@ -168,7 +168,9 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
 
     Raises StoreError: no such column, other values, or fewer healthy ones than ``fewest``.
     """
-    values, names = read_labels(labels, sids, lambda text: print(f"note: {text}", file=sys.stderr))
+    values, names, _ = read_numbers_and_words(
+        labels, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
+    )
     if column not in names:
         raise StoreError(why_no_column(labels, column, names, "--healthy"))
     found = values[:, names.index(column)]
