@@ -257,6 +257,8 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content
 
+    if args.amp == "bf16" and (factor := process.slow_bf16(device)):
+        say(f"note: --amp bf16 is slow on this processor, {factor:.0f} times float32's time for a convolution; use off")
     made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
     process.agree({**vars(args), **made_by, **running_code()})
     with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():

@@ -146,6 +146,8 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     store, sampler = data.store, data.sampler
     settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.facts()}
     process.agree({**settings, "resumed checkpoint": resume, **running_code()})
+    if args.amp == "bf16" and (factor := process.slow_bf16(device)):
+        say(f"note: --amp bf16 is slow on this processor, {factor:.0f} times float32's time for a convolution; use off")
     for text in describe_store(args, store):
         say(f"note: {text}")
 

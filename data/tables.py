@@ -7,6 +7,7 @@ import difflib
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -24,6 +25,7 @@ _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 
 # A number with a decimal comma, or a whole one beside it.
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", re.IGNORECASE)
+_NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
 # What Excel makes of a name of many digits.
 _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # columns named in a message
@@ -31,6 +33,11 @@ SHOWN = 8  # columns named in a message
 
 def _some(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else "")
+
+
+def plain_name(text: str) -> str:
+    """A name in composed Unicode, as Linux and Windows write it and macOS does not, without characters of no width."""
+    return "".join(_NO_WIDTH.split(unicodedata.normalize("NFC", text))).strip()
 
 
 def check_sid(sid: str) -> None:
@@ -73,6 +80,8 @@ def read_table(
             )
     if table.empty:
         raise StoreError(f"{path} has a header and no rows")
+    if "sid" in table.columns:
+        table["sid"] = [plain_name(sid) for sid in table["sid"]]
     for line, sid in enumerate(table["sid"] if file_names else (), start=2):
         try:
             check_sid(sid)

@@ -171,6 +171,9 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
     may not be written) or for want of memory, told in one line; 128 + the signal's number after one of STOPPING;
     1 with a traceback after anything else, without waiting for other processes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that is not UTF-8 gets a code for what it cannot show
+            stream.reconfigure(errors="backslashreplace")
     if "RANK" not in os.environ:  # a rank is ended by SIGTERM when another has failed, which tells why
         for number in STOPPING:
             if number != signal.SIGINT and heeded(number):

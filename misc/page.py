@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,10 +33,10 @@ def write_page(path: Path, folder: Path, name: str, title: str, data: dict[str, 
     template, own = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js"))
     shared = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    template = template.replace("@title", html.escape(title)).replace("@script", shared + own)
-    before, mark, after = template.partition("@data")
-    assert mark, f"{name}.html has no @data"
-    write_text(path, before + text + after)
+    parts = {"@title": html.escape(title), "@script": shared + own, "@data": text}
+    assert "@data" in template, f"{name}.html has no @data"
+    # In one pass: a folder may be called @data, and its name is part of the title.
+    write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 
 
 def link_to(target: Path, page: Path) -> str:

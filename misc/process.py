@@ -24,6 +24,7 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 
 PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
+SLOWER = 1.5  # times, from which --amp bf16 is noted as slow
 MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
 MAY_DIFFER = (
     "root_dir",
@@ -103,6 +104,26 @@ def precision() -> str:
     """What a GPU multiplies float32 numbers in now: ``float32`` or ``tf32``."""
     allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "float32"
+
+
+def slow_bf16(device: torch.device) -> float:
+    """How many times longer a convolution takes in bfloat16 than in float32; 0 if it is not longer, or on a GPU.
+
+    A processor without bfloat16 arithmetic emulates it. Takes some 0.2 s.
+    """
+    if device.type != "cpu":
+        return 0.0
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(8, 16, 16, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+        kernel = torch.ones(16, 16, 3, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+        torch.conv3d(x, kernel, padding=1)
+        start = time.perf_counter()
+        for _ in range(3):
+            torch.conv3d(x, kernel, padding=1)
+        seconds[dtype] = time.perf_counter() - start
+    factor = seconds[torch.bfloat16] / seconds[torch.float32]
+    return factor if factor > SLOWER else 0.0
 
 
 def _local_rank(gpus: int) -> int:

@@ -14,10 +14,11 @@ NIFTI_NAME = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 NAMES = {  # the names by which ITK finds the reader
     "NIfTI": NIFTI_NAME,
     "NRRD": re.compile(r"\.(nrrd|nhdr)$", re.IGNORECASE),
-    "MetaImage": re.compile(r"\.(mha|mhd)$"),
+    "MetaImage": re.compile(r"\.((?i:mha)|mhd)$"),
 }
 SUFFIX = {"NIfTI": ".nii", "NRRD": ".nrrd", "MetaImage": ".mha"}
 STRANGERS = {  # first bytes of files that are taken for scans, and what to do
+    b"\x1f\x8b": "is packed with gzip twice; unpack it once with gunzip",
     b"PK\x03\x04": "is a ZIP archive; unpack it and give the scan inside",
     b"version https://git-lfs": "is a pointer of Git LFS, the scan itself was not fetched; run git lfs pull",
     b"/annex/objects/": "is a pointer of git-annex, the scan itself was not fetched; run git annex get",

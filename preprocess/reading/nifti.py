@@ -108,6 +108,7 @@ def header_file(path: Path) -> Path:
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
 
+ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 FAMILY = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 
 
@@ -115,21 +116,23 @@ FAMILY = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 def alone(path: Path) -> Iterator[Path]:
     """The path by which ITK reads this very file: beside ct.nii it would read that for ct.nii.gz, and say nothing.
 
-    A file with such a twin is read through a link in an empty folder.
+    A file with such a twin, or with capitals in its suffix, is read through a link in an empty folder.
     """
-    if not FAMILY.search(path.name):
+    ending = FAMILY.search(path.name) or ONE_PIECE.search(path.name)
+    if not ending:
         yield path
         return
-    stem, header = FAMILY.sub("", path.name), header_file(path)
-    own = {path.name, header.name, data_file(path).name}
+    stem, own = path.name[: ending.start()], {path.name}
+    if FAMILY.search(path.name):
+        own |= {header_file(path).name, data_file(path).name}
     twins = [name for name in os.listdir(path.parent) if FAMILY.search(name) and FAMILY.sub("", name) == stem]
-    if set(twins) <= own:
+    if set(twins) <= own and ending[0] == ending[0].lower():
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="drasclr-scan-") as folder:
         for name in own:
-            os.symlink(path.parent.resolve() / name, Path(folder) / name)
-        yield Path(folder) / path.name
+            os.symlink(path.parent.resolve() / name, Path(folder) / f"{stem}{name[len(stem) :].lower()}")
+        yield Path(folder) / f"{stem}{ending[0].lower()}"
 
 
 def data_file(path: Path) -> Path:

@@ -86,3 +86,8 @@ def test_tables_as_spreadsheets_write_them(tmp_path, text, ages):
 def test_semicolons_beside_commas_are_commas(tmp_path):
     (tmp_path / "t.csv").write_text("sid,note;more\n007,a;b\n")
     assert list(read_table(tmp_path / "t.csv").columns) == ["sid", "note;more"]
+
+
+def test_names_are_compared_in_composed_unicode_without_invisible_characters(tmp_path):
+    (tmp_path / "t.csv").write_text("sid,a\nMu\u0308ller,1\n\u200bB2\ufeff,2\n", encoding="utf-8")
+    assert read_table(tmp_path / "t.csv")["sid"].tolist() == ["M\u00fcller", "B2"]

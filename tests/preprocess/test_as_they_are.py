@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gzip
+import html
 import os
 import shutil
 import struct
@@ -13,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+import torch
 
 from data.layout import StoreError, StoreLayout
-from misc import files
+from misc import files, process
+from misc.page import write_page
 from preprocess.lungs import air_share, check_lungs, lung_mask, lung_volumes
 from preprocess.outputs import file_stamp
 from preprocess.scan import ScanError, load_scan, read_mask
@@ -277,6 +280,48 @@ def test_ngpus_that_is_no_number(tmp_path, value):
     done = subprocess.run(["sh", ROOT / "run_train.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: NGPUS={value} must be a whole number of at least 1"
+
+
+@pytest.mark.parametrize("name", ["a.NII.GZ", "a.Nii", "a.nii.Gz", "a.MHA", "a.Nrrd"])
+def test_suffixes_in_capitals(tmp_path, name):
+    sitk.WriteImage(chest(), str(tmp_path / f"b{name[1:].lower()}"))
+    (tmp_path / f"b{name[1:].lower()}").rename(tmp_path / name)
+    found = load_scan(tmp_path / name)
+    assert np.array_equal(array(found.image), array(chest())) and found.facts["warnings"] == ""
+
+
+def test_gzip_in_gzip(tmp_path):
+    sitk.WriteImage(chest(), str(tmp_path / "a.nii.gz"))
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii.gz").read_bytes()))
+    with pytest.raises(ScanError, match="is packed with gzip twice; unpack it once"):
+        load_scan(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize("title", ["@data", "a @script b", "<@title>"])
+def test_a_folder_named_as_a_templates_mark(tmp_path, title):
+    (tmp_path / "p.html").write_text("<h1>@title</h1><script>@script</script><p>@data</p>")
+    (tmp_path / "p.js").write_text("own()")
+    write_page(tmp_path / "out.html", tmp_path, "p", title, {"a": title})
+    text = (tmp_path / "out.html").read_text()
+    assert text.count("own()") == 1 and f"<h1>{html.escape(title)}</h1>" in text
+
+
+def test_a_console_that_is_not_utf8(tmp_path):
+    code = "from misc.command import run, UserError\ndef main():\n    print('R²')\n    raise UserError('Müller')\nrun(main)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [os.sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "R\\xb2\n" and done.stderr == "error: M\\xfcller\n"
+
+
+def test_bf16_that_is_emulated_is_measured(monkeypatch):
+    """On a CPU only, and without a number of the process's random stream."""
+    before = torch.get_rng_state()
+    assert process.slow_bf16(torch.device("cuda")) == 0
+    assert process.slow_bf16(torch.device("cpu")) >= 0 and torch.equal(torch.get_rng_state(), before)
+    clock = iter([0.0, 1.0, 1.0, 7.0])
+    monkeypatch.setattr(process.time, "perf_counter", lambda: next(clock))
+    assert process.slow_bf16(torch.device("cpu")) == pytest.approx(6)
 
 
 def test_gzip_of_a_nifti_is_read_as_before(tmp_path):

@@ -270,10 +270,10 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
 
 
 def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
-    """Where one table writes 007 and another 7 or 7.0, to end a message."""
+    """Where one table writes 007 and another 7 or 7.0, or a01 and A01, to end a message."""
 
     def bare(sid: str) -> str:
-        return str(sid).removesuffix(".0").lstrip("0") or "0"
+        return str(sid).lower().removesuffix(".0").lstrip("0") or "0"
 
     others = {bare(sid): sid for sid in there if sid}
     alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
