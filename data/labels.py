@@ -10,6 +10,7 @@ import pandas as pd
 from data.layout import StoreError
 from data.tables import read_table, spelt
 
+NO_AND_YES = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words of 0 and 1, in lower case
 MOST_WORDS = 10  # different ones of a column that are classes; more are names
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 

@@ -307,7 +307,8 @@ def test_a_folder_named_as_a_templates_mark(tmp_path, title):
 
 
 def test_a_console_that_is_not_utf8(tmp_path):
-    code = "from misc.command import run, UserError\ndef main():\n    print('R²')\n    raise UserError('Müller')\nrun(main)"
+    code = "from misc.command import run, UserError\ndef main():\n    print('R²')\n"
+    code += "    raise UserError('Müller')\nrun(main)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [os.sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -207,7 +207,10 @@ def test_ten_thousand_patients_open_soon(tmp_path):
         (("--labels", "other.csv"), "other.csv has none of the features' subjects, such as '000'; it has '0'"),
         (("--patch-features", "patches.npy"), "lacks subject '001' of the patient features"),
         (("--patch-features", "few.npy", "--root-dir", STORE), f"few.npy has 2 locations, --root-dir {STORE} has 6"),
-        (("--labels", "labels.csv", "--patch-features", "pred_arr_patch_full.npy", "--healthy", "sex"), "numeric"),
+        (
+            ("--labels", "labels.csv", "--patch-features", "pred_arr_patch_full.npy", "--healthy", "sex"),
+            "must be 1 (healthy)",
+        ),
     ],
 )
 def test_refusals(study, run_here, flags, message):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from data.labels import read_numbers_and_words, why_no_column
+from data.labels import NO_AND_YES, read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.tables import spelt
 from tools.evaluation.judge import Label
@@ -14,7 +14,6 @@ from tools.evaluation.kinds import FEWEST, missing_code, recognize, why_no_survi
 from tools.evaluation.splits import look_like_one_patient, on_both_sides
 from tools.evaluation.tables import group_numbers, held_out_rows
 
-SEEN = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words of an event, in the order of 0 and 1
 STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
 
@@ -142,7 +141,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         labels += [stages] if stages else []
     if args.time_column:
         words = cohort.words.get(args.event_column)
-        if words and [word.lower() for word in words] not in SEEN:
+        if words and [word.lower() for word in words] not in NO_AND_YES:
             raise StoreError(
                 f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 where "
                 "the event was seen and 0 where not, or yes and no"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from data.labels import read_numbers_and_words, why_no_column
+from data.labels import NO_AND_YES, read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table, spelt
@@ -168,14 +168,15 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
 
     Raises StoreError: no such column, other values, or fewer healthy ones than ``fewest``.
     """
-    values, names, _ = read_numbers_and_words(
+    values, names, words = read_numbers_and_words(
         labels, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
     )
     if column not in names:
         raise StoreError(why_no_column(labels, column, names, "--healthy"))
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
-    if not np.isin(found[known], (0, 1)).all():
+    strange = column in words and [word.lower() for word in words[column]] not in NO_AND_YES
+    if strange or not np.isin(found[known], (0, 1)).all():
         raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not) or missing")
     if healthy.sum() < fewest:
         raise StoreError(f"column {column!r} of {labels} has {healthy.sum()} healthy patients; {fewest} needed")
