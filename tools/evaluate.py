@@ -77,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     text = "a further table on the same folds, NAME=FILE or FILE; several times"
     add("--compare", action="append", default=[], metavar="NAME=FILE", help=text)
     add_vector_flags(parser)
-    add("--labels", required=True, help="CSV with sid and numeric columns")
-    add("--columns", nargs="+", help="columns to predict (default: every numeric one that can be)")
+    add("--labels", required=True, help="CSV with sid and columns of numbers or of a few words")
+    add("--columns", nargs="+", help="columns to predict (default: every one that can be)")
     add(
         "--kind",
         action="append",

@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         help="where arms start; random: untrained weights",
     )
     add("--sha256", help="of the first checkpoint; another file is refused, for weights that were downloaded")
-    add("--labels", help="CSV with sid and numeric columns")
+    add("--labels", help="CSV with sid and columns of numbers or of a few words")
     add("--column", help="of the labels, to learn")
     add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
     kinds = tuple(kind for kind in KINDS if kind != "log10")
