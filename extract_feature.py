@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Before torch loads OpenMP: threads that wait for each other sleep. Spinning, as by default, they take the core that the
-# other would need: beside one busy process on 2 cores a step took 262 ms so and 228 sleeping, alone 149 and 145.
+# Before torch loads OpenMP: threads that wait for each other sleep. Spinning, its default, takes the core that another
+# would need: beside one busy process on 2 cores a step took 262 ms so and 228 sleeping, alone 149 and 145.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
