@@ -144,7 +144,8 @@ def test_a_bad_scan_costs_one_subject(small, run):
         "scaled": "rescale intercept",
     }.items():
         assert words in figures.loc[sid, "message"]
-    assert "no lung mask at" in report(tmp_path / "s", "register").loc["absent", "message"]
+    repeated = report(tmp_path / "s", "register").loc["absent", "message"]
+    assert repeated.startswith("failed in an earlier step: ") and repeated.endswith("does not exist")
     assert "no transform at" in report(tmp_path / "s", "patchify_images").loc["absent", "message"]
     assert PatchStore(tmp_path / "s").sids == ["001", "002"]
 

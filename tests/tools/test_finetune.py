@@ -50,6 +50,18 @@ def finetune(run, folder, out, *flags, **more):
 
 
 @pytest.mark.slow
+def test_the_published_vector_by_request(study, run, tmp_path):
+    flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 1, "--seeds", 1)
+    finetune(run, study, tmp_path / "o", *flags, "--patient-vector", "mean")
+    head = torch.load(tmp_path / "o" / "k.pth.tar", weights_only=True)["head"]
+    assert head["state_dict"]["linear.weight"].shape == (2, 8) and "patient_vector" not in head
+    refused = finetune(
+        run, study, tmp_path / "r", *flags, "--layers", "last", "--patient-vector", "layers", check=False
+    )
+    assert refused.returncode == 2 and "goes with --labels, --layers frozen and --pooling mean" in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
     flags = ("--checkpoint", "k.pth.tar", "random", "--labels", "l.csv", "--column", "sick", "--fractions", 0.5, 1)
     out = tmp_path / "out"
@@ -59,7 +71,10 @@ def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
     assert table.loc[(table["arm"] == "k") & (table["fraction"] == 1), "auroc"].min() > 0.9
     assert "| 0.5 | 10 |" in shown and (out / "curve.png").stat().st_size > 5000
     kept = torch.load(out / "k.pth.tar", weights_only=True)
-    assert kept["head"]["classes"] == [0, 1] and kept["head"]["state_dict"]["linear.weight"].shape == (2, 8)
+    head = kept["head"]  # on the mean and SD of every layer, standardised per location
+    assert head["classes"] == [0, 1] and head["patient_vector"] == "layers"
+    locations, features = head["location_mean"].shape
+    assert locations == 6 and head["state_dict"]["linear.weight"].shape == (2, 2 * features)
 
     gone = out / "fits" / "k-1-1.json"
     before = {path: path.stat().st_mtime_ns for path in out.glob("fits/*")}

@@ -175,9 +175,9 @@ def test_explore_and_unusual_take_the_layers(extracted, run_here):
     page = extracted.parent / "page.html"
     flags = ("--features", extracted / "patient_features.csv", "--out", page, "--no-tsne", "--no-progress")
     run_here("tools/explore.py", *flags)
-    assert "24 features (layers, standardised" in page.read_text()
+    assert "24 features (layers, standardised" in page.read_text(encoding="utf-8")
     run_here("tools/explore.py", *flags, "--patient-vector", "mean")
-    assert "6 features (mean, standardised" in page.read_text()
+    assert "6 features (mean, standardised" in page.read_text(encoding="utf-8")
     found = {}
     for kind in ("layers", "mean"):
         out = extracted.parent / kind
