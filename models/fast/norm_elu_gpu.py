@@ -232,6 +232,15 @@ if triton is not None:
             tl.store(y + offset, z.to(y.dtype.element_ty), mask=valid)
 
     @triton.jit
+    def _load_gradient(x, grad, offset, valid, mean, inverse, scale, shift):
+        """x_hat = (x - mean) / SD and g, the gradient before the ELU, of a tile; outside ``valid`` g is 0."""
+        x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
+        g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
+        z = x_hat * scale[None, :] + shift[None, :]
+        g = tl.where(z > 0, g, g * tl.exp(tl.minimum(z, 0.0)))
+        return x_hat, g
+
+    @triton.jit
     def _tile_gradients(
         x,
         grad,
@@ -244,7 +253,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Sums of g and g x_hat over a program's tiles, g the gradient before the ELU, x_hat = (x - mean) / SD."""
+        """Sums of g and g x_hat over a program's tiles."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -255,10 +264,7 @@ if triton is not None:
             row = start + tl.arange(0, TILE_ROWS)
             valid = (row < rows)[:, None] & inside[None, :]
             offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
-            x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
-            g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
-            z = x_hat * scale[None, :] + shift[None, :]
-            g = tl.where(z > 0, g, g * tl.exp(tl.minimum(z, 0.0)))
+            x_hat, g = _load_gradient(x, grad, offset, valid, mean, inverse, scale, shift)
             sums += tl.sum(g, axis=0)
             products += tl.sum(g * x_hat, axis=0)
         into = partial + (tile * tl.num_programs(1) + group) * 2 * CHANNELS + column
@@ -292,9 +298,6 @@ if triton is not None:
             row = start + tl.arange(0, TILE_ROWS)
             valid = (row < rows)[:, None] & inside[None, :]
             offset = (group.to(tl.int64) * rows + row)[:, None] * CHANNELS + column[None, :]
-            x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
-            g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
-            z = x_hat * scale[None, :] + shift[None, :]
-            g = tl.where(z > 0, g, g * tl.exp(tl.minimum(z, 0.0)))
+            x_hat, g = _load_gradient(x, grad, offset, valid, mean, inverse, scale, shift)
             g = (g - mean_g[None, :] - x_hat * mean_product[None, :]) * (scale * inverse)[None, :]
             tl.store(result + offset, g.to(result.dtype.element_ty), mask=valid)

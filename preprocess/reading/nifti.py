@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preprocess.reading import ScanError
-from preprocess.reading.formats import head_of, unpacked_bytes
+from preprocess.reading.formats import NIFTI_NAME, head_of, unpacked_bytes
 from preprocess.reading.itk import PLACE, apart, check_right_angles
 
 # A qform is a quaternion in float32: turned by half a circle, it places a far corner 0.3 mm off. 1 mm is a
@@ -109,7 +109,6 @@ def header_file(path: Path) -> Path:
 
 
 ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
-FAMILY = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -118,14 +117,14 @@ def alone(path: Path) -> Iterator[Path]:
 
     A file with such a twin, or with capitals in its suffix, is read through a link in an empty folder.
     """
-    ending = FAMILY.search(path.name) or ONE_PIECE.search(path.name)
+    ending = NIFTI_NAME.search(path.name) or ONE_PIECE.search(path.name)
     if not ending:
         yield path
         return
     stem, own = path.name[: ending.start()], {path.name}
-    if FAMILY.search(path.name):
+    if NIFTI_NAME.search(path.name):
         own |= {header_file(path).name, data_file(path).name}
-    twins = [name for name in os.listdir(path.parent) if FAMILY.search(name) and FAMILY.sub("", name) == stem]
+    twins = [name for name in os.listdir(path.parent) if NIFTI_NAME.search(name) and NIFTI_NAME.sub("", name) == stem]
     if set(twins) <= own and ending[0] == ending[0].lower():
         yield path
         return
