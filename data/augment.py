@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from data.resample import Parameters, affine_matrix, sample, voxel_coordinates
 from misc.run.augmentation import PUBLISHED, Ranges, refuse_unknown_letters
+from misc.sizes import HU_MIN
 
 ELASTIC_SIGMA = (8.0, 12.0)  # voxels
 ELASTIC_CUTOFF = 3.0  # standard deviations
@@ -24,6 +26,8 @@ CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels: less changes nothing, and 0 has no kernel
+DETAIL_SIGMA = 1.0  # voxels: what a Gaussian of this width takes out is a kernel's fine detail
+LUNG_HU, TISSUE_HU = -500.0, 0.0  # below, all of a voxel breathes; above, nothing does
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # normal noise of unit variance, shaped as the volumes that it is for
 
@@ -102,9 +106,10 @@ def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF
     return torch.where(distance.abs() <= tail[:, None, None], band.clamp(min=0), 0.0)
 
 
-def _along_axes(volumes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-    """Volumes (n, C, D, H, W) times each sample's own band, (n, size, size), along each axis in turn."""
-    for axis, subscripts in enumerate(("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")):
+def _along_axes(volumes: torch.Tensor, parameters: Parameters, axes: Sequence[int] = (0, 1, 2)) -> torch.Tensor:
+    """Volumes (n, C, D, H, W) times each sample's own band, (n, size, size), along some axes in turn."""
+    for axis in axes:
+        subscripts = ("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")[axis]
         volumes = torch.einsum(subscripts, parameters[f"band{axis}"], volumes)
     return volumes
 
@@ -178,13 +183,20 @@ def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ran
     return {"sigma": _uniform((count, 3), 0.0, ranges.smooth, generator)}
 
 
-def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
-    """At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim."""
+def _whole_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) -> Parameters:
+    """Smoothing along some axes, a column of ``sigma`` (n, axes) each.
+
+    At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim.
+    """
     bands = {}
-    for axis, length in enumerate(size):
-        band = gaussian_band(parameters["sigma"][:, axis].clamp(min=SMOOTH_LEAST), length, SMOOTH_CUTOFF)
+    for column, axis in enumerate(axes):
+        band = gaussian_band(sigma[:, column].clamp(min=SMOOTH_LEAST), size[axis], SMOOTH_CUTOFF)
         bands[f"band{axis}"] = band / band.sum(dim=2, keepdim=True)  # (n, length, length)
     return bands
+
+
+def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    return _whole_bands(parameters["sigma"], size, axes=(0, 1, 2))
 
 
 def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
@@ -199,6 +211,52 @@ def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, rang
 def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandShiftIntensity: the same HU for all voxels, as a deeper breath takes off. Unpublished."""
     return volumes + _wide(parameters["offset"])
+
+
+# ---------------------------------------------------------------- breath, kernel, slice thickness
+
+
+def draw_breath(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+    return {"growth": _uniform((count,), 1 - ranges.breath, 1 + ranges.breath, generator)}
+
+
+def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """Lung grows by a factor and thins by it, so that its mass stays; tissue keeps its density. Unpublished."""
+    growth = parameters["growth"]
+    zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
+    volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
+    vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # HU of volumes begin at 0
+    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # of a voxel that breathes
+    return volumes + share * (volumes - vacuum) * (1 / _wide(growth) - 1)
+
+
+def draw_kernel(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+    return {"amount": _uniform((count,), -ranges.kernel, ranges.kernel, generator)}
+
+
+def prepare_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    sigma = torch.full((len(parameters["amount"]), 2), DETAIL_SIGMA)
+    return parameters | _whole_bands(sigma, size, axes=(1, 2))
+
+
+def apply_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """Fine detail in the axial plane, that of noise too, sharpened or softened. Unpublished."""
+    return volumes + _wide(parameters["amount"]) * (volumes - _along_axes(volumes, parameters, axes=(1, 2)))
+
+
+def draw_thickness(
+    count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
+) -> Parameters:
+    return {"sigma": _uniform((count, 1), 0.0, ranges.thickness, generator)}
+
+
+def prepare_thickness(parameters: Parameters, size: Sequence[int]) -> Parameters:
+    return _whole_bands(parameters["sigma"], size, axes=(0,))
+
+
+def apply_thickness(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+    """Smoothing along z alone, as thicker slices do. Unpublished."""
+    return _along_axes(volumes, parameters, axes=(0,))
 
 
 class Transform(NamedTuple):
@@ -217,6 +275,9 @@ TRANSFORMS = {  # their names and ranges are in misc/run/augmentation.py
     "c": Transform(draw_contrast, apply_contrast),
     "s": Transform(draw_smooth, apply_smooth, prepare_smooth),
     "i": Transform(draw_shift, apply_shift),
+    "b": Transform(draw_breath, apply_breath),
+    "k": Transform(draw_kernel, apply_kernel, prepare_kernel),
+    "t": Transform(draw_thickness, apply_thickness, prepare_thickness),
 }
 
 

@@ -57,7 +57,7 @@ def test_a_step_is_the_cpus(gpu):
     torch.testing.assert_close(results["cuda"], results["cpu"], rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("letters", ["f", "a", "e", "c", "s", "i", "fac"])
+@pytest.mark.parametrize("letters", ["f", "a", "e", "c", "s", "i", "b", "k", "t", "fac"])
 def test_augmentation_is_the_cpus(gpu, letters):
     volumes = torch.rand(B, 2, 32, 32, 32, generator=torch.Generator().manual_seed(2)) * 1264
     augmentation = Augmentation(letters)

@@ -14,6 +14,9 @@ LETTERS = {
     "c": "contrast",
     "s": "smoothing",
     "i": "intensity shift",
+    "b": "breath",
+    "k": "reconstruction kernel",
+    "t": "slice thickness",
 }
 
 
@@ -30,6 +33,9 @@ class Ranges(NamedTuple):
     gamma: tuple[float, float] = (0.5, 4.5)
     smooth: float = 2.0  # voxels, largest sigma; unpublished
     shift: float = 30.0  # HU, either way; unpublished
+    breath: float = 0.2  # share of the volume, either way; unpublished
+    kernel: float = 0.6  # share of the fine detail, added or taken; unpublished
+    thickness: float = 1.0  # voxels, largest sigma along z; unpublished
 
 
 PUBLISHED = Ranges()
@@ -68,6 +74,13 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("noise_prob", between(float, 0, 1), "how often g is applied; raise it likewise")
     add("smooth", amount, "voxels, the largest sigma of s; raise it for thick slices")
     add("shift", amount, "HU, the largest of i, either way; raise it if breath differs much")
+    add(
+        "breath",
+        between(float, 0, 0.9),
+        "share of the lung's volume, the largest of b; raise it if breath differs much",
+    )
+    add("kernel", between(float, 0, 1), "share of fine detail that k adds or takes; raise it for many kernels")
+    add("thickness", amount, "voxels, the largest sigma of t; raise it for thick slices")
     add("gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2)
 
 

@@ -236,6 +236,43 @@ def test_shift_is_monais(dtype):
         assert float((ours[index] - torch.as_tensor(wanted).to(dtype)).abs().max()) < tolerance(dtype)
 
 
+def test_breath_keeps_the_lungs_mass():
+    """A ball of lung in a patch of its own density's half: volume times (1 + r), density of air over it."""
+    z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    hu = np.where(radius < 8, -800.0, -1000.0)
+    inputs = torch.from_numpy(hu + 1024)[None, None].expand(3, -1, -1, -1, -1)
+    grown = apply("breath", inputs, {"growth": torch.tensor([1.0, 1.2, 0.8])}) - 1024
+    assert torch.allclose(grown[0], inputs[0] - 1024, atol=1e-4)
+    mass = (grown + 1000).sum(dim=(1, 2, 3, 4))
+    assert mass[1:] / mass[0] == pytest.approx(np.ones(2), abs=0.01)
+    middle = grown[:, 0, 15:17, 15:17, 15:17].mean(dim=(1, 2, 3))
+    assert middle.numpy() == pytest.approx([-800, -1000 + 200 / 1.2, -1000 + 200 / 0.8], abs=0.1)
+
+
+def test_breath_leaves_tissue_and_thins_half_of_what_lies_between():
+    flat = torch.tensor([40.0, 0.0, -250.0, -500.0])[:, None, None, None, None].expand(-1, 1, *SIZE).double() + 1024
+    ours = apply("breath", flat, {"growth": torch.full((4,), 1.25)})[:, 0, 16, 16, 16] - 1024
+    assert ours.numpy() == pytest.approx([40, 0, -250 + 0.5 * 750 * (1 / 1.25 - 1), -1000 + 500 / 1.25], abs=1e-6)
+
+
+def test_kernel_adds_or_takes_what_a_gaussian_in_the_plane_takes_out():
+    inputs = (torch.rand(1, 2, *SIZE, generator=generator(3), dtype=torch.float64) * RANGE).expand(3, -1, -1, -1, -1)
+    ours = apply("kernel", inputs, {"amount": torch.tensor([0.0, 0.6, -0.6])})
+    assert torch.equal(ours[0], inputs[0])
+    soft = apply("smooth", inputs, {"sigma": torch.tensor([[0.0, 1.0, 1.0]] * 3)})
+    torch.testing.assert_close(ours[1], inputs[1] + 0.6 * (inputs[1] - soft[1]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[1] + ours[2], 2 * inputs[1], rtol=0, atol=1e-4)
+    assert ours[1].std() > inputs[1].std() > ours[2].std()
+
+
+def test_thickness_smooths_along_z_alone():
+    inputs = torch.rand(2, 2, *SIZE, generator=generator(3), dtype=torch.float64) * RANGE
+    ours = apply("thickness", inputs, {"sigma": torch.tensor([[0.0], [1.0]])})
+    wanted = apply("smooth", inputs, {"sigma": torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])})
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
 def test_drawn_parameters_have_monais_distributions():
     count = 4000
     affine = augment.draw_affine(count, SIZE, generator(1))
@@ -409,10 +446,10 @@ def test_ranges_are_the_flags():
     """Narrower ranges draw narrower parameters from the same stream; the defaults are the published ones."""
     narrower = dict(
         rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5, shift=10
-    )
+    ) | dict(breath=0.1, kernel=0.3, thickness=0.25)
     ranges = augment.Ranges(**narrower)
     wide, narrow = (
-        dict(zip("agcsi", Augmentation("agcsi", chosen).draw(500, SIZE, generator(2))))
+        dict(zip("agcsibkt", Augmentation("agcsibkt", chosen).draw(500, SIZE, generator(2))))
         for chosen in (augment.PUBLISHED, ranges)
     )
     torch.testing.assert_close(narrow["a"]["translation"], wide["a"]["translation"] / 4)
@@ -422,5 +459,8 @@ def test_ranges_are_the_flags():
     assert int(wide["g"]["chosen"].sum()) < 0.35 * 500 < 0.65 * 500 < int(narrow["g"]["chosen"].sum())
     torch.testing.assert_close(narrow["s"]["sigma"], wide["s"]["sigma"] / 4)
     torch.testing.assert_close(narrow["i"]["offset"], wide["i"]["offset"] / 3)
+    torch.testing.assert_close(narrow["b"]["growth"] - 1, (wide["b"]["growth"] - 1) / 2)
+    torch.testing.assert_close(narrow["k"]["amount"], wide["k"]["amount"] / 2)
+    torch.testing.assert_close(narrow["t"]["sigma"], wide["t"]["sigma"] / 4)
     assert 0.9 <= float(narrow["c"]["gamma"].min()) < float(narrow["c"]["gamma"].max()) <= 1.1
     assert 11.5 < float(wide["a"]["translation"].max()) <= 12 and 4.4 < float(wide["c"]["gamma"].max()) <= 4.5
