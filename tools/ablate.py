@@ -11,7 +11,7 @@ random encoder and what a density reading says. Without --root-dir a synthetic c
 A run stopped goes on where it was; a finished one is not done again. Writes, in --out-dir,
 
     rows/{arm}-{seed}.csv     of one run: column, table, r2; tables are the patient vectors (mean, moments, layers),
-                              each alone and beside the histogram
+                              each alone, and with the mean beside the histogram
     ablation.csv              all of them
     ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
     ssl_exp/{arm}-{seed}/     the runs
@@ -185,16 +185,16 @@ class Study:
         return rows
 
     def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-        """Every patient vector, alone and beside the histogram, and the weights of the columns of both."""
+        """Every patient vector, alone and, with the mean, beside the histogram; and the weights of their columns."""
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):
             alone[kind] = read_vectors(choose_vector(kind, path, None, print), table, self.sids)
-        histogram = self.baselines["histogram"]
-        both = {f"{kind}+histogram": side_by_side(table, histogram) for kind, table in alone.items()}
-        weights = {
-            f"{kind}+histogram": joined_weights(table.shape[1], histogram.shape[1]) for kind, table in alone.items()
-        }
+        both, weights = {}, {}
+        for kind, table in alone.items():
+            together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]
+            both[f"{kind}+histogram"] = side_by_side(*together)
+            weights[f"{kind}+histogram"] = joined_weights(*(part.shape[1] for part in together))
         return alone | both, weights
 
 

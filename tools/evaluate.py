@@ -14,7 +14,8 @@ Everything that is chosen (penalty, scaling) is chosen inside the folds. Interva
 95 %, of the folds as they are: another --seed draws others, and moves a figure by some hundredths. `permuted` is the
 figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
 encoder's, is judged on the same folds; with --baselines STORE so are the share of lung below -950 HU, HU histograms,
-and features and histogram together (the mean of the histogram's model and that of both), with what they add to it.
+and features and histogram together (the mean of two models, of the histogram and of it beside the features and their
+mean over locations), with what they add to it.
 --held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those with 1.
 
 The features are those of --patient-vector, by default `layers` if extract_feature.py --layers wrote them; the mean over
@@ -209,9 +210,9 @@ def main() -> None:
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     added_to: dict[str, str] = {}
     if args.baselines:
-        arrays["features+histogram"] = side_by_side(arrays["features"], arrays["histogram"])
-        widths = arrays["features"].shape[1], arrays["histogram"].shape[1]
-        weights["features+histogram"] = joined_weights(*widths)
+        together = [arrays[name] for name in ("features", "mean", "histogram") if name in arrays]
+        arrays["features+histogram"] = side_by_side(*together)
+        weights["features+histogram"] = joined_weights(*(table.shape[1] for table in together))
         added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:

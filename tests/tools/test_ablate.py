@@ -46,10 +46,19 @@ def test_two_tables_together_are_the_mean_of_two_models():
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
     found = predict_others(model, both, target, held, joined_weights(60, 4))
-    each = [predict_others(model, table, target, held) for table in (other, both)]
+    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # each table's squares sum to 4
+    each = [predict_others(model, other, target, held), predict_others(model, both, target, held, evenly)]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
     assert (predict_others(model, both, target, held, joined_weights(60, 4)) == found).all()
+
+
+def test_a_wide_table_does_not_drown_a_narrow_one():
+    """Of three tables each has the same sum of squares in the model of all."""
+    weights = joined_weights(2000, 7, 30)
+    assert weights.shape == (2, 2037) and (weights[0] == np.repeat([0, 0, 1], [2000, 7, 30])).all()
+    shares = [float(part @ part) for part in np.split(weights[1], [2000, 2007])]
+    assert shares == pytest.approx([30, 30, 30])
 
 
 def test_what_a_table_adds():

@@ -17,13 +17,15 @@ INNER_FOLDS = 3
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
 
 
-def joined_weights(added: int, known: int) -> np.ndarray:
-    """Weights of the columns of two tables side by side, (2, D), to ask what the first adds to the second.
+def joined_weights(*widths: int) -> np.ndarray:
+    """Weights of the columns of tables side by side, (2, D), to ask what the others add to the last.
 
-    A row is a model: the second table alone, and both. The mean of their predictions is taken, because a choice on some
-    hundred subjects is noisier (the forecast combination puzzle: Stock and Watson, 2004).
+    A row is a model: the last table alone, and all of them, each with the same sum of squares, so that a wide table
+    does not drown a narrow one. The mean of the two models' predictions is taken, because a choice on some hundred
+    subjects is noisier (the forecast combination puzzle: Stock and Watson, 2004).
     """
-    return np.stack([np.repeat([0.0, 1.0], [added, known]), np.ones(added + known)])
+    alone = np.repeat([*np.zeros(len(widths) - 1), 1.0], widths)
+    return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
 
 
 def covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
