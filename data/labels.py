@@ -50,12 +50,14 @@ def read_numbers_and_words(
     sids: list[str],
     note: Callable[[str], None] = lambda _: None,
     order: Mapping[str, Sequence[str]] | None = None,
+    missing: Sequence[float] = (),
 ) -> Labels:
     """:func:`read_labels`, and columns of a few words as classes.
 
     Args:
         path, sids, note: as there; ``note`` is told which number stands for which word.
         order: of a column the words in order, from 0 on; others are in alphabetical order.
+        missing: numbers that stand for missing in columns of numbers, such as 999.
 
     Raises:
         StoreError: as there; or a column of ``order`` is missing, or has another word.
@@ -67,7 +69,8 @@ def read_numbers_and_words(
     coded, classes = table.copy(), {}
     for name in table.columns:
         filled, numbers = filled_and_numbers(table[name])
-        words = table[name].str.strip().where(filled, "")
+        text = table[name].str.strip()
+        words = text.where(filled | text.isin(order.get(name, ())), "")  # none may be a grade
         found = sorted(set(words) - {""}, key=str.lower)
         if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
             continue
@@ -78,9 +81,15 @@ def read_numbers_and_words(
             found = list(order[name])
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
-        note(f"column {name!r}: " + ", ".join(f"{number} is {word}" for number, word in enumerate(found)))
+        told = ", ".join(f"{number} is {word}" for number, word in enumerate(found))
+        none = (text.str.lower() == "none").sum() if name not in order else 0
+        if none:
+            told += f"; 'none' is missing, for {none} subjects: --order {name}=... makes it a grade of its own"
+        note(f"column {name!r}: {told}")
     values, names = _numeric(path, coded, sids, note)
-    return Labels(values, names, {name: words for name, words in classes.items() if name in names})
+    numbers = [name not in classes for name in names]
+    coded_missing = np.isin(values, np.asarray(missing, dtype=np.float32)) & numbers
+    return Labels(np.where(coded_missing, np.float32(np.nan), values), names, {name: words for name, words in classes.items() if name in names})
 
 
 def read_labels(

@@ -31,7 +31,7 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels, why_no_column
+from data.labels import read_numbers_and_words, why_no_column
 from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
@@ -44,6 +44,7 @@ from preprocess.geometry import same_grid, write_image
 from preprocess.patches import patches_of
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import Subject, read_subjects
+from tools.evaluation.tables import add_label_flags
 from tools.finetuning.network import trained_encoder
 from tools.finetuning.tasks import FEWEST, patch_task
 from tools.mapping.overlay import picture_of_map
@@ -58,8 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--root-dir", required=True, help="patch store, grouped; its masks and transforms of the mapped scans are used")
     add("--checkpoint", required=True, help="of train.py, or the published weights")
     add("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
-    add("--labels", help="CSV with sid and numeric columns")
-    add("--column", nargs="+", default=[], help="of the labels; a map each")
+    add("--labels", help="CSV with sid and columns of numbers or of a few words")
+    add("--column", nargs="+", default=[], help="of the labels; a map each; of two words the map is of the second")
+    add_label_flags(parser)
     add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
     add("--input-csv", required=True, help="table with sid and image: the scans to map, preprocessed into the store")
     add("--atlas-mask", required=True, help="the atlas lung mask that the store was made with")
@@ -85,6 +87,11 @@ def fit_probes(
 
     And what is usual at each place, (L, ...), which the readings are taken from.
     """
+
+    def note(text: str) -> None:
+        if not text.startswith("column") or any(f"column {name!r}" in text for name in args.column):
+            print(f"note: {text}", file=sys.stderr)
+
     others = np.array([sid not in mapped for sid in store.sids])
     if args.patch_labels:
         task = patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
@@ -96,11 +103,16 @@ def fit_probes(
         usual = np.zeros((store.num_locations, read.shape[1]))  # single patches tell places apart themselves
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
-        values, names = read_labels(args.labels, store.sids, lambda text: print(f"note: {text}", file=sys.stderr))
+        values, names, words = read_numbers_and_words(args.labels, store.sids, note, dict(args.order), args.missing)
         targets = {}
         for column in args.column:
             if column not in names:
                 raise UserError(why_no_column(args.labels, column, names))
+            if column not in dict(args.order) and len(words.get(column, ())) > 2:
+                raise UserError(
+                    f"column {column!r} has the words {', '.join(words[column])}, and a map shows less and more: give "
+                    f"their order, --order {column}={','.join(words[column])}"
+                )
             target = values[:, names.index(column)].astype(np.float64)[others]
             known = np.flatnonzero(~np.isnan(target))
             if len(known) < FEWEST or np.ptp(target[known]) == 0:

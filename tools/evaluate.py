@@ -52,6 +52,7 @@ from tools.evaluation.plots import draw
 from tools.evaluation.report import details, explain, overview
 from tools.evaluation.tables import (
     Chosen,
+    add_label_flags,
     add_vector_flags,
     choose_vector,
     is_constant,
@@ -87,10 +88,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="COLUMN=KIND",
         help=f"{', '.join(KINDS)}; where the guess is wrong",
     )
-    text = "words of a column in order, as grades: Overall.Stage=I,II,IIIa; other columns of words are classes"
-    add("--order", action="append", default=[], metavar="COLUMN=A,B,C", help=text)
-    text = "numbers that stand for missing in every column of the labels, such as 999"
-    add("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
+    add_label_flags(parser)
     text = "numeric columns of the labels that are known anyway, such as age: in every model, and a table of their own"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
     text = "column that names a scan's patient, so that all scans of one are in one fold"
@@ -126,10 +124,6 @@ def parse_arguments() -> argparse.Namespace:
     for name in args.covariates:
         if name in wanted:
             parser.error(f"--covariates {name} is what is to be predicted: every figure would be perfect")
-    args.order = {name: words.split(",") for name, _, words in (text.partition("=") for text in args.order)}
-    for name, words in args.order.items():
-        if len(words) < 2 or len(set(words)) < len(words):
-            parser.error(f"--order {name}={','.join(words)}: name two words or more, each once, as COLUMN=A,B,C")
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
         if kind not in KINDS:

@@ -39,9 +39,9 @@ from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import save_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
-from tools.evaluation.kinds import KINDS
+from tools.evaluation.kinds import KINDS, kind_of_words
 from tools.evaluation.metrics import METRICS
-from tools.evaluation.tables import held_out_rows
+from tools.evaluation.tables import add_label_flags, held_out_rows
 from tools.evaluation.vectors import VECTORS
 from tools.finetuning.curve import draw, markdown
 from tools.finetuning.fit import Data, Fitted, fit
@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--sha256", help="of the first checkpoint; another file is refused, for weights that were downloaded")
     add("--labels", help="CSV with sid and columns of numbers or of a few words")
     add("--column", help="of the labels, to learn")
+    add_label_flags(parser)
     add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
     kinds = tuple(kind for kind in KINDS if kind != "log10")
     add("--kind", type=OneOf(*kinds), help="of the label, where the guess is wrong")
@@ -159,12 +160,12 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
         if repr(args.column) in text:
             print(f"note: {text}", file=sys.stderr)
 
-    values, names, words = read_numbers_and_words(args.labels, store.sids, say)
+    values, names, words = read_numbers_and_words(args.labels, store.sids, say, dict(args.order), args.missing)
     if args.column not in names:
         raise StoreError(why_no_column(args.labels, args.column, names))
     held_out = held_out_rows(values, names, args.held_out, args.labels) if args.held_out else None
     target = values[:, names.index(args.column)].astype(np.float64)
-    kind = args.kind or ("class" if args.column in words else None)
+    kind = args.kind or kind_of_words(args.column, words, dict(args.order)) or None
     task = patient_task(store.sids, target, args.column, kind)
     return task, held_out
 

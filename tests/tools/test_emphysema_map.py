@@ -184,3 +184,23 @@ def test_refusals(world, run_here, tmp_path, flags, message):
     result = run_here("tools/emphysema_map.py", *GIVEN, *flags, "--out-dir", tmp_path / "out", cwd=world)
     assert result.returncode == 2 and message in result.stderr
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_label_in_words(world, run_here, tmp_path):
+    """Two words are 0 and 1, as 0 and 1 themselves; of three the order must be known."""
+    dark = pd.read_csv(world / "labels.csv", dtype={"sid": str})
+    third = np.digitize(dark["dark"], dark["dark"].quantile([1 / 3, 2 / 3]))
+    words = dark.assign(grade=np.array(["mild", "light", "severe"])[third], much=np.where(third > 1, "yes", "no"))
+    words.assign(number=(third > 1).astype(int)).to_csv(tmp_path / "l.csv", index=False)
+    pd.read_csv(world / "some.csv", dtype=str).iloc[:1].assign(
+        image=lambda table: [str(world / name) for name in table["image"]]
+    ).to_csv(tmp_path / "one.csv", index=False)
+    given = ("--labels", tmp_path / "l.csv", "--input-csv", tmp_path / "one.csv")
+    refused = run_here("tools/emphysema_map.py", *GIVEN, *given, "--column", "grade", "--out-dir", tmp_path, cwd=world)
+    assert refused.returncode == 2 and "give their order, --order grade=light,mild,severe" in refused.stderr
+    asked = ("--column", "much", "number", "grade", "--order", "grade=light,mild,severe", "--stride", 16)
+    done = run_here("tools/emphysema_map.py", *GIVEN, *given, *asked, "--out-dir", tmp_path / "o", cwd=world)
+    assert done.returncode == 0, done.stderr
+    assert "column 'much': 0 is no, 1 is yes" in done.stderr and "0 is light, 1 is mild, 2 is severe" in done.stderr
+    maps = pd.read_csv(tmp_path / "o" / "maps.csv").set_index("column")["mean"]
+    assert maps["much"] == pytest.approx(maps["number"], rel=1e-9) and maps["grade"] != maps["much"]

@@ -1,6 +1,8 @@
 """Fine-tuning on planted labels: they are learnt, from few patients too, and what is refused."""
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
+from tools.finetune import read_task
 from tools.finetuning import fit as fitting
 from tools.finetuning.network import Head
 from tools.finetuning.tasks import Task, draw_split
@@ -182,3 +185,16 @@ def test_rounds_leave_the_model_at_its_best(monkeypatch, losses, start, best, ke
 
     assert fitting._until_no_better(one_round, (model,), "last", start) == (best, rounds)
     assert model.weight.item() == kept  # how many rounds there were when it was at its best
+
+
+def test_words_in_order_are_grades_to_learn(tmp_path):
+    store = SimpleNamespace(sids=[f"s{row}" for row in range(30)])
+    words = np.array(["I", "II", "IIIa"])[np.arange(30) % 3]
+    pd.DataFrame({"sid": store.sids, "stage": words}).to_csv(tmp_path / "l.csv", index=False)
+    given = dict(
+        labels=str(tmp_path / "l.csv"), column="stage", patch_labels=None, held_out=None, kind=None, missing=[]
+    )
+    for order, kind in (([], "class"), ([("stage", ["II", "I", "IIIa"])], "grade")):
+        task, _ = read_task(argparse.Namespace(**given, order=order), store)
+        assert task.kind == kind
+    assert (task.target == np.array([1, 0, 2])[np.arange(30) % 3]).all()

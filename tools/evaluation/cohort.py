@@ -10,7 +10,7 @@ from data.labels import NO_AND_YES, read_numbers_and_words, why_no_column
 from data.layout import StoreError
 from data.tables import spelt
 from tools.evaluation.judge import Label
-from tools.evaluation.kinds import FEWEST, missing_code, recognize, why_no_survival, why_not
+from tools.evaluation.kinds import FEWEST, kind_of_words, missing_code, recognize, why_no_survival, why_not
 from tools.evaluation.splits import look_like_one_patient, on_both_sides
 from tools.evaluation.tables import group_numbers, held_out_rows
 
@@ -42,12 +42,11 @@ class Cohort:
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
-        labels = read_numbers_and_words(args.labels, sids, hear, args.order)
+        labels = read_numbers_and_words(args.labels, sids, hear, dict(args.order), args.missing)
         self.names, self.words = labels.names, labels.classes
-        self.order, values = set(args.order), labels.values
-        self.values = values.astype(np.float64)
-        self.values[np.isin(self.values, args.missing)] = np.nan
-        self.held_out = held_out_rows(values, self.names, args.held_out, args.labels) if args.held_out else None
+        self.order = set(dict(args.order))
+        self.values = labels.values.astype(np.float64)
+        self.held_out = held_out_rows(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
         self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
         for name, values in zip(args.covariates, self.covariates.T):
             _note_missing(name, values[~np.isnan(values)])
@@ -74,12 +73,6 @@ class Cohort:
                     f"sids {', '.join(alike[:3])} look like scans of one patient; without --group-column they may be "
                     "fitted to and reported on, and any label is then predicted by recognising the patient"
                 )
-
-    def kind_of_words(self, name: str) -> str:
-        """The kind of a column of words: a grade if their order was given; empty for numbers."""
-        if name in self.order:
-            return "grade" if len(self.words[name]) > 2 else "class"
-        return "class" if name in self.words else ""
 
     def column(self, name: str) -> np.ndarray:
         """(N,) NaN where unknown. Raises StoreError."""
@@ -119,7 +112,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
             continue
         kind = (
             args.kind.get(name)
-            or cohort.kind_of_words(name)
+            or kind_of_words(name, cohort.words, cohort.order)
             or (recognize(values[known]) if known.any() else "regression")
         )
         reason = why_not_in_parts(cohort, values, known, kind, args.folds)

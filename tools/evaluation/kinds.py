@@ -1,5 +1,7 @@
 """What kind of number a label is, and whether it can be predicted."""
 
+from collections.abc import Collection, Mapping, Sequence
+
 import numpy as np
 
 KINDS = ("regression", "log10", "grade", "class")
@@ -8,6 +10,13 @@ MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
 EXCEL_DATES = (20000, 60000)  # 1954 to 2064; as days, follow-up of 54 years and more
 FEWEST = 5  # subjects of a class; of fewer a fold would have none
+
+
+def kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
+    """The kind of a column of words: grade if the order of three or more was given, else class; empty for numbers."""
+    if name not in words:
+        return ""
+    return "grade" if name in order and len(words[name]) > 2 else "class"
 
 
 def recognize(values: np.ndarray) -> str:

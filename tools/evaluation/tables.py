@@ -1,5 +1,6 @@
 """Feature and label tables of a command line, matched by subject."""
 
+import argparse
 import json
 import os
 import sys
@@ -149,6 +150,23 @@ def add_vector_flags(parser: Parser, patches: bool = True) -> None:
     if patches:
         text = "its patch features (default: pred_arr_patch_full.npy or layer_arr_patch_full.npy beside --features)"
         parser.add_argument("--patch-features", metavar="NPY", help=text)
+
+
+def add_label_flags(parser: Parser) -> None:
+    """--order and --missing, of the labels: pairs of a column and its words, and numbers."""
+    text = "words of a column in order, as grades: Overall.Stage=I,II,IIIa; other columns of words are classes"
+    parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_ordered_words, help=text)
+    text = "numbers that stand for missing in every column of the labels, such as 999"
+    parser.add_argument("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
+
+
+def _ordered_words(text: str) -> tuple[str, list[str]]:
+    """COLUMN=A,B,C -> the column and its words."""
+    name, _, words = text.partition("=")
+    found = words.split(",")
+    if not name or len(found) < 2 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: name two words or more, each once, as COLUMN=A,B,C")
+    return name, found
 
 
 def patch_sids(path: Path) -> list[str]:

@@ -79,7 +79,7 @@ def test_words_of_covariates_and_events(people, run_here):
     [
         ("Stage=I,II", "--order Stage: .* has 'IIIa' too; name every word"),
         ("stage=I,II,IIIa", "--order stage: .* has no such column; did you mean Stage"),
-        ("Stage=I", "--order Stage=I: name two words or more"),
+        ("Stage=I", "--order: Stage=I: name two words or more"),
         ("Stage=I,I,II", "name two words or more, each once"),
     ],
 )
@@ -90,6 +90,17 @@ def test_orders_that_do_not_go(people, run_here, order, message):
     import re
 
     assert re.search(message, refused.stderr)
+
+
+def test_none_is_missing_until_an_order_names_it(tmp_path):
+    rows = "".join(f"{sid},{('None', 'mild', 'severe')[row % 3]}\n" for row, sid in enumerate(SIDS))
+    (tmp_path / "l.csv").write_text("sid,grade\n" + rows)
+    told = []
+    values, _, words = read_numbers_and_words(tmp_path / "l.csv", SIDS, told.append)
+    assert words == {"grade": ["mild", "severe"]} and np.isnan(values).sum() == N / 3
+    assert "'none' is missing, for 30 subjects: --order grade=... makes it a grade" in told[0]
+    values, _, words = read_numbers_and_words(tmp_path / "l.csv", SIDS, order={"grade": ["None", "mild", "severe"]})
+    assert (values[:, 0] == np.arange(N) % 3).all()
 
 
 def test_numbers_among_words_stay_an_error(tmp_path):
