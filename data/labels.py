@@ -89,7 +89,11 @@ def read_numbers_and_words(
     values, names = _numeric(path, coded, sids, note)
     numbers = [name not in classes for name in names]
     coded_missing = np.isin(values, np.asarray(missing, dtype=np.float32)) & numbers
-    return Labels(np.where(coded_missing, np.float32(np.nan), values), names, {name: words for name, words in classes.items() if name in names})
+    return Labels(
+        np.where(coded_missing, np.float32(np.nan), values),
+        names,
+        {name: words for name, words in classes.items() if name in names},
+    )
 
 
 def read_labels(

@@ -6,6 +6,7 @@ The collectives are no-ops when there is one process, so that callers need no se
 import contextlib
 import inspect
 import os
+import resource
 import signal
 import socket
 import time
@@ -24,6 +25,7 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 
 PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
+FEWEST_FILES = 256  # open at a time: up to 128 files of patches, and what data-loader workers hand over
 SLOWER = 1.5  # times, from which --amp bf16 is noted as slow
 MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
 MAY_DIFFER = (
@@ -55,6 +57,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
 
     Raises:
         DeviceError: no GPU, or fewer GPUs than processes on this machine.
+        UserError: the process may open too few files.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = _local_rank(gpus)
@@ -69,6 +72,10 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
     else:
         chosen = torch.device("cpu")
     set_arithmetic(tf32=False, deterministic=False)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < FEWEST_FILES:
+        raise UserError(f"a process may open {most} files here (ulimit -n); {FEWEST_FILES} are needed: raise the limit")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if "RANK" in os.environ and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent(signal.SIGTERM)

@@ -140,3 +140,18 @@ def test_a_stop_request_keeps_the_first_signal():
         for number, handler in before.items():
             signal.signal(number, handler)
     assert stop.number == signal.SIGTERM and stop.name == "SIGTERM"
+
+
+def test_few_files_are_refused_and_a_low_soft_limit_is_raised():
+    """`ulimit -n` is often low as the soft limit alone, which a process may raise; then nothing need be said."""
+    code = (
+        "import resource, sys\nfrom misc.command import run\nfrom misc.process import start_process\n"
+        "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "run(lambda: start_process('cpu') and print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))\n"
+    )
+    raised, refused = (
+        subprocess.run([sys.executable, "-c", code, *limits], capture_output=True, text=True, cwd=ROOT)
+        for limits in (("100", "400"), ("100", "100"))
+    )
+    assert raised.stdout.strip() == "400", raised.stderr
+    assert refused.returncode == 2 and "may open 100 files here (ulimit -n); 256 are needed" in refused.stderr
