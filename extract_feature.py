@@ -1,21 +1,24 @@
-"""Write the features of every patch and every patient of a store.
+"""Compute the features of every patch and every subject in a patch store.
+
+On one GPU if there is one, otherwise on the CPU:
 
     python extract_feature.py --exp-name=ssl_exp/NAME --checkpoint-patch=checkpoint_patch_0020.pth.tar
 
-with all GPUs of a machine:
+On four GPUs of one machine, with a table of labels to save next to the features:
 
     python tools/launch.py --standalone --nproc-per-node 4 extract_feature.py --exp-name=ssl_exp/NAME \\
         --checkpoint-patch=checkpoint_patch_0020.pth.tar --labels labels.csv
 
-with the published weights on your own store (its atlas_patch_loc.npy must be the published table):
+With the published weights on your own store (its atlas_patch_loc.npy must be the published table):
 
     python extract_feature.py --exp-name=weights --checkpoint-patch=checkpoint_patch_0002.pth.tar \\
         --root-dir=/data/patches --out-dir=features
 
-Writes <exp-name>/patch_rep/<epoch>/, or --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
-(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, features.json (what made them), with
---layers layer_arr_patch_full.npy (N, L, 1216), and with --labels feature_arr_patch_full.npy (N, P) and
-label_names.json. Stopped half-way, it goes on where it was.
+The output goes to <exp-name>/patch_rep/<epoch>/ or to --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
+(N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, and features.json, which records the
+checkpoint and the store. --layers adds layer_arr_patch_full.npy (N, L, 1216). --labels adds
+feature_arr_patch_full.npy (N, P) and label_names.json. An extraction that was interrupted continues where it stopped
+when the same command runs again.
 """
 
 import argparse
@@ -28,8 +31,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Before torch loads OpenMP: threads that wait for each other sleep. Spinning, its default, takes the core that another
-# would need: beside one busy process on 2 cores a step took 262 ms so and 228 sleeping, alone 149 and 145.
+# Set before torch loads OpenMP, so that waiting threads sleep. By default they spin and block a core that another
+# process could use. On 2 cores shared with one busy process, a training step took 262 ms when spinning and 228 ms when
+# sleeping. On idle cores it took 149 and 145 ms.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -51,30 +55,35 @@ from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
 from models.frozen import FrozenLocations, layer_width
 
-MADE_BY = "features.json"  # beside the features
+MADE_BY = "features.json"  # written next to the features
 LAYERS = "layer_arr_patch_full.npy"
-ASSEMBLY_BYTES = 64 * 2**20  # of features in memory while the result is put together
+ASSEMBLY_BYTES = 64 * 2**20  # most bytes of features held in memory while the output files are written
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--exp-name", required=True, help="folder of the experiment, such as ssl_exp/NAME")
-    parser.add_argument("--checkpoint-patch", required=True, help="a checkpoint's name in that folder, or a path")
-    parser.add_argument("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
-    parser.add_argument("--root-dir", help="patch store (default: the one in the experiment's configs.json)")
-    text = "also write the mean and SD of every layer's channels, for --patient-vector layers: 2.8 MB a subject"
+    parser.add_argument("--exp-name", required=True, help="folder of the experiment, for example ssl_exp/NAME")
+    parser.add_argument("--checkpoint-patch", required=True, help="name of a checkpoint in that folder, or a path")
+    parser.add_argument("--sha256", help="expected SHA-256 of the checkpoint; give it to verify downloaded weights")
+    parser.add_argument("--root-dir", help="patch store (default: the store named in the experiment's configs.json)")
+    text = "also write mean and SD of every channel, for --patient-vector layers; adds 2.8 MB per subject"
     parser.add_argument("--layers", action="store_true", help=text)
-    parser.add_argument("--labels", help="CSV with sid and numeric columns, to save beside the features")
-    parser.add_argument("--out-dir", help="where to write (default: <exp-name>/patch_rep/<epoch>)")
+    parser.add_argument("--labels", help="CSV with a sid column and numeric columns, saved next to the features")
+    parser.add_argument("--out-dir", help="output folder (default: <exp-name>/patch_rep/<epoch>)")
     parser.add_argument(
         "--batch-size",
         type=at_least(int, 1),
         default=256,
-        help="patches read at a time; a GPU encodes them at once, lower it if its memory is short",
+        help="patches to read at a time; a GPU encodes them in one batch; lower it if GPU memory runs out",
     )
-    parser.add_argument("--amp", type=OneOf("off", "bf16"), default="off", help="bf16: faster, features to within 1 %%")
     parser.add_argument(
-        "--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+        "--amp",
+        type=OneOf("off", "bf16"),
+        default="off",
+        help="off: float32; bf16: faster, features agree with off to within 1 %%",
+    )
+    parser.add_argument(
+        "--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one, else the CPU"
     )
     add_progress_flag(parser)
     return parser.parse_args(argv)
@@ -84,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
-    """Raise StoreError if the default folder has features of the store that the experiment was trained on."""
+    """Raise StoreError if the default folder has features of the training store and --root-dir is another store."""
     try:
         own = Path(experiment.root_dir())
     except (UserError, OSError):
@@ -92,13 +101,13 @@ def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store:
     there = (out_dir / "sid_arr_full.npy").is_file() and own.is_dir()
     if there and own.resolve() != store.layout.root.resolve():
         raise StoreError(
-            f"{out_dir} has features already, of {own} on which the experiment was trained, not of --root-dir "
-            f"{store.layout.root}; give --out-dir for these"
+            f"{out_dir} already has features of {own}, the store that the experiment was trained on; give --out-dir "
+            f"for the features of --root-dir {store.layout.root}"
         )
 
 
 def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say: Callable[[str], None]) -> PatchStore:
-    """The store, whose table of locations must be the checkpoint's. Raises StoreError, CheckpointError."""
+    """Open the store and check that its table of locations is the checkpoint's. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
     table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
     for text in (check_table(content, checkpoint, *table), *store.notes()):
@@ -110,7 +119,7 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
 def describe_origin(
     checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str, layers: bool
 ) -> dict[str, Any]:
-    """What these features are made from, for MADE_BY beside them."""
+    """Return what MADE_BY records: the checkpoint, the store and the numerical settings behind the features."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
     return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
@@ -120,22 +129,23 @@ def describe_origin(
 
 
 def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Raise StoreError if the folder has another checkpoint's features; report what else is replaced."""
+    """Raise StoreError if the folder has features of another checkpoint; report any other features to be replaced."""
     try:
         theirs = json.loads((out_dir / MADE_BY).read_text(encoding="utf-8"))
         before = {name: theirs.get(name) for name in ("checkpoint_sha256", "store_version", "amp")}
     except (OSError, ValueError, AttributeError):
-        return  # none, or from before features told whose they are
+        return  # no features yet, or features without a valid MADE_BY
     if before["checkpoint_sha256"] != ours["checkpoint_sha256"]:
         raise StoreError(
-            f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')} (sha256 "
-            f"{str(before['checkpoint_sha256'])[:12]}; this one's is {ours['checkpoint_sha256'][:12]}); give another "
-            "--out-dir, or remove them"
+            f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')}: its SHA-256 starts with "
+            f"{str(before['checkpoint_sha256'])[:12]}, not {ours['checkpoint_sha256'][:12]}. Give another --out-dir, "
+            "or remove these features"
         )
     for name in ("store_version", "amp"):
         if before[name] != ours[name]:
             say(
-                f"note: features of {name.replace('_', ' ')} {before[name]} in {out_dir} are replaced, now {ours[name]}"
+                f"note: the features in {out_dir} are replaced, because {name.replace('_', ' ')} changed from "
+                f"{before[name]} to {ours[name]}"
             )
 
 
@@ -143,13 +153,17 @@ def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], 
 
 
 def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
-    """The features, (rows, locations, rep_dim). Raises StoreError if one is not finite, naming its patch."""
+    """Return the features, (rows, locations, rep_dim), unchanged.
+
+    Raises:
+        StoreError: a feature is not finite; the message names its patch.
+    """
     if np.isfinite(features).all():
         return features
     row, column = np.argwhere(~np.isfinite(features))[0][:2]
     raise StoreError(
-        f"features of subject {store.sids[piece.rows[row]]} at location {piece.locations[column]} are not finite: the "
-        "checkpoint's run had diverged; take an earlier checkpoint, or check that patch"
+        f"features of subject {store.sids[piece.rows[row]]} at location {piece.locations[column]} are not finite, "
+        "because training had diverged or the patch is damaged; use an earlier checkpoint, or check the patch"
     )
 
 
@@ -157,7 +171,7 @@ def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> 
 
 
 def work_key(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False) -> str:
-    """Changes with anything that the features depend on, so that old pieces are not taken for new ones."""
+    """Hash everything that the features depend on, so that pieces of another extraction are not reused."""
     digest = hashlib.sha256()
     for path in (checkpoint, *store.files):
         status = path.stat()
@@ -167,7 +181,7 @@ def work_key(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False
 
 
 def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
-    """The pieces' features of some subjects after the others, in row order: (n, L, width) float32."""
+    """Yield the features of the pieces, a few subjects at a time in row order: (n, L, width) float32."""
     if not store.grouped:
         for piece in pieces:
             yield np.load(folder / piece.name)
@@ -176,13 +190,13 @@ def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, width: i
     for start in range(0, store.num_subjects, step):
         count = min(step, store.num_subjects - start)
         features = np.empty((count, store.num_locations, width), dtype=np.float32)
-        for index, piece in enumerate(pieces):  # one open at a time: a process may have 1024 files
+        for index, piece in enumerate(pieces):  # one open file at a time, because a process may open only 1024
             features[:, index] = np.load(folder / piece.name, mmap_mode="r")[start : start + count, 0]
         yield features
 
 
 def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0) -> None:
-    """Put the pieces together, some subjects at a time, and take each subject's mean over the locations."""
+    """Write the output files from the pieces, a few subjects at a time, with each subject's mean over locations."""
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
     shape = store.num_subjects, store.num_locations
 
@@ -201,7 +215,7 @@ def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # one file whole within the other's writing: both are there at its end, or neither
+    if width:  # write one file inside the writing of the other, so that both files exist at the end or neither does
         write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
     else:
         write_whole(patch_file, write_both)
@@ -210,15 +224,15 @@ def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore
     write_text(out_dir / "patient_features.csv", feature_table(store.sids, means))
 
 
-# ============================================================ the script
+# ============================================================ script
 
 
 def encode_share(
     args: argparse.Namespace, encoder: Encoder, store: PatchStore, folder: Path, pieces: list[Piece]
 ) -> None:
-    """Encode those of this rank's pieces that are not in the folder yet."""
+    """Encode this rank's pieces, except those that are already in the folder."""
     rank, world = process.rank(), process.world_size()
-    # Consecutive pieces, because consecutive locations are frozen together.
+    # Each rank gets consecutive pieces, because consecutive locations are frozen together.
     share = pieces[len(pieces) * rank // world : len(pieces) * (rank + 1) // world]
     todo = [piece for piece in share if not (folder / piece.name).is_file()]
     locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)
@@ -239,7 +253,7 @@ def encode_share(
 
 
 def extract(args: argparse.Namespace, device: torch.device) -> None:
-    """All of it, on this rank."""
+    """Run the whole extraction on this rank."""
     rank = process.rank()
     say = print if rank == 0 else (lambda _: None)
     if device.type == "cpu":
@@ -256,14 +270,17 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     place = position(content, checkpoint)
     out_dir = Path(args.out_dir or experiment.features(*place))
     if out_dir.exists() and not out_dir.is_dir():
-        raise StoreError(f"--out-dir {out_dir} is a file; name a folder")
+        raise StoreError(f"--out-dir {out_dir} is a file; give a folder")
     if not args.out_dir:
         refuse_features_of_other_store(out_dir, experiment, store)
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content
 
     if args.amp == "bf16" and (factor := process.slow_bf16(device)):
-        say(f"note: --amp bf16 is slow on this processor, {factor:.0f} times float32's time for a convolution; use off")
+        say(
+            f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
+            "float32; use --amp off"
+        )
     made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
     process.agree({**vars(args), **made_by, **running_code()})
     with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
@@ -276,10 +293,10 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         encode_share(args, encoder.to(device), store, folder, pieces)
         process.wait_for_all()
 
-        # ---------------------------------------------------- put together
+        # ---------------------------------------------------- assemble
         if rank == 0:
             store.check_unchanged()
-            (out_dir / MADE_BY).unlink(missing_ok=True)  # until all of them are these
+            (out_dir / MADE_BY).unlink(missing_ok=True)  # written again once all files are complete
             width = layer_width(encoder) if args.layers else 0
             assemble(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
@@ -291,7 +308,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             shutil.rmtree(folder)
             print(
                 f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "
-                f"{sizes['rep_dim']} features; {out_dir}"
+                f"{sizes['rep_dim']} features; saved in {out_dir}"
             )
 
 

@@ -1,20 +1,21 @@
 """Pre-train DrasCLR on a patch store.
 
-One process, on a GPU where there is one, else on the CPU:
+One process, on a GPU if there is one, otherwise on the CPU:
 
     python train.py --root-dir /data/patches --exp-name first
 
-Four GPUs of one machine, the published hyper-parameters:
+Four GPUs on one machine, with the published hyper-parameters:
 
     torchrun --standalone --nproc-per-node 4 train.py --root-dir /data/patches --exp-name published
 
-Two machines of four GPUs, on each of them (the first is node 0):
+Two machines with four GPUs each. Run this on both, with --node-rank 0 on the first and 1 on the second:
 
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node0:29500 \\
         train.py --root-dir /data/patches --exp-name published
 
-Writes ssl_exp/<exp-name>/: configs.json, checkpoint_patch_{epoch:04d}.pth.tar, TensorBoard curves and
-log.jsonl. Stopped by a signal, it saves first; --resume auto goes on from there, to the same result.
+The output goes to ssl_exp/<exp-name>/: configs.json, checkpoint_patch_{epoch:04d}.pth.tar, TensorBoard curves
+and log.jsonl. If a signal stops the run, it saves a checkpoint first. --resume auto continues from that
+checkpoint and gives the same result as an uninterrupted run.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch loads OpenMP: threads that wait for each other sleep. Spinning, its default, takes the core that another
-# would need: beside one busy process on 2 cores a step took 262 ms so and 228 sleeping, alone 149 and 145.
+# Set before torch loads OpenMP, so that waiting threads sleep. By default they spin and block a core that another
+# process could use. On 2 cores shared with one busy process, a training step took 262 ms when spinning and 228 ms when
+# sleeping. On idle cores it took 149 and 145 ms.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -61,9 +63,9 @@ from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep,
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
-    """Rate of an epoch (0 the first), fixed within it.
+    """Return the learning rate of epoch e, counted from 0. The rate is constant within an epoch.
 
-    cosine: lr / 2 (1 + cos(pi e / epochs)); step: a tenth at each milestone that e has reached.
+    cosine: lr / 2 (1 + cos(pi e / epochs)). step: lr is divided by 10 at each milestone that e has reached.
     """
     if args.lr_schedule == "cosine":
         return args.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / args.epochs))
@@ -71,18 +73,28 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 
 
 class Data(NamedTuple):
-    """Where a run's batches come from."""
+    """The store and the objects that turn it into batches."""
 
     store: PatchStore
     sampler: LocationBatchSampler
     loader: DataLoader
-    workers: int  # of this rank
+    workers: int  # data-loader workers of this rank
     table: LocationTable
     carrier: BatchCarrier
 
 
 def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, draw: Draw) -> Data:
-    """The store and this rank's share of its batches, with so many neighbours and drawn so. Raises StoreError."""
+    """Open the store and set up this rank's share of the batches.
+
+    Args:
+        args: flags of the run.
+        device: where the batches are needed.
+        neighbors: neighbouring patches to read with each patch; 0 for none.
+        draw: draws the random parameters of the augmentation.
+
+    Raises:
+        StoreError: the store cannot be used.
+    """
     rank, world = process.rank(), process.world_size()
     store = PatchStore(args.root_dir, require_grouped=True, subjects=args.subjects)
     dataset = PatchDataset(store, neighbors, draw)
@@ -101,17 +113,17 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
 
 
 def describe_store(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
-    """What to know of the store before it is trained on."""
+    """Yield notes about the store that the user should read before training."""
     yield from store.notes()
     if args.moco_k > store.num_subjects:
         yield (
-            f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue comes to hold a subject "
-            "more than once, and its own keys among the negatives"
+            f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue holds several keys of each "
+            "subject, and queries get keys of their own subject as negatives"
         )
 
 
 def build_model(args: argparse.Namespace, locations: int, groups: int) -> DrasCLR:
-    """The model that the flags ask for; ``groups`` are this rank's BatchNorm groups."""
+    """Build the model from the flags; ``groups`` is the number of BatchNorm groups on this rank."""
     return DrasCLR(
         Encoder,
         num_patch=locations,
@@ -131,7 +143,7 @@ def build_model(args: argparse.Namespace, locations: int, groups: int) -> DrasCL
 
 
 def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> None:
-    """All of it, on this rank."""
+    """Run the whole training on this rank."""
     # -------------------------------------------------------- process and experiment
     rank, world = process.rank(), process.world_size()
     say = print if rank == 0 else (lambda _: None)
@@ -144,7 +156,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     resume = experiment.resume_from(args.resume, intact, say)
 
     # -------------------------------------------------------- data
-    # The checkpoint says whether neighbours are read, so its settings are needed before the data.
+    # The settings in the checkpoint decide whether neighbours are read, so read them before the data.
     neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
     draws = StepDraws(Augmentation(args.augmentation, ranges_of(args)), args.seed, groups)
     data = open_data(args, device, args.k_neighbors if neighbor_pass else 0, draws)
@@ -152,7 +164,10 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.facts()}
     process.agree({**settings, "resumed checkpoint": resume, **running_code()})
     if args.amp == "bf16" and (factor := process.slow_bf16(device)):
-        say(f"note: --amp bf16 is slow on this processor, {factor:.0f} times float32's time for a convolution; use off")
+        say(
+            f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
+            "float32; use --amp off"
+        )
     for text in describe_store(args, store):
         say(f"note: {text}")
 
@@ -178,9 +193,9 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         return
     stream = experiment.claim() if rank == 0 else None
     if resume is not None:
-        process.barrier()  # every rank has read it
+        process.barrier()  # wait until every rank has read the checkpoint
         for name in experiment.set_aside_later(resume, start) if rank == 0 else ():
-            say(f"note: {name}, further on, is kept as superseded-*-{name}")
+            say(f"note: {name} is later than the checkpoint to resume from; it is kept as superseded-*-{name}")
 
     # -------------------------------------------------------- ready
     if args.compile:
@@ -196,7 +211,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         if args.save_initial and resume is None:
             state.save(experiment.checkpoint(0), 0)
     say(
-        f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps an epoch; {world} x "
+        f"{store.num_subjects} subjects, {store.num_locations} locations, {len(sampler)} steps per epoch; {world} x "
         f"{device.type}, {data.workers} data-loader workers each; {args.bn_groups} BatchNorm groups; "
         f"{experiment.folder}"
     )
@@ -204,7 +219,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     saver = Saver(state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     log.go_on(start, skip, resume)
-    stop.listen()  # asked to stop, all ranks end after the step under way, which the first one saves
+    stop.listen()  # after a stop signal, all ranks finish the current step, rank 0 saves, and all ranks exit
 
     # -------------------------------------------------------- loop
     for epoch in range(start, args.epochs):
@@ -222,14 +237,14 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
             meters.add(step.outcome.statistics)
             log.advance(lambda step=step: grid_of_views(step.views))
             if done % args.print_freq == 0 or done == len(sampler):
-                representation = process.all_gather_rows(step.outcome.representation)  # (B, rep_dim) of all ranks
+                representation = process.all_gather_rows(step.outcome.representation)  # (world * B, rep_dim)
                 means = {**meters.read(), "effective_rank": effective_rank(representation)}
                 saver.check(epoch, done, batch.location, means, meters)
                 log.step(epoch, done, batch.location, meters.last_count, means, rate)
             if step.stepped and done < len(sampler):
                 saver.after_step(epoch, done, meters)
         saver.after_epoch(epoch + 1)
-        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # reported once it is saved
+        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # log an epoch only after it is saved
         saver.leave_if_asked()
     log.close()
 

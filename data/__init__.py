@@ -1,1 +1,1 @@
-"""Where patches live on disk, how batches are drawn, how they are augmented."""
+"""Patch stores on disk, sampling of batches, and augmentation."""

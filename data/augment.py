@@ -1,11 +1,11 @@
-"""Augmentation of a whole mini-batch on the training device, with MONAI's meaning.
+"""Augment a whole mini-batch on the training device, with the conventions of MONAI's transforms.
 
-Each letter is one transform; a string of letters applies them in order. ``draw`` makes the random
-parameters of every sample, which a test can hand to MONAI's own transforms; ``prepare`` computes from
-them the tensors that ``apply`` reads, so that nothing is computed on the CPU within a step on a GPU.
+Each letter stands for one transform, and a string of letters applies them in order. ``draw`` draws the random
+parameters of every sample; tests pass them to MONAI's transforms. ``prepare`` computes the tensors for ``apply``
+from them, so that a step on a GPU does not wait for computations on the CPU.
 
-A sample is a volume of C channels that share every parameter: a patch has one channel, the k
-neighbours of a subject are one volume of k channels. Axes are the array's, (z, y, x) for a patch.
+A sample is a volume of C channels with the same parameters. A patch has one channel; the k neighbours of a subject
+are one volume with k channels. Axes are in array order, (z, y, x) for a patch.
 """
 
 import functools
@@ -25,11 +25,11 @@ ELASTIC_CUTOFF = 3.0  # standard deviations
 CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
-SMOOTH_LEAST = 0.05  # voxels: less changes nothing, and 0 has no kernel
-DETAIL_SIGMA = 1.0  # voxels: what a Gaussian of this width takes out is a kernel's fine detail
-LUNG_HU, TISSUE_HU = -500.0, 0.0  # below, all of a voxel breathes; above, nothing does
+SMOOTH_LEAST = 0.05  # voxels; a smaller sigma has no effect, and the kernel is undefined for 0
+DETAIL_SIGMA = 1.0  # voxels; fine detail is the difference from the image smoothed with this sigma
+LUNG_HU, TISSUE_HU = -500.0, 0.0  # voxels below LUNG_HU expand fully with breath, voxels above TISSUE_HU not at all
 
-Noise = Callable[[torch.Tensor], torch.Tensor]  # normal noise of unit variance, shaped as the volumes that it is for
+Noise = Callable[[torch.Tensor], torch.Tensor]  # returns normal noise of unit variance in the shape of its argument
 
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
@@ -37,7 +37,7 @@ def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Gen
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
-    """(n,) -> (n, 1, 1, 1, 1), beside volumes."""
+    """(n,) -> (n, 1, 1, 1, 1), to broadcast with volumes."""
     return values[:, None, None, None, None]
 
 
@@ -48,10 +48,10 @@ def _where_chosen(
     *parameters: torch.Tensor,
     dense: bool,
 ) -> torch.Tensor:
-    """``work(volumes, *parameters)`` of the samples that are chosen, (n,) bool, the others as they are.
+    """Apply ``work(volumes, *parameters)`` to the chosen samples, (n,) bool, and leave the others unchanged.
 
-    ``dense``: computed for all, in tensors of sizes that no draw decides, as a GPU wants it. Else for the chosen alone,
-    which takes a CPU less time.
+    ``dense`` computes all samples with tensor sizes that do not depend on the draws, as a GPU needs. Otherwise only
+    the chosen samples are computed, which is faster on a CPU.
     """
     if dense:
         return torch.where(_wide(chosen), work(volumes, *parameters), volumes)
@@ -78,7 +78,7 @@ def prepare_affine(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_affine(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandAffine, bilinear, border. A scale above 1 zooms out."""
+    """monai.transforms.RandAffine with bilinear interpolation and border padding. A scale above 1 zooms out."""
     return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:]))
 
 
@@ -92,11 +92,11 @@ def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ra
 
 
 def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF) -> torch.Tensor:
-    """Gaussian smoothing of a zero-padded axis as a matrix: (n,) -> (n, size, size).
+    """Return Gaussian smoothing along a zero-padded axis as a matrix: (n,) -> (n, size, size).
 
-    MONAI's kernel: the difference of error functions over each voxel, cut off at
-    int(cutoff sigma + 0.5) voxels and not normalised again. As a matrix product it costs 32 multiplications
-    a voxel; the kernel itself has up to 73 taps.
+    The kernel is MONAI's: the difference of error functions over each voxel, cut off at int(cutoff sigma + 0.5)
+    voxels and not renormalised. The matrix product needs 32 multiplications per voxel, while the kernel has up to 73
+    taps.
     """
     index = torch.arange(size, dtype=torch.float64, device=sigma.device)
     distance = (index[:, None] - index[None, :])[None]  # (1, size, size)
@@ -107,7 +107,7 @@ def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF
 
 
 def _along_axes(volumes: torch.Tensor, parameters: Parameters, axes: Sequence[int] = (0, 1, 2)) -> torch.Tensor:
-    """Volumes (n, C, D, H, W) times each sample's own band, (n, size, size), along some axes in turn."""
+    """Multiply volumes (n, C, D, H, W) by the band matrix (n, size, size) of each sample, along each axis in turn."""
     for axis in axes:
         subscripts = ("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")[axis]
         volumes = torch.einsum(subscripts, parameters[f"band{axis}"], volumes)
@@ -121,7 +121,7 @@ def prepare_elastic(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_elastic(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine."""
+    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine transform."""
     offset = _along_axes(parameters["offset"], parameters) * _wide(parameters["magnitude"])  # (n, 3, *size)
     return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:], offset))
 
@@ -134,7 +134,7 @@ def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, range
 
 
 def apply_flip(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandFlip on each axis by itself. Not in the publication."""
+    """monai.transforms.RandFlip, independently on each axis. Unpublished."""
     for axis, chosen in enumerate(parameters["flip"].bool().unbind(dim=1), start=2):
         volumes = _where_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
     return volumes
@@ -148,7 +148,7 @@ def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, rang
 
 
 def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandGaussianNoise: the standard deviation is itself drawn."""
+    """monai.transforms.RandGaussianNoise, with a random standard deviation."""
 
     def work(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         return some + noise(some) * _wide(std)
@@ -166,7 +166,7 @@ def draw_contrast(
 
 
 def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandAdjustContrast: gamma between the minimum and maximum over all channels."""
+    """monai.transforms.RandAdjustContrast: gamma correction between the minimum and maximum over all channels."""
 
     def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         low, high = some.flatten(1).aminmax(dim=1)
@@ -184,9 +184,9 @@ def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ran
 
 
 def _whole_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) -> Parameters:
-    """Smoothing along some axes, a column of ``sigma`` (n, axes) each.
+    """Make the smoothing matrices for some axes, with one column of ``sigma`` (n, axes) per axis.
 
-    At the border the voxels inside are weighed as if they were all, where MONAI's zeros would darken the rim.
+    At the border the weights of the inner voxels are normalised to 1. MONAI's zero padding would darken the rim.
     """
     bands = {}
     for column, axis in enumerate(axes):
@@ -200,7 +200,7 @@ def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandGaussianSmooth, each axis with a sigma of its own, as kernels and slices do. Unpublished."""
+    """monai.transforms.RandGaussianSmooth with a separate sigma per axis, like kernels and slices. Unpublished."""
     return _along_axes(volumes, parameters)
 
 
@@ -209,7 +209,7 @@ def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, rang
 
 
 def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandShiftIntensity: the same HU for all voxels, as a deeper breath takes off. Unpublished."""
+    """monai.transforms.RandShiftIntensity: add the same HU to all voxels; a deeper breath lowers them. Unpublished."""
     return volumes + _wide(parameters["offset"])
 
 
@@ -221,12 +221,12 @@ def draw_breath(count: int, size: Sequence[int], generator: torch.Generator, ran
 
 
 def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Lung grows by a factor and thins by it, so that its mass stays; tissue keeps its density. Unpublished."""
+    """Expand the lung by a factor and reduce its density to keep its mass; tissue keeps its density. Unpublished."""
     growth = parameters["growth"]
     zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
     volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
-    vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # HU of volumes begin at 0
-    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # of a voxel that breathes
+    vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes start at 0, not HU_MIN
+    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # share of a voxel that expands with breath
     return volumes + share * (volumes - vacuum) * (1 / _wide(growth) - 1)
 
 
@@ -240,7 +240,7 @@ def prepare_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Fine detail in the axial plane, that of noise too, sharpened or softened. Unpublished."""
+    """Sharpen or soften fine detail in the axial plane, including noise. Unpublished."""
     return volumes + _wide(parameters["amount"]) * (volumes - _along_axes(volumes, parameters, axes=(1, 2)))
 
 
@@ -255,19 +255,19 @@ def prepare_thickness(parameters: Parameters, size: Sequence[int]) -> Parameters
 
 
 def apply_thickness(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Smoothing along z alone, as thicker slices do. Unpublished."""
+    """Smooth along z only, like thicker slices. Unpublished."""
     return _along_axes(volumes, parameters, axes=(0,))
 
 
 class Transform(NamedTuple):
-    """What a letter stands for."""
+    """The functions of one letter."""
 
     draw: Callable[[int, Sequence[int], torch.Generator, Ranges], Parameters]
     apply: Callable[[torch.Tensor, Parameters, Noise, bool], torch.Tensor]
     prepare: Callable[[Parameters, Sequence[int]], Parameters] = lambda parameters, size: parameters
 
 
-TRANSFORMS = {  # their names and ranges are in misc/run/augmentation.py
+TRANSFORMS = {  # names and ranges are in misc/run/augmentation.py
     "f": Transform(draw_flip, apply_flip),
     "a": Transform(draw_affine, apply_affine, prepare_affine),
     "e": Transform(draw_elastic, apply_elastic, prepare_elastic),
@@ -285,10 +285,10 @@ TRANSFORMS = {  # their names and ranges are in misc/run/augmentation.py
 
 
 class Augmentation:
-    """Transforms named by the letters of TRANSFORMS, in order, with parameters drawn from ``ranges``.
+    """A sequence of transforms, given by letters of TRANSFORMS, with parameters drawn from ``ranges``.
 
     Raises:
-        UserError: an unknown letter.
+        UserError: a letter is unknown.
     """
 
     def __init__(self, letters: str, ranges: Ranges = PUBLISHED):
@@ -296,42 +296,42 @@ class Augmentation:
         self.letters, self.ranges = letters, ranges
 
     def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
-        """Parameters of ``count`` samples of spatial ``size``, one entry per letter."""
+        """Draw the parameters of ``count`` samples of spatial ``size``, with one entry per letter."""
         return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
     def prepare(self, drawn: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:
-        """What ``apply`` reads, (n, ...) each, from what was drawn."""
+        """Compute the tensors for ``apply``, (n, ...) each, from the drawn parameters."""
         pairs = zip(self.letters, drawn, strict=True)
         return [TRANSFORMS[letter].prepare(parameters, size) for letter, parameters in pairs]
 
     def pack(self, prepared: Sequence[Parameters], count: int) -> torch.Tensor:
-        """All of them as one tensor, (count, W) float32, to be copied to a GPU at once."""
+        """Pack all prepared tensors into one, (count, W) float32, for a single copy to a GPU."""
         values = [value for parameters in prepared for value in parameters.values()]
         packed = [value.reshape(count, -1).to(torch.float32) for value in values]
         return torch.cat(packed, dim=1) if packed else torch.zeros(count, 0)
 
     def unpack(self, packed: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
-        """The inverse of :meth:`pack`, as views."""
+        """Invert :meth:`pack`; the returned tensors are views of ``packed``."""
         shapes = [{name: value.shape[1:] for name, value in some.items()} for some in self._example(tuple(size))]
         values = iter(packed.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
         count = len(packed)
         return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has one or two of them
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has only one or two instances
     def _example(self, size: tuple[int, ...]) -> list[Parameters]:
-        """What is prepared for one sample, for the shapes."""
+        """Prepare the parameters of one sample, to know their shapes."""
         return self.prepare(self.draw(1, size, torch.Generator()), size)
 
     def apply(
         self, volumes: torch.Tensor, prepared: Sequence[Parameters], noise: Noise, dense: bool = False
     ) -> torch.Tensor:
-        """Transform (n, C, D, H, W); the input is not modified.
+        """Transform volumes (n, C, D, H, W); the input is not modified.
 
         Args:
-            volumes: in [0, 1264].
-            prepared: of :meth:`prepare` or :meth:`unpack`.
+            volumes: values in [0, 1264].
+            prepared: tensors from :meth:`prepare` or :meth:`unpack`.
             noise: makes the noise of ``g``.
-            dense: in tensors of sizes that no draw decides, as a GPU wants it; else less is computed.
+            dense: use tensor sizes that do not depend on the draws, as a GPU needs; otherwise less is computed.
         """
         for letter, parameters in zip(self.letters, prepared, strict=True):
             parameters = {name: value.to(volumes) for name, value in parameters.items()}

@@ -16,15 +16,15 @@ Draw = Callable[[BatchIndex, bool], torch.Tensor]
 
 
 class PatchBatch(NamedTuple):
-    """One step's input, in HU, before augmentation."""
+    """Input of one step in HU, before augmentation."""
 
     epoch: int
     location: int
     step: int
-    patches: torch.Tensor | None  # (B, 32, 32, 32) int16, or float32 if the store is of floats; None if not read
+    patches: torch.Tensor | None  # (B, 32, 32, 32) int16, or float32 if the store holds floats; None if not read
     neighbors: torch.Tensor | None = None  # (B, k, 32, 32, 32); None without the neighbour task
     subjects: torch.Tensor | None = None  # (B,) int64, rows of the store
-    draws: torch.Tensor | None = None  # (2 or 3, B, W) float32, of data.views.StepDraws
+    draws: torch.Tensor | None = None  # (2 or 3, B, W) float32, from data.views.StepDraws
 
 
 class PatchDataset(Dataset):
@@ -32,9 +32,9 @@ class PatchDataset(Dataset):
 
     Args:
         store: grouped store.
-        k_neighbors: neighbours of each location to read with it; 0 reads none.
-        draw: the transforms' random parameters, of a batch's index and whether it has neighbours.
-        read: False leaves the patches to whoever has them already, and gives none.
+        k_neighbors: number of neighbours to read with each location; 0 reads none.
+        draw: draws the random parameters of the transforms, from a batch's index and whether it has neighbours.
+        read: False returns batches without patches, for example if they are already on the device.
     """
 
     def __init__(self, store: PatchStore, k_neighbors: int, draw: Draw | None = None, read: bool = True):
@@ -43,7 +43,7 @@ class PatchDataset(Dataset):
         self._location = -1
 
     def _prefetch_next(self, location: int) -> None:
-        """Have the system read the files of the next location while this one is trained on."""
+        """Let the system read the files of the next location while training uses this one."""
         following = location + 1
         if location != self._location and following < self.store.num_locations:
             needed = (following, *self.neighbors[following])

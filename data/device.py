@@ -1,4 +1,4 @@
-"""Batches on the training device, and location files that stay there."""
+"""Copy batches to the training device, and keep location files in its memory."""
 
 import contextlib
 from collections import OrderedDict
@@ -13,18 +13,18 @@ from data.dataset import PatchBatch
 from data.store import PatchStore
 from misc.sizes import PATCH_SIZE
 
-SHARE = 0.25  # of a GPU's free memory that location files may take
+SHARE = 0.25  # fraction of a GPU's free memory that location files may use
 
 
 class Copier:
-    """Copies tensors to a device; on a GPU in a stream of its own, beside the kernels of the step before."""
+    """Copies tensors to a device; on a GPU in a separate stream, in parallel with the kernels of the previous step."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The tensors on the device, pinned ones without waiting; None stays None."""
+        """Return the tensors on the device. Pinned tensors are copied without waiting, and None stays None."""
         if self._stream is None:
             return [None if tensor is None else tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self._stream):
@@ -38,14 +38,14 @@ class Copier:
 
 
 class LateCopies:
-    """Results on their way from a device: each is waited for when the next one is under way."""
+    """Copies results from a device to the host. It waits for each copy only after the next one has started."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._waiting: list[tuple[Any, torch.Tensor, Any]] = []
 
     def add(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
-        """Begin to copy a result; the ones before it, with their names."""
+        """Start to copy a result, and yield the earlier results with their names."""
         if not self._on_gpu:
             yield name, result.numpy()
             return
@@ -57,7 +57,7 @@ class LateCopies:
         self._waiting.append((name, on_host, copied))
 
     def rest(self) -> Iterator[tuple[Any, np.ndarray]]:
-        """All that have been added and not been given yet."""
+        """Yield all results that have been added but not yet returned."""
         while self._waiting:
             name, on_host, copied = self._waiting.pop(0)
             copied.synchronize()
@@ -65,13 +65,13 @@ class LateCopies:
 
 
 class ResidentPatches:
-    """Location files kept on a device, whose rows are gathered there: a file is read once, not once for each batch.
+    """Keeps location files on a device and gathers batches there, so a file is read once and not once per batch.
 
     Args:
-        store: grouped.
+        store: grouped store.
         neighbors: (L, k) indices of each location's neighbours.
-        device: that keeps them.
-        files: how many it keeps; the one that was not wanted for the longest time makes room.
+        device: device that keeps the files.
+        files: number of files to keep; the least recently used one is dropped.
     """
 
     def __init__(self, store: PatchStore, neighbors: np.ndarray, device: torch.device, files: int):
@@ -83,7 +83,7 @@ class ResidentPatches:
 
     @classmethod
     def fitting(cls, store: PatchStore, neighbors: np.ndarray, device: torch.device) -> "ResidentPatches | None":
-        """Those of a store if SHARE of a GPU's memory holds the files of two locations; else None."""
+        """Return an instance if SHARE of the free GPU memory holds the files of two locations; otherwise None."""
         if device.type != "cuda":
             return None
         bytes_each = store.num_subjects * PATCH_SIZE**3 * store.read(0, np.zeros(1, dtype=np.int64)).itemsize
@@ -91,9 +91,9 @@ class ResidentPatches:
         return cls(store, neighbors, device, files) if files >= 2 * (1 + neighbors.shape[1]) else None
 
     def gather(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) of rows (B,) that are on the device."""
+        """Gather patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) for rows (B,), a tensor on the device."""
         patches, *near = (self._file(index)[rows] for index in self._needed(location))
-        if location + 1 < len(self.neighbors):  # most runs go there next
+        if location + 1 < len(self.neighbors):  # usually the next location
             wanted = [index for index in self._needed(location + 1) if index not in self._kept]
             coming = self._coming
             self._coming = {i: coming.get(i) or self._reader.submit(self._read, i) for i in wanted}
@@ -104,12 +104,12 @@ class ResidentPatches:
 
     def _read(self, index: int) -> torch.Tensor:
         patches = torch.from_numpy(self.store.read(index, np.arange(self.store.num_subjects)))
-        with contextlib.suppress(RuntimeError):  # memory that cannot be pinned is copied more slowly
+        with contextlib.suppress(RuntimeError):  # unpinned memory also works, but the copy is slower
             return patches.pin_memory() if self._copy.device.type == "cuda" else patches
         return patches
 
     def _file(self, index: int) -> torch.Tensor:
-        """A location's patches on the device, (N, 32, 32, 32)."""
+        """Return the patches of a location on the device, (N, 32, 32, 32)."""
         if index not in self._kept:
             coming = self._coming.pop(index, None)
             (self._kept[index],) = self._copy(self._read(index) if coming is None else coming.result())
@@ -120,14 +120,14 @@ class ResidentPatches:
 
 
 class BatchCarrier:
-    """Brings a batch's tensors to the device, from the loader or from files that stay there."""
+    """Provides the tensors of a batch on the device, from the loader or from files that are kept there."""
 
     def __init__(self, device: torch.device, resident: ResidentPatches | None = None):
         self.device, self.resident = device, resident
         self._copy = Copier(device)
 
     def __call__(self, batch: PatchBatch) -> tuple[torch.Tensor | None, ...]:
-        """Location (1,), patches, neighbours, draws and subjects, as models.step.Inputs has them."""
+        """Return location (1,), patches, neighbours, draws and subjects, in the order of models.step.Inputs."""
         where = torch.full((1,), batch.location, device=self.device)
         patches, neighbors, draws, subjects = self._copy(batch.patches, batch.neighbors, batch.draws, batch.subjects)
         if self.resident is not None:

@@ -1,4 +1,4 @@
-"""Label tables: numbers by subject."""
+"""Read label tables: one row per subject, with columns of numbers or words."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ import pandas as pd
 from data.layout import StoreError
 from data.tables import read_table, spelt
 
-NO_AND_YES = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words of 0 and 1, in lower case
-MOST_WORDS = 10  # different ones of a column that are classes; more are names
+NO_AND_YES = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words for 0 and 1, in lower case
+MOST_WORDS = 10  # a column with more distinct words holds names, not classes
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
 def filled_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Of a column of text: which cells say something, and all of them as numbers, NaN where they are none."""
+    """Find the filled cells of a text column and convert all cells to numbers; NaN if a cell is not a number."""
     text = column.str.strip()
     filled = ~text.fillna("").str.lower().isin(MISSING)
     return filled, pd.to_numeric(text.where(filled), errors="coerce")
 
 
 def why_no_column(path: str | os.PathLike, column: str, names: list[str], flag: str = "") -> str:
-    """Why a column is not among the numeric ones, ``names``, of a label CSV: it is not there, is empty, or has text."""
+    """Explain why a column of a label CSV is not among its numeric columns ``names``: missing, empty, or text."""
     table = read_table(path, file_names=False)
     start = f"{path} has no numeric column {column!r}{flag and f' for {flag}'}"
     if column not in table.columns:
@@ -33,16 +33,16 @@ def why_no_column(path: str | os.PathLike, column: str, names: list[str], flag: 
         return f"{start}: it is empty"
     with np.errstate(over="ignore"):
         wrong = np.flatnonzero(filled & ~np.isfinite(numbers.astype(np.float32)))
-    cell = f", as {table[column].iloc[wrong[0]]!r} of sid {table['sid'].iloc[wrong[0]]} is none" if len(wrong) else ""
-    return f"{start}{cell}: write numbers only, 1 and 0 for yes and no, without units, with a point for decimals"
+    cell = f": sid {table['sid'].iloc[wrong[0]]} has {table[column].iloc[wrong[0]]!r}" if len(wrong) else ""
+    return f"{start}{cell}; write plain numbers with a decimal point and no units, and 1 and 0 for yes and no"
 
 
 class Labels(NamedTuple):
-    """Columns of a label table for some subjects."""
+    """Columns of a label table for a list of subjects."""
 
-    values: np.ndarray  # (N, P) float32, NaN where missing; of a column of words the numbers of its classes
+    values: np.ndarray  # (N, P) float32, NaN where missing; word columns hold class numbers
     names: list[str]
-    classes: dict[str, list[str]]  # of columns of words: what 0, 1, ... stand for
+    classes: dict[str, list[str]]  # for each word column, the words that 0, 1, ... stand for
 
 
 def read_numbers_and_words(
@@ -52,39 +52,39 @@ def read_numbers_and_words(
     order: Mapping[str, Sequence[str]] | None = None,
     missing: Sequence[float] = (),
 ) -> Labels:
-    """:func:`read_labels`, and columns of a few words as classes.
+    """Read labels like :func:`read_labels`, and also convert columns with a few distinct words to classes.
 
     Args:
-        path, sids, note: as there; ``note`` is told which number stands for which word.
-        order: of a column the words in order, from 0 on; others are in alphabetical order.
-        missing: numbers that stand for missing in columns of numbers, such as 999.
+        path, sids, note: as in :func:`read_labels`; ``note`` also receives the meaning of each class number.
+        order: for each column, its words in order, counted from 0. Other columns use alphabetical order.
+        missing: numbers that stand for missing values in numeric columns, for example 999.
 
     Raises:
-        StoreError: as there; or a column of ``order`` is missing, or has another word.
+        StoreError: as in :func:`read_labels`; or a column of ``order`` is missing or has an unlisted word.
     """
     table, order = read_table(path, file_names=False).set_index("sid"), order or {}
     unknown = next((name for name in order if name not in table.columns), None)
     if unknown is not None:
-        raise StoreError(f"--order {unknown}: {path} has no such column{spelt(unknown, list(table.columns))}")
+        raise StoreError(f"--order {unknown}: {path} does not have this column{spelt(unknown, list(table.columns))}")
     coded, classes = table.copy(), {}
     for name in table.columns:
         filled, numbers = filled_and_numbers(table[name])
         text = table[name].str.strip()
-        words = text.where(filled | text.isin(order.get(name, ())), "")  # none may be a grade
+        words = text.where(filled | text.isin(order.get(name, ())), "")  # 'none' may be a grade
         found = sorted(set(words) - {""}, key=str.lower)
         if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
             continue
         if name in order:
             other = next((word for word in found if word not in order[name]), None)
             if other is not None:
-                raise StoreError(f"--order {name}: {path} has {other!r} too; name every word of the column")
+                raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
         told = ", ".join(f"{number} is {word}" for number, word in enumerate(found))
         none = (text.str.lower() == "none").sum() if name not in order else 0
         if none:
-            told += f"; 'none' is missing, for {none} subjects: --order {name}=... makes it a grade of its own"
+            told += f"; 'none' counts as missing for {none} subjects (use --order {name}=... to make it a grade)"
         note(f"column {name!r}: {told}")
     values, names = _numeric(path, coded, sids, note)
     numbers = [name not in classes for name in names]
@@ -99,20 +99,20 @@ def read_numbers_and_words(
 def read_labels(
     path: str | os.PathLike, sids: list[str], note: Callable[[str], None] = lambda _: None
 ) -> tuple[np.ndarray, list[str]]:
-    """Numeric columns of a label CSV for the given subjects.
+    """Read the numeric columns of a label CSV for the given subjects.
 
     Args:
-        path: CSV with a column sid, each subject at most once; columns without a number in every
-            filled cell are left out. NA, N/A, null and the like are missing values.
-        sids: the wanted row order.
-        note: told of each column that is left out, and why, and how many subjects the table lacks.
+        path: CSV with a column sid and at most one row per subject. A column is skipped if a filled
+            cell is not a number. NA, N/A, null and similar words are missing values.
+        sids: subjects in the order of the returned rows.
+        note: receives a message for each skipped column and for subjects without a row.
 
     Returns:
-        (N, P) float32, NaN where the subject or the value is missing; the P column names.
+        (N, P) float32, NaN where the subject or the value is missing; and the P column names.
 
     Raises:
-        StoreError: no such file, no sid column, a sid twice, no numeric column, or no subject of
-            the store in it.
+        StoreError: the file or its sid column is missing, a sid is repeated, there is no numeric
+            column, or the table has none of the store's subjects.
     """
     return _numeric(path, read_table(path, file_names=False).set_index("sid"), sids, note)
 
@@ -120,7 +120,7 @@ def read_labels(
 def _numeric(
     path: str | os.PathLike, table: pd.DataFrame, sids: list[str], note: Callable[[str], None]
 ) -> tuple[np.ndarray, list[str]]:
-    """As :func:`read_labels`, of a table by sid."""
+    """Do the work of :func:`read_labels` on a table indexed by sid."""
     numeric = {}
     for name in table.columns:
         filled, values = filled_and_numbers(table[name])
@@ -128,18 +128,18 @@ def _numeric(
             wrong = filled & ~np.isfinite(values.astype(np.float32))
         if wrong.any():
             cell, sid = table[name][wrong].str.strip().iloc[0], table.index[wrong][0]
-            note(f"{path}: column {name!r} left out, {cell!r} of sid {sid} is no finite number of float32")
+            note(f"{path}: column {name!r} left out: {cell!r} of sid {sid} is not a finite float32 number")
         elif filled.any():
             numeric[name] = values
     if not numeric:
-        raise StoreError(f"{path} has no numeric column beside sid")
+        raise StoreError(f"{path} has no numeric column except sid")
     lacking = [sid for sid in sids if sid not in table.index]
     if len(lacking) == len(sids):
         raise StoreError(
-            f"{path} has none of the store's subjects (the store's first is {sids[0]!r}, "
-            f"the table's {table.index[0]!r})"
+            f"{path} has none of the store's subjects; the first sid is {sids[0]!r} in the store and "
+            f"{table.index[0]!r} in the table"
         )
     if lacking:
-        note(f"{path}: no row for {len(lacking)} of {len(sids)} subjects, the first {lacking[0]!r}")
+        note(f"{path}: no row for {len(lacking)} of {len(sids)} subjects, for example {lacking[0]!r}")
     labels = pd.DataFrame(numeric, index=table.index).reindex(sids)
     return labels.to_numpy(dtype=np.float32), list(numeric)

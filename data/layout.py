@@ -1,4 +1,4 @@
-"""File names of a patch store, and what its arrays may hold. The one place that knows either."""
+"""File names of a patch store, and the checks on its arrays. Other modules take both from here."""
 
 import os
 from pathlib import Path
@@ -13,21 +13,21 @@ PATCH_SUFFIX = "_patch.npy"
 
 
 class StoreError(UserError):
-    """A patch store is missing something or disagrees with itself; the message says what to do."""
+    """A patch store is incomplete or inconsistent; the message says what to do."""
 
 
 class StoreLayout:
-    """Paths inside ``--root-dir``; preprocess/README.md lists them. Raises StoreError where it is a file."""
+    """Paths inside ``--root-dir``, as listed in preprocess/README.md. Raises StoreError if ``--root-dir`` is a file."""
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
         if not is_utf8(self.root):
             raise StoreError(
-                f"--root-dir {str(self.root)!a} has a name that is not UTF-8, which image libraries cannot open; "
+                f"--root-dir {str(self.root)!a} has a name that is not UTF-8, so image libraries cannot open it; "
                 "rename the folder"
             )
         if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"--root-dir {self.root} is a file; name a folder")
+            raise StoreError(f"--root-dir {self.root} is a file; give a folder")
 
     @property
     def atlas_patch_loc(self) -> Path:
@@ -64,11 +64,11 @@ class StoreLayout:
         return self.root / "report" / f"{script}.csv"
 
     def report_lock(self, script: str) -> Path:
-        """Held while the report is written."""
+        """Return the lock file that is held while the report is written."""
         return self.root / "report" / f".{script}.lock"
 
     def claims(self, script: str) -> Path:
-        """A file for each subject whose outputs a step is making, until its report tells what from."""
+        """Return the folder with one file per subject in progress, kept until the report records the subject."""
         return self.root / "report" / f".claims-{script}"
 
     def qc(self, sid: str) -> Path:
@@ -76,46 +76,46 @@ class StoreLayout:
 
     @property
     def qc_page(self) -> Path:
-        """All subjects on one page."""
+        """Page that shows all subjects."""
         return self.root / "qc" / "index.html"
 
     @property
     def subject_dirs(self) -> tuple[Path, ...]:
-        """Folders of one file a subject, which preprocessing writes."""
+        """Folders in which preprocessing writes one file per subject."""
         return tuple(name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc))
 
     def patch_sids(self) -> list[str]:
-        """Subjects that have a file in patch/, by sorted file name: the row order where subjects.csv is missing.
+        """List the subjects with a file in patch/, sorted by file name: the row order if subjects.csv is missing.
 
-        Of the names, not of the subjects: A1_patch.npy comes before A_patch.npy.
+        Sorting by file name differs from sorting by subject: A1_patch.npy comes before A_patch.npy.
         """
         names = (entry.name for entry in os.scandir(self.patch_dir)) if self.patch_dir.is_dir() else ()
         return [name.removesuffix(PATCH_SUFFIX) for name in sorted(names) if name.endswith(PATCH_SUFFIX)]
 
     @property
     def grouped_note(self) -> Path:
-        """What the grouped files were made from, written last; a store of the published code has none."""
+        """Note on the inputs of the grouped files, written last; stores from the published code do not have it."""
         return self.grouped_dir / "grouped.json"
 
     @property
     def grouping_lock(self) -> Path:
-        """Held while the grouped files are written."""
+        """Lock file that is held while the grouped files are written."""
         return self.root / "report" / ".group_patches.lock"
 
     @property
     def grouping(self) -> Path:
-        """Where grouped files are written before they get their names; there while grouping is under way."""
+        """Temporary folder for grouped files; it exists only while grouping is in progress or was interrupted."""
         return self.grouped_dir / ".partial"
 
     def older_tables(self) -> list[Path]:
-        """Location tables under a name of the published implementation's choice."""
+        """List the location tables with a file name of the published implementation."""
         return sorted(self.root.glob("*_patch_loc.npy"))
 
     def find_atlas_patch_loc(self) -> Path:
-        """The location table: atlas_patch_loc.npy, or the older layout's only ``*_patch_loc.npy``.
+        """Find the location table: atlas_patch_loc.npy, or the only ``*_patch_loc.npy`` of the published layout.
 
         Raises:
-            StoreError: neither is there, or several files could be the older one.
+            StoreError: neither file exists, or there are several files of the published layout.
         """
         if self.atlas_patch_loc.is_file():
             return self.atlas_patch_loc
@@ -124,9 +124,9 @@ class StoreLayout:
         older = self.older_tables()
         if len(older) == 1:
             return older[0]
-        found = f"; of {', '.join(p.name for p in older)} name one atlas_patch_loc.npy" if older else ""
+        found = f"; rename one of {', '.join(p.name for p in older)} to atlas_patch_loc.npy" if older else ""
         raise StoreError(
-            f"--root-dir {self.root} is no patch store: it has no atlas_patch_loc.npy"
+            f"--root-dir {self.root} is not a patch store: it has no atlas_patch_loc.npy"
             f"{found or '; run preprocess/run_preprocess.sh'}"
         )
 
@@ -135,27 +135,27 @@ def load_locations(path: Path) -> np.ndarray:
     """Read a table of patch corners: (L, 3) int64, atlas voxel index (x, y, z).
 
     Raises:
-        StoreError: unreadable, of another shape, not whole numbers, negative, or with a row twice.
+        StoreError: the table is unreadable, has a wrong shape or dtype, or has negative or repeated rows.
     """
     try:
         table = load_array(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise StoreError(f"{path} is no table of patch locations: not a whole .npy file of numbers") from error
+        raise StoreError(f"{path} is not a location table: it is not a complete .npy file of numbers") from error
     if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0:
-        raise StoreError(f"{path} has shape {table.shape}; patch locations are (L, 3) corners (x, y, z)")
+        raise StoreError(f"{path} has shape {table.shape}, but a location table must be (L, 3) corners (x, y, z)")
     if not np.issubdtype(table.dtype, np.integer):
-        raise StoreError(f"{path} has dtype {table.dtype}; patch locations are whole atlas voxels (int64)")
+        raise StoreError(f"{path} has dtype {table.dtype}, but locations must be whole atlas voxels (int64)")
     if table.min() < 0:
-        raise StoreError(f"{path} has negative corners; patch locations are atlas voxel indices from 0")
+        raise StoreError(f"{path} has negative corners, but locations must be atlas voxel indices from 0")
     if len(np.unique(table, axis=0)) != len(table):
-        raise StoreError(f"{path} has the same location in more than one row")
+        raise StoreError(f"{path} has the same location in more than one row; keep each location once")
     return table.astype(np.int64)
 
 
 def to_hu(patches: np.ndarray) -> np.ndarray:
-    """int16 unchanged; any other real dtype clipped to the HU range, NaN as the lowest value."""
+    """Return int16 unchanged; clip any other real dtype to the HU range, with NaN as the lowest value."""
     if patches.dtype == np.int16 and patches.dtype.isnative:
         return patches
     if patches.dtype.kind == "f":

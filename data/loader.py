@@ -1,4 +1,4 @@
-"""Data-loader workers: what they hand over, how they end, and what a signal to one of them means."""
+"""Data-loader workers: how they pass batches, handle signals and end."""
 
 import atexit
 import multiprocessing
@@ -21,9 +21,9 @@ STOP_SECONDS = 60
 
 
 class _HandedOver(Dataset):
-    """A dataset whose worker processes hand over batches in shared memory, and errors as they are.
+    """A dataset that passes batches from data-loader workers in shared memory, and errors as objects.
 
-    torch would wrap an error in a traceback.
+    torch alone would wrap an error in a traceback.
     """
 
     def __init__(self, dataset: Dataset):
@@ -39,9 +39,10 @@ class _HandedOver(Dataset):
 
 
 def _share(batch: PatchBatch) -> PatchBatch:
-    """A batch in shared memory; as arrays for a pipe if that has no room left (a container has 64 MB).
+    """Move a batch to shared memory, or convert it to arrays for a pipe if shared memory is full.
 
-    torch would share it in a thread of its own, where a full /dev/shm loses the batch, and training waits for ever.
+    A container has 64 MB of shared memory by default. torch alone would share the batch in a separate thread, where a
+    full /dev/shm loses the batch and training waits forever.
     """
     try:
         return PatchBatch(*(x.share_memory_() if isinstance(x, torch.Tensor) else x for x in batch))
@@ -50,28 +51,29 @@ def _share(batch: PatchBatch) -> PatchBatch:
 
 
 def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[PatchBatch]:
-    """A loader's batches.
+    """Yield the batches of a loader.
 
     Args:
-        loader: of :func:`make_loader`.
-        note: prints a line, once, where batches come through pipes.
+        loader: a loader from :func:`make_loader`.
+        note: prints a line, once, if batches are sent through pipes.
 
     Raises:
-        UserError, OSError: of the data-loader workers, or one of them was ended from outside.
+        UserError, OSError: raised in a data-loader worker.
+        UserError: a data-loader worker was killed.
     """
     told = False
     try:
         reader = iter(loader)
         atexit.unregister(_end_reading)
-        atexit.register(_end_reading)  # before torch's own, which it has registered now
+        atexit.register(_end_reading)  # so that it runs before torch's handler, which iter() has registered
         for batch in reader:
             if isinstance(batch, Exception):
                 raise batch
             if any(isinstance(x, np.ndarray) for x in batch):
                 if not told:
                     note(
-                        "note: /dev/shm is full, batches come through pipes, which is slower; a container has 64 MB "
-                        "unless it is started with --shm-size (or --ipc=host)"
+                        "note: /dev/shm is full, so batches are sent through pipes, which is slower; start the "
+                        "container with a larger --shm-size (default 64 MB) or with --ipc=host"
                     )
                     told = True
                 batch = PatchBatch(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch))
@@ -80,26 +82,26 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a data-loader worker has ended ({str(error).splitlines()[0]}), usually because memory ran out: lower "
-            "--workers, and go on with --resume auto"
+            f"a data-loader worker was killed ({str(error).splitlines()[0]}), usually because memory ran out; lower "
+            "--workers and continue with --resume auto"
         ) from error
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A signal to a data-loader worker is for the trainer, which saves before it stops; so is one for all of them.
+    """Forward a stop signal from a data-loader worker to the trainer, which saves before it stops.
 
-    They end STOP_SECONDS after it all the same, or a trainer that fails would wait for them; at once when it is the
-    trainer that ends them; and with the trainer.
+    The worker ends STOP_SECONDS after the signal in any case, so that a failing trainer does not wait for it. It ends
+    at once if the trainer itself sent the signal, and it always ends with the trainer.
     """
     end_with_parent(signal.SIGKILL)
     trainer = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the trainer too
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: who sends is not told
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender
         for number in heard:
             signal.signal(number, signal.SIG_IGN)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # of the threads to come too: a handler is not told who sends
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # later threads inherit it; a handler would not learn the sender
 
     def listen() -> None:
         asked = signal.sigwaitinfo(heard)
@@ -116,18 +118,18 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
 
 
 def _end_reading() -> None:
-    """When the process leaves after an error: torch would wait five seconds for each data-loader worker, in turn."""
+    """End the data-loader workers at exit after an error; torch would wait five seconds for each worker in turn."""
     for child in multiprocessing.active_children():
         child.terminate()
 
 
 def _as_it_is(batch: object) -> object:
-    """torch's own way makes tensors of arrays, which then want shared memory again."""
+    """Return a batch unchanged. torch's default would turn arrays into tensors, which need shared memory again."""
     return batch
 
 
 def make_loader(dataset: Dataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
-    """A loader whose every item is a whole batch, whatever the number of workers."""
+    """Make a loader that yields whole batches, for any number of data-loader workers."""
     return DataLoader(
         _HandedOver(dataset),
         sampler=sampler,
@@ -138,7 +140,7 @@ def make_loader(dataset: Dataset, sampler: LocationBatchSampler, workers: int, p
         prefetch_factor=4 if workers > 0 else None,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_stopping_to_the_trainer,
-        # Its own, for the workers' seeds, which nothing uses: an iterator started anew after a stop
-        # must not advance the process's stream, or a resumed run would shuffle its keys differently.
+        # A separate generator for the worker seeds, which nothing uses. Without it, a new iterator after a stop would
+        # advance the global random stream, and a resumed run would shuffle its keys differently.
         generator=torch.Generator(),
     )

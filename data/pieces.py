@@ -1,4 +1,4 @@
-"""The work of an extraction in pieces, and their encoding: patches are read, copied and encoded side by side."""
+"""Split feature extraction into pieces and encode them. Reading, copying and encoding run in parallel."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from data.prefetch import read_ahead
 from data.store import PatchStore
 from data.views import to_input
 
-PIECE_SUBJECTS = 64  # of a piece, if there is only patch/
+PIECE_SUBJECTS = 64  # subjects per piece if the store has only patch/
 
 
 class Piece(NamedTuple):
-    """Work whose result is one file in .pieces: all subjects at a location, or all locations of some subjects."""
+    """Work that gives one file in .pieces: all subjects at one location, or all locations of some subjects."""
 
     name: str
     locations: range
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 def list_pieces(store: PatchStore) -> list[Piece]:
-    """A piece a location; over patch/, a piece of PIECE_SUBJECTS subjects, so that each file is read once."""
+    """List one piece per location or, for patch/, one per PIECE_SUBJECTS subjects, so that each file is read once."""
     if store.grouped:
         return [
             Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
@@ -40,14 +40,14 @@ class Batch(NamedTuple):
     """Patches of some rows of a piece at one of its locations."""
 
     piece: Piece
-    column: int  # of the piece's locations
-    start: int  # of the piece's rows
+    column: int  # index into the piece's locations
+    start: int  # index of the first row within the piece's rows
     rows: np.ndarray
-    last: bool  # of the piece
+    last: bool  # whether it is the last batch of the piece
 
 
 def list_batches(pieces: list[Piece], batch_size: int) -> Iterator[Batch]:
-    """The batches of each piece, location by location."""
+    """Yield the batches of each piece, location by location."""
     for piece in pieces:
         rows = np.asarray(piece.rows)
         starts = range(0, len(rows), batch_size)
@@ -65,15 +65,15 @@ def encode_pieces(
     device: torch.device,
     layers: bool = False,
 ) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Representations of one piece after the other: (rows, locations, rep_dim) float32.
+    """Yield the pieces in order with their representations, (rows, locations, rep_dim) float32.
 
     Args:
         frozen: the encoder of each location, models.frozen.FrozenLocations.
-        store: to read from.
-        pieces: of :func:`list_pieces`.
-        batch_size: patches encoded together.
-        device: of the encoder.
-        layers: append the summaries of all layers, (rows, locations, rep_dim + W).
+        store: store to read from.
+        pieces: pieces from :func:`list_pieces`.
+        batch_size: number of patches to encode together.
+        device: device of the encoder.
+        layers: append the summaries of all layers, which gives (rows, locations, rep_dim + W).
     """
 
     def read(batch: Batch) -> torch.Tensor:
@@ -84,7 +84,7 @@ def encode_pieces(
     for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
         piece = batch.piece
         h = frozen[piece.locations[batch.column]](*copy(patches), to_input, layers)  # (b, rep_dim [+ W])
-        if result is None:  # on the device: a copy for every batch would wait for it every time
+        if result is None:  # collected on the device, because a copy per batch would wait for the device each time
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:

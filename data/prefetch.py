@@ -1,4 +1,4 @@
-"""Reading ahead of need: in threads, or by the system."""
+"""Read files ahead of time, in threads or by the operating system."""
 
 import contextlib
 import os
@@ -16,10 +16,9 @@ Result = TypeVar("Result")
 def read_ahead(
     read: Callable[[Job], Result], jobs: Iterable[Job], threads: int = 4, depth: int = 8
 ) -> Iterator[tuple[Job, Result]]:
-    """(job, read(job)) in order, with up to ``depth`` results read or being read ahead.
+    """Yield (job, read(job)) in order, while threads read up to ``depth`` results ahead.
 
-    An error in ``read`` is raised at its job's turn; what was read ahead is dropped when the
-    iteration is left early.
+    An error in ``read`` is raised when its job is due. If the iteration stops early, pending reads are cancelled.
     """
     waiting = iter(jobs)
     with ThreadPoolExecutor(threads) as pool:
@@ -35,21 +34,21 @@ def read_ahead(
                 future.cancel()
 
 
-PIECE = 2**17  # bytes; the kernel cuts a longer request down to the disk's read-ahead
+PIECE = 2**17  # bytes; the kernel shortens longer requests to the read-ahead size of the disk
 
 
 def will_need(paths: Iterable[str | os.PathLike]) -> None:
-    """Have the system read whole files into the page cache; returns at once. macOS has no such call.
+    """Ask the system to read whole files into the page cache, and return at once. It does nothing on macOS.
 
-    A batch's rows lie scattered over a file. Measured on a disk of 0.3 GB/s, cold, a quarter of the rows of four files
-    of 67 MB: 240 to 310 ms, and 41 ms if the files were asked for a second and a half before.
+    The rows of a batch are scattered over a file. Measured on a disk of 0.3 GB/s with a cold cache, for a quarter of
+    the rows of four files of 67 MB: a read takes 240 to 310 ms, and 41 ms if the files were requested 1.5 s earlier.
     """
-    Thread(target=_ask_for, args=(list(paths),), daemon=True).start()  # calls wait if the disk's queue is full
+    Thread(target=_ask_for, args=(list(paths),), daemon=True).start()  # the calls block if the disk's queue is full
 
 
 def _ask_for(paths: list[str | os.PathLike]) -> None:
     for path in paths:
-        # The real read reports what is wrong with a file.
+        # The actual read reports any error of a file.
         with contextlib.suppress(OSError, AttributeError), open(path, "rb") as stream:
             for start in range(0, os.fstat(stream.fileno()).st_size, PIECE):
                 os.posix_fadvise(stream.fileno(), start, PIECE, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""Which subjects at which location make up each step."""
+"""Choose the location and the subjects of each training step."""
 
 import functools
 import itertools
@@ -9,39 +9,39 @@ import numpy as np
 
 from data.layout import StoreError
 
-JITTER = 0.5  # of SDs: how far from its place along the direction a subject may go to a batch
-VISIT_STEPS = 4  # at a location before the next one's turn, where locations are interleaved
+JITTER = 0.5  # standard deviation of the noise added to each subject's score, so that batches vary
+VISIT_STEPS = 4  # steps per visit of a location if locations are interleaved
 
 
 class BatchIndex(NamedTuple):
-    """One step of one rank. The location travels with the batch, so any number of workers serve it."""
+    """One step of one rank. It includes the location, so any data-loader worker can read it."""
 
     epoch: int
     location: int
-    step: int  # within the location
+    step: int  # index within the location
     rows: np.ndarray  # (batch per rank,) rows of the store
 
 
 class LocationBatchSampler:
     """Batches of an epoch: for each location floor(N / B) steps over shuffled subjects.
 
-    The order of the subjects follows from (seed, epoch, location) alone; ranks take consecutive
-    shares of each step's B subjects, so they never overlap and all are at the same location.
+    The order of subjects depends only on (seed, epoch, location). Each rank takes a consecutive share of the B
+    subjects of a step, so the shares never overlap and all ranks are at the same location.
 
     Args:
         num_subjects: N.
         num_locations: L.
         batch_size: B, over all ranks.
-        seed: of the shuffle.
-        rank, world_size: this process and how many there are.
-        similarity: (N, C) of how subjects were scanned, NaN where unknown; subjects of a step are then near each other
-            along a direction that is drawn for each epoch and location. None deals them at random.
-        order: ``sequential``, as published: all steps at a location, then the next; or ``interleaved``: visits of a few
-            steps in turn, so that a location's queue holds keys of a younger encoder.
+        seed: seed of the shuffle.
+        rank, world_size: number of this process, and number of processes.
+        similarity: (N, C) numbers on how subjects were scanned, NaN where unknown. The subjects of a step are then
+            close to each other along a direction drawn for each epoch and location. None draws them at random.
+        order: ``sequential``, as published, takes all steps at a location before the next location. ``interleaved``
+            makes short visits to the locations in turn, so that each queue holds keys of a more recent encoder.
 
     Raises:
-        StoreError: B exceeds N, does not divide among the ranks, or leaves a rank with fewer than 2
-            samples, of which BatchNorm has no statistics.
+        StoreError: B exceeds N, is not a multiple of the ranks, or leaves a rank with fewer than 2
+            samples, which is too few for BatchNorm statistics.
     """
 
     def __init__(
@@ -57,12 +57,13 @@ class LocationBatchSampler:
     ):
         if batch_size < 1 or batch_size % world_size:
             raise StoreError(
-                f"--batch-size {batch_size} is over all ranks and must be a multiple of the {world_size} ranks"
+                f"--batch-size {batch_size} counts samples over all ranks and must be a multiple of the "
+                f"{world_size} ranks"
             )
         if batch_size // world_size < 2:
             raise StoreError(
-                f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks; "
-                "BatchNorm needs at least 2: raise it or use fewer ranks"
+                f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks, "
+                "but BatchNorm needs at least 2; raise it or use fewer ranks"
             )
         if batch_size > num_subjects:
             most = num_subjects // world_size * world_size
@@ -72,8 +73,8 @@ class LocationBatchSampler:
                 else f"{world_size} ranks need at least {2 * world_size} subjects"
             )
             raise StoreError(
-                f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store; a step takes "
-                f"different subjects: {advice}"
+                f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store, but the subjects of a "
+                f"step must differ; {advice}"
             )
         self.num_subjects = num_subjects
         self.num_locations = num_locations
@@ -94,15 +95,15 @@ class LocationBatchSampler:
         return self.steps_per_location * self.num_locations
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch (finished epochs so far) that the next iteration draws.
+        """Choose the epoch that the next iteration draws, as the number of finished epochs.
 
-        ``skip`` leaves out its first steps, which a stopped run has done; ``len`` still counts them.
+        ``skip`` leaves out the first steps, which an interrupted run has done; ``len`` still counts them.
         """
         self.epoch = epoch
         self.skip = skip
 
     def visits(self) -> Iterator[tuple[int, int]]:
-        """(location, step within it) of an epoch, in order."""
+        """Yield (location, step within the location) of an epoch, in order."""
         steps = self.steps_per_location
         length = steps if self.order == "sequential" else VISIT_STEPS
         for start in range(0, steps, max(1, length)):
@@ -118,21 +119,21 @@ class LocationBatchSampler:
             yield BatchIndex(self.epoch, location, step, permutation(location)[start : start + share])
 
     def _permutation(self, location: int) -> np.ndarray:
-        """The subjects' order at a location, (N,)."""
+        """Draw the order of subjects at a location, (N,)."""
         rng = np.random.default_rng([self.seed, self.epoch, location])
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
-        used = self.steps_per_location * self.batch_size  # the rest stays out at random, not for lying at an end
+        used = self.steps_per_location * self.batch_size  # the rest is left out at random, independent of its score
         batches = order[:used][np.argsort(self._scores(rng)[order[:used]], kind="stable")].reshape(-1, self.batch_size)
         batches = rng.permuted(batches, axis=1)[rng.permutation(len(batches))]
         return np.concatenate([batches.ravel(), order[used:]])
 
     def _scores(self, rng: np.random.Generator) -> np.ndarray:
-        """Where subjects lie along a random direction, and a step to either side of it, (N,)."""
+        """Project the subjects on a random direction and add noise, (N,)."""
         known = ~np.isnan(self.similarity)  # (N, C)
         direction = rng.normal(size=self.similarity.shape[1])
-        length = np.sqrt((known * direction**2).sum(axis=1))  # (N,), 0 for who is unknown
+        length = np.sqrt((known * direction**2).sum(axis=1))  # (N,), 0 for subjects without values
         along = (np.where(known, self.similarity, 0) * direction).sum(axis=1)
         along = np.divide(along, length, out=rng.normal(size=len(along)), where=length > 0)
         return along + JITTER * rng.normal(size=len(along))

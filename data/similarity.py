@@ -1,7 +1,8 @@
-"""What a scan's header and its preprocessing tell of how it was made: numbers that similar scans share.
+"""Describe how scans were acquired by numbers, so that batches can contain similar scans.
 
-Negatives from another scanner, or of another breath, are told apart without looking at the disease. In batches of
-similar scans they cannot be (unpublished; after BatchSampler, Yang et al., KDD 2023, which does it for hard negatives).
+The network can distinguish negatives from another scanner or breath-hold level without looking at the disease. In
+batches of similar scans it cannot. This is unpublished; it follows BatchSampler (Yang et al., KDD 2023), which selects
+hard negatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,24 +14,25 @@ from data.labels import filled_and_numbers
 from data.layout import StoreError, StoreLayout
 from data.tables import read_table, spelt
 
-REPORT = "report"  # stands for the columns of the store's own reports
-MOST_WORDS = 20  # different texts of a column; more are names, not kinds
+REPORT = "report"  # stands for the columns of the store's reports
+MOST_WORDS = 20  # a column with more distinct texts holds names, not categories
 
 
 def read_similarity(
     names: Sequence[str], table: str | None, layout: StoreLayout, sids: Sequence[str], note: Callable[[str], None]
 ) -> np.ndarray:
-    """Columns that say how subjects were scanned and breathed: (N, C) with mean 0 and SD 1, NaN where unknown.
+    """Read columns on scan and breath-hold: (N, C) with mean 0 and SD 1, NaN where unknown.
 
     Args:
-        names: columns of ``table``; or REPORT, for volume, mean density and slice thickness by the store's reports.
+        names: columns of ``table``; or REPORT, for lung volume, mean density, slice thickness and kernel from the
+            store's reports.
         table: CSV with sid; None with REPORT.
-        layout: of the store.
-        sids: of the rows.
-        note: told of what is left out.
+        layout: layout of the store.
+        sids: subjects in the order of the returned rows.
+        note: receives messages on columns and subjects that are left out.
 
     Raises:
-        StoreError: no such table or column, or nothing in it tells one subject from another.
+        StoreError: the table or a column is missing, or all subjects have equal values.
     """
     if list(names) == [REPORT]:
         columns, source = _of_report(layout), f"{layout.root / 'report'}"
@@ -38,22 +40,22 @@ def read_similarity(
         columns, source = read_table(table, file_names=False).set_index("sid"), str(table)
         unknown = next((name for name in names if name not in columns), None)
         if unknown is not None:
-            raise StoreError(f"--batch-by {unknown}: {table} has no such column{spelt(unknown, list(columns))}")
+            raise StoreError(f"--batch-by {unknown}: {table} does not have this column{spelt(unknown, list(columns))}")
         columns = columns[list(names)]
     found = []
     for name, column in columns.reindex(list(sids)).items():
         found += _numbers_of(column, f"{source}: column {name!r}", note)
     values = np.stack(found, axis=1) if found else np.zeros((len(sids), 0))
     if not len(found):
-        raise StoreError(f"--batch-by: nothing in {source} tells one subject from another")
+        raise StoreError(f"--batch-by: all subjects have equal or unknown values in {source}; choose other columns")
     missing = np.isnan(values).all(axis=1).sum()
     if missing:
-        note(f"--batch-by: {source} knows nothing of {missing} of {len(sids)} subjects, who go to batches at random")
+        note(f"--batch-by: {source} has no values for {missing} of {len(sids)} subjects; their batches are random")
     return values
 
 
 def _of_report(layout: StoreLayout) -> pd.DataFrame:
-    """Lung volume, mean lung density and slice thickness by sid, as far as the reports have them."""
+    """Read lung volume, mean lung density, slice thickness and kernel by sid, if the reports have them."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}
     if {"right_ml", "left_ml"} <= set(masks):
@@ -73,7 +75,10 @@ def _read_report(layout: StoreLayout, script: str) -> pd.DataFrame:
 
 
 def _numbers_of(column: pd.Series, what: str, note: Callable[[str], None]) -> list[np.ndarray]:
-    """A column as numbers with mean 0 and SD 1, (N,); of words one for each. None if all are alike."""
+    """Convert a column to arrays (N,) with mean 0 and SD 1.
+
+    A numeric column gives one array, and a column of words one per word. Constant arrays are left out.
+    """
     filled, numbers = filled_and_numbers(column.astype(object).where(column.notna(), "").astype(str))
     filled = filled.to_numpy()
     if filled.any() and np.isfinite(numbers[filled]).all():
@@ -81,7 +86,7 @@ def _numbers_of(column: pd.Series, what: str, note: Callable[[str], None]) -> li
     else:
         words = sorted(set(column[filled]))
         if len(words) > MOST_WORDS:
-            note(f"{what} left out, it has {len(words)} different texts")
+            note(f"{what} left out: it has {len(words)} different texts")
             return []
         given = [np.where(filled, (column == word).to_numpy(dtype=float), np.nan) for word in words]
     found = []

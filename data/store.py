@@ -1,7 +1,7 @@
-"""Reading a patch store: ours, and the published implementation's as it is.
+"""Read a patch store, from this package or from the published implementation.
 
-A store that is open stays the one that was opened: a file of it that changes is an error at the next reading, so that
-rows of two groupings are never mixed.
+A store must not change while it is open. If one of its files changes, the next read fails with an error, so rows of
+two different groupings are never mixed.
 """
 
 import functools
@@ -19,28 +19,28 @@ from data.tables import read_table
 from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
-SAMPLE_BYTES = 4096  # of a file's patches, at either end, that the store's version looks at
-COMPARED = 20  # subjects that look newer than the grouped files
-NAMED = 3  # subjects that a note names
-MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, of which a process may have 1024
+SAMPLE_BYTES = 4096  # bytes at each end of a file's data that enter the store's version
+COMPARED = 20  # largest number of subjects with newer files to compare with the grouped files
+NAMED = 3  # number of subjects that a note lists
+MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, and a process may have only 1024
 
 
 class PatchStore:
-    """Patches of N subjects at L locations, read a (location, subjects) block at a time.
+    """Patches of N subjects at L locations. Each read returns many subjects at one location.
 
     Attributes:
         locations: (L, 3) int64 corners, atlas voxel index (x, y, z).
-        sids: N subject names; row n of every read is sids[n].
-        grouped: True when grouped_patch/ is read, False when patch/ is.
+        sids: N subject names; row n of the store belongs to sids[n].
+        grouped: True if patches are read from grouped_patch/, False if from patch/.
 
     Args:
-        root: ``--root-dir``.
-        require_grouped: raise rather than fall back on patch/ (training reads one location of many
-            subjects at each step; from patch/ that is one seek per sample).
-        subjects: CSV with a column sid; only these subjects, in the store's order.
+        root: the folder of the store, ``--root-dir``.
+        require_grouped: raise an error instead of falling back to patch/. A training step reads many
+            subjects at one location, which from patch/ costs one seek per sample.
+        subjects: CSV with a column sid; only these subjects are read, in the order of the store.
 
     Raises:
-        StoreError: something is missing or files disagree; the message names the file.
+        StoreError: a file is missing or files disagree; the message names the file.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class PatchStore:
             self._open_grouped()
         elif require_grouped:
             raise StoreError(
-                f"{self.layout.grouped_dir} has no patch_loc_0.npy; run "
+                f"{self.layout.grouped_dir} does not have patch_loc_0.npy; run "
                 f"python preprocess/group_patches.py --root-dir {self.layout.root}"
             )
         else:
             self._open_by_subject()
-        self._stored = list(self.sids)  # rows of the files
-        self._rows = np.arange(len(self.sids))  # of the files
+        self._stored = list(self.sids)  # the subject of each row in the files
+        self._rows = np.arange(len(self.sids))  # row in the files of each selected subject
         if subjects is not None:
             self._select(subjects)
-        self.check_unchanged()  # grouping may have ended while the files were opened
+        self.check_unchanged()  # grouping may have finished while the files were being opened
 
     @property
     def num_locations(self) -> int:
@@ -77,17 +77,17 @@ class PatchStore:
 
     @property
     def files(self) -> list[Path]:
-        """Every file that patches are read from."""
+        """All files from which patches are read."""
         return [file.path for file in self._files]
 
-    # ------------------------------------------------------------ which one it is
+    # ------------------------------------------------------------ version
 
     @functools.cached_property
     def version(self) -> str:
-        """Sixteen digits that tell this store from another, wherever either lies.
+        """Sixteen hexadecimal digits that identify the content of this store, independent of its path.
 
-        Of the location table, the subjects and who of them is read, what grouping noted, and of every file its
-        shape and SAMPLE_BYTES at either end: a store as the published code left it has a version too.
+        A hash of the location table, the stored and the selected subjects, the grouping note, and each file's shape
+        and first and last SAMPLE_BYTES. It therefore also works for a store made by the published code.
         """
         digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
         if self.grouped and self.layout.grouped_note.is_file():
@@ -98,12 +98,12 @@ class PatchStore:
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, object]:
-        """What tells a run's data: kept with what is made of it, and compared by who goes on."""
+        """Return the facts that identify the data of a run. Outputs record them, and a resumed run compares them."""
         table = {"location_table": table_fingerprint(self.locations)}
         return {"num_subjects": self.num_subjects, "store_version": self.version, **table}
 
     def check_unchanged(self) -> None:
-        """Raise StoreError where a table or a file of patches is not the one that was opened."""
+        """Raise StoreError if a table or a patch file has changed since the store was opened."""
         for path, stamp in zip(self._tables, self._stamps):
             if _stamp(path) != stamp:
                 raise StoreError(_changed(path))
@@ -111,26 +111,29 @@ class PatchStore:
             file.check_unchanged()
 
     def notes(self) -> Iterator[str]:
-        """What patch/ and the grouped files do not agree on, a sentence each."""
+        """Yield a message for each difference between patch/ and the grouped files."""
         there = self.layout.patch_sids() if self.grouped else []
-        if not there:  # nothing to compare with: it may be removed once it is grouped
+        if not there:  # patch/ may be removed after grouping
             return
         again = f"python preprocess/group_patches.py --root-dir {self.layout.root}"
         grouped = set(self._stored)
         missing = [sid for sid in there if sid not in grouped]
         if missing:
-            yield f"{_some(missing)} of patch/ are not in grouped_patch/ and not read; {again} takes them in"
+            yield f"{_some(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
         gone = sorted(grouped.difference(there))
         if gone:
-            yield f"{_some(gone)} of grouped_patch/ are not in patch/ any more, and are read; {again} drops them"
+            yield f"{_some(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
         if self.layout.grouped_note.is_file():
             grouped_at = self.layout.grouped_note.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
             if newer and self._differ(newer[:COMPARED]):
-                yield f"{_some(newer)} of patch/ are newer than grouped_patch/, which is read; {again} takes them over"
+                yield f"{_some(newer)} in patch/ changed after grouping, but the old patches will be read; run {again}"
 
     def _differ(self, sids: list[str]) -> bool:
-        """Whether a subject's first patch is another in patch/ than grouped: a copied store has new times alone."""
+        """Whether any subject's first patch differs between patch/ and grouped_patch/.
+
+        Modification times are not enough, because copying a store renews them.
+        """
         for sid in sids:
             own = PatchFile(self.layout.patch(sid), self._mapped).read_rows(np.array([0]))
             grouped = self._files[0].read_rows(np.array([self._stored.index(sid)]))
@@ -147,48 +150,49 @@ class PatchStore:
             source = self.layout.subjects
         elif self.layout.grouping.is_dir():
             raise StoreError(
-                f"{self.layout.grouped_dir} is half renamed, grouping was stopped; run "
-                f"python preprocess/group_patches.py --root-dir {self.layout.root} to go on"
+                f"{self.layout.grouped_dir} is incomplete because grouping was interrupted; run "
+                f"python preprocess/group_patches.py --root-dir {self.layout.root} to finish it"
             )
         else:
             self.sids = self.layout.patch_sids()
             source = self.layout.patch_dir
-            if not self.sids:  # only grouped files were kept: rows stay rows, without their names
+            if not self.sids:  # only the grouped files were kept, so the subjects' names are unknown
                 self.sids = [f"row{row:05d}" for row in range(self._files[0].shape[0])]
         wanted = (len(self.sids), PATCH_SIZE, PATCH_SIZE, PATCH_SIZE)
         for file in self._files:
             if file.shape != wanted:
                 raise StoreError(
-                    f"{file.path} has shape {file.shape}, but {source} lists {len(self.sids)} subjects, so it must be "
+                    f"{file.path} has shape {file.shape}, but {source} lists {len(self.sids)} subjects, which needs "
                     f"{wanted}; run preprocess/group_patches.py --root-dir {self.layout.root} again"
                 )
         extra = self.layout.grouped(self.num_locations)
         if extra.exists():
             raise StoreError(
-                f"{extra} exists, but the location table has only {self.num_locations} rows: another table's store"
+                f"{extra} exists, but the location table has only {self.num_locations} rows; use the location table "
+                "that the patches were cut with"
             )
 
     def _open_by_subject(self) -> None:
         self.sids = self.layout.patch_sids()
         if not self.sids:
-            raise StoreError(f"--root-dir {self.layout.root} has neither grouped_patch/ nor patch/ with patches in it")
+            raise StoreError(f"--root-dir {self.layout.root} has no patches, neither in grouped_patch/ nor in patch/")
         self._files = [PatchFile(self.layout.patch(sid), self._mapped) for sid in self.sids]
         wanted = (self.num_locations, PATCH_SIZE, PATCH_SIZE, PATCH_SIZE)
         for file in self._files:
             if file.shape != wanted:
                 raise StoreError(
-                    f"{file.path} has shape {file.shape}, but the location table asks for {wanted}; "
-                    "cut it again with preprocess/patchify_images.py"
+                    f"{file.path} has shape {file.shape}, but the location table needs {wanted}; "
+                    "cut the patches again with preprocess/patchify_images.py"
                 )
 
     def _select(self, subjects: str | os.PathLike) -> None:
-        """Keep the subjects that a table lists."""
+        """Keep only the subjects that a table lists."""
         wanted = set(read_table(subjects, file_names=False)["sid"])
         lacking = sorted(wanted.difference(self.sids))
         if lacking:
             raise StoreError(
-                f"{subjects}: {len(lacking)} of its {len(wanted)} subjects are not in {self.layout.root}, "
-                f"the first {lacking[0]!r} (the store's first is {self.sids[0]!r})"
+                f"{subjects}: {len(lacking)} of its {len(wanted)} subjects are not in {self.layout.root}, for example "
+                f"{lacking[0]!r}; the first sid in the store is {self.sids[0]!r}"
             )
         self._rows = np.array([row for row, sid in enumerate(self.sids) if sid in wanted])
         self.sids = [self.sids[row] for row in self._rows]
@@ -196,10 +200,10 @@ class PatchStore:
     # ------------------------------------------------------------ reading
 
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
-        """Patches of some subjects at one location: (n, 32, 32, 32), each (z, y, x), in HU.
+        """Read patches of some subjects at one location: (n, 32, 32, 32), each (z, y, x), in HU.
 
-        int16 as stored. Other dtypes, which the published implementation allowed, come back clipped
-        to the HU range with NaN as -1024: whole numbers as int16, floats as float32.
+        int16 values are returned as stored. The published implementation also allowed other dtypes; these
+        are clipped to the HU range, with NaN as -1024: whole numbers as int16, floats as float32.
         """
         rows = self._rows[rows]
         if self.grouped:
@@ -208,13 +212,13 @@ class PatchStore:
 
 
 def _some(sids: list[str]) -> str:
-    """How many subjects, and the first names."""
+    """Return the number of subjects and the first few names, for a message."""
     names = ", ".join(sids[:NAMED]) + (", ..." if len(sids) > NAMED else "")
     return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Tells one version of a file from another; None where there is none."""
+    """Return a stamp that changes with the file, or None if the file does not exist."""
     try:
         return _of(os.stat(path))
     except OSError:
@@ -227,15 +231,15 @@ def _of(status: os.stat_result) -> tuple[int, int, int]:
 
 def _changed(path: Path) -> str:
     return (
-        f"{path} has changed since this run opened the store (grouped again, or a subject added?); what it read before "
-        "and would read now do not go together: let preprocessing end, then start again"
+        f"{path} has changed since this run opened the store, for example because patches were grouped again or a "
+        "subject was added. Wait until preprocessing has finished, then start again"
     )
 
 
 class PatchFile:
-    """One .npy file of patches, mapped when first read so that worker processes map their own.
+    """One .npy file of patches. It is mapped at the first read, so each data-loader worker makes its own mapping.
 
-    ``mapped`` lists the store's files that are mapped now; the one mapped first makes room.
+    ``mapped`` lists the mapped files of the store. If there are too many, the oldest mapping is closed.
     """
 
     def __init__(self, path: Path, mapped: "deque[PatchFile]"):
@@ -247,24 +251,24 @@ class PatchFile:
                 self.offset = stream.tell()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
-            raise StoreError(f"{path} is not there; run preprocess/group_patches.py again") from None
+            raise StoreError(f"{path} does not exist; run preprocess/group_patches.py again") from None
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
-            raise StoreError(f"{path} is {error}; make it again") from error
+            raise StoreError(f"{path} is {error}; create it again") from error
         if self.dtype.kind not in "iufb":
-            raise StoreError(f"{path} has dtype {self.dtype}; patches are real numbers in HU")
+            raise StoreError(f"{path} has dtype {self.dtype}, but patches must be real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
         self._stamp, self._end = _of(status), expected
         self._array = None
 
     def check_unchanged(self) -> None:
-        """Raise StoreError where it is another file than the one that was opened, or was written to."""
+        """Raise StoreError if the file was replaced or written to after it was opened."""
         if _stamp(self.path) != self._stamp:
             raise StoreError(_changed(self.path))
 
     def sample(self) -> bytes:
-        """Some bytes of its patches, from either end."""
+        """Read the first and the last SAMPLE_BYTES of the patches."""
         with open(self.path, "rb") as stream:
             stream.seek(self.offset)
             start = stream.read(min(SAMPLE_BYTES, self._end - self.offset))
@@ -272,13 +276,13 @@ class PatchFile:
             return start + stream.read(min(SAMPLE_BYTES, self._end - self.offset))
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows in HU; see to_hu."""
+        """Read rows in HU; see to_hu."""
         return to_hu(self.stored_rows(rows))
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows as they are stored."""
-        array = self._array  # kept here: another thread may take it off the list
-        self.check_unchanged()  # before: reading a file that was cut short ends the process
+        """Read rows in the stored dtype."""
+        array = self._array  # local copy, because another thread may close the mapping
+        self.check_unchanged()  # before the read, because reading a truncated file kills the process
         if array is None:
             order = "F" if self.fortran else "C"
             array = self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
@@ -286,5 +290,5 @@ class PatchFile:
             if len(self._mapped) > MAX_OPEN:
                 self._mapped.popleft()._array = None
         patches = np.asarray(array[rows])
-        self.check_unchanged()  # after: so nobody wrote while it was read
+        self.check_unchanged()  # after the read, to detect writes during it
         return patches

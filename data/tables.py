@@ -1,4 +1,4 @@
-"""CSV tables keyed by sid. A sid is text everywhere: 007 stays 007."""
+"""Read and write CSV tables keyed by sid. A sid is always text, so 007 stays 007."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from data.layout import StoreError
 if TYPE_CHECKING:
     import pandas as pd
 
-# Names that are also file names: anything that could leave its folder, hide, or break a line is out.
+# A sid becomes part of a file name. Characters that leave a folder, hide a file or break a line are not allowed.
 _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 
 
-# A number with a decimal comma, or a whole one beside it.
+# A cell of a column with decimal commas: a number with a comma, a whole number, or a missing value.
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", re.IGNORECASE)
 _NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
-# What Excel makes of a name of many digits.
+# The form in which Excel shows a name of many digits, for example 1.23457E+15.
 _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
-SHOWN = 8  # columns named in a message
+SHOWN = 8  # number of columns that a message lists
 
 
 def _some(columns: Sequence[str]) -> str:
@@ -36,7 +36,7 @@ def _some(columns: Sequence[str]) -> str:
 
 
 def plain_name(text: str) -> str:
-    """A name in composed Unicode, as Linux and Windows write it and macOS does not, without characters of no width."""
+    """Return a name in composed Unicode (macOS writes decomposed), without zero-width characters."""
     return "".join(_NO_WIDTH.split(unicodedata.normalize("NFC", text))).strip()
 
 
@@ -44,33 +44,33 @@ def check_sid(sid: str) -> None:
     """Raise StoreError unless ``sid`` is safe as a part of a file name."""
     if not _SAFE_SID.fullmatch(sid) or ".." in sid or len(sid) > 128:
         raise StoreError(
-            f"sid {sid!r} cannot be a file name; use letters, digits and . _ - (it starts with a letter or digit)"
+            f"sid {sid!r} cannot be a file name; start with a letter or digit, and use only letters, digits and . _ -"
         )
 
 
 def read_table(
     path: str | os.PathLike, required: tuple[str, ...] = ("sid",), file_names: bool = True, one_row: bool = True
 ) -> pd.DataFrame:
-    """Read a CSV as text, every cell a string, and check its sid column.
+    """Read a CSV with every cell as a string, and check its sid column.
 
     Args:
-        path: with a header. Empty cells beyond it, as a spreadsheet's trailing commas, are left out; so are columns
-            without a name.
-        required: columns that must be there.
-        file_names: whether files will be named after the sids, so that each must be safe for that.
-        one_row: whether a subject may have one row only.
+        path: a CSV with a header. Columns without a name are dropped, and so are the empty cells that a
+            spreadsheet's trailing commas make.
+        required: columns that the table must have.
+        file_names: whether each sid must be safe as part of a file name.
+        one_row: whether each subject may have only one row.
 
     Raises:
-        StoreError: missing or unreadable file, missing column, more cells than columns, no rows, a
-            sid that is unsafe as a file name, or twice where it may not be.
+        StoreError: the file is missing or unreadable, has no rows, lacks a required column, or has a row with
+            more cells than the header; or a sid is unsafe as a file name or not allowed to repeat.
     """
     path = Path(path)
     if not path.is_file():
-        raise StoreError(f"no table at {path}")
+        raise StoreError(f"{path} does not exist or is not a file; give the path of a CSV table")
     try:
         table = _read_text(path)
     except UnicodeDecodeError:
-        raise StoreError(f"{path} is no text in UTF-8; it must be a table saved as CSV UTF-8") from None
+        raise StoreError(f"{path} is not UTF-8 text; save the table as CSV UTF-8") from None
     except (ValueError, OSError, csv.Error) as error:
         raise StoreError(f"{path} cannot be read as a CSV table: {error}") from error
     for name in required:
@@ -79,7 +79,7 @@ def read_table(
                 f"{path} has no column {name!r}; its columns are {_some(table.columns)}{_hint(name, table.columns)}"
             )
     if table.empty:
-        raise StoreError(f"{path} has a header and no rows")
+        raise StoreError(f"{path} has a header but no rows")
     if "sid" in table.columns:
         table["sid"] = [plain_name(sid) for sid in table["sid"]]
     for line, sid in enumerate(table["sid"] if file_names else (), start=2):
@@ -90,33 +90,33 @@ def read_table(
     shortened = next((sid for sid in table["sid"] if _SHORTENED.fullmatch(sid)), None)
     if shortened is not None:
         raise StoreError(
-            f"{path} has sid {shortened!r}, a long number that a spreadsheet has shortened; format the column as text, "
-            "and save the table again from its source"
+            f"{path} has sid {shortened!r}, a long number that a spreadsheet has shortened; open the original table, "
+            "format the column as text and save it again"
         )
     twice = table["sid"][table["sid"].duplicated()]
     if one_row and len(twice):
-        raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; one row a subject")
+        raise StoreError(f"{path} has sid {twice.iloc[0]!r} more than once; keep one row per subject")
     return table
 
 
 def spelt(name: str, columns: Sequence[str]) -> str:
-    """What a table has in place of a column that it lacks, to end a message: the nearest name, or some of its own."""
+    """Return the end of a message on a missing column: the column with the most similar name, or a list of columns."""
     near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], 1, 0.5)
     meant = next((column for column in columns if near and column.lower() == near[0]), None)
     return f"; did you mean {meant}?" if meant else f"; it has {_some(columns)}"
 
 
 def _hint(name: str, columns: Sequence[str]) -> str:
-    """The usual reason for a missing column."""
+    """Return a hint on the usual reason for a missing column, or an empty string."""
     if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
-        return "; cells must be separated by commas"
+        return "; separate the cells with commas"
     other = next((column for column in columns if column.lower() == name), None)
     return f"; write {name} instead of {other}" if other else ""
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    """A CSV's cells as they are, stripped; blank lines are left out, cells missing at a line's end are empty."""
-    import pandas as pd  # here: training on a machine without it reads no table
+    """Read a CSV's cells as stripped text. Blank lines are skipped; cells missing at the end of a line are empty."""
+    import pandas as pd  # imported here, so that training without tables does not need pandas
 
     with open(path, newline="", encoding="utf-8-sig") as stream:
         delimiter = _delimiter(stream)
@@ -133,22 +133,22 @@ def _read_text(path: Path) -> pd.DataFrame:
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells[len(header) :]):
-                other = len(header) == 1 and re.search("[;\t]", header[0])  # and decimal commas
-                hint = "; cells must be separated by commas" if other else ""
-                raise ValueError(f"line {lines.line_num} has more cells than the {len(header)} of the header{hint}")
+                other = len(header) == 1 and re.search("[;\t]", header[0])  # decimal commas made the extra cells
+                hint = "; separate the cells with commas" if other else ""
+                raise ValueError(f"line {lines.line_num} has more cells than the header, which has {len(header)}{hint}")
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
     if delimiter == ";":
         rows = _with_points(rows)
-    named = [index for index, name in enumerate(header) if name]  # row numbers, which pandas writes, have no name
+    named = [index for index, name in enumerate(header) if name]  # pandas writes row numbers in a column without a name
     return pd.DataFrame(rows, columns=range(len(header)), dtype=str)[named].set_axis([header[n] for n in named], axis=1)
 
 
 def _delimiter(stream: TextIO) -> str:
-    """What separates a table's cells, by its header; the stream is left at it.
+    """Find the separator of a table's cells; the stream is left at the header.
 
-    A comma; or the semicolon or tab of a spreadsheet, if the header has one of them and no comma; or what a first line
-    ``sep=`` says, which Excel writes and reads.
+    It is the semicolon or the tab if the header has only that one and no comma; otherwise it is the comma.
+    A first line ``sep=``, which Excel writes and reads, takes precedence.
     """
     first = stream.readline()
     if named := re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE):
@@ -159,7 +159,7 @@ def _delimiter(stream: TextIO) -> str:
 
 
 def _with_points(rows: list[list[str]]) -> list[list[str]]:
-    """Cells of a table with semicolons, decimal commas as points: in columns where every number that has one is so."""
+    """Replace decimal commas with points in the columns where every filled cell is a number or a missing value."""
     if not rows:
         return rows
     columns = list(zip(*rows))
@@ -173,18 +173,18 @@ def _with_points(rows: list[list[str]]) -> list[list[str]]:
 
 
 def feature_columns(count: int) -> list[str]:
-    """Names of the features in patient_features.csv: f000 ..."""
+    """Return the names of the feature columns in patient_features.csv: f000, f001, ..."""
     width = max(3, len(str(count - 1)))
     return [f"f{index:0{width}d}" for index in range(count)]
 
 
 def feature_text(features: Iterable[float]) -> list[str]:
-    """Features in nine digits, which give the same float32 back."""
+    """Format features with nine digits, enough to restore the same float32."""
     return [f"{value:.9g}" for value in features]
 
 
 def feature_table(sids: Sequence[str], features: np.ndarray) -> str:
-    """patient_features.csv: sid, f000 ...; (N, rep_dim) float32."""
+    """Return the text of patient_features.csv, with columns sid, f000, ..., from features (N, rep_dim) float32."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["sid", *feature_columns(features.shape[1])])

@@ -1,1 +1,1 @@
-"""The ground floor: what every program here needs, whatever it computes."""
+"""Shared foundations of all programs: commands, files, processes and experiments."""

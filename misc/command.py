@@ -1,4 +1,4 @@
-"""What makes a script a command: its flags, its errors in one line, its exit status.
+"""Shared behaviour of the command-line scripts: flags, one-line errors and exit statuses.
 
 def main() -> int | None:
     parser = Parser(__doc__)
@@ -23,41 +23,42 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-USER_ERROR = 2  # exit status for what the user can mend; argparse's too
-LOST = 75  # of a rank that lost another one (sysexits.h: a temporary failure); the launcher tells of the other
+USER_ERROR = 2  # exit status for errors that the user can fix, the same as argparse's
+LOST = 75  # exit status of a rank that lost another rank (a temporary failure in sysexits.h)
 STOPPING = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGUSR1,
     signal.SIGHUP,
-)  # asked by these, a program ends in good order
-LATER_SECONDS = 5  # for a launcher of ranks, which looks at its processes ten times a second
+)  # signals on which a program shuts down in an orderly way
+LATER_SECONDS = 5  # time for the launcher to end the other ranks; it polls its processes ten times a second
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message is all that is shown: what was wrong, where, what to do."""
+    """An error that the user can fix. Only its message is shown: what is wrong, where, and what to do."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to stop; its number is the only argument."""
+    """A signal asked this process to stop. Its number is the only argument."""
 
 
 # ============================================================ flags
 
 
 class Bounded:
-    """A number with limits, as the ``type`` of a flag; Parser checks the limits and names the flag.
+    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and names the flag.
 
     Args:
         kind: int or float.
-        low, high: smallest and largest value; nan and infinity are never admitted.
-        words: what to say of a value outside.
-        complete: whether these words say it all, also of a value that is no number; else --help is pointed to.
+        low, high: smallest and largest allowed value; nan and infinity are never allowed.
+        words: the requirement, printed after "must be" for a value outside the limits.
+        complete: whether ``words`` is the whole message, also for text that is not a number; otherwise the
+            message refers to --help.
     """
 
     def __init__(self, kind: type, low: float, high: float, words: str, complete: bool = False):
         self.kind, self.low, self.high, self.words, self.complete = kind, low, high, words, complete
-        self.__name__ = kind.__name__  # argparse's "invalid float value"
+        self.__name__ = kind.__name__  # argparse prints it: "invalid float value"
 
     def __call__(self, text: str) -> Any:
         try:
@@ -68,23 +69,23 @@ class Bounded:
             raise
 
     def complaint(self, value: Any) -> str | None:
-        """What is wrong with a value, to be read after the flag and the value; None where nothing is."""
+        """Return the end of an error message, which follows the flag and the value; None if the value is allowed."""
         fits = not isinstance(value, str) and self.low <= value <= self.high and abs(value) < math.inf
-        return None if fits else f": {self.words}{'' if self.complete else '; see --help'}"
+        return None if fits else f" must be {self.words}{'' if self.complete else '; see --help'}"
 
 
 def at_least(kind: type, low: float, words: str = "") -> Bounded:
-    """A number from ``low`` on. ``words`` replaces the complaint "at least LOW"."""
+    """Accept numbers of at least ``low``. ``words`` replaces the default text "at least LOW"."""
     return Bounded(kind, low, math.inf, words or f"at least {low}", complete=bool(words))
 
 
 def between(kind: type, low: float, high: float) -> Bounded:
-    """A number from ``low`` to ``high``, both included."""
+    """Accept numbers from ``low`` to ``high``, both included."""
     return Bounded(kind, low, high, f"between {low} and {high}", complete=True)
 
 
 class OneOf:
-    """One of a few words, as the ``type`` of a flag."""
+    """One of a fixed set of words, for use as the ``type`` of a flag."""
 
     def __init__(self, *words: str):
         self.words = words
@@ -95,14 +96,14 @@ class OneOf:
     def complaint(self, value: str) -> str | None:
         if value in self.words:
             return None
-        return " is neither " + " nor ".join(self.words) if len(self.words) == 2 else f" is none of {self}"
+        return " must be " + " or ".join(self.words) if len(self.words) == 2 else f" must be one of {self}"
 
     def __str__(self) -> str:
         return ", ".join(self.words)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, shows every default that says something, and a OneOf's words."""
+    """Help that keeps the description's line breaks and shows meaningful defaults and the words of each OneOf."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or action.default == "" or action.nargs == 0
@@ -115,7 +116,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, defaults in the help, whole flag names, and limits beside each flag."""
+    """An argparse parser with one-line errors, defaults in the help, unabbreviated flags and checked limits."""
 
     def __init__(self, description: str | None = None, **more: Any):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **more)
@@ -124,13 +125,13 @@ class Parser(argparse.ArgumentParser):
         self.refuse(f"{message}; see --help")
 
     def refuse(self, message: str) -> NoReturn:
-        """Leave with a message that already says what to do."""
+        """Exit with a message that already says what to do."""
         print_error(message)
         sys.exit(USER_ERROR)
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
-        if rest:  # parse_args refuses these, and they come first
+        if rest:  # parse_args reports unknown flags first
             return parsed, rest
         for action in self._actions:
             if isinstance(action.type, (Bounded, OneOf)):
@@ -142,14 +143,14 @@ class Parser(argparse.ArgumentParser):
         return parsed, rest
 
 
-# ============================================================ errors and endings
+# ============================================================ errors and exit
 
 
 def print_error(message: object) -> None:
-    """One line on standard error.
+    """Print one line on standard error.
 
-    Ranks mostly share a fault: the others give the first one time to tell it, and the launcher to
-    end them, before they tell theirs.
+    All ranks usually fail for the same reason. The others therefore wait before they print: rank 0 prints
+    the error first, and the launcher can end them meanwhile.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -158,23 +159,27 @@ def print_error(message: object) -> None:
 
 
 def _stop(number: int, _: Any) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the ending
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not disturb the shutdown
     raise Stopped(number)
 
 
 def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers or --num-workers") -> NoReturn:
-    """Run a script's main and leave with an exit status, the same in every script.
+    """Run a script's main function and exit. All scripts use the same exit statuses.
 
-    ``memory`` names the flags to lower where memory does not do.
+    - 0, or the value that main returns.
+    - 2 with a one-line message after a UserError or a system error (a full disk, a folder without
+      write permission), or if memory runs out.
+    - 128 + the signal's number after a signal of STOPPING.
+    - 1 with a traceback after any other error, without waiting for other processes.
 
-    0, or what main returns; 2 after a UserError or an error of the system (a full disk, a folder that
-    may not be written) or for want of memory, told in one line; 128 + the signal's number after one of STOPPING;
-    1 with a traceback after anything else, without waiting for other processes.
+    Args:
+        main: the script's main function.
+        memory: names the flags to lower if memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console that is not UTF-8 gets a code for what it cannot show
+        if hasattr(stream, "reconfigure"):  # a console without UTF-8 shows escape codes for other characters
             stream.reconfigure(errors="backslashreplace")
-    if "RANK" not in os.environ:  # a rank is ended by SIGTERM when another has failed, which tells why
+    if "RANK" not in os.environ:  # the launcher ends a rank by SIGTERM after another rank has failed and said why
         for number in STOPPING:
             if number != signal.SIGINT and heeded(number):
                 signal.signal(number, _stop)
@@ -184,7 +189,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
         print_error(out_of_memory(error, memory) if is_out_of_memory(error) else error)
         status = USER_ERROR
     except KeyboardInterrupt as stop:
-        print("stopped; start again to go on", file=sys.stderr)
+        print("stopped; start again to continue", file=sys.stderr)
         status = 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
     except Exception as error:
         if is_out_of_memory(error):
@@ -196,14 +201,14 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once; data-loader workers and other ranks are not waited for."""
+    """End this process at once, without waiting for data-loader workers or other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def heeded(number: int) -> bool:
-    """Whether a signal means anything to this process: nohup has SIGHUP ignored, and so it stays."""
+    """Whether this process reacts to a signal. Under nohup SIGHUP is ignored and must stay ignored."""
     return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
 
@@ -211,7 +216,7 @@ def heeded(number: int) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of Python, NumPy or torch, says that the host's or a GPU's memory did not do."""
+    """Whether an error from Python, NumPy or torch means that host or GPU memory ran out."""
     words = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate")
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -221,25 +226,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, lower: str) -> str:
-    """The sentence; ``lower`` names the flags."""
+    """Return the out-of-memory message; ``lower`` names the flags to lower."""
     gpu = "cuda" in str(error).lower()
     asked = re.search(r"(?:allocate|you tried to allocate) ([\d.]+ ?[a-zA-Z]+)", str(error), re.IGNORECASE)
-    size = f" (asked for {asked[1]} more)" if asked else ""
+    size = f" ({asked[1]} more requested)" if asked else ""
     return f"out of memory on the {'GPU' if gpu else 'host'}{size}; lower {lower}"
 
 
 class StopRequest:
-    """Notes the signals of STOPPING instead of stopping at once, for a loop that saves first.
+    """Records the signals of STOPPING instead of stopping at once, for a loop that saves before it stops.
 
     Attributes:
-        number: of the first signal received; 0 before.
+        number: number of the first signal received; 0 if none has arrived.
     """
 
     def __init__(self):
         self.number = 0
 
     def listen(self) -> None:
-        """Take the signals from now on."""
+        """Start to record the signals."""
         for number in STOPPING:
             if heeded(number):
                 signal.signal(number, self._note)
@@ -252,23 +257,23 @@ class StopRequest:
         return signal.Signals(self.number).name
 
     def leave(self) -> NoReturn:
-        """End this process at once, with a status that says which signal it was: it may be started again."""
+        """End this process at once with a status that encodes the signal, so a scheduler can start it again."""
         leave(128 + self.number)
 
 
 # ============================================================ processes and cores
 
-PR_SET_PDEATHSIG = 1  # prctl(2): a signal when the process that started this one ends
+PR_SET_PDEATHSIG = 1  # prctl(2): send a signal when the parent process ends
 
 
 def end_with_parent(number: int) -> None:
-    """Have the system send this process a signal when the one that started it ends, so that none is left behind."""
+    """Let the system send this process a signal when its parent ends, so that no orphan stays behind."""
     with contextlib.suppress(OSError, AttributeError):  # not on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; Slurm and containers give fewer than the machine has."""
-    from dask.system import CPU_COUNT  # knows a container's quota too
+    """Return the number of cores that this process may use; Slurm and containers may allow fewer than exist."""
+    from dask.system import CPU_COUNT  # also respects a container's CPU quota
 
     return CPU_COUNT

@@ -1,4 +1,4 @@
-"""Names and rules inside an experiment's folder, ssl_exp/NAME, as data/layout.py has them for a store."""
+"""File names and rules of an experiment folder, ssl_exp/NAME. data/layout.py is the counterpart for a store."""
 
 import hashlib
 import json
@@ -16,38 +16,38 @@ from misc.command import UserError
 from misc.files import remove_leftovers, this_process, try_lock, write_json
 
 CODE = Path(__file__).resolve().parent.parent
-METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # what training and extraction run
-HOME = Path("ssl_exp")  # of experiments, under the current folder
-UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # of an epoch under way
+METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # sources that training and extraction run
+HOME = Path("ssl_exp")  # parent folder of all experiments, relative to the current folder
+UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # checkpoint within an epoch
 CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
 
 
 class ExperimentError(UserError):
-    """An experiment's folder is in use, occupied, or lacks something; the message says what to do."""
+    """An experiment folder is in use, already has checkpoints, or lacks a file; the message says what to do."""
 
 
 def checkpoint_name(epoch: int) -> str:
-    """File name after ``epoch`` finished epochs."""
+    """Return the name of the checkpoint after ``epoch`` finished epochs."""
     return f"checkpoint_patch_{epoch:04d}.pth.tar"
 
 
 def listed(folder: Path) -> str:
-    """The checkpoints in a folder, for a message; empty where there are none."""
+    """List the checkpoints in a folder for a message; return an empty string if there are none."""
     there = sorted(path.name for path in folder.glob("*.pth.tar")) if folder.is_dir() else []
     return f"{folder} has {', '.join(there)}" if there else ""
 
 
 class Experiment:
-    """Paths inside an experiment's folder, and what may happen to its files."""
+    """Paths inside an experiment folder, and the rules for reading, keeping and replacing its files."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
 
     @classmethod
     def named(cls, name: str) -> "Experiment":
-        """ssl_exp/NAME. Raises ExperimentError for a name that leaves ssl_exp/."""
+        """Return the experiment ssl_exp/NAME. Raises ExperimentError for a path outside ssl_exp/."""
         if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ExperimentError(f"--exp-name {name!r}: the name of a folder that goes into {HOME}/")
+            raise ExperimentError(f"--exp-name {name!r} must be a folder name inside {HOME}/")
         return cls(HOME / name)
 
     def checkpoint(self, epoch: int) -> Path:
@@ -66,32 +66,33 @@ class Experiment:
         return self.folder / "configs.json"
 
     def features(self, epoch: int, step: int = 0) -> Path:
-        """Folder of features; those from within an epoch must not overwrite the epoch's."""
+        """Return the folder of features. Features from within an epoch get a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
     def _own(self, path: Path) -> bool:
         return path.resolve().parent == self.folder.resolve()
 
-    # ------------------------------------------------------------ going on
+    # ------------------------------------------------------------ resuming
 
     def numbered(self) -> dict[int, Path]:
-        """Checkpoints of finished epochs, by epoch."""
+        """Map the number of finished epochs to each checkpoint."""
         found = self.folder.glob("checkpoint_patch_*.pth.tar")
         return {int(match[1]): path for path in found if (match := CHECKPOINT_PATTERN.fullmatch(path.name))}
 
     def latest(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
-        """The checkpoint that is furthest on: an unfinished epoch's, else the highest number.
+        """Return the checkpoint with the most training: the unfinished epoch's, or the highest number.
 
-        One that cannot be read is told, and the one before it taken.
+        An unreadable checkpoint is reported, and the one before it is used.
 
         Args:
-            progress: a checkpoint's finished epochs, and steps of the next; raises UserError where it is damaged.
+            progress: returns a checkpoint's finished epochs and its steps in the next epoch; raises UserError if the
+                checkpoint is damaged.
             say: prints a line.
 
         Raises:
-            ExperimentError: there are some, and none can be read.
+            ExperimentError: checkpoints exist, but none can be read.
         """
         found: list[tuple[tuple[int, int], Path]] = []
         damaged: list[str] = []
@@ -104,17 +105,17 @@ class Experiment:
                 damaged.append(str(error))
                 continue
             if path != self.unfinished:
-                break  # those before it are not so far on
+                break  # earlier checkpoints have less training
         if damaged and not found:
-            raise ExperimentError(f"{damaged[0]}; and {self.folder} has no checkpoint that can be read")
-        # Of equal places the unfinished one: it is the first.
+            raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
+        # max returns the first of equal items, which is the unfinished one.
         best = max(found, key=lambda item: item[0])[1] if found else None
         for text in damaged:
-            say(f"note: {text}; going on from {best}")
+            say(f"note: {text}; resuming from {best} instead")
         return best
 
     def keep_latest(self, count: int) -> None:
-        """Remove the checkpoints of finished epochs but the latest ``count``; all are kept for 0, and epoch 0's is."""
+        """Keep the latest ``count`` checkpoints of finished epochs and checkpoint 0; ``count`` 0 keeps all."""
         numbered = self.numbered()
         for epoch in sorted(set(numbered) - {0})[: -count or 0]:
             numbered[epoch].unlink(missing_ok=True)
@@ -125,10 +126,14 @@ class Experiment:
         progress: Callable[[Path], tuple[int, int]],
         say: Callable[[str], None] = lambda _: None,
     ) -> Path | None:
-        """What --resume means: '', auto, a name in the folder or a path. None starts anew.
+        """Find the checkpoint that --resume selects; None means a new run.
+
+        Args:
+            resume: '', auto, the name of a checkpoint in the folder, or a path.
+            progress, say: as in :meth:`latest`.
 
         Raises:
-            ExperimentError: there is no such checkpoint, or going on would overwrite other ones.
+            ExperimentError: the checkpoint does not exist, or the run would overwrite other checkpoints.
         """
         if resume == "auto":
             return self.latest(progress, say)
@@ -136,7 +141,7 @@ class Experiment:
         if not resume:
             if occupied:
                 raise ExperimentError(
-                    f"{self.folder} has checkpoints already; give --resume auto to go on, or another --exp-name"
+                    f"{self.folder} already has checkpoints; use --resume auto to continue, or another --exp-name"
                 )
             return None
         inside = self.folder / resume
@@ -144,21 +149,21 @@ class Experiment:
         if not found.is_file():
             there = listed(self.folder).removeprefix(str(self.folder))
             raise ExperimentError(
-                f"--resume {resume}: no checkpoint of that name in {self.folder}"
+                f"--resume {resume}: no checkpoint with this name in {self.folder}"
                 + (f", which{there}" if there else "")
-                + ", and no file at that path"
+                + ", and no file at this path"
             )
         if occupied and not self._own(found):
             raise ExperimentError(
-                f"{self.folder} has checkpoints already, which going on from {found} would overwrite; "
+                f"{self.folder} already has checkpoints, which resuming from {found} would overwrite; "
                 "choose another --exp-name"
             )
         return found
 
     def set_aside_later(self, resumed: Path, epoch: int) -> list[str]:
-        """Rename this folder's checkpoints that are further on than ``resumed``: they will be trained anew.
+        """Rename the checkpoints in this folder with more training than ``resumed``, and return their old names.
 
-        Under another name they are kept, and --resume auto does not take them for this run's.
+        The resumed run will train these epochs again. The new names keep the files without confusing --resume auto.
         """
         if not self._own(resumed):
             return []
@@ -171,23 +176,23 @@ class Experiment:
         return sorted(path.name for path in later)
 
     def claim(self) -> TextIO:
-        """log.jsonl, opened for this run alone, until it is closed or the process ends.
+        """Open and lock log.jsonl, which reserves the folder for this run until the file is closed.
 
         Raises:
-            ExperimentError: another run has it, and the folder with it.
+            ExperimentError: another run holds the lock and therefore uses the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = open(self.log, "a+", buffering=1)  # noqa: SIM115 (open for the whole run)
+        log = open(self.log, "a+", buffering=1)  # noqa: SIM115 (stays open for the whole run)
         if not try_lock(log):
             log.close()
             raise ExperimentError(
-                f"{self.folder} is in use by another run{self._whose()}; let it end, or choose another --exp-name"
+                f"{self.folder} is in use by another run{self._whose()}; wait until it ends, or use another --exp-name"
             )
         remove_leftovers(self.folder)
         return log
 
     def _whose(self) -> str:
-        """Who has the folder, as far as its configuration tells."""
+        """Describe the process that uses the folder, if its configuration names one."""
         try:
             return f" ({self.read_config()['process']})"
         except (ExperimentError, KeyError, AttributeError):
@@ -196,30 +201,32 @@ class Experiment:
     # ------------------------------------------------------------ configuration
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
-        """configs.json: the settings, the commit and the versions."""
+        """Write configs.json with the settings, the commit and the package versions."""
         write_json(self.configs, {**settings, **environment(), "process": this_process()})
 
     def read_config(self) -> EasyDict:
-        """configs.json with its entries as attributes, as the publication's scripts use theirs.
+        """Read configs.json, with its entries as attributes as in the published scripts.
 
         Raises:
-            ExperimentError: it is missing or no JSON object.
+            ExperimentError: the file is missing or is not a JSON object.
         """
         try:
             settings = json.loads(self.configs.read_text(encoding="utf-8"))
-            return EasyDict({**settings})  # raises TypeError for anything but an object; EasyDict takes null for one
+            return EasyDict({**settings})  # ** raises TypeError unless it is an object; EasyDict would accept null
         except FileNotFoundError:
-            raise ExperimentError(f"{self.configs} is not there") from None
+            raise ExperimentError(f"{self.configs} does not exist") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise ExperimentError(f"{self.configs} cannot be read as an experiment's settings") from None
 
     # ------------------------------------------------------------ for extraction
 
     def find_checkpoint(self, name: str) -> Path:
-        """A checkpoint's name in the folder, or a path; the reader says what is there where neither exists.
+        """Find a checkpoint by its name in the folder or by its path.
+
+        If neither exists, return the path in the folder; reading it fails with a message that lists what exists.
 
         Raises:
-            ExperimentError: the folder is the name in training, without ssl_exp/.
+            ExperimentError: the folder was given as for training, without ssl_exp/.
         """
         inside = self.folder / name
         for path in (inside, Path(name)):
@@ -228,23 +235,23 @@ class Experiment:
         trained = HOME / self.folder
         if not self.folder.exists() and trained.is_dir():
             raise ExperimentError(
-                f"--exp-name {self.folder} is no folder, {trained} is: here it is the folder of the experiment"
+                f"--exp-name {self.folder} is not a folder; give the path of the experiment here, {trained}"
             )
         return inside
 
     def root_dir(self) -> str:
-        """The patch store that the experiment was trained on. Raises ExperimentError: give --root-dir."""
+        """Return the patch store that the experiment was trained on. Raises ExperimentError if it is unknown."""
         try:
             root = self.read_config().get("root_dir")
         except ExperimentError as error:
-            raise ExperimentError(f"{error} to tell the patch store; give --root-dir") from None
+            raise ExperimentError(f"{error}, so the patch store is unknown; give --root-dir") from None
         if not isinstance(root, str):
-            raise ExperimentError(f"{self.configs} names no root_dir; give --root-dir")
+            raise ExperimentError(f"{self.configs} has no entry root_dir; give --root-dir")
         return root
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its flags: the commit and the versions."""
+    """Collect what a run depends on in addition to its flags: commit, package versions and GPU."""
     import numpy as np
     import torch
 
@@ -258,7 +265,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit, and whether files differ from it; unknown where this is no clone."""
+    """Return the commit and whether files differ from it, or "unknown" outside a git clone."""
     try:
         git = ["git", "-C", str(CODE)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -269,7 +276,7 @@ def git_commit() -> str:
 
 
 def source_hash() -> str:
-    """Sixteen digits of the sources themselves, which uncommitted changes and copies without git have too."""
+    """Return sixteen hexadecimal digits that identify the source files, even without git or a commit."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in METHOD for path in CODE.glob(pattern)}):
         digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -277,5 +284,5 @@ def source_hash() -> str:
 
 
 def running_code() -> dict[str, str]:
-    """Both, by name."""
+    """Return the commit and the source hash by name."""
     return {"git_commit": git_commit(), "source_hash": source_hash()}

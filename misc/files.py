@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed, renamed. And locks between processes."""
+"""Write files atomically (temporary file, flush, rename), and lock files between processes."""
 
 import contextlib
 import fcntl
@@ -21,19 +21,19 @@ import numpy as np
 
 from misc.command import UserError
 
-LEFTOVER_SECONDS = 3600  # age of a half-written file that no run can be writing any more
+LEFTOVER_SECONDS = 3600  # a partial file older than this belongs to a killed run
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """An error of the system that names no file (a full disk, while writing) names this one."""
+    """Add this file's name to a system error that lacks one, for example if the disk is full."""
     try:
         yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except RuntimeError as error:  # torch's writer of archives: the system's error is what it came upon
+    except RuntimeError as error:  # torch's archive writer hides the system error in the context
         cause = error.__context__
         if not isinstance(cause, OSError) or cause.errno is None:
             raise
@@ -41,12 +41,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Call ``write`` with a file beside ``path``, flush it to the disk, rename it.
+    """Call ``write`` with a temporary file next to ``path``, flush it to disk and rename it to ``path``.
 
-    A crash leaves the old file or the new one, never half of it; a failure leaves nothing behind.
+    After a crash there is either the old or the new file, never a partial one. An error leaves no temporary file.
 
     Raises:
-        OSError: names ``path`` where the system names no file, as when the disk is full.
+        OSError: names ``path`` even if the system's error does not, for example if the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +64,10 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path of the same name in a folder beside ``path``, for writers that open files themselves.
+    """Provide a temporary path with the same file name, for writers that open files themselves.
 
-    What is written there gets its name when the block ends; after an error nothing is left of it.
+    It lies in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
+    error it is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,37 +80,37 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raise UserError, before any work, where a folder cannot be written to, or made; it is not made yet."""
+    """Raise UserError if a folder cannot be created or written to. Nothing is created yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise UserError(f"{flag}: nothing can be written to {there}: {error.strerror}") from None
+        raise UserError(f"{flag}: cannot write to {there} ({error.strerror}); choose another folder") from None
 
 
 def safe_name(text: str) -> str:
-    """A name that a user gave, as a file's: signs that could leave a folder become _, and a number tells it apart."""
+    """Turn a user's name into a safe file name: unsafe characters become _, and a hash keeps changed names distinct."""
     safe = re.sub(r"[^\w.+=@,-]", "_", text).lstrip(".")[:100]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
-    """np.save of a whole file."""
+    """Save an array as a .npy file, atomically."""
     write_whole(path, lambda stream: np.save(stream, array, allow_pickle=False))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """A whole text file in UTF-8."""
+    """Write a UTF-8 text file, atomically."""
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """A whole JSON file, indented."""
+    """Write an indented JSON file, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The first bytes of a .npy file, for one that is written piece by piece."""
+    """Return the header bytes of a .npy file, for a file that is written in pieces."""
     stream = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
@@ -117,13 +118,13 @@ def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 
 def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of a .npy file, whose data the stream is at afterwards.
+    """Read shape, Fortran order and dtype of a .npy file; the stream is left at the start of the data.
 
-    Errors go on after "the file is".
+    Error messages complete a sentence that begins with "the file is".
 
     Raises:
-        ValueError: it is none; it holds Python objects, which are code; or it has fewer bytes than it says, and reading
-            it would take memory for all that it says.
+        ValueError: the file is not a .npy file; it holds Python objects, which may run code; or it has fewer bytes
+            than its header says, so that loading it would allocate too much memory.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -131,8 +132,8 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
         shape, fortran, dtype = reader(stream)
     except OSError:
         raise
-    except Exception as error:  # NumPy evaluates the header as Python text, and raises whatever comes of it
-        raise ValueError("not a whole .npy file") from error
+    except Exception as error:  # NumPy evaluates the header as Python text and may raise any error
+        raise ValueError("not a complete .npy file") from error
     if dtype.hasobject:
         raise ValueError("an array of Python objects, not of numbers")
     start = stream.tell()
@@ -144,14 +145,19 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
 
 
 def load_array(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
-    """A .npy file of numbers or text; mapped, its values stay on the disk. Raises OSError; ValueError as above."""
+    """Load a .npy file of numbers or text; ``mapped`` leaves the values on disk.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as in :func:`read_array_header`.
+    """
     with open(path, "rb") as stream:
         read_array_header(stream)
     return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Half-written files and folders of runs that were killed, once they are old."""
+    """Remove old partial files and folders that killed runs left."""
     for folder in folders:
         for path in (*folder.glob(".partial-*"), *folder.glob(".*.partial")):
             with contextlib.suppress(FileNotFoundError):
@@ -160,7 +166,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def resume_folder(folder: Path, key: str) -> None:
-    """Make a folder for pieces of work; keep the pieces in it if a stopped run with the same ``key`` left them."""
+    """Prepare a folder for partial results. Existing results are kept if an interrupted run had the same ``key``."""
     note = folder / "key.txt"
     if note.is_file() and note.read_text(encoding="utf-8") == key:
         return
@@ -170,7 +176,7 @@ def resume_folder(folder: Path, key: str) -> None:
 
 
 def is_utf8(path: str | os.PathLike) -> bool:
-    """Whether a path's name is UTF-8; on Linux it may be any bytes, as old archives leave them."""
+    """Whether a path is valid UTF-8. On Linux a name may be any bytes, and old archives can contain such names."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -179,9 +185,9 @@ def is_utf8(path: str | os.PathLike) -> bool:
 
 
 def try_lock(stream: TextIO) -> bool:
-    """Lock an open file until it is closed or this process ends; False where another process has it.
+    """Lock an open file until it is closed or this process ends. Return False if another process holds the lock.
 
-    True, without a lock, on a file system that has none. Child processes do not inherit the lock.
+    On a file system without locks, return True without locking. Child processes do not inherit the lock.
     """
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data-loader workers would inherit
@@ -192,21 +198,23 @@ def try_lock(stream: TextIO) -> bool:
     return True
 
 
-_noted: set[str] = set()  # reasons that have been printed
+_noted: set[str] = set()  # reasons that have already been printed
 
 
 def _note_without_locks(path: str, error: OSError) -> None:
-    """Say once that a file system has no locks, as NFS mounted with nolock: work goes on without them."""
+    """Print one note that a file system lacks locks, for example NFS mounted with nolock. Work continues."""
     reason = error.strerror or str(error)
     if reason not in _noted:
         _noted.add(reason)
         where = os.path.dirname(path)
-        text = f"note: {where} has no file locks ({reason}): start no second program on it meanwhile"
+        text = (
+            f"note: {where} does not support file locks ({reason}); do not run a second program on it at the same time"
+        )
         print(text, file=sys.stderr, flush=True)
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
@@ -215,30 +223,30 @@ def file_hash(path: str | os.PathLike) -> str:
 
 
 def this_process() -> str:
-    """Who is at work, for others to read: the host, the process, since when."""
+    """Describe this process for messages of other processes: process id, host and time."""
     return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 @contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file for a block, and remove it at its end.
+    """Hold a lock file during a block and remove it at the end.
 
     Args:
-        path: of the lock, made where it is missing.
-        what: is held, to begin a message.
+        path: the lock file; it is created if missing.
+        what: name of the locked thing, which starts the error message.
 
     Raises:
-        UserError: another process holds it; says which.
+        UserError: another process holds the lock; the message names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(path, "a+", encoding="utf-8") as stream:
             if not try_lock(stream):
                 stream.seek(0)
-                raise UserError(f"{what} is in use by {stream.read().strip() or 'another process'}; let it end first")
+                raise UserError(f"{what} is in use by {stream.read().strip() or 'another process'}; wait until it ends")
             try:
                 if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                    continue  # whoever had it has removed it meanwhile
+                    continue  # the previous holder has removed the file in the meantime
             except FileNotFoundError:
                 continue
             stream.truncate(0)
@@ -253,7 +261,7 @@ def held(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock file, made where it is missing, and hold it."""
+    """Wait for a lock file and hold it during a block. The file is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:
         try:

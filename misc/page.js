@@ -1,11 +1,11 @@
 "use strict";
-// Shared by pages: the data of write_page, and small helpers.
+// Shared by all pages: the data from write_page and small helpers.
 
 const ARRAYS = {
   float32: Float32Array, uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int32: Int32Array, int16: Int16Array,
 };
 
-/** An array that misc.page.packed wrote. */
+/** Decode an array that misc.page.packed wrote. */
 function unpack({ dtype, data }) {
   const text = atob(data);
   const bytes = new Uint8Array(text.length);
@@ -13,7 +13,7 @@ function unpack({ dtype, data }) {
   return new ARRAYS[dtype](bytes.buffer);
 }
 
-/** A new element: name, properties, children (elements or text). */
+/** Create an element with a name, properties and children (elements or text). */
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);

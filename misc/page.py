@@ -1,4 +1,4 @@
-"""Pages of HTML that need no network: a template with its data inside, in one file."""
+"""Write self-contained HTML pages: template, script and data in one file, usable without a network."""
 
 import base64
 import html
@@ -15,9 +15,9 @@ from misc.files import write_text
 
 
 def packed(array: np.ndarray) -> dict[str, Any]:
-    """An array for a page's script, as base64 of little-endian numbers: a third of JSON's size.
+    """Encode an array for a page's script as base64 of little-endian numbers, a third of the size of JSON.
 
-    ``unpack`` of misc/page.js makes it a typed array again.
+    ``unpack`` in misc/page.js decodes it to a typed array.
     """
     kind = array.dtype.newbyteorder("<")
     data = base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
@@ -25,20 +25,20 @@ def packed(array: np.ndarray) -> dict[str, Any]:
 
 
 def write_page(path: Path, folder: Path, name: str, title: str, data: dict[str, Any]) -> None:
-    """Write a page of ``folder``'s {name}.html and {name}.js with its data.
+    """Write a page from {name}.html and {name}.js in ``folder``, with its data inside.
 
-    The template has the marks @title, @script and @data. Text of users (subject names, messages) reaches the page
-    as data only, and scripts put it there as text, so none of it can be taken for HTML.
+    The template contains the marks @title, @script and @data. User text (subject names, messages) is passed only as
+    data, and scripts insert it as text, so it is never interpreted as HTML.
     """
     template, own = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js"))
     shared = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"@title": html.escape(title), "@script": shared + own, "@data": text}
     assert "@data" in template, f"{name}.html has no @data"
-    # In one pass: a folder may be called @data, and its name is part of the title.
+    # Replace all marks in one pass, because the title may contain one: a folder can be named @data.
     write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 
 
 def link_to(target: Path, page: Path) -> str:
-    """A file's or folder's address in a page that lies beside it: both can be moved together."""
+    """Return a relative link from a page to a file or folder, so that both can be moved together."""
     return quote(Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix())

@@ -1,6 +1,6 @@
-"""One process of a run: the device that it computes on, its process group, and collectives.
+"""One process of a run: its device, its process group and collectives.
 
-The collectives are no-ops when there is one process, so that callers need no second path.
+The collectives do nothing in a single process, so callers need no separate code for that case.
 """
 
 import contextlib
@@ -20,52 +20,56 @@ from torch.nn.parallel import DistributedDataParallel
 
 from misc.command import LOST, UserError, end_with_parent, leave, print_error
 
-# torch 2.14 renamed it.
+# torch 2.14 renamed this function.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-PATIENCE = 30.0  # minutes that a rank waits for another: the slowest save and the slowest disk's batch
-FEWEST_FILES = 256  # open at a time: up to 128 files of patches, and what data-loader workers hand over
-SLOWER = 1.5  # times, from which --amp bf16 is noted as slow
-MORE = 3.0  # minutes that a collective waits longer, so that misc/run/watch.py can tell who is waited for
+PATIENCE = 30.0  # minutes that a rank waits for another; covers the slowest save and a batch from the slowest disk
+FEWEST_FILES = 256  # required limit of open files: up to 128 patch files, and batches from data-loader workers
+SLOWER = 1.5  # a slowdown above this factor is reported for --amp bf16
+MORE = 3.0  # minutes that a collective waits beyond the patience, so that misc/run/watch.py can first name the rank
 MAY_DIFFER = (
     "root_dir",
     "subjects",
     "batch_table",
     "no_progress",
-)  # between machines, where what lies there is the same
+)  # paths may differ between machines if their contents are the same
 _waits: list[str] = []  # names of the waits so far
-_control: list = []  # the process group of small words between ranks, on CPUs; empty where there is one process
+_control: list = []  # the CPU process group for short messages between ranks; empty for a single process
 
 
 class DeviceError(UserError):
-    """The machine lacks what was asked for; the message says what to do."""
+    """The machine cannot provide the requested device or processes; the message says what to do."""
 
 
 # ============================================================ device and process group
 
 
 def start_process(device: str, patience: float = PATIENCE) -> torch.device:
-    """Choose this process's device, in float32, and, under torchrun, join the process group.
+    """Choose the device of this process, set float32 arithmetic and, under torchrun, join the process group.
+
+    The group uses NCCL on GPUs and Gloo on CPUs. A single process without torchrun does not need a group.
 
     Args:
-        device: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
+        device: ``auto`` (a GPU if available), ``cuda`` or ``cpu``.
         patience: minutes that a rank waits for another.
 
     Returns:
-        The device. NCCL joins GPUs, Gloo CPUs; one process without torchrun needs no group.
+        The device.
 
     Raises:
-        DeviceError: no GPU, or fewer GPUs than processes on this machine.
-        UserError: the process may open too few files.
+        DeviceError: there is no GPU, or there are fewer GPUs than processes on this machine.
+        UserError: the limit of open files is too low.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = _local_rank(gpus)
     if device == "cuda" and gpus == 0:
-        raise DeviceError("--device cuda, but this machine has no usable GPU; use --device cpu or auto")
+        raise DeviceError("--device cuda: this machine has no usable GPU; use --device cpu or auto")
     use_gpu = gpus > 0 and device != "cpu"
     if use_gpu and local_world_size() > gpus:
-        raise DeviceError(f"{local_world_size()} processes on this machine, but {gpus} GPUs; start one process per GPU")
+        raise DeviceError(
+            f"{local_world_size()} processes were started on this machine with {gpus} GPUs; start one process per GPU"
+        )
     if use_gpu:
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
@@ -74,7 +78,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
     set_arithmetic(tf32=False, deterministic=False)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < FEWEST_FILES:
-        raise UserError(f"a process may open {most} files here (ulimit -n); {FEWEST_FILES} are needed: raise the limit")
+        raise UserError(f"this process may open only {most} files (ulimit -n); raise the limit to {FEWEST_FILES}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if "RANK" in os.environ and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -86,37 +90,40 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise DeviceError(
-                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {where}: "
-                f"{str(error).splitlines()[0][:200]}; check MASTER_ADDR and MASTER_PORT, and that all were started"
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the others at {where}: "
+                f"{str(error).splitlines()[0][:200]}; check MASTER_ADDR, MASTER_PORT and that all ranks were started"
             ) from error
         _control[:] = [dist.new_group(backend="gloo", timeout=longest)] if dist.get_world_size() > 1 else []
     return chosen
 
 
 def set_arithmetic(tf32: bool, deterministic: bool) -> None:
-    """How a GPU computes; a CPU computes the same bytes again in any case. torch itself starts with TF32 convolutions.
+    """Set the arithmetic of GPUs. Results on a CPU are always reproducible to the byte.
+
+    torch itself enables TF32 for convolutions by default.
 
     Args:
-        tf32: products in TF32.
-        deterministic: the same bytes again, by slower algorithms; torch warns where it has none.
+        tf32: compute products in TF32.
+        deterministic: use slower algorithms with reproducible results; torch warns if there is none.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def precision() -> str:
-    """What a GPU multiplies float32 numbers in now: ``float32`` or ``tf32``."""
+    """Return the current precision of float32 products on GPUs: ``float32`` or ``tf32``."""
     allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "float32"
 
 
 def slow_bf16(device: torch.device) -> float:
-    """How many times longer a convolution takes in bfloat16 than in float32; 0 if it is not longer, or on a GPU.
+    """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    A processor without bfloat16 arithmetic emulates it. Takes some 0.2 s.
+    Return 0 on a GPU, or if the factor is at most SLOWER. CPUs without bfloat16 arithmetic emulate it. The
+    measurement takes about 0.2 s.
     """
     if device.type != "cpu":
         return 0.0
@@ -134,13 +141,13 @@ def slow_bf16(device: torch.device) -> float:
 
 
 def _local_rank(gpus: int) -> int:
-    """This process's number on its machine.
+    """Return the number of this process on its machine.
 
-    torchrun says it. Where RANK and WORLD_SIZE come from elsewhere (Kubeflow's operators start one process a pod),
-    the ranks of a machine are taken to be consecutive.
+    torchrun sets it in LOCAL_RANK. If another launcher sets only RANK and WORLD_SIZE (Kubeflow's operators start one
+    process per pod), the ranks on a machine are assumed to be consecutive.
 
     Raises:
-        DeviceError: variables say that there are several processes, but not enough to join them.
+        DeviceError: the environment shows several processes, but lacks variables that are needed to join them.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
@@ -148,43 +155,43 @@ def _local_rank(gpus: int) -> int:
         several = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _number(name, 1) > 1), None)
         if several:
             raise DeviceError(
-                f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set: each process would "
-                "train alone; start one python tools/launch.py on each machine instead"
+                f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set, so each process would "
+                "train alone; start python tools/launch.py once on each machine instead"
             )
         return 0
     missing = [name for name in names if not given[name]]
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         raise DeviceError(
-            f"{there} without {', '.join(missing)}: this process cannot find the others; set them, or unset RANK and "
-            "WORLD_SIZE to train alone, or start by tools/launch.py"
+            f"{there} is set without {', '.join(missing)}, so this process cannot find the others. Set the missing "
+            "variables, start with tools/launch.py, or unset RANK and WORLD_SIZE to train alone"
         )
     rank, world = _number("RANK", -1), _number("WORLD_SIZE", -1)
     if not 0 <= rank < world or not 0 < _number("MASTER_PORT", -1) < 65536:
         raise DeviceError(
-            f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: a rank is a "
-            "whole number from 0 to below WORLD_SIZE, a port one below 65536"
+            f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: RANK must be "
+            "a whole number from 0 to WORLD_SIZE - 1, and MASTER_PORT one from 1 to 65535"
         )
     return _number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
 
 
 def _number(name: str, default: int) -> int:
-    """A variable of the environment as a whole number; ``default`` where it is none."""
+    """Read an environment variable as a whole number; return ``default`` if it is not one."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
 
 
 def end_process() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
-    """:func:`start_process`, and :func:`end_process` at the end of the block.
+    """Call :func:`start_process`, and :func:`end_process` at the end of the block.
 
-    Where another rank is lost, this one leaves at once with status LOST; the launcher tells why.
+    If another rank is lost, this one exits at once with status LOST; the launcher reports the reason.
     """
     try:
         yield start_process(device, patience)
@@ -192,15 +199,15 @@ def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
         if world_size() == 1 or not _is_lost(error):
             raise
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            print_error(f"another rank was lost; see its own output ({str(error).splitlines()[0][:200]})")
+            print_error(f"another rank was lost; see the output of that rank ({str(error).splitlines()[0][:200]})")
         leave(LOST)
     finally:
-        with contextlib.suppress(RuntimeError, ValueError):  # another rank is gone already
+        with contextlib.suppress(RuntimeError, ValueError):  # another rank may already be gone
             end_process()
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Whether a collective says that another rank has gone, or has not come in PATIENCE."""
+    """Whether the error of a collective means that another rank is gone or has timed out."""
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "socket", "gloo")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
@@ -209,25 +216,25 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine."""
+    """Return the number of ranks on this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 @torch.no_grad()
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenate every rank's rows in rank order: (n, ...) on each rank -> (world * n, ...).
+    """Concatenate the rows of all ranks in rank order: (n, ...) on each rank -> (world * n, ...).
 
-    No gradient flows through it. All ranks must pass the same shape.
+    No gradient flows through this function. All ranks must pass the same shape.
     """
     world = world_size()
     if world == 1:
@@ -240,7 +247,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over the ranks, in place; returns the tensor."""
+    """Average a tensor over the ranks in place, and return it."""
     world = world_size()
     if world > 1:
         dist.all_reduce(tensor)
@@ -249,7 +256,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_largest(*numbers: int) -> list[int]:
-    """The largest over all ranks of each number; no device is waited for."""
+    """Return the maximum of each number over all ranks, without waiting for a GPU."""
     if not _control:
         return list(numbers)
     largest = torch.tensor(numbers)
@@ -258,14 +265,14 @@ def all_largest(*numbers: int) -> list[int]:
 
 
 def meet() -> None:
-    """Wait for every rank, or for none where one is gone: for the end."""
+    """Wait for all ranks before exit; return at once if a rank is gone."""
     if _control:
         with contextlib.suppress(RuntimeError):
             dist.barrier(group=_control[0])
 
 
 def wait_for_all() -> None:
-    """Wait for ranks whose shares of the work may take hours more or less: by a store that all ask now and then."""
+    """Wait for ranks that may finish hours apart, by polling the shared store instead of a collective."""
     if not _control:
         return
     store = dist.distributed_c10d._get_default_store()
@@ -278,10 +285,10 @@ def wait_for_all() -> None:
 
 
 def agree(facts: Mapping[str, object]) -> None:
-    """Compare what ranks must have in common, before they compute anything together.
+    """Check that all ranks have the same facts before they compute anything together.
 
     Raises:
-        UserError: on every rank, naming the first facts that differ.
+        UserError: on every rank if facts differ; the message names the first ones.
     """
     if not _control:
         return
@@ -297,27 +304,29 @@ def agree(facts: Mapping[str, object]) -> None:
                 for name in apart[:3]
             )
             more = f"; and {len(apart) - 3} more" if len(apart) > 3 else ""
-            raise UserError(f"{shown}{more}: the ranks of a run must be started alike, or two jobs share an endpoint")
+            raise UserError(
+                f"{shown}{more}; start all ranks of a run with the same settings, and use a separate endpoint per job"
+            )
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a model in DistributedDataParallel where there is a process group; else return it as it is.
+    """Wrap a model in DistributedDataParallel if there is a process group; otherwise return it unchanged.
 
-    Buffers are made equal once, here. In steps nothing but gradients is exchanged: BatchNorm
-    statistics stay each rank's own, and the queue stays equal by itself, since every rank enqueues
-    the same gathered keys. (torch's own broadcast would send its 1.2 GB at every forward.)
+    Buffers are made equal once, here. Training steps exchange only gradients: each rank keeps its own BatchNorm
+    statistics, and the queues stay equal because every rank enqueues the same gathered keys. By default, torch
+    would broadcast the queue's 1.2 GB at every forward pass.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # torch 2.15 renamed the flag.
+    # torch 2.15 renamed this argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     keep_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""Progress bars of long work, and the flag that switches them off."""
+"""Progress bars for long tasks, and the flag that turns them off."""
 
 import argparse
 import sys
@@ -8,10 +8,12 @@ from tqdm import tqdm
 
 
 def add_progress_flag(parser: argparse._ActionsContainer) -> None:
-    """--no-progress."""
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar (none is drawn without a terminal)")
+    """Add the flag --no-progress."""
+    parser.add_argument(
+        "--no-progress", action="store_true", help="hide progress bars (always hidden without a terminal)"
+    )
 
 
 def progress_bar(off: bool, **more: Any) -> tqdm:
-    """tqdm, drawn unless ``off`` or if standard error is not a terminal."""
+    """Return a tqdm bar. It is hidden if ``off`` is set or standard error is not a terminal."""
     return tqdm(disable=off or not sys.stderr.isatty(), dynamic_ncols=True, **more)

@@ -1,25 +1,28 @@
-"""Numbers and names that the data, the model and the flags must agree on."""
+"""Numbers and names that the data, the model and the flags share."""
 
 from misc.command import UserError
 
-PATCH_SIZE = 32  # voxels of 1 mm; the encoder's five halvings take it to 1
-HU_MIN, HU_MAX = -1024, 240  # Hounsfield units; what patches are clipped to
-PUBLISHED_GROUPS = 4  # GPUs of the publication, each with BatchNorm statistics of its own
-SMALLEST_GROUP = 2  # samples; one has no variance
+PATCH_SIZE = 32  # voxels of 1 mm; the encoder halves the size five times, down to 1
+HU_MIN, HU_MAX = -1024, 240  # patches are clipped to this range of Hounsfield units
+PUBLISHED_GROUPS = 4  # the publication used 4 GPUs, each with separate BatchNorm statistics
+SMALLEST_GROUP = 2  # samples; a single sample has no variance
 OPTIMIZERS = ("sgd", "adamw")
 
 
 def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
-    """Groups of consecutive samples, each with its own BatchNorm statistics, that the global batch is dealt to.
+    """Choose the number of BatchNorm groups. The global batch is split into groups of consecutive samples.
 
-    A rank holds whole groups, so that 1, 2 or 4 ranks compute the same run.
+    Each group has separate BatchNorm statistics. Every rank holds whole groups, so 1, 2 or 4 ranks compute the
+    same run.
 
     Args:
-        given: what the user asked for; None takes 4, or the ranks where these are more, or the largest number
-            below that fits.
+        given: the user's choice. None selects the larger of 4 and the number of ranks, or the next smaller
+            number that fits.
+        batch_size: samples per step over all ranks.
+        ranks: number of ranks.
 
     Raises:
-        UserError: the number asked for does not fit.
+        UserError: the user's choice does not fit.
     """
 
     def complaint(groups: int) -> str:
@@ -31,13 +34,13 @@ def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
 
     if given is not None:
         if complaint(given):
-            raise UserError(f"--bn-groups {given} must be {complaint(given)}, so that groups are whole on every rank")
+            raise UserError(f"--bn-groups {given} must be {complaint(given)}, so that each rank has whole groups")
         return given
     most = max(PUBLISHED_GROUPS, ranks)
     return next((groups for groups in range(most, 0, -1) if not complaint(groups)), ranks)
 
 
 def groups_of_rank(groups: int, rank: int, ranks: int) -> range:
-    """The groups that one rank holds, numbered over all ranks."""
+    """Return the numbers of the groups that one rank holds, counted over all ranks."""
     share = max(1, groups // ranks)
     return range(rank * share, (rank + 1) * share)

@@ -1,1 +1,1 @@
-"""The method: tensors in, logits out."""
+"""The DrasCLR method: encoder, queues, training step and checkpoints."""

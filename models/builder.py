@@ -1,8 +1,8 @@
 """DrasCLR: momentum contrast with one queue per anatomical location and two tasks.
 
 The patch task matches two views of the same patch. The neighbour task matches views of the k
-nearest patches of the same subject with that patch's key. After MoCo v2 (He et al., CVPR 2020;
-Chen et al., 2020) and DrasCLR (Yu et al., Medical Image Analysis 2024).
+nearest patches of the same subject with the key of that patch. The method follows MoCo v2
+(He et al., CVPR 2020; Chen et al., 2020) and DrasCLR (Yu et al., Medical Image Analysis 2024).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,34 +19,35 @@ from models.queue import KeyQueues
 
 
 class Step(NamedTuple):
-    """What a training step returns."""
+    """Results of :meth:`DrasCLR.step`."""
 
-    logits_pch: torch.Tensor  # (B, 1 + K), or (B, world * B) with negatives of the batch
-    logits_ngb: torch.Tensor | None  # likewise; None without neighbours
-    labels: torch.Tensor  # (B,), all zero: column 0 is the key
-    representation: torch.Tensor  # (B, rep_dim), h of the patches, without gradient
-    statistics: dict[str, torch.Tensor]  # of models.probe.observe
+    logits_pch: torch.Tensor  # (B, 1 + K), or (B, world * B) with negatives="batch"
+    logits_ngb: torch.Tensor | None  # same shape as logits_pch; None without neighbours
+    labels: torch.Tensor  # (B,), all zero: column 0 is the positive key
+    representation: torch.Tensor  # (B, rep_dim), h of the patches, detached
+    statistics: dict[str, torch.Tensor]  # from models.probe.observe
 
 
 class DrasCLR(KeyQueues):
-    """Query encoder, momentum (key) encoder, and a queue of K keys for every location.
+    """Query encoder, momentum (key) encoder, and one queue of K keys for every location.
 
     Args:
-        base_encoder: called as ``base_encoder(rep_dim=, moco_dim=, num_experts=, num_coordinates=)``.
+        base_encoder: class of the encoder, called as
+            ``base_encoder(rep_dim=, moco_dim=, num_experts=, num_coordinates=)``.
         num_patch: L, the number of locations.
         rep_dim, moco_dim: sizes of the representation and of its projection.
         num_experts: experts per convolution.
-        num_coordinates: 3-D points per location; only 1 is defined here.
-        K: keys in each location's queue; a multiple of the batch over all ranks.
+        num_coordinates: 3-D points per location; must be 1.
+        K: keys in each location's queue; a multiple of the batch size over all ranks.
         m: momentum of the key encoder.
         T: softmax temperature.
         mlp: put a hidden layer before the projection (MoCo v2).
-        bn_groups: groups of this rank's consecutive samples with separate BatchNorm statistics; the publication has
-            one on each of its GPUs.
+        bn_groups: groups of consecutive samples on this rank with separate BatchNorm statistics. The publication has
+            one group on each of its GPUs.
         negatives, mask_own, one_queue: unpublished variants, see :meth:`KeyQueues.make_queues`.
 
     Raises:
-        ValueError: num_coordinates is not 1, or a variant is unknown.
+        ValueError: num_coordinates is not 1, or ``negatives`` has an unknown value.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class DrasCLR(KeyQueues):
     ):
         super().__init__()
         if num_coordinates != 1:
-            raise ValueError(f"num_coordinates is {num_coordinates}; a location is one 3-D point, so it must be 1")
+            raise ValueError(f"num_coordinates is {num_coordinates}; it must be 1, because a location is one 3-D point")
         self.m, self.T, self.num_locs, self.bn_groups = m, T, num_patch, bn_groups
 
         sizes = dict(rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates)
@@ -91,7 +92,7 @@ class DrasCLR(KeyQueues):
         ngb_q: Sequence[torch.Tensor] | None,
         subjects: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The logits and labels of :meth:`step`."""
+        """Run :meth:`step` and return only its logits and labels."""
         return self.step(patch_idx, pch_q, pch_k, ngb_q, subjects)[:3]
 
     def step(
@@ -103,42 +104,43 @@ class DrasCLR(KeyQueues):
         subjects: torch.Tensor | None = None,
         move_keys: bool = True,
     ) -> Step:
-        """One step: encode, compare with the queue, update the queue and the key encoder.
+        """Run one step: encode, compare with the queue, update the queue and the key encoder.
 
-        All of it happens in ``eval()`` too. Inputs are not modified.
+        ``eval()`` does not switch off any of these updates. Inputs are not modified.
 
         Args:
-            patch_idx: index l of the location that the whole batch shares; or a tensor of it, (1,), on the device.
+            patch_idx: index l of the location that the whole batch shares, as an int or as a (1,) tensor on the device.
             pch_q: first view (B, 1, 32, 32, 32) and its locations, (1, 3) or (B, 3).
-            pch_k: second view of the same patches, likewise.
-            ngb_q: one view of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3); or
-                None, without the neighbour task. One row for the whole batch is faster: kernels are mixed once.
-            subjects: (B,) numbers of the subjects, kept with their keys in the queue.
-            move_keys: update the key encoder; False if the query encoder has not changed since the last step.
+            pch_k: second view of the same patches and its locations, with the same shapes.
+            ngb_q: one view of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3). None
+                leaves out the neighbour task. One row of locations for the whole batch is faster, because each
+                kernel is mixed only once.
+            subjects: (B,) row numbers of the subjects, stored in the queue with their keys.
+            move_keys: update the key encoder. Pass False if the query encoder has not changed since the last step.
 
         Raises:
-            ValueError: a location tensor has neither 1 nor B rows, K is not a multiple of the batch over all
-                ranks, bn_groups does not divide the batch, or mask_own is set without subjects.
+            ValueError: a location tensor has neither 1 nor B rows, or K is not a multiple of the batch size over all
+                ranks. Also raised if bn_groups does not divide the batch, or mask_own is set without subjects.
         """
         (query_patch, query_loc), (key_patch, key_loc) = pch_q, pch_k
         batch = query_patch.shape[0]
         self._check(batch, {"pch_q": pch_q, "pch_k": pch_k, "ngb_q": ngb_q}, subjects)
 
-        # -------- queries: patches, and neighbours in a BatchNorm pass of their own
+        # -------- queries: patches and neighbours, in two separate BatchNorm passes
         z, h, z_neighbors = self._encode_queries(query_patch, query_loc, ngb_q)  # (B, dim), (B, rep_dim), (B, k, dim)
         queries = [F.normalize(z, dim=1)]  # (B, dim)
         neighbors = None if z_neighbors is None else F.normalize(z_neighbors, dim=2)  # (B, k, dim)
 
-        # -------- keys: momentum first, then the pass
+        # -------- keys: update the key encoder first, then encode with it
         if move_keys:
             self._update_key_encoder()
         keys = self._encode_keys(key_patch, key_loc)  # (world * B, dim)
-        own = process.rank() * batch + torch.arange(batch, device=z.device)  # (B,) rows of keys
+        own = process.rank() * batch + torch.arange(batch, device=z.device)  # (B,) rows of this rank's keys
 
-        # -------- logits, with the queue as it was before this step's keys
+        # -------- logits, from the queue before this step's keys enter it
         with torch.autocast(z.device.type, enabled=False):
             if neighbors is not None:
-                queries.append(neighbors.sum(dim=1))  # (B, dim); sum over k of r . x = (sum over k of r) . x
+                queries.append(neighbors.sum(dim=1))  # (B, dim); sum_k (r_k . x) = (sum_k r_k) . x
             logits = [similarity / self.T for similarity in self.compare(queries, keys, own, patch_idx, subjects)]
             statistics = observe(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
@@ -150,21 +152,25 @@ class DrasCLR(KeyQueues):
     def _encode_queries(
         self, patch: torch.Tensor, loc: torch.Tensor, ngb_q: Sequence[torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """z (B, dim) and h (B, rep_dim) of the patches; z of all k neighbours (B, k, dim), in one BatchNorm pass."""
+        """Encode the patches and, in a second BatchNorm pass, all their neighbours.
+
+        Returns:
+            z (B, dim) and h (B, rep_dim) of the patches; z (B, k, dim) of the neighbours, or None.
+        """
         if ngb_q is None:
             return *self.encoder_q(patch, loc), None
         neighbors, near = ngb_q  # (B, k, 32, 32, 32), (1 or B, k, 3)
         batch, k = neighbors.shape[:2]
         shared = near.shape[0] == 1  # one location for the whole batch
         if shared:
-            # Location-major, so that block j of B samples shares the kernel of neighbour j.
-            # BatchNorm does not mind the order.
+            # Order the samples by location, so that the B samples of neighbour j form a block with one kernel.
+            # The order makes no difference to BatchNorm.
             near, order = near[0], neighbors.transpose(0, 1)  # (k, 3), (k, B, 32, 32, 32)
         else:
             near, order = near.reshape(batch * k, 3), neighbors  # (B k, 3), (B, k, 32, 32, 32)
         flat = order.reshape(batch * k, 1, *order.shape[2:])  # (k B or B k, 1, 32, 32, 32)
         kernels = near_kernels = ()
-        if isinstance(self.encoder_q, Encoder):  # both passes' kernels at once
+        if isinstance(self.encoder_q, Encoder):  # mix the kernels of both passes in one call
             mixed = self.encoder_q.mix_kernels(torch.cat([loc, near]))
             kernels, near_kernels = zip(*(kernel.split([len(loc), len(near)]) for kernel in mixed))
         z, h = self.encoder_q(patch, loc, *kernels)  # (B, dim), (B, rep_dim)
@@ -173,7 +179,7 @@ class DrasCLR(KeyQueues):
 
     @torch.no_grad()
     def _update_key_encoder(self) -> None:
-        """key parameters <- m * key + (1 - m) * query (MoCo, equation 2); buffers are left alone."""
+        """Set key parameters to m * key + (1 - m) * query (MoCo, equation 2). Buffers do not change."""
         keys = list(self.encoder_k.parameters())
         queries = list(self.encoder_q.parameters())
         torch._foreach_mul_(keys, self.m)
@@ -181,11 +187,11 @@ class DrasCLR(KeyQueues):
 
     @torch.no_grad()
     def _encode_keys(self, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-        """Keys of all ranks in rank order: (B, 1, 32, 32, 32) on each rank -> (world * B, dim).
+        """Encode the keys of all ranks: (B, 1, 32, 32, 32) on each rank -> (world * B, dim) in rank order.
 
         Shuffled BatchNorm (MoCo, section 3.3): every group encodes a random share of the whole batch,
-        so that a query and its key do not share BatchNorm statistics. With one group the statistics
-        do not depend on the order, and nothing is moved.
+        so that a query and its key do not share BatchNorm statistics. With one group the order does not
+        affect the statistics, so nothing is shuffled.
         """
         world, rank = process.world_size(), process.rank()
         batch = patches.shape[0]
@@ -195,9 +201,9 @@ class DrasCLR(KeyQueues):
         order = torch.randperm(world * batch, device=patches.device)  # (world * B,)
         if world > 1:
             torch.distributed.broadcast(order, src=0)
-        mine = order.view(world, batch)[rank]  # (B,) samples of the whole batch
+        mine = order.view(world, batch)[rank]  # (B,) indices into the whole batch
         patches = process.all_gather_rows(patches)[mine]  # (B, 1, 32, 32, 32)
-        if locs.shape[0] == batch:  # one location per sample travels with its patch
+        if locs.shape[0] == batch:  # with one location per sample, shuffle locations like patches
             locs = process.all_gather_rows(locs)[mine]  # (B, 3)
         keys = F.normalize(self.encoder_k(patches, locs)[0], dim=1)  # (B, dim)
         shuffled = process.all_gather_rows(keys)  # (world * B, dim), row i is sample order[i]
@@ -206,16 +212,18 @@ class DrasCLR(KeyQueues):
     def _check(
         self, batch: int, views: dict[str, Sequence[torch.Tensor] | None], subjects: torch.Tensor | None
     ) -> None:
-        """Raise ValueError if a step's inputs do not go together."""
+        """Raise ValueError if the inputs of a step do not fit together."""
         for name, view in views.items():
             if view is not None and view[1].shape[0] not in (1, batch):
                 raise ValueError(
-                    f"{name} has {view[1].shape[0]} location rows for a batch of {batch}; give 1 or {batch}"
+                    f"{name} has {view[1].shape[0]} location rows for a batch of {batch}; pass 1 or {batch} rows"
                 )
         total = batch * process.world_size()
         if self.K % total:
-            raise ValueError(f"the queue of K = {self.K} keys is not a multiple of the batch of {total} over all ranks")
+            raise ValueError(
+                f"the queue size K = {self.K} is not a multiple of the batch of {total} samples over all ranks"
+            )
         if batch % self.bn_groups:
             raise ValueError(f"{self.bn_groups} BatchNorm groups do not divide a batch of {batch}")
         if self.mask_own and subjects is None:
-            raise ValueError("mask_own needs the batch's subjects")
+            raise ValueError("mask_own is set, but no subjects are given; pass the subjects of the batch")

@@ -1,6 +1,6 @@
-"""The location-conditioned encoder: a 32 x 32 x 32 patch and where it lies -> a representation.
+"""The location-conditioned encoder: maps a 32 x 32 x 32 patch and its location to a representation.
 
-Module names, and so the keys of a state dict, are the published checkpoint's.
+Module names, and therefore state-dict keys, match the published checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,27 +13,27 @@ from models.condconv3d import CondConv3D, channels_last
 from models.fast.groups import encode_groups
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
-# The last layers leave 8, 8 and 1 voxels of a patch, and BatchNorm stretches what little differs
-# between so few values. Rounded to bfloat16 they can be equal, and a variance of 0 multiplies the
-# gradient by 1 / sqrt(eps): batches of 3 collapsed within ten steps. So these layers stay in float32
-# under autocast; they are 3 % of the arithmetic.
+# The last three layers stay in float32 under autocast. Their outputs have only 8, 8 and 1 voxels per patch, and
+# BatchNorm amplifies the small differences between so few values. In bfloat16 the values can round to the same number.
+# The variance is then 0, and the gradient is multiplied by 1 / sqrt(eps). Batches of 3 collapsed within ten steps.
+# These layers account for 3 % of the arithmetic.
 FLOAT32_LAYERS = 3
 
 
 def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordinates: int, stride: int = 1):
-    """3 x 3 x 3 conditional convolution with padding 1."""
+    """Create a 3 x 3 x 3 conditional convolution with padding 1."""
     return CondConv3D(in_channels, out_channels, 3, num_experts, num_coordinates, stride=stride, padding=1)
 
 
 def norm_elu(
     norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int = 1, track: bool = True
 ) -> list[torch.Tensor]:
-    """elu(norm(x)) of a batch in blocks (n, C, D, H, W), in training with separate statistics for each group.
+    """Compute elu(norm(x)) for a batch in blocks (n, C, D, H, W). In training, each group has separate statistics.
 
     Args:
-        norm: the layer.
-        blocks: of ``groups`` groups of consecutive samples each; a group is all of its samples in every block.
-        groups: how many there are; divides n.
+        norm: the BatchNorm layer.
+        blocks: blocks of the batch. Each block holds an equal share of every group, in consecutive samples.
+        groups: number of groups; must divide n.
         track: whether group 0 updates the running statistics.
     """
     result = fast_norm_elu(norm, blocks, groups, track)
@@ -41,7 +41,7 @@ def norm_elu(
         return result
     if not norm.training:
         return [F.elu(norm(block), inplace=True) for block in blocks]
-    of_groups = zip(*(_split(block, groups) for block in blocks))  # of each group its part of every block
+    of_groups = zip(*(_split(block, groups) for block in blocks))  # for each group, its part of every block
     done = [
         _split(_norm_elu_in_training(norm, _join(parts), track and group == 0), len(blocks))
         for group, parts in enumerate(of_groups)
@@ -50,37 +50,41 @@ def norm_elu(
 
 
 def _split(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """Equal parts of a batch, one after the other; one part is the batch itself, which costs no backward pass."""
+    """Split a batch into equal consecutive parts. For one part, return the batch itself to save a backward pass."""
     return (x,) if count == 1 else x.chunk(count)
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The inverse of :func:`_split`, channels-last as the parts are."""
+    """Invert :func:`_split`. The result is channels-last if the parts are."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    """elu(norm(x)) for x (B, C, D, H, W), one group."""
-    if track and norm.momentum is None:  # the plain mean over all passes, which the layer counts itself
+    """Compute elu(norm(x)) for x (B, C, D, H, W), the samples of one group."""
+    if track and norm.momentum is None:  # running statistics are a plain mean over all passes; the layer keeps count
         return F.elu(norm(x), inplace=True)
     images = _as_images(x)
     running = (norm.running_mean, norm.running_var) if track else (None, None)
     if track:
         norm.num_batches_tracked += 1
     y = F.batch_norm(images, *running, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-    return F.elu(y, inplace=True).view(x.shape)  # in place: neither's backward pass needs y
+    return F.elu(y, inplace=True).view(x.shape)  # in place, because no backward pass needs y
 
 
 def _as_images(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, D, H, W) as images (B, C, D H, W), a view: a GPU has BatchNorm for channels-last images, not volumes.
+    """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, which has BatchNorm for channels-last images only.
 
-    A CPU's is the faster for volumes: 6.3 ms against 10.0 for 4 of 8 channels at 32^3, with the ELU and backward.
+    On a CPU, return x itself, because BatchNorm is faster for volumes there. For 4 volumes with 8 channels at 32^3,
+    forward and backward with the ELU take 6.3 ms for volumes and 10.0 ms for images.
     """
     return x if x.device.type == "cpu" else x.flatten(2, 3)
 
 
 def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
-    """Blocks of consecutive samples that share a location: G of (G, ...) kernels, 1 if every sample has its own."""
+    """Return the number of blocks of consecutive samples that share a location.
+
+    It is G for kernels (G, ...), or 1 if every sample has its own location.
+    """
     locations = len(kernels[0])
     if locations == 0 or len(x) % locations:
         raise ValueError(f"{locations} locations do not divide a batch of {len(x)} samples")
@@ -88,7 +92,7 @@ def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
 
 
 class Block(nn.Module):
-    """Three convolutions; the first doubles the channels, the third halves the resolution."""
+    """Three convolutions. The first doubles the channels, and the third halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, num_experts: int, num_coordinates: int):
         super().__init__()
@@ -100,22 +104,22 @@ class Block(nn.Module):
         self.bn3 = nn.BatchNorm3d(out_channels)
 
     def layers(self) -> Iterator[tuple[CondConv3D, nn.BatchNorm3d]]:
-        """Convolutions in order, each with the normalisation that follows it."""
+        """Yield the convolutions in order, each with the normalisation that follows it."""
         yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
 
 
 class Encoder(nn.Module):
-    """Patch and location -> (z, h): h is the representation, z its projection for the loss.
+    """Map a patch and its location to (z, h): h is the representation, and z is its projection for the loss.
 
     Args:
         rep_dim: size of h.
         moco_dim: size of z.
-        num_experts: kernels that every convolution mixes.
+        num_experts: number of kernels that every convolution mixes.
         num_coordinates: 3-D points in one location; DrasCLR uses 1.
 
     Attributes:
-        bn_groups: groups of consecutive samples with BatchNorm statistics of their own, in training. Where the
-            batch is blocks that each share a location, every block holds its part of every group.
+        bn_groups: number of groups of consecutive samples with separate BatchNorm statistics in training. If the
+            batch has several blocks that each share a location, every block holds an equal share of every group.
     """
 
     bn_groups = 1
@@ -137,7 +141,7 @@ class Encoder(nn.Module):
         self.fc = nn.Linear(rep_dim, moco_dim)
 
     def layers(self) -> Iterator[tuple[CondConv3D, nn.BatchNorm3d]]:
-        """Convolutions in order, each with the normalisation that follows it; an ELU follows that."""
+        """Yield the convolutions in order, each with its normalisation. An ELU follows each normalisation."""
         yield from ((self.conv1, self.bn1), (self.conv2, self.bn2))  # 8 x 32^3, 8 x 16^3
         yield from self.downsample1.layers()  # 16 x 8^3
         yield from self.downsample2.layers()  # 32 x 4^3
@@ -149,8 +153,8 @@ class Encoder(nn.Module):
 
         Args:
             x: (B, 1, 32, 32, 32), intensities in [-1, 1].
-            loc: (G, 3) normalised locations, G divides B; see :meth:`CondConv3D.forward`.
-            kernels: every layer's at ``loc``, of :meth:`mix_kernels`, if they are mixed already.
+            loc: (G, 3) normalised locations, where G divides B; see :meth:`CondConv3D.forward`.
+            kernels: kernels of every layer at ``loc`` from :meth:`mix_kernels`. If omitted, they are mixed here.
 
         Returns:
             z (B, moco_dim) and h (B, rep_dim).
@@ -160,7 +164,7 @@ class Encoder(nn.Module):
         return self.encode(x, kernels, self.bn_groups) if encoded is None else encoded
 
     def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:
-        """Every layer's kernels at (G, 3) locations, (G, out, in, 3, 3, 3) each."""
+        """Mix the kernels of every layer for (G, 3) locations: one (G, out, in, 3, 3, 3) tensor per layer."""
         convolutions = [conv for conv, _ in self.layers()]
         kernels = [conv.mix_kernels(loc) for conv in convolutions[:-FLOAT32_LAYERS]]
         with torch.autocast(loc.device.type, enabled=False):
@@ -169,7 +173,7 @@ class Encoder(nn.Module):
     def encode(
         self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, track: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`forward` with the kernels mixed, in so many BatchNorm groups; ``track`` as in :func:`norm_elu`."""
+        """Run :meth:`forward` with mixed kernels. For ``groups`` and ``track`` see :func:`norm_elu`."""
         layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels, strict=True)]
         blocks = channels_last(x).chunk(count_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
         for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:
@@ -183,5 +187,5 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _convolve(conv: CondConv3D, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
-        """Each block with the kernel of its location; one block may have a kernel for each sample."""
+        """Convolve each block with the kernel of its location. A single block may have one kernel per sample."""
         return [conv.convolve(blocks[0], kernels)] if len(blocks) == 1 else conv.convolve_blocks(blocks, kernels)

@@ -1,8 +1,8 @@
 """Location-conditioned 3-D convolution: one kernel per location, mixed from a few experts.
 
-DrasCLR (Yu et al., Medical Image Analysis 2024), section on the conditional encoder; the idea is
-CondConv (Yang et al., NeurIPS 2019) with the routing driven by where a patch lies, not by what it
-shows:  kernel(loc) = sum_e sigmoid(W loc + b)_e * weight_e.
+See DrasCLR (Yu et al., Medical Image Analysis 2024), section on the conditional encoder. The layer follows
+CondConv (Yang et al., NeurIPS 2019), but the location of a patch drives the routing, not its content:
+kernel(loc) = sum_e sigmoid(W loc + b)_e * weight_e.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from models.fast.pairs import convolve_pairs
 
 
 class Routing(nn.Module):
-    """Location -> one weight in (0, 1) per expert: (G, 3 * num_coordinates) -> (G, experts)."""
+    """Map a location to one weight in (0, 1) per expert: (G, 3 * num_coordinates) -> (G, experts)."""
 
     def __init__(self, num_coordinates: int, num_experts: int):
         super().__init__()
@@ -28,10 +28,11 @@ class Routing(nn.Module):
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x (B, C, D, H, W) with the channels of a voxel side by side in memory, copied if they are not.
+    """Return x (B, C, D, H, W) with the channels of each voxel adjacent in memory, copied only if needed.
 
-    For one channel both orders are the same memory, and torch's ``contiguous`` leaves the strides as they are. They
-    still decide what a convolution returns: without these, every layer would run channels-first.
+    With one channel, both layouts use the same memory, and ``contiguous`` does not change the strides. But a
+    convolution chooses the layout of its output from the strides. Without the strides set here, every layer would
+    run channels-first.
     """
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -49,7 +50,10 @@ def dense_conv3d(
     groups: int = 1,
     convolve: Callable[..., torch.Tensor] = F.conv3d,
 ) -> torch.Tensor:
-    """F.conv3d in the layout of the inputs. ``convolve`` may add what is done number by number, an activation."""
+    """Run F.conv3d in the memory layout of the inputs.
+
+    ``convolve`` replaces F.conv3d. It may also apply an elementwise function to the result, for example an activation.
+    """
     fast = convolve_pairs(inputs, kernel, bias, (tuple(stride), padding, tuple(dilation), groups), convolve)
     if fast is not None:
         return fast
@@ -59,11 +63,11 @@ def dense_conv3d(
 
 
 class CondConv3D(_ConvNd):
-    """3-D convolution whose kernel depends on the location of the patch.
+    """3-D convolution with a kernel that depends on the location of the patch.
 
-    Parameters are ``weight`` (experts, out, in / groups, k, k, k), one ``bias`` (out,) that the
-    experts share, and ``_routing_fn.fc``; these are the published checkpoint's names. The other
-    arguments mean what they mean for :class:`torch.nn.Conv3d`.
+    The parameters are ``weight`` (experts, out, in / groups, k, k, k), one ``bias`` (out,) shared by the
+    experts, and ``_routing_fn.fc``. Their names match the published checkpoint. All arguments except
+    ``num_experts`` and ``num_coordinates`` work as in :class:`torch.nn.Conv3d`.
     """
 
     def __init__(
@@ -96,12 +100,12 @@ class CondConv3D(_ConvNd):
         self.num_experts = num_experts
         self._routing_fn = Routing(num_coordinates, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, *self.weight.shape))
-        # The published code fills the 6-D tensor with the rule for a 5-D one, so the fan-in counts
-        # the output channels too and the kernels start small. That sets the effective step size.
+        # As in the published code, the rule for a 5-D weight initialises the 6-D weight. Its fan-in then includes the
+        # output channels, so the initial kernels are small. This sets the effective step size.
         self.reset_parameters()
 
     def mix_kernels(self, locs: torch.Tensor) -> torch.Tensor:
-        """Kernels of the given locations: (G, 3 * num_coordinates) -> (G, out, in / groups, k, k, k)."""
+        """Mix one kernel per location: (G, 3 * num_coordinates) -> (G, out, in / groups, k, k, k)."""
         routing = self._routing_fn(locs)  # (G, experts)
         return (routing @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:])
 
@@ -117,8 +121,8 @@ class CondConv3D(_ConvNd):
 
         Args:
             inputs: (B, in, D, H, W).
-            locs: (G, 3 * num_coordinates) where G divides B; block g of B / G consecutive samples
-                shares location g. G = B is one location per sample, G = 1 one for all.
+            locs: (G, 3 * num_coordinates), where G divides B. Block g of B / G consecutive samples
+                shares location g. G = B gives each sample its own location; G = 1 gives all samples the same one.
 
         Returns:
             (B, out, D', H', W').
@@ -129,7 +133,7 @@ class CondConv3D(_ConvNd):
         return self.convolve(inputs, self.mix_kernels(locs))
 
     def convolve(self, inputs: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` with the kernels mixed already: (G, out, in / groups, k, k, k), G divides B."""
+        """Run :meth:`forward` with mixed kernels (G, out, in / groups, k, k, k), where G divides B."""
         batch, blocks = inputs.shape[0], kernels.shape[0]
         if blocks == 0 or batch % blocks:
             raise ValueError(f"{blocks} locations do not divide a batch of {batch} samples")
@@ -138,8 +142,12 @@ class CondConv3D(_ConvNd):
         return torch.cat(self.convolve_blocks(inputs.chunk(blocks), kernels))
 
     def convolve_blocks(self, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
-        """Each block (B, in, D, H, W) with its kernel, (G, out, in / groups, k, k, k) -> G of (B, out, D', H', W').
+        """Convolve each of G blocks (b, in, D, H, W) with its kernel from (G, out, in / groups, k, k, k).
 
-        One dense convolution per location: a grouped one would be one call, but few libraries are fast at it in 3-D.
+        There is one dense convolution per location. One grouped convolution could do the same in a single call, but
+        few libraries have fast grouped convolutions in 3-D.
+
+        Returns:
+            G tensors (b, out, D', H', W').
         """
         return [self._convolve(block, kernel) for block, kernel in zip(blocks, kernels, strict=True)]

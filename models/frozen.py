@@ -1,4 +1,4 @@
-"""The encoder frozen at one location, for inference: every convolution dense, every BatchNorm folded in."""
+"""The encoder frozen at one location, for inference: ordinary convolutions with folded BatchNorm."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from models.condconv3d import channels_last, dense_conv3d
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
-AT_ONCE = 64  # patches encoded by all experts together: the first layer of 8 experts then takes 0.5 GB
-SUMMARIZED = 2**20  # numbers of a layer that are summarised together on the CPU, so that they stay in its cache
-LOCATIONS_AT_ONCE = 8  # to freeze: 33 MB of float32 kernels at the published sizes
+AT_ONCE = 64  # patches that encode_each encodes in one call; the first layer then takes 0.5 GB with 8 experts
+SUMMARIZED = 2**20  # values of a layer that are summarised in one call on the CPU, so that they stay in its cache
+LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; 33 MB of float32 kernels at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -28,29 +28,29 @@ class Layer(NamedTuple):
 
 
 class FrozenEncoder:
-    """Representations h of patches that share a location, from an encoder in eval mode.
+    """Encoder in eval mode that computes representations h of patches at one location.
 
-    At one location a conditional convolution is an ordinary one, and BatchNorm with fixed
-    statistics is a factor and an offset per output channel, which the kernel and the bias take up:
+    At a fixed location, a conditional convolution is an ordinary convolution. BatchNorm with fixed
+    statistics is a factor and an offset per output channel, which are folded into the kernel and the bias:
 
         norm(conv(x)) = (gamma / s) * (kernel * x + bias - mean) + beta,  s = sqrt(var + eps)
 
-    So a layer is one dense convolution and an ELU. Made by :func:`freeze`.
+    Each layer is then one dense convolution and an ELU. Use :func:`freeze` to create an instance.
     """
 
     def __init__(self, layers: list[Layer]):
         self._layers = layers
 
     def __call__(self, x: torch.Tensor, prepare: Prepare = torch.Tensor.to, layers: bool = False) -> torch.Tensor:
-        """Representations of a batch.
+        """Encode a batch of patches.
 
         Args:
-            x: (B, 1, 32, 32, 32), intensities in [-1, 1].
-            prepare: ``prepare(x, dtype)`` makes such a tensor of each piece of the batch, if ``x`` is not one yet.
-            layers: append :func:`summarize` of every layer's result.
+            x: (B, 1, 32, 32, 32), intensities in [-1, 1], or a tensor that ``prepare`` converts to this.
+            prepare: called as ``prepare(x, dtype)`` on each piece of the batch before it is encoded.
+            layers: append the result of :func:`summarize` for every layer.
 
         Returns:
-            h (B, rep_dim) float32; with ``layers`` (B, rep_dim + W), W of :func:`layer_width`.
+            h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`layer_width`.
         """
         encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare, layers), x)
         return self._encode(x, prepare, layers) if encoded is None else encoded
@@ -72,12 +72,12 @@ class FrozenEncoder:
 
 
 def layer_width(encoder: Encoder) -> int:
-    """Numbers that summarise all layers: a mean and an SD for each channel."""
+    """Return W, the number of layer summaries per patch: a mean and an SD for each channel of each layer."""
     return sum(2 * conv.out_channels for conv, _ in encoder.layers())
 
 
 def summarize(x: torch.Tensor) -> torch.Tensor:
-    """Mean and SD of every channel within each patch: (B, C, D, H, W) -> (B, 2 C) float32, means first."""
+    """Compute mean and SD of every channel in each patch: (B, C, D, H, W) -> (B, 2 C) float32, means first."""
     some = max(1, SUMMARIZED // x[0].numel()) if x.device.type == "cpu" else len(x)
     found = []
     for part in x.split(some):
@@ -97,21 +97,21 @@ def encode_each(
     layers: bool = False,
     at_once: int = AT_ONCE,
 ) -> torch.Tensor:
-    """h of one patch at each location, from an encoder in eval mode: all experts see every patch, then are mixed.
+    """Compute h of one patch at each location: apply every expert to every patch, then mix the results.
 
-    A convolution is linear in its kernel, so the mixture of the experts' results is the mixed kernel's result. That is
-    as many times the arithmetic as there are experts, in a few large calls: for a GPU, which takes longer to launch
-    the layers of each location apart.
+    A convolution is linear in its kernel, so mixing the experts' results gives the result of the mixed kernel. The
+    arithmetic grows by a factor equal to the number of experts, but it takes only a few large calls. This is faster on
+    a GPU, where launching the layers for each location separately takes longer.
 
     Args:
-        encoder: in eval mode, on the device.
-        x: (L, 1, 32, 32, 32) in [-1, 1], or what ``prepare(x, dtype)`` makes that of.
+        encoder: encoder in eval mode, on the device.
+        x: (L, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to this.
         locs: (L, 3) normalised locations.
-        prepare, layers: as in :class:`FrozenEncoder`.
-        at_once: patches that are encoded together.
+        prepare, layers: see :class:`FrozenEncoder`.
+        at_once: patches to encode in one call.
 
     Returns:
-        (L, rep_dim) float32, or with ``layers`` (L, rep_dim + W).
+        (L, rep_dim) float32, or (L, rep_dim + W) with ``layers``.
     """
     results = []
     for some, where in zip(x.split(at_once), locs.split(at_once)):
@@ -131,12 +131,12 @@ def encode_each(
 
 @torch.no_grad()
 def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[FrozenEncoder]:
-    """The encoder frozen at each of the locations; several at once read its experts once.
+    """Freeze the encoder at each location. The experts are read only once for all of them.
 
     Args:
-        encoder: its state is read now; later changes to it do not matter.
+        encoder: encoder to freeze; later changes to it have no effect on the result.
         locs: (G, 3) normalised locations.
-        dtype: of the computation; float32 or bfloat16.
+        dtype: data type of the computation, float32 or bfloat16.
     """
     layers: list[list[Layer]] = [[] for _ in locs]
     for conv, norm in encoder.layers():
@@ -149,13 +149,13 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
 
 
 class FrozenLocations:
-    """The encoder frozen at any location, LOCATIONS_AT_ONCE of them together.
+    """Sequence of the encoder frozen at each location, created for LOCATIONS_AT_ONCE locations in one call.
 
-    Always the same ones together, so that a run that goes on after a stop rounds alike.
+    The same locations are always frozen together, so that a resumed extraction gives the same rounding errors.
 
     Args:
-        encoder, dtype: as in :func:`freeze`.
-        locations: (L, 3) normalised, on the encoder's device.
+        encoder, dtype: see :func:`freeze`.
+        locations: (L, 3) normalised locations, on the encoder's device.
     """
 
     def __init__(self, encoder: Encoder, locations: torch.Tensor, dtype: torch.dtype = torch.float32):

@@ -1,4 +1,7 @@
-"""Statistics of a training step that the queue cannot flatter. Monitoring only: no gradient depends on them."""
+"""Statistics that monitor a training step. No gradient depends on them.
+
+The first three use only the keys of the current step, so old keys in the queue cannot make them look better.
+"""
 
 import torch
 
@@ -14,21 +17,22 @@ def observe(
     queue_subject: torch.Tensor,
     queue_age: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """The statistics of one step, each () on the device.
+    """Compute the statistics of one step, each a () tensor on the device.
 
     Args:
         query: (B, dim), normalised.
-        keys: (world * B, dim), the step's, normalised.
-        own: (B,) row of each query's key in ``keys``.
-        subjects: (B,) of the queries, or None.
-        queue_subject, queue_age: (K,) of the location's queue, -1 where unknown.
+        keys: (world * B, dim), the keys of this step, normalised.
+        own: (B,) row of each query's own key in ``keys``.
+        subjects: (B,) subjects of the queries, or None.
+        queue_subject, queue_age: (K,) subject and age of each key in the location's queue; -1 if unknown.
 
     Returns:
-        accuracy_fresh: % of queries whose own key is the nearest of this step's keys, which are all equally old.
-        alignment: mean squared distance of query and key.
-        uniformity: log of the mean Gaussian potential of pairs of keys (Wang and Isola, 2020).
-        queue_own: % of the location's queue that is keys of the query's own subject.
-        queue_age: mean age of the location's keys whose age is known, in steps.
+        accuracy_fresh: % of queries with their own key as the nearest of this step's keys. All these keys are
+            equally old.
+        alignment: mean squared distance between query and key.
+        uniformity: log of the mean Gaussian potential over pairs of keys (Wang and Isola, 2020).
+        queue_own: % of keys in the location's queue that belong to the query's own subject, averaged over queries.
+        queue_age: mean age in steps of the location's keys, over keys of known age.
     """
     total = keys.shape[0]
     nearest = (query @ keys.t()).argmax(dim=1)  # (B,)
@@ -50,13 +54,14 @@ def observe(
 
 
 def effective_rank(representations: torch.Tensor) -> float:
-    """How many directions representations (n, rep_dim) spread over: exp of the entropy of their variances.
+    """Return the effective number of dimensions of representations (n, rep_dim).
 
-    After Roy and Vetterli (2007), of the covariance; 1 where they lie on a line, at most n - 1.
+    It is the effective rank of Roy and Vetterli (2007), computed from the covariance: the exponential of the entropy
+    of the normalised variances along the principal axes. It is 1 if all points lie on a line, and at most n - 1.
     """
     centred = representations.detach().float().cpu()
     if not torch.isfinite(centred).all():
-        return float("nan")  # which no decomposition takes; the loss tells
+        return float("nan")  # an SVD would fail on such values; the check of the loss reports them
     centred = centred - centred.mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
     share = variances / variances.sum().clamp(min=1e-30)

@@ -1,7 +1,7 @@
-"""A queue of K keys for every location, and the similarities of queries to the keys that they are compared with.
+"""A queue of K keys for every location, and the similarities between queries and keys.
 
-The published method takes all keys of the location's queue as negatives. Three variants that are not published stand
-beside it: negatives of the batch, a subject's own keys masked, one queue for all locations.
+The published method takes all keys in the location's queue as negatives. There are three unpublished variants:
+negatives from the current batch, masking of keys from the query's own subject, and one queue for all locations.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class KeyQueues(nn.Module):
-    """The queues of all locations. DrasCLR inherits them, so that their buffers have the published names."""
+    """The queues of all locations. A base class of DrasCLR, so that the buffers have the published names."""
 
     def make_queues(
         self,
@@ -24,33 +24,34 @@ class KeyQueues(nn.Module):
         mask_own: bool = False,
         one_queue: bool = False,
     ) -> None:
-        """Fill the queues with random keys of unit length.
+        """Create the queues and fill them with random keys of unit length.
 
         Args:
             num_patch: L, the number of locations.
-            K: keys in each location's queue; a multiple of the batch over all ranks.
+            K: keys in each location's queue; a multiple of the batch size over all ranks.
             dim: size of a key.
-            negatives: ``queue``, as published, or ``batch``: the keys of the step's other subjects, over all ranks.
-            mask_own: leave keys of the query's own subject out of the queue's negatives.
-            one_queue: put the keys of all locations into the first location's queue and take negatives from there, as
-                momentum contrast did before each location had a queue of its own.
+            negatives: ``queue``, as published, or ``batch``: the keys of the other subjects in this step, over all
+                ranks.
+            mask_own: do not use keys of the query's own subject as negatives from the queue.
+            one_queue: put the keys of all locations into the first location's queue and take all negatives from it,
+                as in momentum contrast without locations.
 
         Raises:
-            ValueError: negatives is another word.
+            ValueError: negatives has another value.
         """
         if negatives not in ("queue", "batch"):
-            raise ValueError(f"negatives is {negatives!r}; it must be queue or batch")
+            raise ValueError(f"negatives is {negatives!r}; it must be 'queue' or 'batch'")
         self.K, self.negatives, self.mask_own, self.one_queue = K, negatives, mask_own, one_queue
 
-        # A step touches one location: (L, K, dim) makes that one contiguous block. On disk the published
-        # layout is (dim, K, L); the two hooks below convert it.
+        # A step uses one location, which is one contiguous block of (L, K, dim). The published layout on disk is
+        # (dim, K, L). _save_to_state_dict and _load_from_state_dict convert between the two.
         queue = torch.randn(num_patch, K, dim)  # (L, K, dim)
-        for keys in queue:  # in place, a location at a time: at published sizes a copy would be 1.2 GB
+        for keys in queue:  # in place, one location at a time: a copy would take 1.2 GB at the published sizes
             F.normalize(keys, dim=1, out=keys)
         self.register_buffer("queue", queue)
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
-        # Where each key is from. Not in the published state dict; see queue_origin.
+        # The subject and step of each key. Not in the published state dict; see queue_origin.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int32), persistent=False)
         unknown = torch.full((num_patch, K), -1, dtype=torch.int32)  # (L, K)
         self.register_buffer("queue_subject", unknown, persistent=False)
@@ -66,24 +67,25 @@ class KeyQueues(nn.Module):
         patch_idx: int | torch.Tensor,
         subjects: torch.Tensor | None,
     ) -> list[torch.Tensor]:
-        """Similarities [q . own key, q . negatives] of each tensor of queries.
+        """Compute the similarities [q . own key, q . negatives] for each tensor of queries.
 
         Args:
-            queries: (B, dim) each.
-            keys: (world * B, dim), the step's.
-            own: (B,) row of each query's key in ``keys``.
-            patch_idx: location l, or a tensor of it, (1,).
-            subjects: (B,) of the queries; needed with mask_own.
+            queries: tensors of shape (B, dim).
+            keys: (world * B, dim), the keys of this step.
+            own: (B,) row of each query's own key in ``keys``.
+            patch_idx: index l of the location, as an int or as a (1,) tensor.
+            subjects: (B,) subjects of the queries; required with mask_own.
 
         Returns:
-            (B, 1 + K) each, -inf where a key is masked; or (B, world * B) with negatives of the batch.
+            One tensor per entry of ``queries``: (B, 1 + K), with -inf for masked keys, or (B, world * B) with
+            negatives from the batch.
         """
         if self.negatives == "batch":
             total = keys.shape[0]
             order = (own[:, None] + torch.arange(total, device=own.device)) % total  # (B, world * B), own key first
             return [(query @ keys.t()).gather(1, order) for query in queries]
         where = self._queue_index(patch_idx)  # (1,)
-        negatives = self.queue[where][0]  # (K, dim), a copy: the backward pass needs it after the queue has moved on
+        negatives = self.queue[where][0]  # (K, dim), a copy: the queue changes before the backward pass needs it
         similarities = []
         for query in queries:
             positive = (query * keys[own]).sum(dim=1, keepdim=True)  # (B, 1)
@@ -95,12 +97,18 @@ class KeyQueues(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor, patch_idx: int | torch.Tensor, subjects: torch.Tensor | None) -> None:
-        """Replace the oldest keys of one location. keys: (world * B, dim); subjects: (world * B,) or None."""
+        """Replace the oldest keys of one location.
+
+        Args:
+            keys: (world * B, dim).
+            patch_idx: index l of the location, as an int or as a (1,) tensor.
+            subjects: (world * B,) subjects of the keys, or None.
+        """
         where = self._queue_index(patch_idx)  # (1,)
         count = keys.shape[0]
         pointer = self.queue_ptr[where]  # (1,)
-        # Indices are computed on the device: reading the pointer would wait for it at every step.
-        rows = (pointer + torch.arange(count, device=keys.device)) % self.K + where * self.K  # (world * B,), of L K
+        # Compute the indices on the device. Reading the pointer would make the CPU wait for the device at every step.
+        rows = (pointer + torch.arange(count, device=keys.device)) % self.K + where * self.K  # (world * B,) in 0..L*K-1
         self.queue.flatten(0, 1).index_copy_(0, rows, keys.to(self.queue.dtype))
         self.queue_ptr.index_copy_(0, where, (pointer + count) % self.K)
         self.steps += 1
@@ -109,31 +117,34 @@ class KeyQueues(nn.Module):
             self.queue_subject.flatten().index_copy_(0, rows, subjects.to(torch.int32))
 
     def origin_at(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Subject and age in steps of each key at a location, (K,) each; -1 where unknown."""
+        """Return the subject and the age in steps of each key at a location, (K,) each; -1 if unknown."""
         where = self._queue_index(patch_idx)
         step = self.queue_step[where][0]  # (K,)
         return self.queue_subject[where][0], torch.where(step >= 0, self.steps + 1 - step, -1)
 
     def _queue_index(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
-        """The queue of a location, (1,), on its device: a GPU's step does not depend on a number of Python's."""
+        """Return the index of a location's queue as a (1,) tensor on the device of the queue.
+
+        With a tensor index, a CUDA graph of the step works for every location.
+        """
         where = torch.as_tensor(patch_idx, device=self.queue.device).reshape(1)
         return torch.zeros_like(where) if self.one_queue else where
 
     # ------------------------------------------------------------ on disk
 
     def queue_origin(self) -> dict[str, Any]:
-        """Subject and step of each key, -1 where unknown, (L, K) each; and the number of steps so far."""
+        """Return the subject and step of each key, (L, K) each, -1 if unknown, and the number of steps so far."""
         return {"subject": self.queue_subject, "step": self.queue_step, "steps": int(self.steps)}
 
     def load_queue_origin(self, origin: dict[str, Any]) -> None:
-        """The inverse of :meth:`queue_origin`."""
+        """Set the state that :meth:`queue_origin` returned."""
         self.queue_subject.copy_(origin["subject"])
         self.queue_step.copy_(origin["step"])
         self.steps.fill_(int(origin["steps"]))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A view, like every other entry: at published sizes a copy would be 1.2 GB.
+        # A view, like every other entry: a copy would take 1.2 GB at the published sizes.
         destination[prefix + "queue"] = destination[prefix + "queue"].permute(2, 1, 0)  # (dim, K, L)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""A run's state in a checkpoint, and back."""
+"""Save the state of a run to a checkpoint, and restore it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,33 +27,35 @@ from models.checkpoint import (
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds beside the tensors that it has filled."""
+    """Position and settings read from a checkpoint, in addition to the tensors that were loaded."""
 
-    epoch: int  # finished
-    step: int  # of the epoch under way
-    sums: Sums | None  # of the statistics over these steps
-    config: dict[str, Any]  # the settings that it was trained with
-    note: str = ""  # on what it does not say
+    epoch: int  # finished epochs
+    step: int  # finished steps of the current epoch
+    sums: Sums | None  # sums of the statistics over these steps
+    config: dict[str, Any]  # training settings
+    note: str = ""  # note for the user, for example that the checkpoint does not record its table of locations
 
 
 class Started(NamedTuple):
-    """What a new run has taken from another run's checkpoint."""
+    """Description of the checkpoint that a new run took its encoder from."""
 
-    epochs: int  # that the encoder was trained for
-    with_projection: bool
-    queue: tuple[int, int] | None  # locations and keys of the checkpoint's queue, which is not taken
+    epochs: int  # epochs that the encoder was trained for
+    with_projection: bool  # whether the projection was loaded too
+    queue: tuple[int, int] | None  # number of locations and keys per location in the queue, which is not loaded
 
 
 class TrainingState:
-    """All that a run needs to go on as if it had not stopped: weights, queue, optimiser, random streams, position.
+    """Complete state of a run: weights, queue, optimiser, random number generators and position.
+
+    A run that restores it gives the same result as a run that did not stop.
 
     Args:
-        model: DrasCLR itself, not wrapped.
-        optimizer: of its parameters.
-        device: where both are.
-        arch: a name that the published format keeps.
-        settings: kept in the checkpoint, to tell what a resumed run changes; ``location_table``, ``store_version``
-            and ``root_dir`` tell the data.
+        model: the DrasCLR model, without a DistributedDataParallel wrapper.
+        optimizer: optimiser of its parameters.
+        device: device of the model and the optimiser.
+        arch: architecture name, an entry of the published format.
+        settings: settings to save in the checkpoint, so that a resumed run can report changes. ``location_table``,
+            ``store_version`` and ``root_dir`` identify the data.
     """
 
     def __init__(
@@ -68,20 +70,20 @@ class TrainingState:
         self.arch, self.settings = arch, dict(settings)
 
     def save(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> None:
-        """Write the state after ``epoch`` finished epochs and ``step`` steps of the next.
+        """Write the state after ``epoch`` finished epochs and ``step`` steps of the next epoch.
 
         Raises:
-            DivergedError: some of it is not finite; then nothing is written.
+            DivergedError: a tensor has values that are not finite or are too large. Nothing is written.
         """
         save_checkpoint(path, self._content(epoch, step, sums))
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
-        """:meth:`save_aside` where the state is on a GPU; on a CPU a copy of the queue would take 1.2 GB more."""
+        """:meth:`save_aside` on a GPU; None on a CPU, where a copy of the queue would need another 1.2 GB of memory."""
         return self.save_aside if self.device.type == "cuda" else None
 
     def save_aside(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
-        """Copy the state to the host's memory; what is returned writes the copy. Raises DivergedError."""
+        """Copy the state to host memory and return a function that writes the copy. Raises DivergedError."""
         copied = on_host(self._content(epoch, step, sums))
         return lambda: save_checkpoint(path, copied)
 
@@ -92,7 +94,7 @@ class TrainingState:
         unsound = first_unsound(tensors)
         if unsound is not None:
             where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
-            raise DivergedError(f"the state is not finite at {where} ({unsound}) and is not saved")
+            raise DivergedError(f"the state is not finite at {where} (in {unsound}), so it is not saved")
         checkpoint = {
             "epoch": epoch,
             "arch": self.arch,
@@ -111,10 +113,11 @@ class TrainingState:
         return checkpoint
 
     def restore(self, path: Path) -> Restored:
-        """Read a state back; one of weights alone leaves the rest as it is.
+        """Restore the state from a checkpoint. If it has only weights, everything else stays unchanged.
 
         Raises:
-            CheckpointError: unreadable, not finite, of another model or of another table of locations.
+            CheckpointError: the checkpoint is unreadable or not finite, or it belongs to another model or another
+                table of locations.
         """
         content, settings = read_checkpoint(path), self.settings
         state, config = strip_module(content["state_dict"]), content.get("config") or {}
@@ -124,10 +127,10 @@ class TrainingState:
         refuse_unsound(self.model.state_dict(), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
-        if "queue_origin" in content:  # ours; without it nobody knows whose the queue's keys are
+        if "queue_origin" in content:  # not in published checkpoints; without it the keys' subjects stay unknown
             self.model.load_queue_origin(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
-                self.model.queue_subject.fill_(-1)  # numbers of another store's rows
+                self.model.queue_subject.fill_(-1)  # the saved row numbers refer to another store
         if "rng_state" in content:
             torch.set_rng_state(content["rng_state"])
             if self.device.type == "cuda" and "cuda_rng_state" in content:
@@ -141,7 +144,7 @@ class TrainingState:
 
 
 def on_host(value: Any) -> Any:
-    """Plain values, lists and dicts with every tensor copied to the host's memory, strides and all."""
+    """Copy nested lists and dicts of tensors and plain values to host memory. Tensors keep their strides."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -150,14 +153,14 @@ def on_host(value: Any) -> Any:
 
 
 def start_from(model: nn.Module, path: Path) -> Started:
-    """Give both encoders the weights of a checkpoint's query encoder; queue, optimiser and position stay new.
+    """Load the query encoder of a checkpoint into both encoders. Queue, optimiser and position stay as in a new run.
 
-    The convolutions must fit. A projection (``fc``) of another size stays new too: it belongs to the loss, not to the
-    representation.
+    The convolutions must have the same shapes. A projection (``fc``) of another size is not loaded, because it
+    belongs to the loss and not to the representation.
 
     Raises:
-        CheckpointError: unreadable or not finite.
-        ResumeError: of another encoder; names the flag that would make it fit.
+        CheckpointError: the checkpoint is unreadable or not finite.
+        ResumeError: the checkpoint has another encoder. The message names the flag to change.
     """
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)

@@ -1,4 +1,4 @@
-"""A step of training, from views in the network's units to the loss and the statistics that are logged."""
+"""One training step: augmented views in, loss, logged statistics and updated weights out."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,38 +17,38 @@ OF_NEIGHBORS = ("loss_neighbor", "accuracy_neighbor")
 
 
 def statistic_names(neighbors: bool) -> tuple[str, ...]:
-    """Names of a step's statistics in order; without the neighbour task its own are left out."""
+    """Return the names of a step's statistics in order. Without the neighbour task, its statistics are left out."""
     return tuple(name for name in STATISTICS if neighbors or name not in OF_NEIGHBORS)
 
 
 class LocationTable(NamedTuple):
-    """Where each location and its neighbours lie, on the model's device: a step only slices it."""
+    """Coordinates of all locations and of their neighbours, on the model's device, so that a step only indexes them."""
 
     locations: torch.Tensor  # (L, 3), normalised
     neighbors: torch.Tensor  # (L, k, 3)
 
     @classmethod
     def of(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
-        """From (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
+        """Build the table from (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
         locations = torch.from_numpy(normalized).to(device)  # (L, 3)
         return cls(locations, locations[torch.from_numpy(neighbors).to(device)])  # (L, k, 3)
 
 
 class Outcome(NamedTuple):
-    """What a training step comes to."""
+    """Results of :class:`TrainingStep`."""
 
-    loss: torch.Tensor  # (), to descend
+    loss: torch.Tensor  # (), to minimise
     statistics: torch.Tensor  # (n,), in the order of statistic_names
     representation: torch.Tensor  # (B, rep_dim), h of the patches
 
 
 class TrainingStep(nn.Module):
-    """Views -> loss. DistributedDataParallel wraps this module if there is a process group.
+    """Compute the loss from the views. DistributedDataParallel wraps this module if there is a process group.
 
     Args:
-        model: DrasCLR.
-        table: on the model's device.
-        bf16: compute the encoders in bfloat16.
+        model: the DrasCLR model.
+        table: coordinates of the locations, on the model's device.
+        bf16: run the encoders in bfloat16.
     """
 
     def __init__(self, model: DrasCLR, table: LocationTable, bf16: bool = False):
@@ -63,14 +63,15 @@ class TrainingStep(nn.Module):
         subjects: torch.Tensor | None = None,
         move_keys: bool = True,
     ) -> Outcome:
-        """CE(patch) + beta CE(neighbour), and the step's statistics.
+        """Compute CE(patch) + beta CE(neighbour) and the statistics of the step. CE is the cross-entropy.
 
         Args:
-            location: index l that the whole batch shares; or a tensor of it, (1,), on the model's device.
+            location: index l of the location that the whole batch shares, as an int or as a (1,) tensor on the
+                model's device.
             views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32) or None.
-            beta: weight of the neighbour loss; 0 leaves it out, as in the warm-up.
-            subjects: (B,) numbers of the batch's subjects, on the model's device.
-            move_keys: as in :meth:`DrasCLR.step`.
+            beta: weight of the neighbour loss; 0 leaves it out, for example during the warm-up.
+            subjects: (B,) row numbers of the batch's subjects, on the model's device.
+            move_keys: see :meth:`DrasCLR.step`.
         """
         query, key, neighbors = views
         where = torch.as_tensor(location, device=query.device).reshape(1)
@@ -92,24 +93,25 @@ class TrainingStep(nn.Module):
 
 
 def accuracy(logits: torch.Tensor) -> torch.Tensor:
-    """% of rows whose largest logit is the key's, in column 0: (B, n) -> ()."""
+    """Return the percentage of rows in which the positive key (column 0) has the largest logit: (B, n) -> ()."""
     return 100 * (logits.argmax(dim=1) == 0).float().mean()
 
 
 def make_optimizer(
     model: nn.Module, lr: float, momentum: float, weight_decay: float, name: str = "sgd"
 ) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS over every parameter, the frozen key encoder's too: the published checkpoints list all 164.
+    """Create one of OPTIMIZERS over all parameters.
 
-    ``momentum`` is SGD's, and AdamW's first beta.
+    They include those of the frozen key encoder, because the published checkpoints list all 164 parameters.
+    ``momentum`` is the momentum of SGD, or the first beta of AdamW.
 
     Raises:
-        ValueError: another name.
+        ValueError: ``name`` is not in OPTIMIZERS.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"the optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}")
     on_gpu = next(model.parameters()).device.type == "cuda"
-    # On a GPU the fused kernel, which reads the learning rate from the device: a CUDA graph's may change between steps.
+    # On a GPU, use the fused kernel. It reads the learning rate from the device, so a CUDA graph sees a changed rate.
     kind = {"fused": True} if on_gpu else {"foreach": True}
     if name == "adamw":
         betas = (momentum, 0.999)
@@ -118,14 +120,17 @@ def make_optimizer(
 
 
 class Descent:
-    """Back-propagation, and an optimiser step on the mean gradient of every ``accumulate`` losses."""
+    """Back-propagate each loss, and update the weights with the mean gradient of every ``accumulate`` losses."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, accumulate: int = 1):
         self.optimizer, self.accumulate = optimizer, accumulate
-        self.waiting = 0  # losses since the last optimiser step
+        self.waiting = 0  # number of losses since the last optimiser step
 
     def __call__(self, loss: torch.Tensor, last: bool = False) -> bool:
-        """Whether the optimiser took a step; ``last`` makes it take one, as at an epoch's end."""
+        """Back-propagate one loss and return whether the optimiser took a step.
+
+        ``last`` forces an optimiser step, for example at the end of an epoch.
+        """
         if not self.waiting:
             self.optimizer.zero_grad(set_to_none=True)
         (loss / self.accumulate if self.accumulate > 1 else loss).backward()
@@ -138,17 +143,17 @@ class Descent:
 
 
 class Inputs(NamedTuple):
-    """Tensors of one step, on the model's device."""
+    """Input tensors of one step, on the model's device."""
 
     location: torch.Tensor  # (1,) int64
     patches: torch.Tensor  # (B, 32, 32, 32) HU
     neighbors: torch.Tensor | None  # (B, k, 32, 32, 32) HU
-    draws: torch.Tensor  # of the transforms
+    draws: torch.Tensor  # random parameters of the augmentation
     subjects: torch.Tensor | None  # (B,) int64
 
 
 class Done(NamedTuple):
-    """What a whole step leaves."""
+    """Results of :class:`WholeStep`."""
 
     views: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     outcome: Outcome
@@ -156,20 +161,20 @@ class Done(NamedTuple):
 
 
 class WholeStep:
-    """From raw patches to new weights: views, loss, gradients, update.
+    """One step from raw patches to new weights: make views, compute the loss, back-propagate, update.
 
     Args:
-        make_views: of patches, neighbours and draws.
-        training_step: a TrainingStep, or DistributedDataParallel's of one.
-        descend: of its parameters.
+        make_views: turns patches, neighbours and draws into views.
+        training_step: a TrainingStep, possibly wrapped in DistributedDataParallel.
+        descend: updates the parameters of ``training_step``.
     """
 
     def __init__(self, make_views: Callable[..., tuple], training_step: nn.Module, descend: Descent):
         self.make_views, self.training_step, self.descend = make_views, training_step, descend
-        self._move_keys = True  # the key encoder moves with the query encoder: not between two optimiser steps
+        self._move_keys = True  # update the key encoder only after the optimiser has changed the query encoder
 
     def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
-        """One step; ``beta`` as in :class:`TrainingStep`, ``last`` as in :class:`Descent`."""
+        """Run one step. For ``beta`` see :class:`TrainingStep`, for ``last`` see :class:`Descent`."""
         views = self.make_views(inputs.patches, inputs.neighbors, inputs.draws)
         outcome = self.training_step(inputs.location, views, beta, inputs.subjects, self._move_keys)
         stepped = self._move_keys = self.descend(outcome.loss, last)

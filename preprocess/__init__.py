@@ -1,1 +1,1 @@
-"""Raw scans -> patch store, in five steps. No torch model of ours is used here."""
+"""Turn raw scans into a patch store in five stages. This package does not use the models of this project."""

@@ -1,4 +1,4 @@
-"""The atlas: its lung mask, and transforms from it."""
+"""Read the lung mask of the atlas, and transforms from the atlas to scans."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ import SimpleITK as sitk
 
 from preprocess.scan import EarlierFailure, ScanError, read_mask
 
-SMALLEST = 1e-3  # of the atlas's volume; a child's lungs are a twentieth of an adult's
+SMALLEST = 1e-3  # smallest accepted volume ratio of scan to atlas; a child's lungs have 1/20 of an adult's volume
 
 
 def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
-    """The atlas's lung mask: 0 outside, 50 right lung, 100 left lung.
+    """Read the lung mask of the atlas: 0 outside, 50 right lung, 100 left lung.
 
     Raises:
-        ScanError: it has other labels or lacks one of the two.
+        ScanError: the mask has other labels or lacks a lung.
     """
     try:
         mask = read_mask(path)
@@ -26,14 +26,14 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
     if labels != [0, 50, 100]:
         raise ScanError(
-            f"--atlas-mask {path} has labels {labels[:8]}; it must have 0 (outside), 50 (right lung), 100 (left); "
-            "preprocess/make_atlas_mask.py makes one of a scan's lung mask"
+            f"--atlas-mask {path} has labels {labels[:8]}, but needs 0 (outside), 50 (right lung), 100 (left lung); "
+            "preprocess/make_atlas_mask.py makes an atlas mask from the lung mask of a scan"
         )
     return mask
 
 
 def load_atlas(path: str | os.PathLike) -> sitk.Image:
-    """The atlas's lung mask, once per process. Raises ScanError."""
+    """Read the lung mask of the atlas once per process. Raises ScanError."""
     return _load_atlas(os.path.abspath(path))
 
 
@@ -43,26 +43,29 @@ def _load_atlas(path: str) -> sitk.Image:
 
 
 def atlas_fingerprint(mask: sitk.Image) -> str:
-    """Tells one atlas from another, whatever the file is called."""
+    """Return a hash of an atlas mask's voxels and grid; it does not depend on the file name."""
     digest = hashlib.sha256(np.ascontiguousarray(sitk.GetArrayViewFromImage(mask)).tobytes())
     digest.update(repr((mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())).encode())
     return digest.hexdigest()[:12]
 
 
 def read_affine(path: Path) -> sitk.Transform:
-    """An ITK affine from atlas points to scan points. Raises ScanError, EarlierFailure where it is missing."""
+    """Read an ITK affine from atlas points to scan points. Raises ScanError, or EarlierFailure if it is missing."""
     if not path.is_file():
-        raise EarlierFailure(f"no transform at {path}; run preprocess/register.py, and see its report for this subject")
+        raise EarlierFailure(
+            f"no transform at {path}; run preprocess/register.py and look up this subject in its report"
+        )
     try:
         transform = sitk.ReadTransform(str(path))
-    except (RuntimeError, UnicodeDecodeError) as error:  # of its message, where that quotes the file
+    except (RuntimeError, UnicodeDecodeError) as error:  # decoding fails if ITK's message quotes a binary file
         raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
     if transform.GetDimension() != 3 or not transform.IsLinear():
-        raise ScanError(f"{path} is not a 3-D affine transform")
+        raise ScanError(f"{path} is not a 3-D affine transform; remove it and register again")
     axes = [transform.TransformVector(axis, [0.0, 0.0, 0.0]) for axis in np.eye(3).tolist()]
     volume = abs(float(np.linalg.det(axes)))
     if not SMALLEST < volume < 1 / SMALLEST:
         raise ScanError(
-            f"{path} makes the atlas's lungs {volume:.3g} times as large, which none are; remove it and register again"
+            f"{path} scales the volume of the atlas lungs by {volume:.3g}, which is impossible; remove it and register "
+            "again"
         )
     return transform

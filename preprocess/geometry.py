@@ -1,4 +1,4 @@
-"""Where voxels lie: orientation, resampling, padding, grids. Axes are (x, y, z), places LPS in mm."""
+"""Orientation, resampling, padding and grids of images. Axes are (x, y, z), points are LPS in mm."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,32 +15,32 @@ from preprocess.scan import AIR
 from preprocess.spline import resample_spline
 
 ISO_SPACING = 1.0  # mm
-SLAB = 1 << 24  # voxels that are float32 at one time: a whole scan would be 0.9 GB
+SLAB = 1 << 24  # voxels converted to float32 at a time, because a whole scan would need 0.9 GB
 OPPOSITE = {(first, second) for pair in ("LR", "PA", "SI") for first in pair for second in pair}
-PADDING = 60  # voxels of air around the resampled scan, as published
+PADDING = 60  # voxels of air around the resampled scan, the published value
 
 
 def orientation_of(image: sitk.Image) -> str:
-    """Three letters, where each index axis points, such as LPS or LAS."""
+    """Return three letters for the directions of the index axes, for example LPS or LAS."""
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
 
 
 def orient(image: sitk.Image, orientation: str) -> sitk.Image:
-    """Permute and flip index axes to ``orientation``; every voxel keeps its physical place.
+    """Permute and flip the index axes to ``orientation``; every voxel keeps its physical position.
 
-    A patch is cut along index axes from its lowest corner, so they must point the atlas's way.
+    Patches are cut along the index axes from their lowest corner, so these axes must have the atlas orientation.
     """
     own = orientation_of(image)
     if own == orientation:
         return image
     if all(axes in OPPOSITE for axes in zip(own, orientation)):
-        # The filter of ITK that does all makes one more copy, also of axes that are in order.
+        # DICOMOrient makes an additional copy, even if the axes are already in order.
         return sitk.Flip(image, [first != second for first, second in zip(own, orientation)], False)
     return sitk.DICOMOrient(image, orientation)
 
 
 def slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
-    """First and last slice, the last excluded, of pieces of some SLAB voxels; each starts at a multiple of ``step``."""
+    """Yield the first slice and the end (exclusive) of slabs of about SLAB voxels, at multiples of ``step``."""
     columns, rows, slices = image.GetSize()
     thickness = max(1, SLAB // (columns * rows * step)) * step
     for first in range(0, slices, thickness):
@@ -50,15 +50,15 @@ def slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
 def block_means(
     image: sitk.Image, factors: Sequence[int], select: Callable[[sitk.Image], sitk.Image] = lambda slab: slab
 ) -> sitk.Image:
-    """Float32 means of blocks of ``factors`` (x, y, z) voxels, of what ``select`` makes of them, a slab at a time.
+    """Apply ``select`` and average blocks of ``factors`` (x, y, z) voxels to float32, one slab at a time.
 
-    As ITK's BinShrink of the whole; blocks that the image does not fill are left out.
+    The result is the same as ITK's BinShrink of the whole image. Incomplete blocks at the end are left out.
     """
     factors = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
     made = []
     for first, last in slabs(image, factors[2]):
         if last - first >= factors[2]:
-            slab = sitk.RegionOfInterest(image, [*image.GetSize()[:2], last - first], [0, 0, first])  # fast, [] is not
+            slab = sitk.RegionOfInterest(image, [*image.GetSize()[:2], last - first], [0, 0, first])  # faster than []
             made.append(sitk.BinShrink(sitk.Cast(select(slab), sitk.sitkFloat32), factors))
     whole = sitk.GetImageFromArray(np.concatenate([sitk.GetArrayViewFromImage(part) for part in made]))
     whole.SetOrigin(made[0].GetOrigin())
@@ -68,7 +68,7 @@ def block_means(
 
 
 def on_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.ndarray:
-    """An image on slices ``first`` to ``last`` of another one's grid, linear, 0 outside, (z, y, x)."""
+    """Resample an image linearly to slices ``first`` to ``last`` (exclusive) of ``grid``; (z, y, x), 0 outside."""
     size = [*grid.GetSize()[:2], last - first]
     origin = grid.TransformIndexToPhysicalPoint([0, 0, first])
     where = (origin, grid.GetSpacing(), grid.GetDirection())
@@ -76,9 +76,9 @@ def on_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.n
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Cubic B-spline to 1 mm on the image's own axes and origin; outside it -1024.
+    """Resample an image to 1 mm by cubic B-splines, along its own axes from its own origin; outside is -1024.
 
-    The size, floor(nx sx), floor(ny sy), floor((nz - 1) sz), is the published code's.
+    The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz).
     """
     size, spacing = image.GetSize(), image.GetSpacing()
     wanted = int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])
@@ -86,12 +86,12 @@ def resample_isotropic(image: sitk.Image) -> sitk.Image:
 
 
 def pad(image: sitk.Image) -> sitk.Image:
-    """60 voxels of -1024 on every side; index 0 moves, physical places do not."""
+    """Pad with 60 voxels of -1024 on every side; index 0 moves, but voxels keep their physical positions."""
     return sitk.ConstantPad(image, [PADDING] * 3, [PADDING] * 3, AIR)
 
 
 def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
-    """Whether two images have the same voxels in the same places."""
+    """Whether two images have the same voxel grid in physical space."""
     return (
         first.GetSize() == second.GetSize()
         and np.allclose(first.GetOrigin(), second.GetOrigin(), atol=1e-2)
@@ -101,10 +101,12 @@ def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
 
 
 def write_image(image: sitk.Image, path: Path) -> None:
-    """A whole NIfTI file, compressed.
+    """Write a compressed NIfTI file and verify that it is complete.
+
+    ITK does not report a full disk, so the header is read again and the length of the data checked.
 
     Raises:
-        UserError: it is not whole. ITK says nothing of a disk that is full, so the file is read again.
+        UserError: the file is incomplete.
     """
     with whole_file(path) as aside:
         sitk.WriteImage(image, str(aside), useCompression=True)
@@ -115,7 +117,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
 
 def write_transform(transform: sitk.Transform, path: Path) -> None:
-    """A whole file of a transform. Raises UserError where it is not."""
+    """Write a transform file and read it again. Raises UserError if it is incomplete."""
     with whole_file(path) as aside:
         sitk.WriteTransform(transform, str(aside))
         try:
@@ -127,6 +129,6 @@ def write_transform(transform: sitk.Transform, path: Path) -> None:
 
 
 def not_written(path: Path) -> UserError:
-    """The error of a file that a library has written half of."""
+    """Return the error for a file that a library wrote only in part."""
     free = shutil.disk_usage(path.parent).free
-    return UserError(f"{path} could not be written whole; is the disk full? It has {free / 1e6:.0f} MB free")
+    return UserError(f"{path} could not be written completely; check the disk, which has {free / 1e6:.0f} MB free")

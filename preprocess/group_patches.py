@@ -1,10 +1,10 @@
-"""Step 5: one file per location, so that training reads one place of every subject at a time.
+"""Stage 5: group the patches into one file per location, so that training can read one location of all subjects.
 
     python preprocess/group_patches.py --root-dir /data/patches
 
-Reads <root-dir>/patch/{sid}_patch.npy and writes grouped_patch/patch_loc_{l}.npy, (N, 32, 32, 32),
-and subjects.csv, whose row n names row n of every file. Stopped half-way, it goes on where it was.
-Run it again after adding subjects.
+Reads <root-dir>/patch/{sid}_patch.npy. Writes one grouped_patch/patch_loc_{l}.npy per location, (N, 32, 32, 32), and
+subjects.csv. Row n of subjects.csv names the subject in row n of every grouped file. An interrupted run continues
+where it stopped. Run the script again after adding subjects.
 """
 
 import argparse
@@ -29,24 +29,26 @@ from misc.progress import add_progress_flag, progress_bar
 from preprocess.report import failed_before
 from preprocess.subjects import add_store, parse_flags
 
-CHUNK_BYTES = 512 * 2**20  # of patches in memory at a time
+CHUNK_BYTES = 512 * 2**20  # size of the patches held in memory at a time
 
 
 def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
-    """Subjects of patch/, in the order of their files, whose files have the table's number of locations.
+    """Find the subjects in patch/ that can be grouped, in the order of their files.
+
+    A file is usable if it has one patch for each of the ``count`` locations and the most common patch shape.
 
     Returns:
-        Their names, and the shape of one patch.
+        The sids, and the shape of one patch.
 
     Raises:
-        StoreError: there are none.
+        StoreError: no subject is usable.
     """
     good: dict[tuple, list[str]] = {}
     failed = failed_before(layout, "group_patches")
     for sid in layout.patch_sids():
         path = layout.patch(sid)
         if sid in failed:
-            print(f"group_patches: {sid} left out: it failed in {failed[sid]}", file=sys.stderr)
+            print(f"group_patches: {sid} left out: the subject failed in {failed[sid]}", file=sys.stderr)
             continue
         try:
             patches = load_array(path, mapped=True)
@@ -55,7 +57,8 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
             continue
         if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iufb":
             print(
-                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not {count} patches",
+                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not an array of {count} "
+                "patches",
                 file=sys.stderr,
             )
             continue
@@ -66,26 +69,26 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
     for other_shape, others in good.items():
         if others is not sids:
             print(
-                f"group_patches: {len(others)} subjects left out, {others[0]} first: their patches are {other_shape}, "
-                f"those of most are {shape}",
+                f"group_patches: {len(others)} subjects left out (the first is {others[0]}): their patches have shape "
+                f"{other_shape}, but most subjects have {shape}",
                 file=sys.stderr,
             )
     return sids, shape
 
 
 def load_patches(path: Path) -> np.ndarray:
-    """One subject's patches as int16 HU; the published implementation allowed other dtypes."""
+    """Load the patches of one subject as int16 HU; files of the published implementation can have other dtypes."""
     return as_grouped(load_array(path))
 
 
 def as_grouped(patches: np.ndarray) -> np.ndarray:
-    """Patches as the grouped files have them: int16 HU, of any dtype."""
+    """Convert patches of any dtype to int16 HU, the format of the grouped files."""
     patches = to_hu(patches)
     return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
 
 
 def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
-    """Changes when a subject is added, removed or cut again."""
+    """Return a hash that changes if a subject is added, removed or cut again."""
     digest = hashlib.sha256()
     for sid in sids:
         status = layout.patch(sid).stat()
@@ -94,13 +97,13 @@ def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
 
 
 class Grouping:
-    """The grouped files of some subjects, and how far they came.
+    """The grouped files of a list of subjects, with the progress of writing them.
 
     Args:
-        layout: the store's.
-        sids: rows of the grouped files, in order.
-        shape: of one patch.
-        count: locations.
+        layout: paths of the store.
+        sids: subjects in the row order of the grouped files.
+        shape: shape of one patch.
+        count: number of locations.
     """
 
     def __init__(self, layout: StoreLayout, sids: list[str], shape: tuple[int, ...], count: int):
@@ -113,7 +116,7 @@ class Grouping:
         self.state_file = layout.grouping / "state.json"
 
     def is_done(self) -> bool:
-        """Whether the grouped files are there, whole, and of these subjects."""
+        """Whether all grouped files exist, are complete and hold these subjects."""
         if not (self.done_file.is_file() and self.layout.subjects.is_file()):
             return False
         if json.loads(self.done_file.read_text()).get("key") != self.key:
@@ -124,11 +127,18 @@ class Grouping:
         return all(file.is_file() and file.stat().st_size == self.file_bytes for file in files)
 
     def aside(self, index: int) -> Path:
-        """Where a location's file is written before it gets its name."""
+        """Return the temporary path where a location's file is written before it gets its final name."""
         return self.layout.grouping / self.layout.grouped(index).name
 
     def begin(self) -> int:
-        """Subjects that a stopped run has written; 0 after making the files anew. Raises StoreError: no room."""
+        """Continue an interrupted run, or create the temporary files anew.
+
+        Returns:
+            The number of subjects already written, 0 for new files.
+
+        Raises:
+            StoreError: the disk has no room.
+        """
         if self.state_file.is_file():
             state = json.loads(self.state_file.read_text())
             if state["key"] == self.key and state["rows"]:
@@ -138,7 +148,7 @@ class Grouping:
         if needed > free:
             raise StoreError(
                 f"{len(self.sids)} subjects at {self.count} locations need {needed / 1e9:.1f} GB, but "
-                f"{self.layout.root} has {free / 1e9:.1f} GB free"
+                f"{self.layout.root} has {free / 1e9:.1f} GB free; free some space or group fewer subjects"
             )
         self.layout.grouping.mkdir(parents=True)
         for index in range(self.count):
@@ -147,7 +157,7 @@ class Grouping:
         return 0
 
     def write(self, row: int) -> int:
-        """Write some more subjects from row ``row`` on; how many."""
+        """Write the next chunk of subjects, starting at row ``row``, and return their number."""
         sids = self.sids[row : row + max(1, CHUNK_BYTES // (self.patch_bytes * self.count))]
         patches = np.stack([load_patches(self.layout.patch(sid)) for sid in sids], axis=1)  # (L, n, z, y, x)
         for index in range(self.count):
@@ -158,23 +168,24 @@ class Grouping:
         return len(sids)
 
     def _there(self, index: int) -> Path:
-        """Where a location's file is: aside, or at its name where a run was stopped while renaming."""
+        """Return the current path of a location's file: temporary, or final if a run stopped while renaming."""
         return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
 
     def check(self) -> None:
-        """Make sure, before anything that was there goes, that the files are on the disk, whole and in order.
+        """Verify the new files on the disk before the old ones are replaced.
 
-        Every file's size, and for each subject the patch of one location, drawn by its row, against the subject's own.
+        This checks the size of every file. For each subject, it also compares the patch at one random location with
+        the subject's own file.
 
         Raises:
-            StoreError: a file is not what was written; all are made again by the next run.
+            StoreError: a file differs from what was written; the next run makes all files again.
         """
         for index in range(self.count):
             with open(self._there(index), "rb") as stream:
                 os.fsync(stream.fileno())
                 size = stream.seek(0, os.SEEK_END)
             if size != self.file_bytes:
-                self._give_up(f"{self._there(index)} has {size} bytes of {self.file_bytes}; is the disk full?")
+                self._give_up(f"{self._there(index)} has {size} of {self.file_bytes} bytes; is the disk full?")
         drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
         for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
             own = as_grouped(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
@@ -185,16 +196,18 @@ class Grouping:
 
     def _give_up(self, why: str) -> None:
         shutil.rmtree(self.layout.grouping, ignore_errors=True)
-        raise StoreError(f"{why} Grouping is not finished, what was there before stays; run it again")
+        raise StoreError(f"{why} The previous grouped files are unchanged; run group_patches.py again")
 
     def finish(self) -> None:
-        """Give the files their names. The table of rows goes first and comes back last: between, the store
-        reads as incomplete."""
+        """Give the files their final names.
+
+        The table of rows is removed first and written last, so that the store counts as incomplete in between.
+        """
         self.check()
         self.layout.subjects.unlink(missing_ok=True)
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
-            with contextlib.suppress(FileNotFoundError):  # moved already, by a run that was stopped here
+            with contextlib.suppress(FileNotFoundError):  # an interrupted run has already moved this file
                 os.replace(self.aside(index), self.layout.grouped(index))
         write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
         _note(self.done_file, {"key": self.key})
@@ -202,10 +215,10 @@ class Grouping:
 
 
 def group_all(args: argparse.Namespace) -> int:
-    """The step, by its flags; its exit status."""
+    """Run the stage with its flags and return the exit status."""
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
-    with held(layout.grouping_lock, f"{layout.grouped_dir}, which grouping writes,"):
+    with held(layout.grouping_lock, f"{layout.grouped_dir}, the output folder of group_patches.py,"):
         return _group(args, layout, count)
 
 
@@ -214,7 +227,7 @@ def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
     grouping = Grouping(layout, sids, shape, count)
     found = f"{len(sids)} subjects at {count} locations"
     if grouping.is_done():
-        print(f"group_patches: done already, {found}; {layout.grouped_dir}")
+        print(f"group_patches: already done, {found}; {layout.grouped_dir}")
         return 0
     row = grouping.begin()
     bar = progress_bar(args.no_progress, total=len(sids), initial=row, desc="group_patches", unit="subject")

@@ -1,11 +1,12 @@
-"""An atlas of your own: a scan's lung mask at 1 mm, with the atlas's labels.
+"""Make your own atlas mask from the lung mask of a scan.
 
     python preprocess/segment_lung.py --input-csv atlas.csv --root-dir /data/atlas
     python preprocess/make_atlas_mask.py --lung-mask /data/atlas/lung_mask/007.nii.gz \\
         --output atlas_lung_mask.nii.gz
 
-Take the deep inspiration of a chest without deformity, and look at the mask first. Labels 1 and 2 (right
-and left lung, as step 2 writes them) become 50 and 100; a mask that has 50 and 100 is only resampled.
+Choose a scan in deep inspiration of a chest without deformity, and look at its mask first. The script resamples the
+mask to 1 mm. It changes the labels that stage 2 writes, 1 (right lung) and 2 (left lung), to 50 and 100. If the mask
+already has labels 50 and 100, the script only resamples it.
 """
 
 import sys
@@ -23,14 +24,16 @@ from preprocess.scan import ScanError, read_mask
 
 
 def atlas_of(mask: sitk.Image) -> sitk.Image:
-    """The mask on a grid of 1 mm from the same origin along the same axes: 50 right lung, 100 left.
+    """Resample a mask to 1 mm with the same origin and axes, labels 50 (right lung) and 100 (left lung).
 
     Raises:
-        ScanError: its labels are neither 0, 1, 2 nor 0, 50, 100.
+        ScanError: the labels are neither 0, 1, 2 nor 0, 50, 100.
     """
     labels = np.unique(sitk.GetArrayViewFromImage(mask)).tolist()
     if labels not in ([0, 1, 2], [0, 50, 100]):
-        raise ScanError(f"labels {labels[:8]}; a lung mask has 0, 1 (right lung), 2 (left), or 0, 50, 100")
+        raise ScanError(
+            f"the mask has labels {labels[:8]}, but needs 0, 1 (right lung), 2 (left lung) or 0, 50 (right), 100 (left)"
+        )
     size = [int((n - 1) * own / ISO_SPACING) + 1 for n, own in zip(mask.GetSize(), mask.GetSpacing())]
     grid = (mask.GetOrigin(), [ISO_SPACING] * 3, mask.GetDirection())
     fine = sitk.Resample(mask, size, sitk.Transform(), sitk.sitkNearestNeighbor, *grid)
@@ -39,21 +42,23 @@ def atlas_of(mask: sitk.Image) -> sitk.Image:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--lung-mask", required=True, help="lung mask of one scan, at any spacing")
-    parser.add_argument("--output", required=True, help="where the atlas's mask goes, a .nii.gz; never overwritten")
+    parser.add_argument("--lung-mask", required=True, help="lung mask of one scan, with any voxel spacing")
+    parser.add_argument(
+        "--output", required=True, help="file for the atlas mask, for example atlas.nii.gz; must not exist yet"
+    )
     args = parser.parse_args()
     target = Path(args.output)
     if not target.name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
-        raise StoreError(f"--output {target}: a name that ends in .nii.gz, .nii, .nrrd or .mha")
+        raise StoreError(f"--output {target} has an unknown format; end the name in .nii.gz, .nii, .nrrd or .mha")
     if target.exists():
-        raise StoreError(f"--output {target} is there already; choose another name")
+        raise StoreError(f"--output {target} exists already; choose another name")
     try:
         atlas = atlas_of(read_mask(args.lung_mask))
     except ScanError as error:
         raise StoreError(f"--lung-mask {args.lung_mask}: {error}") from error
     write_image(atlas, target)
     litres = np.count_nonzero(sitk.GetArrayViewFromImage(atlas)) / 1e6
-    print(f"make_atlas_mask: {atlas.GetSize()} voxels of 1 mm, {litres:.1f} litres of lung; {target}")
+    print(f"make_atlas_mask: {atlas.GetSize()} voxels of 1 mm, lung volume {litres:.1f} litres; {target}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Patches of a scan at the atlas's locations."""
+"""Cut patches from a scan at the atlas locations."""
 
 from typing import NamedTuple
 
@@ -11,20 +11,20 @@ from preprocess.scan import ScanError
 
 
 class Patches(NamedTuple):
-    """What is cut from one scan."""
+    """The patches of one scan, and the volume that they are cut from."""
 
     patches: np.ndarray  # (L, p, p, p) int16 HU, each (z, y, x)
     corners: np.ndarray  # (L, 3) int64, lowest corner (x, y, z) in ``volume``
-    outside: np.ndarray  # (L,) voxels of each patch that lie outside the scan
+    outside: np.ndarray  # (L,) number of voxels of each patch that lie outside the scan
     volume: sitk.Image  # the padded scan at 1 mm
     values: np.ndarray  # its voxels, (z, y, x) int16 HU
 
 
 def map_corners(table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform, volume: sitk.Image) -> np.ndarray:
-    """Corners (L, 3) in atlas voxels -> (L, 3) int64 in voxels of ``volume``, both (x, y, z).
+    """Map corners (L, 3) in atlas voxels to (L, 3) int64 in voxels of ``volume``, both (x, y, z).
 
-    Index to point by the atlas, point to point by the transform, point to index by the volume, with
-    SimpleITK's own rounding.
+    The atlas maps indices to points, the transform maps these to scan points, and the volume maps those to indices
+    with SimpleITK's rounding.
     """
     corners = np.empty_like(table)
     for row, corner in enumerate(table):
@@ -34,14 +34,15 @@ def map_corners(table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform,
 
 
 def cut_patches(volume: np.ndarray, corners: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut cubes from a volume; voxels outside it are -1024.
+    """Cut patches from a volume; voxels outside it are -1024.
 
     Args:
         volume: (z, y, x) int16.
         corners: (L, 3) lowest corners (x, y, z), possibly outside the volume.
+        patch_size: p, in voxels.
 
     Returns:
-        Patches (L, p, p, p), each (z, y, x); and the number of each patch's voxels outside, (L,).
+        Patches (L, p, p, p), each (z, y, x), and the number of voxels of each patch outside the volume, (L,).
     """
     patches = np.full((len(corners), *[patch_size] * 3), HU_MIN, dtype=np.int16)
     outside = np.zeros(len(corners), dtype=np.int64)
@@ -58,16 +59,16 @@ def cut_patches(volume: np.ndarray, corners: np.ndarray, patch_size: int) -> tup
 def patches_of(
     scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray, patch_size: int
 ) -> Patches:
-    """Cut a scan at the atlas's locations.
+    """Cut patches from a scan at the atlas locations.
 
-    The scan is brought to the atlas's orientation, resampled to 1 mm, padded by 60 voxels of air and
-    clipped to [-1024, 240] HU. What lies outside it is -1024.
+    The scan is reoriented to the atlas, resampled to 1 mm, padded with 60 voxels of air and clipped to [-1024, 240] HU.
+    Voxels outside the scan are -1024.
 
     Args:
-        scan: in HU, any orientation and spacing.
-        transform: atlas points -> scan points.
-        atlas: its lung mask.
-        table: (L, 3) corners (x, y, z), atlas voxels.
+        scan: chest CT in HU, any orientation and spacing.
+        transform: maps atlas points to scan points.
+        atlas: lung mask of the atlas.
+        table: (L, 3) corners (x, y, z) in atlas voxels.
         patch_size: p, in voxels.
     """
     volume = pad(resample_isotropic(orient(scan, orientation_of(atlas))))
@@ -77,20 +78,20 @@ def patches_of(
     values = np.clip(values, HU_MIN, HU_MAX).astype(np.int16)
     corners = map_corners(table, atlas, transform, volume)
     patches, _ = cut_patches(values, corners, patch_size)
-    # The padding is outside the scan too.
+    # The padding counts as outside the scan, too.
     inner = values[PADDING:-PADDING, PADDING:-PADDING, PADDING:-PADDING]
     _, outside = cut_patches(inner, corners - PADDING, patch_size)
     return Patches(patches, corners, outside, volume, values)
 
 
 def check_inside(cut: Patches, name: object) -> None:
-    """Raise ScanError where every patch lies outside the scan."""
+    """Raise ScanError if every patch lies outside the scan."""
     if len(cut.patches) and (cut.outside == cut.patches[0].size).all():
-        raise ScanError(f"every patch lies outside {name}: its transform belongs to another scan")
+        raise ScanError(f"every patch lies outside {name}; its transform belongs to another scan, so register it again")
 
 
 def share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:
-    """Share of patch centres that lie in the mask. corners: voxels (x, y, z) of ``volume``."""
+    """Return the share of patch centres that lie in the mask; ``corners`` are voxels (x, y, z) of ``volume``."""
     labels = sitk.GetArrayViewFromImage(mask)
     size = np.array(mask.GetSize())
     inside = 0

@@ -1,9 +1,9 @@
-"""Step 1: where patches lie, as a table of corners in the atlas.
+"""Stage 1: choose the patch locations and write them as a table of corners in the atlas.
 
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches
 
-lays a grid over the atlas's lung mask and keeps the patches with enough lung in them. To use the
-published weights, adopt their table instead (their locations do not follow from the mask alone):
+This command lays a grid over the lung mask of the atlas and keeps the patches that contain enough lung. The published
+weights need their own table, because the mask alone does not reproduce it. To use those weights, pass that table:
 
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches \\
         --atlas-patch-loc atlas_patch_loc.npy
@@ -28,31 +28,34 @@ from preprocess.atlas import load_atlas
 from preprocess.geometry import ISO_SPACING
 from preprocess.subjects import add_atlas, add_patch_size, add_store, parse_flags
 
-STEP_SIZE = 26  # voxels between corners, as published
-MAX_PATCHES = 1000  # with as many or more, the threshold rises
+STEP_SIZE = 26  # voxels between corners, the published value
+MAX_PATCHES = 1000  # the threshold rises until fewer patches than this remain
 
 
 def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
-    """Corners of the grid's patches that have enough lung in them.
+    """Return the corners of the grid patches that contain enough lung.
 
-    A patch is kept when strictly more than the threshold of its voxels are lung. The threshold is
-    0.1 and rises by 0.1 while 1000 patches or more are kept. Corners run over x, then y, then z
-    (z fastest) and stop before size - patch_size, as in the published code.
+    A patch is kept if the lung fraction of its voxels is strictly above a threshold. The threshold starts at 0.1 and
+    rises by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest), and
+    stop before size - patch_size, as in the published code.
 
     Args:
-        lung: (x, y, z) bool.
-        patch_size, step_size: voxels.
+        lung: (x, y, z) bool lung mask.
+        patch_size: patch edge in voxels.
+        step_size: distance between corners in voxels.
 
     Returns:
-        (L, 3) int64.
+        (L, 3) int64 corners (x, y, z).
 
     Raises:
         StoreError: the atlas is smaller than a patch, or no patch has enough lung.
     """
     axes = [np.arange(0, size - patch_size, step_size) for size in lung.shape]
     if min(len(axis) for axis in axes) == 0:
-        raise StoreError(f"the atlas, {lung.shape} voxels, has no room for patches of {patch_size}")
-    # Inclusive sums from a corner of the volume: eight look-ups count a patch's lung voxels.
+        raise StoreError(
+            f"the atlas of {lung.shape} voxels has no room for patches of {patch_size} voxels; use a larger atlas mask"
+        )
+    # With cumulative sums over all three axes, eight look-ups count the lung voxels of a patch.
     total = np.zeros([size + 1 for size in lung.shape], dtype=np.int64)
     total[1:, 1:, 1:] = lung.astype(np.int64).cumsum(0).cumsum(1).cumsum(2)
     x, y, z = np.meshgrid(*axes, indexing="ij")
@@ -62,13 +65,13 @@ def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndar
         count += sign * total[x + upper[0] * patch_size, y + upper[1] * patch_size, z + upper[2] * patch_size]
     corners = np.stack([x, y, z], axis=-1)
     for tenths in range(1, 10):
-        # Whole numbers: a share of exactly the threshold must not depend on rounding.
+        # Compare integers, so that rounding cannot decide about a patch exactly at the threshold.
         kept = count * 10 > tenths * patch_size**3
         if kept.sum() < MAX_PATCHES:
             break
     if not kept.any():
         raise StoreError(
-            f"no patch of {patch_size} voxels holds more than a tenth of lung; is this an atlas mask of 1 mm?"
+            f"no patch of {patch_size} voxels contains over 10% lung; check that --atlas-mask is a lung mask at 1 mm"
         )
     return corners[kept].astype(np.int64)
 
@@ -79,13 +82,13 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
         raise StoreError(
-            f"{source}: row {row}, corner {table[row].tolist()}, leaves the atlas of {size} voxels; "
-            "the table belongs to another atlas mask"
+            f"{source}: the patch in row {row}, corner {table[row].tolist()}, leaves the atlas of {size} voxels; "
+            "pass the table that belongs to this atlas mask"
         )
 
 
 def table_of(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
-    """The table of corners (L, 3) for an atlas: a given one, checked, or the grid's. Raises StoreError."""
+    """Return the corners (L, 3) for an atlas: the adopted table after a check, or a new grid. Raises StoreError."""
     if adopted:
         table = load_locations(Path(adopted))
         check_table(table, mask.GetSize(), patch_size, str(adopted))
@@ -94,18 +97,19 @@ def table_of(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: in
 
 
 def _lung_of(mask: sitk.Image) -> np.ndarray:
-    """Where an atlas's lungs are, (x, y, z) bool."""
-    return sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # from (z, y, x)
+    """Return the lungs of an atlas mask as a bool array (x, y, z)."""
+    return sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
 
 
 def lay_locations(args: argparse.Namespace) -> int:
-    """The step, by its flags; its exit status."""
+    """Run the stage with its flags and return the exit status."""
     mask = load_atlas(args.atlas_mask)
     if not np.allclose(mask.GetSpacing(), ISO_SPACING, atol=1e-3):
         spacing = " x ".join(f"{own:.3g}" for own in mask.GetSpacing())
         print(
-            f"warning: --atlas-mask {args.atlas_mask} has voxels of {spacing} mm, and scans are cut at 1 mm: patches "
-            "that touch in the atlas will not in the scans. preprocess/make_atlas_mask.py brings a mask to 1 mm",
+            f"warning: --atlas-mask {args.atlas_mask} has voxels of {spacing} mm, but patches are cut from scans at "
+            "1 mm, so patches that touch in the atlas do not touch in the scans. Resample the mask with "
+            "preprocess/make_atlas_mask.py",
             file=sys.stderr,
         )
     table = table_of(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
@@ -117,22 +121,22 @@ def lay_locations(args: argparse.Namespace) -> int:
         there = load_locations(target)
         if not np.array_equal(there, table):
             raise StoreError(
-                f"{target} holds another table ({len(there)} locations, this one has {len(table)}); everything in the "
-                "store belongs to it. Choose another --root-dir, or name the right --atlas-patch-loc"
+                f"{target} holds another table: {len(there)} locations instead of {len(table)}, and the files in the "
+                "store depend on it. Choose another --root-dir, or pass the matching table with --atlas-patch-loc"
             )
-        print(f"patchify_atlas: {target} is there already, {len(table)} locations")
+        print(f"patchify_atlas: {target} exists already, {len(table)} locations")
         return 0
     save_array(target, table)
     inside = _lung_of(mask)[tuple((table + args.patch_size // 2).T)].mean()
-    print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas's lungs; {target}")
+    print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas lungs; {target}")
     return 0
 
 
 def add_locations(parser: Parser) -> None:
-    """Flags of this step alone."""
-    text = "voxels between corners; smaller gives more patches"
+    """Add the flags that only this stage has."""
+    text = "distance between patch corners in voxels; a smaller step gives more patches"
     parser.add_argument("--step-size", type=at_least(int, 1), default=STEP_SIZE, help=text)
-    text = "adopt this table of corners; needed with the published weights (default: make one)"
+    text = "use this table of corners; required for the published weights (default: make a new table)"
     parser.add_argument("--atlas-patch-loc", help=text)
 
 

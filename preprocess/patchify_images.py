@@ -1,14 +1,14 @@
-"""Step 4: cut every scan at the atlas's locations.
+"""Stage 4: cut patches from every scan at the atlas locations.
 
     python preprocess/patchify_images.py --input-csv dataset.csv --root-dir /data/patches \\
         --atlas-mask atlas_lung_mask.nii.gz --num-workers 4
 
-A scan is brought to the atlas's orientation, resampled to 1 mm, padded by 60 voxels of air and
-clipped to [-1024, 240] HU. Each corner of atlas_patch_loc.npy goes through the subject's transform
-to a voxel of that volume, where 32 x 32 x 32 voxels are cut. What lies outside the scan is -1024.
+The script reorients each scan to the atlas, resamples it to 1 mm, pads it with 60 voxels of air and clips it to
+[-1024, 240] HU. The subject's transform maps each corner in atlas_patch_loc.npy to a voxel of this volume, where a
+patch of 32 x 32 x 32 voxels is cut. Voxels outside the scan get -1024.
 
-Writes <root-dir>/patch/{sid}_patch.npy, patch_loc/{sid}_patch_loc.npy, and qc/{sid}.png: the patch
-boxes over scan and mask. Look at some; nothing else tells a wrong mask or transform as fast.
+Writes <root-dir>/patch/{sid}_patch.npy, patch_loc/{sid}_patch_loc.npy and qc/{sid}.png. The picture shows the patch
+boxes over the scan and its mask. Look at a few pictures: they are the fastest way to spot a wrong mask or transform.
 """
 
 import argparse
@@ -57,18 +57,18 @@ FIGURES = (
 
 
 def check_array(path: Path, shape: tuple[int, ...]) -> None:
-    """Raise ScanError unless a .npy file is whole and has real numbers of that shape."""
-    advice = "remove it, or give --overwrite"
+    """Raise ScanError unless a .npy file is complete and holds real numbers in the given shape."""
+    advice = "remove it or pass --overwrite"
     try:
         array = load_array(path, mapped=True)
     except (OSError, ValueError) as error:
         raise ScanError(f"{path} cannot be read as an array ({error}); {advice}") from error
     if array.shape != shape or array.dtype.kind not in "iufb":
-        raise ScanError(f"{path} is {array.dtype} {array.shape}, the table of locations asks for {shape}; {advice}")
+        raise ScanError(f"{path} is {array.dtype} {array.shape}, but the table of locations needs {shape}; {advice}")
 
 
 def figures_of(cut: Patches, patch_size: int) -> dict[str, Any]:
-    """How much of the patches lies outside the scan, for the report."""
+    """Return the report values of the patches: their number, how much lies outside the scan, and the lung HU."""
     whole = patch_size**3
     return {
         "patches": len(cut.patches),
@@ -80,16 +80,16 @@ def figures_of(cut: Patches, patch_size: int) -> dict[str, Any]:
 
 
 def lung_hu(patches: np.ndarray) -> float | str:
-    """Median HU of what is neither outside (-1024) nor denser than lung (-500): how much air it holds."""
+    """Return the median HU of voxels between -1024 (outside) and -500 (denser than lung), a measure of lung air."""
     values = patches[(patches > HU_MIN) & (patches < LUNG_BELOW)]
     return round(float(np.median(values)), 1) if len(values) else ""
 
 
 def title_of(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> str:
-    """What stands above a subject's picture. sides: of overlap(); none without a mask."""
+    """Write the title of a subject's picture; ``sides`` comes from overlap() and is empty without a mask."""
     inside, atlas = figures["centres_in_lungs"], figures["centres_in_atlas_lungs"]
-    shares = "no mask" if inside == "" else f"{inside:.2f} of centres in the lungs (atlas {atlas:.2f})"
-    edge = f"{figures['patches_outside']} outside, {figures['patches_partly_outside']} partly"
+    shares = "no mask" if inside == "" else f"{inside:.2f} of patch centres in the lungs (atlas: {atlas:.2f})"
+    edge = f"outside the scan: {figures['patches_outside']}, partly outside: {figures['patches_partly_outside']}"
     dice = f"; Dice right {sides['dice_right']:.2f}, left {sides['dice_left']:.2f}" if sides else ""
     return f"{sid}: {figures['patches']} patches, {shares}{dice}; {edge}"
 
@@ -105,13 +105,13 @@ def patchify(
     qc: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Step 4 for one subject; see run_subjects. Raises ScanError, Skip."""
+    """Cut the patches of one subject and return its report values; see Step.work. Raises ScanError, Skip."""
     layout = StoreLayout(root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
     transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
     patch_path, corner_path, picture_path = (path(subject.sid) for path in (layout.patch, layout.patch_loc, layout.qc))
     if not patch_path.is_file():
-        read_affine(transform_path)  # raises before anything is touched
+        read_affine(transform_path)  # fail before changing any file
     subject.check_image()
     stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]
@@ -145,11 +145,11 @@ def patchify(
     return {**figures, **stamps}
 
 
-# ============================================================ the step
+# ============================================================ the stage
 
 
 def check_disk(root_dir: Path, subjects: list[Subject], count: int, patch_size: int) -> None:
-    """Raise StoreError unless the patches still to be cut, and their grouped copy, fit on the disk."""
+    """Raise StoreError unless the disk has room for the missing patches and their grouped copy."""
     layout = StoreLayout(root_dir)
     missing = sum(not layout.patch(subject.sid).is_file() for subject in subjects)
     each = count * patch_size**3 * 2
@@ -158,26 +158,27 @@ def check_disk(root_dir: Path, subjects: list[Subject], count: int, patch_size: 
     free = shutil.disk_usage(root_dir).free
     if needed > free:
         raise StoreError(
-            f"{missing} subjects at {each / 1e6:.0f} MB, cut and grouped, need {needed / 1e9:.1f} GB, but "
+            f"{missing} subjects of {each / 1e6:.0f} MB each, stored twice, need {needed / 1e9:.1f} GB, but "
             f"{root_dir} has {free / 1e9:.1f} GB free; choose another --root-dir or fewer subjects"
         )
 
 
 def add_cutting(parser: Parser) -> None:
-    """Flags of this step alone."""
-    text = "draw no pictures, which saves about a second a subject"
+    """Add the flags that only this stage has."""
+    text = "do not draw the pictures in qc/; this saves about one second per subject"
     parser.add_argument("--no-qc", action="store_true", help=text)
 
 
 def cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
-    """The step, by its flags. Raises UserError, where the patches will not fit on the disk too."""
+    """Build the stage from its flags. Raises UserError, also if the patches will not fit on the disk."""
     layout = StoreLayout(args.root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
     atlas_mask = os.path.abspath(args.atlas_mask)
     atlas_image = load_atlas(atlas_mask)
     if ((table + args.patch_size) > np.array(atlas_image.GetSize())).any():
         raise StoreError(
-            f"{layout.atlas_patch_loc} leaves the atlas {args.atlas_mask}: it belongs to another atlas mask"
+            f"{layout.atlas_patch_loc} has patches outside the atlas {args.atlas_mask}; pass the atlas mask that this "
+            "table was made for"
         )
     check_disk(layout.root, subjects, len(table), args.patch_size)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)

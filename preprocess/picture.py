@@ -1,4 +1,4 @@
-"""A picture of the patches over a scan and its lung mask: nothing else tells a wrong mask or transform as fast."""
+"""Draw the patches over a scan and its lung mask: the fastest way to spot a wrong mask or transform."""
 
 import io
 from itertools import product
@@ -11,16 +11,16 @@ from misc.sizes import HU_MAX, HU_MIN
 
 MARGIN = 20  # voxels shown around patches and lungs
 RIGHT_COLOR, LEFT_COLOR, PATCH_COLOR, UNCOVERED_COLOR = "#ff9f1c", "#7ae582", "#35c8ff", (1.0, 0.1, 0.3, 0.3)
-LETTERS = (("R", "L"), ("A", "P"), ("F", "H"))  # what lies at the low and the high end of x, y and z
+LETTERS = (("R", "L"), ("A", "P"), ("F", "H"))  # anatomical directions at the low and high end of x, y and z
 
 
 class Plane(NamedTuple):
-    """One panel. Numbers are axes: 0 x, 1 y, 2 z."""
+    """One panel of the picture. Axes are numbered 0 x, 1 y, 2 z."""
 
     name: str
-    axis: int  # that the plane is perpendicular to
-    across: int  # to the right in the panel
-    up: int
+    axis: int  # perpendicular to the plane
+    across: int  # horizontal axis of the panel
+    up: int  # vertical axis of the panel
 
 
 PLANES = (Plane("coronal", 1, 0, 2), Plane("sagittal", 0, 1, 2), Plane("axial", 2, 0, 1))
@@ -29,7 +29,7 @@ PLANES = (Plane("coronal", 1, 0, 2), Plane("sagittal", 0, 1, 2), Plane("axial", 
 def picture_of_patches(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ) -> bytes:
-    """The figure of :func:`figure_of_patches`, of the same arguments, as PNG."""
+    """Draw the figure of :func:`figure_of_patches`, which has the same arguments, and return it as PNG."""
     stream = io.BytesIO()
     figure_of_patches(volume, values, mask, corners, patch_size, title).savefig(stream, dpi=70, format="png")
     return stream.getvalue()
@@ -38,21 +38,21 @@ def picture_of_patches(
 def figure_of_patches(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ):
-    """Coronal, sagittal and axial slices with both lungs' outlines and the patches that they cross.
+    """Draw a coronal, a sagittal and an axial slice with the outlines of both lungs and the patches in the slice.
 
-    The right lung's outline is orange, the left one's green, patches are blue; lung in no patch is tinted red. Letters
-    at the edges name the patient's sides: R L right and left, A P front and back, H F head and feet.
+    The outline is orange for the right lung and green for the left lung. Patches are blue, and lung outside all patches
+    is tinted red. Letters at the edges show the orientation: R right, L left, A front, P back, H head, F feet.
 
     Args:
         volume: the padded scan at 1 mm.
-        values: its voxels, (z, y, x) HU.
-        mask: the scan's lung mask, 1 right, 2 left, on any grid.
+        values: voxels of ``volume``, (z, y, x) HU.
+        mask: the scan's lung mask, 1 right, 2 left, on any grid; None draws no outlines.
         corners: (L, 3) lowest corners (x, y, z) in ``volume``.
-        patch_size: voxels.
-        title: above the three.
+        patch_size: patch edge in voxels.
+        title: title above the three panels.
 
     Returns:
-        A matplotlib figure of three axes.
+        A matplotlib figure with three axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def figure_of_patches(
 
 
 def _extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest index (x, y, z) of ``volume`` that a mask's labels reach."""
+    """Return the lowest and highest index (x, y, z) of ``volume`` that the labels of a mask reach."""
     labels = sitk.GetArrayViewFromImage(mask)
     ends = []
     for axis in (2, 1, 0):  # x, y, z
@@ -87,7 +87,7 @@ def _extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarra
 
 
 def _slice_of(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) -> np.ndarray:
-    """The mask's labels in one plane of ``volume``, rows the later of its two axes."""
+    """Resample the mask's labels to one plane of ``volume``; rows run along the later of its two axes."""
     size, start = list(volume.GetSize()), [0, 0, 0]
     size[axis], start[axis] = 1, position
     origin = volume.TransformIndexToPhysicalPoint(start)
@@ -96,7 +96,7 @@ def _slice_of(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) ->
 
 
 def _position(plane: Plane, corners: np.ndarray, patch_size: int, length: int) -> int:
-    """The slice to show: through the middle of the patches; for the sagittal one, through one lung."""
+    """Choose the slice to show: through the middle of the patches, or through one lung for the sagittal plane."""
     middle = corners[:, plane.axis] + patch_size // 2
     wanted = np.quantile(middle, 0.25) if plane.axis == 0 else np.median(middle)
     return int(np.clip(middle[np.argmin(np.abs(middle - wanted))], 0, length - 1))
@@ -111,11 +111,11 @@ def _draw(
     corners: np.ndarray,
     patch_size: int,
 ) -> None:
-    """The slice, the lungs' outlines, the patches, and lung that no patch covers."""
+    """Draw the slice, the lung outlines, the patches, and the lung that no patch covers."""
     from matplotlib.patches import Rectangle
 
     axis, across, up = plane[1:]
-    slice_of_scan = np.take(values, position, axis=2 - axis)  # rows: the later of the two axes
+    slice_of_scan = np.take(values, position, axis=2 - axis)  # rows run along the later axis
     panel.imshow(slice_of_scan, cmap="gray", vmin=HU_MIN, vmax=HU_MAX, origin="lower", interpolation="nearest")
     crossed = corners[(corners[:, axis] <= position) & (position < corners[:, axis] + patch_size)]
     if labels is not None:
@@ -137,12 +137,12 @@ def _draw(
 
 
 def _frame(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndarray, np.ndarray]) -> None:
-    """What is in view, the way a radiologist looks at it, and the letters of the patient's sides."""
+    """Set the visible range in radiological orientation and add the letters for the subject's orientation."""
     across, up = plane.across, plane.up
     (low, high), direction = shown, np.array(volume.GetDirection()).reshape(3, 3)
     panel.set_xlim(low[across], high[across])
     panel.set_ylim(low[up], high[up])
-    # Heads up, faces up and the patient's right on the left, whichever way the index axes run.
+    # Show the head or the front at the top and the subject's right on the left, whatever the index axes are.
     if (up == 2 and direction[2, 2] < 0) or (up == 1 and direction[1, 1] > 0):
         panel.invert_yaxis()
     if across == 0 and direction[0, 0] < 0:

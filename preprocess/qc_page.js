@@ -1,4 +1,4 @@
-// The page of all subjects: DATA is made by preprocess/qc_page.py.
+// Script of the page of all subjects. preprocess/qc_page.py provides DATA.
 
 const AT_ONCE = 60, BINS = 24;
 const sids = DATA.sids, figures = DATA.figures.map((figure) => ({ title: figure.title, values: unpack(figure.values) }));
@@ -13,7 +13,7 @@ const COLUMNS = [
   { title: "subject", key: (row) => sids[row] },
   { title: "status", key: (row) => DATA.status[row] },
   { title: "score", key: (row) => scores[row] },
-  { title: "why", key: (row) => DATA.reasons[row] },
+  { title: "reasons", key: (row) => DATA.reasons[row] },
   ...figures.map((figure) => ({ title: figure.title, key: (row) => figure.values[row], figure })),
 ];
 
@@ -30,7 +30,7 @@ function rowOf(row) {
   }
   return element("tr", { className: { failed: "bad", odd: "odd" }[kind[row]] || "" },
     element("td", {}, sids[row]),
-    kind[row] === "odd" ? element("td", { className: "look" }, "ok, but look")
+    kind[row] === "odd" ? element("td", { className: "look" }, "ok, but check")
       : element("td", { className: DATA.status[row] }, DATA.status[row]),
     element("td", { className: "number" }, scores[row] >= 500 ? "" : scores[row].toFixed(1)),
     element("td", { className: "reasons" }, DATA.reasons[row]),
@@ -83,7 +83,7 @@ function plot(figure) {
   svg.setAttribute("preserveAspectRatio", "none");
   counts.forEach((count, bin) => {
     if (!count) return;
-    // A single subject far off is what is looked for: its bar is never lower than a tenth.
+    // The plots must show single outliers, so a bar is at least a tenth of the height.
     const tall = Math.max(0.1, count / most), bar = document.createElementNS(svg.namespaceURI, "rect");
     for (const [name, value] of Object.entries({ x: bin + 0.05, y: 1 - tall, width: 0.9, height: tall })) {
       bar.setAttribute(name, value);
@@ -110,8 +110,9 @@ function plot(figure) {
 function start() {
   const count = (one) => kind.filter((other) => other === one).length;
   byId("about").textContent = `${sids.length} subjects: ${count("failed")} failed, ${count("unfinished")} unfinished, ` +
-    `${count("odd")} to look at (unlike the others, or with a warning), ${count("plain")} usual. Worst first; the score counts ` +
-    `robust standard deviations from the median, ${DATA.strange} is strange. Click a head to sort, a bar to filter.`;
+    `${count("odd")} to check (unusual values or a warning), ${count("plain")} usual. The worst subjects come first. ` +
+    `The score is the largest distance from the median in robust standard deviations; above ${DATA.strange} is unusual. ` +
+    `Click a column heading to sort, or a bar to filter.`;
   byId("plots").append(...figures.map(plot).filter(Boolean));
   const heads = COLUMNS.map((column) => {
     const head = element("th", { textContent: column.title, onclick() {

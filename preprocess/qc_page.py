@@ -1,4 +1,4 @@
-"""The page of all subjects, qc/index.html: what the reports say, worst first, with reasons."""
+"""Write qc/index.html: one page with the reports of all subjects, sorted worst first, with reasons."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,38 +12,39 @@ from misc.sizes import PATCH_SIZE
 from preprocess.report import previous_figures
 
 STEPS = ("segment_lung", "register", "patchify_images")
-FEWEST = 8  # subjects that tell what is usual
-STRANGE = 4.0  # robust standard deviations: among some ten figures of 40 usual subjects, none as a rule
+FEWEST = 8  # subjects needed to estimate the usual range
+STRANGE = 4.0  # robust standard deviations; about ten values each of 40 usual subjects normally stay below it
 
 
 class Figure(NamedTuple):
-    """A number of the reports, as the page shows it."""
+    """A report value that the page shows."""
 
-    name: str  # of the column
+    name: str  # report column
     title: str
     low_is_bad: bool
     high_is_bad: bool
-    floor: float  # the least spread that counts, in the figure's unit: subjects as alike as this are alike
+    floor: float  # smallest spread used for the score, in the unit of the value; smaller differences do not matter
 
 
 FIGURES = (
     Figure("right_ml", "right lung, ml", True, True, 10.0),
     Figure("left_ml", "left lung, ml", True, True, 10.0),
-    Figure("right_share", "right lung's share", True, True, 0.03),
+    Figure("right_share", "right lung share", True, True, 0.03),
     Figure("dice", "Dice", True, False, 0.01),
     Figure("dice_right", "Dice, right", True, False, 0.015),
     Figure("dice_left", "Dice, left", True, False, 0.015),
-    Figure("centres_in_lungs", "centres in lungs", True, False, 0.03),
+    Figure("centres_in_lungs", "patch centres in lungs", True, False, 0.03),
     Figure("lung_hu", "lung, HU", True, True, 25.0),
-    Figure("outside", "out of scan", False, True, 0.01),
+    Figure("outside", "outside scan", False, True, 0.01),
 )
 COLUMNS = (*(figure.name for figure in FIGURES), "patches", "voxels_outside")
 
 
 def read_reports(layout: StoreLayout) -> pd.DataFrame:
-    """A row a subject: status, message and warnings of its steps, and the figures, NaN where there is none.
+    """Merge the reports into one row per subject: status, message, warnings and values (NaN if missing).
 
-    The status is of the step that failed first, else ok; the messages are of all steps that failed, with their names.
+    The status is ``failed`` if any stage failed, ``unfinished`` if a stage has no row, else ``ok``. The message joins
+    the messages of all failed stages, each after the name of its stage.
     """
     reports = {step: previous_figures(layout, step) for step in STEPS}
     sids = sorted({sid for rows in reports.values() for sid in rows} | set(layout.patch_sids()))
@@ -70,12 +71,14 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
-    """How strange each subject is among the others, and why.
+    """Score how unusual each subject is among the others, and list the reasons.
 
     Returns:
-        ``score``: the largest deviation of its figures towards the bad side, in robust standard deviations (median and
-        1.4826 times the median absolute deviation); 1,000 more where a step failed, 500 where one is missing.
-        ``reasons``: its message, its warnings, and each figure that deviates by more than 4, with what is usual.
+        ``score``: the largest deviation of the subject's values towards the bad side, in robust standard deviations
+        (distance from the median, divided by 1.4826 times the median absolute deviation). A failed stage adds 1,000,
+        a missing stage 500.
+        ``reasons``: the subject's message, its warnings, and each value that deviates by more than 4, together with
+        the usual value.
     """
     score, reasons = np.zeros(len(table)), [[] for _ in range(len(table))]
     for figure in FIGURES:
@@ -99,9 +102,9 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_qc_page(root_dir: str | Path) -> Path:
-    """Write qc/index.html of a store, worst subjects first; its path.
+    """Write qc/index.html of a store, worst subjects first, and return its path.
 
-    Pictures are linked, not copied, so the page is small and a folder that is moved takes them along.
+    The page links to the pictures by relative paths. It therefore stays small and keeps working if the store is moved.
     """
     layout = StoreLayout(root_dir)
     page = layout.qc_page

@@ -1,7 +1,7 @@
-"""An affine between lung masks, refined until the overlap of both sides is as large as an affine allows.
+"""Refine an affine between lung masks by maximising the overlap of both lungs.
 
-ANTs compares intensities: labels of two values weigh one lung more than the other, one value for both forgets
-which side is which. What is wanted is the overlap itself, so from ANTs's transform on it is maximised directly.
+ANTs compares intensities. With two label values, one lung would weigh more than the other; with one value, right and
+left would be indistinguishable. This module therefore starts from the ANTs transform and maximises the overlap itself.
 """
 
 from typing import NamedTuple
@@ -12,33 +12,37 @@ from scipy import ndimage
 
 from preprocess.geometry import block_means
 
-LEVELS = ((2.5, 30), (1.5, 12))  # grid of the atlas's points, times the registration's spacing; iterations
-LENGTH = 100.0  # mm; a step of 1 in the matrix moves a point this far from the centre by as much
-TOLERANCE = 1e-5  # of the sides' Dice together, between iterations
+LEVELS = ((2.5, 30), (1.5, 12))  # per level: spacing of atlas points as a multiple of ``spacing``; iterations
+LENGTH = 100.0  # mm; scale of the matrix parameters: a step of 1 moves a point at this distance by 1 mm
+TOLERANCE = 1e-5  # relative tolerance of the objective between iterations
 
 
 class Points(NamedTuple):
-    """The atlas's lungs as points."""
+    """The atlas lungs as points."""
 
-    places: np.ndarray  # (P, 3) mm
-    weights: np.ndarray  # (P, 2) ml of the right and of the left lung around each
+    places: np.ndarray  # (P, 3) coordinates, mm
+    weights: np.ndarray  # (P, 2) volume of right and left lung around each point, ml
 
 
 class Sampled(NamedTuple):
-    """A scan's lungs on a coarse grid."""
+    """The lungs of a scan on a coarse grid."""
 
-    shares: np.ndarray  # (x, y, z, 2) share of each voxel that is right and left lung, with a border of zeros
-    to_index: np.ndarray  # (3, 4) point in mm -> index
-    volumes: np.ndarray  # (2,) ml
+    shares: np.ndarray  # (x, y, z, 2) share of right and left lung in each voxel, with a border of zeros
+    to_index: np.ndarray  # (3, 4) affine from points in mm to indices
+    volumes: np.ndarray  # (2,) volume of right and left lung, ml
 
 
 def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -> tuple[np.ndarray, sitk.Image]:
-    """Share of each side in coarse voxels of about ``spacing`` mm: (x, y, z, 2) float64, and the grid as an image."""
+    """Average both lungs over coarse voxels of about ``spacing`` mm.
+
+    Returns:
+        Share of right and left lung in each voxel, (x, y, z, 2) float64; and the grid as an image.
+    """
     array = sitk.GetArrayViewFromImage(labels)
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
     box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
     labels = sitk.RegionOfInterest(labels, [side.stop - side.start for side in box], [side.start for side in box])
-    # Voxels that do not fill a coarse one would be dropped; the border keeps lungs away from the edge.
+    # Pad to whole coarse voxels, because incomplete ones are dropped. The border keeps the lungs off the edge.
     margin = [factor * 2 for factor in shrink]
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
     labels = sitk.ConstantPad(labels, margin, upper, 0)
@@ -50,13 +54,13 @@ def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -
 
 
 def _index_to_point(grid: sitk.Image) -> np.ndarray:
-    """(3, 4) of an image: index -> mm."""
+    """Return the (3, 4) affine of an image from indices to points in mm."""
     matrix = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
     return np.column_stack([matrix, grid.GetOrigin()])
 
 
 def points_of(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
-    """The atlas's lungs as points about ``spacing`` mm apart."""
+    """Convert the atlas lungs to points about ``spacing`` mm apart."""
     shares, grid = coarse_shares(atlas, values, spacing)
     index = np.argwhere(shares.any(axis=-1))  # (P, 3)
     to_point = _index_to_point(grid)
@@ -65,7 +69,7 @@ def points_of(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Poi
 
 
 def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
-    """A scan's lungs on a grid of about ``spacing`` mm."""
+    """Average the lungs of a scan onto a grid of about ``spacing`` mm."""
     shares, grid = coarse_shares(mask, values, spacing)
     to_point = _index_to_point(grid)
     inverse = np.linalg.inv(to_point[:, :3])
@@ -76,10 +80,10 @@ def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sa
 
 
 def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares (P, 2) at points in mm, trilinear, 0 outside, and their derivatives by the point (P, 2, 3)."""
+    """Interpolate shares (P, 2) at points in mm, trilinear, 0 outside, with derivatives by the point (P, 2, 3)."""
     index = places @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
     size = np.array(sampled.shares.shape[:3])
-    index = np.clip(index, 0, size - 1.001)  # the border is zero, and so is what lies beyond it
+    index = np.clip(index, 0, size - 1.001)  # the border is zero, as is everything beyond it
     low = index.astype(np.int64)
     f = index - low  # (P, 3)
     strides = np.array([size[1] * size[2], size[2], 1])
@@ -98,10 +102,10 @@ def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray) -> tuple[float, np.ndarray]:
-    """Minus the Dice of right, left and both lungs summed, and its gradient by 12 parameters.
+    """Compute the negative sum of the Dice of the right, left and both lungs, and its gradient by 12 parameters.
 
-    The scan's lungs, seen from the atlas, have their own volume over the determinant: only the atlas's points are
-    looked at.
+    Only the atlas points are evaluated. The volume of the scan's lungs in atlas space is therefore computed as their
+    own volume divided by the determinant of the matrix.
     """
     matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
     from_centre = points.places - centre  # (P, 3)
@@ -113,10 +117,10 @@ def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: 
     both = 2 * (together * shares.sum(axis=1)).sum() / (sizes[0] + sizes[1]).sum()
 
     total = (sizes[0] + sizes[1]).sum()
-    pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total  # (P, 2), by each share
+    pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total  # (P, 2), by share
     by_place = (pull[:, :, None] * slopes).sum(axis=1)  # (P, 3)
     by_matrix = np.einsum("pi,pj->ij", by_place, from_centre)
-    # The volumes change with the determinant, whose derivative is itself times the inverse transposed.
+    # The volumes depend on the determinant; its derivative is the determinant times the transposed inverse.
     by_size = (sides * sizes[1] / (sizes[0] + sizes[1])).sum() + both * sizes[1].sum() / total
     by_matrix += by_size * np.linalg.inv(matrix).T
     gradient = np.concatenate([by_matrix.ravel() / LENGTH, by_place.sum(axis=0)])
@@ -131,13 +135,15 @@ def refine(
     transform: sitk.Transform,
     spacing: float,
 ) -> sitk.AffineTransform:
-    """The affine near ``transform`` that overlaps right with right, left with left and both with both best.
+    """Find the affine near ``transform`` with the best overlap of the right lungs, the left lungs and both together.
 
     Args:
-        atlas: its lung mask; ``atlas_values`` are its labels of right and left.
-        mask: the scan's, likewise.
-        transform: an affine from atlas points to scan points, to start from.
-        spacing: mm, of the coarse grid that the scan's mask is averaged to.
+        atlas: lung mask of the atlas.
+        atlas_values: labels of the right and left lung in the atlas.
+        mask: lung mask of the scan.
+        mask_values: labels of the right and left lung in the scan.
+        transform: affine from atlas points to scan points, the starting value.
+        spacing: spacing in mm of the coarse grid that the scan's mask is averaged to.
     """
     from scipy.optimize import minimize
 

@@ -1,14 +1,15 @@
-"""Step 3: an affine transform from the atlas to every scan.
+"""Stage 3: compute an affine transform from the atlas to every scan.
 
     python preprocess/register.py --input-csv dataset.csv --root-dir /data/patches \\
         --atlas-mask atlas_lung_mask.nii.gz --num-workers 4
 
-registers the lung masks of step 2 to the atlas's: ANTs (Avants et al., 2011) brings both lungs together as one shape
-at 8 mm, and from there the overlap of right with right and left with left is maximised itself, at 3 mm (refine.py).
-Masks carry no detail below a few millimetres: what an affine can reach at all is reached to 0.001 of Dice.
+This command registers the lung masks of stage 2 to the atlas mask. First, ANTs (Avants et al., 2011) aligns both lungs
+as one shape at 8 mm. Then refine.py directly maximises the overlap of right with right and left with left at 3 mm.
+Coarse grids are enough because masks carry no detail below a few millimetres: the Dice coefficient is within 0.001 of
+the best that an affine can reach.
 
 Writes <root-dir>/transform/{sid}_Reg_Atlas_Affine_0GenericAffine.mat (ITK affine, atlas points to
-scan points); the report has the overlap (Dice) with the atlas at 1 mm.
+scan points). The report lists the overlap (Dice) with the atlas at 1 mm.
 """
 
 import argparse
@@ -36,7 +37,7 @@ FIGURES = ("dice", "dice_right", "dice_left")
 def register(
     subject: Subject, previous: dict, *, root_dir: str, atlas_mask: str, atlas: str, min_dice: float, overwrite: bool
 ) -> dict[str, Any]:
-    """Step 3 for one subject; see run_subjects. Raises ScanError, Skip."""
+    """Register one subject and return its report values; see Step.work. Raises ScanError, Skip."""
     layout = StoreLayout(root_dir)
     source, target = layout.lung_mask(subject.sid), layout.transform(subject.sid)
     output = Output(layout, "register", subject.sid, previous, [target], {"atlas": atlas}, [source])
@@ -49,7 +50,7 @@ def register(
     output.begin()
     if not source.is_file():
         raise EarlierFailure(
-            f"no lung mask at {source}; run preprocess/segment_lung.py, and see its report for this subject"
+            f"no lung mask at {source}; run preprocess/segment_lung.py and look up this subject in its report"
         )
     fixed, moving = load_atlas(atlas_mask), read_mask(source)
     transform = register_masks(fixed, moving)
@@ -59,17 +60,20 @@ def register(
     return {**figures, "atlas": atlas}
 
 
-# ============================================================ the step
+# ============================================================ the stage
 
 
 def add_registration(parser: Parser) -> None:
-    """Flags of this step alone."""
-    text = "overlap of both lungs, and of each, below which a subject fails; lower it after a look at the masks"
+    """Add the flags that only this stage has."""
+    text = (
+        "smallest accepted Dice overlap, for both lungs together and for each lung; a subject below it fails. "
+        "Look at the masks before you lower it"
+    )
     parser.add_argument("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
 
 
 def registration_step(args: argparse.Namespace) -> Step:
-    """The step, by its flags. Raises UserError."""
+    """Build the stage from its flags. Raises UserError."""
     atlas_mask = os.path.abspath(args.atlas_mask)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     atlas = dict(atlas_mask=atlas_mask, atlas=atlas_fingerprint(load_atlas(atlas_mask)))

@@ -1,4 +1,4 @@
-"""The affine transform between two lung masks, by ANTs (Avants et al., 2011)."""
+"""Compute the affine transform between two lung masks with ANTs (Avants et al., 2011)."""
 
 import os
 import tempfile
@@ -12,14 +12,14 @@ from preprocess.geometry import block_means
 from preprocess.refine import refine
 from preprocess.scan import ScanError
 
-REGISTRATION_SPACING = 8.0  # mm, of the masks that ANTs compares
-REFINED_SPACING = 3.0  # mm, of those whose overlap is maximised from there on
+REGISTRATION_SPACING = 8.0  # mm; grid of the masks that ANTs compares
+REFINED_SPACING = 3.0  # mm; grid of the refinement that maximises the overlap
 SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proportionally finer grids
-ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # right and left
+ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # right lung, left lung
 
 
 def coarse_lungs(mask: sitk.Image, spacing: float):
-    """Both lungs as an ANTs image, 1 inside, averaged onto a coarse grid with a margin of zeros."""
+    """Average the union of both lungs onto a coarse grid with a margin of zeros, as an ANTs image (1 inside)."""
     import ants
 
     image = block_means(mask, [max(1, round(spacing / own)) for own in mask.GetSpacing()], lambda slab: slab > 0)
@@ -37,7 +37,7 @@ def coarse_lungs(mask: sitk.Image, spacing: float):
 
 
 def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> dict[str, float]:
-    """Dice of both lungs together, of the right and of the left, on the atlas's own grid."""
+    """Compute the Dice coefficient of both lungs together, the right lung and the left lung on the atlas grid."""
     warped = sitk.GetArrayFromImage(sitk.Resample(mask, atlas, transform, sitk.sitkNearestNeighbor, 0))
     fixed = sitk.GetArrayViewFromImage(atlas)
 
@@ -53,9 +53,9 @@ def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> d
 
 
 def check_overlap(figures: dict[str, float], least: float, source: Path | str) -> None:
-    """Raise ScanError where both lungs together or a side overlaps the atlas by less than ``least`` (Dice).
+    """Raise ScanError if the Dice of both lungs together, or of one lung, is less than ``least``.
 
-    The union alone would hide sides that are exchanged, or one lung stretched over both places.
+    The union alone would not reveal that the lungs are exchanged, or that one lung is stretched over both.
     """
     low = [name for name in ("dice", "dice_right", "dice_left") if figures[name] < least]
     if not low:
@@ -63,32 +63,33 @@ def check_overlap(figures: dict[str, float], least: float, source: Path | str) -
     sides = f"right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
     if figures["dice"] >= least and len(low) == 2:
         raise ScanError(
-            f"the lungs overlap the atlas with a Dice of {figures['dice']:.2f}, but not side by side ({sides}): "
-            f"{source} has the patient's right (1) and left (2) exchanged, or the scan is mirrored"
+            f"the lungs overlap the atlas with a Dice of {figures['dice']:.2f}, but each lung has less ({sides}): "
+            f"right (1) and left (2) are exchanged in {source}, or the scan is mirrored"
         )
     raise ScanError(
-        f"registered lungs overlap the atlas with a Dice of {figures['dice']:.2f} ({sides}), less than --min-dice "
-        f"{least}; look at {source}"
+        f"the registered lungs overlap the atlas with a Dice of {figures['dice']:.2f} ({sides}), less than --min-dice "
+        f"{least}; check {source}"
     )
 
 
 def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
-    """The affine that takes the atlas's points to the scan's; the same masks give the same one again, to the bit.
+    """Compute the affine from atlas points to scan points.
 
-    ANTs brings both lungs together as one shape; from there the overlap of the sides is maximised (refine.py).
+    First, ANTs aligns both lungs as one shape. Then refine.py maximises the overlap of each lung. The same masks always
+    give a bit-identical transform.
 
     Args:
-        atlas: lung mask, 50 right, 100 left.
-        mask: the scan's lung mask, 1 right, 2 left.
+        atlas: lung mask of the atlas, 50 right, 100 left.
+        mask: lung mask of the scan, 1 right, 2 left.
 
     Raises:
-        ScanError: ANTs made none.
+        ScanError: ANTs wrote no transform.
     """
     extent = max(n * own for n, own in zip(atlas.GetSize(), atlas.GetSpacing()))
     scale = min(1.0, extent / SMALL_ATLAS)
     fixed, moving = (coarse_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
-    # ANTs draws the voxels that it compares; antspyx 0.6 takes a random_seed and ignores it, ANTs reads this.
+    # ANTs compares randomly drawn voxels. antspyx 0.6 ignores its random_seed argument, but ANTs reads this variable.
     os.environ["ANTS_RANDOM_SEED"] = "1"
     import ants
 
@@ -107,6 +108,6 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
         )
         written = Path(folder) / "x_0GenericAffine.mat"
         if not written.is_file():
-            raise ScanError("ANTs wrote no transform; see whether the temporary folder's disk is full")
+            raise ScanError("ANTs wrote no transform; check whether the disk of the temporary folder is full")
         found = refine(atlas, ATLAS_LABELS, mask, SCAN_LABELS, read_affine(written), REFINED_SPACING * scale)
     return found

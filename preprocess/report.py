@@ -1,4 +1,4 @@
-"""A step's report: a row a subject, what each output was made from, and claims on outputs under way."""
+"""Read and write the report of a stage, with one row per subject, and manage claims on unfinished outputs."""
 
 import os
 from typing import Any
@@ -8,12 +8,12 @@ import pandas as pd
 from data.layout import StoreLayout
 from misc.files import locked, write_text
 
-STAGES = ("segment_lung", "register", "patchify_images")  # that a subject goes through, by their reports
-STAMPS = ("method", "atlas", "image_stamp")  # columns of a report that tell what an output was made from
+STAGES = ("segment_lung", "register", "patchify_images")  # stages with a report, in the order of processing
+STAMPS = ("method", "atlas", "image_stamp")  # report columns that identify what an output was made from
 
 
 def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """The last report's rows by sid, to tell with which settings an output was made."""
+    """Return the rows of the last report by sid; they show which settings made an output."""
     path = layout.report(script)
     if not path.is_file():
         return {}
@@ -25,7 +25,7 @@ def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, st
 
 
 def failed_before(layout: StoreLayout, script: str) -> dict[str, str]:
-    """Why subjects failed in the last run of a stage before ``script``, by sid."""
+    """Return, by sid, why subjects failed in the last run of any stage before ``script``."""
     before = STAGES[: STAGES.index(script)] if script in STAGES else STAGES
     failed: dict[str, str] = {}
     for stage in before:
@@ -36,10 +36,10 @@ def failed_before(layout: StoreLayout, script: str) -> dict[str, str]:
 
 
 def claim(layout: StoreLayout, script: str, sid: str) -> None:
-    """Note, before a subject's outputs are touched, that they are this step's and not the user's own.
+    """Record that a subject's outputs belong to this stage and not to the user, before changing any file.
 
-    The report says so from its next writing on; a run that is killed before that leaves the note, and
-    the next one makes the outputs again.
+    The next report update takes over this information. If a run is killed before that, the claim stays and the next
+    run makes the outputs again.
     """
     folder = layout.claims(script)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,29 +47,29 @@ def claim(layout: StoreLayout, script: str, sid: str) -> None:
 
 
 def unclaim(layout: StoreLayout, script: str, sids: list[str]) -> None:
-    """The report tells of these subjects now."""
+    """Remove the claims of subjects that are now in the report."""
     for sid in sids:
         (layout.claims(script) / sid).unlink(missing_ok=True)
 
 
 def claimed(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """Stamps, of nothing that is there, for subjects that a run was killed at."""
+    """Return stamps that match no output, by sid, for the subjects with a claim from an interrupted run."""
     folder = layout.claims(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
 def stamps_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What a failed subject's row keeps of the one before: what is left of its output is ours, not the user's own."""
+    """Return the stamps that a failed subject keeps from its last row; they mark leftover output as made here."""
     return {name: row[name] for name in STAMPS if row.get(name)}
 
 
 def write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Put this run's rows into the report; subjects that it has not reached, or does not have, keep theirs."""
+    """Merge the rows of this run into the report; subjects not processed in this run keep their old rows."""
     path = layout.report(script)
-    with locked(layout.report_lock(script)):  # two runs may share a store, each with its table
+    with locked(layout.report_lock(script)):  # two runs with different tables may share a store
         merged = {**previous_figures(layout, script), **rows}
-        table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # whole numbers stay whole
+        table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # keeps integers as integers
         first = ["sid", "status", "seconds", "message"]
         table = table[first + [name for name in table.columns if name not in first]]
         write_text(path, table.to_csv(index=False, lineterminator="\n"))

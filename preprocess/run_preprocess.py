@@ -1,11 +1,11 @@
-"""All five preprocessing steps, in order.
+"""Run all five preprocessing stages in order.
 
     sh preprocess/run_preprocess.sh --input-csv dataset.csv --root-dir /data/patches \\
         --atlas-mask atlas_lung_mask.nii.gz --atlas-patch-loc atlas_patch_loc.npy --num-workers 4
 
-The flags are the steps' own. What is done already is skipped: start it again after a stop, or after
-adding subjects. A wrong flag or table is told before anything is written. Steps 2 to 4 are done with one subject
-before the next, so that a scan is read once.
+The script accepts the flags of all five stages. It skips finished work, so run the same command again after an
+interruption or after adding subjects. It checks the flags and the input table before it writes anything. Stages 2 to 4
+run for one subject before the next subject starts, so each scan is read only once.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from preprocess.workers import run_steps
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Every step's flags."""
+    """Parse the flags of all stages."""
     shared = (add_subjects, add_store, add_atlas, add_patch_size, add_progress_flag)
     return parse_flags(__doc__, *shared, add_locations, add_segmentation, add_registration, add_cutting, argv=argv)
 
@@ -48,7 +48,7 @@ def main() -> int:
     lay_locations(args)
     steps = [segmentation_step(args), registration_step(args), cutting_step(args, subjects)]
     status = run_steps(steps, subjects, args) or group_all(args)
-    print(f"qc_page: open {write_qc_page(args.root_dir)} with a browser")
+    print(f"qc_page: open {write_qc_page(args.root_dir)} in a browser")
     return status
 
 

@@ -1,8 +1,8 @@
-"""Chest CT scans: read and checked. SimpleITK throughout, so axes are (x, y, z).
+"""Read and check chest CT scans.
 
-Every image is in Hounsfield units (HU) and millimetres, and keeps its physical coordinates
-(LPS: x to the patient's left, y to the back, z to the head) through each step. This is the door;
-``reading/`` has a module for each kind of file.
+All images are SimpleITK images with axes (x, y, z). Their values are Hounsfield units (HU), their lengths millimetres.
+Every stage keeps the physical coordinates (LPS: x to the subject's left, y to the back, z to the head). Other modules
+import scans from here; ``reading/`` has one module for each file format.
 """
 
 import os
@@ -36,22 +36,22 @@ __all__ = [
     "with_warnings",
 ]
 
-FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # columns of a report
-FRACTION = 0.01  # that a label may be off a whole number, as rescaled values are
-VOXEL = (0.05, 20.0)  # mm; a scan's voxels are 0.3 to 10 mm long
+FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # report columns
+FRACTION = 0.01  # accepted distance of a label from a whole number; rescaling causes such errors
+VOXEL = (0.05, 20.0)  # mm; accepted voxel sizes, because voxels of real scans are 0.3 to 10 mm long
 
 
 class Scan(NamedTuple):
-    """A chest CT, and what the report tells of it."""
+    """A chest CT and the facts about it that go into the report."""
 
     image: sitk.Image  # HU
-    facts: dict[str, str]  # by FACTS
+    facts: dict[str, str]  # keys: FACTS
 
 
 def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
-    """An image of any format, and what its file tells of the series."""
+    """Read an image of any format, and the facts about its DICOM series (empty for other formats)."""
     if not is_utf8(path):
-        raise ScanError(f"{str(path)!a} has a name that is not UTF-8, which ITK cannot open; rename it")
+        raise ScanError(f"{str(path)!a} has a name that is not UTF-8, so ITK cannot open it; rename it")
     if not path.exists():
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
@@ -60,7 +60,7 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
     kind = kind_of(head)
     if kind == "DICOM":
         if packed:
-            raise ScanError(f"{path} is DICOM packed with gzip, which is not read; unpack it with gunzip")
+            raise ScanError(f"{path} is DICOM compressed with gzip, which is not supported; unpack it with gunzip")
         return read_dicom(path, series, warnings)
     if not kind:
         check_stranger(path, head, packed)
@@ -84,32 +84,35 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
 
 
 def _one_volume(image: sitk.Image, path: Path) -> sitk.Image:
-    """Raise ScanError unless an image is one 3-D volume of scalars; further axes of length 1 are dropped."""
+    """Drop extra axes of length 1. Raise ScanError unless the result is a single 3-D volume of scalars."""
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = sitk.Extract(image, [*image.GetSize()[:-1], 0])
     if image.GetDimension() != 3:
-        raise ScanError(
-            f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; a scan is one 3-D volume"
-        )
+        raise ScanError(f"{path} has {image.GetDimension()} dimensions, size {image.GetSize()}; provide one 3-D volume")
     if "complex" in image.GetPixelIDTypeAsString():
-        raise ScanError(f"{path} has complex values; a CT has HU")
+        raise ScanError(f"{path} has complex values; provide a CT in HU")
     if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values per voxel; a CT has one")
+        raise ScanError(f"{path} has {image.GetNumberOfComponentsPerPixel()} values per voxel, but a CT has one")
     if min(image.GetSize()) < 2:
-        raise ScanError(f"{path} has size {image.GetSize()}; a volume needs at least 2 voxels along each axis")
+        raise ScanError(f"{path} has size {image.GetSize()}, but a volume needs at least 2 voxels along each axis")
     return image
 
 
 def _check_header(image: sitk.Image, path: Path, warnings: list[str]) -> None:
-    """What any format's header may have wrong: axes, voxel sizes, or nothing in it at all."""
+    """Check the header values that every format has.
+
+    Raises ScanError for wrong axes or voxel sizes, and adds a warning if the header looks empty.
+    """
     check_right_angles(affine_of(image), image.GetSize(), f"{path}: its header")
     sizes = " x ".join(f"{length:g}" for length in image.GetSpacing())
     if not VOXEL[0] <= min(image.GetSpacing()) <= max(image.GetSpacing()) <= VOXEL[1]:
-        raise ScanError(f"{path} has voxels of {sizes} mm, which no CT has; its header is not in millimetres")
+        raise ScanError(
+            f"{path} has voxels of {sizes} mm, which no CT has; its header is not in millimetres, so correct it"
+        )
     plain = all(abs(value) in (0, 1) for value in image.GetDirection())
     if plain and not any(image.GetOrigin()) and set(image.GetSpacing()) == {1.0}:
-        warnings.append("the header is that of a bare array (voxels of 1 mm, origin 0), as no scanner writes it: sizes "
-                        "and orientation may be wrong")  # fmt: skip
+        warnings.append("the header looks like that of a bare array (voxels of 1 mm, origin 0), not of a scan: "
+                        "sizes and orientation may be wrong")  # fmt: skip
 
 
 def _load(path: Path, series: str) -> tuple[sitk.Image, dict[str, str], list[str]]:
@@ -123,18 +126,18 @@ def read_image(path: str | os.PathLike, series: str = "") -> sitk.Image:
     """Read a NIfTI, NRRD, MetaImage or other ITK volume, or a folder of DICOM slices.
 
     Args:
-        path: a file, or a folder.
-        series: which of a folder's DICOM series: its number, description, kernel or UID.
+        path: a file or a folder.
+        series: the DICOM series to read from a folder: its number, description, kernel or UID.
 
     Raises:
-        ScanError: missing, unreadable, cut short, not one 3-D volume of scalars, or its voxels are not all where
-            the volume puts them.
+        ScanError: the scan is missing, unreadable, truncated or not a single 3-D volume of scalars, or its header
+            contradicts the true positions of its voxels.
     """
     return _load(Path(path), series)[0]
 
 
 def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
-    """A chest CT in HU, in the orientation it is stored in, with what the report tells of it. Raises ScanError."""
+    """Read a chest CT in HU, in its stored orientation, with its facts for the report. Raises ScanError."""
     image, told, warnings = _load(Path(path), series)
     image = check_hounsfield(image, path, warnings)
     facts = {
@@ -148,17 +151,17 @@ def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
 
 
 def with_warnings(facts: dict[str, str], more: list[str]) -> dict[str, str]:
-    """A scan's facts with further warnings."""
+    """Return the facts of a scan with more warnings added."""
     return {**facts, "warnings": "; ".join(filter(None, [facts["warnings"], *more]))}
 
 
 def read_scan(path: str | os.PathLike, series: str = "") -> sitk.Image:
-    """A chest CT in HU, in the orientation it is stored in; see read_image. Raises ScanError."""
+    """Read a chest CT in HU, in its stored orientation; see read_image for the arguments. Raises ScanError."""
     return load_scan(path, series).image
 
 
 def read_mask(path: str | os.PathLike) -> sitk.Image:
-    """A label volume as uint8. Raises ScanError."""
+    """Read a label volume as uint8. Raises ScanError."""
     image = read_image(path)
     labels = sitk.GetArrayViewFromImage(image)
     if labels.dtype.kind == "f":
@@ -166,18 +169,21 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
         off = float(np.nanmax(np.abs(labels - whole), initial=0.0))
         if not np.isfinite(labels).all() or off > FRACTION:
             raise ScanError(
-                f"{path} has labels that are not whole numbers, up to {off:.2f} off: it was interpolated or rescaled; "
+                f"{path} has labels up to {off:.2f} away from a whole number, so it was interpolated or rescaled; "
                 "resample the original mask with nearest neighbour"
             )
         rounded = sitk.GetImageFromArray(whole)
         rounded.CopyInformation(image)
         image, labels = rounded, whole
     if labels.min() < 0 or labels.max() > 255:
-        raise ScanError(f"{path} has values from {labels.min()} to {labels.max()}; a mask has small whole labels")
+        raise ScanError(f"{path} has values from {labels.min()} to {labels.max()}, but mask labels must be 0 to 255")
     return sitk.Cast(image, sitk.sitkUInt8)
 
 
 def limit_threads(threads: int) -> None:
-    """Threads of ITK's filters in this process; their warnings, of many lines each, are off. A reader's are kept."""
+    """Set the number of threads of ITK filters in this process.
+
+    This also turns off the filters' long warnings. Warnings of file readers are still collected.
+    """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(max(1, threads))

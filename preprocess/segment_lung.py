@@ -1,19 +1,19 @@
-"""Step 2: a lung mask for every scan.
+"""Stage 2: segment the lungs in every scan.
 
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches
 
-uses lungmask (Hofmanninger et al., 2020), which downloads its R231 weights on first use. On a
-machine without that download, copy the weights there once and name them:
+This command uses lungmask (Hofmanninger et al., 2020), which downloads its R231 weights on first use. If the machine
+cannot download them, copy the weights file to it and pass its path:
 
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches \\
         --lungmask-weights unet_r231-d5d2fc3d.pth --num-workers 4
 
-or use the classical method, which needs no weights (see preprocess/threshold.py for its limits):
+The classical method needs no weights (its limits are described in preprocess/threshold.py):
 
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches --method threshold
 
-Writes <root-dir>/lung_mask/{sid}.nii.gz, uint8 on the scan's own grid: 1 right lung, 2 left lung
-(the patient's). A mask of your own under that name is checked and kept.
+Writes <root-dir>/lung_mask/{sid}.nii.gz, uint8 on the scan's own grid: 1 right lung, 2 left lung (the subject's right
+and left). If you put your own mask under that name, the script checks it and keeps it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from preprocess.workers import Step, load_shared, run_steps
 def segment(
     subject: Subject, previous: dict, *, root_dir: str, method: str, weights: str | None, settings: str, overwrite: bool
 ) -> dict[str, Any]:
-    """Step 2 for one subject; see run_subjects. Raises ScanError, Skip."""
+    """Segment the lungs of one subject and return its report values; see Step.work. Raises ScanError, Skip."""
     subject.check_image()
     layout = StoreLayout(root_dir)
     target = layout.lung_mask(subject.sid)
@@ -54,7 +54,7 @@ def segment(
         scan = load_shared(subject)
         if not same_grid(mask, scan.image):
             raise ScanError(
-                f"{target}, which was not made here, is not on the grid of {subject.image}; remove it or resample it"
+                f"{target} was not made by this script and is not on the grid of {subject.image}; remove or resample it"
             )
         figures["air"] = round(air_share(mask, scan.image), 3)
         return {**figures, **with_warnings(scan.facts, check_lungs(mask, scan.image, target))}
@@ -68,30 +68,30 @@ def segment(
     return {**lung_volumes(mask, subject.image), "air": round(air_share(mask, scan.image), 3), **facts, **stamps}
 
 
-# ============================================================ the step
+# ============================================================ the stage
 
 
 def add_segmentation(parser: Parser) -> None:
-    """Flags of this step alone."""
+    """Add the flags that only this stage has."""
     text = (
-        "lungmask is a network and handles consolidated lungs; threshold needs no weights and suits air-filled lungs, "
-        "emphysema included"
+        "segmentation method: lungmask is a network and handles consolidated lungs; threshold needs no weights and "
+        "suits air-filled lungs, including emphysema"
     )
     parser.add_argument("--method", type=OneOf("lungmask", "threshold"), default="lungmask", help=text)
-    text = "R231 state dict, for machines that cannot download it (default: download)"
+    text = "file with lungmask's R231 state dict; set it if the machine cannot download it (default: download)"
     parser.add_argument("--lungmask-weights", metavar="FILE", help=text)
 
 
 def check_segmentation(args: argparse.Namespace) -> None:
-    """Raise StoreError for flags that do not go together or name a missing file."""
+    """Raise StoreError if the flags contradict each other or if the weights file is missing."""
     if args.lungmask_weights and args.method != "lungmask":
-        raise StoreError("--lungmask-weights goes with --method lungmask")
+        raise StoreError("--lungmask-weights works only with --method lungmask; change --method or drop the weights")
     if args.lungmask_weights and not os.path.isfile(args.lungmask_weights):
         raise StoreError(f"--lungmask-weights {args.lungmask_weights} does not exist")
 
 
 def segmentation_step(args: argparse.Namespace) -> Step:
-    """The step, by its flags. Raises UserError."""
+    """Build the stage from its flags. Raises UserError."""
     check_segmentation(args)
     settings, weights = args.method, None
     if args.lungmask_weights:
@@ -99,7 +99,7 @@ def segmentation_step(args: argparse.Namespace) -> Step:
         with open(weights, "rb") as stream:
             settings += "-" + hashlib.sha256(stream.read()).hexdigest()[:12]
     if args.method == "lungmask" and not args.scheduler:
-        load_lungmask(weights)  # a download that fails is one error, not one for every subject
+        load_lungmask(weights)  # report a failed download once, not once per subject
     made_by = dict(method=args.method, weights=weights, settings=settings)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     return Step("segment_lung", segment, {**where, **made_by})
@@ -108,7 +108,7 @@ def segmentation_step(args: argparse.Namespace) -> Step:
 def main() -> int:
     args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress_flag)
     check_segmentation(args)
-    subjects = read_subjects(args.input_csv)  # before the weights are downloaded
+    subjects = read_subjects(args.input_csv)  # check the table before downloading weights
     return run_steps([segmentation_step(args)], subjects, args)
 
 

@@ -1,8 +1,8 @@
-"""Cubic B-spline resampling of a whole volume along its own axes.
+"""Resample a volume by cubic B-splines along its own axes.
 
-ITK evaluates 64 spline weights at every voxel of the new grid. Where both grids have the same axes the weights are
-products of one axis's each, so three products of matrices do the same (Unser, Aldroubi and Eden, 1993) in a sixth of
-the time. Places, mirrored boundaries, and the cutting of fractions of whole numbers are ITK's.
+ITK evaluates 64 spline weights at every voxel of the new grid. If both grids have the same axes, each weight is a
+product of three one-dimensional weights. Three matrix products then give the same result (Unser, Aldroubi and Eden,
+1993) in a sixth of the time. As in ITK, boundaries are mirrored and integer values are truncated.
 """
 
 import numpy as np
@@ -10,20 +10,23 @@ import SimpleITK as sitk
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
-SLICES = 16  # at a time: a volume of float32 beside the scan would double its memory
-COLUMNS = 1 << 14
-SNAP = 256.0  # a value within 1 / 512 of a whole number is that number: ITK computes in float64
+SLICES = 16  # slices converted to float32 at a time, because a float32 volume would double the memory
+COLUMNS = 1 << 14  # columns of the last matrix product computed at a time
+SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 
 def spline_weights(count: int, spacing: float, wanted: int, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """One axis of the resampling, as a matrix.
+    """Compute the matrix that resamples one axis.
 
     Args:
-        count, spacing: voxels of the volume and their size, mm.
-        wanted, step: of the new grid, whose first voxel is the volume's.
+        count: number of voxels of the volume along the axis.
+        spacing: voxel size of the volume, mm.
+        wanted: number of voxels of the new grid, which starts at the same voxel centre.
+        step: voxel size of the new grid, mm.
 
     Returns:
-        (wanted, count) float32, prefilter included; and (wanted,) whether each place lies in the volume.
+        (wanted, count) float32 matrix, including the prefilter; and (wanted,) bool, whether each new voxel lies in the
+        volume.
     """
     places = np.arange(wanted) * step / spacing
     inside = (places >= -0.5) & (places < count - 0.5)
@@ -45,13 +48,15 @@ def spline_weights(count: int, spacing: float, wanted: int, step: float) -> tupl
 
 
 def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, outside: float) -> sitk.Image:
-    """A volume on a grid of cubes with its own axes and origin, by cubic B-splines; the same bytes on any threads.
+    """Resample a volume by cubic B-splines to an isotropic grid with the same axes and origin.
+
+    The result has the same bytes for any number of threads.
 
     Args:
-        image: int16 or float32; so is the result.
-        size: (x, y, z) voxels of the new grid.
-        step: their size, mm.
-        outside: value of what lies outside the volume.
+        image: int16 or float32 volume; the result has the same type.
+        size: number of voxels (x, y, z) of the new grid.
+        step: voxel size of the new grid, mm.
+        outside: value of voxels outside the volume.
     """
     axes = zip(image.GetSize(), image.GetSpacing(), size)
     (x, inside_x), (y, inside_y), (z, inside_z) = (spline_weights(*axis, step) for axis in axes)
@@ -59,7 +64,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
     kind = np.float32 if volume.dtype.kind == "f" else volume.dtype
     planes = np.empty((len(volume), size[1], size[0]), dtype=np.float32)
     result = np.empty((size[2], size[1] * size[0]), dtype=kind)
-    with threadpool_limits(1):  # more would share a sum in other ways
+    with threadpool_limits(1):  # more threads would change the order of the sums
         for first in range(0, len(volume), SLICES):
             block = volume[first : first + SLICES].astype(np.float32)
             planes[first : first + SLICES] = np.matmul(np.matmul(y, block), x.T)
@@ -77,6 +82,6 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
 
 
 def _whole(values: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """Without fractions, as ITK stores whole numbers; overshoots end at the type's limits."""
+    """Truncate values to integers as ITK does, and clip overshoots to the limits of the type."""
     limits = np.iinfo(kind)
     return np.trunc(np.rint(values * SNAP) / SNAP).clip(limits.min, limits.max).astype(kind)

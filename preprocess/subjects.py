@@ -1,4 +1,4 @@
-"""The table of subjects, and the flags that steps 2 to 4 share."""
+"""Read the table of subjects, and define the flags that the stages share."""
 
 import argparse
 import os
@@ -16,19 +16,19 @@ class Subject(NamedTuple):
     """One row of the input table."""
 
     sid: str
-    image: str  # absolute path; empty where the table has none
-    series: str = ""  # which of a folder's DICOM series
+    image: str  # absolute path; empty if the table has none
+    series: str = ""  # the DICOM series to read if the path is a folder
 
     def check_image(self) -> None:
-        """Raise ScanError where the table names no image, or one that is not there."""
+        """Raise ScanError if the table has no image for the subject or the image does not exist."""
         if not self.image:
-            raise ScanError("the input table has no image for this subject")
+            raise ScanError("the input table has no image for this subject; fill in its image column")
         if not os.path.exists(self.image):
-            raise ScanError(f"{self.image} does not exist")
+            raise ScanError(f"the input table names {self.image}, but this path does not exist")
 
 
 def read_subjects(path: str | os.PathLike) -> list[Subject]:
-    """The input table. Raises StoreError for what concerns the table as a whole."""
+    """Read the input table. Raises StoreError if the table as a whole is invalid."""
     table = read_table(path, required=("sid", "image"))
     folder = Path(path).resolve().parent
     return [
@@ -38,7 +38,7 @@ def read_subjects(path: str | os.PathLike) -> list[Subject]:
 
 
 def parse_flags(description: str, *add: Callable[[Parser], None], argv: list[str] | None = None) -> argparse.Namespace:
-    """A command line out of functions that each add some flags to a parser."""
+    """Parse a command line with the flags that the functions in ``add`` define."""
     parser = Parser(description)
     for flags in add:
         flags(parser)
@@ -46,36 +46,39 @@ def parse_flags(description: str, *add: Callable[[Parser], None], argv: list[str
 
 
 def add_store(parser: Parser) -> None:
-    """The flag of the patch store."""
-    parser.add_argument("--root-dir", required=True, help="the patch store, made where it is missing")
+    """Add the flag for the patch store."""
+    parser.add_argument("--root-dir", required=True, help="folder of the patch store; created if it does not exist")
 
 
 def add_atlas(parser: Parser) -> None:
-    """The flag of the atlas."""
-    text = "atlas lung mask at 1 mm: 50 right lung, 100 left lung"
+    """Add the flag for the atlas."""
+    text = "lung mask of the atlas at 1 mm, with labels 50 (right lung) and 100 (left lung)"
     parser.add_argument("--atlas-mask", required=True, help=text)
 
 
 def add_patch_size(parser: Parser) -> None:
-    """The size of patches, which steps 1 and 4 share."""
-    text = "voxels; the encoder takes 32 only, leave it"
+    """Add the flag for the patch size, which stages 1 and 4 share."""
+    text = "patch edge in voxels; keep 32, because the encoder accepts no other size"
     parser.add_argument("--patch-size", type=at_least(int, 1), default=PATCH_SIZE, help=text)
 
 
 def add_subjects(parser: Parser) -> None:
-    """The flags of a step that works through the subjects."""
+    """Add the flags of a stage that processes the subjects."""
     text = (
-        "table with columns sid and image, and series where a folder has several DICOM series; paths are relative "
-        "to the table"
+        "table with the columns sid and image, plus series if a folder has several DICOM series; image paths are "
+        "relative to the table's folder"
     )
     parser.add_argument("--input-csv", required=True, help=text)
     text = (
-        "subjects at a time, each in a process of its own; raise it to the number of cores, memory allowing "
-        "(about 2 GB each)"
+        "number of subjects processed at the same time, each in a separate process of about 2 GB; raise it up to the "
+        "number of cores if the memory suffices"
     )
     workers = at_least(int, 1, "a whole number, at least 1")
     parser.add_argument("--num-workers", type=workers, default=1, help=text)
-    text = "send the subjects to this Dask scheduler instead; its workers must see the same files and packages"
+    text = (
+        "process the subjects on the workers of this Dask scheduler instead; they need the same files and packages as "
+        "this machine"
+    )
     parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help=text)
-    parser.add_argument("--overwrite", action="store_true", help="make again what is already done")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 when any subject failed")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs instead of skipping them")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if any subject failed")

@@ -1,8 +1,7 @@
-"""Lung masks without a network: thresholding, airway tracking, and a left-right split.
+"""Segment lungs without a network: thresholding, airway tracking, and a left-right split.
 
-The classical recipe (Hu et al., IEEE TMI 2001; van Rikxoort et al., Medical Physics 2009) for
-machines where lungmask's weights are not to be had. It takes air-filled lungs; dense consolidation
-is left out of the mask, which a network would keep.
+This is the classical method (Hu et al., IEEE TMI 2001; van Rikxoort et al., Medical Physics 2009) for machines without
+the lungmask weights. It is made for air-filled lungs. Unlike a network, it leaves dense consolidation out of the mask.
 """
 
 import numpy as np
@@ -15,28 +14,28 @@ from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
-GAS_BELOW = -975  # HU; the median of bowel gas or of the air in a cushion, lungs have vessels
-INSIDE = 0.05  # least share of a lung that the field of view cuts, in slices where it is not cut
+GAS_BELOW = -975  # HU; bowel gas and air in a cushion have a median below this, but lungs contain vessels
+INSIDE = 0.05  # smallest uncut share of a lung that the field of view cuts; cushions have less
 AIRWAY_BELOW = -880  # HU; mean over a cross-section of the trachea
-ADULT_WIDTH = 320.0  # mm, chest; lengths below are for it and shrink with the scan
+ADULT_WIDTH = 320.0  # mm; width of an adult chest, for which the lengths below hold; they shrink with a smaller scan
 
 WORKING_SPACING = 2.0  # mm
-CLOSING_RADIUS = 8.0  # mm; fills vessels and hilum
-TRACHEA_AREA = (40.0, 900.0)  # mm2, cross-section
-TRACHEA_LENGTH = 20.0  # mm, at least
-ROUNDING = 1e-3  # of a squared distance between voxels, which is a whole number
-THIN, RIM = 2, 3  # working voxels: of a wall that is no body's, and how far around an air-filled space is looked
-MERGED_LENGTH = 12.0  # mm along the airway over which its wall may be lost
+CLOSING_RADIUS = 8.0  # mm; large enough to fill vessels and the hilum
+TRACHEA_AREA = (40.0, 900.0)  # mm2; smallest and largest cross-section
+TRACHEA_LENGTH = 20.0  # mm; shortest accepted trachea
+ROUNDING = 1e-3  # tolerance for squared distances between voxels, which are whole numbers
+THIN, RIM = 2, 3  # working voxels: erosion that removes walls outside the body; width of the rim around an air space
+MERGED_LENGTH = 12.0  # mm; longest stretch of the airway where its wall may be invisible
 
 
 def segment_lungs(scan: sitk.Image) -> sitk.Image:
-    """Mask of both lungs: uint8, 1 right, 2 left (the patient's), on the scan's own grid.
+    """Segment both lungs on the scan's own grid: uint8, 1 right, 2 left (the subject's right and left).
 
     Args:
         scan: chest CT in HU, any orientation and spacing.
 
     Raises:
-        ScanError: nothing in it looks like a pair of lungs.
+        ScanError: nothing in the scan looks like a pair of lungs.
     """
     working = orient(scan, "LPS")
     width = working.GetSize()[0] * working.GetSpacing()[0]
@@ -50,7 +49,7 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
     labels = _fill_vessels(labels, CLOSING_RADIUS * scale / spacing)
     labels[airway] = 0
 
-    # Each side is interpolated on its own, so that the boundary is smooth on the scan's finer grid.
+    # Interpolate each lung separately to get a smooth boundary on the scan's finer grid.
     sides = []
     for label in (RIGHT, LEFT):
         side = sitk.GetImageFromArray((labels == label).astype(np.float32))
@@ -67,10 +66,10 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
 
 
 def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
-    """Isotropic working copy, averaged over the voxels that it drops."""
+    """Make an isotropic working copy; finer voxels are averaged, not dropped."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
     image = block_means(image, factors)
-    # Not past the last voxel: a slice of air above the trachea would join the lungs to the outside.
+    # Stop at the last voxel, because a slice of air above the trachea would connect the lungs to the outside.
     size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), AIR
@@ -82,11 +81,12 @@ def _sizes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _air_in_body(volume: np.ndarray) -> np.ndarray:
-    """Air inside the body: not joined to the image's sides within its axial slice; no pockets, no bowel gas.
+    """Find the air inside the body, without small pockets and bowel gas.
 
-    Slice by slice, because in three dimensions the trachea may lead outside: a scan that was
-    rotated or tilt-corrected ends in slices of nothing but padding. Where the field of view cuts a lung, the lung
-    reaches the image's side; it is as dense as lung, and in other slices lies inside.
+    Air counts as inside if it is not connected to the image's sides within its axial slice. The test runs slice by
+    slice, because in 3-D the trachea may lead outside: rotated or tilt-corrected scans end in slices of pure padding.
+    A lung that the field of view cuts does reach the image's side. It is kept because it is as dense as lung and lies
+    inside in other slices.
     """
     air = volume < AIR_BELOW
     within_slice = np.zeros((3, 3, 3), dtype=bool)
@@ -101,7 +101,7 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     inside = ~outside[planes]
     labels, count = ndimage.label(inside | cut[planes])
     sizes = _sizes(labels, count)
-    if cut.any():  # a cushion reaches the image's side wherever it is
+    if cut.any():  # drop cushions: they reach the image's side in every slice
         sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
     body = _body(volume)
@@ -110,7 +110,8 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
             sizes[label] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
-            "no lungs found: no air-filled space inside the body; is the whole chest in the scan, with a margin?"
+            "no lungs found: the scan has no air-filled space inside the body; check that it shows the whole chest "
+            "with a margin"
         )
     largest = int(sizes.argmax())
     kept = [largest]
@@ -121,7 +122,7 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
 
 
 def _body(volume: np.ndarray) -> np.ndarray:
-    """The body's tissue: the largest piece once what is thin is taken away, as the shell of a couch that touches it."""
+    """Find the tissue of the body: the largest piece without thin structures, for example a couch that touches it."""
     tissue = volume >= AIR_BELOW
     labels, count = ndimage.label(ndimage.binary_erosion(tissue, iterations=THIN))
     if not count:
@@ -132,7 +133,7 @@ def _body(volume: np.ndarray) -> np.ndarray:
 
 
 def _lies_in(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) -> bool:
-    """Whether most of the tissue around an air-filled space is the body's: around a couch's foam it is the couch's."""
+    """Whether the tissue around an air-filled space is mostly body; around a couch's foam, it is the couch's shell."""
     box = tuple(
         slice(max(0, part.start - RIM), part.stop + RIM)
         for part in ndimage.find_objects((labels == label).astype(np.uint8))[0]
@@ -143,7 +144,7 @@ def _lies_in(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) 
 
 
 def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: float) -> np.ndarray:
-    """Trachea and main bronchi with their wall, followed down slice by slice until they enter a lung."""
+    """Find the trachea and main bronchi with their walls by tracking them down, slice by slice, into the lungs."""
     low, high = (area * scale**2 / spacing**2 for area in TRACHEA_AREA)  # voxels
     columns = np.flatnonzero(air.any(axis=(0, 1)))
     middle = (columns[0] + columns[-1]) / 2
@@ -165,11 +166,11 @@ def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: flo
 
 
 def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int) -> np.ndarray:
-    """Cross-sections below ``seed`` that overlap their upper neighbour and do not grow into a lung.
+    """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
-    The thin wall between trachea and lung is lost in a slice here and there: for up to
-    ``most_merged`` slices the section is carried down as it was. Where it does not come free again,
-    those slices are given back, for that is where a bronchus enters its lung.
+    In some slices, the thin wall between the airway and a lung is invisible. There, the previous cross-section is
+    carried down for up to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus
+    enters its lung here, so these slices are removed from the airway.
     """
     airway = np.zeros_like(air)
     airway[top] = seed
@@ -196,7 +197,7 @@ def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float
 
 
 def _split_sides(lungs: np.ndarray) -> np.ndarray:
-    """Label right (1) and left (2) by the patient's side, also where the lungs touch."""
+    """Label the subject's right (1) and left (2) lung, even if the lungs touch."""
     markers = None
     depth = np.sqrt(_squared_distance(~lungs).astype(np.float64))
     for step in range(0, int(depth.max()) + 1):
@@ -209,7 +210,7 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
         if sizes[second] < 0.15 * sizes[first]:
             continue
         centres = ndimage.center_of_mass(np.ones_like(labels), labels, [first, second])
-        # Two lungs lie side by side; pieces of one lie above each other.
+        # Two lungs lie side by side; two pieces of the same lung lie above each other.
         if abs(centres[0][2] - centres[1][2]) < 0.25 * np.ptp(np.nonzero(lungs.any(axis=(0, 1)))[0]):
             continue
         right, left = (first, second) if centres[0][2] < centres[1][2] else (second, first)
@@ -218,10 +219,10 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
         markers[labels == left] = LEFT
         break
     if markers is None:
-        raise ScanError("found one air-filled space, not two lungs side by side")
+        raise ScanError("found one air-filled space, not two lungs side by side; check the scan, or use another method")
     split = watershed(-depth, markers, mask=lungs).astype(np.int8)
 
-    # Pieces that no marker reached: to the nearer lung, unless they are small.
+    # Assign pieces that no marker reached to the nearer lung, unless they are small.
     rest, count = ndimage.label(lungs & (split == 0))
     sizes = _sizes(rest, count)
     sizes[0] = 0
@@ -233,12 +234,12 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
 
 
 def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
-    """Close each lung with a ball and fill its holes; voxels of the other lung stay the other lung's."""
+    """Close each lung with a ball and fill its holes, without taking voxels from the other lung."""
     filled = np.zeros(labels.shape, dtype=np.int8)
     margin = int(np.ceil(radius)) + 1
     for label, box in zip((RIGHT, LEFT), ndimage.find_objects(labels, LEFT)):
-        own, part = labels[box], filled[box]  # nothing is closed outside a side's own box
-        side = np.pad(own == label, margin)  # lets the ball pass the box's border; cut away again
+        own, part = labels[box], filled[box]  # closing never extends beyond the lung's bounding box
+        side = np.pad(own == label, margin)  # room for the ball beyond the box, cropped below
         dilated = _squared_distance(side) <= radius**2 + ROUNDING
         closed = (_squared_distance(~dilated) > radius**2 + ROUNDING) | side
         closed = ndimage.binary_fill_holes(closed[margin:-margin, margin:-margin, margin:-margin])
@@ -247,10 +248,11 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _squared_distance(mask: np.ndarray) -> np.ndarray:
-    """Of every voxel outside ``mask`` to the nearest inside, in voxels, squared, float32; 0 inside.
+    """Compute the squared distance in voxels from each voxel to the nearest voxel of ``mask``; float32, 0 inside.
 
-    ITK's, which takes a fifteenth of scipy's time.
+    This uses ITK, which needs a fifteenth of SciPy's time.
     """
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    distances = sitk.SignedMaurerDistanceMap(image, False, True, False)  # named: a view does not keep its image
+    # Keep a reference to the image, because a view does not keep it alive.
+    distances = sitk.SignedMaurerDistanceMap(image, False, True, False)
     return np.maximum(sitk.GetArrayViewFromImage(distances), 0)

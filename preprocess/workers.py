@@ -1,4 +1,4 @@
-"""Running steps over the subjects: in this process, in worker processes, or on a Dask cluster."""
+"""Run preprocessing stages over all subjects: in this process, in worker processes, or on a Dask cluster."""
 
 import argparse
 import contextlib
@@ -24,18 +24,18 @@ from preprocess.subjects import Subject
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
 WORST_SHOWN = 5
-EARLIER = "failed in an earlier step: "  # begins the message of what an earlier step has told already
-NO_WORKER_SECONDS = (5.0, 30.0)  # after the start, and from then on
-REPORT_SECONDS = 30  # between reports while a step runs: what made an output must outlive a crash
+EARLIER = "failed in an earlier stage: "  # prefix of a message that an earlier stage has already reported
+NO_WORKER_SECONDS = (5.0, 30.0)  # first check for missing workers after the start; interval of later checks
+REPORT_SECONDS = 30  # interval of report updates, so that a crash does not lose the record of what made an output
 
 Row = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """What is done with each subject, and how.
+    """One preprocessing stage: the function that processes a subject, and its settings.
 
-    ``work(subject, previous, **settings)`` returns figures for the report, raises Skip where nothing is to do, and
-    ScanError where the subject is at fault. It is a function of a script in preprocess/, which workers import.
+    ``work(subject, previous, **settings)`` returns values for the report. It raises Skip if there is nothing to do, and
+    ScanError if the subject's files are bad. Workers import it, so it must be a function of a script in preprocess/.
     """
 
     script: str
@@ -44,12 +44,12 @@ class Step(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str]:
-        """Module and name of ``work``: the running script is __main__ here, but not in a worker."""
+        """Return the module and name of ``work``; a worker cannot import the running script as __main__."""
         return f"preprocess.{Path(sys.modules[self.work.__module__].__file__).stem}", self.work.__qualname__
 
 
 class Record:
-    """A step's rows, as they come, and as the last run left them."""
+    """The report rows of one stage, from this run and from the last one."""
 
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
@@ -70,16 +70,19 @@ class Record:
             self._unwritten.clear()
 
     def lost(self, sid: str, message: str) -> Row:
-        """The row of a subject whose worker is gone: what it was making is ours, what it left alone may not be."""
+        """Return the row of a subject after its worker died.
+
+        Output that the worker had claimed belongs to this stage. Other output may be the user's own.
+        """
         stamps = claimed(self.layout, self.script).get(sid) or stamps_of(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
 
 
 def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Namespace) -> int:
-    """Do all steps with a subject before the next one, so that its scan is read once, and report.
+    """Run all stages for one subject before the next, so that each scan is read once, and write the reports.
 
     Returns:
-        The exit status: 0 unless nothing succeeded in a step, or anything failed under ``--strict``.
+        The exit status: 1 if no subject succeeded in a stage, or if a subject failed under ``--strict``; else 0.
     """
     layout = StoreLayout(args.root_dir)
     records = [Record(layout, step.script) for step in steps]
@@ -109,7 +112,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
 
 
 def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -> int:
-    """Print what came of a step's subjects; its exit status."""
+    """Print the summary of a stage and return its exit status."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "skipped", "failed")}
     print(
         f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
@@ -121,21 +124,21 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
     for row in failures[:FAILURES_SHOWN]:
         print(f"  {row['sid']}  failed  {row['message']}")
     if len(failures) > FAILURES_SHOWN:
-        print(f"  and {len(failures) - FAILURES_SHOWN} more")
+        print(f"  and {len(failures) - FAILURES_SHOWN} more failed subjects")
     if warned := [row for row in rows if row.get("warnings")]:
-        print(f"  {len(warned)} with a warning in the report, {warned[0]['sid']} first: {warned[0]['warnings']}")
+        print(f"  {len(warned)} with warnings; the first is {warned[0]['sid']}: {warned[0]['warnings']}")
     if worst := _worst(rows):
-        print(f"  least overlap with the atlas (Dice of the worse side): {worst}")
+        print(f"  lowest overlap with the atlas (Dice of the worse side): {worst}")
     if earlier:
-        print(f"  {len(earlier)} of the failed had failed in an earlier step, {earlier[0]['sid']} first")
+        print(f"  {len(earlier)} of the failed subjects failed in an earlier stage; the first is {earlier[0]['sid']}")
     if counts["ok"] + counts["skipped"] == 0:
-        print(f"error: {script}: no subject succeeded", file=sys.stderr)
+        print(f"error: {script}: no subject succeeded; the reasons are in its report", file=sys.stderr)
         return 1
     return 1 if strict and counts["failed"] else 0
 
 
 def _worst(rows: list[Row]) -> str:
-    """The subjects whose worse side overlaps the atlas least, of a step that tells."""
+    """List the subjects with the lowest Dice of the worse side; empty for a stage that does not measure it."""
     told = []
     for row in rows:
         sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]
@@ -147,7 +150,7 @@ def _worst(rows: list[Row]) -> str:
 def attempt(
     work: Callable[..., dict], subject: Subject, previous: dict, threads: int, settings: dict
 ) -> dict[str, Any]:
-    """One subject's row of the report; whatever goes wrong is that subject's."""
+    """Run one stage for one subject and return its report row; any error fails only this subject."""
     limit_threads(threads)
     start = time.perf_counter()
     status, message, figures = "ok", "", {}
@@ -159,11 +162,11 @@ def attempt(
         status, figures = "skipped", skip.figures
     except EarlierFailure as error:
         status, message = "failed", f"{EARLIER}{error}"
-    except UserError as error:  # ScanError mostly
+    except UserError as error:  # usually ScanError
         status, message = "failed", str(error)
     except MemoryError:
-        status, message = "failed", "not enough memory; use fewer --num-workers"
-    except Exception as error:  # a subject's fault, or ours: it must not cost the others
+        status, message = "failed", "not enough memory; reduce --num-workers"
+    except Exception as error:  # bad data or a bug, which must not stop the other subjects
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
         status = "failed"
@@ -187,7 +190,10 @@ def attempt_steps(
     threads: int,
     failed: str = "",
 ) -> list[Row]:
-    """One subject's rows, a step each; its scan is read once. A step that fails it ends it for the later ones."""
+    """Run the stages for one subject, reading its scan once, and return one row per stage.
+
+    Once a stage fails the subject, the later stages fail it too.
+    """
     rows = []
     try:
         for (work, settings), before in zip(works, previous):
@@ -203,7 +209,7 @@ def attempt_steps(
 def _outcomes(
     steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
 ) -> Iterator[list[Row]]:
-    """Rows of the reports as they come, a subject at a time."""
+    """Yield the report rows of one subject at a time, as they are finished."""
     if args.num_workers > 1 or args.scheduler:
         yield from _distributed(steps, subjects, records, args)
         return
@@ -220,22 +226,22 @@ def _before(records: list[Record], sid: str) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]]:
-    """A Dask client, and the threads that each of its workers may use. Raises StoreError."""
+    """Yield a Dask client and the number of threads that each of its workers may use. Raises StoreError."""
     from dask.distributed import Client, LocalCluster
 
     if args.scheduler:
         try:
             client = Client(args.scheduler, timeout="30s")
         except (OSError, ValueError) as error:
-            raise StoreError(f"--scheduler {args.scheduler} does not answer: {error}") from error
+            raise StoreError(f"--scheduler {args.scheduler} cannot be reached ({error}); check the address") from error
         with client, _word_without_workers(client, args.scheduler):
             yield client, 1
         return
     workers = min(args.num_workers, max(1, subjects))
-    # A worker that dies (out of memory, a crash in a library) is restarted and costs its subject.
-    with _ignored(signal.SIGINT):  # workers inherit it: Ctrl-C is this process's to handle
+    # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
+    with _ignored(signal.SIGINT):  # workers inherit this, so that only this process handles Ctrl-C
         cluster = LocalCluster(
-            # Port 0 is any that is free: Dask's own warns on standard error where another run has it.
+            # Use any free port (0): with its default port, Dask prints a warning if another run uses that port.
             n_workers=workers,
             threads_per_worker=1,
             dashboard_address=":0",
@@ -248,13 +254,13 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
 
 @contextlib.contextmanager
 def _word_without_workers(client: Any, address: str) -> Iterator[None]:
-    """Say so, whenever a cluster has no worker, and none has come within a while: nothing would happen, silently."""
+    """Print a note if a cluster has had no worker for a while, because the run would otherwise wait silently."""
     ended = threading.Event()
 
     def watch() -> None:
         seconds, told = NO_WORKER_SECONDS[0], False
         while not ended.wait(seconds):
-            with contextlib.suppress(Exception):  # a scheduler that is gone is told where the work is
+            with contextlib.suppress(Exception):  # the main thread reports a lost scheduler
                 there = bool(client.scheduler_info()["workers"])
                 if not there and not told:
                     print(f"note: --scheduler {address} has no worker; waiting for one", file=sys.stderr, flush=True)
@@ -280,7 +286,7 @@ def _distributed(
     failed = failed_before(records[0].layout, records[0].script)
 
     def remote(subject_fields, previous, threads, failed):
-        # Sent by value, because it is nested: the worker may not have the project on its path yet.
+        # Dask sends nested functions by value, so this works before the worker has the project on its path.
         import importlib
         import sys
 
@@ -321,20 +327,20 @@ def _ignored(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-# ============================================================ one scan for all steps
+# ============================================================ one scan for all stages
 
-_kept: dict[tuple[str, str, str], Scan] = {}  # at most one: of the subject that this process is at
+_kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan: that of the current subject
 
 
 def load_shared(subject: Subject) -> Scan:
-    """The subject's scan. The same one again while its file is the same, until forget_scan(). Raises ScanError."""
+    """Load the subject's scan, or return the one in memory if its file is unchanged. Raises ScanError."""
     key = (subject.image, subject.series, file_stamp(subject.image, subject.series))
     if key not in _kept:
-        _kept.clear()  # before the next one is read: a worker holds one scan
+        _kept.clear()  # free the old scan first, so that a worker never holds two
         _kept[key] = load_scan(subject.image, subject.series)
     return _kept[key]
 
 
 def forget_scan() -> None:
-    """Give the memory back; steps are done with the subject."""
+    """Free the scan's memory after the last stage of a subject."""
     _kept.clear()

@@ -1,4 +1,4 @@
-"""A page of ours in headless Chromium, clicked by a script."""
+"""Open a generated HTML page in headless Chromium and run a script that clicks through it."""
 
 import html
 import json
@@ -13,9 +13,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def browse(page: Path, script: str, milliseconds: int = 8000) -> dict:
-    """What ``script``, the body of an async function that runs when the page is there, returns.
+    """Run ``script`` in the page and return its result. It is the body of an async function that runs after loading.
 
-    Skips the test where there is no Chromium. Errors of the page and of the script fail it.
+    Skips the test if Chromium is not installed. Errors in the page or in the script fail the test.
     """
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:

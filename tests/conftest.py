@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures shared by several test folders."""
 
 import functools
 import io
@@ -27,7 +27,8 @@ from misc.files import locked
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Side by side (pytest -n) a thread each: more would wait for each other. What is compared has as many on both sides.
+# Parallel test processes (pytest -n) get one thread each, because more would slow each other down. Both sides of a
+# comparison use the same number.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -45,12 +46,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """The published implementation's outputs."""
+    """Return the folder with the published implementation's outputs."""
     return SHARED / "reference"
 
 
 def run_process(*command, cwd=None, check=True, timeout=600, env=None) -> subprocess.CompletedProcess:
-    """Run a script of the project in a process of its own, from another folder, without PYTHONPATH."""
+    """Run a script of the project in a separate process, from another folder and without PYTHONPATH."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(THREADS), **(env or {})}
     first, *rest = [str(part) for part in command]
@@ -64,7 +65,7 @@ def run_process(*command, cwd=None, check=True, timeout=600, env=None) -> subpro
 
 
 def run_ranks(main: Callable[..., None], world: int, *inputs) -> None:
-    """Run ``main(rank, world, *inputs)`` in a process for each rank, which has imported torch already."""
+    """Run ``main(rank, world, *inputs)`` in one process per rank, forked so that torch is already imported."""
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=main, args=(rank, world, *inputs), daemon=True) for rank in range(world)]
     for process in ranks:
@@ -75,14 +76,14 @@ def run_ranks(main: Callable[..., None], world: int, *inputs) -> None:
 
 
 def leave_test(status: int) -> NoReturn:
-    """Stands for misc.command.leave, which would end the process of the tests."""
+    """Replace misc.command.leave, which would end the test process."""
     raise SystemExit(status)
 
 
 def run_script(*command, cwd=None, check=True, env=None) -> subprocess.CompletedProcess:
-    """Run a script of the project as a command in this process, which has imported torch already.
+    """Run a script of the project as a command in this process, which saves importing torch again.
 
-    Shell scripts, the launcher of ranks, and a command with an environment of its own get a process.
+    Shell scripts, the launcher of ranks and commands with a modified environment run in a separate process.
     """
     script, *flags = [str(part) for part in command]
     if script.endswith((".sh", "launch.py")) or env:
@@ -111,7 +112,7 @@ def run_script(*command, cwd=None, check=True, env=None) -> subprocess.Completed
 
 @pytest.fixture(scope="session")
 def run():
-    """A command, in this process where that does; ``run_apart`` always gives it a process."""
+    """Run a command, in this process if possible. ``run_apart`` always starts a new process."""
     return run_script
 
 
@@ -122,13 +123,13 @@ def run_apart():
 
 @pytest.fixture(scope="session")
 def run_here():
-    """A command in this process that may be refused."""
+    """Run a command that may fail in this process."""
     return functools.partial(run_script, check=False)
 
 
 @pytest.fixture
 def one_thread():
-    """Of torch, as where patches are encoded side by side; and its profiler sees no other threads of a process."""
+    """Limit torch to one thread, as in parallel encoding. torch's profiler also sees no other threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -136,7 +137,7 @@ def one_thread():
 
 
 def relative_error(value, wanted) -> float:
-    """‖a − b‖ / ‖b‖ in float64."""
+    """Return ‖value − wanted‖ / ‖wanted‖ in float64."""
     a = torch.as_tensor(value).detach().double()
     b = torch.as_tensor(wanted).detach().double()
     return float((a - b).norm() / b.norm())
@@ -148,10 +149,10 @@ def rel():
 
 
 def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
-    """Statistics of every BatchNorm as after training, so that eval mode tells patches apart.
+    """Give every BatchNorm realistic statistics, so that outputs in eval mode differ between patches.
 
-    With a new network's statistics, 0 and 1, its small kernels give every patch nearly the same
-    output, and a comparison could not tell whose it is.
+    A new network has the statistics 0 and 1. With them its small kernels give every patch nearly the same output,
+    and a comparison would not notice exchanged patches.
     """
     generator = torch.Generator().manual_seed(5)
     patches = torch.randn(batch, 1, 32, 32, 32, generator=generator)
@@ -173,7 +174,7 @@ def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
 def write_store(
     root: Path, num_subjects: int, locations: np.ndarray, seed: int = 0, grouped: bool = True
 ) -> np.ndarray:
-    """A store of random patches; returns them as (N, L, 32, 32, 32) int16."""
+    """Write a store of random patches; return them as (N, L, 32, 32, 32) int16."""
     rng = np.random.default_rng(seed)
     patches = rng.integers(-1024, 241, (num_subjects, len(locations), 32, 32, 32), dtype=np.int16)
     root.mkdir(parents=True, exist_ok=True)
@@ -198,15 +199,15 @@ def make_store():
 
 @pytest.fixture(scope="session")
 def grid():
-    """Six locations, some as far from each other as others."""
+    """Return six locations, some of them with equal distances."""
     return np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [26, 26, 0], [0, 0, 26], [52, 0, 0]], dtype=np.int64)
 
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """A tiny synthetic cohort of six, and its preprocessed store: (cohort folder, store folder). Not to be changed."""
+    """Return (cohort folder, store folder) of a synthetic cohort of six subjects. Tests must not change them."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # side by side, one for all
+    folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # parallel test processes share one cohort
     folder.mkdir(exist_ok=True)
     with locked(folder / "lock"):
         if not (folder / "made").exists():
@@ -222,7 +223,7 @@ def cohort(tmp_path_factory):
 
 
 def step_views(batch, augmentation, seed, groups, device, dense=None):
-    """The views of a step as train.py makes them, its random parameters drawn here."""
+    """Make the views of a step as train.py does, with random parameters drawn here."""
     views = StepViews(StepDraws(augmentation, seed, groups), device, dense)
     views.seed(batch.epoch, batch.location, batch.step)
     index = BatchIndex(batch.epoch, batch.location, batch.step, range(len(batch.patches)))

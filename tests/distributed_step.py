@@ -1,4 +1,4 @@
-"""Two steps of one rank, for test_distributed.py."""
+"""Run two training steps on one rank, for test_distributed.py."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ def inputs(step):
 def run_rank(rank, world, folder, mode):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    torch.manual_seed(1000 + rank)  # ranks start different: the wrapper must make them equal
+    torch.manual_seed(1000 + rank)  # ranks start with different weights, which the wrapper must make equal
     bare = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
     bare.load_state_dict(torch.load(f"{folder}/start.pt", weights_only=True) if rank == 0 else bare.state_dict())
     model = process.data_parallel(bare, torch.device("cpu"))
@@ -34,7 +34,7 @@ def run_rank(rank, world, folder, mode):
     losses, gradients = [], None
     for step in range(2):
         query, key, neighbors, locs = inputs(step)
-        if mode == "rows":  # a location for each sample
+        if mode == "rows":  # one location per sample
             here, near = locs[mine, 0], locs[mine, 1:]
         else:
             here, near = locs[:1, 0], locs[:1, 1:]

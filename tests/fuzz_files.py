@@ -1,8 +1,9 @@
-"""Read spoiled copies of a file in a process of its own: a crash, a hang or a large allocation ends that process.
+"""Read damaged copies of a file in a separate process, which a crash, a hang or a large allocation ends.
 
     python tests/fuzz_files.py KIND FILE SEED COUNT
 
-Prints the exception of every copy that raised anything but our own error. Memory is limited to what a small file needs.
+Prints the exception of every copy that raised anything other than this project's errors. Memory is limited to what a
+small file needs.
 """
 
 import random
@@ -16,14 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 EXTREMES = (b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"99999999", b"-1", b"\x00\x00\xc0\x7f")
-MEMORY = 3 << 30  # bytes of address space beyond what the libraries take
+MEMORY = 3 << 30  # bytes of address space in addition to what the libraries use
 
 
-def spoil(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes of a file changed, taken out, put in, or its end cut off."""
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """Change, delete or insert a few bytes of a file, or cut off its end."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        # Headers come first: most changes are there.
+        # Headers come first, so most changes are made there.
         place = min(int(rng.expovariate(1 / 200)), len(data)) if rng.random() < 0.7 else rng.randrange(len(data) + 1)
         change = rng.choice(("flip", "extreme", "cut", "delete", "insert", "repeat"))
         if change == "flip" and place < len(data):
@@ -43,7 +44,7 @@ def spoil(content: bytes, rng: random.Random) -> bytes:
 
 
 def readers() -> dict:
-    """What reads a file of each kind, as our commands do."""
+    """Return the function that the commands use to read each kind of file."""
     from data.layout import load_locations
     from data.tables import read_table
     from misc.experiment import Experiment
@@ -73,8 +74,8 @@ def readers() -> dict:
     }
 
 
-def spoil_often(kind: str, source: Path, seed: int, count: int) -> None:
-    """Read ``count`` spoiled versions of a file; tell on standard output what did not end in an error of ours."""
+def read_damaged_copies(kind: str, source: Path, seed: int, count: int) -> None:
+    """Read ``count`` damaged versions of a file; print every other outcome than success or a ``UserError``."""
     from misc.command import UserError
 
     read, rng = readers()[kind], random.Random(seed)
@@ -88,8 +89,8 @@ def spoil_often(kind: str, source: Path, seed: int, count: int) -> None:
         place.mkdir(exist_ok=True)
         target = place / source.name
         for number in range(count):
-            target.write_bytes(spoil(content, rng))
-            # The last one told is the one at fault.
+            target.write_bytes(damage(content, rng))
+            # After a crash, the last printed file is the one that caused it.
             print(f"{source.name} {number} {target.stat().st_size}", file=sys.stderr, flush=True)
             try:
                 read(target)
@@ -110,7 +111,7 @@ def main() -> None:
     limit_threads(1)
     seed, count, *files = sys.argv[1:]
     for kind, source in zip(files[::2], files[1::2], strict=True):
-        spoil_often(kind, Path(source), int(seed), int(count))
+        read_damaged_copies(kind, Path(source), int(seed), int(count))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One rank's steps of training as train.py composes them, for test_groups.py.
+"""Run the training steps of one rank as train.py does, for test_groups.py.
 
-The batch of 16 is in four BatchNorm groups, whatever the number of ranks.
+The batch of 16 is split into four BatchNorm groups, for any number of ranks.
 """
 
 import copy

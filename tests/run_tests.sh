@@ -1,5 +1,9 @@
 #!/bin/sh
-# Set up, and run the tests, two at a time:  sh tests/run_tests.sh [more flags for pytest, such as -m "not slow" or -n 0]
+# Set up the Python environment and run the tests in two processes.
+#
+#   sh tests/run_tests.sh                  all tests
+#   sh tests/run_tests.sh -m "not slow"    without the slow tests; all flags go to pytest
+#   sh tests/run_tests.sh -n 0             in a single process
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)

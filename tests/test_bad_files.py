@@ -1,4 +1,4 @@
-"""Damaged and foreign files of every kind that is read, each with the sentence that it ends in."""
+"""Damaged and foreign files of every input kind, each with part of its expected error message."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ READERS = {**readers(), "subjects": lambda path: [subject.check_image() for subj
 
 
 class Bad(NamedTuple):
-    """A file, what reads it, and what is said."""
+    """The kind, name and content of a bad file, and a part of the expected error message."""
 
     kind: str
     name: str
@@ -36,7 +36,7 @@ class Bad(NamedTuple):
     says: str
 
 
-# ------------------------------------------------------------ makers
+# ------------------------------------------------------------ functions that make files
 
 
 def written(image: sitk.Image, name: str, folder: Path, compressed: bool = False) -> bytes:
@@ -54,7 +54,7 @@ def array_of(values: np.ndarray, allow_pickle: bool = False) -> bytes:
 
 
 def nifti(**changes: bytes) -> Callable[[Path], bytes]:
-    """A sound NIfTI with bytes of its header replaced, by offset."""
+    """Make an intact NIfTI file and replace header bytes at the given offsets."""
 
     def make(folder: Path) -> bytes:
         data = bytearray(written(chest(), "n.nii", folder))
@@ -86,7 +86,7 @@ def affine(matrix=None, translation=None) -> sitk.Transform:
 
 
 def checkpoint(**changes) -> Callable[[Path], bytes]:
-    """A sound checkpoint with entries replaced; None takes one out."""
+    """Make an intact checkpoint and replace entries; None removes an entry."""
 
     def make(folder: Path) -> bytes:
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ HEX = bytes.fromhex
 PNG = HEX("89504e470d0a1a0a0000000d4948445200000001")
 SUBJECTS = [
     Bad("subjects", "t.csv", b"", "cannot be read as a CSV table: its first line is empty"),
-    Bad("subjects", "t.csv", b"sid,image\n", "has a header and no rows"),
+    Bad("subjects", "t.csv", b"sid,image\n", "has a header but no rows"),
     Bad("subjects", "t.csv", b"name,image\na,b\n", "has no column 'sid'; its columns are name, image"),
     Bad("subjects", "t.csv", b"sid,scan\na,b\n", "has no column 'image'; its columns are sid, scan"),
     Bad("subjects", "t.csv", b"sid,image\na,b\na,c\n", "has sid 'a' more than once"),
@@ -143,18 +143,18 @@ SUBJECTS = [
         "subjects",
         "t.csv",
         "sid,image\nä,b\n".encode("latin-1"),
-        "is no text in UTF-8; it must be a table saved as CSV UTF-8",
+        "is not UTF-8 text; save the table as CSV UTF-8",
     ),
     Bad(
         "subjects",
         "t.csv",
         "sid,image\na,b\n".encode("utf-16"),
-        "is no text in UTF-8; it must be a table saved as CSV UTF-8",
+        "is not UTF-8 text; save the table as CSV UTF-8",
     ),
     Bad("subjects", "t.csv", b"sid,image\na\x00,b\n", "line 2: sid 'a\\x00' cannot be a file name"),
     Bad("subjects", "t.csv", b'sid,image\n"a,b\n', "cannot be read as a CSV table: unexpected end of data"),
     Bad("subjects", "t.csv", b"sid,sid,image\na,b,c\n", "cannot be read as a CSV table: it has column 'sid' twice"),
-    Bad("subjects", "t.csv", PNG, "is no text in UTF-8; it must be a table saved as CSV UTF-8"),
+    Bad("subjects", "t.csv", PNG, "is not UTF-8 text; save the table as CSV UTF-8"),
 ]
 CONFIGS = [
     Bad("configs", "configs.json", b"", "cannot be read as an experiment's settings"),
@@ -166,78 +166,76 @@ CONFIGS = [
     Bad("configs", "configs.json", PNG, "cannot be read as an experiment's settings"),
 ]
 LOCATIONS = [
-    Bad("locations", "l.npy", b"", "is no table of patch locations: not a whole .npy file of numbers"),
-    Bad("locations", "l.npy", b"1 2 3\n", "is no table of patch locations: not a whole .npy file of numbers"),
+    Bad("locations", "l.npy", b"", "is not a location table: it is not a complete .npy file of numbers"),
+    Bad("locations", "l.npy", b"1 2 3\n", "is not a location table: it is not a complete .npy file of numbers"),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((9, 3), int))[:60],
-        "is no table of patch locations: not a whole .npy file of numbers",
+        "is not a location table: it is not a complete .npy file of numbers",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((9, 3), int))[:-8],
-        "is no table of patch locations: not a whole .npy file of numbers",
+        "is not a location table: it is not a complete .npy file of numbers",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((9, 2), int)),
-        "has shape (9, 2); patch locations are (L, 3) corners (x, y, z)",
+        "has shape (9, 2), but a location table must be (L, 3) corners (x, y, z)",
     ),
-    Bad(
-        "locations", "l.npy", array_of(np.zeros(9, int)), "has shape (9,); patch locations are (L, 3) corners (x, y, z)"
-    ),
+    Bad("locations", "l.npy", array_of(np.zeros(9, int)), "has shape (9,), but a location table must be (L, 3)"),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((0, 3), int)),
-        "has shape (0, 3); patch locations are (L, 3) corners (x, y, z)",
+        "has shape (0, 3), but a location table must be (L, 3) corners (x, y, z)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), np.nan)),
-        "has dtype float64; patch locations are whole atlas voxels (int64)",
+        "has dtype float64, but locations must be whole atlas voxels (int64)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), np.inf)),
-        "has dtype float64; patch locations are whole atlas voxels (int64)",
+        "has dtype float64, but locations must be whole atlas voxels (int64)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), 0.5)),
-        "has dtype float64; patch locations are whole atlas voxels (int64)",
+        "has dtype float64, but locations must be whole atlas voxels (int64)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), -1)),
-        "has negative corners; patch locations are atlas voxel indices from 0",
+        "has negative corners, but locations must be atlas voxel indices from 0",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), "a")),
-        "has dtype <U1; patch locations are whole atlas voxels (int64)",
+        "has dtype <U1, but locations must be whole atlas voxels (int64)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((9, 3), complex)),
-        "has dtype complex128; patch locations are whole atlas voxels (int64)",
+        "has dtype complex128, but locations must be whole atlas voxels (int64)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.array([[{}] * 3]), True),
-        "is no table of patch locations: not a whole .npy file of numbers",
+        "is not a location table: it is not a complete .npy file of numbers",
     ),
-    Bad("locations", "l.npy", archive(a=b"x"), "is no table of patch locations: not a whole .npy file of numbers"),
+    Bad("locations", "l.npy", archive(a=b"x"), "is not a location table: it is not a complete .npy file of numbers"),
 ]
 TRANSFORMS = [
     Bad("transform", "t.mat", b"", "cannot be read as an ITK transform"),
@@ -250,13 +248,13 @@ TRANSFORMS = [
         "transform",
         "t.tfm",
         transform_of(affine(matrix=[0.0] * 9)),
-        "makes the atlas's lungs 0 times as large, which none are",
+        "scales the volume of the atlas lungs by 0, which is impossible",
     ),
     Bad(
         "transform",
         "t.tfm",
         transform_of(affine(matrix=[1.0, 0, 0, 0, 1, 0, 1, 0, 0])),
-        "makes the atlas's lungs 0 times as large, which none are",
+        "scales the volume of the atlas lungs by 0, which is impossible",
     ),
     Bad(
         "transform",
@@ -267,9 +265,9 @@ TRANSFORMS = [
 ]
 IMAGES = [
     Bad("image", "a.nii", b"", "is empty (0 bytes); copy it again"),
-    Bad("image", "a.nii", b"hello", "cannot be read as an image: its content is none of NIfTI, NRRD and"),
-    Bad("image", "a.nii", PNG, "is a picture (PNG), no scan"),
-    Bad("image", "a.mha", nifti(), "is NIfTI, but its name does not say so"),
+    Bad("image", "a.nii", b"hello", "cannot be read as an image: its content is not NIfTI, NRRD or"),
+    Bad("image", "a.nii", PNG, "is a picture (PNG), not a scan"),
+    Bad("image", "a.mha", nifti(), "is NIfTI, but its name has another ending"),
     Bad(
         "image",
         "a.nii",
@@ -282,8 +280,8 @@ IMAGES = [
         nifti(at42=struct.pack("<h", -5)),
         "cannot be read as an image: it is not recognized as a NIFTI file",
     ),
-    Bad("image", "a.nii", nifti(at70=struct.pack("<h", 128)), "has 3 values per voxel; a CT has one"),
-    Bad("image", "a.nii", nifti(at70=struct.pack("<h", 32)), "has complex values; a CT has HU"),
+    Bad("image", "a.nii", nifti(at70=struct.pack("<h", 128)), "has 3 values per voxel, but a CT has one"),
+    Bad("image", "a.nii", nifti(at70=struct.pack("<h", 32)), "has complex values; provide a CT in HU"),
     Bad(
         "image",
         "a.nii",
@@ -294,16 +292,16 @@ IMAGES = [
         "image",
         "a.nii",
         nifti(at280=struct.pack("<f", float("nan"))),
-        "its sform has no numbers, or an axis without length, where the voxels'",
+        "its sform gives voxel positions that are not finite, or an axis of length 0",
     ),
     Bad(
         "image",
         "a.nii",
         nifti(at80=struct.pack("<f", 0.0)),
-        "its sform and its qform contradict each other, they put a voxel up to 82.0",
+        "its sform and its qform contradict each other and put a voxel up to 82.0",
     ),
-    Bad("image", "a.nii", cut(nifti(), 0.01), "is cut short: 860 bytes of 86032"),
-    Bad("image", "a.nii", cut(nifti(), 0.6), "is cut short: 51619 bytes of 86032"),
+    Bad("image", "a.nii", cut(nifti(), 0.01), "is cut short: 860 of 86032 bytes"),
+    Bad("image", "a.nii", cut(nifti(), 0.6), "is cut short: 51619 of 86032 bytes"),
     Bad(
         "image",
         "a.nii.gz",
@@ -314,12 +312,10 @@ IMAGES = [
         "image",
         "a.nii.gz",
         gzip.compress(b"hello"),
-        "cannot be read as an image: its content is none of NIfTI, NRRD and",
+        "cannot be read as an image: its content is not NIfTI, NRRD or",
     ),
     Bad("image", "a.nrrd", b"NRRD0004\n\n", "cannot be read as an image: [nrrd] _nrrdHeaderCheck: didn't see required"),
-    Bad(
-        "image", "a.mha", b"ObjectType = Image\n", "cannot be read as an image: its content is none of NIfTI, NRRD and"
-    ),
+    Bad("image", "a.mha", b"ObjectType = Image\n", "cannot be read as an image: its content is not NIfTI, NRRD or"),
     Bad("image", "a.nii", volume(np.zeros((20, 20, 20), np.int16)), "has values from 0 to 0: the image is empty"),
     Bad(
         "image",
@@ -331,7 +327,7 @@ IMAGES = [
         "image",
         "a.nii",
         volume(np.zeros((1, 20, 20), np.int16)),
-        "has size (20, 20, 1); a volume needs at least 2 voxels along each axis",
+        "has size (20, 20, 1), but a volume needs at least 2 voxels along each axis",
     ),
     Bad(
         "image",
@@ -343,21 +339,21 @@ IMAGES = [
         "mask",
         "m.nii",
         volume(np.full((20, 20, 20), -1, np.int16)),
-        "has values from -1 to -1; a mask has small whole labels",
+        "has values from -1 to -1, but mask labels must be 0 to 255",
     ),
     Bad("mask", "m.nii", volume(np.full((20, 20, 20), 700, np.int16)), "has values from 700 to 700"),
     Bad("image", "a.dcm", HEX("00" * 128) + b"DICM", "is DICOM, but cut short or damaged"),
-    Bad("dicom", "d/a.dcm", b"hello", "copy it again, it has DICOM slices that are cut short or damaged: a.dcm"),
+    Bad("dicom", "d/a.dcm", b"hello", "copy it again, because DICOM slices are cut short or damaged: a.dcm"),
     Bad(
         "dicom",
         "d/a.dcm",
         HEX("00" * 128) + b"DICM",
-        "copy it again, it has DICOM slices that are cut short or damaged: a.dcm",
+        "copy it again, because DICOM slices are cut short or damaged: a.dcm",
     ),
 ]
 CHECKPOINTS = [
     Bad("checkpoint", "c.pth.tar", b"", "cannot be read as a checkpoint: it is empty"),
-    Bad("checkpoint", "c.pth.tar", b"hello", "cannot be read as a checkpoint: torch.save did not write it, it begins"),
+    Bad("checkpoint", "c.pth.tar", b"hello", "cannot be read as a checkpoint: torch.save did not write this file"),
     Bad(
         "checkpoint", "c.pth.tar", cut(checkpoint(), 0.5), "cannot be read as a checkpoint: it is cut short or damaged"
     ),
@@ -369,24 +365,24 @@ CHECKPOINTS = [
         "checkpoint",
         "c.pth.tar",
         pickle.dumps({"epoch": 1}),
-        "cannot be read as a checkpoint: it holds other objects than tensors and",
+        "cannot be read as a checkpoint: it holds objects other than tensors and",
     ),
     Bad("checkpoint", "c.pth.tar", checkpoint(state_dict=None), "has no 'state_dict' and is not a bare state dict"),
     Bad("checkpoint", "c.pth.tar", checkpoint(state_dict={}), "has no key that starts with encoder_q."),
-    Bad("checkpoint", "c.pth.tar", checkpoint(state_dict=[1]), "its 'state_dict' is a list, no table of weights"),
+    Bad("checkpoint", "c.pth.tar", checkpoint(state_dict=[1]), "its 'state_dict' is a list, not a mapping of weights"),
     Bad(
         "checkpoint",
         "c.pth.tar",
         checkpoint(state_dict={"a": 1}),
-        "its 'state_dict' has an entry 'a' of type int, no tensor",
+        "its 'state_dict' has an entry 'a' of type int, not a tensor",
     ),
     Bad(
         "checkpoint",
         "c.pth.tar",
         checkpoint(epoch="three"),
-        "its 'epoch' is 'three', no number of epochs that are finished",
+        "its 'epoch' is 'three', not a number of finished epochs",
     ),
-    Bad("checkpoint", "c.pth.tar", checkpoint(epoch=-1), "its 'epoch' is -1, no number of epochs that are finished"),
+    Bad("checkpoint", "c.pth.tar", checkpoint(epoch=-1), "its 'epoch' is -1, not a number of finished epochs"),
     Bad(
         "checkpoint",
         "c.pth.tar",
@@ -398,7 +394,7 @@ CHECKPOINTS = [
         "checkpoint",
         "c.pth.tar",
         checkpoint(state=lambda s: s.update({WEIGHT: torch.zeros(2)})),
-        "has conv1.weight of shape (2,), the model of shape (1, 8, 1, 3, 3, 3)",
+        "has conv1.weight of shape (2,), but the model needs (1, 8, 1, 3, 3, 3)",
     ),
     Bad(
         "checkpoint",
@@ -410,9 +406,9 @@ CHECKPOINTS = [
         "checkpoint",
         "c.pth.tar",
         checkpoint(state=lambda s: s[WEIGHT].fill_(float("nan"))),
-        "has values in conv1.weight that are not finite, or beyond 1e+15",
+        "has values in conv1.weight that are not finite or exceed 1e+15",
     ),
-    Bad("checkpoint", "c.pth.tar", checkpoint(step="two"), "its 'step' is 'two', no number of steps that are finished"),
+    Bad("checkpoint", "c.pth.tar", checkpoint(step="two"), "its 'step' is 'two', not a number of finished steps"),
 ]
 FILES = [*SUBJECTS, *CONFIGS, *LOCATIONS, *TRANSFORMS, *IMAGES, *CHECKPOINTS]
 
@@ -421,7 +417,7 @@ FILES = [*SUBJECTS, *CONFIGS, *LOCATIONS, *TRANSFORMS, *IMAGES, *CHECKPOINTS]
     "bad", [pytest.param(bad, id=f"{n}-{bad.kind}-{bad.says[:30]}") for n, bad in enumerate(FILES)]
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_said_of_a_bad_file(tmp_path, bad):
+def test_error_message_of_a_bad_file(tmp_path, bad):
     content = bad.content(tmp_path) if callable(bad.content) else bad.content
     path = tmp_path / bad.name
     path.parent.mkdir(exist_ok=True)
@@ -431,7 +427,7 @@ def test_what_is_said_of_a_bad_file(tmp_path, bad):
     assert bad.says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_there_are_enough_and_sound_ones_are_read(tmp_path):
+def test_intact_files_are_read(tmp_path):
     assert len(FILES) >= 60
     save(slices(chest()), tmp_path / "d")
     for kind, name, content in (

@@ -1,4 +1,4 @@
-"""Several Gloo ranks against one: losses, gradients, queues, shuffled BatchNorm, and the trainer."""
+"""Compare several Gloo ranks with one: losses, gradients, queues, shuffled BatchNorm and the trainer."""
 
 import json
 import subprocess
@@ -28,21 +28,21 @@ def results_of(folder, world, mode):
 
 @pytest.fixture(scope="module")
 def in_eval_mode(tmp_path_factory):
-    """Results of 1, 2 and 4 ranks, and the folder of the weights that they start from."""
+    """Return the results of 1, 2 and 4 ranks and the folder with their initial weights."""
     folder = tmp_path_factory.mktemp("ranks")
     return {world: results_of(folder / str(world), world, "eval") for world in (1, 2, 4)}, folder / "1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one_process(in_eval_mode, world):
-    """With BatchNorm in eval mode the batch may be cut anywhere: same loss, gradients, queue, weights."""
+def test_several_ranks_equal_one_process(in_eval_mode, world):
+    """With BatchNorm in eval mode, splitting the batch changes neither loss, gradients, queue nor weights."""
     results, _ = in_eval_mode
     (wanted,) = results[1]
     for result in results[world]:
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for name, gradient in wanted["gradients"].items():
-            # Of the whole tensor: single elements of a sum over voxels cancel, and their rounding shows.
+            # Compare whole tensors. In single elements the sum over voxels cancels, and only rounding error remains.
             assert float((result["gradients"][name] - gradient).norm()) < 1e-3 * float(gradient.norm()) + 1e-6, name
         for name, tensor in wanted["state"].items():
             torch.testing.assert_close(result["state"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -51,7 +51,7 @@ def test_ranks_equal_one_process(in_eval_mode, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_shuffled_batchnorm(tmp_path, world):
-    """Ranks encode each other's keys, every patch once with its own location, and queues stay equal to the bit."""
+    """Ranks encode each other's keys, every patch once with its own location. Queues stay bit-identical."""
     ranks = results_of(tmp_path / "r", world, "rows")
     for step in range(2):
         _, key, _, locs = inputs(step)
@@ -69,14 +69,14 @@ def test_shuffled_batchnorm(tmp_path, world):
         for name, gradient in ranks[0]["gradients"].items():
             assert torch.equal(result["gradients"][name], gradient), name
     assert ranks[0]["state"]["queue_ptr"].tolist() == [TOTAL, TOTAL, 0]
-    # In training each rank has BatchNorm statistics of its own.
+    # In training mode each rank has separate BatchNorm statistics.
     name = "encoder_q.bn1.running_mean"
     assert not torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
 
 
 @pytest.mark.slow
 def test_keys_enter_the_queue_in_rank_order(in_eval_mode):
-    """The queue after a step with frozen BatchNorm is the keys of samples 0, 1, 2, ... of the whole batch."""
+    """After a step with frozen BatchNorm, the queue holds the keys of samples 0, 1, 2, ... of the whole batch."""
     results, folder = in_eval_mode
     ranks = results[2]
     model = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True).eval()
@@ -86,7 +86,7 @@ def test_keys_enter_the_queue_in_rank_order(in_eval_mode):
         model._update_key_encoder()
         wanted = torch.nn.functional.normalize(model.encoder_k(key, locs[:1, 0])[0], dim=1)
     apart = torch.cdist(wanted, wanted) + 10 * torch.eye(TOTAL)
-    assert float(apart.min()) > 1e-2  # no two keys are alike, or their order would not show
+    assert float(apart.min()) > 1e-2  # all keys differ, so a wrong order would be detected
     torch.testing.assert_close(ranks[1]["state"]["queue"][:, :TOTAL, 0].t(), wanted, rtol=1e-4, atol=1e-5)
     assert NEAR == 2
 
@@ -103,12 +103,12 @@ def torchrun(ranks, script, *flags, cwd):
     ]
     result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr, result.stderr  # each rank would print it at every start
+    assert "Warning" not in result.stderr, result.stderr  # each rank would print the warning at every start
     return result.stdout
 
 
 @pytest.mark.slow
-def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
+def test_two_ranks_by_command_line(tmp_path, make_store, grid):
     make_store(tmp_path / "store", 9, grid)
     flags = (
         "--root-dir",
@@ -126,7 +126,7 @@ def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
     )
     more = ("--moco-dim", 4, "--num-experts", 2, "--workers", 2, "--print-freq", 2, "--device", "cpu", "--save-initial")
     output = torchrun(2, "train.py", *flags, *more, cwd=tmp_path)
-    assert output.count("2 x cpu") == 1 and output.count("epoch 1/1") == 1  # one rank speaks
+    assert output.count("2 x cpu") == 1 and output.count("epoch 1/1") == 1  # only one rank prints
     folder = tmp_path / "ssl_exp" / "two"
     assert json.loads((folder / "configs.json").read_text())["world_size"] == 2
     content = torch.load(folder / "checkpoint_patch_0001.pth.tar", weights_only=True)
@@ -140,6 +140,6 @@ def test_two_ranks_through_the_command_lines(tmp_path, make_store, grid):
         [sys.executable, str(ROOT / "extract_feature.py"), *common, "--out-dir", "one"], cwd=tmp_path, check=True
     )
     two, one = (np.load(tmp_path / name / "pred_arr_patch_full.npy") for name in ("two", "one"))
-    # oneDNN sums in another order with another number of threads.
+    # The order of oneDNN's sums depends on the number of threads.
     assert np.linalg.norm(two - one) < 1e-5 * np.linalg.norm(one)
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)

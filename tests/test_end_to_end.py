@@ -1,4 +1,4 @@
-"""The whole way through the real command lines: scans, store, training, features, a prediction."""
+"""The complete pipeline through the real commands: scans, store, training, features and a prediction."""
 
 import json
 import os
@@ -45,16 +45,16 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
     ("flags", "message"),
     [
         (("--k-neighbours", 2), "unrecognized arguments: --k-neighbours 2; see --help"),
-        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128: the try-out has 48 subjects"),
+        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128 exceeds the 48 subjects of the demo"),
     ],
 )
-def test_a_wrong_flag_of_the_embedded_run_is_told_before_it_begins(run, flags, message):
+def test_a_wrong_training_flag_is_refused_before_the_start(run, flags, message):
     result = run("tools/run_demo.sh", sys.executable, *flags, check=False)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {message}")
     assert not result.stdout and len(result.stderr.splitlines()) == 1
 
 
-def test_top_level_is_the_layout():
+def test_top_level_has_no_unknown_files():
     allowed = {
         "README.md",
         "requirements.txt",
@@ -73,7 +73,7 @@ import io, pathlib, runpy, sys
 from contextlib import redirect_stdout
 first = set(sys.modules)
 for script in sys.argv[1:]:
-    for name in set(sys.modules) - first:  # ours only: each script finds them by itself
+    for name in set(sys.modules) - first:  # drop project modules, so each script imports its own
         if name.split(".")[0] in ("misc", "data", "models", "preprocess", "tools"):
             del sys.modules[name]
     sys.path[0], sys.argv = str(pathlib.Path(script).parent), [script, "--help"]
@@ -87,8 +87,8 @@ for script in sys.argv[1:]:
 """
 
 
-def test_every_script_explains_itself_from_any_folder(tmp_path):
-    """Without PYTHONPATH, and without a file left behind."""
+def test_every_script_prints_help_from_any_folder(tmp_path):
+    """The scripts need no PYTHONPATH and leave no file behind."""
     folders = ("preprocess", "tools", "tools/dev")
     scripts = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
     scripts = [path for path in scripts if "run(main" in path.read_text(encoding="utf-8")]
@@ -103,6 +103,6 @@ def test_every_script_explains_itself_from_any_folder(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["preprocess/run_preprocess.sh", "run_train.sh"])
-def test_every_shell_script_explains_itself(run, tmp_path, script):
+def test_every_shell_script_prints_help(run, tmp_path, script):
     assert len(run(script, "--help", cwd=tmp_path).stdout) > 300
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Extraction: what it writes, against the encoder called by hand."""
+"""Feature extraction: the files that it writes, compared with direct calls of the encoder."""
 
 import csv
 import hashlib
@@ -38,7 +38,7 @@ def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
     model = DrasCLR(
         Encoder, num_patch, sizes["rep_dim"], sizes["moco_dim"], sizes["num_experts"], 1, 8, 0.9, 0.2, sizes["mlp"]
     )
-    # Statistics as after training, not the 0 and 1 of a new network.
+    # One training-mode pass gives BatchNorm realistic statistics. A new network has mean 0 and variance 1.
     model.train()
     with torch.no_grad():
         model.encoder_q(torch.randn(8, 1, 32, 32, 32), torch.zeros(1, 3))
@@ -49,8 +49,8 @@ def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
 
 
 @torch.no_grad()
-def literal(encoder, patches, table):
-    """One patch at a time: (N, L, 32, 32, 32) -> (N, L, rep_dim)."""
+def encode_literally(encoder, patches, table):
+    """Encode one patch at a time: (N, L, 32, 32, 32) -> (N, L, rep_dim)."""
     locations = torch.from_numpy(normalize_locations(table))
     volumes = torch.from_numpy((np.clip(patches.astype(np.float32), -1024, 240) + 1024) / 632 - 1)
     return np.stack(
@@ -83,7 +83,7 @@ def test_features_are_the_encoders(tmp_path, make_store, grid, run, rel, grouped
         np.load(out / f"{name}_full.npy", allow_pickle=False)
         for name in ("pred_arr_patch", "pred_arr_patient", "sid_arr", "feature_arr_patch")
     )
-    wanted = literal(encoder, patches, grid)
+    wanted = encode_literally(encoder, patches, grid)
     assert patch.shape == (5, 6, 12) and patch.dtype == patient.dtype == np.float32
     assert rel(patch, wanted) < 1e-5
     np.testing.assert_allclose(patient, patch.mean(axis=1), rtol=1e-5, atol=1e-6)
@@ -118,19 +118,19 @@ def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, ma
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_locations_are_frozen_a_block_at_a_time(tmp_path, make_store, grid, monkeypatch, rel, grouped):
-    """Six locations in blocks of four: the last block is another, and short."""
+def test_locations_are_frozen_in_blocks(tmp_path, make_store, grid, monkeypatch, rel, grouped):
+    """Six locations in blocks of four: the second block is shorter than the first."""
     monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
     extract(*flags, "--out-dir", tmp_path / "o", "--device", "cpu")
     made = np.load(tmp_path / "o" / "pred_arr_patch_full.npy")
-    wanted = literal(encoder, patches, grid)
+    wanted = encode_literally(encoder, patches, grid)
     assert all(rel(made[:, index], wanted[:, index]) < 1e-5 for index in range(6))
 
 
-def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys):
+def test_sigterm_prints_how_to_resume(tmp_path, make_store, grid, monkeypatch, capsys):
     make_store(tmp_path / "store", 3, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
@@ -143,11 +143,11 @@ def test_sigterm_says_what_to_do(tmp_path, make_store, grid, monkeypatch, capsys
         assert left.value.code == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "stopped; start again to go on\n"
+    assert capsys.readouterr().err == "stopped; start again to continue\n"
 
 
-def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
-    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # it stops within a block
+def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
+    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # the extraction stops within a block
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (
@@ -187,7 +187,7 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     np.testing.assert_array_equal(first, second)
     assert not (tmp_path / "a" / ".pieces").exists()
 
-    # Pieces of other patches or of another checkpoint are not taken for this one's.
+    # Pieces made from other patches or with another checkpoint are not reused.
     key = extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
     assert key != extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
@@ -203,7 +203,7 @@ def test_a_stopped_extraction_goes_on(tmp_path, make_store, grid, monkeypatch):
     np.testing.assert_array_equal(third, fourth)
 
 
-def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid, monkeypatch):
+def test_blocks_of_subjects_are_joined_in_order(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path / "g", 7, grid)
     make_store(tmp_path / "u", 7, grid, grouped=False)
     make_checkpoint(tmp_path / "c.pth.tar")
@@ -225,7 +225,7 @@ def test_blocks_of_subjects_are_put_together_in_order(tmp_path, make_store, grid
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
 
 
-def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
+def test_bare_state_dict_given_by_path(tmp_path, make_store, grid, run):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "w" / "weights_0007.pth.tar", bare=True)
     (tmp_path / "e").mkdir()
@@ -242,7 +242,7 @@ def test_bare_state_dict_and_path(tmp_path, make_store, grid, run):
     assert (tmp_path / "e" / "patch_rep" / "0007" / "patient_features.csv").is_file()
 
 
-def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
+def test_mid_epoch_features_get_their_own_folder(tmp_path):
     def out(content):
         return Experiment(tmp_path).features(*position(content, tmp_path / "x"))
 
@@ -251,7 +251,7 @@ def test_within_an_epoch_the_features_go_elsewhere(tmp_path):
     assert out({"epoch": 3, "step": 12}) == tmp_path / "patch_rep" / "0003_step12"
 
 
-def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
+def test_bad_arguments_are_refused(tmp_path, make_store, grid, run_here, monkeypatch):
     make_store(tmp_path / "store", 2, grid)
     make_checkpoint(tmp_path / "e" / "five.pth.tar", num_patch=5)
     make_checkpoint(tmp_path / "e" / "good.pth.tar")
@@ -266,14 +266,14 @@ def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
     (tmp_path / "e" / "empty.pth.tar").touch()
     (tmp_path / "e" / "torn.pth.tar").write_bytes((tmp_path / "e" / "good.pth.tar").read_bytes()[:3000])
     cases = {
-        "five.pth.tar": "trained on 5 locations, --root-dir store has 6",
+        "five.pth.tar": "trained on 5 locations, but --root-dir store has 6",
         "none.pth.tar": "no checkpoint at e/none.pth.tar; e has",
-        "shape.pth.tar": "conv2.weight of shape (3, 8, 8, 3, 3), the model of shape (3, 8, 8, 3, 3, 3)",
+        "shape.pth.tar": "conv2.weight of shape (3, 8, 8, 3, 3), but the model needs (3, 8, 8, 3, 3, 3)",
         "key.pth.tar": "lacks conv2.weight of shape (3, 8, 8, 3, 3, 3)",
         "other.pth.tar": "no key that starts with encoder_q.",
-        "unsafe.pth.tar": "cannot be read as a checkpoint: it holds other objects than tensors",
+        "unsafe.pth.tar": "cannot be read as a checkpoint: it holds objects other than tensors",
         "torn.pth.tar": "cannot be read as a checkpoint: it is cut short or damaged",
-        "table.csv": "cannot be read as a checkpoint: torch.save did not write it, it begins with b'sid,age",
+        "table.csv": "cannot be read as a checkpoint: torch.save did not write this file, which begins with b'sid,age",
         "empty.pth.tar": "cannot be read as a checkpoint: it is empty",
     }
     for name, message in cases.items():
@@ -288,8 +288,8 @@ def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
     assert result.returncode == 2 and "--out-dir e/table.csv is a file" in result.stderr
     (tmp_path / "ssl_exp" / "mine").mkdir(parents=True)
     result = run_here("extract_feature.py", "--exp-name=mine", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
-    assert result.returncode == 2 and "ssl_exp/mine is: here it is the folder" in result.stderr
-    monkeypatch.chdir(tmp_path)  # a path is a checkpoint whatever --exp-name is
+    assert result.returncode == 2 and "give the path of the experiment here, ssl_exp/mine" in result.stderr
+    monkeypatch.chdir(tmp_path)  # a checkpoint path is used as it is, whatever --exp-name is
     assert Experiment("mine").find_checkpoint("e/good.pth.tar") == Path("e/good.pth.tar")
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
     result = run_here("extract_feature.py", *flags, cwd=tmp_path)
@@ -297,8 +297,8 @@ def test_refusals(tmp_path, make_store, grid, run_here, monkeypatch):
 
 
 @pytest.mark.reference
-def test_published_checkpoint_as_it_is(reference, tmp_path, make_store, run):
-    """No configs.json, read-only folder, five locations."""
+def test_published_checkpoint_works_unchanged(reference, tmp_path, make_store, run):
+    """The experiment has no configs.json, its folder is read-only, and there are five locations."""
     table = np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [0, 0, 26], [26, 26, 26]])
     make_store(tmp_path / "store", 3, table)
     run(
@@ -311,7 +311,7 @@ def test_published_checkpoint_as_it_is(reference, tmp_path, make_store, run):
 
 @pytest.fixture
 def small(tmp_path, make_store, grid):
-    """A store of three, a checkpoint that knows its table, and the flags of an extraction."""
+    """Make a store of three subjects and a checkpoint that records its location table; return the extraction flags."""
     make_store(tmp_path / "store", 3, grid)
     make_checkpoint(tmp_path / "c_0003.pth.tar")
     content = torch.load(tmp_path / "c_0003.pth.tar", weights_only=True)
@@ -320,22 +320,22 @@ def small(tmp_path, make_store, grid):
     return ("--checkpoint-patch", "c_0003.pth.tar", *flags)
 
 
-def test_another_table_of_as_many_locations_is_refused(small, tmp_path, grid, run_here):
+def test_another_location_table_of_the_same_size_is_refused(small, tmp_path, grid, run_here):
     told = run_here("extract_feature.py", *small, cwd=tmp_path)
     assert told.returncode == 0 and "note" not in told.stdout
     np.save(tmp_path / "store" / "atlas_patch_loc.npy", grid[::-1])
     refused = run_here("extract_feature.py", *small, cwd=tmp_path)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "c_0003.pth.tar was trained on another table of locations than --root-dir" in refused.stderr
-    make_checkpoint(tmp_path / "c_0003.pth.tar")  # published weights do not tell theirs
+    assert "c_0003.pth.tar was trained on a different table of locations" in refused.stderr
+    make_checkpoint(tmp_path / "c_0003.pth.tar")  # published weights do not record their table
     (tmp_path / "o" / "features.json").unlink()
     noted = run_here("extract_feature.py", *small, cwd=tmp_path)
-    assert noted.returncode == 0 and "c_0003.pth.tar does not tell its table of locations" in noted.stdout
+    assert noted.returncode == 0 and "c_0003.pth.tar does not record its table of locations" in noted.stdout
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_layers_are_each_channels_mean_and_sd_in_a_patch(tmp_path, make_store, grid, grouped, rel):
-    """Against the encoder's own layers; h, and the mean of it, are to the bit what they are without."""
+def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, grouped, rel):
+    """Compare with the encoder's own layers. h and its mean are bit-identical with and without --layers."""
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
@@ -357,12 +357,12 @@ def test_layers_are_each_channels_mean_and_sd_in_a_patch(tmp_path, make_store, g
     )
     assert made.dtype == np.float32 and made.shape == (5, len(grid), wanted.shape[1])
     assert rel(made[:, 3], wanted.numpy()) < 1e-4 and len(hooks) == 13
-    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # without: none is left that is not these
+    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # removes the old layer file
     assert not (tmp_path / "layers" / "layer_arr_patch_full.npy").exists()
 
 
-def test_features_are_in_the_precision_that_they_report(small, tmp_path, run_here, monkeypatch):
-    """torch starts with TF32 convolutions on a GPU: 6e-5 off."""
+def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeypatch):
+    """By default torch uses TF32 convolutions on a GPU, which are off by 6e-5."""
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(
@@ -388,10 +388,10 @@ def test_who_made_the_features_and_nobody_else_replaces_them(small, tmp_path, ru
     assert refused.returncode == 2 and "has features of another checkpoint" in refused.stderr
     assert (tmp_path / "o" / "patient_features.csv").read_bytes() == before
     again = run_here("extract_feature.py", *small, "--amp", "bf16", cwd=tmp_path)
-    assert again.returncode == 0 and "features of amp off in" in again.stdout
+    assert again.returncode == 0 and "amp changed from off to bf16" in again.stdout
 
 
-def test_features_that_are_not_finite_are_refused(small, tmp_path, run_here, monkeypatch):
+def test_non_finite_features_are_refused(small, tmp_path, run_here, monkeypatch):
     content = torch.load(tmp_path / "c_0003.pth.tar", weights_only=True)
     content["state_dict"]["module.encoder_q.conv2.weight"][0, 0, 0, 0, 0, 0] = float("nan")
     torch.save(content, tmp_path / "nan.pth.tar")
@@ -416,7 +416,7 @@ def test_two_extractions_into_one_folder(small, tmp_path, run_here):
     assert holder.returncode == 2 and run_here("extract_feature.py", *small, cwd=tmp_path).returncode == 0
 
 
-def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch):
+def test_regrouping_the_store_stops_an_extraction(small, tmp_path, monkeypatch):
     original = extract_feature.encode_pieces
 
     def regroup(*inputs):
@@ -434,13 +434,13 @@ def test_a_store_grouped_again_stops_an_extraction(small, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("length", [64, 12])
-def test_a_checkpoint_of_another_sum_is_refused(small, tmp_path, run_here, length):
+def test_a_checkpoint_with_another_checksum_is_refused(small, tmp_path, run_here, length):
     path = tmp_path / "c_0003.pth.tar"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:length]
     flags = (*small[:-1], tmp_path / "sum", "--sha256")
     wrong = digest[:-1] + ("0" if digest[-1] != "0" else "1")
     refused = run_here("extract_feature.py", *flags, wrong, cwd=tmp_path)
-    assert refused.returncode == 2 and f"not --sha256 {wrong}: it is damaged, or another file" in refused.stderr
+    assert refused.returncode == 2 and f"not --sha256 {wrong}: the file is damaged or is not" in refused.stderr
     assert not (tmp_path / "sum").exists()
     nonsense = run_here("extract_feature.py", *flags, "latest", cwd=tmp_path)
     assert nonsense.returncode == 2 and "8 to 64 hexadecimal digits" in nonsense.stderr

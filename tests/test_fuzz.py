@@ -1,4 +1,4 @@
-"""Nothing that is read is trusted: spoiled and malicious files end in our own error, whatever is wrong with them."""
+"""No input file is trusted: damaged and malicious files of every kind raise one of this project's errors."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ from preprocess.scan import ScanError, load_scan
 from .conftest import ROOT
 from .preprocess.phantoms import chest, save, slices
 
-SECONDS = 150  # of a batch of spoiled files, which takes 5 to 20
+SECONDS = 150  # time limit for a batch of damaged files, which takes 5 to 20 s
 BRIEF = settings(
     max_examples=60,
     deadline=None,
@@ -40,8 +40,8 @@ BRIEF = settings(
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A sound file of each kind, by its kind and name."""
+def intact_files(tmp_path_factory):
+    """Write an intact file of each kind; return their folder."""
     folder = tmp_path_factory.mktemp("sound")
     image = chest()
     for name in ("a.nii", "a.nii.gz", "a.nrrd", "a.mha"):
@@ -76,27 +76,29 @@ KINDS = {
 }
 
 
-def read_spoiled(sound, names, seed, count):
-    files = [part for name in names for part in (KINDS[name], sound / name)]
+def read_damaged(intact_files, names, seed, count):
+    files = [part for name in names for part in (KINDS[name], intact_files / name)]
     command = [sys.executable, ROOT / "tests" / "fuzz_files.py", seed, count, *files]
     done = subprocess.run([str(part) for part in command], capture_output=True, encoding="utf-8", timeout=SECONDS)
     assert done.returncode == 0, f"ended with {done.returncode} at {done.stderr.splitlines()[-1:]}"
     assert done.stdout == ""
 
 
-def test_spoiled_files(sound):
-    """In one process, which must outlive every file."""
-    read_spoiled(sound, [name for name in KINDS if KINDS[name] not in ("dicom", "checkpoint")], seed=1, count=30)
+def test_damaged_files(intact_files):
+    """One process reads all files and must survive every one."""
+    read_damaged(intact_files, [name for name in KINDS if KINDS[name] not in ("dicom", "checkpoint")], seed=1, count=30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [40, 150])
-def test_many_spoiled_files(sound, count):
+def test_many_damaged_files(intact_files, count):
     slow = [name for name in KINDS if KINDS[name] in ("dicom", "checkpoint")]
-    read_spoiled(sound, slow if count == 40 else [name for name in KINDS if name not in slow], seed=2, count=count)
+    read_damaged(
+        intact_files, slow if count == 40 else [name for name in KINDS if name not in slow], seed=2, count=count
+    )
 
 
-# ------------------------------------------------------------ any bytes at all
+# ------------------------------------------------------------ arbitrary bytes
 
 
 @BRIEF
@@ -129,7 +131,7 @@ def test_any_configuration(tmp_path, content):
 
 @BRIEF
 @given(st.text(max_size=80), st.binary(max_size=64), st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]))
-def test_any_header_of_an_array(tmp_path, header, data, version):
+def test_any_array_header(tmp_path, header, data, version):
     text = header.encode()
     length = struct.pack("<H", len(text)) if version == (1, 0) else struct.pack("<I", len(text))
     (tmp_path / "l.npy").write_bytes(b"\x93NUMPY" + bytes(version) + length + text + data)
@@ -142,8 +144,8 @@ def test_any_header_of_an_array(tmp_path, header, data, version):
     st.lists(st.integers(-(2**63), 2**63), max_size=4),
     st.sampled_from(["<i8", ">f4", "|O", "|u1", "<U9", "<c16", "|V0", "[('a', '<i4')]", "nothing"]),
 )
-def test_any_claim_of_an_array(tmp_path, shape, kind):
-    """Only what is there is read, and nothing is set aside for more."""
+def test_any_claimed_array_shape(tmp_path, shape, kind):
+    """The reader reads only the existing bytes and allocates no memory for more."""
     described = kind if kind.startswith("[") else repr(kind)
     text = f"{{'descr': {described}, 'fortran_order': False, 'shape': {tuple(shape)!r}}}\n".encode()
     path = tmp_path / "a.npy"
@@ -159,7 +161,7 @@ def test_any_claim_of_an_array(tmp_path, shape, kind):
 
 
 class Touch:
-    """Pickled, a command that makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -175,17 +177,17 @@ def array_claiming(rows):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(48)
 
 
-def test_a_checkpoint_that_is_a_program(tmp_path):
+def test_a_checkpoint_with_code_is_not_executed(tmp_path):
     torch.save({"epoch": 1, "state_dict": {}, "more": Touch(tmp_path / "proof")}, tmp_path / "c.pth.tar")
     (tmp_path / "old.pth.tar").write_bytes(pickle.dumps(Touch(tmp_path / "proof")))
     for name in ("c.pth.tar", "old.pth.tar"):
-        with pytest.raises(CheckpointError, match="none of them are loaded"):
+        with pytest.raises(CheckpointError, match="which are not loaded"):
             read_checkpoint(tmp_path / name)
     assert not (tmp_path / "proof").exists()
 
 
-def test_a_checkpoint_that_unpacks_without_end(tmp_path):
-    """torch stores its records unpacked; one that is packed a thousandfold is none of its own."""
+def test_a_decompression_bomb_as_checkpoint(tmp_path):
+    """torch stores its records uncompressed, so a record that is compressed a thousandfold is not torch's."""
     with zipfile.ZipFile(tmp_path / "c.pth.tar", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("c/data.pkl", b"\x80\x02}q\x00." + bytes(50 << 20))
         archive.writestr("c/version", "3\n")
@@ -193,18 +195,18 @@ def test_a_checkpoint_that_unpacks_without_end(tmp_path):
         read_checkpoint(tmp_path / "c.pth.tar")
 
 
-def test_an_array_that_is_a_program_or_claims_more_than_it_has(tmp_path):
+def test_arrays_with_code_or_a_false_size(tmp_path):
     np.save(tmp_path / "p.npy", np.array([Touch(tmp_path / "proof")], dtype=object), allow_pickle=True)
     (tmp_path / "big.npy").write_bytes(array_claiming(10**15))
     with zipfile.ZipFile(tmp_path / "z.npy", "w") as archive:
         archive.writestr("a.npy", array_claiming(2))
     for name in ("p.npy", "big.npy", "z.npy"):
-        with pytest.raises(StoreError, match=r"not a whole .npy file of numbers"):
+        with pytest.raises(StoreError, match=r"not a complete .npy file of numbers"):
             load_locations(tmp_path / name)
     assert not (tmp_path / "proof").exists()
 
 
-def test_a_scan_that_claims_more_than_it_has(tmp_path):
+def test_a_scan_with_a_false_size(tmp_path):
     stream = io.BytesIO()
     sitk.WriteImage(chest(), str(tmp_path / "a.nii"))
     stream.write((tmp_path / "a.nii").read_bytes())
@@ -227,8 +229,8 @@ def test_a_scan_that_claims_more_than_it_has(tmp_path):
 @pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "middle", "gone"])
-def test_data_that_are_not_all_there(tmp_path, name, packed, damage):
-    """ITK hands out damaged MetaImages as zeros, and takes memory for whatever a NRRD claims."""
+def test_incomplete_voxel_data(tmp_path, name, packed, damage):
+    """ITK returns zeros for damaged MetaImages, and allocates whatever size a NRRD header claims."""
     sitk.WriteImage(chest(), str(tmp_path / name), useCompression=packed)
     load_scan(tmp_path / name)
     data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
@@ -243,18 +245,18 @@ def test_data_that_are_not_all_there(tmp_path, name, packed, damage):
         if data.name == name:
             pytest.skip("one file")
         data.unlink()
-    with pytest.raises(ScanError, match=r"is cut short|is damaged|which is not there"):
+    with pytest.raises(ScanError, match=r"is cut short|is damaged|does not exist"):
         load_scan(tmp_path / name)
 
 
-def test_a_table_that_leaves_its_folder(tmp_path):
+def test_sids_that_would_leave_the_folder(tmp_path):
     for sid in ("../../etc/x", "/etc/x", ".hidden", "a\x00b", "a/b", "x" * 400):
         (tmp_path / "t.csv").write_text(f"sid,image\n{sid},b\n")
         with pytest.raises(UserError):
             read_table(tmp_path / "t.csv")
 
 
-def test_a_configuration_without_end(tmp_path):
+def test_a_deeply_nested_configuration(tmp_path):
     (tmp_path / "configs.json").write_text("[" * 200_000)
     with pytest.raises(ExperimentError, match="cannot be read as an experiment's settings"):
         Experiment(tmp_path).read_config()

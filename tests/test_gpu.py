@@ -1,4 +1,4 @@
-"""The same numbers on a GPU, and no waiting for it within a step."""
+"""A GPU gives the same numbers as the CPU, and a step does not wait for it."""
 
 import copy
 
@@ -39,7 +39,7 @@ def draw_batch(seed=0):
     return PatchBatch(0, 1, seed, patches[:, 0].contiguous(), patches[:, 1:].contiguous())
 
 
-def test_a_step_is_the_cpus(gpu):
+def test_a_gpu_step_equals_a_cpu_step(gpu):
     models = {"cpu": build().double()}
     models["cuda"] = copy.deepcopy(models["cpu"]).to(gpu)
     generator = torch.Generator().manual_seed(1)
@@ -58,20 +58,20 @@ def test_a_step_is_the_cpus(gpu):
 
 
 @pytest.mark.parametrize("letters", ["f", "a", "e", "c", "s", "i", "b", "k", "t", "fac"])
-def test_augmentation_is_the_cpus(gpu, letters):
+def test_gpu_augmentation_equals_the_cpus(gpu, letters):
     volumes = torch.rand(B, 2, 32, 32, 32, generator=torch.Generator().manual_seed(2)) * 1264
     augmentation = Augmentation(letters)
     drawn = augmentation.draw(B, (32, 32, 32), torch.Generator().manual_seed(3))
     for parameters in drawn:
         if "magnitude" in parameters:
-            parameters["magnitude"] = parameters["magnitude"] / 8  # most voxels land inside
+            parameters["magnitude"] = parameters["magnitude"] / 8  # most sampled voxels lie inside
     prepared = augmentation.prepare(drawn, (32, 32, 32))
     ours = augmentation.apply(volumes.to(gpu), prepared, torch.zeros_like, dense=True)
     wanted = augmentation.apply(volumes, prepared, torch.zeros_like)
     torch.testing.assert_close(ours.cpu(), wanted, rtol=0, atol=1e-3 * 1264)
 
 
-def test_features_are_the_cpus(gpu):
+def test_gpu_features_equal_the_cpus(gpu):
     encoder = build().encoder_q
     calibrate(encoder)
     x, loc = torch.rand(B, 1, 32, 32, 32) * 2 - 1, torch.tensor([[0.1, -0.5, 0.9]])
@@ -96,7 +96,7 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
             batch = PatchBatch(
                 *(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch._replace(draws=draws))
             )
-            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps set up
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two set up
             views.seed(0, 1, step)
             advance(Inputs(*carry(batch)), 1.0)
     finally:

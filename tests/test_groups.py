@@ -1,4 +1,4 @@
-"""BatchNorm groups: one process computes what two and four compute."""
+"""BatchNorm groups: one, two and four ranks compute the same results."""
 
 import contextlib
 import shutil
@@ -33,20 +33,20 @@ def results_of(store, folder, world, steps, lr, neighbors):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def apart(ours, wanted):
+def relative_difference(ours, wanted):
     return float((ours.double() - wanted.double()).norm()) / max(float(wanted.double().norm()), 1e-12)
 
 
 @pytest.fixture(scope="module")
 def learning(store, tmp_path_factory):
-    """Three steps at rate 0.01 on 1, 2 and 4 ranks; gradients and state are those of the first."""
+    """Run three steps at rate 0.01 on 1, 2 and 4 ranks. Gradients and state come from the first step."""
     folder = tmp_path_factory.mktemp("learning")
     return {world: results_of(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def standing(store, tmp_path_factory):
-    """Five steps at rate 0, with one neighbour."""
+    """Run five steps at rate 0 with one neighbour."""
     folder = tmp_path_factory.mktemp("standing")
     return {world: results_of(store, folder / str(world), world, 5, 0, 1)[0] for world in (1, 2, 4)}
 
@@ -54,17 +54,17 @@ def standing(store, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_step_is_the_same_on_any_number_of_ranks(learning, world):
-    """Loss, every figure, gradients, queue and its origin, statistics: 1e-5 of each tensor."""
+    """All statistics, gradients, the queue with its subjects and steps, and BatchNorm buffers agree within 1e-5."""
     one, several = learning[1], learning[world]
     torch.testing.assert_close(several["means"][0], one["means"][0], rtol=1e-5, atol=1e-4)
     assert one["gradients"].keys() == several["gradients"].keys() and len(one["gradients"]) == 82
     for name, wanted in one["gradients"].items():
-        # The 13 biases before BatchNorm have a gradient of 0, but for rounding.
+        # The 13 biases before BatchNorm have a gradient of 0 apart from rounding.
         least = 1e-4 if ".conv" in name and name.endswith("bias") and "routing" not in name else 1e-6
         assert float((several["gradients"][name] - wanted).norm()) < 1e-5 * float(wanted.norm()) + least, name
     for name, wanted in one["first"].items():
         if "running" in name or name in ("queue", "queue_ptr", "subject", "step"):
-            assert apart(several["first"][name], wanted) < 1e-5, name
+            assert relative_difference(several["first"][name], wanted) < 1e-5, name
 
 
 @pytest.mark.slow
@@ -74,13 +74,13 @@ def test_five_steps_without_learning(standing, world):
     torch.testing.assert_close(several["means"][:, :3], one["means"][:, :3], rtol=1e-4, atol=0)
     for name, wanted in one["state"].items():
         if "running" in name or name in ("queue", "queue_ptr", "subject", "step"):
-            assert apart(several["state"][name], wanted) < 1e-3, name
+            assert relative_difference(several["state"][name], wanted) < 1e-3, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_first_steps_of_learning(learning, world):
-    """Later ones part by rounding: README says how fast."""
+def test_the_first_learning_steps_agree(learning, world):
+    """Later steps diverge through rounding; the README states how fast."""
     difference = (learning[world]["means"][:, 2] / learning[1]["means"][:, 2] - 1).abs()
     assert float(difference[:2].max()) < 1e-3
 
@@ -89,7 +89,7 @@ def test_the_first_steps_of_learning(learning, world):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("channels", [8, 64])
 def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
-    """Values and gradients against a BatchNorm for each group; running statistics are group 0's."""
+    """Compare values and gradients with one BatchNorm per group. The running statistics are those of group 0."""
     torch.manual_seed(0)
     norm, singles = nn.BatchNorm3d(channels).double(), [nn.BatchNorm3d(channels).double() for _ in range(groups)]
     with torch.no_grad():
@@ -120,8 +120,8 @@ def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
         torch.testing.assert_close(getattr(norm, name), getattr(singles[0], name), rtol=1e-10, atol=1e-12)
 
 
-def test_neighbours_are_dealt_as_their_patches():
-    """Location-major or a location a sample: the same groups of subjects."""
+def test_neighbours_share_the_group_of_their_patches():
+    """Location-major input and one location per sample give the same groups of subjects."""
     torch.manual_seed(0)
     encoder = Encoder(8, 4, 2, 1).double().train()
     encoder.bn_groups = 2
@@ -151,7 +151,7 @@ def test_neighbours_are_dealt_as_their_patches():
         (8, 16, 2, 8),
     ],
 )
-def test_how_many_groups(given, batch, ranks, wanted):
+def test_number_of_groups(given, batch, ranks, wanted):
     assert bn_groups(given, batch, ranks) == wanted
 
 
@@ -163,10 +163,10 @@ def test_how_many_groups(given, batch, ranks, wanted):
         (8, 8, 1, "--bn-groups 8 must be at most half of --batch-size 8"),
     ],
 )
-def test_groups_that_do_not_fit(given, batch, ranks, message):
+def test_invalid_group_numbers_are_refused(given, batch, ranks, message):
     with pytest.raises(UserError, match=message):
         bn_groups(given, batch, ranks)
 
 
-def test_figures_are_the_meters():
+def test_order_of_the_statistics():
     assert STATISTICS[:5] == ("loss_patch", "loss_neighbor", "loss", "accuracy_patch", "accuracy_neighbor")

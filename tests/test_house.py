@@ -1,4 +1,4 @@
-"""The house itself, by reading the code: sizes, and the direction of imports."""
+"""Checks of the source code: file lengths, the direction of imports, and unused requirements."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from .conftest import ROOT
 
 LONGEST_FILE = 400  # lines
 SHELL_ALSO = (".py", ".sh")
-FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the front door
+FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the top level
 MAY_IMPORT = {
     "misc": {"misc"},
     "data": {"data", "misc"},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
 
 
 def sources(*suffixes):
-    """Source files outside tests, by their path from the root."""
+    """Return the source files outside tests as paths relative to the root."""
     for folder in FLOORS:
         place = ROOT / folder
         found = place.iterdir() if not folder else place.rglob("*")
@@ -33,7 +33,7 @@ def sources(*suffixes):
 
 
 def module_of(path):
-    """tools/cohort/__init__.py -> tools.cohort; train.py -> train."""
+    """Return a file's module name: tools/cohort/__init__.py -> tools.cohort; train.py -> train."""
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -43,7 +43,7 @@ MODULES = {module_of(path): path for path in PYTHON}
 
 
 def imported(path):
-    """Modules of the house that a file imports, anywhere in it, and the names that it takes from each."""
+    """Return this project's modules that a file imports anywhere, and the names imported from each."""
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -59,7 +59,7 @@ def imported(path):
                     yield node.module, alias.name
 
 
-def test_the_house_is_read_at_all():
+def test_source_files_are_found():
     assert {"misc.command", "models.builder", "data.store", "preprocess.scan", "tools.evaluate", "train"} <= set(
         MODULES
     )
@@ -72,7 +72,7 @@ def test_files_are_short(path):
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
-def test_imports_run_down(path):
+def test_imports_point_downwards(path):
     floor = path.parts[0] if len(path.parts) > 1 else ""
     for module, name in imported(path):
         other = MODULES[module].parts[0] if len(MODULES[module].parts) > 1 else ""
@@ -80,9 +80,9 @@ def test_imports_run_down(path):
         assert name != "main", f"{path} imports a script's main"
 
 
-def test_no_imports_run_in_a_circle():
+def test_there_are_no_circular_imports():
     arrows = {module: {other for other, _ in imported(path)} - {module} for module, path in MODULES.items()}
-    # A package's __init__ is read before its modules: it counts as imported by whoever imports one of them.
+    # Importing a module also imports its package's __init__, so that counts as an import.
     done, path = set(), []
 
     def walk(module):
@@ -101,7 +101,7 @@ def test_no_imports_run_in_a_circle():
 
 
 def test_every_package_in_requirements_is_used():
-    """By an import of the sources, or of the tests for what only they need."""
+    """The sources import it, or the tests if only they need it."""
     imports = set()
     for path in [*PYTHON, *(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py"))]:
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
@@ -109,7 +109,7 @@ def test_every_package_in_requirements_is_used():
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imports.add(node.module.split(".")[0])
-    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # run by name, held at a version, or a plug-in
+    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # run as commands, pinned versions, or plug-ins
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if not text:
@@ -121,8 +121,8 @@ def test_every_package_in_requirements_is_used():
         assert tops & imports, f"nothing imports {package}"
 
 
-def test_preprocessing_workers_do_without_torch():
-    """A worker would take 2 s and 470 MB more."""
+def test_preprocessing_workers_do_not_import_torch():
+    """With torch, a worker would need 2 s and 470 MB more."""
     code = "import sys, preprocess.workers, preprocess.register; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

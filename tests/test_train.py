@@ -1,4 +1,4 @@
-"""The trainer: schedule, loop, resuming, refusals; through the command line where it matters."""
+"""The trainer: schedule, loop, resuming and refused arguments. Most tests use the command line."""
 
 import json
 import math
@@ -48,18 +48,18 @@ SMALL = (
 )
 
 
-def arguments(*flags):
+def parse_flags(*flags):
     return parse_arguments(None, ["--root-dir", "x", "--exp-name", "x", *map(str, flags)])
 
 
-def lines(folder, kind="step"):
+def read_records(folder, kind="step"):
     return [
         record for record in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if record["kind"] == kind
     ]
 
 
 def test_defaults_are_the_published_values():
-    args = arguments()
+    args = parse_flags()
     published = dict(
         epochs=20, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, rep_dim=128, moco_dim=128, moco_k=4096
     )
@@ -70,30 +70,30 @@ def test_defaults_are_the_published_values():
     assert {name: getattr(args, name) for name in published} == published
 
 
-def test_a_recipe_is_a_set_of_defaults_and_a_flag_given_wins():
-    small = arguments("--recipe", "small")
+def test_a_recipe_sets_defaults_that_flags_override():
+    small = parse_flags("--recipe", "small")
     assert {name: getattr(small, name) for name in RECIPES["small"]} == RECIPES["small"]
     assert small.moco_t == 0.2 and small.weight_decay == 1e-4 and small.recipe == "small"
-    other = arguments("--lr", 0.1, "--recipe=small", "--negatives", "queue")
+    other = parse_flags("--lr", 0.1, "--recipe=small", "--negatives", "queue")
     assert (other.lr, other.negatives, other.moco_m) == (0.1, "queue", 0.9)
-    assert arguments().negatives == "queue" and arguments().bn_groups is None
+    assert parse_flags().negatives == "queue" and parse_flags().bn_groups is None
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7, 19])
 def test_cosine(epoch):
-    assert train.learning_rate(epoch, arguments()) == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 20)))
+    assert train.learning_rate(epoch, parse_flags()) == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 20)))
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 0.5), (1, 0.5), (2, 0.05), (4, 0.05), (5, 0.005), (9, 0.005)])
 def test_steps(epoch, rate):
-    args = arguments("--lr", 0.5, "--lr-schedule", "step", "--schedule", 2, 5)
+    args = parse_flags("--lr", 0.5, "--lr-schedule", "step", "--schedule", 2, 5)
     assert train.learning_rate(epoch, args) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_losses_warm_up_beta_and_accuracy(grid, epoch):
-    """One step's figures, computed again from the model's logits."""
-    args = arguments("--warm-up", 1, "--beta", 0.3, "--moco-k", 6, "--batch-size", 3)
+    """Compute the statistics of one step again from the model's logits."""
+    args = parse_flags("--warm-up", 1, "--beta", 0.3, "--moco-k", 6, "--batch-size", 3)
     torch.manual_seed(0)
     model = DrasCLR(Encoder, 6, 8, 4, 2, 1, 6, 0.9, 0.2, True)
     twin = DrasCLR(Encoder, 6, 8, 4, 2, 1, 6, 0.9, 0.2, True)
@@ -127,7 +127,7 @@ def store(tmp_path_factory, make_store, grid):
 
 @pytest.fixture(scope="module")
 def trained(store, run, tmp_path_factory):
-    """Two epochs without a stop."""
+    """Train two epochs without a stop."""
     folder = tmp_path_factory.mktemp("run")
     result = run(
         "train.py", "--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL, cwd=folder
@@ -135,7 +135,7 @@ def trained(store, run, tmp_path_factory):
     return folder, result.stdout
 
 
-def test_what_a_run_leaves(trained, store):
+def test_files_of_a_finished_run(trained, store):
     folder, output = trained
     experiment = folder / "ssl_exp" / "a"
     names = {path.name.split(".out.")[0] for path in experiment.iterdir()}
@@ -153,12 +153,12 @@ def test_what_a_run_leaves(trained, store):
         and configs["versions"]["torch"] == torch.__version__
     )
     assert configs["git_commit"]
-    steps, epochs = lines(experiment), lines(experiment, "epoch")
+    steps, epochs = read_records(experiment), read_records(experiment, "epoch")
     assert [(r["epoch"], r["step"], r["location"]) for r in steps] == [
         (epoch, step, (step - 1) // 2) for epoch in (1, 2) for step in range(1, 13)
     ]
     assert [r["lr"] for r in epochs] == [0.01, 0.005]
-    for epoch in (1, 2):  # the epoch's figures are the mean of its steps'
+    for epoch in (1, 2):  # an epoch's statistics are the means over its steps
         mean = np.mean([r["loss"] for r in steps if r["epoch"] == epoch])
         assert epochs[epoch - 1]["loss"] == pytest.approx(mean, rel=1e-4)
     content = torch.load(experiment / "checkpoint_patch_0002.pth.tar", weights_only=True)
@@ -169,7 +169,7 @@ def test_what_a_run_leaves(trained, store):
     assert "epoch 2/2" in output and "samples/s" in output
 
 
-def test_curves_are_there(trained):
+def test_tensorboard_curves_are_written(trained):
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     folder, _ = trained
@@ -191,7 +191,7 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
         "import dask.system, runpy, sys; dask.system.CPU_COUNT = 4; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    # Four workers although the machine may have fewer cores.
+    # Request four workers, although the machine may have fewer cores.
     command = [
         sys.executable,
         "-W",
@@ -209,12 +209,12 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert f"{workers} data-loader workers" in result.stdout
-    # One epoch of one has another cosine than the first of two only after the first epoch.
-    ours = [record["loss"] for record in lines(tmp_path / "ssl_exp" / "w")]
-    assert ours == [record["loss"] for record in lines(trained[0] / "ssl_exp" / "a") if record["epoch"] == 1]
+    # The cosine schedules of one and of two epochs differ only after the first epoch.
+    ours = [record["loss"] for record in read_records(tmp_path / "ssl_exp" / "w")]
+    assert ours == [record["loss"] for record in read_records(trained[0] / "ssl_exp" / "a") if record["epoch"] == 1]
 
 
-def same_checkpoint(first, second):
+def assert_same_checkpoint(first, second):
     a, b = (torch.load(path, weights_only=True) for path in (first, second))
     assert a["epoch"] == b["epoch"]
     for name, tensor in a["state_dict"].items():
@@ -226,23 +226,26 @@ def same_checkpoint(first, second):
     assert torch.equal(a["rng_state"], b["rng_state"])
 
 
-def test_a_resumed_run_is_the_run(trained, store, run, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(trained, store, run, tmp_path):
     done = trained[0] / "ssl_exp" / "a"
     ours = tmp_path / "ssl_exp" / "a"
     ours.mkdir(parents=True)
     (ours / "checkpoint_patch_0001.pth.tar").write_bytes((done / "checkpoint_patch_0001.pth.tar").read_bytes())
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, *SMALL)
     refused = run("train.py", *flags, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "has checkpoints already; give --resume auto" in refused.stderr
+    assert refused.returncode == 2 and "already has checkpoints; use --resume auto" in refused.stderr
     result = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
-    assert "1 epochs done" in result.stdout
-    same_checkpoint(done / "checkpoint_patch_0002.pth.tar", ours / "checkpoint_patch_0002.pth.tar")
+    assert "after 1 epochs" in result.stdout
+    assert_same_checkpoint(done / "checkpoint_patch_0002.pth.tar", ours / "checkpoint_patch_0002.pth.tar")
     again = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
     assert "nothing to do: 2 of 2 epochs are done" in again.stdout
 
 
-def stop_at(line, number, *flags, cwd, launcher=()):
-    """Start train.py, send a signal when it prints a line: exit status, the output after it, seconds to the end."""
+def stop_at_line(line, number, *flags, cwd, launcher=()):
+    """Start train.py and send a signal when it prints ``line``.
+
+    Returns: The exit status, the output after the signal, and the seconds until the process ended.
+    """
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, flags)]
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     for printed in process.stdout:
@@ -255,33 +258,33 @@ def stop_at(line, number, *flags, cwd, launcher=()):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_within_an_epoch_goes_on_at_that_step(trained, store, run, tmp_path):
+def test_a_run_stopped_within_an_epoch_resumes_at_that_step(trained, store, run, tmp_path):
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL)
-    status, rest, _ = stop_at("epoch 1 [3/12]", signal.SIGTERM, *flags, cwd=tmp_path)
+    status, rest, _ = stop_at_line("epoch 1 [3/12]", signal.SIGTERM, *flags, cwd=tmp_path)
     assert status == 128 + signal.SIGTERM, rest
     assert "stopped by SIGTERM; saved" in rest
     folder = tmp_path / "ssl_exp" / "a"
     assert torch.load(folder / UNFINISHED, weights_only=True)["step"] in range(3, 12)
     result = run("train.py", *flags, "--resume", "auto", cwd=tmp_path)
-    assert "0 epochs done and" in result.stdout
+    assert "after 0 epochs and" in result.stdout
     done = trained[0] / "ssl_exp" / "a"
-    same_checkpoint(done / "checkpoint_patch_0001.pth.tar", folder / "checkpoint_patch_0001.pth.tar")
-    same_checkpoint(done / "checkpoint_patch_0002.pth.tar", folder / "checkpoint_patch_0002.pth.tar")
+    assert_same_checkpoint(done / "checkpoint_patch_0001.pth.tar", folder / "checkpoint_patch_0001.pth.tar")
+    assert_same_checkpoint(done / "checkpoint_patch_0002.pth.tar", folder / "checkpoint_patch_0002.pth.tar")
     assert not (folder / UNFINISHED).exists()
-    assert lines(folder, "epoch")[0]["loss"] == pytest.approx(lines(done, "epoch")[0]["loss"], rel=1e-5)
+    assert read_records(folder, "epoch")[0]["loss"] == pytest.approx(read_records(done, "epoch")[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_run_of_every_choice_goes_on_too(store, run, tmp_path):
-    """Whose keys the queue holds, AdamW's state, gradients of several batches: none is lost in a stop."""
+def test_a_run_with_every_option_resumes(store, run, tmp_path):
+    """A stop loses neither the subjects of the queue's keys, nor AdamW's state, nor accumulated gradients."""
     (tmp_path / "some.csv").write_text("sid\n" + "\n".join(PatchStore(store).sids[1:]) + "\n")
     choices = ("--mask-own", "--optimizer", "adamw", "--lr", 1e-3, "--accumulate", 2, "--location-order", "interleaved")
     more = ("--subjects", "some.csv", "--bn-groups", 1)
     flags = ("--root-dir", store, "--epochs", 2, "--print-freq", 1, *SMALL, *choices, *more)
     run("train.py", *flags, "--exp-name", "whole", cwd=tmp_path)
     whole, ours = (tmp_path / "ssl_exp" / name for name in ("whole", "ours"))
-    steps = lines(whole)[-1]["step"]
-    status, rest, _ = stop_at("epoch 1 [3/", signal.SIGTERM, *flags, "--exp-name", "ours", cwd=tmp_path)
+    steps = read_records(whole)[-1]["step"]
+    status, rest, _ = stop_at_line("epoch 1 [3/", signal.SIGTERM, *flags, "--exp-name", "ours", cwd=tmp_path)
     assert status == 128 + signal.SIGTERM, rest
     assert torch.load(ours / UNFINISHED, weights_only=True)["step"] % 2 == 0
     wrong = run(
@@ -290,43 +293,46 @@ def test_a_run_of_every_choice_goes_on_too(store, run, tmp_path):
     assert wrong.returncode == 2 and "holds the state of --optimizer adamw" in wrong.stderr
     run("train.py", *flags, "--exp-name", "ours", "--resume", "auto", cwd=tmp_path)
     for epoch in (1, 2):
-        same_checkpoint(*(folder / f"checkpoint_patch_{epoch:04d}.pth.tar" for folder in (whole, ours)))
-    assert "6 subjects" in rest or steps == 2 * 6  # one subject of seven is left out
-    assert lines(whole, "epoch")[1]["queue_own"] >= 0
+        assert_same_checkpoint(*(folder / f"checkpoint_patch_{epoch:04d}.pth.tar" for folder in (whole, ours)))
+    assert "6 subjects" in rest or steps == 2 * 6  # one of the seven subjects is left out
+    assert read_records(whole, "epoch")[1]["queue_own"] >= 0
 
 
-def test_without_the_neighbour_task_nothing_is_said_of_neighbours(store, run, tmp_path):
-    """A run that began with the neighbours' pass, as all did once, keeps it: the same weights, other statistics."""
+def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
+    """A run that began with the neighbour pass keeps it. Its weights are the same and its statistics differ."""
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--beta", 0, *SMALL, "--workers", 0)
     shown = run("train.py", *flags, "--print-freq", 4, cwd=tmp_path).stdout
     folder = tmp_path / "ssl_exp" / "a"
     assert "neighbour" not in shown and "neighbour" not in (folder / "log.jsonl").read_text()
-    assert not any("neighbor" in name for line in lines(folder) for name in line)
+    assert not any("neighbor" in name for line in read_records(folder) for name in line)
     first, wanted = (torch.load(folder / f"checkpoint_patch_000{n}.pth.tar", weights_only=True) for n in (1, 2))
     assert first["config"].pop("neighbor_pass") is False
     (tmp_path / "ssl_exp" / "b").mkdir()
     torch.save(first, tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0001.pth.tar")
     flags = (*flags[:3], "b", *flags[4:])
     shown = run("train.py", *flags, "--resume", "auto", "--print-freq", 4, cwd=tmp_path).stdout
-    assert "note: --beta is 0, but checkpoint_patch_0001.pth.tar was trained with the neighbours' pass" in shown
-    assert all("loss_neighbor" in line for line in lines(tmp_path / "ssl_exp" / "b"))
+    assert (
+        "note: --beta is 0, but checkpoint_patch_0001.pth.tar was trained with neighbours, so they are still encoded"
+        in shown
+    )
+    assert all("loss_neighbor" in line for line in read_records(tmp_path / "ssl_exp" / "b"))
     path = tmp_path / "ssl_exp" / "b" / "checkpoint_patch_0002.pth.tar"
     found = torch.load(path, weights_only=True)
     assert found["config"]["neighbor_pass"] is True
     for name, value in wanted["state_dict"].items():
         if "encoder_q" in name and "num_batches" in name:
-            assert found["state_dict"][name] == 1.5 * value, name  # a pass more in each step of the second epoch
+            assert found["state_dict"][name] == 1.5 * value, name  # one more pass in each step of the second epoch
         elif not ("encoder_q" in name and ".running_" in name):
             torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
-    # The other way round the statistics have other names: not within an epoch, and nothing is written before.
+    # The opposite change is refused within an epoch, because the statistics have other names. Nothing is written.
     first["config"]["neighbor_pass"], first["step"] = False, 4
     torch.save(first, folder / UNFINISHED)
     before = (folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes()
     refused = run(
         "train.py", *flags[:3], "a", *flags[4:], "--resume", UNFINISHED, "--beta", 1, cwd=tmp_path, check=False
     )
-    assert refused.returncode == 2 and "within an epoch without neighbours (--beta 0); give --beta 0" in refused.stderr
+    assert refused.returncode == 2 and "within an epoch without neighbours; use --beta 0" in refused.stderr
     assert before == ((folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes())
 
 
@@ -374,27 +380,27 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
         (("--batch-size", 1), "leaves 1 sample"),
         (("--moco-k", 7), "--moco-k 7 is not a multiple of --batch-size 3"),
         (("--augmentation", "ax"), "unknown letter 'x'"),
-        (("--k-neighbors", 6), "--k-neighbors 6 with 6 locations"),
+        (("--k-neighbors", 6), "--k-neighbors 6 must be below the number of locations"),
         (("--root-dir", "nowhere"), "nowhere is not a folder"),
-        (("--num-coordinates", 2), "only 1 is defined"),
-        (("--epochs", 0), "--epochs 0: at least 1"),
-        (("--start-epoch", -1), "--start-epoch -1: at least 0"),
-        (("--lr", -1), "--lr -1.0: at least 0"),
-        (("--lr", "nan"), "--lr nan: at least 0"),
-        (("--exp-name", "../x"), r"--exp-name '\.\./x': the name of a folder"),
-        (("--exp-name", ""), "--exp-name '': the name of a folder"),
+        (("--num-coordinates", 2), "use 1"),
+        (("--epochs", 0), "--epochs 0 must be at least 1"),
+        (("--start-epoch", -1), "--start-epoch -1 must be at least 0"),
+        (("--lr", -1), "--lr -1.0 must be at least 0"),
+        (("--lr", "nan"), "--lr nan must be at least 0"),
+        (("--exp-name", "../x"), r"--exp-name '\.\./x' must be a folder name"),
+        (("--exp-name", ""), "--exp-name '' must be a folder name"),
         (("--seed", 2**40), "below 2"),
         (("--bn-groups", 2), "--bn-groups 2 must be a divisor of --batch-size 3"),
-        (("--gamma", 0, 2), "--gamma 0.0: at least 0.01"),
-        (("--gamma", 4, 1), "--gamma 4.0 1.0: the smallest exponent comes first"),
-        (("--recipe", "big"), "--recipe big is neither published nor small"),
+        (("--gamma", 0, 2), "--gamma 0.0 must be at least 0.01"),
+        (("--gamma", 4, 1), "--gamma 4.0 1.0 is in the wrong order"),
+        (("--recipe", "big"), "--recipe big must be published or small"),
         (
             ("--rep-dim", 16, "--resume", "{a}"),
-            r"of shape \(2, 8, 128, 3, 3, 3\), the model of shape \(2, 16, 128, 3, 3, 3\)",
+            r"of shape \(2, 8, 128, 3, 3, 3\), but the model needs \(2, 16, 128, 3, 3, 3\)",
         ),
     ],
 )
-def test_refusals_are_one_line(trained, store, run_here, tmp_path, flags, message):
+def test_bad_arguments_are_refused_in_one_line(trained, store, run_here, tmp_path, flags, message):
     path = trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar"
     flags = [str(path) if flag == "{a}" else flag for flag in flags]
     result = run_here("train.py", "--root-dir", store, "--exp-name", "new", *SMALL, *flags, cwd=tmp_path)
@@ -417,23 +423,23 @@ def test_two_runs_never_share_an_experiment(store, run, tmp_path):
     finally:
         first.kill()
         first.wait()
-    run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # free again at once
+    run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # the lock is released at once
 
 
-def test_meters_are_logged_and_chance_is_told_in_words(store, run, tmp_path):
+def test_statistics_are_logged_and_chance_level_is_reported(store, run, tmp_path):
     flags = ("--root-dir", store, "--exp-name", "m", "--epochs", 2, "--print-freq", 3, *SMALL, "--lr", 0)
     result = run("train.py", *flags, cwd=tmp_path)
     folder = tmp_path / "ssl_exp" / "m"
-    for record in lines(folder) + lines(folder, "epoch"):
+    for record in read_records(folder) + read_records(folder, "epoch"):
         assert record["chance_fresh"] == pytest.approx(100 / 3, rel=1e-4)
         assert 0 <= record["accuracy_fresh"] <= 100 and record["uniformity"] <= 1e-6 and 0 <= record["alignment"] <= 4
-    steps = lines(folder)
+    steps = read_records(folder)
     assert all(1 <= record["effective_rank"] <= 3 for record in steps)
-    # Keys of epoch 2 meet those of epoch 1, at each location's first step 12 and 11 steps old.
+    # In epoch 2 the queue holds keys of epoch 1. At each location's first step they are 12 and 11 steps old.
     assert steps[0]["queue_age"] < 2 and steps[-1]["queue_age"] > 5 and steps[-1]["queue_own"] > 0
     assert "fresh" in result.stdout and "(chance 33.3 %)" in result.stdout
-    told = [record["accuracy_fresh"] < 1.2 * record["chance_fresh"] for record in lines(folder, "epoch")]
-    assert result.stdout.count("warning: among keys as old as its own") == sum(told)
+    told = [record["accuracy_fresh"] < 1.2 * record["chance_fresh"] for record in read_records(folder, "epoch")]
+    assert result.stdout.count("warning: the accuracy against fresh keys is at chance level") == sum(told)
 
 
 def test_a_queue_longer_than_the_cohort_is_noted(store, run, tmp_path):
@@ -441,7 +447,7 @@ def test_a_queue_longer_than_the_cohort_is_noted(store, run, tmp_path):
     assert "note: --moco-k 9 exceeds the 7 subjects" in result.stdout
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
+def test_a_non_finite_loss_stops_the_run(store, run, tmp_path):
     result = run(
         "train.py",
         "--root-dir",
@@ -464,15 +470,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_stops_quickly_without_workers_left(store, tmp_path):
-    """SIGINT from a terminal, while data-loader workers run."""
+def test_a_stopped_run_ends_quickly_with_its_workers(store, tmp_path):
+    """Send SIGINT, as a terminal does, while data-loader workers run."""
     flags = ("--root-dir", store, "--exp-name", "i", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
-    status, rest, seconds = stop_at("epoch 1 [2/12]", signal.SIGINT, *flags, cwd=tmp_path)
+    status, rest, seconds = stop_at_line("epoch 1 [2/12]", signal.SIGINT, *flags, cwd=tmp_path)
     assert status == 128 + signal.SIGINT and "--resume auto" in rest and seconds < 30
 
 
 @pytest.mark.slow
-def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_path):
+def test_resuming_never_overwrites_another_experiment(trained, store, run, tmp_path):
     for name in ("a", "c"):
         (tmp_path / "ssl_exp" / name).mkdir(parents=True)
         for number in (1, 2):
@@ -482,38 +488,38 @@ def test_going_on_never_overwrites_another_experiment(trained, store, run, tmp_p
     before = (folder / "checkpoint_patch_0002.pth.tar").read_bytes()
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, *SMALL)
     refused = run("train.py", *flags, "--resume", "ssl_exp/c/checkpoint_patch_0001.pth.tar", cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "has checkpoints already, which going on from" in refused.stderr
+    assert refused.returncode == 2 and "already has checkpoints, which resuming from" in refused.stderr
     assert (folder / "checkpoint_patch_0002.pth.tar").read_bytes() == before
-    # An older one of its own: what is further on is kept under another name.
+    # Resuming from an older checkpoint of the same experiment renames the newer one and keeps it.
     run("train.py", *flags, "--resume", "checkpoint_patch_0001.pth.tar", cwd=tmp_path)
     (kept,) = folder.glob("superseded-*-checkpoint_patch_0002.pth.tar")
     assert kept.read_bytes() == before
-    same_checkpoint(kept, folder / "checkpoint_patch_0002.pth.tar")
+    assert_same_checkpoint(kept, folder / "checkpoint_patch_0002.pth.tar")
 
 
 @pytest.mark.slow
-def test_an_unfinished_epoch_of_other_steps_is_refused(trained, store, run, tmp_path):
+def test_resuming_within_an_epoch_of_other_steps_is_refused(trained, store, run, tmp_path):
     content = torch.load(trained[0] / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar", weights_only=True)
     content["step"] = 9
     torch.save(content, tmp_path / "u.pth.tar")
     flags = ("--root-dir", store, "--exp-name", "u", "--resume", "u.pth.tar", "--epochs", 2, *SMALL)
     refused = run("train.py", *flags, "--batch-size", 6, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "from within an epoch with batch_size 3, now it is 6" in refused.stderr
+    assert refused.returncode == 2 and "from within an epoch with batch_size 3, but now it is 6" in refused.stderr
     run("train.py", *flags, "--batch-size", 6, "--start-epoch", 1, cwd=tmp_path)
-    (epoch,) = lines(tmp_path / "ssl_exp" / "u", "epoch")
-    steps = lines(tmp_path / "ssl_exp" / "u")
+    (epoch,) = read_records(tmp_path / "ssl_exp" / "u", "epoch")
+    steps = read_records(tmp_path / "ssl_exp" / "u")
     assert epoch["epoch"] == 2 and 0 < epoch["loss"] < 20 and steps[-1]["step"] == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 3), (2, 4)])
 def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
-    """As a scheduler or a container's stop does it. No traceback, of whichever rank or of torchrun."""
+    """Schedulers and containers stop a job with SIGTERM. Neither a rank nor torchrun prints a traceback."""
     flags = ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
     flags += ("--batch-size", batch, "--moco-k", 4 * batch, "--device", "cpu")
     launcher = (str(ROOT / "tools" / "launch.py"), "--standalone", "--nproc-per-node", str(ranks))
     line = f"epoch 1 [3/{6 * (7 // batch)}]"
-    status, rest, seconds = stop_at(line, signal.SIGTERM, *flags, cwd=tmp_path, launcher=launcher)
+    status, rest, seconds = stop_at_line(line, signal.SIGTERM, *flags, cwd=tmp_path, launcher=launcher)
     assert "stopped by SIGTERM; saved" in rest, rest
     assert "Traceback" not in rest and status == 128 + signal.SIGTERM and seconds < 30, rest
     assert torch.load(tmp_path / "ssl_exp" / "t" / UNFINISHED, weights_only=True)["step"] >= 3
@@ -521,10 +527,10 @@ def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
 
 @pytest.mark.slow
 def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
-    """At each of twelve steps of a float32 run, the losses that bfloat16 gives from the same state.
+    """At each of twelve steps of a float32 run, compute the bfloat16 losses from the same state.
 
-    Two runs that go their own ways cannot be held together step by step: BatchNorm over a batch's
-    few values makes training chaotic, and float32 runs that differ by one rounding part as well.
+    Two independent runs cannot be compared step by step. BatchNorm over a batch's few values makes training
+    chaotic: even two float32 runs that differ by one rounding error diverge.
     """
     patches = PatchStore(cohort[1])
     batch, count = patches.num_subjects, patches.num_locations
@@ -535,7 +541,7 @@ def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     table = LocationTable.of(normalize_locations(patches.locations), dataset.neighbors, torch.device("cpu"))
     sampler = LocationBatchSampler(batch, count, batch, seed=0)
     apart = []
-    for step in range(12 if has_fast_bf16(torch.device("cpu")) else 3):  # seconds a step where it is emulated
+    for step in range(12 if has_fast_bf16(torch.device("cpu")) else 3):  # emulated bfloat16 takes seconds per step
         sampler.set_epoch(step // count)
         drawn = dataset[list(sampler)[step % count]]
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -552,7 +558,7 @@ def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     print(f"bf16 against float32: mean {float(apart.mean()):.1e}, largest {float(apart.max()):.1e}")
     assert 0 < float(apart.mean()) < 0.01 and float(apart.max()) < 0.05
 
-    # Through the command line: weights, statistics and queue stay in float32.
+    # With the command line, too, weights, statistics and queue stay in float32.
     make_store(tmp_path / "few", 3, grid[:3])
     flags = ("--root-dir", "few", "--exp-name", "half", "--epochs", 1, *SMALL, "--amp", "bf16", "--device", "cpu")
     run("train.py", *flags, cwd=tmp_path)

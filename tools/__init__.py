@@ -1,1 +1,1 @@
-"""What people run around the method."""
+"""Commands for evaluation, maps, synthetic cohorts, benchmarks and development."""

@@ -1,20 +1,21 @@
-"""What a part of the method earns: runs without it, beside runs with it, on subjects held out.
+"""Measure what a part of the method contributes: train with and without it, and compare on held-out subjects.
 
     python tools/ablate.py --out-dir ablation
     python tools/ablate.py --out-dir ablation --root-dir /data/patches --labels labels.csv --held-out test --seeds 5 \\
         --arms full no-neighbours --arm "cold=--moco-t 0.1" --epochs 8
 
-Each arm trains once a seed with the same recipe and budget, on the subjects that --held-out leaves, and gives
-features of all; a ridge regression fitted to the same subjects is judged on the held-out ones. Beside them stand a
-random encoder and what a density reading says. Without --root-dir a synthetic cohort is made first.
+Each arm is trained once per seed, with the same recipe and budget, on the subjects that are not held out. Features are
+then extracted for all subjects. A ridge regression is fitted to the training subjects and evaluated on the held-out
+ones. A random encoder and the density and histogram baselines are evaluated for comparison. Without --root-dir the
+script first makes a synthetic cohort.
 
-A run stopped goes on where it was; a finished one is not done again. Writes, in --out-dir,
+Run the same command again to resume; finished runs are not repeated. The script writes to --out-dir
 
-    rows/{arm}-{seed}.csv     of one run: column, table, r2; tables are the patient vectors (mean, moments, layers),
-                              each alone, and with the mean beside the histogram
-    ablation.csv              all of them
+    rows/{arm}-{seed}.csv     results of one run: column, table, r2; the tables are the patient vectors (mean, moments,
+                              layers), each alone, and together with the mean and the histogram
+    ablation.csv              the results of all runs
     ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
-    ssl_exp/{arm}-{seed}/     the runs
+    ssl_exp/{arm}-{seed}/     the experiments
 """
 
 import argparse
@@ -42,15 +43,15 @@ from tools.evaluation.tables import choose_vector, held_out_rows, read_features,
 from tools.evaluation.vectors import VECTORS, Table, side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks, which the small recipe has not
+FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks; the small recipe does not have both
 ARMS = {
     "full": FULL,
-    "no-neighbours": (*FULL, "--beta", "0"),  # BatchNorm's statistics come from patches alone too
+    "no-neighbours": (*FULL, "--beta", "0"),  # BatchNorm statistics also come from patches alone
     "one-expert": (*FULL, "--num-experts", "1"),
-    # Negatives of the step, as in the small recipe, are of one place already: these two differ in the queue alone.
+    # In the small recipe, the negatives of a step already share one location. These two arms differ in the queue only.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
-    "random": ("--lr", "0", "--epochs", "1"),  # a pass for BatchNorm's statistics
+    "random": ("--lr", "0", "--epochs", "1"),  # one pass for the BatchNorm statistics
 }
 COHORT_COLUMNS = (
     *("centrilobular_fraction", "mild_centrilobular_fraction", "moderate_centrilobular_fraction"),
@@ -63,57 +64,73 @@ COHORT_COLUMNS = (
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out-dir", required=True, help="folder of the study; give the same to go on")
-    add("--root-dir", help="patch store (default: of a synthetic cohort, made in --out-dir)")
-    add("--labels", help="CSV with sid and numeric columns, with --root-dir")
-    text = "column of the labels, 1 for subjects to report on, 0 for those to train on and to fit to"
+    add("--out-dir", required=True, help="output folder of the study; give the same folder again to resume")
+    add("--root-dir", help="patch store (default: a synthetic cohort, made in --out-dir)")
+    add("--labels", help="CSV with a sid column and numeric label columns; needed with --root-dir")
+    text = "label column: 1 for subjects to report on, 0 for subjects to train on and to fit to"
     add("--held-out", default="held_out", metavar="COLUMN", help=text)
-    add("--columns", nargs="+", help="labels to predict (default: the synthetic cohort's, or every numeric one)")
-    add("--num-subjects", type=at_least(int, 40), default=200, help="of the synthetic cohort; fewer tell less")
-    text = f"of {', '.join(ARMS)}, or none, for those of --arm alone; differences are to the first"
+    add(
+        "--columns",
+        nargs="+",
+        help="label columns to predict (default: all numeric columns, or the labels of the cohort)",
+    )
+    add(
+        "--num-subjects",
+        type=at_least(int, 40),
+        default=200,
+        help="size of the synthetic cohort; more subjects give less noisy results",
+    )
+    text = f"arms to run, from {', '.join(ARMS)}; leave it empty to run only --arm. Differences are to the first arm"
     add("--arms", nargs="*", default=list(ARMS), help=text)
-    text = "a further arm: flags of train.py beside those of full; several times"
+    text = "additional arm: flags of train.py, added to the flags of full; can be repeated"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
         "--seeds",
         type=at_least(int, 1),
         default=3,
-        help="runs of each arm; raise it where the spread hides a difference",
+        help="number of runs per arm; raise it if the SD over seeds hides a difference",
     )
-    add("--first-seed", type=at_least(int, 0), default=0, help="the others follow; to share a study among machines")
-    add("--recipe", type=OneOf(*RECIPES), default="small", help="of train.py")
-    add("--epochs", type=at_least(int, 1), help="of every arm (default: the recipe's)")
+    add(
+        "--first-seed",
+        type=at_least(int, 0),
+        default=0,
+        help="seed of the first run; change it to split a study over machines",
+    )
+    add("--recipe", type=OneOf(*RECIPES), default="small", help="--recipe of train.py for every arm")
+    add("--epochs", type=at_least(int, 1), help="epochs of every arm (default: set by --recipe)")
     add_progress_flag(parser)
     args = parser.parse_args()
     args.arms = {name: ARMS.get(name) for name in args.arms}
     for text in args.arm:
         name, sign, flags = text.partition("=")
         if not sign or not name.replace("-", "").isalnum():
-            parser.error(f"--arm {text}: NAME=FLAGS, the name of letters, digits and -")
-        args.arms[name] = (*FULL, *shlex.split(flags))  # of train.py, the later flag wins
+            parser.error(f"--arm {text}: give NAME=FLAGS; the name may have letters, digits and -")
+        args.arms[name] = (*FULL, *shlex.split(flags))  # in train.py the later flag wins
     unknown = [name for name, flags in args.arms.items() if flags is None]
     if unknown:
-        parser.error(f"--arms {unknown[0]}: one of {', '.join(ARMS)}, or give it by --arm NAME=FLAGS")
+        parser.error(f"--arms {unknown[0]} must be one of {', '.join(ARMS)}; define other arms by --arm NAME=FLAGS")
     if not args.arms:
-        parser.error("--arms names none: give at least one, or --arm NAME=FLAGS")
+        parser.error("--arms is empty; give at least one arm, or --arm NAME=FLAGS")
     if bool(args.root_dir) != bool(args.labels):
-        parser.error("--root-dir and --labels go together")
+        parser.error("--root-dir and --labels must be given together")
     return args
 
 
 def call(log: Path, *command: object, cwd: Path | None = None) -> None:
-    """Run one of our commands, its output to ``log``. Raises UserError with the output's last line."""
+    """Run a command and append its output to ``log``. On failure, raises UserError with the last line of the output."""
     with open(log, "a", encoding="utf-8") as stream:
         done = subprocess.run(
             [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, check=False
         )
     if done.returncode:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
-        raise UserError(f"{command[1]} ended with {done.returncode}, see {log}: {lines[-1] if lines else ''}")
+        raise UserError(
+            f"{command[1]} failed with exit status {done.returncode}, see {log}: {lines[-1] if lines else ''}"
+        )
 
 
 def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
-    """A synthetic cohort and its patch store: (store, labels)."""
+    """Make a synthetic cohort and its patch store, unless they exist. Returns the paths of (store, labels)."""
     cohort, store, log = out_dir / "cohort", out_dir / "patches", out_dir / "cohort.log"
     if not (cohort / "labels.csv").is_file():
         flags = ("--num-subjects", subjects, "--num-workers", 2, "--no-progress")
@@ -126,7 +143,7 @@ def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
 
 
 class Study:
-    """The store, its labels, and who is held out."""
+    """The store, its labels, and the held-out subjects."""
 
     def __init__(self, args: argparse.Namespace, out_dir: Path, store: Path, labels: Path):
         self.out_dir, self.root_dir = out_dir, store
@@ -153,11 +170,11 @@ class Study:
         ]
         reason = next(filter(None, reasons), "")
         if reason:
-            print(f"note: column {column!r} left out, it {reason}", file=sys.stderr)
+            print(f"note: column {column!r} left out: {reason}", file=sys.stderr)
         return reason
 
     def judge(self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int) -> pd.DataFrame:
-        """A row a column and table: arm, seed, column, table, r2."""
+        """Evaluate tables: one row per column and table, with arm, seed, column, table, r2."""
         rows = []
         for column in self.columns:
             target = self.labels[column].to_numpy()
@@ -168,7 +185,7 @@ class Study:
         return pd.DataFrame(rows)
 
     def run(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
-        """Train, extract and judge one run; what is done already is kept."""
+        """Train, extract and evaluate one run, or read the result if it exists."""
         kept = self.out_dir / "rows" / f"{arm}-{seed}.csv"
         if kept.is_file():
             return pd.read_csv(kept)
@@ -185,7 +202,7 @@ class Study:
         return rows
 
     def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-        """Every patient vector, alone and, with the mean, beside the histogram; and the weights of their columns."""
+        """Return the tables and column weights of a run: every patient vector alone, and with mean and histogram."""
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):
@@ -209,7 +226,7 @@ def main() -> None:
     rows = [study.judge(study.baselines, {}, "baseline", 0)]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
-        for seed in seeds:  # every arm of a seed before the next: a study stopped early is a paired one
+        for seed in seeds:  # all arms of a seed first, so that a study that stops early has paired seeds
             for arm, flags in args.arms.items():
                 rows.append(study.run(arm, flags, seed, common))
                 bar.update()

@@ -1,18 +1,18 @@
-"""How fast is it on this machine, part by part, beside the same thing written out slowly?
+"""Measure the speed of each part on this machine, and compare it with a literal implementation.
 
     python tools/benchmark.py --quick            under 2 minutes on 2 cores
-    python tools/benchmark.py --json speed.json  the whole table, some 10 minutes on 2 cores
-    python tools/benchmark.py --choices          what each choice of train.py costs
+    python tools/benchmark.py --json speed.json  the whole table, about 10 minutes on 2 cores
+    python tools/benchmark.py --choices          what each option of train.py costs
     python tools/benchmark.py --scan thorax.nii.gz --atlas-mask M    preprocessing of a scan, part by part
-    python tools/dev/gpu.py --out-dir gpu        a GPU, in another way
+    python tools/dev/gpu.py --out-dir gpu        more about a GPU
 
-Every row has two timings taken in turns in the same run: this project's, and a literal version that
-is written out in dev/literal.py and runs in a process of its own (a loop over samples in every
-convolution, a loop over MONAI's transforms, a queue of shape (moco_dim, K, L), a subject's patches
-encoded at once). Both compute in one BatchNorm group. The figure that carries over between machines
-is their ratio, given as the median over the rounds with the smallest and the largest. Before anything
-is timed the two must give the same loss. Rows that this machine cannot measure stay in the table,
-marked so.
+Each row alternates between two timings in the same run: this code, and the literal implementation in dev/literal.py.
+The literal implementation runs in a separate process. It loops over samples in every convolution and over MONAI's
+transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at once. Both use one
+BatchNorm group. Compare machines by the ratio, which is the median over the rounds, with the smallest and the largest.
+
+Both implementations must give the same loss before anything is timed. Rows that this machine cannot measure are marked
+as unmeasured.
 """
 
 import argparse
@@ -42,21 +42,32 @@ from tools.timing.training import rows_training
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="smaller sizes, fewer rounds, no scaling section")
-    add("--choices", action="store_true", help="only what each choice of train.py costs: some 10 minutes on 2 cores")
-    add("--scan", metavar="FILE", help="only what preprocessing this scan costs: a minute or two; with --atlas-mask")
-    add("--atlas-mask", metavar="FILE", help="the atlas's lung mask, with --scan")
-    add("--atlas-patch-loc", metavar="FILE", help="table of locations, with --scan (default: laid over the mask)")
-    add("--json", help="write all figures here too")
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    add("--batch", type=at_least(int, 2), default=32, help="samples a step")
-    add("--rounds", type=at_least(int, 1), help="timings of each job (default: 5, with --quick 2)")
+    add("--quick", action="store_true", help="use smaller sizes and fewer rounds, and skip the scaling section")
+    add(
+        "--choices",
+        action="store_true",
+        help="measure only the cost of each option of train.py: about 10 minutes on 2 cores",
+    )
+    add(
+        "--scan", metavar="FILE", help="measure only preprocessing of this scan, in a minute or two; needs --atlas-mask"
+    )
+    add("--atlas-mask", metavar="FILE", help="lung mask of the atlas, for --scan")
+    add("--atlas-patch-loc", metavar="FILE", help="table of locations, for --scan (default: a grid over the mask)")
+    add("--json", help="also write all results to this JSON file")
+    add(
+        "--device",
+        type=OneOf("auto", "cpu", "cuda"),
+        default="auto",
+        help="device to measure; auto uses a GPU if there is one",
+    )
+    add("--batch", type=at_least(int, 2), default=32, help="samples per step")
+    add("--rounds", type=at_least(int, 1), help="number of timings per job (default: 5, with --quick 2)")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
-        parser.error("--device cuda, but this machine has no usable GPU")
+        parser.error("--device cuda: this machine has no usable GPU; use --device cpu")
     if bool(args.scan) != bool(args.atlas_mask) or (args.atlas_patch_loc and not args.scan):
-        parser.error("--scan and --atlas-mask go together, and --atlas-patch-loc with them")
+        parser.error("--scan and --atlas-mask need each other, and --atlas-patch-loc needs both")
     for name in ("scan", "atlas_mask", "atlas_patch_loc"):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not exist")
@@ -96,15 +107,15 @@ def main() -> None:
         rows += rows_reading(folder / "reading", args)
         rows.append(row_memory(store, K, folder / "memory_run", args))
         print(show(rows))
-        print(f"\nfirst-step loss {report['first_step_loss']}")
+        print(f"\nloss of the first step: {report['first_step_loss']}")
         for name, parts in report["profile_ms"].items():
             listed = ", ".join(
                 f"{part} {value:.1f}" for part, value in sorted(parts.items(), key=lambda item: -item[1])
             )
-            print(f"profile of a step, ms, {name}: {listed}")
+            print(f"time of each part of a step, ms, {name}: {listed}")
         if not args.quick:
             report["scaling"] = scaling(folder / "scaling", args)
-            print("\n| grown | to | ms a step |\n| --- | --- | --- |")
+            print("\n| size | value | ms per step |\n| --- | --- | --- |")
             for case in report["scaling"]:
                 value = "unmeasured" if case["ms_per_step"] is None else f"{case['ms_per_step']:.0f}"
                 print(f"| {case['grown']} | {case['value']} | {value} |")

@@ -1,9 +1,9 @@
-"""Does this Python have every package of a requirements file, in an admitted version?
+"""Check that this Python has every package of a requirements file, in an allowed version.
 
     python tools/check_requirements.py requirements.txt
 
-Prints what is missing and exits with 1, or prints nothing and exits with 0. Uses the standard
-library and pip's own copy of packaging, so that it runs in an empty environment; asks no registry.
+Prints one line per missing package and exits with 1. If nothing is missing, it prints nothing and exits with 0. It uses
+only the standard library and pip's copy of packaging, so it runs in an empty environment, without network access.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def unmet(path: Path) -> list[str]:
-    """Lines of the file that the installed packages do not satisfy."""
+    """Return one line per requirement in the file that the installed packages do not meet."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -29,7 +29,7 @@ def unmet(path: Path) -> list[str]:
             missing.append(f"{text}: not installed")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            missing.append(f"{text}: {version} is installed")
+            missing.append(f"{text}: version {version} is installed")
     return missing
 
 

@@ -1,14 +1,17 @@
-"""Is a patch store what it says it is? Every file of it, and some patches against their scans.
+"""Check every file of a patch store, and compare some patches with their scans.
 
     python tools/check_store.py --root-dir /data/patches
     python tools/check_store.py --root-dir /data/patches --input-csv dataset.csv --atlas-mask atlas_lung_mask.nii.gz
 
-The first reads the whole store, a store of the published code too, and checks of every file shape, dtype and range; of
-every subject that its rows of grouped_patch/ are the patches in patch/ (as many locations as --locations says, others
-for each subject); and that no two subjects have the same patches. The second also cuts --scans subjects again, from
-their scans by their transforms, and compares every voxel.
+The first command reads the whole store; stores of the published code work too. It checks
 
-Prints a sentence for whatever is wrong. The exit status is 1 where anything is.
+- shape, dtype and range of every file
+- that each subject's rows in grouped_patch/ equal its patches in patch/, at --locations random locations per subject
+- that no two subjects have the same patches
+
+The second command also cuts the patches of --scans subjects again from their scans, and compares every voxel.
+
+Prints one line per problem. The exit status is 1 if there is any.
 """
 
 import argparse
@@ -33,13 +36,13 @@ from preprocess.patches import patches_of
 from preprocess.scan import read_scan
 from preprocess.subjects import read_subjects
 
-SHOWN = 20  # sentences of one kind of check
+SHOWN = 20  # problems printed per kind of check
 ROWS_AT_ONCE = 64
-TOLERANCE = 1  # HU, of a patch cut again
+TOLERANCE = 1  # HU, for a patch that is cut again
 
 
 class Store:
-    """What lies in a root folder, as far as it can be opened."""
+    """The subjects, location table and files found in a root folder."""
 
     def __init__(self, root: str):
         self.layout = StoreLayout(root)
@@ -51,20 +54,20 @@ class Store:
         else:
             self.sids = self.in_patch
         if not self.grouped and not self.in_patch:
-            raise StoreError(f"--root-dir {root} has neither grouped_patch/ nor patch/ with patches in it")
+            raise StoreError(f"--root-dir {root} has no patches in patch/ or grouped_patch/")
         self._mapped: deque[PatchFile] = deque()
 
     def open(self, path: Path, rows: int | None) -> PatchFile:
-        """A file of patches. Raises StoreError, of another shape than (rows, 32, 32, 32) too."""
+        """Open a file of patches. Raise StoreError if it is unreadable or its shape is not (rows, 32, 32, 32)."""
         file = PatchFile(path, self._mapped)
         wanted = (file.shape[0] if rows is None and file.shape else rows, *[PATCH_SIZE] * 3)
         if file.shape != wanted:
-            raise StoreError(f"{path} has shape {file.shape}; it should have {wanted}")
+            raise StoreError(f"{path} has shape {file.shape}; expected {wanted}")
         return file
 
 
 def check_values(file: PatchFile) -> Iterator[str]:
-    """What is wrong with the numbers of a file, a sentence each."""
+    """Yield one message per problem with the values of a file."""
     low, high, bad = np.inf, -np.inf, 0
     constant: list[int] = []
     for start in range(0, file.shape[0], ROWS_AT_ONCE):
@@ -77,17 +80,17 @@ def check_values(file: PatchFile) -> Iterator[str]:
         low, high = min(low, lowest.min()), max(high, highest.max())
         constant += (start + np.flatnonzero((lowest == highest) & (lowest != HU_MIN))).tolist()
     if bad:
-        yield f"{file.path} has {bad} values that are no numbers; they are read as {HU_MIN}"
+        yield f"{file.path} has {bad} values that are not finite; they are read as {HU_MIN}"
     if low < HU_MIN or high > HU_MAX:
-        yield f"{file.path} has values from {low:g} to {high:g}, beyond [{HU_MIN}, {HU_MAX}] HU; they are read clipped"
+        yield f"{file.path} has values from {low:g} to {high:g}, outside [{HU_MIN}, {HU_MAX}] HU; reading clips them"
     if low >= 0:
-        yield f"{file.path} has no value below 0: these are not Hounsfield units"
+        yield f"{file.path} has no value below 0, so its values are not Hounsfield units"
     if constant:
-        yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more have one value in every voxel"
+        yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more rows have the same value in every voxel"
 
 
 def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
-    """Every file of grouped_patch/; those that can be read."""
+    """Check every file of grouped_patch/. Return the files that can be read, by location."""
     files = {}
     rows = len(store.sids) or None
     for location in range(len(store.table)):
@@ -105,7 +108,7 @@ def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
 
 
 def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: int, tell, advance) -> None:
-    """Every file of patch/ and patch_loc/, and its rows of the grouped files."""
+    """Check every file of patch/ and patch_loc/, and each subject's rows in the grouped files."""
     row_of = {sid: row for row, sid in enumerate(store.sids)}
     seen: dict[bytes, str] = {}
     for number, sid in enumerate(store.in_patch):
@@ -119,11 +122,11 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
             advance()
             continue
         sample = file.sample()
-        if sample in seen and len(set(sample)) > 4:  # more than padding
-            tell("patch/", f"{file.path} has the patches of {seen[sample]}: one scan under two names?")
+        if sample in seen and len(set(sample)) > 4:  # not only padding
+            tell("patch/", f"{file.path} has the same patches as {seen[sample]}; check whether one scan has two names")
         seen.setdefault(sample, sid)
         if files and sid not in row_of:
-            tell("rows", f"{sid} of patch/ is not in grouped_patch/; run preprocess/group_patches.py again")
+            tell("rows", f"{sid} is in patch/ but not in grouped_patch/; run preprocess/group_patches.py again")
         elif files:
             drawn = np.random.default_rng([seed, number]).permutation(sorted(files))[:count]
             _check_rows(store, file, sid, row_of[sid], {int(one): files[one] for one in drawn}, tell)
@@ -133,17 +136,17 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
 def _check_corners(store: Store, sid: str) -> None:
     path = store.layout.patch_loc(sid)
     if not path.is_file():
-        return  # the published code keeps none
+        return  # the published code does not write this file
     try:
         shape = load_array(path, mapped=True).shape
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as an array of corners") from error
+        raise StoreError(f"{path} cannot be read as an array of patch corners") from error
     if shape != store.table.shape:
-        raise StoreError(f"{path} has shape {shape}; the location table has {store.table.shape}")
+        raise StoreError(f"{path} has shape {shape}, but the location table has shape {store.table.shape}")
 
 
 def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[int, PatchFile], tell) -> None:
-    """Say so where a subject's row of the grouped files is not its patch, once, and whose it is where that is found."""
+    """Report the first grouped file in which a subject's row is not its patch, and which row has that patch."""
     for location, grouped in files.items():
         own = file.read_rows(np.array([location]))[0]
         if np.array_equal(grouped.read_rows(np.array([row]))[0], own):
@@ -151,21 +154,21 @@ def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[i
         other = next(
             (n for n in range(grouped.shape[0]) if np.array_equal(grouped.read_rows(np.array([n]))[0], own)), None
         )
-        found = "nobody's" if other is None else f"row {other}, listed as {store.sids[other]}"
+        found = "in no row" if other is None else f"in row {other}, listed as {store.sids[other]}"
         tell(
             "rows",
-            f"{grouped.path}: row {row} is not the patch of {sid}, which lists it; that one is {found}. Run "
+            f"{grouped.path}: row {row} is listed as {sid} but holds another patch; the right one is {found}. Run "
             "preprocess/group_patches.py again",
         )
         return
 
 
 def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> int:
-    """Some subjects, cut again from their scans; how many."""
+    """Cut some subjects again from their scans and compare the patches. Return the number of subjects."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
-        raise StoreError(f"{input_csv} has none of the subjects in {store.layout.patch_dir}")
+        raise StoreError(f"--input-csv {input_csv} has none of the subjects in {store.layout.patch_dir}")
     drawn = np.random.default_rng(seed).permutation(len(subjects))[:count]
     for number in drawn:
         subject = subjects[number]
@@ -181,8 +184,8 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
             if (off > TOLERANCE).any():
                 tell(
                     "scans",
-                    f"{store.layout.patch(subject.sid)}: {(off > TOLERANCE).sum()} of {len(cut)} patches are not what "
-                    f"{subject.image} has there, by up to {off.max():.0f} HU, row {off.argmax()} first; remove it, run "
+                    f"{store.layout.patch(subject.sid)}: {(off > TOLERANCE).sum()} of {len(cut)} patches differ from "
+                    f"{subject.image}, by up to {off.max():.0f} HU in row {off.argmax()}. Remove the file and run "
                     "preprocess/patchify_images.py",
                 )
         except UserError as error:
@@ -194,17 +197,17 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--root-dir", required=True, help="the patch store")
-    text = "rows of each subject that are compared between patch/ and grouped_patch/; raise it after a crash"
+    add("--root-dir", required=True, help="folder of the patch store")
+    text = "locations per subject at which patch/ and grouped_patch/ are compared; raise it after a crash"
     add("--locations", type=at_least(int, 1), default=5, help=text)
-    add("--input-csv", help="table of the scans, with --atlas-mask: cut some of them again")
-    add("--atlas-mask", help="the atlas that the store was cut with")
-    add("--scans", type=at_least(int, 1), default=5, help="subjects that are cut again")
-    add("--seed", type=at_least(int, 0), default=0, help="another seed draws other locations and scans")
+    add("--input-csv", help="table of the scans; with --atlas-mask, some scans are cut again")
+    add("--atlas-mask", help="atlas lung mask that the store was made with")
+    add("--scans", type=at_least(int, 1), default=5, help="number of subjects to cut again")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed for the choice of locations and scans")
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.input_csv) != bool(args.atlas_mask):
-        parser.error("--input-csv and --atlas-mask go together")
+        parser.error("--input-csv and --atlas-mask need each other; give both or neither")
     return args
 
 
@@ -227,8 +230,8 @@ def main() -> int:
     compared = min(args.locations, len(store.table)) if files and store.in_patch else 0
     print(
         f"check_store: {len(store.table)} locations, {subjects} subjects; {len(files)} grouped files, "
-        f"{len(store.in_patch)} in patch/; rows compared at {compared} of the locations (--locations), {cut} scans cut "
-        f"again; {sum(map(len, found.values())) or 'nothing'} wrong"
+        f"{len(store.in_patch)} files in patch/; compared rows at {compared} locations (--locations), cut {cut} scans "
+        f"again; {sum(map(len, found.values())) or 'no'} problems"
     )
     for kind, sentences in found.items():
         print(f"{kind}: {len(sentences)}")

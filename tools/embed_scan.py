@@ -1,22 +1,26 @@
-"""Scans to a table of features in one command: no store, no table of subjects.
+"""Compute features of scans in one command, without a store or a table of subjects.
 
     python tools/embed_scan.py scan.nii.gz --checkpoint checkpoint_patch_0020.pth.tar \\
         --atlas-mask atlas_lung_mask.nii.gz --out features.csv
-    python tools/embed_scan.py --input-csv dataset.csv --checkpoint ... --atlas-mask ... --out features.csv
+    python tools/embed_scan.py --input-csv dataset.csv --checkpoint checkpoint_patch_0020.pth.tar \\
+        --atlas-mask atlas_lung_mask.nii.gz --out features.csv
 
-Each SCAN is a NIfTI, NRRD or MetaImage file or a folder of DICOM slices; --input-csv is a table as preprocessing takes
-it. A scan goes through the same steps as there, and through the frozen encoder: the features are those of the five
-steps and extract_feature.py, to float32 rounding (in batches of other sizes sums round apart). Writes
+Each SCAN is a NIfTI, NRRD or MetaImage file, or a folder of DICOM slices. --input-csv takes the same table as
+preprocessing. The script runs all preprocessing stages and the frozen encoder on each scan. The features are the
+same as from the five stages and extract_feature.py, up to float32 rounding: other batch sizes round sums differently.
 
-    OUT                sid, f000 ...: the columns of patient_features.csv; the sid is the file's or folder's name
-    OUT.report.csv     for every scan status, a one-line verdict, what it was made from, the preprocessing's figures
-    OUT.qc/{sid}.png   the patches over the scan and its lung mask; --no-qc leaves it out
+The script writes
+
+    OUT                sid, f000 ...: same columns as patient_features.csv; the sid is the name of the file or folder
+    OUT.report.csv     one row per scan: status, a short verdict, the inputs, and the numbers of the preprocessing
+    OUT.qc/{sid}.png   the patches drawn over the scan and its lung mask; --no-qc turns it off
     --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
 
-The features are the mean over patches, as published. --patient-vector moments or layers gives the vectors of
-evaluate.py, with the --standardization that it wrote for features of the same checkpoint.
+By default the features are the mean over patches, as published. --patient-vector moments or layers computes the
+vectors of evaluate.py instead. They need a --standardization file that evaluate.py wrote for the same checkpoint.
 
-A bad scan costs itself. Stopped, it goes on where it was; a scan that was changed is done again.
+If a scan cannot be used, the script reports it and continues with the next one. Run the same command again to resume.
+A scan that has changed since is computed again.
 """
 
 import argparse
@@ -47,42 +51,51 @@ from preprocess.workers import attempt
 from tools.embedding.embed import Embedded, Embedder, name_of
 from tools.evaluation.vectors import VECTORS
 
-SAVE_SECONDS = 20  # between writings of the tables
-FilesOf = Callable[[str], list[Path]]  # what must be there beside the tables for a sid
+SAVE_SECONDS = 20  # how often the tables are written
+FilesOf = Callable[[str], list[Path]]  # sid -> files that must exist in addition to its table rows
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("scans", nargs="*", metavar="SCAN", help="a file, or a folder of DICOM slices")
-    add("--input-csv", help="table with sid and image (and series, which of a folder's), in place of SCAN")
-    add("--checkpoint", required=True, help="of train.py, or the published weights")
-    add("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
-    add("--atlas-mask", required=True, help="the atlas lung mask that the checkpoint's store was made with")
+    add("scans", nargs="*", metavar="SCAN", help="image file or folder of DICOM slices; can be repeated")
     add(
-        "--atlas-patch-loc", help="its table of locations; needed with the published weights (default: the mask's grid)"
+        "--input-csv",
+        help="table with sid, image and optionally series (to choose one in a DICOM folder), instead of SCAN",
+    )
+    add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
+    add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
+    add("--atlas-mask", required=True, help="atlas lung mask of the store that the checkpoint was trained on")
+    add(
+        "--atlas-patch-loc",
+        help="table of locations; required for the published weights (default: the grid made from --atlas-mask)",
     )
     add_segmentation(parser)
-    text = "overlap with the atlas, of both lungs and of each, below which a scan is refused"
+    text = "minimum Dice overlap with the atlas, for both lungs together and each lung; scans below it are refused"
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
-    add("--out", required=True, help="the table of features, such as features.csv")
-    text = "mean, as published; moments or layers need --standardization"
+    add("--out", required=True, help="table of features to write, such as features.csv")
+    text = "features of a scan: mean (as published), moments or layers; the last two need --standardization"
     add("--patient-vector", type=OneOf(*VECTORS), default="mean", help=text)
-    text = "standardization.npz of evaluate.py --out-dir, so that a single scan gets the vector of its cohort"
+    text = "standardization.npz of evaluate.py --out-dir, computed from features of the same checkpoint"
     add("--standardization", metavar="FILE", help=text)
-    add("--patch-dir", help="folder for the features of single patches")
-    add("--no-qc", action="store_true", help="draw no pictures, which saves about a second a scan")
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
+    add("--patch-dir", help="output folder for the features of single patches")
+    add("--no-qc", action="store_true", help="do not draw pictures; saves about one second per scan")
+    add(
+        "--device",
+        type=OneOf("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the encoder; auto uses a GPU if there is one",
+    )
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.scans) == bool(args.input_csv):
-        parser.error("give SCANs, or --input-csv")
+        parser.error("give either SCAN arguments or --input-csv")
     check_segmentation(args)
     return args
 
 
 def subjects_of(args: argparse.Namespace) -> list[Subject]:
-    """The scans by name. Raises StoreError, UserError where two have the same name."""
+    """Return the scans to embed. Raises StoreError, or UserError if a name is invalid or used twice."""
     if args.input_csv:
         return read_subjects(args.input_csv)
     found: dict[str, Subject] = {}
@@ -91,28 +104,37 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
         try:
             check_sid(sid)
         except UserError as error:
-            raise UserError(f"{scan}: {error}; or give an --input-csv with a sid for it") from None
+            raise UserError(f"{scan}: {error}; or give it a sid in an --input-csv") from None
         if sid in found:
             raise UserError(
-                f"{scan} and {found[sid].image} are both called {sid!r}; give an --input-csv with a sid each"
+                f"{scan} and {found[sid].image} are both called {sid!r}; give them different sids in an --input-csv"
             )
         found[sid] = Subject(sid, os.path.abspath(scan))
     return list(found.values())
 
 
 def files_of(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
-    """A scan's picture and its patches' features, where they are asked for."""
+    """Return the paths of a scan's picture and of its patch features; None for those that are turned off."""
     out = Path(args.out)
     picture = None if args.no_qc else out.with_name(out.name + ".qc") / f"{sid}.png"
     return picture, Path(args.patch_dir) / f"{sid}.npy" if args.patch_dir else None
 
 
 class Tables:
-    """OUT and OUT.report.csv: rows of other scans stay, those of these scans as far as they are made from what is at
-    hand today.
+    """OUT and OUT.report.csv, including their rows from earlier runs.
+
+    Rows of other scans are kept. Rows of the given scans are kept if scan, checkpoint and settings have not changed.
+
+    Args:
+        out: path of OUT.
+        subjects: the scans of this run.
+        columns: feature columns.
+        made_by: checkpoint, atlas and settings, as text.
+        beside: sid -> files that must exist for a row to be kept.
 
     Raises:
-        UserError: OUT is of another checkpoint, atlas or method, or no table of features: its rows would be lost.
+        UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Its rows would be
+            lost.
     """
 
     def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
@@ -120,21 +142,21 @@ class Tables:
         self.report = out.with_name(out.name + ".report.csv")
         self.features: dict[str, list[str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
-        self.kept: list[str] = []  # of other scans
+        self.kept: list[str] = []  # sids of other scans
         if not out.is_file():
             return
         if not self.report.is_file():
             raise UserError(
-                f"--out {out} is there already, and no {self.report.name} beside it that says what its rows are of; "
-                "name another file, or remove it"
+                f"--out {out} already exists, but without {self.report.name} its rows cannot be checked; give another "
+                "file name or remove it"
             )
         rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
         table = read_table(out)
         others = [row["made_from"] for row in rows.values() if row.get("made_from")]
         if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {made_by}") for made in others):
             raise UserError(
-                f"--out {out} has features of another checkpoint, atlas or method; name another file, or remove it and "
-                f"{self.report}"
+                f"--out {out} has features of another checkpoint, atlas or method; give another file name, or remove "
+                f"it and {self.report}"
             )
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
         asked = {subject.sid for subject in subjects}
@@ -148,7 +170,7 @@ class Tables:
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
     def stamp(self, subject: Subject) -> str:
-        """What a scan's features are made from; empty where it is not there."""
+        """Return what a scan's features are made from, as text, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
         return f"{file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
 
@@ -158,20 +180,20 @@ class Tables:
             self.features[sid] = feature_text(features)
 
     def write(self) -> None:
-        """Both tables, whole: rows that were there, then the scans in the order in which they were given."""
+        """Write both tables completely: first the rows of other scans, then the given scans in their order."""
         earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
         sids = [*earlier, *(subject.sid for subject in self.subjects)]
         table = pd.DataFrame(
             [[sid, *self.features[sid]] for sid in sids if sid in self.features], columns=["sid", *self.columns]
         )
         report = pd.DataFrame([self.rows[sid] for sid in sids if sid in self.rows], dtype=object)
-        # The report first: OUT without one is taken for somebody else's table.
+        # Write the report first, because an OUT without a report is refused on the next run.
         write_text(self.report, report.to_csv(index=False, lineterminator="\n"))
         write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
 
 
 def draw(path: Path, sid: str, found: Embedded) -> None:
-    """The picture of a scan's patches."""
+    """Draw the patches over the scan and its lung mask."""
     figures = found.figures
     title = f"{sid}: {found.verdict}; Dice right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
     picture = picture_of_patches(found.cut.volume, found.cut.values, found.mask, found.cut.corners, PATCH_SIZE, title)
@@ -179,7 +201,7 @@ def draw(path: Path, sid: str, found: Embedded) -> None:
 
 
 def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject: Subject) -> str:
-    """One scan, into the tables and folders; its line for the console."""
+    """Embed one scan and write its files. Returns the line to print."""
     features: list[np.ndarray] = []
 
     def work(subject: Subject, _: dict) -> dict[str, Any]:
@@ -203,7 +225,7 @@ def main() -> int:
     args = parse_arguments()
     subjects, out = subjects_of(args), Path(args.out)
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file, such as {out / 'features.csv'}")
+        raise UserError(f"--out {out} is a folder; give a file name, such as {out / 'features.csv'}")
     check_writable(out.parent, "--out")
     device = process.start_process(args.device)
     if device.type == "cpu":
@@ -239,8 +261,8 @@ def main() -> int:
         if tables.rows:
             tables.write()
     done = len(tables.features) - len(tables.kept)
-    beside = f", beside {len(tables.kept)} that were there" if tables.kept else ""
-    print(f"embed_scan: {done} of {len(subjects)} scans{beside}; {out}")
+    beside = f", {len(tables.kept)} other scans kept" if tables.kept else ""
+    print(f"embed_scan: {done} of {len(subjects)} scans embedded{beside}; {out}")
     return 0 if done else 1
 
 

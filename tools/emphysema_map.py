@@ -1,22 +1,28 @@
-"""Where in the lungs is it? A map of a label for each scan, and a picture.
+"""Map a label over the lungs of each scan, as an image and a picture.
 
     python tools/emphysema_map.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar \\
         --labels labels.csv --column emphysema_percent --input-csv some.csv --atlas-mask atlas_lung_mask.nii.gz \\
         --out-dir maps
 
-A linear model learns the columns from the store's patients, from the mean of their patches (weak labels: a patient's
-model is the mean of the same model of each patch), or with --patch-labels from single patches. Patients that are
-mapped are not learnt from. It is then slid over the lungs of each scan of --input-csv, --stride voxels of 1 mm at a
-time, with the kernels of the nearest location, by the registration that the store keeps. Writes, in --out-dir,
+The script fits a linear model of each column to the subjects of the store. The model sees only the mean over the
+patches of a subject (weak labels). Because it is linear, its prediction for a subject is the mean of its predictions
+for the patches. With --patch-labels the model is fitted to single patches instead. Subjects to be mapped are not used
+for fitting.
 
-    {sid}_{column}.nii.gz   float32 on the scan's own grid, in the label's unit, 0 outside the lungs
-    {sid}_{column}.png      coronal, sagittal and axial slices of it over the scan
-    maps.csv                a row a map: seconds, windows, mean; with --truth how well it finds what is there
-    settings.json           what they were made from
+The model is then evaluated in windows over the lungs of each scan in --input-csv, one window every --stride voxels of
+1 mm. Each window uses the kernels of the nearest location, found with the registration in the store. The script writes
+to --out-dir
 
---truth names a folder of label images {sid}.nii.gz (make_cohort.py --class-maps writes such) and --truth-values what
-counts as there; beside the features' map stand those of a histogram's model and of the share below -950 HU.
-Stopped, it goes on where it was; a bad scan costs itself.
+    {sid}_{column}.nii.gz   float32 on the grid of the scan, in the unit of the label, 0 outside the lungs
+    {sid}_{column}.png      coronal, sagittal and axial slices of the map over the scan
+    maps.csv                one row per map: seconds, windows, mean; with --truth also how well it matches the truth
+    settings.json           the settings of the maps
+
+--truth names a folder of label images {sid}.nii.gz, for example from make_cohort.py --class-maps. --truth-values says
+which of their values are positive. Maps of the histogram baseline and of the share below -950 HU are then evaluated for
+comparison.
+
+If a scan fails, the script reports it and continues with the next one. Run the same command again to resume.
 """
 
 import argparse
@@ -56,36 +62,56 @@ from tools.mapping.windows import lay_windows, to_scan
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--root-dir", required=True, help="patch store, grouped; its masks and transforms of the mapped scans are used")
-    add("--checkpoint", required=True, help="of train.py, or the published weights")
-    add("--sha256", help="of the checkpoint; another file is refused, for weights that were downloaded")
-    add("--labels", help="CSV with sid and columns of numbers or of a few words")
-    add("--column", nargs="+", default=[], help="of the labels; a map each; of two words the map is of the second")
+    add(
+        "--root-dir",
+        required=True,
+        help="grouped patch store; it must also have the masks and transforms of the scans to map",
+    )
+    add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
+    add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
+    add("--labels", help="CSV with a sid column and label columns, numeric or with a few different words")
+    add(
+        "--column",
+        nargs="+",
+        default=[],
+        help="label columns to map; for a column of two words, the map shows the second",
+    )
     add_label_flags(parser)
-    add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
-    add("--input-csv", required=True, help="table with sid and image: the scans to map, preprocessed into the store")
-    add("--atlas-mask", required=True, help="the atlas lung mask that the store was made with")
-    text = "voxels of 1 mm between windows; lower it for a finer map, at the cube of the time"
+    add(
+        "--patch-labels",
+        metavar="CSV",
+        help="CSV with sid, patch, value: labels of single patches, instead of --labels",
+    )
+    add("--input-csv", required=True, help="table with sid and image of the scans to map; they must be in the store")
+    add("--atlas-mask", required=True, help="atlas lung mask that the store was made with")
+    text = "distance between windows in voxels of 1 mm; half the distance gives a finer map and takes 8 times as long"
     add("--stride", type=at_least(int, 1), default=8, help=text)
-    add("--truth", metavar="DIR", help="folder of label images {sid}.nii.gz to judge the maps by")
-    add("--truth-values", nargs="+", type=int, default=[], help="values of those images that count as there")
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    add("--out-dir", required=True, help="folder of the maps; give the same to go on")
+    add("--truth", metavar="DIR", help="folder of label images {sid}.nii.gz to evaluate the maps against")
+    add("--truth-values", nargs="+", type=int, default=[], help="values in the --truth images that are positive")
+    add(
+        "--device",
+        type=OneOf("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the encoder; auto uses a GPU if there is one",
+    )
+    add("--out-dir", required=True, help="output folder; give the same folder again to resume")
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.patch_labels) == bool(args.labels) or bool(args.labels) != bool(args.column):
-        parser.error("give --labels and --column, or --patch-labels")
+        parser.error("give either --labels with --column, or --patch-labels")
     if bool(args.truth) != bool(args.truth_values):
-        parser.error("--truth and --truth-values go together")
+        parser.error("--truth and --truth-values must be given together")
     return args
 
 
 def fit_probes(
     args: argparse.Namespace, store: PatchStore, readers: Readers, mapped: set[str]
 ) -> tuple[dict, np.ndarray]:
-    """A model of each column and reading with the range of what it learnt from, {column: ({reading: predict}, range)}.
+    """Fit a model for each column and reading.
 
-    And what is usual at each place, (L, ...), which the readings are taken from.
+    Returns:
+        {column: ({reading: predict function}, range of the fitted labels)}, and the mean readings at each location,
+        (L, ...). These must be subtracted from readings before prediction.
     """
 
     def note(text: str) -> None:
@@ -97,10 +123,10 @@ def fit_probes(
         task = patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
-            raise UserError(f"{args.patch_labels} has labels of fewer than {FEWEST} subjects that are not to be mapped")
+            raise UserError(f"{args.patch_labels} has too few labels: fewer than {FEWEST} subjects outside --input-csv")
         rows, places = task.rows[own], task.places[own]
         read = patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
-        usual = np.zeros((store.num_locations, read.shape[1]))  # single patches tell places apart themselves
+        usual = np.zeros((store.num_locations, read.shape[1]))  # not needed for models of single patches
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
         values, names, words = read_numbers_and_words(args.labels, store.sids, note, dict(args.order), args.missing)
@@ -110,15 +136,15 @@ def fit_probes(
                 raise UserError(why_no_column(args.labels, column, names))
             if column not in dict(args.order) and len(words.get(column, ())) > 2:
                 raise UserError(
-                    f"column {column!r} has the words {', '.join(words[column])}, and a map shows less and more: give "
-                    f"their order, --order {column}={','.join(words[column])}"
+                    f"column {column!r} has the words {', '.join(words[column])}, and a map needs an order; "
+                    f"give their order, --order {column}={','.join(words[column])}"
                 )
             target = values[:, names.index(column)].astype(np.float64)[others]
             known = np.flatnonzero(~np.isnan(target))
             if len(known) < FEWEST or np.ptp(target[known]) == 0:
                 raise UserError(
-                    f"column {column!r} must have two values, and {FEWEST} subjects that are not to be mapped; it has "
-                    f"{len(known)}"
+                    f"column {column!r} has {len(known)} subjects outside --input-csv; fitting needs at least {FEWEST} "
+                    "with different values"
                 )
             targets[column] = (known, target[known])
         read, usual = patient_means(readers, store, np.flatnonzero(others), args.no_progress)
@@ -141,13 +167,13 @@ def map_scan(
     fitted: tuple[dict, np.ndarray],
     atlas: sitk.Image,
 ) -> list[dict]:
-    """Write one scan's maps; rows of maps.csv. Raises ScanError."""
+    """Write the maps of one scan, and return its rows of maps.csv. Raises ScanError."""
     start = time.perf_counter()
     probes, usual = fitted
     subject.check_image()
     scan, mask = read_scan(subject.image, subject.series), read_mask(store.layout.lung_mask(subject.sid))
     if not same_grid(mask, scan):
-        raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the grid of {subject.image}")
+        raise ScanError(f"{store.layout.lung_mask(subject.sid)} has another grid than {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
     cut = patches_of(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
     windows = lay_windows(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
@@ -159,7 +185,7 @@ def map_scan(
     if args.truth:
         found = read_mask(Path(args.truth) / f"{subject.sid}.nii.gz")
         if not same_grid(found, scan):
-            raise ScanError(f"{args.truth}/{subject.sid}.nii.gz is not on the grid of {subject.image}")
+            raise ScanError(f"{args.truth}/{subject.sid}.nii.gz has another grid than {subject.image}")
         truth = np.isin(sitk.GetArrayFromImage(found), args.truth_values)
     rows = []
     for column, (models, limits) in probes.items():
@@ -179,7 +205,7 @@ def map_scan(
 
 
 def settings_of(args: argparse.Namespace, path: Path) -> dict:
-    """What the maps are made from, to keep at ``path``. Raises UserError where those there are from something else."""
+    """Return the settings to save at ``path``. Raises UserError if existing maps have other settings."""
     free = ("sha256", "input_csv", "out_dir", "device", "no_progress")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     if path.is_file():
@@ -187,7 +213,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> dict:
         other = [name for name in settings if kept.get(name) != settings[name]]
         if other:
             flag = other[0].replace("_", "-")
-            raise UserError(f"--out-dir {path.parent} has maps made with another --{flag}; name another folder")
+            raise UserError(f"--out-dir {path.parent} has maps made with another --{flag}; give another folder")
     return settings
 
 

@@ -1,28 +1,36 @@
-"""How well do patient features predict a label? Cross-validated figures with intervals, beside what needs no network.
+"""Predict labels from patient features by cross-validation, and report each metric with its 95 % interval.
 
     python tools/evaluate.py --features ssl_exp/NAME/patch_rep/0020/patient_features.csv \\
         --labels labels.csv --columns FEV1pp GOLD --baselines /data/patches --out-dir evaluation
     python tools/evaluate.py --features F --labels labels.csv --time-column years --event-column died --out-dir O
 
-A column's kind is recognised: two values are classes (AUROC, balanced accuracy), a few whole numbers grades
-(quadratic kappa, exact, within one), others regression (R2, mean absolute error); --kind COLUMN=log10 and the like set
-it. Models are ridge regressions, logistic regression for classes, ridge Cox for survival (C-index, curves by predicted
-risk). A column GOLD or finalGold beside FEV1pp... and FEV1_FVC... is predicted by way of these two as well, as
-GOLD_from_spirometry.
+The script guesses what kind of label each column holds:
 
-Everything that is chosen (penalty, scaling) is chosen inside the folds. Intervals are the bootstrap's over patients,
-95 %, of the folds as they are: another --seed draws others, and moves a figure by some hundredths. `permuted` is the
-figure for permuted labels. With --compare NAME=FILE a further table, such as an untrained
-encoder's, is judged on the same folds; with --baselines STORE so are the share of lung below -950 HU, HU histograms,
-and features and histogram together (the mean of two models, of the histogram and of it beside the features and their
-mean over locations), with what they add to it.
---held-out COLUMN, of 0 and 1, fits to the subjects with 0 and reports on those with 1.
+- two values: classes (AUROC, balanced accuracy)
+- a few whole numbers: grades (quadratic kappa, exact, within one)
+- anything else: regression (R2, mean absolute error)
 
-The features are those of --patient-vector, by default `layers` if extract_feature.py --layers wrote them; the mean over
-locations, as published, is a further table beside them, `mean`.
+--kind overrides the guess, for example --kind DLCO=log10. The models are ridge regression, logistic regression for
+classes and ridge Cox regression for survival (C-index, survival curves by predicted risk). If the labels also have
+columns FEV1pp... and FEV1_FVC..., a column GOLD or finalGold is predicted a second time through these two
+columns. That result is called GOLD_from_spirometry.
 
-Writes, with --out-dir, evaluation.json, evaluation.md, a PNG a column, in place of those of an evaluation before, and
-standardization.npz, which gives embed_scan.py the same vector of a single scan; prints a table.
+The penalty and the scaling are chosen inside the folds. Intervals are 95 % bootstrap intervals over patients for a
+fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the same
+metric after the labels were shuffled.
+
+--compare NAME=FILE evaluates another table on the same folds, for example the features of an untrained encoder.
+--baselines STORE evaluates baselines without a network: the share of lung below -950 HU, and HU histograms. It also
+evaluates features and histogram together, and reports what the features add. The combined prediction is the mean of
+two models: one of the histogram alone, one of the histogram, the features and their mean over locations.
+--held-out COLUMN fits to the subjects with 0 in that column and reports on the subjects with 1.
+
+--patient-vector selects the features. The default is `layers` if extract_feature.py --layers wrote them. The mean over
+locations, as published, is then evaluated as an additional table, `mean`.
+
+With --out-dir the script writes evaluation.json, evaluation.md and one PNG per label, and removes the files of an
+earlier evaluation. It also writes standardization.npz, from which embed_scan.py computes the same vector for a single
+scan. The result table is printed as well.
 """
 
 import argparse
@@ -75,64 +83,81 @@ OF_BASELINES = (
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--features", required=True, help="patient_features.csv of extract_feature.py")
-    text = "a further table on the same folds, NAME=FILE or FILE; several times"
+    add("--features", required=True, help="patient_features.csv written by extract_feature.py")
+    text = "another feature table to evaluate on the same folds, as NAME=FILE or FILE; can be repeated"
     add("--compare", action="append", default=[], metavar="NAME=FILE", help=text)
     add_vector_flags(parser)
-    add("--labels", required=True, help="CSV with sid and columns of numbers or of a few words")
-    add("--columns", nargs="+", help="columns to predict (default: every one that can be)")
+    add(
+        "--labels", required=True, help="CSV with a sid column and label columns, numeric or with a few different words"
+    )
+    add("--columns", nargs="+", help="label columns to predict (default: every column that can be predicted)")
     add(
         "--kind",
         action="append",
         default=[],
         metavar="COLUMN=KIND",
-        help=f"{', '.join(KINDS)}; where the guess is wrong",
+        help=f"set the kind of a column if the guess is wrong: {', '.join(KINDS)}; can be repeated",
     )
     add_label_flags(parser)
-    text = "numeric columns of the labels that are known anyway, such as age: in every model, and a table of their own"
+    text = "numeric label columns that are known in advance, such as age; added to every model and evaluated alone"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
-    text = "column that names a scan's patient, so that all scans of one are in one fold"
+    text = "label column with the patient of each scan; all scans of a patient then share a fold"
     add("--group-column", metavar="COLUMN", help=text)
-    add("--time-column", metavar="COLUMN", help="follow-up of survival, 0 or more, in any unit")
+    add(
+        "--time-column",
+        metavar="COLUMN",
+        help="label column with the follow-up time for survival, 0 or more, in any unit",
+    )
     add(
         "--event-column",
         metavar="COLUMN",
-        help="1 where the event was seen, 0 where the patient was followed without it",
+        help="label column with 1 if the event was observed, 0 if the subject is censored",
     )
-    text = "patch store, for what a density reading says of the same patches, and what the features add to it"
+    text = "patch store of the same subjects; adds density and histogram baselines, and what the features add to them"
     add("--baselines", metavar="STORE", help=text)
-    text = "column of 0 and 1: fit to the subjects with 0, report on those with 1"
+    text = "label column of 0 and 1: fit to the subjects with 0, report on the subjects with 1"
     add("--held-out", metavar="COLUMN", help=text)
-    add("--folds", type=at_least(int, 2), default=5, help="of the cross-validation; lower it for few events")
-    add("--seed", type=at_least(int, 0), default=0, help="of folds, bootstrap and permutations")
-    add("--out-dir", help="folder for evaluation.json, evaluation.md and pictures")
-    add("--json", help="write the figures here too")
+    add(
+        "--folds",
+        type=at_least(int, 2),
+        default=5,
+        help="number of cross-validation folds; lower it if there are few events",
+    )
+    add("--seed", type=at_least(int, 0), default=0, help="random seed of the folds, the bootstrap and the permutations")
+    add("--out-dir", help="output folder for evaluation.json, evaluation.md, standardization.npz and pictures")
+    add("--json", help="additional file for the metrics, same content as evaluation.json")
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.time_column) != bool(args.event_column):
-        parser.error("--time-column and --event-column go together")
+        parser.error("--time-column and --event-column must be given together")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist")
     if args.json and Path(args.json).is_dir():
-        parser.error(f"--json {args.json} is a folder; give a file's name")
+        parser.error(f"--json {args.json} is a folder; give a file name")
     if args.json and Path(args.json).suffix != ".json" and Path(args.json).exists():
-        parser.error(f"--json {args.json} is there already and named as no JSON file: remove it, or name another")
+        parser.error(f"--json {args.json} already exists and does not end in .json; remove it or give another name")
     args.columns = list(dict.fromkeys(args.columns)) if args.columns else None
     wanted = (*(args.columns or ()), args.time_column, args.event_column)
     if args.event_column in (args.columns or ()):
-        parser.error(f"--columns {args.event_column} is the event of --time-column already: leave it out")
+        parser.error(f"--columns {args.event_column} is already predicted as --event-column; remove it from --columns")
     for name in args.covariates:
         if name in wanted:
-            parser.error(f"--covariates {name} is what is to be predicted: every figure would be perfect")
+            parser.error(
+                f"--covariates {name} is also a label to predict, so it would be "
+                "predicted from itself; remove one of the two"
+            )
     args.kind = dict(text.partition("=")[::2] for text in args.kind)
     for column, kind in args.kind.items():
         if kind not in KINDS:
-            parser.error(f"--kind {column}={kind}: one of {', '.join(KINDS)}")
+            parser.error(f"--kind {column}={kind}: the kind must be one of {', '.join(KINDS)}")
     return args
 
 
 def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataFrame]:
-    """The tables of the command line, by name; ``features`` is the first, before another vector's place is taken."""
+    """Read all tables of the command line, by name.
+
+    ``features`` comes first. It still holds the mean over locations; main() replaces it with the chosen vector.
+    """
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
     if chosen.kind != "mean":
@@ -141,9 +166,11 @@ def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataF
         name, sign, path = text.partition("=")
         name, path = (name, path) if sign and not Path(text).exists() else ("compare", text)
         if not name:
-            raise StoreError(f"--compare {text}: no name before the =; give NAME=FILE")
+            raise StoreError(f"--compare {text}: the name before = is empty; give NAME=FILE")
         if name in (*tables, *(OF_BASELINES if args.baselines else ()), *(("covariates",) if args.covariates else ())):
-            raise StoreError(f"--compare {text}: the name {name} is taken; give another, NAME=FILE")
+            raise StoreError(
+                f"--compare {text}: another table is already called {name}; give another name as NAME=FILE"
+            )
         tables[name] = read_features(path)
         tables[name].attrs["path"] = path
     if args.baselines:
@@ -159,8 +186,8 @@ def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataF
 
 
 def save_standardization(path: Path, vectors: Table, features: str) -> None:
-    """The standardisation of all subjects, for embed_scan.py; none is left where the vector is the mean."""
-    if isinstance(vectors, JoinedTable):  # covariates before it
+    """Save the standardisation over all subjects for embed_scan.py, or delete the file if the vector is the mean."""
+    if isinstance(vectors, JoinedTable):  # the covariates come first
         vectors = vectors.tables[-1]
     if isinstance(vectors, np.ndarray):
         path.unlink(missing_ok=True)
@@ -169,12 +196,12 @@ def save_standardization(path: Path, vectors: Table, features: str) -> None:
         made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
         checkpoint = str(made["checkpoint_sha256"])
     except (OSError, ValueError, TypeError, KeyError):
-        checkpoint = ""  # a table by hand
+        checkpoint = ""  # extract_feature.py did not write this table
     Standardization.fit(vectors.kind, vectors.patches, vectors.rows).save(path, checkpoint)
 
 
 def remove_pictures(out_dir: Path) -> None:
-    """Those of an evaluation before this one, of whatever columns."""
+    """Delete the pictures of an earlier evaluation, which may have predicted other columns."""
     try:
         before = json.loads((out_dir / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -186,7 +213,7 @@ def remove_pictures(out_dir: Path) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    notes: list[str] = []  # printed once nothing is refused
+    notes: list[str] = []  # printed after all checks have passed
     chosen = choose_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
@@ -194,7 +221,10 @@ def main() -> None:
     refuse_leaks(tables, table.columns, args.labels)
     tell_unmatched(tables["features"].index, table["sid"], args.labels, note)
     if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
-        note(f"{len(sids)} of {there} subjects with features and labels are in every table; the others are left out")
+        note(
+            f"{len(sids)} of {there} subjects with features and labels are in every table; "
+            "the other subjects are left out"
+        )
     for flag, path in (("--out-dir", args.out_dir), ("--json", args.json and Path(args.json).absolute().parent)):
         if path:
             check_writable(Path(path), flag)
@@ -218,7 +248,9 @@ def main() -> None:
         note(text)
     for name, table in tables.items():
         if is_constant(table.loc[sids].to_numpy()):
-            note(f"{table.attrs.get('path', name)} has the same numbers for every subject, so it predicts nothing")
+            note(
+                f"{table.attrs.get('path', name)} has the same values for every subject, so it cannot predict anything"
+            )
 
     results: dict[str, dict[str, Any]] = {}
     judged: list[tuple[Label, np.ndarray, Judged]] = []

@@ -1,19 +1,23 @@
-"""How many labels does it take? Fine-tuning from a checkpoint and from random weights, with a share of the labels.
+"""Fine-tune a checkpoint, or random weights, with a share of the labels, to measure label efficiency.
 
     python tools/finetune.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar random \\
         --labels labels.csv --column GOLD --fractions 0.05 0.1 0.5 1 --out-dir finetuned
 
-Learns a column (two values as classes, a few whole numbers as grades, others as numbers) from patients' patches, or
-with --patch-labels CSV (sid, patch, value) from single patches. --layers frozen trains a linear head on the features,
-last the last two convolutions too, all everything. Every arm gets the same patients: for each seed a test set, and of
-the others the first share of a shuffled list, a quarter of it to stop by.
+The script learns one label column from the patches of each subject. Two values are learned as classes, a few whole
+numbers as grades, anything else as a number. With --patch-labels CSV (sid, patch, value) it learns from single
+patches instead.
 
-A run stopped goes on; a finished fit is not done again. Writes, in --out-dir,
+--layers frozen trains a linear head on the features. --layers last also trains the last two convolutions, and
+--layers all trains everything. Every arm (a checkpoint or random weights) gets the same subjects. Each seed draws a
+test set and shuffles the other subjects; a fraction takes the first subjects of this list, and uses a quarter of them
+for early stopping.
 
-    fits/{arm}-{fraction}-{seed}.json      figures of the test patients
-    curve.csv, curve.png                   label efficiency: figure by number of labelled patients, every fit
+Run the same command again to resume; finished fits are not repeated. The script writes to --out-dir
+
+    fits/{arm}-{fraction}-{seed}.json      metrics of the test subjects
+    curve.csv, curve.png                   metrics by number of labelled subjects, for every fit
     curve.md                               mean and SD over seeds
-    {arm}.pth.tar                          of the largest fraction and first seed: encoder_q and head
+    {arm}.pth.tar                          encoder_q and head of the largest fraction and first seed
 """
 
 import argparse
@@ -52,54 +56,75 @@ from tools.finetuning.tasks import Split, Task, draw_split, patch_task, patient_
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--root-dir", required=True, help="patch store, grouped")
+    add("--root-dir", required=True, help="grouped patch store")
     add(
         "--checkpoint",
         required=True,
         nargs="+",
         metavar="PATH|random",
-        help="where arms start; random: untrained weights",
+        help="checkpoints to start from, one arm each; random stands for untrained weights",
     )
-    add("--sha256", help="of the first checkpoint; another file is refused, for weights that were downloaded")
-    add("--labels", help="CSV with sid and columns of numbers or of a few words")
-    add("--column", help="of the labels, to learn")
+    add("--sha256", help="expected SHA-256 of the first checkpoint; set it to verify downloaded weights")
+    add("--labels", help="CSV with a sid column and label columns, numeric or with a few different words")
+    add("--column", help="column of --labels to learn")
     add_label_flags(parser)
-    add("--patch-labels", metavar="CSV", help="sid, patch, value: labels of single patches, in place of --labels")
+    add(
+        "--patch-labels",
+        metavar="CSV",
+        help="CSV with sid, patch, value: labels of single patches, instead of --labels",
+    )
     kinds = tuple(kind for kind in KINDS if kind != "log10")
-    add("--kind", type=OneOf(*kinds), help="of the label, where the guess is wrong")
-    text = "column of --labels, 1 for patients to test on (default: three in ten, others with each seed)"
+    add("--kind", type=OneOf(*kinds), help="kind of the label; set it if the guess from the values is wrong")
+    text = "column of --labels, 1 for the test subjects (default: 30 %% of the subjects, drawn for each seed)"
     add("--held-out", metavar="COLUMN", help=text)
-    text = "shares of the labelled patients that are not tested on"
+    text = "shares of the labelled subjects outside the test set to learn from; each share is one point of the curve"
     add("--fractions", nargs="+", type=between(float, 0, 1), default=[0.05, 0.1, 0.25, 0.5, 1.0], help=text)
-    add("--layers", type=OneOf(*LAYERS), default="frozen", help="what is trained beside the head; all for many labels")
-    text = "of a patient's patches; attention where disease is in few of them"
+    add(
+        "--layers",
+        type=OneOf(*LAYERS),
+        default="frozen",
+        help="encoder layers to train in addition to the head; use all if there are many labels",
+    )
+    text = "how the patches of a subject are combined; use attention if only a few of them show the disease"
     add("--pooling", type=OneOf(*POOLINGS), default="mean", help=text)
-    text = "of a frozen encoder: layers (mean and SD of every layer, standardised per location), moments (the same of "
-    text += "h), or mean (default: layers, but mean with --patch-labels, another --layers or --pooling)"
+    text = "features of a frozen encoder: layers (mean and SD of every layer, standardised per location), moments (the "
+    text += "same for h) or mean (default: layers, but mean with --patch-labels or any other --layers or --pooling)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add(
         "--seeds",
         type=at_least(int, 1),
         default=3,
-        help="of split, order and random weights; raise it where they differ",
+        help="number of seeds for split, order and random weights; raise it if the results of the seeds differ much",
     )
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    add("--out-dir", required=True, help="folder of the fits; give the same to go on")
+    add(
+        "--device",
+        type=OneOf("auto", "cpu", "cuda"),
+        default="auto",
+        help="device for training; auto uses a GPU if there is one",
+    )
+    add("--out-dir", required=True, help="output folder; give the same folder again to resume")
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.patch_labels) == bool(args.labels) or bool(args.labels) != bool(args.column):
-        parser.error("give --labels and --column, or --patch-labels")
+        parser.error("give either --labels with --column, or --patch-labels")
     if args.held_out and not args.labels:
-        parser.error("--held-out is a column of --labels")
+        parser.error("--held-out names a column of --labels; give --labels")
     fixed = args.labels and args.layers == "frozen" and args.pooling == "mean"
     args.patient_vector = args.patient_vector or ("layers" if fixed else "mean")
     if args.patient_vector != "mean" and not fixed:
-        parser.error(f"--patient-vector {args.patient_vector} goes with --labels, --layers frozen and --pooling mean")
+        parser.error(f"--patient-vector {args.patient_vector} needs --labels, --layers frozen and --pooling mean")
     return args
 
 
 class Arm:
-    """An encoder to start from."""
+    """An encoder to start fine-tuning from.
+
+    Args:
+        given: path of a checkpoint, or "random".
+        sizes: sizes of the encoder for random weights (default: the default sizes).
+        store: the patch store.
+        sha256: expected SHA-256 of the checkpoint.
+    """
 
     def __init__(self, given: str, sizes: dict | None, store: PatchStore, sha256: str | None = None):
         self.random = given == "random"
@@ -110,7 +135,7 @@ class Arm:
             self._encoder, self.sizes = trained_encoder(given, store, sha256)
 
     def prepare(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
-        """The encoder, of random weights drawn by the seed, and the representations that it gives, (N, L, D)."""
+        """Return the encoder and its representations of all patches, (N, L, D). The seed draws random weights."""
         encoder = self._encoder
         if self.random:
             torch.manual_seed(seed)
@@ -121,10 +146,13 @@ class Arm:
 
 
 def calibrate(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
-    """BatchNorm statistics for random weights, of a few patients' patches at every location: else h says nothing."""
+    """Compute BatchNorm statistics for random weights from the patches of a few subjects at every location.
+
+    Without them, h carries no information.
+    """
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
-            module.momentum = None  # the plain mean over the passes
+            module.momentum = None  # the plain mean over all passes
     encoder.train()
     with torch.no_grad():
         for place in range(len(data.locations)):
@@ -133,7 +161,7 @@ def calibrate(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
 
 
 def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
-    """How much was learnt from, and the kind's figures of the test labels."""
+    """Return the numbers of subjects, labels and rounds of a fit, and the metrics of the test labels."""
     learnt = np.concatenate([split.train, split.validation])
     truth, ones = task.target[split.test], np.ones((len(split.test), 1))
     found = {name: float(metric(truth, fitted.predicted, ones)[0]) for name, metric in METRICS[task.kind].items()}
@@ -141,7 +169,7 @@ def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
 
 
 def as_checkpoint(task: Task, fitted: Fitted) -> dict:
-    """What extract_feature.py reads, and the head beside it."""
+    """Return a checkpoint that extract_feature.py can read, with the head as an additional entry."""
     state = {f"module.encoder_q.{key}": value for key, value in fitted.encoder.state_dict().items()}
     head = {"state_dict": fitted.head.state_dict(), "kind": task.kind, "classes": [float(one) for one in task.classes]}
     if fitted.standardization is not None:
@@ -152,7 +180,7 @@ def as_checkpoint(task: Task, fitted: Fitted) -> dict:
 
 
 def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.ndarray | None]:
-    """What is learnt, and who is held out where the table says. Raises StoreError."""
+    """Read the labels to learn and, with --held-out, the held-out subjects (N,) bool. Raises StoreError."""
     if args.patch_labels:
         return patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 
@@ -178,7 +206,9 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     arms, sizes = [], None
-    for given in sorted(args.checkpoint, key=lambda given: given == "random"):  # random takes the others' sizes
+    for given in sorted(
+        args.checkpoint, key=lambda given: given == "random"
+    ):  # random last: it takes the sizes of the checkpoints
         arms.append(Arm(given, sizes, store, args.sha256 if given == args.checkpoint[0] else None))
         sizes = arms[-1].sizes
     data = Data(store, torch.from_numpy(normalize_locations(store.locations)).to(device))

@@ -1,7 +1,9 @@
-# Sourced by launchers of several steps. A signal that reaches the launcher's shell alone, as a batch
-# system's does, must stop the step under way too: the shell would end, and the step run on.
+# Functions for scripts that run several commands in turn; use with: . tools/forward_signals.sh
 #
-#   run COMMAND [ARG ...]     the command, until it ends or the launcher is asked to stop
+#   run COMMAND [ARG ...]     run a command until it ends or the script is asked to stop
+#
+# A batch system may send a signal only to the script's shell. Without this file the shell would end, but the
+# command would continue to run.
 
 child=
 stop() {
@@ -14,7 +16,7 @@ stop() {
 }
 trap 'stop 2' INT
 trap 'stop 15' TERM
-trap 'stop 1' HUP # not under nohup: what is ignored at the start stays ignored
+trap 'stop 1' HUP # no effect under nohup, because a shell cannot trap a signal that was ignored at its start
 trap 'stop 10' USR1
 run() {
     "$@" &

@@ -1,11 +1,15 @@
-"""torchrun, without its report of some thirty lines where a rank has told what the user can mend.
+"""Run torchrun with one-line messages for errors that the user can fix, instead of its 30-line report.
 
     python tools/launch.py --standalone --nproc-per-node 4 train.py --root-dir /data/patches --exp-name mine
 
-Takes torchrun's flags. Exits with status 2 where every rank that failed did (a wrong flag, a missing file: one line
-says it), with 128 + a signal's number where a signal to the launcher or to any rank has stopped all of them (they have
-saved: start again with --resume auto), with 75 where another machine's rank was lost; any other failure is reported as
-torchrun does. SIGUSR1 stops too, and SIGHUP unless nohup has it ignored.
+Accepts torchrun's flags. The exit status is
+
+    2               a user error, such as a wrong flag or a missing file; one line describes it
+    128 + signal    a signal to the launcher or to a rank stopped all ranks; they saved: continue with --resume auto
+    75              a rank on another machine was lost
+    other           another failure, reported as torchrun does
+
+SIGUSR1 also stops the ranks. So does SIGHUP, unless it is ignored (nohup).
 """
 
 import logging
@@ -25,31 +29,31 @@ from torch.distributed.run import get_args_parser, main, parse_args
 
 from misc.command import LOST, STOPPING, USER_ERROR, heeded, print_error, usable_cores
 
-SAVE_SECONDS = 600  # for ranks that were asked to stop: a step, and the save of 1.2 GB to a slow disk
-MEET_SECONDS = 600  # for the first machine to come
-JOB = "drasclr-job"  # key of the rendezvous store whose value is the job's id
+SAVE_SECONDS = 600  # time for ranks to stop: one step, and saving 1.2 GB to a slow disk
+MEET_SECONDS = 600  # time to wait for the first machine
+JOB = "drasclr-job"  # key under which the rendezvous store holds the job's id
 
 
 def tells_more(record: logging.LogRecord) -> bool:
-    """False for torchrun's lines about a rank that ended by itself or was ended, of which :func:`explain` tells."""
+    """Return False for torchrun's lines about ranks that ended; :func:`explain` reports those."""
     text = record.getMessage()
     return "failed (exitcode: 1)" in text or not ("(exitcode:" in text or "closing signal" in text or "death" in text)
 
 
 def share_cores(arguments: list[str] | None = None) -> None:
-    """Divide this machine's cores among its ranks; torchrun would give each one thread, and say so in five lines."""
+    """Divide this machine's cores among its ranks. torchrun would use one thread per rank, with a five-line warning."""
     ranks = parse_args(arguments or sys.argv[1:]).nproc_per_node
     if ranks.isdigit() and int(ranks) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // int(ranks))))
 
 
 def with_our_defaults(arguments: list[str]) -> list[str]:
-    """torchrun's flags with those of ours before them that were not given."""
+    """Return torchrun's arguments, preceded by our defaults for the flags that were not given."""
     args = parse_args(arguments)
-    known = get_args_parser().format_help()  # older ones lack some
+    known = get_args_parser().format_help()  # older versions of torchrun lack some of the flags
     heard = [signal.SIGQUIT, *(number for number in STOPPING if heeded(number))]
     ours = {"--signals-to-handle": ",".join(number.name for number in heard), "--shutdown-timeout": str(SAVE_SECONDS)}
-    if args.standalone:  # a machine's own name may not resolve; its ranks need no other way
+    if args.standalone:  # the host name may not resolve, and the loopback address is enough here
         ours["--local-addr"] = "127.0.0.1"
     given = {part.split("=")[0].replace("_", "-") for part in arguments[: arguments.index(args.training_script)]}
     added = [f"{flag}={value}" for flag, value in ours.items() if flag not in given and flag in known]
@@ -57,13 +61,13 @@ def with_our_defaults(arguments: list[str]) -> list[str]:
 
 
 def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
-    """Of several machines: let the first one's launcher keep the rendezvous store, marked with the job's id.
+    """With several machines: let the first launcher hold the rendezvous store, and put the job's id in it.
 
     Returns:
-        The flags for torchrun, and the store, to be kept until the end.
+        The flags for torchrun, and the store; keep a reference to it until the end.
 
     Raises:
-        SystemExit: after one line, where the endpoint is in use, is another job's, or is not reached.
+        SystemExit: after one line, if the endpoint is in use, belongs to another job, or cannot be reached.
     """
     args = parse_args(arguments)
     host, _, port = args.rdzv_endpoint.rpartition(":")
@@ -77,16 +81,16 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
         if first:
             store.set(JOB, args.rdzv_id)
         job = store.get(JOB).decode()
-    except (RuntimeError, ValueError) as error:  # torch's own errors of networks and stores among them
+    except (RuntimeError, ValueError) as error:  # includes torch's network and store errors
         if first and "in use" in str(error).lower():
             print_error(f"RDZV_ENDPOINT {args.rdzv_endpoint} is in use by another job; choose another port")
         else:
-            print_error(f"RDZV_ENDPOINT {args.rdzv_endpoint} is not reached ({str(error).splitlines()[0][:150]})")
+            print_error(f"RDZV_ENDPOINT {args.rdzv_endpoint} cannot be reached ({str(error).splitlines()[0][:150]})")
         sys.exit(USER_ERROR)
     if job != args.rdzv_id:
         print_error(
-            f"RDZV_ENDPOINT {args.rdzv_endpoint} is another job's (id {job}, this one's is {args.rdzv_id}): give each "
-            "job a port of its own, and all machines of a job the same flags"
+            f"RDZV_ENDPOINT {args.rdzv_endpoint} belongs to another job (id {job}, not {args.rdzv_id}). Give each job "
+            "its own port, and use the same flags on all machines of a job"
         )
         sys.exit(USER_ERROR)
     more = [] if args.rdzv_conf else ["--rdzv-conf=is_host=false"]
@@ -94,7 +98,10 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
 
 
 def explain(failures: dict) -> int | None:
-    """The exit status of ranks that failed, after one line where they have not told it; None for torchrun's report."""
+    """Return the exit status for failed ranks, or None to leave the report to torchrun.
+
+    Print one line if the ranks have not printed the cause.
+    """
     by_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
     statuses = {failure.exitcode for failure in failures.values()}
     stopped = {128 + number for number in STOPPING}
@@ -106,17 +113,17 @@ def explain(failures: dict) -> int | None:
         return min(statuses & stopped)
     rank, first = next(((rank, one) for rank, one in by_time if one.exitcode != LOST), by_time[0])
     if first.exitcode == LOST:
-        print_error("a rank of another machine was lost, its launcher tells why; go on with --resume auto")
+        print_error("a rank on another machine was lost; its launcher prints the cause. Continue with --resume auto")
         return LOST
     if first.exitcode > 0:
         return None
     number = signal.Signals(-first.exitcode)
-    if number in STOPPING:  # before there was anything to save
+    if number in STOPPING:  # stopped before there was anything to save
         return 128 + number
-    causes = {signal.SIGKILL: "mostly for want of memory", signal.SIGBUS: "mostly for want of room in /dev/shm"}
+    causes = {signal.SIGKILL: "usually because memory ran out", signal.SIGBUS: "usually because /dev/shm is full"}
     print_error(
-        f"rank {rank} was ended by {number.name}, {causes.get(number, 'a fault of its own')}: lower --workers, "
-        "--batch-size or --moco-k; the others were stopped, go on with --resume auto"
+        f"rank {rank} was ended by {number.name}, {causes.get(number, 'because it crashed')}; the others were stopped. "
+        "Lower --workers, --batch-size or --moco-k, and continue with --resume auto"
     )
     return 128 + number
 
@@ -134,10 +141,10 @@ def launch() -> int:
         if status is None:
             raise
         return status
-    except SignalException as error:  # asked to stop, it has passed that on, and the ranks have told
+    except SignalException as error:  # torchrun passed the signal on to the ranks, which printed their own messages
         return 128 + error.sigval
     except RendezvousError as error:
-        print_error(f"the machines did not meet: {str(error).splitlines()[0]}; check RDZV_ENDPOINT and NNODES")
+        print_error(f"the machines could not connect: {str(error).splitlines()[0]}. Check RDZV_ENDPOINT and NNODES")
         return USER_ERROR
     return 0
 

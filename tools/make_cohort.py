@@ -1,20 +1,20 @@
-"""A cohort of synthetic chest CTs with planted disease, to try the whole way without patient data.
+"""Make a cohort of synthetic chest CTs with planted disease, to try the whole pipeline without patient data.
 
     python tools/make_cohort.py --out-dir ssl_exp/cohort --num-subjects 24 --size tiny
     python tools/make_cohort.py --out-dir ssl_exp/warped --num-subjects 12 --template thorax_ct.nii.gz
 
-The first makes procedural phantoms; the second deforms one real scan into many. Both plant
-emphysema of five subtypes with the texture of real lungs, reticulation and lesions. Same flags, same bytes. A stopped
-run goes on with the subjects that are missing. Writes
+The first command makes procedural phantoms. The second makes deformed copies of one real scan. Both plant emphysema of
+five subtypes with the texture of real lungs, reticulation and lesions. The same flags give the same bytes. An
+interrupted run resumes with the missing subjects. Writes
 
-    image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices differ
+    image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices vary
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
-    labels.csv                    sid, held_out (1 for three in ten, to report on), and the truth: shares of the lung
-                                  in each subtype, visual grades, spirometry, exacerbations, survival
+    labels.csv                    sid, held_out (1 for three in ten subjects, to evaluate on), and the ground truth:
+                                  shares of the lung in each subtype, visual grades, spirometry, exacerbations, survival
     class/{sid}.nii.gz            with --class-maps: uint8, the class of each lung voxel
-    scans.csv                     sid and how it was scanned, which no label depends on
+    scans.csv                     sid and the scanner settings, which are independent of all labels
     atlas.nii.gz                  a healthy subject at 1 mm
-    atlas_lung_mask.nii.gz        its lungs: 50 right, 100 left
+    atlas_lung_mask.nii.gz        the lungs of the atlas: 50 right, 100 left
 """
 
 import argparse
@@ -51,10 +51,10 @@ from tools.cohort.warped import load_template, make_template_atlas, make_warped
 def make_phantom(
     seed: int, index: int, size: str, one_scanner: bool, class_maps: bool, out_dir: Path
 ) -> tuple[dict, dict]:
-    """Write subject ``index`` and return its rows of labels and of how it was scanned."""
+    """Write the files of subject ``index``. Return its rows of labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
-    if one_scanner:  # after everything is drawn: the same people, with one scanner and with many
+    if one_scanner:  # after all draws, so that the subjects are the same as with many scanners
         acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
@@ -68,7 +68,7 @@ def make_phantom(
 
 
 def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
-    """A healthy subject of middling anatomy at 1 mm, and its lung mask."""
+    """Write a healthy subject of average anatomy at 1 mm, and its lung mask."""
     rng = np.random.default_rng([seed, 2**31])
     spacing = np.ones(3)
     phantom = Phantom(Anatomy(scale=SIZES[size]), tuple(spacing), rng)
@@ -82,7 +82,7 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
 def make_subject(
     made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
 ) -> tuple[dict, dict]:
-    """The rows of ``job``, from its file in ``made`` if an earlier run has finished this subject."""
+    """Return the rows of ``job``; read them from ``made`` if an earlier run has finished this subject."""
     sid, out_dir = subject_name(index), how[-1]
     path = made / f"{sid}.json"
     if path.is_file() and (out_dir / "image" / f"{sid}.nii.gz").is_file():
@@ -94,7 +94,7 @@ def make_subject(
 
 
 def work_key(args: argparse.Namespace) -> str:
-    """Changes with every flag that the subjects depend on, and with the code."""
+    """Return a text that changes with every flag that affects the subjects, and with the code."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
     }
@@ -105,48 +105,57 @@ def work_key(args: argparse.Namespace) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out-dir", required=True, help="folder to write to, made where it is missing")
-    add("--num-subjects", type=at_least(int, 1), default=24, help="subjects beside the atlas")
-    add("--seed", type=at_least(int, 0), default=0, help="another seed, another cohort")
+    add("--out-dir", required=True, help="output folder; created if it does not exist")
+    add("--num-subjects", type=at_least(int, 1), default=24, help="number of subjects, without the atlas")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed; another seed gives another cohort")
     add(
         "--size",
         type=OneOf(*SIZES),
         default="tiny",
-        help="tiny: a third of an adult, 4 to 9 core-seconds a subject; full: an adult, about a minute",
+        help="tiny: 0.38 of an adult's size, 4 to 9 core-seconds per subject; full: an adult, about a minute",
     )
-    add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is not used")
+    add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is then ignored")
     add(
         "--scanners",
         type=OneOf("varied", "one"),
         default="varied",
-        help="varied: dose, kernel, slices and breath differ, as in a clinic; one: the same for all, to see disease "
-        "alone",
+        help="varied: dose, kernel, slice thickness and inspiration differ between subjects, as in a clinic; one: they "
+        "are the same for all subjects, so that only disease varies",
     )
-    add("--template-mask", metavar="MASK", help="its lung mask, 1 right, 2 left (default: made by thresholding)")
+    add(
+        "--template-mask",
+        metavar="MASK",
+        help="lung mask of --template, 1 right, 2 left (default: made by thresholding)",
+    )
     add(
         "--class-maps",
         action="store_true",
-        help="write class/{sid}.nii.gz too: each lung voxel's class, 1 normal, 2 to 6 the subtypes as in labels.csv",
+        help="also write class/{sid}.nii.gz, the class of each lung voxel (1 normal, 2 to 6 the subtypes)",
     )
-    add("--num-workers", type=at_least(int, 1), default=1, help="subjects at a time; raise it to the number of cores")
+    add(
+        "--num-workers",
+        type=at_least(int, 1),
+        default=1,
+        help="subjects made in parallel; raise it to the number of cores",
+    )
     add_progress_flag(parser)
     args = parser.parse_args()
     if args.template_mask and not args.template:
-        parser.error("--template-mask goes with --template")
+        parser.error("--template-mask needs --template")
     for flag, path in (("--template", args.template), ("--template-mask", args.template_mask)):
         if path and not Path(path).exists():
             parser.error(f"{flag} {path} does not exist")
     try:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out-dir {args.out_dir} cannot be made: {error.strerror}")
+        parser.error(f"--out-dir {args.out_dir} cannot be created: {error.strerror}")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir)
-    made = out_dir / ".made"  # rows of finished subjects, until all are there
+    made = out_dir / ".made"  # rows of finished subjects, kept until all subjects are made
     with held(out_dir / ".lock", str(out_dir)), tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
         if args.template:
             image, labels = load_template(args.template, args.template_mask)
@@ -163,7 +172,7 @@ def main() -> None:
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
-        # No worker outlives a run that is killed, or it would write into the next one's folder.
+        # Workers die with a killed run. Otherwise they would write into the folder of the next run.
         with bar, ProcessPoolExecutor(args.num_workers, None, end_with_parent, (signal.SIGKILL,)) as pool:
             futures = [pool.submit(make_subject, *job) for job in jobs]
             try:
@@ -179,7 +188,7 @@ def main() -> None:
     for name, table in (("dataset.csv", images), ("labels.csv", labels), ("scans.csv", scans)):
         write_text(out_dir / name, table.to_csv(index=False))
     shutil.rmtree(made)
-    print(f"make_cohort: {len(rows)} subjects, an atlas and its mask; {out_dir}")
+    print(f"make_cohort: wrote {len(rows)} subjects, an atlas and its mask to {out_dir}")
 
 
 if __name__ == "__main__":

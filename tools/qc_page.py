@@ -28,7 +28,7 @@ def main() -> None:
     layout = StoreLayout(root)
     if not any(layout.report(step).is_file() for step in STEPS):
         raise UserError(f"--root-dir {root} has no report of preprocessing; run preprocess/run_preprocess.sh")
-    print(f"qc_page: open {write_qc_page(root)} with a browser")
+    print(f"qc_page: open {write_qc_page(root)} in a browser")
 
 
 if __name__ == "__main__":

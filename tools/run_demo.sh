@@ -1,10 +1,10 @@
 #!/bin/sh
-# What run_train.sh does without ROOT_DIR: a synthetic cohort goes the whole way, from scans to features.
+# Run the whole pipeline on a synthetic cohort, from scans to features. run_train.sh calls it if ROOT_DIR is not set.
 #
-#   sh tools/run_demo.sh PYTHON [more flags for train.py]
+#   sh tools/run_demo.sh PYTHON [flags for train.py]
 #
-# Everything goes to ssl_exp/demo, demo_untrained and demo_data; what is done already is kept. Remove
-# the folders to start anew.
+# All output goes to ssl_exp/demo, ssl_exp/demo_untrained and ssl_exp/demo_data. Finished stages are not repeated;
+# remove these folders to start again.
 set -eu
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
@@ -13,7 +13,7 @@ shift
 for flag; do
     case $flag in
         --exp-name* | --root-dir*)
-            echo "error: $flag goes with ROOT_DIR set; the try-out has folders of its own, ssl_exp/demo and ssl_exp/demo_data" >&2
+            echo "error: $flag needs ROOT_DIR; the demo always uses ssl_exp/demo and ssl_exp/demo_data" >&2
             exit 2 ;;
         -h | --help) exec "$PYTHON" "$here/train.py" --help ;;
     esac
@@ -27,8 +27,8 @@ experiment=ssl_exp/demo
 epochs=${DEMO_EPOCHS:-6}
 subjects=${DEMO_SUBJECTS:-48}
 defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto --epochs $epochs --workers 1 --print-freq 34"
-# A wrong flag is told now, not when training begins.
-# shellcheck disable=SC2086 # defaults is several words
+# Check the flags now, not only when training starts.
+# shellcheck disable=SC2086 # defaults holds several words
 counts=$("$PYTHON" -c '
 import sys
 import torch
@@ -37,7 +37,7 @@ from misc.run.flags import parse_arguments
 subjects, *flags = sys.argv[1:]
 args = parse_arguments(None, flags)
 if args.batch_size > int(subjects):
-    print(f"error: --batch-size {args.batch_size}: the try-out has {subjects} subjects", file=sys.stderr)
+    print(f"error: --batch-size {args.batch_size} exceeds the {subjects} subjects of the demo", file=sys.stderr)
     sys.exit(2)
 print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' "$subjects" $defaults "$@")
 cores=${counts% *} gpus=${counts#* }
@@ -48,9 +48,9 @@ step() {
     echo "== $1  ($(($(date +%s) - started)) s)"
 }
 
-step "1/5 synthetic cohort: $subjects chest CTs of one scanner, with planted emphysema of five subtypes"
+step "1/5 synthetic cohort: $subjects chest CTs from one scanner, with planted emphysema of five subtypes"
 if [ -f "$data/cohort/labels.csv" ]; then
-    echo "make_cohort: $data/cohort is there already"
+    echo "make_cohort: $data/cohort already exists"
 else
     run "$PYTHON" tools/make_cohort.py --out-dir "$data/cohort" --num-subjects "$subjects" --size tiny --scanners one \
         --num-workers "$workers"
@@ -60,26 +60,27 @@ step "2/5 preprocessing: lung masks, registration to the atlas, patches"
 run sh preprocess/run_preprocess.sh --input-csv "$data/cohort/dataset.csv" --root-dir "$data/patches" \
     --atlas-mask "$data/cohort/atlas_lung_mask.nii.gz" --method threshold --num-workers "$workers"
 
-# The recipe's batch is dealt to two groups, so two GPUs compute what one does; a CPU's cores share it in one process.
+# The recipe splits a batch into two BatchNorm groups, so two GPUs give the same result as one. A CPU uses all of its
+# cores in one process.
 ranks=1
 [ "$gpus" -ge 2 ] && ranks=2
-step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs, NCCL" || echo "the CPU, Gloo")"
+step "3/5 training: $epochs epochs, $ranks rank(s) on $([ "$gpus" -gt 0 ] && echo "GPUs (NCCL)" || echo "the CPU (Gloo)")"
 train() {
     # shellcheck disable=SC2086
     run "$PYTHON" tools/launch.py --standalone --nproc-per-node "$ranks" train.py $defaults "$@"
 }
 train "$@"
 echo
-echo "For comparison, the same encoder with random weights: a pass without learning, for BatchNorm's statistics."
+echo "For comparison: the same encoder with random weights, after one pass at learning rate 0 for BatchNorm statistics."
 head -n 17 "$data/patches/subjects.csv" > "$data/sixteen.csv"
 train --exp-name demo_untrained --epochs 1 --lr 0 --moco-k 16 --subjects "$data/sixteen.csv"
 
-step "4/5 features, of the trained and of the untrained encoder"
+step "4/5 features from the trained and the untrained encoder"
 last=$(cd "$experiment" && ls checkpoint_patch_[0-9]*.pth.tar | sort | tail -n 1)
 run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$last" --layers --labels "$data/cohort/labels.csv"
 run "$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
-step "5/5 do the features know of the disease? R2 or kappa of subjects that the regression has not seen, 95 % intervals"
+step "5/5 how well do the features predict the disease? R2 or kappa of held-out subjects, with 95 % intervals"
 number=$(echo "$last" | sed 's/[^0-9]//g')
 features=$experiment/patch_rep/$number
 run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
@@ -90,12 +91,12 @@ run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \
 cat <<EOF
 
 Done in $(($(date +%s) - started)) s. What to look at:
-  scans and their truth   $here/$data/cohort/image, labels.csv
+  scans and true labels   $here/$data/cohort/image, labels.csv
   every scan's patches    $here/$data/patches/qc/index.html (with a browser)
-  reports by subject      $here/$data/patches/report/*.csv
+  preprocessing reports   $here/$data/patches/report/*.csv
   training curves         '$PYTHON' -m tensorboard.main --logdir '$here/$experiment'   (or log.jsonl)
   checkpoint              $here/$experiment/$last
   features                $here/$features/patient_features.csv
-  how well they predict   $here/$experiment/evaluation/evaluation.md and pictures
+  evaluation              $here/$experiment/evaluation/evaluation.md and pictures
 To train on your own scans, see "Your own scans" in README.md.
 EOF

@@ -1,18 +1,18 @@
 #!/bin/sh
-# Make the Python environment: .venv in the project, or $VENV. Safe to run again.
+# Create or complete the Python environment in .venv of the project, or in $VENV. It is safe to run again.
 #
-#   sh tools/setup_env.sh          make or complete it, and say in one line what was done
+#   sh tools/setup_env.sh          set up the environment and print what was done
 #   . tools/setup_env.sh           the same, and set PYTHON to its interpreter for the calling script
 #
-# Does nothing when the active python already satisfies requirements.txt.
-# PYTHON_BASE (python3) is the interpreter that a new environment is made from.
+# Nothing is installed if the active python already satisfies requirements.txt.
+# PYTHON_BASE is the interpreter that creates a new environment (default: python3).
 
 setup_env() {
     setup_root=$1
     setup_log=
     requirements=$setup_root/requirements.txt
 
-    # pip's dry run would ask the registry; this asks only what is installed.
+    # Check only the installed packages; pip's dry run would contact the package index.
     satisfied() {
         [ -x "$1" ] || command -v "$1" >/dev/null 2>&1 || return 1
         "$1" "$setup_root/tools/check_requirements.py" "$requirements" >/dev/null 2>&1
@@ -41,29 +41,29 @@ setup_env() {
     fi
     if [ ! -x "$PYTHON" ]; then
         "$base" -m venv "$environment" || {
-            echo "error: setup_env: '$base -m venv $environment' failed (on Debian: apt install python3-venv)" >&2
+            echo "error: setup_env: '$base -m venv $environment' failed; on Debian, run apt install python3-venv" >&2
             return 1
         }
-        made="made $environment and installed"
+        made="created $environment and installed the packages of"
     else
-        made="installed into $environment"
+        made="updated $environment to satisfy"
     fi
-    echo "setup_env: installing requirements.txt into $environment; a few minutes and about 6 GB with GPU builds" >&2
+    echo "setup_env: installing requirements.txt into $environment (a few minutes; about 6 GB with GPU builds)" >&2
     setup_log=$environment/setup.log
     if ! "$PYTHON" -m pip install --disable-pip-version-check -r "$requirements" >"$setup_log" 2>&1; then
         tail -n 15 "$setup_log" >&2
-        echo "error: setup_env: pip failed; the whole log is $setup_log" >&2
+        echo "error: setup_env: pip failed; see the full log in $setup_log" >&2
         return 1
     fi
     if ! satisfied "$PYTHON"; then
         "$PYTHON" "$setup_root/tools/check_requirements.py" "$requirements" >&2
-        echo "error: setup_env: the installed packages do not satisfy requirements.txt" >&2
+        echo "error: setup_env: the installed packages still do not satisfy requirements.txt (see above)" >&2
         return 1
     fi
     echo "setup_env: $made requirements.txt"
 }
 
-# SETUP_ROOT is set by scripts that source this file; run by itself, $0 tells where it is.
+# Scripts that source this file set SETUP_ROOT. If it is run directly, $0 gives its folder.
 if [ -n "${SETUP_ROOT:-}" ]; then
     setup_env "$SETUP_ROOT"
 else

@@ -1,16 +1,17 @@
-"""How unusual is this lung? A score for every patch and patient, learnt from healthy patients alone.
+"""Score how unusual each patch and each subject is, learning from healthy subjects only.
 
     python tools/unusual.py --features-dir ssl_exp/NAME/patch_rep/0020 --labels labels.csv --healthy never_smoker \\
         --out-dir unusual
 
-A density is fitted to the patch features of the patients whose column --healthy is 1: a mean for each place, one
-covariance. A patch's score is its squared Mahalanobis distance over the number of features, about 1 where it is usual;
-a patient's is the mean of his patches. Healthy patients are scored by densities that have not seen them. Writes
+The script fits a density to the patch features of the subjects with 1 in the column --healthy. It has one mean per
+location and one covariance for all locations. The score of a patch is its squared Mahalanobis distance divided by the
+number of features, about 1 for usual patches. The score of a subject is the mean over its patches. Healthy subjects are
+scored by densities that were fitted without them. The script writes
 
     unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
-    patch_scores.csv    sid, patch, value: --patch-labels of emphysema_map.py, which draws it over a scan
-    unusual.json        AUROC of the score between healthy patients and the others that the column knows (0), with its
-                        interval; with --baselines STORE also of the same density of each place's histogram
+    patch_scores.csv    sid, patch, value: input for --patch-labels of emphysema_map.py, which maps it over a scan
+    unusual.json        AUROC of the score between healthy subjects (1) and the others (0), with 95 % interval; with
+                        --baselines STORE also for the same density of the histogram at each location
 """
 
 import argparse
@@ -39,20 +40,27 @@ RESAMPLES = 1000
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--features-dir", required=True, help="folder that extract_feature.py wrote")
-    text = "layers: judge patches by the mean and SD of every layer's channels (extract_feature.py --layers); mean or "
-    text += "moments: by h. Default: layers, if they are there"
+    add("--features-dir", required=True, help="output folder of extract_feature.py")
+    text = (
+        "patch features to use: layers (mean and SD of the channels of every layer, extract_feature.py --layers), or "
+    )
+    text += "h with mean or moments (default: layers if the file exists, else h)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
-    add("--labels", required=True, help="CSV with sid and numeric columns")
-    add("--healthy", required=True, metavar="COLUMN", help="1 for patients to learn from, 0 for others to tell apart")
-    add("--baselines", metavar="STORE", help="patch store of these patients: judge its histograms likewise")
-    add("--out-dir", required=True, help="folder of the scores")
+    add("--labels", required=True, help="CSV with a sid column and the column of --healthy")
+    add(
+        "--healthy",
+        required=True,
+        metavar="COLUMN",
+        help="label column: 1 for healthy subjects to learn from, 0 for subjects to detect",
+    )
+    add("--baselines", metavar="STORE", help="patch store of the same subjects; scores its histograms as a baseline")
+    add("--out-dir", required=True, help="output folder")
     add_progress_flag(parser)
     return parser.parse_args()
 
 
 def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
-    """AUROC of (n,) scores for the patients that are not healthy, and its 95 % interval over patients."""
+    """Return the AUROC of scores (n,) for detecting subjects that are not healthy, with its 95 % interval."""
     truth, both = (~healthy).astype(int), np.stack([-score, score], axis=1)
     weights = resamples(np.arange(len(score)), RESAMPLES, seed=0)
     low, high = np.nanquantile(auroc(truth, both, weights), [0.025, 0.975])
@@ -72,7 +80,10 @@ def main() -> None:
     if args.baselines:
         store = PatchStore(args.baselines)
         if missing := set(sids) - set(store.sids):
-            raise UserError(f"--baselines {args.baselines} has no subject {min(missing)!r} of --features-dir")
+            raise UserError(
+                f"--baselines {args.baselines} lacks subject {min(missing)!r} of --features-dir; "
+                "give the store of these features"
+            )
         table = baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()
         scores["histogram_by_location"] = unusual(table.reshape(len(sids), -1, BINS), healthy)
     found = {}
@@ -85,7 +96,7 @@ def main() -> None:
     rows = pd.DataFrame({"sid": np.repeat(sids, ours.shape[1]), "patch": places, "value": ours.ravel().round(4)})
     write_text(out_dir / "patch_scores.csv", rows.to_csv(index=False))
     write_json(out_dir / "unusual.json", found)
-    print(f"unusual: {len(sids)} patients, learnt from {healthy.sum()} healthy ones; {out_dir}")
+    print(f"unusual: {len(sids)} subjects scored, {healthy.sum()} healthy subjects to learn from; {out_dir}")
     for name, figures in found.items():
         print(f"{name}: AUROC {figures['auroc']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})")
 

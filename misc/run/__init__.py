@@ -1,1 +1,1 @@
-"""What a training run needs: its flags, recipes, saver, logs, watch and resume notes."""
+"""Parts of a training run: flags, recipes, checkpoints, logs, the watch for hanging ranks, and resuming."""

@@ -1,4 +1,4 @@
-"""The letters of the transforms and the ranges that they draw from, with their flags. data/augment.py computes them."""
+"""Letters, parameter ranges and flags of the augmentation transforms, which data/augment.py implements."""
 
 import argparse
 from typing import NamedTuple
@@ -21,40 +21,42 @@ LETTERS = {
 
 
 class Ranges(NamedTuple):
-    """What the transforms' parameters are drawn from; the defaults are the published ones."""
+    """Ranges from which the transforms draw their parameters. The defaults are the published values."""
 
-    rotate: float = 10.0  # degrees, about each axis, either way
-    translate: float = 12.0  # voxels, along each axis, either way
-    scale: float = 0.1  # about 1, on each axis, either way
-    elastic: float = float(HU_MAX - HU_MIN)  # voxels before smoothing, largest; as published
+    rotate: float = 10.0  # ± degrees about each axis
+    translate: float = 12.0  # ± voxels along each axis
+    scale: float = 0.1  # zoom factor 1 ± scale on each axis
+    elastic: float = float(HU_MAX - HU_MIN)  # largest offset in voxels before smoothing, as published
     noise_prob: float = 0.25
-    noise_std: float = 50.0  # HU, largest
+    noise_std: float = 50.0  # largest standard deviation, HU
     contrast_prob: float = 0.25
     gamma: tuple[float, float] = (0.5, 4.5)
-    smooth: float = 2.0  # voxels, largest sigma; unpublished
-    shift: float = 30.0  # HU, either way; unpublished
-    breath: float = 0.2  # share of the volume, either way; unpublished
-    kernel: float = 0.6  # share of the fine detail, added or taken; unpublished
-    thickness: float = 1.0  # voxels, largest sigma along z; unpublished
+    smooth: float = 2.0  # largest sigma, voxels; unpublished
+    shift: float = 30.0  # ± HU; unpublished
+    breath: float = 0.2  # lung volume changes by a factor of 1 ± breath; unpublished
+    kernel: float = 0.6  # largest share of fine detail to add or remove; unpublished
+    thickness: float = 1.0  # largest sigma along z, voxels; unpublished
 
 
 PUBLISHED = Ranges()
 
 
 def list_letters() -> str:
-    """Every letter with its transform, for help and errors."""
+    """List every letter with its transform, for help texts and error messages."""
     return ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
 
 
 def refuse_unknown_letters(letters: str) -> None:
-    """Raise UserError if a letter has no transform."""
+    """Raise UserError if a letter does not stand for a transform."""
     unknown = sorted(set(letters) - set(LETTERS))
     if unknown:
-        raise UserError(f"--augmentation {letters!r} has the unknown letter {unknown[0]!r}; known are {list_letters()}")
+        raise UserError(
+            f"--augmentation {letters!r}: unknown letter {unknown[0]!r}; known letters are {list_letters()}"
+        )
 
 
 def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
-    """--augmentation, and a flag for each range that a user may change."""
+    """Add --augmentation and one flag for each range that users may change."""
 
     def add(name: str, kind: object, text: str, **more: object) -> None:
         default = getattr(PUBLISHED, name)
@@ -64,26 +66,32 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--augmentation",
         default="agc",
-        help=f"transforms in order: {list_letters()}; drop c if density itself matters",
+        help=f"letters of the transforms, in the order applied: {list_letters()}; omit c if density matters",
     )
     amount = at_least(float, 0)
-    add("rotate", amount, "degrees about each axis; lower it if pose matters")
-    add("translate", amount, "voxels along each axis; lower it if views share too little: 12 is a third of a patch")
-    add("scale", between(float, 0, 0.9), "zoom, a share either way; lower it if size matters")
-    add("noise_std", amount, "HU, the largest of g; raise it for cohorts of many doses")
-    add("noise_prob", between(float, 0, 1), "how often g is applied; raise it likewise")
-    add("smooth", amount, "voxels, the largest sigma of s; raise it for thick slices")
-    add("shift", amount, "HU, the largest of i, either way; raise it if breath differs much")
+    add("rotate", amount, "largest rotation about each axis, degrees; lower it if orientation matters")
+    add(
+        "translate",
+        amount,
+        "largest shift along each axis, voxels; 12 is a third of a patch; lower it for more overlap",
+    )
+    add("scale", between(float, 0, 0.9), "largest relative change of size; lower it if size matters")
+    add("noise_std", amount, "largest standard deviation of the noise g, HU; raise it if doses vary widely")
+    add("noise_prob", between(float, 0, 1), "probability of the noise g; raise it if doses vary widely")
+    add("smooth", amount, "largest sigma of the smoothing s, voxels; raise it for thick slices")
+    add("shift", amount, "largest intensity shift of i, HU; raise it if breath-hold levels vary widely")
     add(
         "breath",
         between(float, 0, 0.9),
-        "share of the lung's volume, the largest of b; raise it if breath differs much",
+        "largest relative change of lung volume by b; raise it if breath-hold levels vary widely",
     )
-    add("kernel", between(float, 0, 1), "share of fine detail that k adds or takes; raise it for many kernels")
-    add("thickness", amount, "voxels, the largest sigma of t; raise it for thick slices")
+    add(
+        "kernel", between(float, 0, 1), "largest share of fine detail that k adds or removes; raise it for many kernels"
+    )
+    add("thickness", amount, "largest sigma of t along z, voxels; raise it for thick slices")
     add("gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2)
 
 
 def ranges_of(args: argparse.Namespace) -> Ranges:
-    """The ranges that the flags give."""
+    """Collect the ranges from parsed flags."""
     return Ranges(**{name: value for name, value in vars(args).items() if name in Ranges._fields})

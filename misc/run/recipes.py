@@ -1,4 +1,4 @@
-"""Defaults of training as a set; a flag that is given wins."""
+"""Recipes: sets of training defaults. A flag on the command line overrides its recipe."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from misc.command import OneOf, Parser
 
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {},  # the flags' own defaults
-    # Some hundred subjects, minutes on a CPU: negatives as old as the key, and views that share most of a patch. No
-    # neighbour task, which so few subjects do not learn: what neighbours share is the person and the scanner. A step
-    # takes less than half the time so. Views that differ in sharpness and noise, for both say who was scanned how, and
-    # would win the task without disease (README, Results; misc/results).
+    # For about a hundred subjects and minutes on a CPU. Negatives come from the same step as the key, and the two views
+    # share most of a patch. There is no neighbour task: so few subjects do not learn it, because neighbouring patches
+    # mainly share the subject and the scanner. Without it a step takes less than half the time. The views differ in
+    # sharpness and noise. Both identify the scanner settings and would solve the patch task without any information
+    # on disease (README, Results; misc/results).
     "small": {
         "epochs": 10,
         "beta": 0.0,
@@ -31,9 +32,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def add_recipe(parser: Parser, argv: Sequence[str] | None) -> None:
-    """The flag --recipe, and its set as the parser's defaults."""
+    """Add the flag --recipe and set the chosen recipe as the parser's defaults."""
     small = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["small"].items())
-    text = f"defaults as a set: published, for thousands of subjects; small, for under some 500: {small}"
+    text = f"set of defaults: published for thousands of subjects; small for fewer than about 500, which is {small}"
     parser.add_argument("--recipe", type=OneOf(*RECIPES), default="published", help=text)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="published")

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint changes, in words: notes, and refusals that name the flag."""
+"""Report the settings that a resumed run changes, and refuse changes that are not possible."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from misc.command import UserError
 
 WITHOUT_NOTE = (
     *("resume", "init_from", "exp_name", "root_dir", "start_epoch", "no_progress", "keep", "patience"),
-    "neighbor_pass",  # which --beta decides
+    "neighbor_pass",  # determined by --beta
 )
 SETS_STEPS = (
     "batch_size",
@@ -17,38 +17,39 @@ SETS_STEPS = (
     "accumulate",
     "location_order",
     "batch_by",
-)  # what an epoch's steps are
+)  # settings that determine the steps of an epoch
 NOT_FLAGS = {
     "num_subjects": "number of subjects",
-    "store_version": "store's version",
-    "location_table": "table of locations",
+    "store_version": "version of the store",
+    "location_table": "location table",
     "world_size": "number of ranks",
 }
-CONSEQUENCES = {  # of a change, if the flag's name does not say it
-    "epochs": "so the cosine's rates are others",
-    "store_version": "so it goes on with other patches or other subjects",
-    "world_size": "which computes the same to rounding",
-    "bn_groups": "so BatchNorm takes its statistics over other samples",
+CONSEQUENCES = {  # the effect of a change, if the name of the flag does not show it
+    "epochs": "so the learning rates of the cosine schedule change",
+    "store_version": "so the run continues with different patches or subjects",
+    "world_size": "which gives the same results up to rounding",
+    "bn_groups": "so BatchNorm computes its statistics over different samples",
 }
 
 
 class ResumeError(UserError):
-    """A run cannot go on from, or start from, a checkpoint; the message says which flag would let it."""
+    """A run cannot resume or start from a checkpoint; the message names the flag to change."""
 
 
 def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's run encoded neighbours; checkpoints that do not say, published ones too, always did."""
+    """Whether the run of a checkpoint encoded neighbours. Published and other checkpoints without the entry did."""
     return before.get("neighbor_pass", True)
 
 
 def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
     """Whether neighbours are read and encoded at every step.
 
-    --beta 0 needs none. A run that began with them keeps them, because its BatchNorm statistics come from them too.
+    A new run with --beta 0 does not need them. A run that started with neighbours keeps them, because they
+    contribute to its BatchNorm statistics.
 
     Args:
-        beta: the flag's value; a warm-up does not change it.
-        before: settings of the checkpoint that the run goes on from, None for a new run.
+        beta: the value of --beta; a warm-up does not change it.
+        before: settings of the checkpoint that the run resumes from, None for a new run.
     """
     return beta > 0 or (before is not None and had_neighbor_pass(before))
 
@@ -65,14 +66,14 @@ def note_changes(
 
     Args:
         before: settings of the checkpoint.
-        settings: of the run that goes on.
+        settings: settings of the resumed run.
         source: the checkpoint.
-        place: its finished epochs, and steps of the next.
-        begins_anew: the run starts an epoch of its own choice, not within the one under way.
+        place: finished epochs of the checkpoint, and its steps in the next epoch.
+        begins_anew: the run starts at the beginning of an epoch, not within the unfinished one.
         say: prints a line.
 
     Raises:
-        ResumeError: the steps or the optimiser would be others.
+        ResumeError: the steps of the unfinished epoch or the optimiser would differ.
     """
     epoch, step = place
     changed = [name for name in before if settings.get(name, before[name]) != before[name]]
@@ -81,44 +82,47 @@ def note_changes(
         if name not in WITHOUT_NOTE and not unused:
             shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             consequence = f", {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
-            say(f"note: {shown} was {before[name]} in {source.name} and is {settings[name]} now{consequence}")
+            say(f"note: {shown} was {before[name]} in {source.name} and is now {settings[name]}{consequence}")
     had_pass, has_pass = had_neighbor_pass(before), settings["neighbor_pass"]
     if has_pass and not settings["beta"]:
-        say(f"note: --beta is 0, but {source.name} was trained with the neighbours' pass, which is kept")
+        say(f"note: --beta is 0, but {source.name} was trained with neighbours, so they are still encoded")
     if has_pass and not had_pass:
-        say("note: BatchNorm's statistics come from neighbours too from here on")
+        say("note: from now on, neighbours also contribute to the BatchNorm statistics")
     steps = f" and {step} steps" if step else ""
-    say(f"resuming from {source}: {epoch} epochs done{steps}")
+    say(f"resuming from {source} after {epoch} epochs{steps}")
     if "optimizer" in changed:
-        raise ResumeError(f"{source} holds the state of --optimizer {before['optimizer']}; give the same to go on")
+        raise ResumeError(
+            f"{source} holds the state of --optimizer {before['optimizer']}; use this optimiser to resume"
+        )
     if has_pass and not had_pass and step and not begins_anew:
         raise ResumeError(
-            f"{source} is from within an epoch without neighbours (--beta 0); give --beta 0, or --start-epoch {epoch} "
-            "to begin that epoch again"
+            f"{source} is from within an epoch without neighbours; use --beta 0, or --start-epoch {epoch} "
+            "to start that epoch again"
         )
     for name in SETS_STEPS:
         if name in changed and step and not begins_anew:
             raise ResumeError(
-                f"{source} is from within an epoch with {name} {before[name]}, now it is {settings[name]}: "
-                f"its steps are others; give the same, or --start-epoch {epoch} to begin that epoch again"
+                f"{source} is from within an epoch with {name} {before[name]}, but now it is {settings[name]}, which "
+                f"changes the steps; use the same value, or --start-epoch {epoch} to start that epoch again"
             )
 
 
 def refuse_other_encoder(source: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ResumeError if an encoder's sizes are not this run's; names the flag."""
+    """Raise ResumeError if the sizes of another encoder differ from this run's; the message names the flag."""
     for name in ("rep_dim", "num_experts"):
         if theirs[name] != ours[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ResumeError(
-                f"--init-from {source} has {flag} {theirs[name]}, this run {ours[name]}; give {flag} {theirs[name]}"
+                f"--init-from {source} has {flag} {theirs[name]}, but this run has {ours[name]}; "
+                f"use {flag} {theirs[name]}"
             )
 
 
 def describe_start(source: Path, epochs: int, with_projection: bool, queue: tuple[int, int] | None) -> str:
-    """One line on what --init-from takes: models.state.Started in words."""
-    projection = "too" if with_projection else "left out, which has another size"
-    left = f" (its {queue[0]} locations and {queue[1]} keys each are not taken)" if queue else ""
+    """Describe in one line what --init-from loads, from the fields of models.state.Started."""
+    projection = "also loaded" if with_projection else "not loaded, because its size differs"
+    left = f" (the checkpoint's queue of {queue[0]} locations with {queue[1]} keys each is not loaded)" if queue else ""
     return (
-        f"starting from the encoder of {source}, {epochs} epochs, its projection {projection}; queue and optimiser "
-        f"begin anew{left}"
+        f"starting from the encoder of {source} after {epochs} epochs, projection {projection}; queue and optimiser "
+        f"start fresh{left}"
     )

@@ -1,6 +1,6 @@
-"""A run that goes on from a checkpoint takes back what it told of later steps, so that each is told once.
+"""Rewind the logs of a resumed run to its checkpoint, so that every step is logged once.
 
-What log.jsonl said of them is kept under another name, as the checkpoints further on are.
+The full log.jsonl is kept under another name, like the later checkpoints.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from misc.files import write_text, write_whole
 
 
 def _told(line: str) -> tuple[str, tuple[int, int]] | None:
-    """Kind and position of a line of log.jsonl; an epoch's line comes after its steps'. None for half a line."""
+    """Return kind and position of a line of log.jsonl, or None for a partial line. An epoch comes after its steps."""
     try:
         record: dict[str, Any] = json.loads(line)
         epoch = int(record["epoch"])
@@ -27,16 +27,16 @@ def _told(line: str) -> tuple[str, tuple[int, int]] | None:
 
 
 def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str, int]:
-    """Cut log.jsonl down to what was done at a position; what goes is copied to ``aside`` first.
+    """Remove the lines of log.jsonl after a position. If any line is removed, the whole file is copied first.
 
     Args:
-        log: the file, open to read and append. It is read through this stream: a process that closes another stream of
-            a file loses its lock on it.
-        position: finished epochs, and steps of the next.
-        aside: where the whole of it is kept if a line goes.
+        log: the file, open for reading and appending. It must be read through this stream, because a process loses
+            its lock on a file when it closes another stream of the same file.
+        position: finished epochs, and steps of the next epoch.
+        aside: path of the copy.
 
     Returns:
-        How many lines of each kind stay.
+        The number of remaining lines of each kind.
     """
     file = log.fileno()
     text = os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace")
@@ -67,15 +67,15 @@ class Record(NamedTuple):
 
     content: bytes
     step: int
-    tags: list[str]  # of its curves
+    tags: list[str]  # names of its curves
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The whole records of a TensorBoard file; a killed run may have left half a record at its end."""
+    """Read the complete records of a TensorBoard file. A killed run may have left a partial record at the end."""
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     data, offset = path.read_bytes(), 0
-    while offset + 12 <= len(data):  # length, its checksum, the event, its checksum
+    while offset + 12 <= len(data):  # a record is: length, checksum of the length, event, checksum of the event
         (length,) = struct.unpack_from("<Q", data, offset)
         record = data[offset : offset + 16 + length]
         if len(record) < 16 + length:
@@ -87,19 +87,19 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
-    """Cut TensorBoard's curves where log.jsonl ends.
+    """Cut the TensorBoard curves where log.jsonl ends.
 
     Args:
-        folder: of the events.out.tfevents.* files.
-        counts: points that stay, of the longest ``train/`` curve (step) and of the longest ``epoch/`` curve (epoch).
-            A curve that began later has fewer; all are cut at the same place.
+        folder: folder with the events.out.tfevents.* files.
+        counts: number of points to keep in the longest ``train/`` curve (step) and the longest ``epoch/`` curve
+            (epoch). Curves that started later have fewer points; all curves are cut at the same step.
 
     Returns:
-        The last step of the ``train/`` curves that stays; 0 if none does.
+        The last remaining step of the ``train/`` curves; 0 if there is none.
     """
     paths = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     files = {path: list(read_records(path)) for path in paths}
-    curves: dict[str, list[int]] = {}  # rising steps of each curve
+    curves: dict[str, list[int]] = {}  # steps of each curve, in increasing order
     for record in itertools.chain(*files.values()):
         for tag in record.tags:
             points = curves.setdefault(tag, [])

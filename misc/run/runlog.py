@@ -1,4 +1,4 @@
-"""What a run tells of itself: log.jsonl, TensorBoard curves, a progress bar or printed lines, behind one object."""
+"""The log of a training run: log.jsonl, TensorBoard curves, and a progress bar or printed lines."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from misc.command import UserError
 from misc.progress import progress_bar
 from misc.run.rewind import rewind_curves, rewind_log
 
-NEAR_CHANCE = 1.2  # times chance; below it an epoch's accuracy against fresh keys tells of no learning
+NEAR_CHANCE = 1.2  # multiple of chance; a lower accuracy against fresh keys shows that nothing has been learnt
 
 
 class DivergedError(UserError):
@@ -24,44 +24,44 @@ class DivergedError(UserError):
 
 
 class Sums(NamedTuple):
-    """What a run that goes on within an epoch needs of its meters; means over the ranks, so of any number of them."""
+    """Sums that a run needs to resume within an epoch. They are means over ranks, so the number of ranks may change."""
 
-    totals: torch.Tensor  # (n,) float64, over the epoch's steps so far
-    since: torch.Tensor  # (n,) float32, of those that no reading has told
-    steps: int  # how many these are
+    totals: torch.Tensor  # (n,) float64, sums over the steps of the epoch so far
+    since: torch.Tensor  # (n,) float32, sums over the steps since the last reading
+    steps: int  # number of steps since the last reading
 
 
 class Meters:
-    """Means of a step's statistics over all ranks: of the steps since the last reading, and of an epoch's.
+    """Averages of training statistics over all ranks, since the last reading and over an epoch.
 
-    Statistics stay on the device until they are read, so that a step does not wait for it; so does the number of steps
-    before the first whose statistics were not finite.
+    The statistics stay on the device until they are read, so that a step does not wait for the device. The
+    number of steps before the first non-finite statistic is also counted there.
 
     Args:
-        names: of the statistics, in order.
-        device: where they are computed.
+        names: names of the statistics, in order.
+        device: the device that computes them.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = tuple(names)
         self._since = torch.zeros(len(names), device=device)
-        self._finite = torch.zeros(2, device=device)  # whether all were so far; how many were
-        self.steps = 0  # since the last reading
-        self.last_count = 0  # steps that the last reading was over
-        self.finite_steps = 0  # of these, before the first that was not finite
+        self._finite = torch.zeros(2, device=device)  # whether all steps were finite so far; number of finite steps
+        self.steps = 0  # steps since the last reading
+        self.last_count = 0  # steps in the last reading
+        self.finite_steps = 0  # steps in the last reading before the first non-finite one
         self._epoch = torch.zeros(len(names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | Sums | None = None) -> None:
-        """Begin an epoch, with the sums of the steps that a stopped run has done.
+        """Start an epoch, optionally with the sums from an interrupted run.
 
         Raises:
-            UserError: they are of other statistics.
+            UserError: the sums belong to a different set of statistics.
         """
         sums = totals if isinstance(totals, Sums) or totals is None else Sums(totals, torch.zeros_like(totals), 0)
         if sums is not None and sums.totals.shape != self._epoch.shape:
             raise UserError(
-                f"the checkpoint is from within an epoch and sums {len(sums.totals)} statistics, this code has "
-                f"{len(self.names)}: give --start-epoch with its finished epochs, to begin that epoch again"
+                f"the checkpoint is from within an epoch and has {len(sums.totals)} statistics, but this code has "
+                f"{len(self.names)}; set --start-epoch to the number of finished epochs to start that epoch again"
             )
         self._clear()
         self._epoch = torch.zeros_like(self._epoch)
@@ -76,14 +76,14 @@ class Meters:
         self.steps = 0
 
     def add(self, statistics: torch.Tensor) -> None:
-        """One step's statistics, (n,), of this rank."""
+        """Add the statistics (n,) of one step on this rank."""
         self._since += statistics
         self._finite[0] *= torch.isfinite(statistics).all()
         self._finite[1] += self._finite[0]
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; every rank must call it. Waits for the device."""
+        """Return the means since the last reading. Every rank must call it; it waits for the device."""
         reduced = process.all_reduce_mean(self._since.clone()).cpu()  # (n,)
         self._epoch = self._epoch + reduced
         mean = (reduced / self.steps).tolist()
@@ -93,21 +93,21 @@ class Meters:
         return dict(zip(self.names, mean))
 
     def sums(self) -> Sums:
-        """For a checkpoint within an epoch; every rank must call it. Waits for the device."""
+        """Return the sums for a checkpoint within an epoch. Every rank must call it; it waits for the device."""
         since = process.all_reduce_mean(self._since.clone()).cpu()
         return Sums(self._epoch + since, since, self.steps)
 
     def totals(self) -> torch.Tensor:
-        """Sums over the epoch so far, (n,) float64, over all ranks; every rank must call it."""
+        """Return the sums over the epoch so far, (n,) float64, averaged over ranks. Every rank must call it."""
         return self.sums().totals
 
     def epoch_means(self, steps: int) -> dict[str, float]:
-        """Means over an epoch of so many steps."""
+        """Return the means over an epoch of ``steps`` steps."""
         return dict(zip(self.names, (self._epoch / steps).tolist()))
 
 
 def _curves(folder: str) -> Any:
-    """tensorboard_logger's Logger, able to write pictures: its own way calls a function that SciPy dropped in 2018."""
+    """Return a tensorboard_logger Logger that can write pictures. The original calls a function removed from SciPy."""
     from PIL import Image
     from tensorboard_logger import Logger
     from tensorboard_logger.tf_protobuf import summary_pb2
@@ -126,19 +126,19 @@ def _curves(folder: str) -> Any:
 
 
 class RunLog:
-    """Where a run's statistics go. Every rank has one; only the first one's writes anything.
+    """Writes the statistics of a run. Every rank has one, but only the one of rank 0 writes anything.
 
     Args:
-        stream: log.jsonl, open; None on other ranks.
-        folder: of the TensorBoard curves.
-        epochs: of the run.
-        steps: of an epoch.
-        batch_size: over all ranks, for samples a second.
-        no_progress: draw no bar; without one, every reading is a printed line.
+        stream: the open log.jsonl; None on other ranks.
+        folder: folder of the TensorBoard curves.
+        epochs: number of epochs in the run.
+        steps: number of steps per epoch.
+        batch_size: samples per step over all ranks, to compute samples per second.
+        no_progress: print a line at every reading instead of drawing a progress bar.
     """
 
     def __init__(self, stream: TextIO | None, folder: Any, epochs: int, steps: int, batch_size: int, no_progress: bool):
-        self.chance_fresh = 100 / batch_size  # %, of the accuracy against the step's own keys
+        self.chance_fresh = 100 / batch_size  # chance level of the accuracy against the keys of the same step, %
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self._stream, self._curves, self._bar = stream, None, None
         self._no_progress, self._pictured = no_progress, False
@@ -149,18 +149,18 @@ class RunLog:
             self._curves = _curves(str(folder))
 
     def go_on(self, epoch: int, step: int, source: Path | None) -> None:
-        """Take back what an earlier run told of later steps than ``step`` of epoch ``epoch`` (0 the first).
+        """Remove from the logs what an earlier run wrote after the position where this run continues.
 
         Args:
-            epoch, step: finished epochs, and steps of the next, from which this run goes on.
-            source: the checkpoint that it goes on from, of this folder; None for a run that takes nothing over.
+            epoch, step: finished epochs, and finished steps of the next epoch.
+            source: the checkpoint in this folder that the run resumes from; None for a new run, which removes all.
         """
         if not self.speaks:
             return
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
         told = rewind_curves(self._folder, counts)
-        self._offset = max(0, told - (step + self.steps * epoch))  # epochs were longer before
+        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps
         if source:
             self._write({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
 
@@ -169,7 +169,7 @@ class RunLog:
         return self._stream is not None
 
     def start_epoch(self, epoch: int, done: int) -> None:
-        """Begin epoch ``epoch`` (0 the first) after ``done`` of its steps."""
+        """Start epoch ``epoch`` (counted from 0) after ``done`` of its steps."""
         self._window_start = self._epoch_start = time.perf_counter()
         self._bar = progress_bar(
             self._no_progress or not self.speaks,
@@ -180,18 +180,18 @@ class RunLog:
         )
 
     def advance(self, picture: Callable[[], np.ndarray] | None = None) -> None:
-        """One step is done. ``picture`` makes (H, W, 3) uint8 of its input; of a run's first step it is kept."""
+        """Record that a step is done. ``picture`` returns its input as (H, W, 3) uint8; the first step's is logged."""
         self._bar.update()
         if self._pictured or picture is None or not self.speaks:
             return
         self._pictured = True
         try:
             self._curves.log_images("train/views", [picture()], step=0)
-        except (ImportError, RuntimeError) as error:  # a torchvision that does not go with this torch
-            print(f"note: no picture of the views in TensorBoard, torchvision cannot be used ({error})")
+        except (ImportError, RuntimeError) as error:  # torchvision does not match this torch
+            print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 
     def step(self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float) -> None:
-        """The means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (0 the first)."""
+        """Log the means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (counted from 0)."""
         seconds = time.perf_counter() - self._window_start
         self._window_start = time.perf_counter()
         if not self.speaks:
@@ -213,7 +213,7 @@ class RunLog:
             )
 
     def end_epoch(self, epoch: int, means: Mapping[str, float], rate: float) -> None:
-        """The means of epoch ``epoch`` (0 the first), which is done."""
+        """Log the means of the finished epoch ``epoch`` (counted from 0)."""
         self.close_bar()
         if not self.speaks:
             return
@@ -231,9 +231,9 @@ class RunLog:
         )
         if means["accuracy_fresh"] < NEAR_CHANCE * self.chance_fresh:
             print(
-                "warning: among keys as old as its own, a query finds its key no more often than by chance: nothing is "
-                "learnt of the patches yet. Give it more epochs; or a smaller --translate, --negatives batch, a higher "
-                "--lr"
+                "warning: the accuracy against fresh keys is at chance level, so the network has not learnt anything "
+                "about the patches yet. Train for more epochs, or try a smaller --translate, --negatives batch or a "
+                "higher --lr"
             )
 
     def close_bar(self) -> None:
@@ -246,14 +246,14 @@ class RunLog:
             self._stream.close()
 
     def _point(self, name: str, value: float, step: int) -> None:
-        """A point of a curve; lost where the disk is full."""
+        """Add a point to a curve. The point is lost if the disk is full."""
         try:
             self._curves.log_value(name, value, step)
         except OSError as error:
             self._tell_full(error)
 
     def _write(self, record: dict[str, Any]) -> None:
-        """One JSON line; six digits are more than the numbers mean. Where the disk is full it waits for room."""
+        """Write one JSON line with six significant digits. If the disk is full, the line waits until there is space."""
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
         self._unwritten += json.dumps(rounded).encode() + b"\n"
         try:
@@ -264,5 +264,5 @@ class RunLog:
 
     def _tell_full(self, error: OSError) -> None:
         if not self._full:
-            print(f"warning: no room for the log ({error}); the run goes on: make room", flush=True)
+            print(f"warning: cannot write the log ({error}); the run continues, please free disk space", flush=True)
         self._full = True

@@ -1,4 +1,4 @@
-"""When a run saves: every so many epochs and minutes, and when a signal asks any of its ranks to stop."""
+"""Save checkpoints of a run: at intervals of epochs and minutes, and when a signal asks a rank to stop."""
 
 import errno
 import math
@@ -17,22 +17,23 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Saver:
-    """Saves on the first rank, when all ranks have agreed to; ends them all where one was asked to stop.
+    """Saves on rank 0 when all ranks agree, and ends all ranks if one was asked to stop.
 
-    Every rank must call its methods, at the same steps.
+    All ranks must call its methods at the same steps.
 
     Args:
-        state: save(path, finished epochs, steps of the next, their sums) writes the run's state. ``aside`` is None or
-            takes the same, copies the state and returns what writes the copy, which a thread then does while training
-            goes on: the queue of published sizes is 1.2 GB, and a slow disk would stall a step for seconds. A stop and
-            the last epoch are saved at once in any case.
-        experiment: where to.
-        stop: set by a signal to this rank.
-        epochs: of the run; the last one is always saved.
+        state: writes the state of the run. ``state.save`` takes the path, the finished epochs, the steps of the next
+            epoch and their sums. ``state.aside`` is None, or takes the same arguments, copies the state and returns a
+            function that writes the copy. A thread calls that function while training continues. Otherwise a slow
+            disk would stall a step for seconds, because the queue of the published sizes has 1.2 GB. A stop and the
+            last epoch are always saved without a thread.
+        experiment: the experiment folder to save to.
+        stop: records a signal to this rank.
+        epochs: number of epochs of the run; the last one is always saved.
         every: epochs between checkpoints.
-        minutes: between saves within an epoch; 0 for none.
-        keep: finished epochs' checkpoints to keep; 0 for all.
-        good: the checkpoint that the run goes on from.
+        minutes: minutes between saves within an epoch; 0 for none.
+        keep: number of latest epoch checkpoints to keep; 0 for all.
+        good: the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -47,30 +48,30 @@ class Saver:
         good: Path | None = None,
     ):
         self.state, self.experiment, self.stop = state, experiment, stop
-        self._writing: tuple[threading.Thread, list[OSError]] | None = None  # and what went wrong
+        self._writing: tuple[threading.Thread, list[OSError]] | None = None  # the writing thread and its errors
         self.epochs, self.every, self.minutes, self.keep = epochs, every, minutes, keep
-        self.good = good  # the last that was saved
-        self.agreed = 0  # the signal that all ranks knew of at the last epoch's end
+        self.good = good  # the latest saved checkpoint
+        self.agreed = 0  # the signal that all ranks knew of at the end of the last epoch
         self.saved_at = time.monotonic()
 
     def after_step(self, epoch: int, done: int, meters: Meters) -> None:
-        """Save ``done`` steps of an epoch under way, when it is time or a signal came to any rank."""
+        """Save after ``done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
         stopped, due = process.all_largest(self.stop.number, int(bool(due) and not process.rank()))
-        if not (due or stopped):  # a signal that came meanwhile is for the next step: other ranks do not know of it
+        if not (due or stopped):  # other ranks do not know of a later signal, so it waits for the next step
             return
         path, sums = self.experiment.unfinished, meters.sums()
         saved = self._save(path, epoch, done, sums, now=bool(stopped))
         if stopped:
             self.stop.number = stopped
             told = f"saved {path}" if saved else f"not saved, {self._last()}"
-            self._leave(f"stopped by {self.stop.name}; {told}, go on with --resume auto")
+            self._leave(f"stopped by {self.stop.name}; {told}, continue with --resume auto")
 
     def after_epoch(self, finished: int) -> None:
-        """Save ``finished`` epochs, as often as asked, at the end, and when a signal came.
+        """Save after ``finished`` epochs, if a save is due, at the end of the run, or after a signal.
 
         Raises:
-            UserError: there is no room, and no later epoch to save again.
+            UserError: the disk is full after the last epoch.
         """
         last = finished == self.epochs
         (self.agreed,) = process.all_largest(self.stop.number)
@@ -79,32 +80,33 @@ class Saver:
             self._save(self.experiment.checkpoint(finished), finished, must=last, now=now, then=self._tidy)
 
     def leave_if_asked(self) -> None:
-        """End this process where a signal came; what is done is saved and told."""
+        """End this process after a signal. The state is already saved; the message names the checkpoint."""
         if self.agreed:
             self.stop.number = self.agreed
-            self._leave(f"stopped by {self.stop.name}; {self._last()}, go on with --resume auto")
+            self._leave(f"stopped by {self.stop.name}; {self._last()}, continue with --resume auto")
 
     def check(self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters) -> None:
-        """Raise DivergedError, on every rank, where a statistic that was just read is not finite."""
+        """Raise DivergedError on every rank if a statistic of the last reading is not finite."""
         if all(map(math.isfinite, statistics.values())):
             return
         self._finish()
         (worse,) = process.all_largest(meters.last_count - meters.finite_steps)
         first = done - max(worse - 1, 0)
         raise DivergedError(
-            f"the loss is not finite at epoch {epoch + 1}, step {first}; {self._last()}: go on from there by --resume "
-            f"auto with a lower --lr, or check the store for damaged patches at location {location}"
+            f"the loss is not finite at epoch {epoch + 1}, step {first}; {self._last()}. Continue with --resume auto "
+            f"and a lower --lr, or check the store for damaged patches at location {location}"
         )
 
     def _last(self) -> str:
-        return f"the last good state is {self.good}" if self.good else "nothing was saved before"
+        return f"the last good checkpoint is {self.good}" if self.good else "there is no earlier checkpoint"
 
     def _save(
         self, path: Path, *what: Any, must: bool = False, now: bool = False, then: Callable[[], None] = lambda: None
     ) -> bool:
-        """On the first rank, whether it is there, or will be when a thread has written it.
+        """Save on rank 0. Return whether the checkpoint exists or a thread is writing it.
 
-        A full disk is told, and the run goes on unless it ``must`` be saved. ``then`` is called when it is there.
+        A full disk gives a warning and the run continues, unless the checkpoint ``must`` be saved. ``then`` is called
+        once the checkpoint exists.
         """
         self.saved_at = time.monotonic()
         if process.rank():
@@ -117,13 +119,11 @@ class Saver:
                 self._write_aside(self.state.aside(path, *what), path, then)
                 return True
         except DivergedError as error:
-            raise DivergedError(
-                f"{error}; {self._last()}: go on from there by --resume auto with a lower --lr"
-            ) from None
+            raise DivergedError(f"{error}; {self._last()}. Continue with --resume auto and a lower --lr") from None
         except OSError as error:
             if must and error.errno in DISK_IS_FULL:
-                words = f"no room to save ({error}), {self._last()}"
-                raise UserError(f"{words}: make room, and go on with --resume auto") from error
+                words = f"cannot save ({error}), {self._last()}"
+                raise UserError(f"{words}; free disk space and continue with --resume auto") from error
             self._warn(error)
             return False
         self._saved(path, then)
@@ -144,7 +144,7 @@ class Saver:
         thread.start()
 
     def _finish(self) -> None:
-        """Wait for what is being written. Raises OSError where it was something else than a full disk."""
+        """Wait for the writing thread. Raises its OSError unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None
@@ -157,18 +157,18 @@ class Saver:
         then()
 
     def _tidy(self) -> None:
-        """What an epoch's checkpoint makes superfluous."""
+        """Remove the checkpoints that the new epoch checkpoint replaces."""
         self.experiment.unfinished.unlink(missing_ok=True)
         self.experiment.keep_latest(self.keep)
 
     def _warn(self, error: OSError) -> None:
-        """Tell of a full disk; raise anything else."""
+        """Print a warning for a full disk, and raise any other error."""
         if error.errno not in DISK_IS_FULL:
             raise error
-        print(f"warning: no room to save ({error}); the run goes on, {self._last()}: make room", flush=True)
+        print(f"warning: cannot save ({error}), please free disk space; the run continues, {self._last()}", flush=True)
 
     def _leave(self, message: str) -> None:
-        """All ranks together: a launcher ends the others when one has gone, and the first takes its time to save."""
+        """End all ranks together, because a launcher ends the others as soon as one exits, even while rank 0 saves."""
         process.meet()
         if process.rank() == 0:
             print(message)

@@ -1,8 +1,8 @@
-"""A rank that hangs is noticed by the others, and named.
+"""Detect a hanging rank and report which one it is.
 
-Ranks wait for each other in every step, so where one hangs all do, and none can say so from within the step. Beside
-each, a thread tells the others which step it is at. One whose thread is not heard either has no living process; one
-that is heard, but has not come to the step that the others wait in, hangs on its way there: mostly on its disk.
+Ranks wait for each other in every step, so one hanging rank blocks all of them, and none can report it from within
+the step. A thread next to each rank therefore publishes its current step. A rank without signs of life has no living
+process. A rank with signs of life that has not reached the step of the others hangs on the way, usually on its disk.
 """
 
 import contextlib
@@ -19,51 +19,55 @@ from misc import process
 from misc.command import LOST, USER_ERROR, leave
 
 Item = TypeVar("Item")
-BEATS = 20  # in the time that ranks are patient
-LONGEST_BEAT = 10.0  # seconds
-SILENT_BEATS = 4  # after so many missed ones nobody is there
+BEATS = 20  # signs of life (beats) that a rank sends during --patience
+LONGEST_BEAT = 10.0  # longest time between beats, seconds
+SILENT_BEATS = 4  # a rank counts as dead after so many missed beats
 
 
 class Place(NamedTuple):
-    """Where a rank was when it was last heard."""
+    """The step at which a rank last gave a sign of life."""
 
-    epoch: int  # from 1
+    epoch: int  # counted from 1
     step: int
     host: str
-    beat: int  # how often it was heard; another number is another sign of life
+    beat: int  # counts the signs of life
 
 
-NEVER_HEARD = Place(0, 0, "not heard since the start", 0)
+NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
 
 
 def who_hangs(places: Mapping[int, Place], silent: set[int]) -> str:
-    """The ranks that others wait for, and why it is they, in words; places by rank.
+    """Describe which ranks the others wait for, and why.
 
-    Where nobody is silent or behind, all are at one step, and what they wait for is not on these machines.
+    If no rank is silent or behind, all are at the same step. Then a device or the network does not respond.
+
+    Args:
+        places: the last known step of each rank.
+        silent: ranks without recent signs of life.
     """
     furthest = max((place.epoch, place.step) for place in places.values())
     behind = {rank for rank, place in places.items() if (place.epoch, place.step) < furthest}
     at = f"epoch {furthest[0]}, step {furthest[1]}"
     if not silent and not behind:
-        return f"all ranks hang at {at}: a device or the network between them does not answer"
+        return f"all ranks hang at {at}, because a device or the network between them does not respond"
     chosen = sorted(silent or behind)
     names = ", ".join(f"{rank} ({places[rank].host})" for rank in chosen)
     first = places[chosen[0]]
     why = (
-        "its process does not answer"
+        "its process does not respond"
         if silent
-        else f"it has not come from epoch {first.epoch}, step {first.step}: is its disk slow, or gone?"
+        else f"it is still at epoch {first.epoch}, step {first.step}, perhaps because its disk is slow or gone"
     )
-    return f"rank {names} hangs at {at}, {why}"
+    return f"rank {names} blocks the others at {at}, {why}"
 
 
 class Watch:
-    """The thread of one rank.
+    """The watching thread of one rank.
 
     Args:
-        store: shared by the ranks; set(key, text), get(key), check([key]).
-        rank, world: this one's number, and how many there are.
-        seconds: how long nothing may move.
+        store: key-value store shared by the ranks; set(key, text), get(key), check([key]).
+        rank, world: number of this rank, and number of ranks.
+        seconds: longest time without progress.
     """
 
     def __init__(self, store: Any, rank: int, world: int, seconds: float):
@@ -71,21 +75,21 @@ class Watch:
         self.pause = min(seconds / BEATS, LONGEST_BEAT)
         self.began = self.since = time.monotonic()
         self.at, self.beats = (0, 0), 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> beat, when it was new
+        self._heard: dict[int, tuple[int, float]] = {}  # rank -> latest beat and its time
 
     def move(self, epoch: int, step: int) -> None:
-        """This rank has come to a step."""
+        """Record that this rank has reached a step."""
         self.at, self.since = (epoch, step), time.monotonic()
 
     def look(self) -> str:
-        """Tell the others where this rank is, hear them; what hangs, ``""`` while nothing does."""
+        """Publish the step of this rank and read those of the others. Return what hangs, or ``""`` if nothing does."""
         self.beats += 1
         own = Place(*self.at, socket.gethostname(), self.beats)
         self.store.set(f"watch-{self.rank}", json.dumps(own))
         now, places, silent = time.monotonic(), {self.rank: own}, set()
         for rank in set(range(self.world)) - {self.rank}:
             key = f"watch-{rank}"
-            there = self.store.check([key])  # not before its first sign of life, which may never come
+            there = self.store.check([key])  # reading a missing key would block, perhaps forever
             places[rank] = Place(*json.loads(self.store.get(key))) if there else NEVER_HEARD
             beat, heard_at = self._heard.get(rank, (0, self.began))
             if places[rank].beat != beat:
@@ -96,16 +100,16 @@ class Watch:
         return who_hangs(places, silent) if now - self.since > self.seconds else ""
 
     def run(self) -> None:
-        """Until something hangs; then one rank tells, and this one ends."""
+        """Watch until something hangs. Then one rank prints the reason, and this process ends."""
         while True:
             time.sleep(self.pause)
-            with contextlib.suppress(RuntimeError):  # the store is gone: the run is ending
+            with contextlib.suppress(RuntimeError):  # the store is gone because the run is ending
                 if hangs := self.look():
                     break
         if self.store.add("watch-told", 1) == 1:
             minutes = f"{self.seconds / 60:g}"
             print(
-                f"error: {hangs}; nothing moved for {minutes} minutes (--patience), go on with --resume auto",
+                f"error: {hangs}; no progress for {minutes} minutes (--patience), continue with --resume auto",
                 flush=True,
             )
             leave(USER_ERROR)
@@ -117,12 +121,13 @@ _watch: list[Watch] = []
 
 
 def watched(items: Iterable[Item], epoch: int, done: int, minutes: float) -> Iterator[Item]:
-    """The items, a step each, telling the other ranks where this one is.
+    """Yield the items, one per step, and publish the step of this rank to the others.
 
     Args:
         items: batches.
-        epoch: 0 the first; done: its steps that were done before.
-        minutes: how long nothing may move.
+        epoch: current epoch, counted from 0.
+        done: steps of this epoch that were finished before.
+        minutes: longest time without progress.
     """
     if process.world_size() > 1 and not _watch:
         store = dist.distributed_c10d._get_default_store()

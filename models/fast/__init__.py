@@ -1,13 +1,18 @@
-"""The same numbers, faster. The method reads and runs without any of it.
+"""Fast paths: the same numbers as the plain code, computed faster. The method works without any of them.
 
-Gains measured alone on 2 cores (batches of 32, AVX2): BatchNorm with ELU 1.24 times in a training step; voxel pairs
-1.31 in a step and 1.10 in extraction; glibc's memory 1.14 and 1.2; BatchNorm groups side by side 1.26 in a step. The
-one-pass convolution and its pieces gain 1.07 in extraction with AVX2 and 1.7 with AVX-512. What is for GPUs
-(norm_elu_gpu, graph) is tested here and has not been timed.
+Speed-ups, each measured alone on 2 cores with AVX2 and batches of 32:
 
-Each function either does its work or returns None. The caller then takes the plain path, which stands beside the call.
-The environment variable DRASCLR_FAST=off switches all of them off, and :func:`plain` does so for a block of code. Use
-it to check whether a result depends on a fast path.
+- norm_elu_cpu (BatchNorm with ELU): 1.24 in a training step.
+- pairs (voxel pairs): 1.31 in a step, 1.10 in extraction.
+- memory (glibc keeps freed memory): 1.14 in a step, 1.2 in extraction.
+- groups (BatchNorm groups in parallel): 1.26 in a step.
+- fused and pieces (convolution and ELU in one pass): 1.07 in extraction; 1.7 with AVX-512.
+
+The fast paths for GPUs (norm_elu_gpu, graph) are tested but have not been timed.
+
+Each function either does its work or returns None. In the second case the caller runs the plain code next to the call.
+The environment variable DRASCLR_FAST=off switches all fast paths off, and :func:`plain` does so for a block of code.
+Use them to check whether a result depends on a fast path.
 """
 
 import contextlib
@@ -18,13 +23,13 @@ _off: list[bool] = [os.environ.get("DRASCLR_FAST", "").lower() not in ("", "on",
 
 
 def enabled() -> bool:
-    """Whether the fast paths are taken."""
+    """Return whether the fast paths are switched on."""
     return not _off[-1]
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Take only plain paths within the block, and in the threads that it starts."""
+    """Switch the fast paths off in a block of code, including all threads that it starts."""
     _off.append(True)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Convolution followed by ELU, for inference: on the CPU in one pass, by oneDNN.
+"""Convolution followed by ELU for inference, in one oneDNN pass on the CPU.
 
-A convolution leaves its result in memory and ELU reads and writes it once more. oneDNN can apply ELU to
-what is in the registers, but torch reaches that only through TorchScript's oneDNN Graph fuser.
+A separate ELU reads and writes the result of the convolution again. oneDNN can apply ELU while the result is still in
+registers, but torch offers this only through TorchScript's oneDNN Graph fuser.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from models import fast
 
-# Compiling switches the fuser, which all threads share, on and off again: one at a time, or one is left unfused.
+# Compiling switches the fuser on and off for all threads. Only one thread may compile, or another's code is not fused.
 _compiling = threading.Lock()
 
 
@@ -27,10 +27,11 @@ def conv_elu(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """F.elu(F.conv3d(...)), without gradients. (B, in, D, H, W) -> (B, out, D', H', W').
+    """Compute F.elu(F.conv3d(...)) without gradients: (B, in, D, H, W) -> (B, out, D', H', W').
 
-    The first call with tensors of some shapes compiles, which takes as long as some ten calls; hold it
-    to few shapes. In one pass go float32 and bfloat16 volumes on the CPU that have a bias.
+    The first call for each combination of shapes compiles, which takes as long as about ten calls, so use few
+    different shapes. The one-pass code needs float32 or bfloat16 tensors on the CPU and a bias. All other inputs
+    take two passes.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
     if fast.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
@@ -42,7 +43,7 @@ def conv_elu(
     return F.elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
 
 
-@functools.lru_cache(maxsize=64)  # of an encoder's 13 layers, in two dtypes
+@functools.lru_cache(maxsize=64)  # enough for the 13 layers of an encoder in two data types
 def _one_pass(
     shape: torch.Size,
     kernel_shape: torch.Size,
@@ -50,9 +51,10 @@ def _one_pass(
     dtype: torch.dtype,
     *settings: int | str | tuple[int, ...],
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """The fused function for tensors of these shapes and layouts, ready; None where this torch has no fuser.
+    """Return a compiled fused function for tensors of these shapes and layouts, or None if torch has no fuser.
 
-    The fuser compiles for what it saw first and takes all else unfused: so one function for each.
+    The fuser compiles for the first inputs that it sees and does not fuse any others, so each combination of shapes
+    needs a separate function.
     """
     examples = [torch.zeros(shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
     for index, last in enumerate(channels_last):
@@ -69,9 +71,9 @@ def _one_pass(
     try:
         torch.jit.enable_onednn_fusion(True)
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; nothing that replaces it fuses ELU
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but no replacement fuses ELU
             traced = torch.jit.trace(layer, examples, check_trace=False)
-            traced(*examples)  # notes the shapes, unfused; the next call compiles
+            traced(*examples)  # records the shapes without fusing; the next call compiles
             fused = "oneDNNFusionGroup" in str(traced.graph_for(*examples))
         return traced if fused else None
     except RuntimeError:

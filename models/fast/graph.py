@@ -1,6 +1,7 @@
-"""A training step recorded as one CUDA graph: its kernels are launched together, not one after another from Python.
+"""A training step recorded as one CUDA graph, so that one call from Python launches all of its kernels.
 
-A step is some thousand kernels of a few microseconds, and Python takes longer to launch them than a GPU to run them.
+A step has about a thousand kernels of a few microseconds each. Python takes longer to launch them one by one than the
+GPU takes to run them.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from misc.command import UserError
 from models import fast
 from models.step import Done, Inputs, TrainingStep, WholeStep
 
-WARM_UP = 3  # steps before one is recorded: libraries choose their algorithms, the optimiser makes its state
+WARM_UP = 3  # steps before the recording, in which libraries choose algorithms and the optimiser creates its state
 
 
 class Recorded(NamedTuple):
-    """A graph, the tensors that it reads, and those that it writes."""
+    """A CUDA graph with its input and output tensors."""
 
     graph: Any  # torch.cuda.CUDAGraph
     inputs: Inputs
@@ -28,33 +29,33 @@ class Recorded(NamedTuple):
 
 
 class RecordedStep:
-    """A WholeStep that is recorded once for each shape of its inputs and each beta, and replayed after that.
+    """A WholeStep that is recorded once for each combination of input shapes and beta, and then replayed.
 
-    A replay computes what the step would. It is possible for one process that takes an optimiser step every time.
+    A replay computes the same numbers as the step. It requires a single process and an optimiser update in every step.
 
     Args:
-        step: with a view function whose sizes no draw decides.
-        generators: that the views draw noise from; they may be seeded before every step.
+        step: the step to record. The tensor sizes in its view function must not depend on random draws.
+        generators: random generators that the views use for noise. They may be seeded before every step.
     """
 
     def __init__(self, step: WholeStep, generators: Sequence[torch.Generator]):
         self.step, self.generators = step, generators
         self.optimizer = step.descend.optimizer
         self._rate: torch.Tensor | None = None
-        self._kind: tuple = ()  # what was recorded, or is being warmed up for
-        self._seen = 0  # steps of that kind so far
+        self._kind: tuple = ()  # beta and input shapes of the recorded steps, or of the current warm-up
+        self._seen = 0  # number of steps of this kind so far
         self._recorded: Recorded | None = None
 
     def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
-        """The step. What it returns is overwritten by the next one.
+        """Run the step. The next call overwrites the returned tensors.
 
         Raises:
             UserError: the step cannot be recorded.
         """
         kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
-        if kind != self._kind:  # beta changes once, after the warm-up: two graphs' memory would be too much
+        if kind != self._kind:  # keep only one graph, because two take too much memory; beta changes only once
             self._kind, self._seen, self._recorded = kind, 0, None
-        for group in self.optimizer.param_groups:  # a graph's rate is float32: every step's is, recorded or not
+        for group in self.optimizer.param_groups:  # round the rate to float32 in all steps, as in a graph
             group["lr"] = float(np.float32(group["lr"]))
         self._seen += 1
         if self._seen <= WARM_UP:
@@ -69,30 +70,30 @@ class RecordedStep:
         return self._recorded.done
 
     def _record(self, inputs: Inputs, beta: float) -> Recorded:
-        """The step as a graph, not run yet. Raises UserError."""
+        """Record the step as a graph without running it. Raises UserError if this fails."""
         kept = Inputs(*(None if value is None else value.clone() for value in inputs))
         self._rate = torch.zeros((), device=inputs.patches.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.zero_grad(set_to_none=True)  # so that the graph's own gradients are new ones
+        self.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates new gradients
         torch.cuda.synchronize()
-        gc.collect()  # an older graph that is collected within a recording may spoil it
+        gc.collect()  # garbage collection of an older graph during the recording may break it
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators:
                 register_generator(graph, generator)
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate  # a tensor, which a replay may find changed
-            # The loader's thread pins memory meanwhile, which only its own mode allows.
+                group["lr"] = self._rate  # a tensor, so that the rate can change between replays
+            # The data loader's thread pins memory during the recording. Only the mode "thread_local" allows that.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the recording's own end fails too, and says less
+            cause = error.__context__ or error  # closing the recording also fails, with a less specific error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            # Not every torch can go on after this: streams, generators and memory are left as within a recording.
+            # Do not continue: some torch versions leave streams, generators and memory in the recording state.
             raise UserError(
                 f"the training step cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}); set the "
-                "environment variable DRASCLR_FAST=off, and go on with --resume auto"
+                "environment variable DRASCLR_FAST=off and continue with --resume auto"
             ) from cause
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates):
@@ -101,19 +102,19 @@ class RecordedStep:
 
 
 def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
-    """Let a graph draw from a generator that is seeded between replays; torch 2.14 needs no telling."""
+    """Register a generator with a graph, so that it can be seeded between replays. torch 2.14 does not need this."""
     if hasattr(graph, "register_generator_state"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated there
+            warnings.simplefilter("ignore")  # deprecated in torch 2.14
             graph.register_generator_state(generator)
 
 
 def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
-    """Whether the steps of a run with these flags can be recorded.
+    """Return whether the steps of a run with these flags can be recorded.
 
-    Not with ``--accumulate``, where two steps differ; nor with the elastic transform, whose offsets are too large to be
-    kept twice.
+    ``--accumulate`` rules it out, because its steps differ. The elastic transform rules it out, because its offsets
+    are too large to keep in memory twice. ``--compile`` and several processes rule it out too.
     """
-    alone = isinstance(step.training_step, TrainingStep)  # not DistributedDataParallel's
+    alone = isinstance(step.training_step, TrainingStep)  # not wrapped in DistributedDataParallel
     plain = args.accumulate == 1 and not args.compile and "e" not in args.augmentation
     return device.type == "cuda" and fast.enabled() and alone and plain

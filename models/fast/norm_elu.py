@@ -1,4 +1,4 @@
-"""BatchNorm3d followed by ELU in training: the one entrance to the versions for CPUs, GPUs and torch.compile."""
+"""BatchNorm3d followed by ELU in training: selects the version for the CPU, the GPU or torch.compile."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,12 @@ from models.fast import norm_elu_cpu, norm_elu_gpu
 def norm_elu(
     norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int = 1, track: bool = True
 ) -> list[torch.Tensor] | None:
-    """elu(norm(x)) of blocks (n, C, D, H, W), as :func:`models.cnn3d.norm_elu`; None if the plain path must do it.
+    """Compute elu(norm(x)) for blocks (n, C, D, H, W), as in :func:`models.cnn3d.norm_elu`.
 
-    Under torch.compile there is one version only, whatever the switch says.
+    Under torch.compile, the version for it is used even if the fast paths are switched off.
+
+    Returns:
+        The blocks of the result, or None if no fast path applies.
     """
     if not norm.training:
         return None
@@ -31,14 +34,14 @@ def norm_elu(
 
 
 def _apply_joined(work, norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], track: bool) -> list[torch.Tensor]:
-    """``work(norm, x, track)`` of the blocks as one tensor, cut into blocks again."""
+    """Join the blocks, run ``work(norm, x, track)`` on the result, and split it into blocks again."""
     if len(blocks) == 1:
         return [work(norm, blocks[0], track)]
     return list(work(norm, torch.cat(list(blocks)), track).chunk(len(blocks)))
 
 
 def _has_usual_settings(norm: nn.BatchNorm3d) -> bool:
-    """Whether a layer is one like the encoder's: scaled, with running statistics of a fixed momentum."""
+    """Return whether a layer is set up as in the encoder: affine, with running statistics and a fixed momentum."""
     return type(norm) is nn.BatchNorm3d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
@@ -48,18 +51,19 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            # .data, as torch's own kernel writes them: an earlier pass may hold them for its backward pass, which
-            # does not read their values in training and must not find a new version.
+            # Write through .data, so that the version counters do not change. An earlier pass may have saved these
+            # tensors for its backward pass, which does not read their values but checks their versions.
             norm.running_mean.data.lerp_(mean, norm.momentum)
             norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
 
 
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    """For torch.compile, whose graphs keep the running statistics that they were given for the backward pass.
+    """Compute elu(norm(x)) under torch.compile, and update the running statistics separately from the BatchNorm call.
 
-    Patches and neighbours go through a layer one after the other, so those of the first pass would have changed by
-    then. Here the layer gets none, and they are updated beside it.
+    A compiled graph saves the running statistics that it receives for its backward pass. Patches and neighbours pass
+    through a layer one after the other, so the second pass would change the statistics that the first one saved.
+    BatchNorm therefore gets no running statistics here.
     """
     y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
     if track:

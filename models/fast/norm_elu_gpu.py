@@ -1,9 +1,9 @@
-"""BatchNorm3d followed by ELU on a GPU: all groups of a batch at once, channels last, in Triton.
+"""BatchNorm3d followed by ELU on a GPU: Triton kernels for all groups of a batch at once, channels last.
 
-torch reads a layer's result five times in the forward pass (mean and variance, normalisation, ELU) and once more in
-the backward pass, group after group. Here two kernels read it forward, and two backward, which recompute the ELU. A
-tile's mean and squares are merged with the next one's (Chan, Golub and LeVeque, 1979), in an order that does not
-depend on timing, so that the same input gives the same bits.
+torch processes one group after another. It reads the result of a layer five times in the forward pass (mean and
+variance, normalisation, ELU) and once more in the backward pass. Here two kernels read it in the forward pass and two
+in the backward pass, where they recompute the ELU. The mean and the sum of squares of successive tiles are merged
+(Chan, Golub and LeVeque, 1979). The order does not depend on timing, so the same input gives the same bits.
 """
 
 import functools
@@ -20,18 +20,18 @@ from models.condconv3d import channels_last
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a torch without CUDA
+except ImportError:  # torch without CUDA
     triton = None
 
-TILE = 4096  # numbers of a tile
-PROGRAMS = 1024  # over a GPU's multiprocessors, 132 on an H100
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are in float32
+TILE = 4096  # values per tile
+PROGRAMS = 1024  # most Triton programs per block, over all groups; an H100 runs them on 132 multiprocessors
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # data types of the blocks; sums are float32
 
 
 def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
-    """Whether blocks (n, C, D, H, W) are on a GPU that compiles the kernels, each group with over one value a channel.
+    """Return whether blocks (n, C, D, H, W) are on a GPU on which the kernels compile.
 
-    One value has no variance.
+    Each group must also have more than one value per channel, because one value has no variance.
     """
     x = blocks[0]
     enough = len(blocks) * x.numel() > x.shape[1] * groups
@@ -39,40 +39,40 @@ def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
 
 
 def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, track: bool) -> list[torch.Tensor]:
-    """elu(norm(x)) of all blocks; the running statistics are updated too.
+    """Compute elu(norm(x)) for all blocks, and update the running statistics if ``track`` is set.
 
     Args:
-        norm: scaled, with running statistics of a fixed momentum.
-        blocks, groups, track: as in :func:`models.cnn3d.norm_elu`.
+        norm: an affine layer with running statistics and a fixed momentum.
+        blocks, groups, track: see :func:`models.cnn3d.norm_elu`.
     """
     running = None
     if track:
         norm.num_batches_tracked += 1
-        # Detached: an earlier pass may hold them for its backward pass, which does not read their values.
+        # Detach them: an earlier pass may have saved them for its backward pass, which does not read their values.
         running = norm.running_mean.detach(), norm.running_var.detach(), norm.momentum
     return list(_NormELU.apply(norm.weight, norm.bias, running, norm.eps, groups, *blocks))
 
 
 @functools.lru_cache
 def _compiles(device: torch.device) -> bool:
-    """Whether Triton works here: it needs a C compiler."""
+    """Return whether Triton can compile the kernels for a device. It needs a C compiler."""
     if triton is None:
         return False
     try:
         apply(nn.BatchNorm3d(8).to(device), [torch.zeros(2, 8, 2, 2, 2, device=device)], 1, True)
-    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
-        warnings.warn(f"Triton cannot compile here ({error}); BatchNorm is torch's own, which is slower", stacklevel=2)
+    except Exception as error:  # from Triton, the compiler that it calls, or the driver
+        warnings.warn(f"Triton cannot compile here ({error}); using torch's slower BatchNorm", stacklevel=2)
         return False
     return True
 
 
 class Layout(NamedTuple):
-    """How a block's values lie in memory, and how they are cut into tiles."""
+    """Memory layout of a block and its division into tiles."""
 
-    rows: int  # voxels of a group
+    rows: int  # voxels per group in a block
     channels: int
-    tiles: int  # programs for each group
-    tile_rows: int
+    tiles: int  # Triton programs per group
+    tile_rows: int  # rows per tile
     columns: int  # channels, rounded up to a power of two
 
     @classmethod
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
 
 
 class _NormELU(torch.autograd.Function):
-    """elu(norm(x)) of blocks (n, C, D, H, W), every group with statistics of its own."""
+    """Compute elu(norm(x)) for blocks (n, C, D, H, W), with separate statistics for each group."""
 
     @staticmethod
     def forward(ctx, weight, bias, running, eps, groups, *blocks):
@@ -115,7 +115,7 @@ class _NormELU(torch.autograd.Function):
         partial = weight.new_empty(len(blocks) * tiles, groups, 2, channels, dtype=torch.float32)
         for block, grad, part in zip(blocks, grads, partial.split(tiles)):
             _tile_gradients[tiles, groups](block, grad, part, moments, weight, bias, rows, channels, *tile)
-        sums = partial.sum(dim=0)  # (groups, 2, C): of g and of g x_hat, g the gradient before the ELU
+        sums = partial.sum(dim=0)  # (groups, 2, C): sums of g and of g x_hat; g is the gradient at the ELU's input
         results = [torch.empty_like(block) for block in blocks]
         count = rows * len(blocks)
         for block, grad, result in zip(blocks, grads, results):
@@ -130,7 +130,7 @@ if triton is not None:
 
     @triton.jit
     def _tile_moments(x, partial, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Count, mean and sum of squares about it, of every channel, over a program's tiles of one group."""
+        """Compute count, mean and sum of squared deviations of every channel over a program's tiles in one group."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -169,7 +169,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         TRACK: tl.constexpr,
     ):
-        """A group's mean and 1 / SD from its parts; group 0 moves the running statistics."""
+        """Merge the parts of a group into its mean and 1 / SD. Group 0 updates the running statistics."""
         group, groups = tl.program_id(0), tl.num_programs(0)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -182,7 +182,7 @@ if triton is not None:
             source = partial + (part * groups + group)[:, None] * 3 * CHANNELS + column[None, :]
             counts = tl.load(source, mask=valid, other=0.0)
             means = tl.load(source + CHANNELS, mask=valid, other=0.0)
-            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # 1 for a channel that only fills up the tile
+            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # 1 for padding columns, to avoid a division by 0
             new_mean = tl.sum(counts * means, axis=0) / new
             away = means - new_mean[None, :]
             new_squares = tl.sum(tl.load(source + 2 * CHANNELS, mask=valid, other=0.0) + counts * away * away, axis=0)
@@ -195,7 +195,7 @@ if triton is not None:
         into = moments + group * 2 * CHANNELS + column
         tl.store(into, mean, mask=inside)
         tl.store(into + CHANNELS, 1.0 / tl.sqrt(variance + eps), mask=inside)
-        if TRACK:  # noqa: SIM102 - known when it is compiled; the group when it runs
+        if TRACK:  # noqa: SIM102 (TRACK is a compile-time constant, but the group is known only at run time)
             if group == 0:
                 before = tl.load(running_mean + column, mask=inside, other=0.0)
                 tl.store(running_mean + column, before + momentum * (mean - before), mask=inside)
@@ -205,7 +205,7 @@ if triton is not None:
 
     @triton.jit
     def _load_scale(moments, weight, bias, group, CHANNELS: tl.constexpr, column, inside):
-        """Mean, 1 / SD, weight and bias of each channel, in float32."""
+        """Load mean, 1 / SD, weight and bias of each channel in float32."""
         source = moments + group * 2 * CHANNELS + column
         mean = tl.load(source, mask=inside, other=0.0)
         inverse = tl.load(source + CHANNELS, mask=inside, other=0.0)
@@ -217,7 +217,7 @@ if triton is not None:
     def _normalize(
         x, y, moments, weight, bias, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):
-        """y = elu((x - mean) / SD * weight + bias)."""
+        """Compute y = elu((x - mean) / SD * weight + bias)."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -233,7 +233,7 @@ if triton is not None:
 
     @triton.jit
     def _load_gradient(x, grad, offset, valid, mean, inverse, scale, shift):
-        """x_hat = (x - mean) / SD and g, the gradient before the ELU, of a tile; outside ``valid`` g is 0."""
+        """Compute x_hat = (x - mean) / SD and g, the gradient at the ELU's input. g is 0 outside ``valid``."""
         x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
         g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
         z = x_hat * scale[None, :] + shift[None, :]
@@ -253,7 +253,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Sums of g and g x_hat over a program's tiles."""
+        """Sum g and g x_hat over a program's tiles."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -286,7 +286,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """d loss / d x = weight / SD (g - mean of g - x_hat mean of g x_hat); ``share`` is 1 / count."""
+        """Compute d loss / d x = weight / SD (g - mean(g) - x_hat mean(g x_hat)). ``share`` is 1 / count."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS

@@ -1,4 +1,4 @@
-"""Convolution of a volume of one channel, two voxels at a time."""
+"""Convolution of a single-channel volume, with two voxels combined into one voxel of two channels."""
 
 from collections.abc import Callable
 
@@ -15,19 +15,22 @@ def convolve_pairs(
     geometry: tuple,
     convolve: Callable[..., torch.Tensor] = F.conv3d,
 ) -> torch.Tensor | None:
-    """3 x 3 x 3 convolution of one channel with padding 1, (B, 1, D, H, W) -> (B, out, D, H, W), channels last.
+    """Run a 3 x 3 x 3 convolution of one channel with padding 1 on the CPU.
 
-    An output pair, voxels 2 X and 2 X + 1 of a line, looks at the four voxels 2 X - 1 ... 2 X + 2: with a
-    voxel of padding in front these are two pairs, two channels of a volume of half the width. The
-    kernel over pairs has 2 x out output channels and a width of 2, a quarter of its taps are zero, and
-    the library has fast code for it where it has none for a single channel.
+    The output voxels 2 X and 2 X + 1 of a line form a pair. They depend on the four input voxels 2 X - 1 ... 2 X + 2.
+    With one voxel of padding at the front, these are two input pairs. A pair becomes one voxel with two channels in a
+    volume of half the width. The kernel over pairs has 2 x out output channels and a width of 2, and a quarter of its
+    taps are zero. oneDNN has fast code for two channels but not for one.
 
     Args:
+        inputs: (B, 1, D, H, W).
+        kernel: (out, 1, 3, 3, 3).
+        bias: (out,) or None.
         geometry: stride, padding, dilation and groups of the convolution.
-        convolve: F.conv3d, or one that does more, number by number.
+        convolve: F.conv3d, or a function that also applies an elementwise operation to the result.
 
     Returns:
-        None where it is another convolution, or another device.
+        (B, out, D, H, W), channels last, or None for any other convolution or device.
     """
     one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.shape[-1] % 2 == 0 and inputs.is_contiguous()
     if not (fast.enabled() and inputs.device.type == "cpu" and one_channel):

@@ -1,4 +1,4 @@
-"""A batch encoded in pieces of one size, side by side on the cores."""
+"""Encode a batch in pieces of equal size, in parallel on the CPU cores."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,15 +9,16 @@ import torch
 
 from models import fast
 
-# Patches encoded at a time, in one pass a layer; a rest smaller than that takes two. One number, because
-# oneDNN's code is made for each number anew, and a small one, because a layer's result then takes tens of MB.
+# Patches per piece. A piece of this size takes one pass per layer, and a smaller remainder takes two. The size is
+# fixed, because oneDNN compiles code for each size. It is small, so that the result of a layer takes only tens of MB.
 PATCHES_AT_ONCE = 32
 
 
 def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
-    """``encode`` over pieces of ``x`` (B, ...), put together again; None where ``x`` is one piece, or on a GPU.
+    """Run ``encode`` on pieces of ``x`` (B, ...) in parallel, and join the results.
 
-    The pieces go side by side, each with a share of the cores, so that they never wait for each other within a layer.
+    Each piece has a share of the cores, so that pieces never wait for each other within a layer. Returns None if ``x``
+    fits in one piece or is on a GPU.
     """
     if not fast.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
@@ -25,16 +26,16 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
 
 
 def side_by_side(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
-    """``work`` of each piece, in order, each on its share of this process's cores.
+    """Run ``work`` on each piece, in parallel on equal shares of this process's cores, and return the results in order.
 
-    Threads of their own compute gradients unless ``work`` says otherwise, and know no autocast.
+    Gradients are on and autocast is off in a new thread, whatever the caller's settings. ``work`` must set both.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(pieces))
     return list(map(work, pieces) if threads == 1 else _pool(threads, cores // threads).map(work, pieces))
 
 
-@functools.lru_cache(maxsize=2)  # for full batches and the last one
+@functools.lru_cache(maxsize=2)  # one pool for full batches and one for the last batch
 def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
-    """Threads that each have some cores."""
+    """Create a pool of threads that use ``cores`` cores each."""
     return ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(cores,))

@@ -1,11 +1,11 @@
-"""Reading a scan rightly, a kind of file a module. ``preprocess.scan`` is the door."""
+"""Scan readers and their checks, one module per task. ``preprocess.scan`` is the entry point."""
 
 from misc.command import UserError
 
 
 class ScanError(UserError):
-    """One subject's scan, mask or transform cannot be used; the message says why."""
+    """One subject's scan, mask or transform cannot be used; the message gives the reason."""
 
 
 class EarlierFailure(ScanError):
-    """An earlier step failed for this subject, and has told why."""
+    """An earlier stage failed for this subject and reported the reason."""

@@ -1,6 +1,6 @@
-"""Whether a NRRD's or MetaImage's data are all there.
+"""Check that the data of a NRRD or MetaImage file are complete.
 
-ITK takes memory for what a header claims, and hands out a MetaImage whose compressed data are damaged as zeros.
+ITK allocates as much memory as the header claims. It reads damaged compressed MetaImage data as zeros.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from preprocess.reading import ScanError
 
 LONGEST_HEADER = 1 << 20  # bytes
-MOST_PACKED = 1100  # times: more than that no deflated data unpack to
+MOST_PACKED = 1100  # largest ratio of unpacked to compressed size that deflate can reach
 NRRD_BYTES = {
     **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1),
     **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2),
@@ -23,47 +23,47 @@ NRRD_BYTES = {
     ),
     **dict.fromkeys(("longlong", "long long", "int64", "int64_t", "ulonglong", "uint64", "uint64_t", "double"), 8),
 }
-META_HEADER = 1 << 14  # bytes in which a MetaImage's fields are
+META_HEADER = 1 << 14  # bytes at the start of a MetaImage file that are searched for header fields
 _META_FIELD = re.compile(r"^([A-Za-z]+)\s*=([^\n]*)$", re.M)
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
 
 
 class Claim(NamedTuple):
-    """What a header says of its data."""
+    """The data that a header describes."""
 
-    bytes: int  # unpacked
+    bytes: int  # size of the unpacked data
     data: Path
-    start: int  # of the data in it
-    packed: bool | None  # by zlib or gzip; None: as text, or in a way that is ITK's matter
+    start: int  # offset of the data in the file, bytes
+    packed: bool | None  # compressed by zlib or gzip; None for text and for encodings left to ITK
 
 
 def check_claim(path: Path, kind: str) -> None:
-    """Raise ScanError where the data of a NRRD or MetaImage are missing, cut short or damaged."""
+    """Raise ScanError if the data of a NRRD or MetaImage are missing, cut short or damaged."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     claim = (_nrrd if kind == "NRRD" else _meta)(path, head)
     if claim is None:
         return
     if not claim.data.is_file():
-        raise ScanError(f"{path}: its data are in {claim.data}, which is not there; put the two side by side")
+        raise ScanError(f"{path}: its data file {claim.data} does not exist; put both files into one folder")
     there = claim.data.stat().st_size - claim.start
     if claim.packed is False and there < claim.bytes:
-        raise ScanError(f"{claim.data} is cut short: {there} bytes of data of {claim.bytes}; copy it again")
+        raise ScanError(f"{claim.data} is cut short: {there} of {claim.bytes} bytes of data; copy it again")
     if claim.bytes > MOST_PACKED * max(there, 1):
-        raise ScanError(f"{path} claims {claim.bytes} bytes of data, and {claim.data} has {there}; copy it again")
+        raise ScanError(f"{path} claims {claim.bytes} bytes of data, but {claim.data} has {there}; copy it again")
     if claim.packed:
         _unpack(claim)
 
 
 ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
 UNPLACED = (
-    "the header does not tell how the patient lies ({}); taken as stored in LPS, so right and left, front and back may "
-    "be exchanged: look at the picture"
+    "the header does not give the patient's orientation ({}), so LPS is assumed; check the picture, because right and "
+    "left or front and back may be exchanged"
 )
 
 
 def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
-    """Warn if a NRRD's or MetaImage's header has no axes of the patient, or no voxel sizes: ITK makes them up."""
+    """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes, which ITK then assumes."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     if kind == "NRRD":
@@ -74,7 +74,7 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
             warnings.append(UNPLACED.format(given))
         sized = {"spacings", "space directions"} & set(fields)
         if not sized or ("space directions" not in fields and "nan" in fields.get("spacings", "").lower()):
-            warnings.append("the header has no voxel sizes; taken as 1 mm")
+            warnings.append("the header has no voxel sizes; 1 mm is assumed")
         return
     text = head[:META_HEADER].decode("latin-1")
     fields = {key.lower(): value.strip() for key, value in _META_FIELD.findall(text)}
@@ -83,11 +83,11 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
         said = f"AnatomicalOrientation {given} without TransformMatrix" if given else "it has no TransformMatrix"
         warnings.append(UNPLACED.format(said))
     if not {"elementspacing", "elementsize"} & set(fields):
-        warnings.append("the header has no voxel sizes (ElementSpacing); taken as 1 mm")
+        warnings.append("the header has no voxel sizes (ElementSpacing); 1 mm is assumed")
 
 
 def _unpack(claim: Claim) -> None:
-    """Read packed data to their end, a piece at a time; their checksum is compared."""
+    """Unpack all of the data in blocks, which also checks their checksum. Raise ScanError if they are incomplete."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
     try:
         with open(claim.data, "rb") as stream:
@@ -97,11 +97,11 @@ def _unpack(claim: Claim) -> None:
     except zlib.error as error:
         raise ScanError(f"{claim.data} is damaged ({error}); copy it again") from error
     if found < claim.bytes or not unpacker.eof:
-        raise ScanError(f"{claim.data} is cut short: {found} bytes of data of {claim.bytes}, unpacked; copy it again")
+        raise ScanError(f"{claim.data} is cut short: {found} of {claim.bytes} bytes after unpacking; copy it again")
 
 
 def _product(words: str, each: int) -> int | None:
-    """Bytes of sizes such as ``512 512 300``; None where they are no sizes, which ITK tells better."""
+    """Bytes of a volume with sizes like ``512 512 300``. None for an invalid text, which ITK reports better."""
     sizes = words.split()
     if not sizes or not all(re.fullmatch(r"\d{1,12}", size) for size in sizes):
         return None
@@ -109,13 +109,13 @@ def _product(words: str, each: int) -> int | None:
 
 
 def _beside(path: Path, name: str) -> Path | None:
-    """A data file that a header names; None for a list or a pattern of several."""
+    """The data file that a header names, or None if it names a list or pattern of several files."""
     name = name.strip()
     return None if not name or name.startswith("LIST") or "%" in name or " " in name else path.parent / name
 
 
 def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
-    """A NRRD's header, and where its data begin."""
+    """The fields of a NRRD header, and the offset of the data after it."""
     end = re.search(rb"\r?\n\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+): ?([^\n]*)$", text, re.M)}
@@ -123,6 +123,7 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
 
 
 def _nrrd(path: Path, head: bytes) -> Claim | None:
+    """The data that a NRRD header describes, or None if only ITK can check them."""
     fields, end = _nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
     needed = _product(fields.get("sizes", ""), each) if each else None
@@ -135,6 +136,7 @@ def _nrrd(path: Path, head: bytes) -> Claim | None:
 
 
 def _meta(path: Path, head: bytes) -> Claim | None:
+    """The data that a MetaImage header describes, or None if only ITK can check them."""
     end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
     if end is None:
         return None

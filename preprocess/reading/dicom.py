@@ -1,7 +1,7 @@
-"""A folder of DICOM slices, or a multi-frame file, as one volume in HU.
+"""Read a folder of DICOM slices, or a multi-frame file, as one volume in HU.
 
-Headers are read with pydicom and decide everything: which slices, their order, where they lie. ITK (GDCM) reads the
-pixels only, in whatever transfer syntax; what it makes of the headers, which has changed between its versions, is not
+pydicom reads the headers. They determine which slices are used, their order and their positions. ITK (GDCM)
+decodes only the pixels, in any transfer syntax. Its interpretation of the headers differs between versions and is not
 used.
 """
 
@@ -27,23 +27,23 @@ from preprocess.reading.dicom_series import Candidate, Frame, candidates, choose
 from preprocess.reading.itk import itk_reading
 from preprocess.reading.values import fill_padding
 
-# ITK's words on what is checked here, slice by slice, and more strictly
+# Warnings of ITK that are dropped, because the headers are checked more strictly here, slice by slice
 CHECKED = re.compile(r"[Nn]on.?uniform|missing slices|SpacingBetweenSlices|[Nn]on.?orthogonal|spacing", re.IGNORECASE)
 
 
 def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
-    """One CT volume.
+    """Read one CT volume.
 
     Args:
         path: a folder, or a DICOM file.
-        series: which, where there are several.
-        warnings: what the report should tell; added to.
+        series: the series to read if there are several.
+        warnings: list to which warnings for the report are appended.
 
     Returns:
-        The image, and what the report tells of the series.
+        The image, and the report's columns about the series.
 
     Raises:
-        ScanError: no series, several, damaged, or not one volume.
+        ScanError: there is no series, several match, a slice is damaged, or the slices do not form one volume.
     """
     if path.is_dir():
         slices, others, damaged = read_headers(path)
@@ -53,7 +53,7 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
         slices, others, damaged = [_one_file(path)], Counter(), []
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise ScanError(f"{path}: copy it again, it has DICOM slices that are cut short or damaged: {damaged[0]}{more}")
+        raise ScanError(f"{path}: copy it again, because DICOM slices are cut short or damaged: {damaged[0]}{more}")
     chosen = choose(candidates(slices), series, path, others)
     frames, place = place_slices(chosen.frames, path)
     values = _pixels(frames, path, warnings)
@@ -65,7 +65,7 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
 
 
 def _told(chosen: Candidate, others: Counter) -> dict[str, str]:
-    """What the report tells of a series."""
+    """The report's columns about a series."""
     parts = (chosen.trait("SeriesNumber"), chosen.trait("SeriesDescription"))
     return {
         "series": " ".join(part for part in parts if part) or chosen.uid,
@@ -79,34 +79,34 @@ VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 
 def _no_slices(folder: Path, others: Counter) -> str:
-    """Why a folder cannot be read, and what to give."""
+    """The message for a folder without CT slices, with advice on which path to use."""
     if others:
         return f"{folder} has no CT slices, only " + ", ".join(f"{count} {what}" for what, count in others.items())
     below = folders_with_slices(folder)
     if not below:
         images = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith(VOLUMES)]
         if images:
-            return f"{folder} has {len(images)} image files and no DICOM slices; name one of them, such as {images[0]}"
-        return f"{folder} is a folder without DICOM slices, and no folder in it has any"
+            return f"{folder} has {len(images)} image files and no DICOM slices; name one file, for example {images[0]}"
+        return f"{folder} and its subfolders have no DICOM slices; name another folder or file"
     name = below[0] if len(below) == 1 else ", ".join(below[:5]) + (", ..." if len(below) > 5 else "")
-    words = "is a folder without DICOM slices; subfolders are not searched, name the one with the slices"
+    words = "is a folder without DICOM slices; subfolders are not searched, so name the folder with the slices"
     return f"{folder} {words} ({name}?)"
 
 
 def _one_file(path: Path) -> tuple[Path, object]:
-    """A multi-frame file's header. Raises ScanError for any other DICOM file, with what to give."""
+    """Path and header of a multi-frame file. Raises ScanError for any other DICOM file, with advice."""
     try:
         header = read_header(path)
     except Damaged:
         raise ScanError(f"{path} is DICOM, but cut short or damaged; copy it again") from None
     if header is None:
         below = folders_with_slices(path.parent)
-        where = f", such as {path.parent / below[0]}" if below else ""
-        raise ScanError(f"{path} is a DICOMDIR, a list of files; give the folder with the slices{where}")
+        where = f", for example {path.parent / below[0]}" if below else ""
+        raise ScanError(f"{path} is a DICOMDIR, which is only a list of files; name the folder with the slices{where}")
     if reason := left_out(header):
-        raise ScanError(f"{path} is DICOM, but no CT slice: {reason}")
+        raise ScanError(f"{path} is DICOM, but not a CT slice: {reason}")
     if text(header, "NumberOfFrames") in ("", "1"):
-        raise ScanError(f"{path} is one slice of a series; give its folder, {path.parent}")
+        raise ScanError(f"{path} is one slice of a series; name its folder, {path.parent}")
     return path, header
 
 
@@ -114,14 +114,16 @@ def _one_file(path: Path) -> tuple[Path, object]:
 
 
 def _pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
-    """(slices, rows, columns) in HU, padding as air."""
+    """Voxels (slices, rows, columns) in HU, with padding set to air."""
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
-        raise ScanError(f"{folder}: {lut} has its HU in a table (ModalityLUTSequence), which is not read; convert it")
-    inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
-    if inverted:  # GDCM turns the values over, which are HU as they stand
         raise ScanError(
-            f"{folder}: {inverted} is MONOCHROME1, dark where dense, which is not read; export it as MONOCHROME2"
+            f"{folder}: {lut} stores HU in a lookup table (ModalityLUTSequence), which is not read; convert the series"
+        )
+    inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
+    if inverted:  # GDCM inverts the stored values, although they are already HU
+        raise ScanError(
+            f"{folder}: {inverted} is MONOCHROME1 (inverted grey values), which is not read; export it as MONOCHROME2"
         )
     told: list[str] = []
     many = text(frames[0].header, "NumberOfFrames") not in ("", "1")
@@ -135,7 +137,7 @@ def _pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarra
 
 
 def _rescale(frame: Frame) -> tuple[float, float]:
-    """Slope and intercept from stored values to HU."""
+    """Slope and intercept that convert stored values to HU."""
     groups = (frame.header.get("PerFrameFunctionalGroupsSequence"), frame.header.get("SharedFunctionalGroupsSequence"))
     items = [group[frame.index if number == 0 else 0] for number, group in enumerate(groups) if group]
     found = [item.PixelValueTransformationSequence[0] for item in items if item.get("PixelValueTransformationSequence")]
@@ -146,41 +148,44 @@ def _rescale(frame: Frame) -> tuple[float, float]:
 
 
 def _of_files(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
-    """Slices of a file each, in their order."""
+    """Voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
     names = ("BitsAllocated", "BitsStored", "PixelRepresentation")
     kinds = {(_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
-    if len(kinds) > 1:  # ITK takes the first slice's type for all, and cuts off what it cannot hold
+    if len(kinds) > 1:  # ITK uses the first slice's type for all slices and clips values outside it
         reader.SetOutputPixelType(sitk.sitkFloat32)
     intercepts = [_rescale(frame)[1] for frame in frames]
     other = next((frame for frame, value in zip(frames, intercepts) if value != intercepts[0]), None)
     if other:
-        told.append(f"the rescale intercept differs from slice to slice, first at {other.name}: look at the picture")
+        told.append(f"the rescale intercept differs between slices, first at {other.name}; check the picture")
     with itk_reading(folder, "a DICOM series", told):
         image = reader.Execute()
     return sitk.GetArrayFromImage(image)
 
 
 def _of_one_file(frames: list[Frame], told: list[str]) -> np.ndarray:
-    """Frames of a multi-frame file, in their order."""
+    """Voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
     path = frames[0].path
     scales = {_rescale(frame) for frame in frames}
-    if len(scales) > 1:  # ITK applies one to all
-        raise ScanError(f"{path}: its frames differ in rescale slope or intercept; export it as one file a slice")
+    if len(scales) > 1:  # ITK applies one slope and intercept to all frames
+        raise ScanError(f"{path}: its frames differ in rescale slope or intercept; export it as one file per slice")
     with itk_reading(path, "a multi-frame DICOM file", told):
         image = sitk.ReadImage(str(path))
     values = sitk.GetArrayFromImage(image)
     count = int(text(frames[0].header, "NumberOfFrames"))
     if values.shape != (count, *frames[0].shape):
-        raise ScanError(f"{path} has {count} frames, of which ITK reads {values.shape}; export it as one file a slice")
+        raise ScanError(
+            f"{path} has {count} frames, but ITK reads an array of {values.shape}; export it as one file per slice"
+        )
     return values[[frame.index for frame in frames]]
 
 
 def _padding(frame: Frame) -> tuple[tuple[float, float], ...]:
-    """HU that a slice's padding may have, lowest and highest, as stored and as ITK reads them; empty without padding.
+    """Possible ranges of a slice's padding in HU, each (lowest, highest); empty if the slice declares no padding.
 
-    The element may be signed where the pixels are not, or the other way round, and ITK drops bits above those stored.
+    The padding element and the pixels may differ in sign, and ITK drops bits above those stored. So there can be
+    several ranges.
     """
     first = numbers(frame.header, "PixelPaddingValue", 1, frame.path)
     if first is None:
@@ -193,6 +198,6 @@ def _padding(frame: Frame) -> tuple[tuple[float, float], ...]:
         read = [end % (1 << bits) for end in ends]
         if text(frame.header, "PixelRepresentation") == "1":
             read = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in read]
-        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # else the range is torn at the end of the bits
+        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # otherwise the range wraps around at the highest bit
             found += [tuple(sorted(slope * end + intercept for end in read))]
     return tuple(sorted(set(found)))

@@ -1,4 +1,4 @@
-"""DICOM files of one folder: their headers, what each is, and whether all of it is there."""
+"""Read the headers of a folder's DICOM files, classify each file, and check that it is complete."""
 
 import contextlib
 import re
@@ -19,14 +19,15 @@ from preprocess.reading.formats import is_dicom
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # and the legacy converted one
-CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or what a converter wrote without care
+CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or slices from a careless converter
 DIRECTORY = "1.2.840.10008.1.3.10"
-# Values of ImageType (0008,0008) that no slice of a volume has. MIP and its kin are thick projections.
+# Values of ImageType (0008,0008) that mark files outside a volume. MIP, MinIP and similar are thick projections.
 NO_SLICE = re.compile(
     r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVIEW|CT_SOM\d (TOP|PROT)|SCREEN ?(SAVE|SHOT)|DOSE.*|REPORT|PROTOCOL|M(AX|IN)?_?IP"
     r"|PROJECTION( IMAGE)?|BOLUS ?TRACK.*|MONITOR.*"
 )
-NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)  # RescaleType of maps: iodine, atomic numbers; US says nothing
+# RescaleType of maps, for example of iodine or atomic number. US means unspecified.
+NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)
 TAGS = """
     SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
     ProtocolName ConvolutionKernel AcquisitionNumber TemporalPositionIdentifier TemporalPositionIndex ContrastBolusAgent
@@ -39,14 +40,14 @@ TAGS = """
 
 
 class Damaged(Exception):
-    """A file that should be a slice and is not whole."""
+    """Raised for a file that should be a slice but is incomplete or damaged."""
 
 
 def text(dataset: Dataset, name: str) -> str:
-    """An element as text; ``""`` where it is missing, several values with a backslash between."""
+    """An element as text: ``""`` if it is missing, several values joined by backslashes."""
     try:
         value = dataset.get(name)
-    except Exception:  # pydicom converts on access, and trips over what scanners write
+    except Exception:  # pydicom converts on access and fails on some values that scanners write
         return ""
     if value is None:
         return ""
@@ -55,7 +56,7 @@ def text(dataset: Dataset, name: str) -> str:
 
 
 def numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
-    """``count`` numbers of an element; None where it is missing or empty. Raises ScanError for anything else."""
+    """``count`` numbers of an element, or None if it is missing or empty. Raises ScanError for anything else."""
     if name not in dataset:
         return None
     try:
@@ -63,15 +64,17 @@ def numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray |
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
             return None
         found = np.array(value, dtype=float).reshape(count)
-    except Exception:  # see text
+    except Exception:  # see text()
         found = np.full(count, np.nan)
     if not np.isfinite(found).all():
-        raise ScanError(f"{file}: {name} is not {count} number{'s' * (count > 1)}; write it again from the original")
+        raise ScanError(
+            f"{file}: {name} is not {count} number{'s' * (count > 1)}; export the file again from the original"
+        )
     return found
 
 
 def left_out(dataset: Dataset) -> str:
-    """Why a file is no slice of a CT volume, in a word or two; ``""`` where it may be one."""
+    """Why a file is not a slice of a CT volume, in a word or two; ``""`` if it may be one."""
     kind, modality = text(dataset, "SOPClassUID"), text(dataset, "Modality")
     if modality != "CT" and (modality or not kind.startswith(CT)):
         return modality or UID(kind).name
@@ -87,18 +90,18 @@ def left_out(dataset: Dataset) -> str:
 
 
 def is_capture(dataset: Dataset) -> bool:
-    """Of the class of screenshots, as which some converters write slices too."""
+    """Whether the file has the class of screenshots, which some converters also give to slices."""
     return text(dataset, "SOPClassUID").startswith(CAPTURE)
 
 
 def read_header(path: Path) -> Dataset | None:
-    """A DICOM file's elements that matter here; None where the file is not DICOM.
+    """Read the elements in ``TAGS`` from a DICOM file, or return None if the file is not DICOM or is a DICOMDIR.
 
     Raises:
-        Damaged: it should be a slice, but is cut short, or has no pixels.
+        Damaged: the file should be a slice, but is cut short or has no pixels.
     """
     with open(path, "rb") as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pydicom, about values that are not used
+        warnings.simplefilter("ignore")  # pydicom warns about values that are not used here
         if not is_dicom(stream.read(132)):
             if path.suffix.lower() == ".dcm":
                 raise Damaged
@@ -107,8 +110,8 @@ def read_header(path: Path) -> Dataset | None:
         try:
             dataset = dcmread(stream, stop_before_pixels=True, force=True, specific_tags=TAGS)
             for part in (dataset, dataset.file_meta):
-                list(part)  # pydicom reads a value when it is looked at
-        except Exception as error:  # whatever pydicom trips over, the file's first bytes are damaged
+                list(part)  # pydicom decodes a value only when it is accessed
+        except Exception as error:  # any failure of pydicom here means that the header is damaged
             raise Damaged from error
         if text(dataset, "SOPClassUID") == DIRECTORY or text(dataset.file_meta, "MediaStorageSOPClassUID") == DIRECTORY:
             return None
@@ -117,7 +120,7 @@ def read_header(path: Path) -> Dataset | None:
         unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
         try:
             whole = not (unknown or not left_out(dataset)) or _has_pixels(stream, dataset)
-        except (ValueError, TypeError, OverflowError, struct.error) as error:  # of numbers that are none
+        except (ValueError, TypeError, OverflowError, struct.error) as error:  # sizes that are not numbers
             raise Damaged from error
         if not whole:
             raise Damaged
@@ -125,9 +128,9 @@ def read_header(path: Path) -> Dataset | None:
 
 
 def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
-    """Whether all pixels are in the file, whose stream stands before them."""
+    """Whether the file contains all its pixels. ``stream`` is positioned at the pixel data."""
     syntax = UID(text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
-    if syntax.is_deflated:  # unpacked as a whole, which a cut one does not survive
+    if syntax.is_deflated:  # reading the header has unpacked the whole file, which fails if it is cut short
         return True
     order = "<" if syntax.is_little_endian else ">"
     head = stream.read(8)
@@ -147,7 +150,7 @@ def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
 
 
 def _fragments_end(stream: BinaryIO) -> bool:
-    """Whether compressed pixels, which come in pieces, reach their end mark."""
+    """Whether compressed pixels, stored in fragments, end with the end marker."""
     start = stream.tell()
     size = stream.seek(0, 2)
     while start + 8 <= size:
@@ -163,7 +166,7 @@ def _fragments_end(stream: BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what the system says of a folder or file, such as a missing permission, into a ScanError."""
+    """Turn a system error about a file or folder, for example a missing permission, into a ScanError."""
     try:
         yield
     except OSError as error:
@@ -171,7 +174,11 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, list[str]]:
-    """Slices of CT in a folder by file name, how many files were left out as what, and names of damaged ones."""
+    """Read the headers of a folder.
+
+    Returns:
+        The CT slices, sorted by file name; the number of files left out, by reason; the names of damaged files.
+    """
     slices, others, damaged = [], Counter(), []
     with readable(folder):
         for path in sorted(folder.iterdir()):
@@ -192,7 +199,7 @@ def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, lis
 
 
 def folders_with_slices(folder: Path, most: int = 6) -> list[str]:
-    """Folders below one that have DICOM files, relative to it; the first few."""
+    """The first subfolders, at most ``most``, that contain DICOM files, as paths relative to ``folder``."""
     found = []
     with readable(folder):
         for below in sorted(path for path in folder.rglob("*") if path.is_dir()):
@@ -204,6 +211,7 @@ def folders_with_slices(folder: Path, most: int = 6) -> list[str]:
 
 
 def _has_dicom(folder: Path) -> bool:
+    """Whether a folder itself contains a DICOM file."""
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR":
             with open(path, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Where slices lie, and whether they are one volume: every one to 0.1 mm where the volume puts it."""
+"""Position of DICOM slices: check that every slice lies within 0.1 mm of its position in one volume."""
 
 from collections import Counter
 from collections.abc import Hashable
@@ -12,23 +12,23 @@ from preprocess.reading.dicom_files import text
 from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
-ONE_PLACE = 0.2  # of the usual step: slices nearer to each other than this are two of one place
-DIGITS = 5  # of mm: a spacing of 0.9999999 is one of 1 that decimal strings have rounded
+ONE_PLACE = 0.2  # share of the usual step; slices closer than this count as two slices at one position
+DIGITS = 5  # decimals of a spacing in mm; decimal strings turn a spacing of 1 into 0.9999999
 
 
 class Place(NamedTuple):
-    """Where a volume lies: what SimpleITK's images have, axes (x, y, z) = (columns, rows, slices)."""
+    """The grid of a volume, as in SimpleITK: axes (x, y, z) are (columns, rows, slices)."""
 
     origin: tuple[float, ...]
     spacing: tuple[float, ...]
-    direction: tuple[float, ...]  # 3 x 3, row by row
+    direction: tuple[float, ...]  # (3, 3) matrix, row by row
 
 
 def place_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Place]:
-    """Order slices along their normal, and the grid that they make.
+    """Sort slices along their normal, and compute the grid that they form.
 
     Raises:
-        ScanError: they make no grid; names the first slice at fault, counted along the normal.
+        ScanError: the slices do not form a grid. The message names the first slice at fault along the normal.
     """
     _check_given(frames, folder)
     usual = _usual(frames)
@@ -51,38 +51,38 @@ def place_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Place]
 
 
 def _middle(values: np.ndarray) -> float:
-    """From the first of values to the middle of all; 0 where they differ by no more than decimal strings round."""
+    """Distance from the first value to the middle of their range; 0 if they differ only by decimal rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
 
 def _check_given(frames: list[Frame], folder: Path) -> None:
-    """Every slice has a place, an orientation and a pixel spacing."""
+    """Raise ScanError unless there are several slices, each with a position, an orientation and a pixel spacing."""
     for name, tag, lost in (
         ("position", "0020,0032", "their order and distance are"),
-        ("orientation", "0020,0037", "where they lie is"),
-        ("spacing", "0028,0030", "their pixels' size is"),
+        ("orientation", "0020,0037", "their direction is"),
+        ("spacing", "0028,0030", "their pixel size is"),
     ):
         without = [frame for frame in frames if getattr(frame, name) is None]
         if without:
             which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
             what = "pixel spacing" if name == "spacing" else name
             raise ScanError(
-                f"{folder}: {which} no {what} ({tag}), {without[0].name} first, so {lost} unknown; anonymise or "
-                "export the series again with it kept"
+                f"{folder}: {which} no {what} ({tag}), first {without[0].name}, so {lost} unknown; anonymise or "
+                "export the series again and keep this element"
             )
     for frame in frames:
         if min(frame.spacing) <= 0 or min(frame.shape) < 2:
             raise ScanError(
                 f"{folder}: {frame.name} has pixels of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm in a matrix of "
-                f"{frame.shape[0]} x {frame.shape[1]}, which is no slice"
+                f"{frame.shape[0]} x {frame.shape[1]}, which is not a valid slice; export the series again"
             )
     if len(frames) < 2:
-        raise ScanError(f"{folder} has no DICOM series of more than one slice, only {frames[0].name}")
+        raise ScanError(f"{folder} has a DICOM series with only one slice, {frames[0].name}; copy the whole series")
 
 
 def _usual(frames: list[Frame]) -> Frame:
-    """A slice such as most are, to which the others are compared."""
+    """A slice with the most common shape, orientation and spacing, to which all others are compared."""
 
     def kind(frame: Frame) -> Hashable:
         return (frame.shape, *np.round(frame.orientation, 3) + 0.0, *np.round(frame.spacing, 3))
@@ -92,41 +92,41 @@ def _usual(frames: list[Frame]) -> Frame:
 
 
 def _axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors along rows and columns. Raises ScanError where they are not at right angles."""
+    """Unit vectors along rows and columns. Raises ScanError unless they are at right angles."""
     row, column = usual.orientation[:3], usual.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > 0.01:
-        raise ScanError(f"{folder}: {usual.name}'s orientation (0020,0037) is no two directions: its vectors have "
-                        f"lengths {lengths[0]:.3f} and {lengths[1]:.3f} instead of 1")  # fmt: skip
+        raise ScanError(f"{folder}: {usual.name}'s orientation (0020,0037) is invalid: its vectors have lengths "
+                        f"{lengths[0]:.3f} and {lengths[1]:.3f} instead of 1; export the series again")  # fmt: skip
     row, column = row / lengths[0], column / lengths[1]
     extent = min(usual.shape[0] * usual.spacing[0], usual.shape[1] * usual.spacing[1])
     if (off := abs(row @ column) * extent) > PLACE:
         angle = np.rad2deg(np.arcsin(min(1.0, abs(row @ column))))
         raise ScanError(
             f"{folder}: {usual.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off a "
-            f"right angle, which displaces voxels by {off:.1f} mm; export the series again, from the scanner"
+            f"right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner"
         )
     column = column - row * (row @ column)
     return row, column / np.linalg.norm(column)
 
 
 def _extent(frame: Frame) -> np.ndarray:
-    """mm from the first voxel to the last, along columns, then along rows, as spacing is given."""
+    """Distance in mm from the first voxel to the last, along columns, then along rows (the order of ``spacing``)."""
     return (np.array(frame.shape) - 1) * frame.spacing
 
 
 def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
-    """All slices have one matrix, pixel spacing and orientation."""
+    """Raise ScanError unless all slices have the same matrix, pixel spacing and orientation."""
     for frame in frames:
         if frame.shape != usual.shape:
             raise ScanError(
-                f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, other slices have "
+                f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, but others have "
                 f"{usual.shape[0]} x {usual.shape[1]} ({usual.name}); {_foreign(frame, usual)}"
             )
         if (np.abs(_extent(frame) - _extent(usual)) > PLACE).any():
             raise ScanError(
-                f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, other "
-                f"slices have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); {_foreign(frame, usual)}"
+                f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, "
+                f"but others have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); {_foreign(frame, usual)}"
             )
         ends = [f.orientation.reshape(2, 3) * _extent(usual)[::-1, None] for f in (frame, usual)]
         if np.linalg.norm(ends[0] - ends[1], axis=1).max() > PLACE:
@@ -134,32 +134,32 @@ def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
                 min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
             )
             raise ScanError(
-                f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), turned "
+                f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), rotated "
                 f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {_foreign(frame, usual)}"
             )
 
 
 def _foreign(frame: Frame, usual: Frame) -> str:
-    """What to do about a slice that is unlike the others."""
+    """Advice for a slice that differs from the others."""
     if frame.traits["Plane"] != usual.traits["Plane"]:
-        return "a localizer? Take it out of the folder"
-    return "keep the slices of one reconstruction in the folder"
+        return "it may be a localizer: remove it from the folder"
+    return "keep only the slices of one reconstruction in the folder"
 
 
 def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None:
-    """Slices follow each other in one step."""
+    """Raise ScanError unless the slices are evenly spaced along their normal."""
     steps = np.diff(heights)
     usual = float(np.median(steps))
     if steps.max() < PLACE:
         raise ScanError(
-            f"{folder}: all {len(frames)} slices are at one place ({frames[0].name} and {frames[1].name} first): their "
-            "positions (0020,0032) were overwritten, or it is one place over time, no volume"
+            f"{folder}: all {len(frames)} slices are at the same position ({frames[0].name}, {frames[1].name}, ...); "
+            "their positions (0020,0032) were overwritten, or the series repeats one slice over time; export a volume"
         )
     short = np.flatnonzero(steps < max(ONE_PLACE * usual, PLACE / 2))
     if len(short):
         raise ScanError(
-            f"{folder} has two slices at one place ({frames[short[0]].name} and {frames[short[0] + 1].name}, "
-            f"{steps[short[0]]:.2f} mm apart); keep each slice once, of one reconstruction and one phase, in the folder"
+            f"{folder} has two slices at the same position ({frames[short[0]].name} and {frames[short[0] + 1].name}, "
+            f"{steps[short[0]]:.2f} mm apart); keep each slice of one reconstruction and phase only once in the folder"
         )
     between = f"steps between {steps.min():.2f} and {steps.max():.2f} mm"
     wide = np.flatnonzero(steps > usual + max(0.1 * usual, 1.5 * PLACE))
@@ -168,25 +168,25 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
         multiples = steps[wide] / usual
         holes = (np.abs(multiples - np.rint(multiples)) < 0.1).all()
         if holes and (len(wide) < 0.1 * len(steps) or (np.diff(wide) > 1).all()):
-            raise ScanError(f"{folder} lacks slices: {where}; copy or export the whole series")
+            raise ScanError(f"{folder} lacks slices: {where}; copy or export the complete series")
         raise ScanError(f"{folder} has slices in uneven steps: {where}; {_EVEN}")
     away = np.abs(heights - _line(heights))
     if away.max() > PLACE:
-        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # none where the step drifts
+        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the step drifts slowly
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
             f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name}"
-            f"; taken for even, slices would be up to {away.max():.1f} mm from where they are; {_EVEN}"
+            f". With even steps, slices would be up to {away.max():.1f} mm from their positions; {_EVEN}"
         )
 
 
-_EVEN = "reconstruct the scan in even steps, or keep the slices of one step in the folder"
+_EVEN = "reconstruct the scan with even steps, or keep only slices with one step in the folder"
 
 
 def _fitted(values: np.ndarray) -> tuple[float, float]:
-    """Start and length, mm, of the even steps that values are nearest to.
+    """Start and length in mm of the evenly spaced values nearest to ``values``.
 
-    Positions that were rounded to 0.1 mm may need the fit; for all others the ends give the digits that were written.
+    Positions rounded to 0.1 mm may need a fit. For all others the ends are used, which keeps the digits in the file.
     """
     along = np.linspace(0, 1, len(values))
     start, length = float(values[0]), float(values[-1] - values[0])
@@ -196,13 +196,13 @@ def _fitted(values: np.ndarray) -> tuple[float, float]:
 
 
 def _line(values: np.ndarray) -> np.ndarray:
-    """Even steps nearest to values."""
+    """The evenly spaced values nearest to ``values``."""
     start, length = _fitted(values)
     return start + length * np.linspace(0, 1, len(values))
 
 
 def _check_line(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
-    """Slices lie on one line: none jumps within its plane."""
+    """Raise ScanError unless the slices lie on a straight line, without a jump within the slice plane."""
     sideways = places @ plane.T  # (n, 2)
     away = np.linalg.norm(sideways - np.column_stack([_line(values) for values in sideways.T]), axis=1)
     if away.max() <= PLACE:
@@ -211,14 +211,14 @@ def _check_line(frames: list[Frame], places: np.ndarray, plane: np.ndarray, fold
     jumps = np.linalg.norm(moves - np.median(moves, axis=0), axis=1)
     at = int((jumps > PLACE).argmax()) + 1 if (jumps > PLACE).any() else max(int((away > PLACE).argmax()), 1)
     raise ScanError(
-        f"{folder}: {frames[at].name} lies sideways of the slice before it ({frames[at - 1].name}) by "
+        f"{folder}: {frames[at].name} is shifted sideways from the slice before it ({frames[at - 1].name}) by "
         f"{np.linalg.norm(moves[at - 1]):.1f} mm, unlike the others; keep the slices on one side of the jump, or "
-        "reconstruct them with one field of view"
+        "reconstruct all with one field of view"
     )
 
 
 def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folder: Path) -> None:
-    """The line of slices stands on them: a tilted gantry shears the stack."""
+    """Raise ScanError unless the line through the slices is perpendicular to them; a tilted gantry shears the stack."""
     whole = (places[-1] - places[0]) @ axes  # along rows, columns, normal
     off = float(np.hypot(*whole[:2]))
     if off <= PLACE:
@@ -227,13 +227,13 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
-        f": from {frames[1].name} on, each lies beside the one before, the last by {off:.1f} mm; give a copy in which "
-        "the tilt is resampled away (dcm2niix writes one, its name ends in _Tilt)"
+        f": from {frames[1].name} on, each is shifted from the one before, {off:.1f} mm by the last one. Use a copy "
+        "resampled to remove the tilt (dcm2niix writes one with a name that ends in _Tilt)"
     )
 
 
 def _check_all(frames: list[Frame], place: Place, folder: Path) -> None:
-    """What all of the above is for: the corners of every slice are where the volume has them."""
+    """Raise ScanError unless the corners of every slice are at their positions in the volume (the final check)."""
     axes = np.array(place.direction).reshape(3, 3) * place.spacing
     for number, frame in enumerate(frames):
         rows, columns = frame.shape
@@ -243,6 +243,6 @@ def _check_all(frames: list[Frame], place: Place, folder: Path) -> None:
             off = float(np.linalg.norm(own - (np.array(place.origin) + axes @ (x, y, number))))
             if off > PLACE + 1e-6:
                 raise ScanError(
-                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its place in an even stack of the slices, of "
-                    f"which {PLACE} mm are allowed; {_EVEN}"
+                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its position in an even stack of slices, but "
+                    f"only {PLACE} mm is allowed; {_EVEN}"
                 )

@@ -1,4 +1,4 @@
-"""Which slices of a folder make one volume: series, and what is mixed under the UID of one."""
+"""Group the slices of a folder into volumes: by series, and within a series UID that mixes several volumes."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from preprocess.reading.dicom_files import ENHANCED, is_capture, numbers, text
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
-# What tells volumes under one SeriesInstanceUID apart, where slices with different values share a place: element,
-# and its name in messages. Stacked acquisitions, as sequential scanners number them, are one volume.
+# Elements that separate volumes under one SeriesInstanceUID if slices with different values share a position, each with
+# its name in messages. Stacked acquisitions, as sequential scanners number them, are one volume.
 MIXED = {
     "StudyInstanceUID": "study",
     "ConvolutionKernel": "kernel",
@@ -34,9 +34,9 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
-# Scanners change these from slice to slice of one volume too: they tell volumes apart only where each is an even stack.
+# Scanners may also change these between slices of one volume. They separate volumes only if each is evenly spaced.
 LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
-NONE = "none"  # for a trait that slices lack, in messages and in the table
+NONE = "none"  # stands for a missing trait, in messages and in the table
 
 
 @dataclass
@@ -44,40 +44,41 @@ class Frame:
     """One slice: a file, or a frame of a multi-frame file."""
 
     path: Path
-    index: int  # of the frame in its file
-    header: Dataset  # the file's
-    position: np.ndarray | None  # mm, LPS, of the first voxel's centre
-    orientation: np.ndarray | None  # of the rows, then of the columns
+    index: int  # frame number in the file, from 0
+    header: Dataset  # of the file
+    position: np.ndarray | None  # centre of the first voxel, LPS in mm
+    orientation: np.ndarray | None  # direction of the rows, then of the columns
     spacing: np.ndarray | None  # mm between rows, then between columns
     shape: tuple[int, int]  # rows, columns
-    traits: dict[str, str] = field(default_factory=dict)  # by MIXED's names
+    traits: dict[str, str] = field(default_factory=dict)  # values of the elements in MIXED
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The slice's name in messages."""
         many = text(self.header, "NumberOfFrames") not in ("", "1")
         return f"{self.path.name}, frame {self.index + 1}" if many else self.path.name
 
     @property
     def normal(self) -> np.ndarray | None:
+        """Normal of the slice; None without an orientation."""
         return None if self.orientation is None else np.cross(self.orientation[:3], self.orientation[3:])
 
 
 def frames_of(path: Path, header: Dataset) -> list[Frame]:
-    """A file's slices. Raises ScanError for values that are no numbers."""
+    """The slices of a file. Raises ScanError for values that are not numbers."""
     shape = tuple(int(text(header, name) or 0) for name in ("Rows", "Columns"))
     count = int(text(header, "NumberOfFrames") or 1)
     if text(header, "SOPClassUID") in ENHANCED or "PerFrameFunctionalGroupsSequence" in header:
         own = header.get("PerFrameFunctionalGroupsSequence") or []
         shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         if len(own) != count:
-            raise ScanError(f"{path} has {count} frames, and the places of {len(own)}; export the series again")
+            raise ScanError(f"{path} has {count} frames, but positions for {len(own)}; export the series again")
         groups = [(frame, shared) for frame in own]
     else:
         groups = [(header,)] * count
 
     def inside(group: tuple[Dataset, ...], sequence: str) -> Dataset:
-        """The item that has a value: of the frame, of all frames, or the file itself."""
+        """The item with a value: the frame's, the one shared by all frames, or the file's header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
@@ -111,7 +112,7 @@ def frames_of(path: Path, header: Dataset) -> list[Frame]:
 
 
 def _plain(value: str) -> str:
-    """Numbers in one form: 120.0 is 120."""
+    """A number in its shortest form, so that 120.0 equals 120; other text unchanged."""
     try:
         return f"{float(value):g}"
     except ValueError:
@@ -123,30 +124,32 @@ class Candidate:
     """Slices that may be one volume."""
 
     frames: list[Frame]
-    apart: list[str] = field(default_factory=list)  # MIXED's names by which it was told from others of its series
+    apart: list[str] = field(default_factory=list)  # elements in MIXED that separate it from others of its series
 
     def trait(self, name: str) -> str:
+        """The value of an element in MIXED, taken from the first slice; ``""`` if there is none."""
         return self.frames[0].traits.get(name, "")
 
     @property
     def uid(self) -> str:
+        """The SeriesInstanceUID."""
         return text(self.frames[0].header, "SeriesInstanceUID")
 
     @cached_property
     def extent(self) -> float:
-        """mm along the slices' normal; 0 where places are missing."""
+        """Length in mm along the slices' normal; 0 if a position is missing."""
         return float(np.ptp(_heights(self.frames))) if _placed(self.frames) else 0.0
 
     @property
     def names(self) -> list[str]:
-        """What the table may call it by."""
+        """The names that may select it in the table."""
         own = [self.uid, self.trait("SeriesNumber"), self.trait("SeriesDescription"), self.trait("ConvolutionKernel")]
         for name in self.apart:
             own += [self.trait(name), f"{MIXED[name]} {self.trait(name) or NONE}"]
         return [name.strip().lower() for name in own if name]
 
     def is_called(self, series: str) -> bool:
-        """By one of its names, or by several with a semicolon between."""
+        """Whether ``series`` is one of its names, or several of them separated by semicolons."""
         return all(part.strip().lower() in self.names for part in series.split(";")) or series.lower() in self.names
 
     def __str__(self) -> str:
@@ -165,16 +168,17 @@ class Candidate:
 
 
 def _placed(frames: list[Frame]) -> bool:
+    """Whether every slice has a position and an orientation."""
     return all(frame.position is not None and frame.normal is not None for frame in frames)
 
 
 def _heights(frames: list[Frame]) -> np.ndarray:
-    """Where slices lie along the first one's normal, mm."""
+    """Positions of the slices along the normal of the first one, in mm."""
     return np.array([frame.position @ frames[0].normal for frame in frames])
 
 
 def _side_by_side(groups: list[list[Frame]]) -> bool:
-    """Whether some of the groups, of two slices at least, share more than half of the shorter one's length."""
+    """Whether two groups, each of at least two slices, overlap by more than half of the shorter one's length."""
     normal = groups[0][0].normal
     for first, second in combinations([group for group in groups if len(group) > 1], 2):
         if abs(first[0].normal @ second[0].normal) < 0.9:
@@ -187,13 +191,13 @@ def _side_by_side(groups: list[list[Frame]]) -> bool:
 
 
 def _all_even(parts: list[list[Frame]]) -> bool:
-    """Whether each part has even steps by itself."""
+    """Whether each part by itself is evenly spaced."""
     heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
 def _parted(candidate: Candidate) -> list[Candidate]:
-    """Volumes that lie side by side under one UID, by the first of MIXED that tells them apart."""
+    """Split a candidate into overlapping volumes, by the first element in MIXED that separates them."""
     if not _placed(candidate.frames):
         return [candidate]
     for name in MIXED:
@@ -208,30 +212,30 @@ def _parted(candidate: Candidate) -> list[Candidate]:
 
 
 def candidates(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
-    """All that may be volumes among CT slices. Raises ScanError for values that are no numbers."""
+    """Group CT slices into candidates for a volume. Raises ScanError for values that are not numbers."""
     series: dict[tuple, list[Frame]] = {}
     for path, header in slices:
         frames = frames_of(path, header)
-        whole = path.name if len(frames) > 1 else ""  # a multi-frame file is a volume of its own
+        whole = path.name if len(frames) > 1 else ""  # a multi-frame file is always a separate volume
         series.setdefault((text(header, "SeriesInstanceUID"), whole), []).extend(frames)
     return [part for frames in series.values() for part in _parted(Candidate(frames))]
 
 
 def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -> Candidate:
-    """The one volume to read.
+    """Choose the one volume to read.
 
     Args:
-        found: at least one.
-        series: what the table calls it; ``""`` where it does not say.
-        folder: for errors.
-        others: what was left out, to which this adds.
+        found: at least one candidate.
+        series: the name in the table; ``""`` if the table has none.
+        folder: the folder named in errors.
+        others: numbers of files left out, by reason; slices of further candidates are added.
 
     Raises:
-        ScanError: several may be meant, or none is called so; lists them.
+        ScanError: several candidates match, or none has the name. The message lists them.
     """
     advice = (
-        "write which in a column `series` of the table: its number, description, kernel or UID, or several of these "
-        "with ; between"
+        "select one in a column `series` of the table by its number, description, kernel or UID, or by several "
+        "of these separated by ;"
     )
     if series:
         called = [one for one in found if one.is_called(series)]
@@ -241,15 +245,15 @@ def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -
             raise ScanError(f"{folder.name} has {len(called)} CT series called {series!r}; {advice}: {_listed(called)}")
         return called[0]
     kept = found
-    for of_a_chest in (  # each only where it leaves something
+    for of_a_chest in (  # each is applied only if some candidates remain
         lambda one: not is_capture(one.frames[0].header),
         lambda one: one.extent >= MIN_EXTENT,
     ):
         kept = [one for one in kept if of_a_chest(one)] or kept
     if len(kept) > 2 and all(len(one.frames) == 1 for one in kept):
         raise ScanError(
-            f"{folder} has {len(kept)} series of one slice each: every slice has a SeriesInstanceUID of its own, which "
-            "anonymisation does that forgets what belongs together; anonymise the scan again, one new UID a series"
+            f"{folder} has {len(kept)} series of one slice each, probably because anonymisation gave every slice its "
+            "own SeriesInstanceUID; anonymise the scan again, with one new UID per series"
         )
     if len(kept) > 1:
         raise ScanError(f"{folder.name} has {_what(kept)}; {advice}: {_listed(kept)}")
@@ -260,15 +264,16 @@ def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -
 
 
 def _what(kept: list[Candidate]) -> str:
+    """Phrase for a message about several candidates: several series, or one series that mixes volumes."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"
     names = {name: [one.trait(name) or NONE for one in kept] for name in kept[0].apart}
     told = "; ".join(f"{MIXED[name]} {', '.join(dict.fromkeys(values))}" for name, values in names.items())
-    return f"one CT series in which {len(kept)} volumes are mixed ({told or 'a file each'})"
+    return f"one CT series in which {len(kept)} volumes are mixed ({told or 'one per file'})"
 
 
 def _listed(found: list[Candidate]) -> str:
-    """The series in the order of their descriptions, with a UID where nothing else tells one from another."""
+    """List the series, sorted by their descriptions; a UID is added where descriptions are identical."""
     lines = [str(one) for one in found]
     lines = sorted(f"{line}, UID {one.uid}" if lines.count(line) > 1 else line for line, one in zip(lines, found))
     more = f"; and {len(lines) - MOST_LISTED} more" if len(lines) > MOST_LISTED else ""

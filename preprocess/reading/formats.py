@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and whether all of it is there."""
+"""Recognise a file's format by its first bytes, and check that a gzip file is complete."""
 
 import gzip
 import re
@@ -8,34 +8,34 @@ from pathlib import Path
 from preprocess.reading import ScanError
 
 GZIP = b"\x1f\x8b"
-HEAD = 544  # bytes; the longest header that is looked at, NIfTI-2's, with its end mark
+HEAD = 544  # bytes; the longest header that is inspected is NIfTI-2's, with its end marker
 
 NIFTI_NAME = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
-NAMES = {  # the names by which ITK finds the reader
+NAMES = {  # file names by which ITK selects its reader
     "NIfTI": NIFTI_NAME,
     "NRRD": re.compile(r"\.(nrrd|nhdr)$", re.IGNORECASE),
     "MetaImage": re.compile(r"\.((?i:mha)|mhd)$"),
 }
 SUFFIX = {"NIfTI": ".nii", "NRRD": ".nrrd", "MetaImage": ".mha"}
-STRANGERS = {  # first bytes of files that are taken for scans, and what to do
-    b"\x1f\x8b": "is packed with gzip twice; unpack it once with gunzip",
-    b"PK\x03\x04": "is a ZIP archive; unpack it and give the scan inside",
-    b"version https://git-lfs": "is a pointer of Git LFS, the scan itself was not fetched; run git lfs pull",
-    b"/annex/objects/": "is a pointer of git-annex, the scan itself was not fetched; run git annex get",
-    b"<": "is a web page or another text, no scan; the download gave a page instead of the file, repeat it logged in",
-    b"%PDF": "is a PDF document, no scan",
-    b"\x89PNG": "is a picture (PNG), no scan; give the CT that it was made from",
-    b"\xff\xd8\xff": "is a picture (JPEG), no scan; give the CT that it was made from",
-    b"\x93NUMPY": "is a NumPy array, which has no voxel sizes; give the scan that it was made from",
-    b"\xfd7zXZ": "is packed with xz; unpack it",
-    b"BZh": "is packed with bzip2; unpack it",
-    b"7z\xbc\xaf": "is a 7z archive; unpack it and give the scan inside",
-    b"Rar!": "is a RAR archive; unpack it and give the scan inside",
+STRANGERS = {  # first bytes of files that are often mistaken for scans, and the advice for each
+    b"\x1f\x8b": "is compressed with gzip twice; unpack it once with gunzip",
+    b"PK\x03\x04": "is a ZIP archive; unpack it and use the scan inside",
+    b"version https://git-lfs": "is a Git LFS pointer, not the scan itself; run git lfs pull",
+    b"/annex/objects/": "is a git-annex pointer, not the scan itself; run git annex get",
+    b"<": "is a web page or other text, not a scan; if you downloaded it, log in and download it again",
+    b"%PDF": "is a PDF document, not a scan; use the CT itself",
+    b"\x89PNG": "is a picture (PNG), not a scan; use the CT that it was made from",
+    b"\xff\xd8\xff": "is a picture (JPEG), not a scan; use the CT that it was made from",
+    b"\x93NUMPY": "is a NumPy array, which has no voxel sizes; use the scan that it was made from",
+    b"\xfd7zXZ": "is compressed with xz; unpack it",
+    b"BZh": "is compressed with bzip2; unpack it",
+    b"7z\xbc\xaf": "is a 7z archive; unpack it and use the scan inside",
+    b"Rar!": "is a RAR archive; unpack it and use the scan inside",
 }
 
 
 def head_of(path: Path) -> tuple[bytes, bool]:
-    """The first bytes of a file, unpacked, and whether it is gzip; ``b""`` where unpacking fails."""
+    """The first bytes of a file after unpacking, or ``b""`` if unpacking fails, and whether the file is gzip."""
     with open(path, "rb") as stream:
         head = stream.read(HEAD)
     if head[:2] != GZIP:
@@ -48,12 +48,12 @@ def head_of(path: Path) -> tuple[bytes, bool]:
 
 
 def kind_of(head: bytes) -> str:
-    """``DICOM``, ``NIfTI``, ``NRRD``, ``MetaImage``, or ``""`` for what is none of them."""
+    """The format: ``DICOM``, ``NIfTI``, ``NRRD``, ``MetaImage``, or ``""`` for anything else."""
     if is_dicom(head):
         return "DICOM"
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     if (348 in sizes and len(head) >= 348) or (540 in sizes and head[4:7] in (b"n+2", b"ni2")):
-        return "NIfTI"  # ANALYZE 7.5 too, which has no mark of its own
+        return "NIfTI"  # this includes ANALYZE 7.5, which has no marker
     if head[:4] == b"NRRD":
         return "NRRD"
     if re.match(rb"\s*(ObjectType|NDims|Comment|AcquisitionDate)\s*=", head):
@@ -62,41 +62,43 @@ def kind_of(head: bytes) -> str:
 
 
 def is_dicom(head: bytes) -> bool:
-    """DICOM with its preamble, or, as older software writes it, beginning with group 0002 or 0008."""
+    """Whether the bytes are DICOM: with a preamble, or, from older software, starting with group 0002 or 0008."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\x08\x00", b"\x02\x00") and head[3:4] == b"\x00")
 
 
 def check_name(path: Path, kind: str, packed: bool) -> None:
-    """Raise ScanError where ITK would not find the reader by the file's name, with the name that it needs."""
+    """Raise ScanError if ITK cannot select a reader by the file's name. The message gives a name that works."""
     if not kind or kind == "DICOM":
         return
     suffix = SUFFIX[kind] + (".gz" if packed else "")
     if not NAMES[kind].search(path.name):
         stem = re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)
-        raise ScanError(f"{path} is {kind}, but its name does not say so; give it a name that ends in {suffix}: "
+        raise ScanError(f"{path} is {kind}, but its name has another ending; give it a name that ends in {suffix}: "
                         f"{stem}{suffix}")  # fmt: skip
     if packed and not path.name.lower().endswith(".gz"):
         if kind == "NIfTI":
-            raise ScanError(f"{path} is gzip, but its name does not say so; it is gzip: rename it to {path.name}.gz")
-        raise ScanError(f"{path} is {kind} packed with gzip as a whole, which is not read; unpack it with gunzip")
+            raise ScanError(
+                f"{path} is compressed with gzip, but its name does not end in .gz; rename it to {path.name}.gz"
+            )
+        raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not read; unpack it with gunzip")
 
 
 def check_stranger(path: Path, head: bytes, packed: bool) -> None:
-    """Raise ScanError for files that are no scan at all, with what to do; others may still be a format of ITK's."""
+    """Raise ScanError with advice for a file that cannot be a scan. ITK may still read other unknown files."""
     if not head and not packed:
         raise ScanError(f"{path} is empty (0 bytes); copy it again")
     for start, words in STRANGERS.items():
         if head.lstrip().startswith(start):
             raise ScanError(f"{path} {words}")
     if packed and head[257:262] == b"ustar":
-        raise ScanError(f"{path} is a tar archive; unpack it and give the scan inside")
+        raise ScanError(f"{path} is a tar archive; unpack it and use the scan inside")
 
 
 def unpacked_bytes(path: Path) -> int:
-    """Bytes in a file, unpacked where it is gzip, whose checksum is compared (about 5 ms/MB, once a step).
+    """Bytes in a file. A gzip file is unpacked and its checksum is checked (about 5 ms/MB, once per stage).
 
     Raises:
-        ScanError: the gzip stream is cut or damaged.
+        ScanError: the gzip stream is cut short or damaged.
     """
     with open(path, "rb") as stream:
         if stream.read(2) != GZIP:

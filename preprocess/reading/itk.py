@@ -1,4 +1,4 @@
-"""ITK's readers: errors in one sentence, warnings kept, and a check that axes are at right angles."""
+"""Reading with ITK: one-line errors, recorded warnings, and a check that the axes are at right angles."""
 
 import contextlib
 import re
@@ -11,11 +11,11 @@ import SimpleITK as sitk
 
 from preprocess.reading import ScanError
 
-PLACE = 0.1  # mm; farther than this from where its file has it, a voxel is in the wrong place
+PLACE = 0.1  # mm; largest accepted distance between a voxel's position in the image and in the file
 
 
 class _Listener(sitk.LoggerBase):
-    """Keeps what ITK would write to the console."""
+    """Collects the warnings that ITK would print to the console."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class _Listener(sitk.LoggerBase):
 
 
 def _sentence(warning: str) -> str:
-    """ITK's warning without the source file, the line and the address of an object that it begins with."""
+    """ITK's warning without its prefix: source file, line and object address."""
     text = " ".join(warning.split())
     text = re.sub(r"^WARNING: In \S+, line \d+ ", "", text)
     return "ITK: " + re.sub(r"^\S+ \(0x[0-9a-f]+\): ", "", text)
@@ -39,16 +39,19 @@ def _sentence(warning: str) -> str:
 
 @contextlib.contextmanager
 def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
-    """Read with ITK: its many-line exceptions become one that names the file, its warnings join ``warnings``.
+    """Run a read with ITK. Its multi-line errors become one line with the file's name; its warnings go to ``warnings``.
 
-    The logger and the switch of the warnings are the process's; both are put back.
+    The logger and the warning switch belong to the whole process. Both are restored afterwards.
+
+    Raises:
+        ScanError: ITK cannot read the file.
     """
     listener, shown = _Listener(), sitk.ProcessObject.GetGlobalWarningDisplay()
     before = listener.SetAsGlobalITKLogger()
     sitk.ProcessObject.SetGlobalWarningDisplay(True)
     try:
         yield
-    except (RuntimeError, UnicodeDecodeError) as error:  # of its message, where that quotes the file
+    except (RuntimeError, UnicodeDecodeError) as error:  # UnicodeDecodeError if ITK's message quotes the file
         reason = _itk_reason(str(error)).replace(f"{path} ", "it ")
         raise ScanError(f"{path} cannot be read as {what}: {reason}") from error
     finally:
@@ -59,52 +62,56 @@ def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
 
 
 def _itk_reason(text: str) -> str:
+    """The reason in an error message of ITK, as one line."""
     if "Unable to determine ImageIO reader" in text:
-        return "its content is none of NIfTI, NRRD and MetaImage; damaged, or another kind of file"
-    if "MetaImageIO" in text and "File cannot be read" in text:  # ITK's own last line is that of errno, unrelated
-        return "its data are cut short, or the data file that its header names is missing"
+        return "its content is not NIfTI, NRRD or MetaImage; it is damaged or another kind of file"
+    # The last line of this message of ITK comes from errno and is unrelated to the cause.
+    if "MetaImageIO" in text and "File cannot be read" in text:
+        return "its data are cut short, or the data file named in its header is missing; copy both again"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")
     return re.sub(r"^ITK ERROR: (\S+\(0x[0-9a-f]+\): )?", "", told)[:200]
 
 
-# ------------------------------------------------------------ where voxels are
+# ------------------------------------------------------------ voxel positions
 
 
 def affine_of(image: sitk.Image) -> np.ndarray:
-    """(3, 4) index (x, y, z) to LPS in mm."""
+    """The affine (3, 4) from voxel indices (x, y, z) to LPS in mm."""
     directions = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     return np.column_stack([directions, image.GetOrigin()])
 
 
 def corners(size: tuple[int, ...]) -> np.ndarray:
-    """(8, 4) homogeneous indices (x, y, z, 1) of a volume's corner voxels."""
+    """Homogeneous indices (8, 4), each (x, y, z, 1), of a volume's corner voxels."""
     return np.array([(*index, 1.0) for index in product(*((0, count - 1) for count in size))])
 
 
 def apart(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
-    """The farthest, in mm, that two (3, 4) affines put a voxel of a volume apart; it is one of the corners."""
+    """Largest distance in mm between the positions that two affines (3, 4) give a voxel; it occurs at a corner."""
     return float(np.linalg.norm(corners(size) @ (first - second).T, axis=1).max())
 
 
 def right_angled(affine: np.ndarray) -> np.ndarray:
-    """The (3, 4) affine with axes at right angles, and the same voxel sizes, that is nearest to ``affine``."""
+    """The nearest affine (3, 4) with axes at right angles and the same voxel sizes."""
     sizes = np.linalg.norm(affine[:, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:, :3] / sizes)
     return np.column_stack([left @ right * sizes, affine[:, 3]])
 
 
 def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> None:
-    """Raise ScanError unless axes are at right angles, to 0.1 mm at the volume's corners.
+    """Raise ScanError unless the axes are at right angles, to 0.1 mm at the volume's corners.
 
     Args:
-        affine: (3, 4) index to mm.
+        affine: (3, 4), from voxel indices to mm.
         size: voxels along (x, y, z).
-        name: the header that has it, for the error.
+        name: the header that contains the affine, for the error.
     """
     axes = affine[:, :3]
     if not np.isfinite(affine).all() or (np.linalg.norm(axes, axis=0) == 0).any():
-        raise ScanError(f"{name} has no numbers, or an axis without length, where the voxels' places should be")
+        raise ScanError(
+            f"{name} gives voxel positions that are not finite, or an axis of length 0; export the scan again"
+        )
     off = apart(affine, right_angled(affine), size)
     if off <= PLACE:
         return
@@ -114,7 +121,7 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
     )
     angle = np.rad2deg(np.arcsin(min(1.0, cosine)))
     raise ScanError(
-        f"{name} has sheared axes, {'xyz'[pair[0]]} and {'xyz'[pair[1]]} are {angle:.1f} degrees off a right angle (a "
-        f"tilted gantry?), which would displace voxels by up to {off:.1f} mm; give a copy resampled to a "
-        "rectangular grid (dcm2niix writes one, its name ends in _Tilt)"
+        f"{name} has sheared axes, {'xyz'[pair[0]]} and {'xyz'[pair[1]]}, {angle:.1f} degrees off a right angle "
+        f"(tilted gantry?), which would displace voxels by up to {off:.1f} mm. Use a copy resampled to a rectangular "
+        "grid (dcm2niix writes one with a name that ends in _Tilt)"
     )

@@ -1,8 +1,8 @@
-"""NIfTI's header, which has the place of the voxels twice and may contradict itself. ITK picks one and says nothing.
+"""Read and check NIfTI headers, which give the voxel positions twice and may contradict themselves.
 
-Voxel indices go to RAS in mm (LPS with x and y negated) by the sform, an affine, and by the qform, a rotation with
-the voxel sizes. Each has a code; 0 means that it is not set. A header is read here,
-by the standard's offsets, because ITK gives only what it made of it.
+Two fields map voxel indices to RAS in mm (LPS with x and y negated). The sform is an affine; the qform is a rotation
+with the voxel sizes. Each has a code, and code 0 means that it is not set. ITK silently chooses one and exposes
+only the result, so the header is read here by the standard's offsets.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from preprocess.reading import ScanError
 from preprocess.reading.formats import NIFTI_NAME, head_of, unpacked_bytes
 from preprocess.reading.itk import PLACE, apart, check_right_angles
 
-# A qform is a quaternion in float32: turned by half a circle, it places a far corner 0.3 mm off. 1 mm is a
-# contradiction for sure.
+# A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm, so 1 mm is
+# certainly a contradiction.
 CONTRADICTION = 1.0  # mm
-LPS = np.diag([-1.0, -1.0, 1.0])  # from RAS
-SINGLE_OFFSET = 352  # bytes: the header and four that say whether it is extended
-UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units; 2 are millimetres, 0 is unknown and means them
+LPS = np.diag([-1.0, -1.0, 1.0])  # converts RAS to LPS
+SINGLE_OFFSET = 352  # bytes: the header, and four that mark extensions
+UNITS = {1: "metres", 3: "micrometres"}  # xyzt_units; 2 means millimetres, and 0 (unknown) is read as millimetres
 
-FIELDS = {  # name: offset and type
+FIELDS = {  # field name: offset in bytes, and type
     "dim": (40, "8i2"),
     "bitpix": (72, "i2"),
     "pixdim": (76, "8f4"),
@@ -41,27 +41,27 @@ FIELDS = {  # name: offset and type
 
 
 class Header(NamedTuple):
-    """What a NIfTI file says of itself."""
+    """The fields of a NIfTI header that are used here."""
 
     size: tuple[int, ...]  # voxels along (x, y, z)
-    sform: np.ndarray | None  # (3, 4) index to LPS in mm; None where its code is 0
+    sform: np.ndarray | None  # (3, 4) affine from voxel index to LPS in mm; None if its code is 0
     qform: np.ndarray | None
     units: int
-    bytes: float  # that the data file should have
-    analyze: bool  # the older format, which has neither form
-    voxel: tuple[float, ...]  # sizes along (x, y, z), pixdim
-    offset: float  # of the voxels in the data file, vox_offset
-    single: bool  # header and voxels in one file
+    bytes: float  # expected size of the data file
+    analyze: bool  # whether it is ANALYZE, which has neither form
+    voxel: tuple[float, ...]  # voxel sizes along (x, y, z), from pixdim
+    offset: float  # offset of the voxels in the data file, from vox_offset
+    single: bool  # whether header and voxels share one file
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of a NIfTI-1 or ANALYZE file; None where it has none. Raises ScanError for NIfTI-2."""
+    """Read the header of a NIfTI-1 or ANALYZE file; None if there is none. Raises ScanError for NIfTI-2."""
     head, _ = head_of(path)
     orders = [order for order in "<>" if len(head) >= 348 and np.frombuffer(head, f"{order}i4", 1)[0] in (348, 540)]
     if not orders:
         return None
     if np.frombuffer(head, f"{orders[0]}i4", 1)[0] == 540:
-        raise ScanError(f"{path} is NIfTI-2, which ITK does not read; write it as NIfTI-1")
+        raise ScanError(f"{path} is NIfTI-2, which ITK does not read; save it as NIfTI-1")
 
     def field(name: str) -> np.ndarray:
         offset, kind = FIELDS[name]
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header | None:
 
 
 def _qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np.ndarray:
-    """(3, 4) index to RAS, as the standard's nifti_quatern_to_mat44."""
+    """The affine (3, 4) from voxel index to RAS, as in the standard's nifti_quatern_to_mat44."""
     b, c, d = quaternion
     a = 1 - quaternion @ quaternion
     if a < 1e-7:
@@ -103,7 +103,7 @@ def _qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np
 
 
 def header_file(path: Path) -> Path:
-    """Where the header is: in the file itself, or, in the older form of two files, beside the data that are named."""
+    """The file with the header: ``path`` itself, or the .hdr next to ``path`` if ``path`` is an .img."""
     pair = re.sub(r"\.img(\.gz)?$", ".hdr", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
@@ -113,9 +113,10 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[Path]:
-    """The path by which ITK reads this very file: beside ct.nii it would read that for ct.nii.gz, and say nothing.
+    """Yield a path that makes ITK read exactly this file.
 
-    A file with such a twin, or with capitals in its suffix, is read through a link in an empty folder.
+    If ct.nii exists, ITK silently reads it in place of ct.nii.gz. A file with such a twin, or with capitals in its
+    suffix, is therefore read through a link in an empty folder.
     """
     ending = NIFTI_NAME.search(path.name) or ONE_PIECE.search(path.name)
     if not ending:
@@ -135,46 +136,46 @@ def alone(path: Path) -> Iterator[Path]:
 
 
 def data_file(path: Path) -> Path:
-    """Where the voxels are: in the file itself, or, in the older form of two files, beside the header that is named."""
+    """The file with the voxels: ``path`` itself, or the .img next to ``path`` if ``path`` is a .hdr."""
     pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
 
 def check_sizes(path: Path, header: Header) -> None:
-    """Raise ScanError if the header has no voxel size, which ITK takes as 1 mm, or data that begin within itself."""
+    """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or places the voxels inside itself."""
     if header.sform is None and not all(np.isfinite(size) and size > 0 for size in header.voxel):
         sizes = " x ".join(f"{size:g}" for size in header.voxel)
         raise ScanError(
-            f"{path}: its header has no voxel size (pixdim {sizes}), so nothing says how large the scan is; write it "
+            f"{path}: its header has no voxel size (pixdim {sizes}), so the size of the scan is unknown; export it "
             "again from the original scan"
         )
     if header.single and header.offset < SINGLE_OFFSET:
         begins = unpacked_bytes(path) - (header.bytes - header.offset)
-        if begins != 348:  # where ITK begins to read
+        if begins != 348:  # ITK starts reading at this byte
             raise ScanError(
-                f"{path}: its header says that voxels begin at byte {header.offset:g} (vox_offset), within the header; "
-                f"a file of one piece has them at {SINGLE_OFFSET}: write it again"
+                f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header; they belong at byte "
+                f"{SINGLE_OFFSET} of a single file: export it again"
             )
 
 
 def check_whole(path: Path, header: Header) -> None:
-    """Raise ScanError where a NIfTI's data are cut: ITK fills what it lacks with a constant and says nothing."""
+    """Raise ScanError if a NIfTI's data are cut short, which ITK silently fills with a constant."""
     data = data_file(path)
     found = unpacked_bytes(data)
     if found < header.bytes:
-        raise ScanError(f"{data} is cut short: {found} bytes of {header.bytes:.0f}; copy it again")
+        raise ScanError(f"{data} is cut short: {found} of {header.bytes:.0f} bytes; copy it again")
 
 
 def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
-    """Whether a header says one thing about where the voxels are.
+    """Check that a header is consistent about the voxel positions. Appends to ``warnings``.
 
     Raises:
-        ScanError: sheared, or sform and qform contradict each other.
+        ScanError: a form is sheared, or sform and qform contradict each other.
     """
     if header.sform is None and header.qform is None:
         kind = "ANALYZE" if header.analyze else "codes of sform and qform are 0"
-        warnings.append(f"the header does not tell how the patient lies ({kind}); taken as stored in LPS, so right "
-                        "and left, front and back may be exchanged: look at the picture")  # fmt: skip
+        warnings.append(f"the header does not give the patient's orientation ({kind}), so LPS is assumed; check the "
+                        "picture, because right and left or front and back may be exchanged")  # fmt: skip
         return
     for name, form in (("sform", header.sform), ("qform", header.qform)):
         if form is not None:
@@ -183,24 +184,24 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
         off = apart(header.sform, header.qform, header.size)
         if off > CONTRADICTION:
             raise ScanError(
-                f"{path}: its sform and its qform contradict each other, they put a voxel up to {off:.1f} mm apart; "
-                "write it again with one of them, from the original scan"
+                f"{path}: its sform and its qform contradict each other and put a voxel up to {off:.1f} mm apart; "
+                "export it again from the original scan with only one of them"
             )
         if off > CONTRADICTION / 2:
             warnings.append(f"sform and qform put a voxel up to {off:.2f} mm apart")
 
 
 def check_placed(path: Path, header: Header, affine: np.ndarray) -> None:
-    """Raise ScanError where ITK's (3, 4) affine is neither of the header's forms, to 0.1 mm."""
+    """Raise ScanError if ITK's affine (3, 4) matches neither of the header's forms to 0.1 mm."""
     if header.units in UNITS:
         raise ScanError(
             f"{path}: its header gives lengths in {UNITS[header.units]} (xyzt_units {header.units}), which no scanner "
-            "writes; write it again with millimetres (xyzt_units 2)"
+            "writes; export it again in millimetres (xyzt_units 2)"
         )
     forms = [form for form in (header.sform, header.qform) if form is not None]
     off = min((apart(form, affine, header.size) for form in forms), default=0.0)
     if off > PLACE:
         raise ScanError(
             f"{path}: its voxel sizes (pixdim) contradict its sform, by up to {off:.1f} mm at the volume's corners; "
-            "write it again with one of them, from the original scan"
+            "export it again from the original scan with consistent values"
         )

@@ -1,7 +1,7 @@
-"""Whether values are HU of a chest: where air and soft tissue sit once padding is told from them.
+"""Check that values are HU of a chest, by the positions of air and soft tissue in the histogram without padding.
 
-Padding is what fills the image outside the field of view: one exact value that reaches the image's faces. It is
-looked for first, because it passes for air (or bone) in any count of voxels.
+Padding fills the image outside the field of view with one exact value that reaches the image's faces. It is found
+first, because it would otherwise count as air or bone.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ from scipy import ndimage, signal
 
 from preprocess.reading import ScanError
 
-AIR = -1024  # HU; what lies outside a scan
-MIN_EXTENT = 50.0  # mm along each axis
+AIR = -1024  # HU; value outside a scan
+MIN_EXTENT = 50.0  # mm; shortest accepted length of a scan along each axis
 MAX_HU = 32767
-AIR_BELOW = -850  # HU; air is -1000 and a good part of a lung below this, but not where values are halved or shifted
-PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones noise around air
-LOWEST_AIR = -1100  # HU; air with a scanner's own offset, not padding
-BRIGHT = 1500  # HU; no large even area at an image's face is as dense
-SATURATED = 3071  # HU; the highest of 12 bits: bone and metal below, padding or metal above
-SAMPLE = 3_000_000  # voxels are enough to see where peaks lie
+AIR_BELOW = -850  # HU; air and much of a lung lie below this, but not if the values are halved or shifted
+PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones are noise around air
+LOWEST_AIR = -1100  # HU; lowest value of air, including a scanner's offset; lower values are padding
+BRIGHT = 1500  # HU; a large uniform area at an image's face above this value is not a body
+SATURATED = 3071  # HU; highest 12-bit value: lower values can be bone or metal, higher ones are padding or metal
+SAMPLE = 3_000_000  # voxels; enough to locate the peaks
 
 
 # ------------------------------------------------------------ padding
 
 
 def outside_only(mask: np.ndarray) -> np.ndarray:
-    """What of a (z, y, x) mask reaches the edge of its plane of fixed z: a ring around the field, not metal inside."""
+    """The parts of a mask (z, y, x) that touch an edge of their z plane: a ring around the field, not metal inside."""
     kept = np.zeros_like(mask)
     for plane, target in zip(mask, kept):
         if plane.all():
@@ -47,24 +47,27 @@ def outside_only(mask: np.ndarray) -> np.ndarray:
 def fill_padding(
     values: np.ndarray, ranges: Sequence[tuple[float, float]], where: slice | list[int], warnings: list[str]
 ) -> np.ndarray:
-    """Air in place of the padding that a file names itself.
+    """Replace the padding that a file declares with air.
 
     Args:
-        values: (slices, rows, columns) in HU; changed in place where their type can hold -1024, else copied.
-        ranges: lowest and highest HU of the padding; several where it is stored ambiguously.
-        where: the slices that it is for.
-        warnings: gets a line where padding lay among the values of a body, or above them.
+        values: (slices, rows, columns) in HU; changed in place if their type can hold -1024, otherwise copied.
+        ranges: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
+        where: the slices with this padding.
+        warnings: list to which a line is appended if the padding lies within or above the values of a body.
+
+    Returns:
+        The values with air in place of padding.
     """
     if values.dtype.kind in "iu" and np.iinfo(values.dtype).min > AIR:
         values = values.astype(np.int32)
     for low, high in ranges:
         if low >= LOWEST_AIR and high <= AIR_BELOW:
-            continue  # it is air already
+            continue  # already air
         part = values[where]
         mask = (part >= low - 0.01) & (part <= high + 0.01)
         if not mask.any():
             continue
-        if high >= LOWEST_AIR and low <= SATURATED:  # a value that tissue has too
+        if high >= LOWEST_AIR and low <= SATURATED:  # tissue can have this value too
             mask = outside_only(mask)
             if mask.mean() < 0.001:
                 continue
@@ -72,30 +75,30 @@ def fill_padding(
         values[where] = part
         if high >= LOWEST_AIR:
             warnings.append(
-                f"padding of {low:g} HU (PixelPaddingValue), {mask.mean():.1%} of the voxels, taken for air"
+                f"padding of {low:g} HU (PixelPaddingValue, {mask.mean():.1%} of the voxels) is treated as air"
             )
     return values
 
 
 def _faces(values: np.ndarray) -> np.ndarray:
-    """Voxels on the six faces of a volume."""
+    """The values on the six faces of a volume, as one array."""
     return np.concatenate([face.ravel() for axis in range(3) for face in (values.take(0, axis), values.take(-1, axis))])
 
 
 def _even(values: np.ndarray, share: float) -> np.ndarray:
-    """Values that a share of the voxels, at least, have exactly."""
+    """The values that occur exactly in at least ``share`` of the voxels."""
     found, counts = np.unique(values, return_counts=True)
     return found[counts >= share * values.size]
 
 
 def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list[str]) -> np.ndarray:
-    """Air in place of padding where no body is so dense, or of zeros all around: formats that do not name theirs."""
+    """Replace undeclared padding with air: values above those of a body, or zeros around the field of view."""
     faces = _faces(values)
     even = _even(faces, 0.005)
     found = [value for value in even if value > BRIGHT]
     ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
     sides = (values.take(end, axis) for axis in range(3) for end in (0, -1))
-    # All around, or up to a size, as a multiple of 32: then some sides are nothing else.
+    # Zeros may surround the image, or fill it up to a size, for example a multiple of 32. Then some faces are all 0.
     if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
@@ -104,9 +107,11 @@ def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list
             continue  # bone or metal at a face
         rest = values[~mask]
         if not value and ((rest > -200) & (rest < 300)).mean() < 0.01:
-            continue  # a phantom of water up to its faces
+            continue  # a water phantom that reaches its faces
         values = np.where(mask, np.array(AIR, dtype=np.result_type(values.dtype, np.int16)), values)
-        warnings.append(f"{mask.mean():.1%} of the voxels, at the image's faces, are {value:g}: padding, taken for air")
+        warnings.append(
+            f"{mask.mean():.1%} of the voxels, at the image's faces, are {value:g}: this padding is treated as air"
+        )
     return values
 
 
@@ -114,30 +119,30 @@ def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list
 
 
 class Peaks(NamedTuple):
-    """Where many voxels of a volume lie, padding aside."""
+    """Peaks of a volume's histogram, without padding."""
 
-    places: list[float]  # HU, rising
-    heights: list[float]  # share of the voxels in 10 HU, smoothed
-    low: float  # share of the voxels that may be air in a lung, below -700 HU
-    sharp: bool  # whether the lowest is narrow, as noise around air is and lung is not
-    padding: list[float]  # values that were set aside
+    places: list[float]  # positions of the peaks, HU, ascending
+    heights: list[float]  # smoothed share of the voxels per 10 HU
+    low: float  # share of the voxels below -700 HU, which may be air in a lung
+    sharp: bool  # whether the lowest peak is narrow, like noise around air and unlike lung
+    padding: list[float]  # values that were excluded
 
 
 def find_peaks(values: np.ndarray) -> Peaks:
-    """Peaks of a volume's histogram, without what may be padding: even areas of low values at its faces."""
+    """Find the peaks of a volume's histogram, without possible padding: uniform low values at the faces."""
     step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
     sample = values[::step, ::step, ::step]
     aside = [value for value in _even(_faces(values), 0.05) if value < AIR_BELOW]
     kept = np.ones(sample.shape, dtype=bool)
     for value in aside:
         kept &= ~outside_only(sample == value)
-    low = sample < PADDING_BELOW  # a scanner's padding lies inside the image too
+    low = sample < PADDING_BELOW  # a scanner's padding may also lie inside the image
     if low.any():
         constant = list(_even(sample[low], 0.05))
         aside += [value for value in constant if value not in aside]
         kept &= ~np.isin(sample, constant)
     if (most := sample == sample.max()).mean() > 0.001:
-        kept &= ~most  # where values were clipped
+        kept &= ~most  # clipped values
     rest = sample[kept]
     if rest.size < 0.01 * sample.size:
         return Peaks([], [], 0.0, False, aside)
@@ -146,8 +151,8 @@ def find_peaks(values: np.ndarray) -> Peaks:
     smooth = ndimage.gaussian_filter1d(counts, 2.0)
     middle = np.arange(-4000, 4000, width) + width / 2
     found: dict[float, float] = {}
-    # A peak falls by a fifth on either side before it is passed, which noise without peaks does not. How far away is no
-    # matter: fat and muscle of a noisy scan are one hill of 250 HU.
+    # A peak falls by a fifth on both sides before a higher value follows; noise without peaks does not. The distance
+    # does not matter: in a noisy scan, fat and muscle form one hill of 250 HU.
     for at in signal.find_peaks(smooth, distance=10)[0]:
         near = counts[max(0, at - 6) : at + 7].sum()
         prominence = signal.peak_prominences(smooth, [at])[0][0]
@@ -159,9 +164,9 @@ def find_peaks(values: np.ndarray) -> Peaks:
 
 
 def _is_sharp(values: np.ndarray, place: float) -> bool:
-    """Whether a peak is as narrow as noise around one value (a spread under 28 HU); lungs spread over 35 and more.
+    """Whether a peak is as narrow as noise around one value (spread below 28 HU); lungs spread over at least 35 HU.
 
-    One exact value is a phantom's, of which nothing can be told.
+    A single exact value comes from a phantom and allows no conclusion, so it does not count as sharp.
     """
     near = values[np.abs(values - place) < 25]
     wide = (np.abs(values - place) < 75).sum()
@@ -171,15 +176,15 @@ def _is_sharp(values: np.ndarray, place: float) -> bool:
 
 
 def _where_it_sits(peaks: Peaks) -> str:
-    """What is wrong with where air and tissue sit; ``""`` where nothing is."""
+    """What is wrong with the positions of air and tissue; ``""`` if nothing is."""
     if not peaks.places:
         return ""
     lowest = peaks.places[0]
     tissue = [place for place in peaks.places if place >= lowest + 350]
-    beside = f" beside padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
-    air = f"air sits at about {lowest:.0f}{beside}, where -1000 is expected"
-    body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)}, where -100 and 45 are" if tissue else ""
-    # Fat lies at -100, muscle at 45: one of them is tall. Dense lungs reach -450, and bones are never tall.
+    beside = f" next to padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
+    air = f"air is at about {lowest:.0f}{beside} instead of -1000"
+    body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
+    # Fat is at -100 and muscle at 45; at least one of these peaks is tall. Dense lungs reach -450; bone peaks are low.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))
     main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
@@ -198,18 +203,19 @@ def _where_it_sits(peaks: Peaks) -> str:
 
 
 def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | None = None) -> sitk.Image:
-    """Make sure that values can be HU of a chest; return them as int16, or float32 where fractional.
+    """Check that values can be HU of a chest, and return them as int16, or as float32 if they have fractions.
 
-    Padding (below -1500 HU, NaN, even areas at the faces that no body has) becomes -1024, so that interpolation does
-    not ring at its edge. Noise around air is left alone here; patches are clipped at -1024 after resampling.
+    Padding becomes -1024, so that interpolation does not ring at its edge. Padding is every value below -1500 HU, NaN,
+    and uniform areas at the faces that no body has. Noise around air is kept here, because patches are clipped at -1024
+    after resampling.
 
     Args:
         image: a volume.
-        path: for errors.
-        warnings: gets a line for what was taken for padding.
+        path: the file named in errors.
+        warnings: list to which a line is appended for each value treated as padding.
 
     Raises:
-        ScanError: the values cannot be HU; the message tells where they are, and the usual cause.
+        ScanError: the values cannot be HU. The message gives the positions of the peaks and the usual cause.
     """
     warnings = [] if warnings is None else warnings
     given = values = sitk.GetArrayViewFromImage(image)
@@ -218,22 +224,24 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     low, high = float(values.min()), float(values.max())
     seen = f"{path} has values from {low:g} to {high:g}"
     if low == high:
-        raise ScanError(f"{seen}: the image is empty")
+        raise ScanError(f"{seen}: the image is empty; copy or export it again")
     if high <= 5:
-        raise ScanError(f"{seen}: not HU; intensities look rescaled, give the original CT")
+        raise ScanError(f"{seen}: not HU, intensities look rescaled; use the original CT")
     if low >= 0:
-        raise ScanError(f"{seen}: not HU, air is about -1000; the rescale intercept (often -1024) was not applied")
+        raise ScanError(
+            f"{seen}: not HU, air should be about -1000; the rescale intercept (often -1024) was not applied"
+        )
     if high > BRIGHT or low < AIR_BELOW:
         values = _without_bright_padding(values, path, warnings)
     air = float((values < AIR_BELOW).mean())
     tissue = float(((values > -200) & (values < 300)).mean())
     if air < 0.01 or tissue < 0.01:
         raise ScanError(
-            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} soft "
-            "tissue (-200 to 300), at least 1% of each is expected"
+            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} are soft "
+            "tissue (-200 to 300), but at least 1% of each is expected"
         )
     if wrong := _where_it_sits(find_peaks(values)):
-        raise ScanError(f"{seen}: not HU, {wrong}; give the original CT")
+        raise ScanError(f"{seen}: not HU, {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
         return image  # most scans: a copy would double their memory
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
@@ -246,8 +254,10 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
 
 
 def check_extent(image: sitk.Image, path: str | Path) -> None:
-    """Raise ScanError where a volume is too thin for a chest: a localizer, or a few slices of a scan."""
+    """Raise ScanError if a volume is too thin for a chest, for example a localizer or a few slices of a scan."""
     extent = [count * spacing for count, spacing in zip(image.GetSize(), image.GetSpacing())]
     if min(extent) < MIN_EXTENT:
         size = " x ".join(f"{length:.0f}" for length in extent)
-        raise ScanError(f"{path} spans {size} mm in {image.GetSize()[2]} slices, which is no whole chest")
+        raise ScanError(
+            f"{path} spans {size} mm in {image.GetSize()[2]} slices, which is not a whole chest; use the complete scan"
+        )

@@ -1,4 +1,4 @@
-"""Batched augmentation against MONAI's own transforms, given the same drawn parameters."""
+"""Compare batched augmentation with MONAI's transforms for the same random parameters."""
 
 import math
 
@@ -34,7 +34,7 @@ RANGE = 1264.0
 
 
 def volumes(count, channels=1, dtype=torch.float64, size=SIZE, seed=0):
-    """Smooth random volumes in [0, 1264]."""
+    """Return smooth random volumes in [0, 1264]."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(count, channels, *[n // 4 for n in size], generator=generator, dtype=torch.float64)
     smooth = torch.nn.functional.interpolate(noise, size=size, mode="trilinear", align_corners=True)
@@ -46,20 +46,20 @@ def generator(seed=0):
 
 
 def normal(seed=0):
-    """Noise from a stream of its own."""
+    """Return noise from a separate random stream."""
     stream = generator(seed)
     return lambda some: torch.randn(some.shape, generator=stream, dtype=some.dtype)
 
 
 def apply(name, inputs, drawn, noise=None, dense=False):
-    """A transform by its name, from what was drawn."""
+    """Apply a transform by name with the drawn parameters."""
     prepared = getattr(augment, f"prepare_{name}", lambda parameters, size: parameters)(drawn, inputs.shape[2:])
     prepared = {key: value.to(inputs) for key, value in prepared.items()}
     return getattr(augment, f"apply_{name}")(inputs, prepared, noise or normal(), dense)
 
 
 def tolerance(dtype):
-    """MONAI returns float32 whatever goes in, so its rounding bounds the float64 comparison too."""
+    """MONAI always returns float32, so its rounding limits the float64 comparison, too."""
     return 1e-6 * RANGE if dtype == torch.float64 else 1e-4 * RANGE
 
 
@@ -83,7 +83,7 @@ def test_affine_is_monais(dtype, size):
 
 
 def test_affine_conventions_in_closed_form():
-    """Output voxel x reads input R (s x + t) about the centre: spelt out on a linear ramp."""
+    """Output voxel x reads the input at R (s x + t) relative to the centre, here on a linear ramp."""
     z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
     ramp = torch.from_numpy(2.0 * z - 3.0 * y + 5.0 * x)[None, None]
     a, b, c = 0.10, -0.07, 0.05
@@ -113,11 +113,11 @@ def test_scale_above_one_zooms_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_elastic_is_monais(dtype):
+def test_elastic_equals_monais(dtype):
     inputs = volumes(3, 2, dtype)
     drawn = augment.draw_elastic(3, SIZE, generator(3))
-    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs on both sides of a half
-    # Smaller than drawn in training, so that most voxels land inside and the deformation is seen.
+    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # kernel cut-offs that round down and up
+    # A smaller magnitude than in training keeps most sampled voxels inside.
     drawn["magnitude"] = drawn["magnitude"] / 8
     ours = apply("elastic", inputs, drawn)
     monai = Rand3DElastic((8, 12), (0, RANGE), prob=1.0, padding_mode="border", spatial_size=SIZE)
@@ -131,15 +131,15 @@ def test_elastic_is_monais(dtype):
         grid.shear_params = []
         grid.translate_params = drawn["translation"][index].tolist()
         grid.scale_params = drawn["scale"][index].tolist()
-        grid.randomize = lambda: None  # called again inside
+        grid.randomize = lambda: None  # MONAI calls it again
         monai.randomize = lambda grid_size: None
         wanted = torch.as_tensor(monai(inputs[index].float()))
-        # MONAI makes this grid in float32 whatever the input is; its rounding is the tolerance.
+        # MONAI always makes this grid in float32, so its rounding sets the tolerance.
         assert float((ours[index].float() - wanted).abs().max()) < 1e-4 * RANGE
 
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 8.0, 8.1666, 8.1667, 9.99, 12.0])
-def test_elastic_kernel_and_cutoff_are_monais(sigma):
+def test_elastic_kernel_and_cutoff_equal_monais(sigma):
     from monai.networks.layers.convutils import gaussian_1d
 
     size = 80
@@ -152,7 +152,7 @@ def test_elastic_kernel_and_cutoff_are_monais(sigma):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_noise_scales_what_is_drawn_and_leaves_the_rest(dtype):
+def test_noise_is_scaled_and_added_to_chosen_samples_only(dtype):
     inputs = volumes(4, 2, dtype)
     unit = torch.randn(2, 2, *SIZE, generator=generator(5), dtype=torch.float64).to(dtype)
     drawn = {"chosen": torch.tensor([0, 1, 0, 1]) > 0, "std": torch.tensor([9.0, 20.0, 30.0, 50.0])}
@@ -173,9 +173,9 @@ def test_noise_is_normal_with_the_drawn_deviation():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_contrast_is_monais_over_all_channels(dtype):
+def test_contrast_equals_monais_over_all_channels(dtype):
     inputs = volumes(3, 2, dtype)
-    inputs[:, 1] *= 0.3  # the channels' own ranges differ
+    inputs[:, 1] *= 0.3  # the channels have different ranges
     drawn = {"chosen": torch.tensor([True, False, True]), "gamma": torch.tensor([0.5, 2.0, 4.5])}
     ours = apply("contrast", inputs, drawn)
     assert torch.equal(ours[1], inputs[1])
@@ -190,7 +190,7 @@ def test_contrast_of_a_constant_patch_stays_finite():
     assert torch.equal(apply("contrast", constant, drawn), constant)
 
 
-def test_flip_is_monais():
+def test_flip_equals_monais():
     inputs = volumes(2, 2)
     drawn = {"flip": torch.tensor([[True, False, True], [False, True, False]])}
     before = inputs.clone()
@@ -202,8 +202,8 @@ def test_flip_is_monais():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
-def test_smoothing_is_monais_and_keeps_the_rim(dtype, size):
-    """MONAI pads with zeros: divided by what it makes of ones, its result is a mean of what lies inside."""
+def test_smoothing_equals_monais_and_keeps_the_rim(dtype, size):
+    """MONAI pads with zeros. Its result divided by its result for ones is a mean over the voxels inside."""
     inputs = volumes(4, 2, dtype, size)
     before = inputs.clone()
     drawn = augment.draw_smooth(4, size, generator(5))
@@ -218,14 +218,14 @@ def test_smoothing_is_monais_and_keeps_the_rim(dtype, size):
     assert torch.allclose(apply("smooth", flat, drawn), flat)
 
 
-def test_smoothing_by_nothing_changes_nothing():
+def test_smoothing_with_sigma_zero_changes_nothing():
     inputs = volumes(2)
     drawn = augment.draw_smooth(2, SIZE, generator(5), augment.Ranges(smooth=0.0))
     torch.testing.assert_close(apply("smooth", inputs, drawn), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_shift_is_monais(dtype):
+def test_shift_equals_monais(dtype):
     inputs = volumes(4, 2, dtype)
     before = inputs.clone()
     drawn = augment.draw_shift(4, SIZE, generator(6))
@@ -237,7 +237,7 @@ def test_shift_is_monais(dtype):
 
 
 def test_breath_keeps_the_lungs_mass():
-    """A ball of lung in a patch of its own density's half: volume times (1 + r), density of air over it."""
+    """If the volume of a ball of lung grows by a factor, its density above air is divided by that factor."""
     z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
     radius = np.sqrt(z**2 + y**2 + x**2)
     hu = np.where(radius < 8, -800.0, -1000.0)
@@ -250,13 +250,13 @@ def test_breath_keeps_the_lungs_mass():
     assert middle.numpy() == pytest.approx([-800, -1000 + 200 / 1.2, -1000 + 200 / 0.8], abs=0.1)
 
 
-def test_breath_leaves_tissue_and_thins_half_of_what_lies_between():
+def test_breath_keeps_tissue_and_partly_thins_intermediate_hu():
     flat = torch.tensor([40.0, 0.0, -250.0, -500.0])[:, None, None, None, None].expand(-1, 1, *SIZE).double() + 1024
     ours = apply("breath", flat, {"growth": torch.full((4,), 1.25)})[:, 0, 16, 16, 16] - 1024
     assert ours.numpy() == pytest.approx([40, 0, -250 + 0.5 * 750 * (1 / 1.25 - 1), -1000 + 500 / 1.25], abs=1e-6)
 
 
-def test_kernel_adds_or_takes_what_a_gaussian_in_the_plane_takes_out():
+def test_kernel_adds_or_removes_in_plane_detail():
     inputs = (torch.rand(1, 2, *SIZE, generator=generator(3), dtype=torch.float64) * RANGE).expand(3, -1, -1, -1, -1)
     ours = apply("kernel", inputs, {"amount": torch.tensor([0.0, 0.6, -0.6])})
     assert torch.equal(ours[0], inputs[0])
@@ -266,7 +266,7 @@ def test_kernel_adds_or_takes_what_a_gaussian_in_the_plane_takes_out():
     assert ours[1].std() > inputs[1].std() > ours[2].std()
 
 
-def test_thickness_smooths_along_z_alone():
+def test_thickness_smooths_only_along_z():
     inputs = torch.rand(2, 2, *SIZE, generator=generator(3), dtype=torch.float64) * RANGE
     ours = apply("thickness", inputs, {"sigma": torch.tensor([[0.0], [1.0]])})
     wanted = apply("smooth", inputs, {"sigma": torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])})
@@ -335,7 +335,7 @@ def test_drawn_parameters_have_monais_distributions():
     assert ks_2samp(elastic["offset"].numpy().ravel(), np.ravel(offsets)).pvalue > 1e-3
 
 
-def test_letters_are_applied_in_their_order():
+def test_letters_are_applied_in_order():
     inputs = volumes(2)
     for letters in ("fc", "cf", "ga", "ag"):
         drawn = Augmentation(letters).draw(2, SIZE, generator(4))
@@ -349,7 +349,7 @@ def test_letters_are_applied_in_their_order():
             )
         prepared = Augmentation(letters).prepare(drawn, SIZE)
         assert torch.equal(Augmentation(letters).apply(inputs, prepared, normal(6)), chained)
-    # The order matters: noise before a resampling is smoothed by it.
+    # The order matters, because resampling smooths earlier noise.
     everyone = {"chosen": torch.ones(2, dtype=torch.bool), "std": torch.full((2,), 50.0)}
     move = augment.prepare_affine(augment.draw_affine(2, SIZE, generator(4)), SIZE)
     flat = torch.zeros(2, 1, *SIZE)
@@ -362,12 +362,12 @@ def test_every_letter_has_a_name_and_a_transform():
     assert augment.TRANSFORMS.keys() == LETTERS.keys()
 
 
-def test_unknown_letter():
-    with pytest.raises(UserError, match="'agx' has the unknown letter 'x'"):
+def test_an_unknown_letter_is_refused():
+    with pytest.raises(UserError, match="'agx': unknown letter 'x'"):
         Augmentation("agx")
 
 
-def test_streams_are_never_shared():
+def test_random_streams_are_never_shared():
     seen = set()
     for seed in range(2):
         for epoch in range(3):
@@ -378,7 +378,7 @@ def test_streams_are_never_shared():
     assert len(seen) == 2 * 3**4 * 2
 
 
-def test_a_step_can_be_drawn_again():
+def test_a_step_is_reproducible():
     patches = torch.randint(-1024, 241, (3, *SIZE), dtype=torch.int16, generator=generator(1))
     neighbors = torch.randint(-1024, 241, (3, 2, *SIZE), dtype=torch.int16, generator=generator(2))
     views = [
@@ -413,8 +413,8 @@ def test_intensities_without_augmentation():
 
 
 @pytest.mark.parametrize("kind", (np.int16, np.float32, np.float64))
-def test_the_networks_input_without_augmentation(kind):
-    """(HU + 1024) / 632 - 1 of what is clipped to [-1024, 240], for any number of patches."""
+def test_network_input_without_augmentation(kind):
+    """HU are clipped to [-1024, 240] and become (HU + 1024) / 632 - 1, for any number of patches."""
     for count in (1, 16, 37):
         hu = np.random.default_rng(count).integers(-1500, 500, (count, 4, 4, 4)).astype(kind)
         wanted = torch.from_numpy((np.clip(hu.astype(np.float64), -1024, 240) + 1024) / 632 - 1)[:, None]
@@ -426,8 +426,8 @@ def test_the_networks_input_without_augmentation(kind):
 
 @pytest.mark.parametrize("size", [(32, 32, 32), (5, 7, 6), (1, 4, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sampling_slice_by_slice_is_trilinear(size, channels):
-    """On white noise, the worst case, with coordinates on, between and beyond the voxels."""
+def test_slice_by_slice_sampling_is_trilinear(size, channels):
+    """Test white noise, the worst case, with coordinates on, between and outside the voxels."""
     stream = generator()
     noise = torch.rand(5, channels, *size, generator=stream, dtype=torch.float64) * RANGE
     voxels = torch.rand(5, 3, *size, generator=stream, dtype=torch.float64) * 2 - 0.5
@@ -437,13 +437,13 @@ def test_sampling_slice_by_slice_is_trilinear(size, channels):
     torch.testing.assert_close(resample.sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
     single = resample.sample(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
-    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # whole voxels come back as they are
+    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # coordinates on voxels return the voxels
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])
 
 
-def test_ranges_are_the_flags():
-    """Narrower ranges draw narrower parameters from the same stream; the defaults are the published ones."""
+def test_ranges_follow_the_flags():
+    """Narrower ranges draw narrower parameters from the same stream. The defaults are the published ranges."""
     narrower = dict(
         rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5, shift=10
     ) | dict(breath=0.1, kernel=0.3, thickness=0.25)

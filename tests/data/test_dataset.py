@@ -1,4 +1,4 @@
-"""Batches of data-loader workers: handed over whatever room /dev/shm has, and their errors as they are."""
+"""Batches from data-loader workers: they arrive even if /dev/shm is full, and errors keep their message."""
 
 import signal
 import subprocess
@@ -24,14 +24,14 @@ def loader_of(folder, workers=1):
     return make_loader(PatchDataset(store, 2), sampler, workers, pin_memory=False)
 
 
-def full(self):
+def raise_full(self):
     raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
 
-def test_a_full_shared_memory_is_gone_around(tmp_path, make_store, grid, monkeypatch):
+def test_batches_arrive_with_a_full_shared_memory(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path, 4, grid)
     wanted, notes = list(batches(loader_of(tmp_path, 0))), []
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forked from this process
+    monkeypatch.setattr(torch.Tensor, "share_memory_", raise_full)  # workers are forks of this process
     made = list(batches(loader_of(tmp_path), notes.append))
     assert len(made) == len(wanted) == 12 and len(notes) == 1 and "/dev/shm is full" in notes[0]
     for one, other in zip(made, wanted):
@@ -39,7 +39,7 @@ def test_a_full_shared_memory_is_gone_around(tmp_path, make_store, grid, monkeyp
         assert torch.equal(one.patches, other.patches) and torch.equal(one.neighbors, other.neighbors)
 
 
-def test_an_error_of_a_reading_process_is_one_sentence(tmp_path, make_store, grid):
+def test_a_workers_error_is_one_line(tmp_path, make_store, grid):
     make_store(tmp_path, 4, grid)
     loader = loader_of(tmp_path)
     for path in (tmp_path / "grouped_patch").iterdir():
@@ -49,8 +49,8 @@ def test_an_error_of_a_reading_process_is_one_sentence(tmp_path, make_store, gri
     assert "has changed since this run opened the store" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_worker_that_torch_ends_asks_nobody_to_stop(tmp_path, make_store, grid):
-    """torch sends SIGTERM to one that is slow to leave; passed on, it would end the trainer itself."""
+def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store, grid):
+    """torch sends SIGTERM to a worker that ends slowly. The worker must not forward it to the trainer."""
     make_store(tmp_path, 4, grid)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -65,8 +65,8 @@ def test_a_worker_that_torch_ends_asks_nobody_to_stop(tmp_path, make_store, grid
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_trainer_that_fails_leaves_at_once(tmp_path, make_store, grid, workers):
-    """Reading processes know who ends them; torch alone would wait 5 s for each, and they for their minute."""
+def test_a_failing_trainer_ends_at_once(tmp_path, make_store, grid, workers):
+    """Workers know that the trainer ends them. Otherwise torch would wait 5 s for each, and each worker a minute."""
     make_store(tmp_path, 4, grid)
     code = (
         "import sys\nfrom data.loader import batches\nfrom tests.data.test_dataset import loader_of\n"
@@ -80,7 +80,7 @@ def test_a_trainer_that_fails_leaves_at_once(tmp_path, make_store, grid, workers
         assert process.wait(60) == 3 and time.monotonic() - began < 4
 
 
-def test_without_neighbours_only_the_patches_are_read(tmp_path, make_store, grid, monkeypatch):
+def test_neighbours_are_not_read_if_not_needed(tmp_path, make_store, grid, monkeypatch):
     patches, store, read = make_store(tmp_path, 4, grid), PatchStore(tmp_path), []
     monkeypatch.setattr(store, "read", lambda *given, way=store.read: read.append(given[0]) or way(*given))
     batch = PatchDataset(store, 0)[BatchIndex(0, 3, 0, np.array([2, 1]))]

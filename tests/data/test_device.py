@@ -1,4 +1,4 @@
-"""Batches on their device: from the loader, or gathered from location files that stay there."""
+"""Batches on the device: copied from the loader, or gathered from location files that stay on the device."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def store(tmp_path, make_store, grid):
 
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_resident_files_give_what_the_loader_reads(store, k, device):
+def test_resident_files_give_the_loaders_batches(store, k, device):
     device = torch.device(device)
     draws = StepDraws(Augmentation("ag"), 0, range(1))
     reading, leaving = PatchDataset(store, k, draws), PatchDataset(store, k, draws, read=False)
@@ -50,7 +50,7 @@ def test_files_stay_on_a_gpu_if_they_fit(store, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_late_copies_come_once_and_in_order(device):
+def test_late_copies_arrive_once_and_in_order(device):
     device, given = torch.device(device), []
     late = LateCopies(device)
     for number in range(3):

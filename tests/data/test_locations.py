@@ -1,4 +1,4 @@
-"""Normalised locations and the neighbour table."""
+"""Normalised locations, and the table of neighbours."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,16 @@ from data.layout import StoreError, load_locations
 from data.locations import neighbor_table, normalize_locations
 
 
-def test_normalisation_is_by_the_tables_maximum():
+def test_locations_are_normalised_by_the_tables_maximum():
     table = np.array([[26, 130, 0], [52, 260, 0], [104, 0, 0]])
-    wanted = [[-0.5, 0.0, -1.0], [0.0, 1.0, -1.0], [1.0, -1.0, -1.0]]  # an axis of zeros gives -1
+    wanted = [[-0.5, 0.0, -1.0], [0.0, 1.0, -1.0], [1.0, -1.0, -1.0]]  # an axis with only zeros gives -1
     normalised = normalize_locations(table)
     assert normalised.dtype == np.float32
     np.testing.assert_allclose(normalised, wanted, atol=1e-7)
 
 
 def literal_neighbors(table, k):
-    """Sort (distance, index) pairs."""
+    """Return the k nearest locations by sorting (distance, index) pairs."""
     result = []
     for a in range(len(table)):
         pairs = sorted(
@@ -27,13 +27,13 @@ def literal_neighbors(table, k):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_ties_go_to_the_lower_index(grid, k):
+def test_ties_are_ordered_by_index(grid, k):
     np.testing.assert_array_equal(neighbor_table(grid, k), literal_neighbors(grid, k))
-    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # 1, 2 and 4 are all 26 away
+    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # 1, 2 and 4 all have distance 26
 
 
 def test_fewer_locations_than_neighbors(grid):
-    with pytest.raises(StoreError, match="--k-neighbors 6 with 6 locations"):
+    with pytest.raises(StoreError, match="--k-neighbors 6 must be below the number of locations, which is 6"):
         neighbor_table(grid, 6)
 
 
@@ -45,8 +45,8 @@ def test_published_table(reference):
     np.testing.assert_array_equal(neighbors, literal_neighbors(table, 3))
     distances = ((table[:, None] - table[None]) ** 2).sum(-1)
     ties = sum(np.partition(row, 3)[3] == np.partition(row, 2)[2] for row in distances)
-    assert ties > 500  # why the order must be defined
-    # Written out for one location: corner (26, 130, 26) over the maximum (312, 286, 286).
+    assert ties > 500  # ties are common, so their order must be defined
+    # For one location: corner (26, 130, 26) divided by the maximum (312, 286, 286).
     np.testing.assert_allclose(normalize_locations(table)[0], [26 / 156 - 1, 130 / 143 - 1, 26 / 143 - 1], atol=1e-6)
 
 
@@ -60,12 +60,12 @@ def test_published_table(reference):
         (np.array([[1, 2, 3], [1, 2, 3]]), "more than one row"),
     ],
 )
-def test_bad_tables(tmp_path, table, message):
+def test_bad_tables_are_refused(tmp_path, table, message):
     np.save(tmp_path / "t.npy", table)
     with pytest.raises(StoreError, match=message):
         load_locations(tmp_path / "t.npy")
     (tmp_path / "broken.npy").write_bytes(b"no array")
-    with pytest.raises(StoreError, match=r"broken\.npy is no table of patch locations: not a whole \.npy file"):
+    with pytest.raises(StoreError, match=r"broken\.npy is not a location table: it is not a complete \.npy file"):
         load_locations(tmp_path / "broken.npy")
     with pytest.raises(StoreError, match=r"absent\.npy cannot be read: No such file"):
         load_locations(tmp_path / "absent.npy")

@@ -1,4 +1,4 @@
-"""Reading ahead in threads."""
+"""Reading ahead with threads."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ from data.sampler import BatchIndex
 from data.store import PatchStore
 
 
-def test_order_is_kept_whatever_the_threads_take():
+def test_order_is_kept_with_slow_threads():
     def read(job):
         time.sleep(0.02 if job % 3 == 0 else 0)
         return job * 10
@@ -24,7 +24,7 @@ def test_order_is_kept_whatever_the_threads_take():
     assert list(read_ahead(read, [])) == []
 
 
-def test_no_more_than_depth_is_held():
+def test_at_most_depth_items_are_held():
     started, used = [], 0
     for _, _ in read_ahead(lambda job: started.append(job), range(50), threads=2, depth=3):
         used += 1
@@ -33,7 +33,7 @@ def test_no_more_than_depth_is_held():
     assert used == 50
 
 
-def test_an_error_comes_at_its_turn_and_the_threads_end():
+def test_an_error_is_raised_in_order_and_the_threads_end():
     def read(job):
         if job == 4:
             raise OSError("disk")
@@ -50,7 +50,7 @@ def test_an_error_comes_at_its_turn_and_the_threads_end():
     assert threading.active_count() <= before
 
 
-def test_files_are_asked_for_from_start_to_end_and_missing_ones_passed_over(tmp_path, monkeypatch):
+def test_files_are_requested_in_order_and_missing_ones_skipped(tmp_path, monkeypatch):
     for name, size in (("a", prefetch.PIECE + 1), ("b", 10)):
         (tmp_path / name).write_bytes(bytes(size))
     asked, done = [], threading.Event()
@@ -64,7 +64,7 @@ def test_files_are_asked_for_from_start_to_end_and_missing_ones_passed_over(tmp_
     will_need(tmp_path / name for name in ("a", "missing", "b"))
     assert done.wait(10)
     assert asked == [(start, prefetch.PIECE, os.POSIX_FADV_WILLNEED) for start in (0, prefetch.PIECE, 0)]
-    monkeypatch.delattr(os, "posix_fadvise")  # macOS
+    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
     prefetch._ask_for([tmp_path / "a"])
 
 

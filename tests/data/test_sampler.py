@@ -1,4 +1,4 @@
-"""The location travels with the batch; ranks never overlap."""
+"""Sampling: every batch carries its location, and ranks never overlap."""
 
 import multiprocessing
 import signal
@@ -40,7 +40,7 @@ def test_order_depends_on_seed_epoch_and_location():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_a_step_without_overlap(world):
+def test_ranks_split_a_step_without_overlap(world):
     whole = list(LocationBatchSampler(20, 3, 8, seed=5))
     ranks = [list(LocationBatchSampler(20, 3, 8, 5, rank, world)) for rank in range(world)]
     for step, batch in enumerate(whole):
@@ -50,7 +50,7 @@ def test_ranks_share_a_step_without_overlap(world):
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2, 3, 7, 8])
-def test_skipping_goes_on_where_a_run_stopped(skip):
+def test_skipping_resumes_where_a_run_stopped(skip):
     sampler = LocationBatchSampler(6, 4, 3, seed=1)
     sampler.set_epoch(3)
     whole = list(sampler)
@@ -98,8 +98,8 @@ def test_loader_serves_the_right_location(tmp_path, make_store, grid, workers):
         assert count == 12
 
 
-def reading_process():
-    """A process that stands for a loader's worker, listening."""
+def start_worker():
+    """Start a process that handles signals like a data-loader worker."""
     ready = multiprocessing.get_context("fork").Event()
 
     def work():
@@ -113,12 +113,12 @@ def reading_process():
     return worker
 
 
-def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
-    """Long enough for the trainer, which it asks to stop, to save; but a trainer that fails must not wait for ever."""
+def test_a_worker_survives_a_sigterm_for_a_limited_time(monkeypatch):
+    """The worker asks the trainer to stop and gives it time to save, but never blocks a failing trainer forever."""
     monkeypatch.setattr(loader_module, "STOP_SECONDS", 1)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    worker = reading_process()
+    worker = start_worker()
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(0.3)
     assert worker.is_alive()
@@ -127,18 +127,18 @@ def test_a_worker_outlives_a_sigterm_but_not_for_long(monkeypatch):
     assert worker.exitcode == 0 and asked == [signal.SIGTERM]
 
 
-def test_a_worker_that_its_trainer_ends_leaves_at_once_and_asks_nobody():
+def test_a_worker_ended_by_its_trainer_ends_at_once():
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    worker = reading_process()
+    worker = start_worker()
     loader_module._end_reading()
     worker.join(5)
     signal.signal(signal.SIGTERM, before)
     assert worker.exitcode == 0 and not asked
 
 
-def test_interleaved_visits_are_short_and_cover_the_same():
-    """Every (location, subject) as often as in the published order; the same subjects in the same step."""
+def test_interleaved_visits_are_short_and_cover_all():
+    """Every (location, subject) pair occurs as often as in the published order, with the same subjects per step."""
     sequential = LocationBatchSampler(35, 3, 3, seed=4)
     interleaved = LocationBatchSampler(35, 3, 3, seed=4, order="interleaved")
     one, other = ({(i.location, i.step): i.rows.tolist() for i in sampler} for sampler in (sequential, interleaved))

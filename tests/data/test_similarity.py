@@ -1,4 +1,4 @@
-"""Batches of similar scans: what is read of them, and how they are dealt."""
+"""Batches of similar scans: reading the columns and composing the batches."""
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ def table(tmp_path):
     return tmp_path / "t.csv"
 
 
-def test_columns_of_a_table(table):
+def test_similarity_from_table_columns(table):
     notes = []
     found = read_similarity(["noise", "kernel", "same", "name"], table, StoreLayout(table.parent), SIDS, notes.append)
     frame = pd.read_csv(table, dtype={"sid": str}).set_index("sid").reindex(SIDS)
@@ -33,11 +33,11 @@ def test_columns_of_a_table(table):
     assert found.shape == (N, 3) and np.isnan(found[:2]).all() and np.isnan(found[20, 0]) and not np.isnan(found[20, 1])
     kernel = (frame["kernel"] == "B30f").to_numpy()[2:]
     assert (found[2:, 1][kernel] > 0).all() and (found[2:, 1][~kernel] < 0).all()
-    np.testing.assert_allclose(np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1)  # as much as a number
-    assert len(notes) == 2 and "22 different texts" in notes[0] and "knows nothing of 2 of 24" in notes[1]
+    np.testing.assert_allclose(np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1)  # like one numeric column
+    assert len(notes) == 2 and "22 different texts" in notes[0] and "has no values for 2 of 24" in notes[1]
 
 
-def test_the_stores_reports(tmp_path):
+def test_similarity_from_the_stores_reports(tmp_path):
     layout = StoreLayout(tmp_path)
     layout.report("x").parent.mkdir(parents=True)
     spacing = [f"0.8 x 0.8 x {1 + row % 3}" for row in range(N)]
@@ -49,12 +49,12 @@ def test_the_stores_reports(tmp_path):
     assert found.shape == (N, 3)
     np.testing.assert_allclose(found[:, 0], -found[:, 1])
     assert found[0, 2] == found[3, 2] < found[1, 2] < found[2, 2]
-    with pytest.raises(StoreError, match=r"nothing in .*report tells one subject from another"):
+    with pytest.raises(StoreError, match=r"all subjects have equal or unknown values in .*report"):
         read_similarity(["report"], None, StoreLayout(tmp_path / "other"), SIDS, print)
 
 
-def test_a_column_that_is_not_there(table):
-    with pytest.raises(StoreError, match=r"--batch-by nose: .* has no such column.*noise"):
+def test_a_missing_column_is_refused(table):
+    with pytest.raises(StoreError, match=r"--batch-by nose: .* does not have this column.*noise"):
         read_similarity(["nose"], table, StoreLayout(table.parent), SIDS, print)
 
 
@@ -64,7 +64,7 @@ def sampler(similarity, rank=0, world=1, seed=3):
     return made
 
 
-def test_batches_are_of_similar_subjects():
+def test_batches_contain_similar_subjects():
     rng = np.random.default_rng(1)
     scans = rng.normal(size=(N - 1, 2))
     near, random = (
@@ -73,7 +73,7 @@ def test_batches_are_of_similar_subjects():
     assert near < 0.8 * random
 
 
-def test_everybody_meets_many_others_once_a_location_on_any_number_of_ranks():
+def test_subjects_meet_many_others_on_any_number_of_ranks():
     rng = np.random.default_rng(1)
     scans = rng.normal(size=(N - 1, 2))
     scans[5] = np.nan
@@ -85,7 +85,8 @@ def test_everybody_meets_many_others_once_a_location_on_any_number_of_ranks():
     for rows in by_location.values():
         assert len(set(rows)) == len(rows) == 20
         left_out += ~np.isin(np.arange(N - 1), rows)
-    assert (met > 0).mean() > 0.9 and left_out.min() > 0 and left_out.max() < 16  # 3 of 23 at each of 40 locations
+    # 3 of 23 subjects are left out at each of 40 locations.
+    assert (met > 0).mean() > 0.9 and left_out.min() > 0 and left_out.max() < 16
     whole, halves = list(sampler(scans)), [list(sampler(scans, rank, 2)) for rank in range(2)]
     for one, first, second in zip(whole, *halves):
         np.testing.assert_array_equal(one.rows, [*first.rows, *second.rows])

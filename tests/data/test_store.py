@@ -1,4 +1,4 @@
-"""Reading patch stores: ours, the published layout, and damaged ones."""
+"""Reading patch stores: the current layout, the published layout and damaged stores."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from data.store import PatchStore
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_reads_what_was_written(tmp_path, make_store, grid, grouped):
+def test_patches_are_read_as_written(tmp_path, make_store, grid, grouped):
     patches = make_store(tmp_path, 5, grid, grouped=grouped)
     store = PatchStore(tmp_path)
     assert (store.num_subjects, store.num_locations, store.grouped) == (5, 6, grouped)
@@ -25,23 +25,23 @@ def test_reads_what_was_written(tmp_path, make_store, grid, grouped):
         np.testing.assert_array_equal(read, patches[rows, location])
 
 
-def test_older_layout(tmp_path, make_store, grid):
-    """The published implementation's: another name for the table, no subjects.csv, rows by sorted file names."""
+def test_the_published_layout_is_read(tmp_path, make_store, grid):
+    """The published layout has another table name and no subjects.csv. Rows follow the sorted file names."""
     make_store(tmp_path, 2, grid)
     (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
     (tmp_path / "subjects.csv").unlink()
     (tmp_path / "patch").mkdir()
-    for sid in ("b_INSP", "b"):  # by file name b_INSP comes first, by subject b
+    for sid in ("b_INSP", "b"):  # b_INSP is first by file name, b is first by sid
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", np.zeros((6, 32, 32, 32), dtype=np.int16))
     store = PatchStore(tmp_path)
     assert store.sids == ["b_INSP", "b"]
     np.save(tmp_path / "another_patch_loc.npy", grid)
-    with pytest.raises(StoreError, match=r"no atlas_patch_loc\.npy; of .* name one"):
+    with pytest.raises(StoreError, match=r"no atlas_patch_loc\.npy; rename one of .* to"):
         PatchStore(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["<f8", "<f4", "<f2", ">f4", "<i4", ">i2", "<i8", "<u2", "u1", "<i1"])
-def test_any_real_dtype(tmp_path, make_store, grid, dtype):
+def test_every_real_dtype_is_read(tmp_path, make_store, grid, dtype):
     make_store(tmp_path, 2, grid[:2])
     values = np.full((2, 32, 32, 32), 100, dtype=dtype)
     values[0, 0, 0, 0] = 120
@@ -64,7 +64,7 @@ def test_wide_integers_are_clipped_not_wrapped(tmp_path, make_store, grid):
     assert read[0, 0, 0, 0] == -1024 and read[0, 1, 1, 1] == 240
 
 
-def test_fortran_order_reads_alike(tmp_path, make_store, grid):
+def test_fortran_order_is_read(tmp_path, make_store, grid):
     patches = make_store(tmp_path, 5, grid)
     np.save(tmp_path / "grouped_patch" / "patch_loc_3.npy", np.asfortranarray(patches[:, 3]))
     rows = np.array([4, 0, 2])
@@ -105,34 +105,34 @@ def damage_table(root):
     [
         (damage_truncate, "patch_loc_3.npy is truncated"),
         (damage_rows, "patch_loc_3.npy has shape"),
-        (damage_header, "patch_loc_3.npy is not a whole .npy file"),
+        (damage_header, "patch_loc_3.npy is not a complete .npy file"),
         (damage_kind, "patch_loc_3.npy has dtype complex64"),
-        (damage_missing, "patch_loc_3.npy is not there; run preprocess/group_patches.py"),
+        (damage_missing, "patch_loc_3.npy does not exist; run preprocess/group_patches.py"),
         (damage_subjects, "lists 2 subjects"),
         (damage_table, "patch_loc_2.npy exists, but the location table has only 2 rows"),
     ],
 )
-def test_damage_is_named(tmp_path, make_store, grid, damage, message):
+def test_damage_is_reported(tmp_path, make_store, grid, damage, message):
     make_store(tmp_path, 5, grid)
     damage(tmp_path)
     with pytest.raises(StoreError, match=message):
         PatchStore(tmp_path)
 
 
-def test_no_store(tmp_path, make_store, grid):
+def test_other_folders_are_refused(tmp_path, make_store, grid):
     with pytest.raises(StoreError, match="is not a folder"):
         PatchStore(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="file is a file; name a folder"):
+    with pytest.raises(StoreError, match="file is a file; give a folder"):
         PatchStore(tmp_path / "file")
-    with pytest.raises(StoreError, match="is no patch store"):
+    with pytest.raises(StoreError, match="is not a patch store"):
         PatchStore(tmp_path)
     make_store(tmp_path, 2, grid, grouped=False)
     with pytest.raises(StoreError, match="group_patches"):
         PatchStore(tmp_path, require_grouped=True)
 
 
-def test_few_files_are_open_at_a_time(tmp_path, make_store, grid, monkeypatch):
+def test_only_a_few_files_are_open(tmp_path, make_store, grid, monkeypatch):
     monkeypatch.setattr(store_module, "MAX_OPEN", 2)
     for grouped in (True, False):
         patches = make_store(tmp_path / str(grouped), 4, grid, grouped=grouped)
@@ -142,38 +142,38 @@ def test_few_files_are_open_at_a_time(tmp_path, make_store, grid, monkeypatch):
             assert sum(file._array is not None for file in store._files) <= 2
 
 
-def test_a_store_half_renamed_is_refused(tmp_path, make_store, grid):
+def test_a_partly_renamed_store_is_refused(tmp_path, make_store, grid):
     make_store(tmp_path, 2, grid)
     (tmp_path / "subjects.csv").unlink()
     (tmp_path / "grouped_patch" / ".partial").mkdir()
-    with pytest.raises(StoreError, match=r"grouping was stopped; run .*group_patches\.py"):
+    with pytest.raises(StoreError, match=r"grouping was interrupted; run .*group_patches\.py"):
         PatchStore(tmp_path)
 
 
-def test_label_columns_left_out_are_told_and_missing_values_are_not_words(tmp_path):
+def test_left_out_label_columns_are_reported(tmp_path):
     (tmp_path / "l.csv").write_text("sid,age,FEV1,sex\n007,61,N/A,F\n12/34,50,null,M\n,40,80,M\n")
     notes = []
     values, names = read_labels(tmp_path / "l.csv", ["007", "12/34"], notes.append)
     assert names == ["age", "FEV1"] and notes == [
-        f"{tmp_path / 'l.csv'}: column 'sex' left out, 'F' of sid 007 is no finite number of float32"
+        f"{tmp_path / 'l.csv'}: column 'sex' left out: 'F' of sid 007 is not a finite float32 number"
     ]
     np.testing.assert_array_equal(values, np.array([[61, np.nan], [50, np.nan]], dtype=np.float32))
 
 
-def test_a_label_too_large_for_float32_is_told(tmp_path):
+def test_a_label_too_large_for_float32_is_reported(tmp_path):
     (tmp_path / "l.csv").write_text("sid,age,huge\n007,61,1e39\n")
     notes = []
     values, names = read_labels(tmp_path / "l.csv", ["007"], notes.append)
-    assert names == ["age"] and "column 'huge' left out, '1e39' of sid 007" in notes[0] and np.isfinite(values).all()
+    assert names == ["age"] and "column 'huge' left out: '1e39' of sid 007" in notes[0] and np.isfinite(values).all()
 
 
-def test_labels_follow_the_rows_and_miss_nothing(tmp_path):
+def test_labels_follow_the_order_of_the_subjects(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("sid,age,sex,FEV1pp\n007,61,F,80.5\n010,,M,NA\nzz,50,F,1e2\n")
     notes = []
     values, names = read_labels(path, ["010", "007", "absent"], notes.append)
-    assert notes[-1] == f"{path}: no row for 1 of 3 subjects, the first 'absent'"
-    assert names == ["age", "FEV1pp"]  # sex is no number
+    assert notes[-1] == f"{path}: no row for 1 of 3 subjects, for example 'absent'"
+    assert names == ["age", "FEV1pp"]  # sex is not numeric
     np.testing.assert_array_equal(values, np.array([[np.nan, np.nan], [61, 80.5], [np.nan, np.nan]], dtype=np.float32))
 
 
@@ -186,14 +186,14 @@ def test_labels_follow_the_rows_and_miss_nothing(tmp_path):
         ("sid,age\n007,2\n007,3\n", "'007' more than once"),
     ],
 )
-def test_bad_labels(tmp_path, text, message):
+def test_bad_label_tables_are_refused(tmp_path, text, message):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(StoreError, match=message):
         read_labels(tmp_path / "labels.csv", ["007"])
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_some_subjects_in_the_stores_order(make_store, tmp_path, grid, grouped):
+def test_selected_subjects_keep_the_stores_order(make_store, tmp_path, grid, grouped):
     make_store(tmp_path / "store", 6, grid, grouped=grouped)
     whole = PatchStore(tmp_path / "store")
     names = [whole.sids[row] for row in (4, 1, 2)]
@@ -202,12 +202,12 @@ def test_some_subjects_in_the_stores_order(make_store, tmp_path, grid, grouped):
     assert some.sids == [whole.sids[row] for row in (1, 2, 4)] and some.num_subjects == 3
     np.testing.assert_array_equal(some.read(1, np.array([2, 0])), whole.read(1, np.array([4, 1])))
     (tmp_path / "some.csv").write_text(f"sid\n{names[0]}\n7\n")
-    with pytest.raises(StoreError, match=r"some.csv: 1 of its 2 subjects are not in .*, the first '7'"):
+    with pytest.raises(StoreError, match=r"some.csv: 1 of its 2 subjects are not in .*, for example '7'"):
         PatchStore(tmp_path / "store", subjects=tmp_path / "some.csv")
 
 
 def regrouped(path):
-    """As grouping does it: another file of that name."""
+    """Replace the file by a new one of the same name, as grouping does."""
     np.save(path.with_name("new.npy"), np.load(path)[::-1])
     path.with_name("new.npy").rename(path)
 
@@ -219,7 +219,7 @@ def written_in_place(path):
 
 @pytest.mark.parametrize("change", [regrouped, written_in_place])
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_store_that_changes_under_a_run_stops_it(tmp_path, make_store, grid, change, mapped):
+def test_a_changed_store_stops_a_run(tmp_path, make_store, grid, change, mapped):
     make_store(tmp_path, 5, grid)
     store = PatchStore(tmp_path)
     if mapped:
@@ -231,7 +231,7 @@ def test_a_store_that_changes_under_a_run_stops_it(tmp_path, make_store, grid, c
             look()
 
 
-def test_subjects_that_change_under_a_run_stop_it(tmp_path, make_store, grid):
+def test_a_changed_subject_list_stops_a_run(tmp_path, make_store, grid):
     make_store(tmp_path, 2, grid)
     store = PatchStore(tmp_path)
     (tmp_path / "subjects.csv").write_text("sid\n001\n000\n")
@@ -239,7 +239,7 @@ def test_subjects_that_change_under_a_run_stop_it(tmp_path, make_store, grid):
         store.check_unchanged()
 
 
-def test_the_version_is_of_the_content(tmp_path, make_store, grid):
+def test_the_version_depends_on_the_content(tmp_path, make_store, grid):
     make_store(tmp_path / "a", 4, grid)
     version = PatchStore(tmp_path / "a").version
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
@@ -249,21 +249,24 @@ def test_the_version_is_of_the_content(tmp_path, make_store, grid):
     make_store(tmp_path / "c", 4, grid, seed=1)
     make_store(tmp_path / "d", 4, grid + 1)
     make_store(tmp_path / "e", 4, grid, grouped=False)
-    (tmp_path / "b" / "subjects.csv").unlink()  # as published
+    (tmp_path / "b" / "subjects.csv").unlink()  # as in the published layout
     others |= {PatchStore(tmp_path / name).version for name in "bcde"}
     assert len(others) == 6
 
 
-def test_what_patch_and_the_grouped_files_do_not_agree_on_is_told(tmp_path, make_store, grid):
+def test_differences_between_patch_and_grouped_files_are_noted(tmp_path, make_store, grid):
     patches = make_store(tmp_path, 3, grid)
-    assert not list(PatchStore(tmp_path).notes())  # patch/ may be gone
+    assert not list(PatchStore(tmp_path).notes())  # patch/ may be missing
     (tmp_path / "patch").mkdir()
     for sid in ("000", "002", "003", "004", "005", "006"):
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", patches[0])
     new, gone = PatchStore(tmp_path).notes()
-    assert "4 subjects (003, 004, 005, ...) of patch/ are not in grouped_patch/" in new and "group_patches.py" in new
-    assert "1 subject (001) of grouped_patch/ are not in patch/" in gone
+    assert (
+        "4 subjects (003, 004, 005, ...) in patch/ but not in grouped_patch/ will not be read" in new
+        and "group_patches.py" in new
+    )
+    assert "1 subject (001) in grouped_patch/ but no longer in patch/ will be read" in gone
     (tmp_path / "grouped_patch" / "grouped.json").write_text("{}")
     os.utime(tmp_path / "patch" / "002_patch.npy", (0, 9e9))
     *_, newer = PatchStore(tmp_path).notes()
-    assert "1 subject (002) of patch/ are newer" in newer
+    assert "1 subject (002) in patch/ changed after grouping" in newer

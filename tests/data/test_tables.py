@@ -1,4 +1,4 @@
-"""A sid is text, and no sid leaves its folder."""
+"""Tables with sids: a sid is text, and no sid can leave its folder."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from data.tables import check_sid, read_table
 
 
 @pytest.mark.parametrize("sid", ["007", "10005Q_INSP", "a.b-c", "été", "x 1", "A+B@2"])
-def test_good_sids(sid):
+def test_valid_sids(sid):
     check_sid(sid)
 
 
@@ -15,7 +15,7 @@ def test_good_sids(sid):
     "sid",
     ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a..b", "-x", "a\nb", "a\0", "~x", "$(x)", "a;b", "x" * 200],
 )
-def test_bad_sids(sid):
+def test_invalid_sids_are_refused(sid):
     with pytest.raises(StoreError, match="cannot be a file name"):
         check_sid(sid)
 
@@ -39,30 +39,30 @@ def test_text_stays_text(tmp_path):
         ("SID,image\na,1\n", "no column 'sid'; its columns are SID, image; write sid instead of SID"),
     ],
 )
-def test_bad_tables(tmp_path, text, message):
+def test_bad_tables_are_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(StoreError, match=message):
         read_table(tmp_path / "t.csv")
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(StoreError, match="no table at"):
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="does not exist or is not a file"):
         read_table(tmp_path / "none.csv")
 
 
-def test_trailing_commas_shift_nothing_and_a_cell_too_many_is_an_error(tmp_path):
+def test_trailing_commas_are_ignored_and_extra_cells_refused(tmp_path):
     (tmp_path / "t.csv").write_text("sid,age,,\n007,55,\n,,\n008,60,,\n  \n,\n")
     table = read_table(tmp_path / "t.csv")
     assert table["sid"].tolist() == ["007", "008"] and table["age"].tolist() == ["55", "60"]
     (tmp_path / "t.csv").write_text("sid,image\n007,a.nii\n008,b.nii,c\n")
-    with pytest.raises(StoreError, match="line 3 has more cells than the 2 of the header"):
+    with pytest.raises(StoreError, match="line 3 has more cells than the header, which has 2"):
         read_table(tmp_path / "t.csv")
 
 
-def test_another_encoding_is_named(tmp_path):
+def test_other_encodings_are_refused(tmp_path):
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / "t.csv").write_bytes("sid,image\nMüller,a.nii\n".encode(encoding))
-        with pytest.raises(StoreError, match="is no text in UTF-8"):
+        with pytest.raises(StoreError, match="is not UTF-8 text"):
             read_table(tmp_path / "t.csv", ("sid", "image"))
 
 
@@ -76,18 +76,18 @@ def test_another_encoding_is_named(tmp_path):
         ("SEP=|\nsid|age|name\n007|1.5|a, b\n008|2|\n009|3|c\n", ["1.5", "2", "3"]),
     ],
 )
-def test_tables_as_spreadsheets_write_them(tmp_path, text, ages):
+def test_tables_written_by_spreadsheets(tmp_path, text, ages):
     (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
     table = read_table(tmp_path / "t.csv")
     assert table["sid"].tolist() == ["007", "008", "009"] and table["age"].tolist() == ages
     assert table["name"].tolist() == ["a, b", "", "c"]
 
 
-def test_semicolons_beside_commas_are_commas(tmp_path):
+def test_commas_take_precedence_over_semicolons(tmp_path):
     (tmp_path / "t.csv").write_text("sid,note;more\n007,a;b\n")
     assert list(read_table(tmp_path / "t.csv").columns) == ["sid", "note;more"]
 
 
-def test_names_are_compared_in_composed_unicode_without_invisible_characters(tmp_path):
+def test_names_are_normalised_unicode(tmp_path):
     (tmp_path / "t.csv").write_text("sid,a\nMu\u0308ller,1\n\u200bB2\ufeff,2\n", encoding="utf-8")
     assert read_table(tmp_path / "t.csv")["sid"].tolist() == ["M\u00fcller", "B2"]

@@ -1,4 +1,4 @@
-"""Flags, errors in one line, and the same exit status in every script."""
+"""Command-line flags, one-line errors and uniform exit statuses."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def parser():
     return made
 
 
-def test_values_are_taken():
+def test_values_are_parsed():
     args = parser().parse_args(["--count", "4", "--share", "1", "--kind", "old", "--marks", "3", "0"])
     assert (args.count, args.share, args.kind, args.marks, args.off) == (4, 1.0, "old", [3, 0], False)
     assert parser().parse_args([]).marks == [1, 2]
@@ -34,28 +34,28 @@ def test_values_are_taken():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--count 0", "--count 0: at least 1; see --help"),
+        ("--count 0", "--count 0 must be at least 1; see --help"),
         ("--count x", "argument --count: invalid int value: 'x'; see --help"),
-        ("--rate -1", "--rate -1.0: at least 0; see --help"),
-        ("--rate nan", "--rate nan: at least 0; see --help"),
-        ("--rate inf", "--rate inf: at least 0; see --help"),
-        ("--share 1.5", "--share 1.5: between 0 and 1"),
-        ("--share 7x", "--share 7x: between 0 and 1"),
-        ("--workers two", "--workers two: a whole number, at least 1"),
-        ("--kind odd", "--kind odd is neither new nor old"),
-        ("--place d", "--place d is none of a, b, c"),
-        ("--marks 1 -2", "--marks -2: at least 0; see --help"),
+        ("--rate -1", "--rate -1.0 must be at least 0; see --help"),
+        ("--rate nan", "--rate nan must be at least 0; see --help"),
+        ("--rate inf", "--rate inf must be at least 0; see --help"),
+        ("--share 1.5", "--share 1.5 must be between 0 and 1"),
+        ("--share 7x", "--share 7x must be between 0 and 1"),
+        ("--workers two", "--workers two must be a whole number, at least 1"),
+        ("--kind odd", "--kind odd must be new or old"),
+        ("--place d", "--place d must be one of a, b, c"),
+        ("--marks 1 -2", "--marks -2 must be at least 0; see --help"),
         ("--cou 4", "unrecognized arguments: --cou 4; see --help"),
         ("--count 0 --nothing", "unrecognized arguments: --nothing; see --help"),
     ],
 )
-def test_a_wrong_flag_is_one_line(flags, message, capsys):
+def test_a_wrong_flag_gives_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as left:
         parser().parse_args(flags.split())
     assert left.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_the_help_shows_defaults_and_words(capsys):
+def test_the_help_shows_defaults_and_choices(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -64,7 +64,7 @@ def test_the_help_shows_defaults_and_words(capsys):
     assert "(default: False)" not in text and "(default: None)" not in text
 
 
-def ended(main, capsys):
+def run_main(main, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as left:
@@ -74,7 +74,7 @@ def ended(main, capsys):
     return left.value.code, capsys.readouterr().err
 
 
-def raises(error):
+def make_failing_main(error):
     def main():
         raise error
 
@@ -86,17 +86,21 @@ def raises(error):
     [
         (lambda: None, 0, ""),
         (lambda: 3, 3, ""),
-        (raises(UserError("no table at x; make one")), 2, "error: no table at x; make one\n"),
-        (raises(OSError(28, "No space left on device", "x")), 2, "error: [Errno 28] No space left on device: 'x'\n"),
-        (raises(KeyboardInterrupt()), 130, "stopped; start again to go on\n"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped; start again to go on\n"),
+        (make_failing_main(UserError("no table at x; make one")), 2, "error: no table at x; make one\n"),
+        (
+            make_failing_main(OSError(28, "No space left on device", "x")),
+            2,
+            "error: [Errno 28] No space left on device: 'x'\n",
+        ),
+        (make_failing_main(KeyboardInterrupt()), 130, "stopped; start again to continue\n"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped; start again to continue\n"),
     ],
 )
-def test_how_a_script_ends(main, status, message, capsys):
-    assert ended(main, capsys) == (status, message)
+def test_exit_status_and_message(main, status, message, capsys):
+    assert run_main(main, capsys) == (status, message)
 
 
-def test_every_error_of_ours_is_the_users():
+def test_all_project_errors_are_user_errors():
     from data.layout import StoreError
     from misc.experiment import ExperimentError
     from misc.process import DeviceError
@@ -108,8 +112,8 @@ def test_every_error_of_ours_is_the_users():
     assert all(issubclass(error, UserError) and issubclass(error, ValueError) for error in errors)
 
 
-def test_an_unforeseen_error_shows_where_and_waits_for_nobody(tmp_path):
-    """A thread that never ends would hold an ordinary exit up."""
+def test_an_unexpected_error_shows_a_traceback_and_exits_at_once(tmp_path):
+    """A thread that never ends would delay an ordinary exit."""
     (tmp_path / "x.py").write_text(
         f"import sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom misc.command import run\n"
         "def main():\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise IndexError('oh')\n"
@@ -119,7 +123,7 @@ def test_an_unforeseen_error_shows_where_and_waits_for_nobody(tmp_path):
     assert result.returncode == 1 and "IndexError: oh" in result.stderr and "in main" in result.stderr
 
 
-def test_a_later_rank_tells_its_number(monkeypatch, capsys):
+def test_errors_of_other_ranks_show_the_rank(monkeypatch, capsys):
     from misc import command
 
     monkeypatch.setenv("RANK", "2")
@@ -142,8 +146,8 @@ def test_a_stop_request_keeps_the_first_signal():
     assert stop.number == signal.SIGTERM and stop.name == "SIGTERM"
 
 
-def test_few_files_are_refused_and_a_low_soft_limit_is_raised():
-    """`ulimit -n` is often low as the soft limit alone, which a process may raise; then nothing need be said."""
+def test_a_low_hard_file_limit_is_refused_and_a_soft_one_raised():
+    """Often only the soft limit of `ulimit -n` is low. A process may raise it, so no message is needed."""
     code = (
         "import resource, sys\nfrom misc.command import run\nfrom misc.process import start_process\n"
         "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
@@ -154,4 +158,4 @@ def test_few_files_are_refused_and_a_low_soft_limit_is_raised():
         for limits in (("100", "400"), ("100", "100"))
     )
     assert raised.stdout.strip() == "400", raised.stderr
-    assert refused.returncode == 2 and "may open 100 files here (ulimit -n); 256 are needed" in refused.stderr
+    assert refused.returncode == 2 and "may open only 100 files (ulimit -n); raise the limit to 256" in refused.stderr

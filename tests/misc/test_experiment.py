@@ -1,4 +1,4 @@
-"""Rules of an experiment's folder, and how far a checkpoint got without reading it whole."""
+"""Rules for an experiment's folder, and reading a checkpoint's progress without loading it."""
 
 import json
 import time
@@ -15,8 +15,8 @@ def save(path, epoch, step=0, **more):
     save_checkpoint(path, {"epoch": epoch, "step": step, "state_dict": {"a": torch.zeros(3)}, **more})
 
 
-def test_how_far_without_loading(tmp_path, monkeypatch):
-    """400 MB of queue are told apart from 12 bytes by nothing but their size."""
+def test_progress_is_read_without_loading(tmp_path, monkeypatch):
+    """Reading the progress of a checkpoint with a 400 MB queue takes far less time than loading it."""
     big = tmp_path / "big.pth.tar"
     save(big, 7, 31, queue=torch.zeros(100_000_000))
     start = time.perf_counter()
@@ -27,7 +27,7 @@ def test_how_far_without_loading(tmp_path, monkeypatch):
     assert quick < 0.1 + (time.perf_counter() - start) / 5
     content = read_checkpoint(big, tensors=False)
     assert torch.equal(content["state_dict"]["a"], torch.zeros(3))
-    older = tmp_path / "older_0004.pth.tar"  # of torch before 1.6, which cannot be mapped
+    older = tmp_path / "older_0004.pth.tar"  # the format before torch 1.6 cannot be memory-mapped
     torch.save({"epoch": 4, "state_dict": {}}, older, _use_new_zipfile_serialization=False)
     assert progress(older) == (4, 0)
     torch.save({"a": torch.zeros(2)}, tmp_path / "bare_0005.pth.tar")
@@ -37,7 +37,7 @@ def test_how_far_without_loading(tmp_path, monkeypatch):
         progress(tmp_path / "torn.pth.tar")
 
 
-def test_the_latest_is_the_one_that_is_furthest_on(tmp_path):
+def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     experiment = Experiment(tmp_path / "e")
     assert experiment.latest(progress) is None and experiment.resume_from("auto", progress) is None
     for epoch in (1, 2, 10):
@@ -49,7 +49,7 @@ def test_the_latest_is_the_one_that_is_furthest_on(tmp_path):
     assert experiment.resume_from("auto", progress) == experiment.unfinished
 
 
-def test_what_is_further_on_is_set_aside(tmp_path):
+def test_later_checkpoints_are_set_aside(tmp_path):
     experiment = Experiment(tmp_path / "e")
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch)
@@ -64,8 +64,8 @@ def test_what_is_further_on_is_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/../b"])
-def test_a_name_stays_in_the_folder_of_experiments(name):
-    with pytest.raises(ExperimentError, match="the name of a folder that goes into ssl_exp/"):
+def test_names_outside_the_experiments_folder_are_refused(name):
+    with pytest.raises(ExperimentError, match="must be a folder name inside ssl_exp/"):
         Experiment.named(name)
 
 
@@ -76,7 +76,7 @@ def test_the_configuration_comes_back_with_attributes(tmp_path):
     assert config.lr == 0.01 and config.schedule == [120, 160] and config.versions.torch == torch.__version__
     assert experiment.root_dir() == "/data/patches"
     experiment.configs.write_text(json.dumps({"root_dir": 3}))
-    with pytest.raises(ExperimentError, match="names no root_dir; give --root-dir"):
+    with pytest.raises(ExperimentError, match="has no entry root_dir; give --root-dir"):
         experiment.root_dir()
     for text in ("{", "[1, 2]", "3"):
         experiment.configs.write_text(text)
@@ -84,31 +84,31 @@ def test_the_configuration_comes_back_with_attributes(tmp_path):
             experiment.root_dir()
 
 
-def test_features_from_within_an_epoch_have_their_own_folder(tmp_path):
+def test_mid_epoch_features_have_their_own_folder(tmp_path):
     experiment = Experiment(tmp_path)
     assert experiment.features(3).name == "0003" and experiment.features(3, 12).name == "0003_step12"
 
 
-def test_a_damaged_latest_is_told_and_the_one_before_taken(tmp_path):
+def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     experiment, notes = Experiment(tmp_path / "e"), []
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch, weights=torch.arange(1000.0))
     path = experiment.checkpoint(3)
     damaged = bytearray(path.read_bytes())
     at = damaged.find(torch.arange(1000.0).numpy().tobytes()[:4000][2000:2400])
-    damaged[at] ^= 1  # within a tensor: torch would read it without a word
+    damaged[at] ^= 1  # within a tensor, where torch would not notice it
     path.write_bytes(damaged)
     assert experiment.resume_from("auto", intact, notes.append) == experiment.checkpoint(2)
-    assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "going on from" in notes[0]
+    assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
     experiment.unfinished.write_bytes(b"")
     assert experiment.latest(intact) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")
-    with pytest.raises(ExperimentError, match="has no checkpoint that can be read"):
+    with pytest.raises(ExperimentError, match="has no other checkpoint that can be read"):
         experiment.latest(intact)
 
 
-def test_keep_latest(tmp_path):
+def test_keep_latest_removes_older_checkpoints(tmp_path):
     experiment = Experiment(tmp_path)
     for count, left in ((0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 3, 4])):
         for epoch in range(5):

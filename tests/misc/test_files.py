@@ -1,4 +1,4 @@
-"""Files are whole or not there; locks are one process's."""
+"""Files are written completely or not at all; a lock belongs to one process."""
 
 import os
 import resource
@@ -31,7 +31,7 @@ from misc.files import (
 from ..conftest import ROOT
 
 
-def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     target = tmp_path / "new folder" / "a.txt"
 
     def look(stream):
@@ -44,7 +44,7 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_a_failure_keeps_only_the_old_file(tmp_path, error):
     target = tmp_path / "a.txt"
     write_text(target, "old")
 
@@ -60,7 +60,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_writer_of_its_own_opens_a_path_of_the_same_suffix(tmp_path):
+def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
     target = tmp_path / "deep" / "x.nii.gz"
     with whole_file(target) as aside:
         assert aside.name == target.name and aside != target
@@ -70,8 +70,8 @@ def test_a_writer_of_its_own_opens_a_path_of_the_same_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["stream", "path"])
-def test_a_full_disk_names_the_file(tmp_path, way):
-    """A limit on the size of files stands for the disk."""
+def test_a_full_disk_error_names_the_file(tmp_path, way):
+    """A file-size limit simulates the full disk."""
     code = (
         "import resource, signal, sys\nfrom misc.files import whole_file, write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -100,7 +100,7 @@ def test_arrays_texts_and_json(tmp_path):
     assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
 
 
-def test_leftovers_go_when_they_are_old(tmp_path):
+def test_old_leftovers_are_removed(tmp_path):
     for name in (".a.7.partial", ".b.8.partial", "a"):
         (tmp_path / name).touch()
     (tmp_path / ".partial-x").mkdir()
@@ -116,7 +116,7 @@ HOLD = (
 )
 
 
-def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
+def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path):
     path = tmp_path / "lock"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -131,7 +131,7 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
         assert (tmp_path / "sub" / "other").exists()
 
 
-def test_a_held_lock_says_who_has_it(tmp_path):
+def test_a_held_lock_names_its_holder(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom misc.files import held\n"
         "with held(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -141,7 +141,7 @@ def test_a_held_lock_says_who_has_it(tmp_path):
         [sys.executable, "-c", code, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    message = f"the folder is in use by process {holder.pid} on .*; let it end first"
+    message = f"the folder is in use by process {holder.pid} on .*; wait until it ends"
     with pytest.raises(UserError, match=message), held(path, "the folder"):
         pass
     holder.kill()
@@ -156,10 +156,10 @@ def test_the_hash_is_sha256(tmp_path):
     assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(tmp_path):
+def test_unwritable_folders_are_refused_before_any_work(tmp_path):
     check_writable(tmp_path / "new" / "deep", "--out-dir")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
-        with pytest.raises(UserError, match="--out-dir: nothing can be written to "):
+        with pytest.raises(UserError, match="--out-dir: cannot write to "):
             check_writable(path, "--out-dir")

@@ -1,4 +1,4 @@
-"""DrasCLR's step against a loop that writes the method out, and its state on disk."""
+"""DrasCLR's training step, compared with explicit loops, and its state on disk."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def draw_inputs(seed=1, k=NEAR):
 
 
 def literal_step(model, index, query, key, neighbors, here, near):
-    """The method sample by sample: logits of both tasks, and the new queue of the location."""
+    """Compute the method sample by sample; return the logits of both tasks and the location's new queue."""
     encoder_q, encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
     k = neighbors.shape[1]
     z = encoder_q(query, here.expand(B, 3))[0]
@@ -58,8 +58,8 @@ def literal_step(model, index, query, key, neighbors, here, near):
 
 
 @pytest.mark.parametrize(("training", "mlp", "k"), [(True, True, 2), (True, False, 3), (False, True, 1)])
-def test_step_against_the_method_written_out(training, mlp, k):
-    # In float64: BatchNorm over the last layer's four values magnifies rounding.
+def test_a_step_equals_a_literal_loop(training, mlp, k):
+    # Use float64, because BatchNorm over the last layer's four values amplifies rounding errors.
     model = build(mlp).double().train(training)
     query, key, neighbors, here, near = (tensor.double() for tensor in draw_inputs(k=k))
     for step in range(2):
@@ -75,7 +75,7 @@ def test_step_against_the_method_written_out(training, mlp, k):
         assert model.queue_ptr.tolist() == [0, B * (step + 1), 0]
 
 
-def test_rows_per_sample_equal_one_row_for_all():
+def test_one_location_row_per_sample_equals_one_row_for_all():
     query, key, neighbors, here, near = draw_inputs()
     first, second = build(), build()
     for model in (first, second):
@@ -86,8 +86,8 @@ def test_rows_per_sample_equal_one_row_for_all():
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_of_different_locations_are_honoured_as_given():
-    """Neighbours are flattened sample-major: row i, j is sample i's neighbour j."""
+def test_each_sample_uses_its_own_location_row():
+    """Neighbours are flattened sample-major: row (i, j) is neighbour j of sample i."""
     query, key, neighbors, _, _ = draw_inputs()
     own = torch.rand(B, 3) * 2 - 1
     near = torch.rand(B, NEAR, 3) * 2 - 1
@@ -132,12 +132,12 @@ def test_queue_starts_as_unit_noise_and_pointers_at_zero():
     assert queue.shape == (DIM, 2048, L)
     torch.testing.assert_close(queue.norm(dim=0), torch.ones(2048, L))
     assert abs(float(queue.mean())) < 0.01
-    # A coordinate of a random direction in d dimensions has the variance 1 / d.
+    # Each coordinate of a random unit vector in d dimensions has variance 1 / d.
     assert float(queue.var()) == pytest.approx(1 / DIM, rel=0.02)
 
 
-def test_random_unit_keys_give_log_of_one_plus_k():
-    """With the temperature large, every logit is alike: the loss is ln(1 + K)."""
+def test_equal_logits_give_log_of_one_plus_k():
+    """At a high temperature all logits are equal, so the loss is ln(1 + K)."""
     model = build(T=1e6)
     query, key, neighbors, here, near = draw_inputs()
     patch, neighbor, labels = model(0, [query, here], [key, here], [neighbors, near])
@@ -145,7 +145,7 @@ def test_random_unit_keys_give_log_of_one_plus_k():
         assert float(F.cross_entropy(logits, labels).detach()) == pytest.approx(math.log(1 + K), abs=1e-4)
 
 
-def test_a_pointer_that_is_no_multiple_of_the_batch_wraps():
+def test_the_queue_pointer_wraps_around():
     model = build()
     model.queue_ptr[0] = K - 2
     query, key, neighbors, here, near = draw_inputs()
@@ -153,7 +153,7 @@ def test_a_pointer_that_is_no_multiple_of_the_batch_wraps():
     assert int(model.queue_ptr[0]) == B - 2
 
 
-def test_disk_layout_goes_out_and_in():
+def test_disk_layout_is_saved_and_loaded():
     model, other = build(seed=0), build(seed=5)
     query, key, neighbors, here, near = draw_inputs()
     model(2, [query, here], [key, here], [neighbors, near])
@@ -167,7 +167,7 @@ def test_disk_layout_goes_out_and_in():
 
 
 @pytest.mark.parametrize("what", ["pch_q", "pch_k", "ngb_q"])
-def test_wrong_number_of_location_rows(what):
+def test_a_wrong_number_of_location_rows_is_refused(what):
     query, key, neighbors, here, near = draw_inputs()
     inputs = {"pch_q": [query, here], "pch_k": [key, here], "ngb_q": [neighbors, near]}
     inputs[what][1] = inputs[what][1].expand(3, *inputs[what][1].shape[1:])
@@ -177,16 +177,16 @@ def test_wrong_number_of_location_rows(what):
 
 def test_queue_must_hold_whole_batches():
     query, key, neighbors, here, near = draw_inputs()
-    with pytest.raises(ValueError, match="K = 10 keys is not a multiple of the batch of 4"):
+    with pytest.raises(ValueError, match="K = 10 is not a multiple of the batch of 4 samples"):
         build(K=10)(0, [query, here], [key, here], [neighbors, near])
 
 
-def test_only_one_coordinate():
+def test_num_coordinates_must_be_one():
     with pytest.raises(ValueError, match="num_coordinates is 2"):
         DrasCLR(Encoder, L, 8, DIM, 2, 2, K, 0.9, 0.2, True)
 
 
-# ---------------------------------------------------------------- choices beside the published ones
+# ---------------------------------------------------------------- options that were not published
 
 
 def unit(x):
@@ -194,7 +194,7 @@ def unit(x):
 
 
 def encoded(model, index, inputs):
-    """Queries, summed neighbours and keys of a step, by the encoders alone; in eval mode, so that calls repeat."""
+    """Return a step's queries, summed neighbours and keys. The encoders are in eval mode, so calls are repeatable."""
     query, key, neighbors, here, near = inputs
     q = unit(model.encoder_q(query, here)[0])
     flat = neighbors.reshape(B * NEAR, 1, 32, 32, 32)
@@ -217,8 +217,8 @@ def step(model, index, inputs, subjects=None):
 
 
 @torch.no_grad()
-def test_negatives_of_the_batch():
-    """The other subjects' keys of the step, in both tasks; the queue is filled all the same."""
+def test_negatives_from_the_batch():
+    """Negatives are the other subjects' keys of the step, in both tasks. The queue is still filled."""
     model, inputs = calibrated(negatives="batch"), draw_inputs()
     q, r, keys = encoded(model, 1, inputs)
     patch, neighbor, labels = step(model, 1, inputs)[:3]
@@ -233,8 +233,8 @@ def test_negatives_of_the_batch():
 
 
 @torch.no_grad()
-def test_one_queue_takes_the_keys_of_every_location():
-    """The second step, at another location, meets the first one's keys; a queue a location has none of them."""
+def test_one_queue_holds_keys_of_all_locations():
+    """A step at a second location sees the first location's keys, which one queue per location would not hold."""
     model, inputs, others = calibrated(one_queue=True), draw_inputs(), draw_inputs()
     first = encoded(model, 1, inputs)[2]
     step(model, 1, inputs)
@@ -253,19 +253,19 @@ def test_a_subjects_own_keys_are_masked():
     subjects = torch.tensor([3, 8, 9, 9])
     masked, free = (step(one, 1, draw_inputs(2), subjects)[:2] for one in (model, plain))
     wanted = torch.zeros(B, 1 + K, dtype=torch.bool)
-    for row, column in ((0, 1), (2, 3), (3, 3)):  # subject 3 is in the queue's row 1, subject 9 in row 3
+    for row, column in ((0, 1), (2, 3), (3, 3)):  # subject 3 is in queue row 1, subject 9 in row 3
         wanted[row, 1 + column] = True
     for ours, theirs in zip(masked, free):
         assert torch.equal(torch.isneginf(ours), wanted)
         torch.testing.assert_close(ours[~wanted], theirs[~wanted])
-    with pytest.raises(ValueError, match="mask_own needs the batch's subjects"):
+    with pytest.raises(ValueError, match="mask_own is set, but no subjects are given"):
         step(model, 1, inputs)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
-def test_without_neighbours_the_rest_of_the_step_is_the_same(training):
-    """Logits, keys and queue; in training BatchNorm's running statistics come from the patches alone."""
+def test_a_step_without_neighbours_is_otherwise_equal(training):
+    """Logits, keys and queue are equal. In training, BatchNorm's running statistics come from the patches only."""
     model = calibrated().train(training)
     twin, (query, key, *_, here, _near) = copy.deepcopy(model), draw_inputs()
     logits, none, labels = twin(1, [query, here], [key, here], None)
@@ -279,7 +279,7 @@ def test_without_neighbours_the_rest_of_the_step_is_the_same(training):
 
 
 @torch.no_grad()
-def test_the_probe_against_loops():
+def test_statistics_equal_loops():
     model, inputs = calibrated(), draw_inputs()
     q, _, keys = encoded(model, 1, inputs)
     first = step(model, 1, inputs, torch.arange(B))
@@ -291,25 +291,25 @@ def test_the_probe_against_loops():
     )
     pairs = [math.exp(-2 * float((keys[i] - keys[j]).square().sum())) for i in range(B) for j in range(B) if i != j]
     assert probe["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-3, abs=1e-4)
-    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # noise, of nobody and no age
+    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # initial noise has neither subjects nor an age
     assert first.representation.shape == (B, 8)
-    step(model, 0, draw_inputs(3), torch.arange(B))  # elsewhere: time passes
+    step(model, 0, draw_inputs(3), torch.arange(B))  # a step at another location ages the keys
     third = step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7])).statistics
-    assert float(third["queue_age"]) == 2.0  # keys of step 1 in step 3
+    assert float(third["queue_age"]) == 2.0  # keys from step 1, seen in step 3
     assert float(third["queue_own"]) == pytest.approx(100 * 2 / (B * K))
 
 
 @torch.no_grad()
-def test_where_the_queues_keys_are_from_is_kept_and_comes_back():
+def test_the_queue_origin_is_saved_and_loaded():
     model = calibrated()
     step(model, 2, draw_inputs(), torch.tensor([4, 1, 0, 2]))
-    assert not any("subject" in name or "step" in name for name in model.state_dict())  # the published keys, no more
+    assert not any("subject" in name or "step" in name for name in model.state_dict())  # only the published keys
     other = calibrated()
     other.load_queue_origin(copy.deepcopy(model.queue_origin()))
     assert torch.equal(other.queue_subject, model.queue_subject) and other.steps == 1
     assert other.queue_subject[2, :B].tolist() == [4, 1, 0, 2] and (other.queue_subject[:2] == -1).all()
 
 
-def test_another_word_for_negatives():
+def test_an_unknown_negatives_option_is_refused():
     with pytest.raises(ValueError, match="negatives is 'both'"):
         calibrated(negatives="both")

@@ -1,4 +1,4 @@
-"""The conditional convolution against a loop over samples that writes the formula out."""
+"""Compare the conditional convolution with a loop over samples that computes the formula."""
 
 import math
 
@@ -11,8 +11,8 @@ from models import condconv3d
 from models.condconv3d import CondConv3D
 
 
-def literal(layer: CondConv3D, inputs: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-    """kernel = sum_e sigmoid(fc(loc))_e weight_e, one sample at a time."""
+def convolve_literally(layer: CondConv3D, inputs: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
+    """Compute kernel = sum_e sigmoid(fc(loc))_e weight_e and its convolution, one sample at a time."""
     share = inputs.shape[0] // locs.shape[0]
     outputs = []
     for index, sample in enumerate(inputs):
@@ -49,7 +49,7 @@ def test_values_and_gradients(case, memory_format):
     results = []
     inputs = torch.randn(batch, 4, 7, 6, 8, dtype=torch.float64)
     locs = torch.rand(blocks, 3, dtype=torch.float64) * 2 - 1
-    for function in (layer, lambda *a: literal(layer, *a)):
+    for function in (layer, lambda *a: convolve_literally(layer, *a)):
         x = inputs.clone().contiguous(memory_format=memory_format).requires_grad_()
         where = locs.clone().requires_grad_()
         output = function(x, where)
@@ -60,7 +60,7 @@ def test_values_and_gradients(case, memory_format):
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
 
 
-def test_circular_padding_is_conv3ds():
+def test_circular_padding_equals_conv3d():
     torch.manual_seed(0)
     layer = CondConv3D(2, 3, 3, 2, 1, padding=1, padding_mode="circular").double()
     x, loc = torch.randn(2, 2, 5, 5, 5, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_circular_padding_is_conv3ds():
     torch.testing.assert_close(layer(x, loc), plain(x))
 
 
-def test_two_coordinates_route_by_six_numbers():
+def test_two_coordinates_give_six_routing_inputs():
     layer = CondConv3D(1, 1, 3, 2, num_coordinates=2)
     assert layer._routing_fn.fc.in_features == 6
 
@@ -81,7 +81,7 @@ def test_parameter_names():
 
 
 def test_initial_bound_counts_the_output_channels():
-    """Kaiming's rule on the 6-D tensor: fan-in = out * in * 27, so |w| <= 1 / sqrt(fan-in)."""
+    """Kaiming's rule on the 6-D tensor has fan-in = out * in * 27, so |w| <= 1 / sqrt(fan-in)."""
     torch.manual_seed(0)
     layer = CondConv3D(16, 32, 3, 8, 1)
     bound = 1 / math.sqrt(32 * 16 * 27)
@@ -100,7 +100,7 @@ def test_blocks_must_divide_the_batch(blocks):
 @pytest.mark.parametrize("width,quick", [(6, True), (7, False)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_channel_two_voxels_at_a_time(width, quick, bias, monkeypatch):
-    """The quick way for one input channel: values, layout and gradients as torch's own convolution."""
+    """The fast path for one input channel has the values, layout and gradients of torch's convolution."""
     torch.manual_seed(0)
     taken = []
     pairs = condconv3d.convolve_pairs

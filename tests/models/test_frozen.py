@@ -1,4 +1,4 @@
-"""The frozen encoder against the ordinary one in eval mode."""
+"""Compare the frozen encoder with the ordinary encoder in eval mode."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def trained_encoder():
     return encoder
 
 
-def test_representations_are_the_encoders():
+def test_representations_equal_the_encoders():
     encoder = trained_encoder()
     x = torch.rand(5, 1, 32, 32, 32) * 2 - 1
     for loc in (torch.tensor([[-1.0, 0.2, 1.0]]), torch.tensor([[0.5, -0.7, 0.1]])):
@@ -36,7 +36,7 @@ def test_representations_are_the_encoders():
         assert 1e-5 < float((half - wanted).norm() / wanted.norm()) < 1e-2
 
 
-def test_the_encoder_is_not_touched_and_not_followed():
+def test_the_encoder_is_copied():
     encoder = trained_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x, loc = torch.rand(2, 1, 32, 32, 32), torch.zeros(1, 3)
@@ -58,8 +58,8 @@ def test_several_locations_at_once():
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
-def test_pieces_side_by_side(threads):
-    """The order and the number of patches, and what makes the input of them, for a batch of several pieces."""
+def test_parallel_pieces(threads):
+    """A batch of several pieces keeps the order and number of patches, and applies the input conversion."""
     encoder, count = trained_encoder(), 2 * PATCHES_AT_ONCE + 5
     loc, raw = torch.tensor([[0.5, -0.7, 0.1]]), torch.randint(0, 9, (count, 32, 32, 32), dtype=torch.int16)
     x = raw[:, None].float() / 8

@@ -1,4 +1,4 @@
-"""Every layer runs channels-last: a tensor of one channel says so only by its strides."""
+"""Every layer runs channels-last. With one channel, only the strides show the layout."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ..conftest import calibrate
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """By every stride, of axes of one element too."""
+    """Check every stride, including those of axes with one element."""
     _, channels, depth, height, width = x.shape
     wanted = (channels * depth * height * width, 1, channels * height * width, channels * width, channels)
     return x.stride() == wanted or (x.shape[2:] == (1, 1, 1) and x.is_contiguous())
@@ -29,8 +29,8 @@ def test_channels_last(channels):
     assert channels > 1 or channels_last(x).data_ptr() == x.data_ptr()  # a view
 
 
-def test_one_channel_decides_the_layout_of_what_comes_out():
-    """The fault itself: torch's own ``contiguous`` would leave the first convolution channels-first."""
+def test_strides_of_one_channel_decide_the_output_layout():
+    """With torch's own ``contiguous``, the first convolution would run channels-first."""
     x, kernel = torch.randn(2, 1, 8, 8, 8), torch.randn(4, 1, 3, 3, 3)
     same = x.contiguous(memory_format=torch.channels_last_3d)
     found = [F.conv3d(value, kernel, padding=1) for value in (same, channels_last(x))]
@@ -40,7 +40,7 @@ def test_one_channel_decides_the_layout_of_what_comes_out():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_layer_of_a_training_step(monkeypatch, groups):
-    """Inputs of every convolution and BatchNorm, and the gradients that come back to them."""
+    """Check the inputs of every convolution and BatchNorm, and their gradients."""
     seen = []
 
     def note(name, x):
@@ -79,7 +79,7 @@ def test_every_layer_of_the_frozen_encoder(monkeypatch):
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_all_locations_at_once_are_each_location():
+def test_encoding_all_locations_equals_encoding_each():
     torch.manual_seed(0)
     encoder = Encoder(24, 6, 3, 1)
     calibrate(encoder)

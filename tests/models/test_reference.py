@@ -1,4 +1,4 @@
-"""The published implementation's recorded steps, reproduced through the ordinary modules."""
+"""Reproduce the recorded steps of the published implementation with the ordinary modules."""
 
 import numpy as np
 import pytest
@@ -50,13 +50,13 @@ def golden(reference):
 
 
 def is_convolution_bias(name):
-    """Biases in front of BatchNorm: their gradient is zero in exact arithmetic."""
+    """Return whether a parameter is a bias in front of BatchNorm. Its gradient is zero in exact arithmetic."""
     return "conv" in name and name.endswith(".bias") and "_routing_fn" not in name
 
 
 @pytest.fixture(scope="module", params=["one process", "DistributedDataParallel"])
 def replayed(golden, request, tmp_path_factory):
-    """Two recorded steps: what each gave, and the state after them."""
+    """Repeat two recorded steps; return the results of each step and the state after both."""
     bare = golden.build()
     load_strict(bare, strip_module(golden.before["state_dict"]), "before")
     optimizer = make_optimizer(bare, 0.01, 0.9, 1e-4)
@@ -149,8 +149,8 @@ def test_features_in_eval_mode(golden, rel):
     assert rel(z, golden["eval_z"]) < 1e-5
 
 
-def test_what_we_save_is_the_published_format(golden, tmp_path):
-    """Keys, shapes and dtypes of state_dict and optimizer, before any step."""
+def test_checkpoints_have_the_published_format(golden, tmp_path):
+    """Compare keys, shapes and dtypes of state_dict and optimizer before the first step."""
     model = golden.build()
     optimizer = make_optimizer(model, 0.01, 0.9, 1e-4)
     path = tmp_path / "c.pth.tar"

@@ -1,4 +1,4 @@
-"""A run that starts from another run's encoder: what fits is taken and said, what does not is refused by its flag."""
+"""Starting from another run's encoder: matching parts are copied and reported; others are refused by flag name."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def model(locations=6, rep_dim=8, moco_dim=4, experts=2, keys=6, mlp=True, seed=
 
 @pytest.fixture
 def weights(tmp_path):
-    """A checkpoint of three epochs, and its model."""
+    """Write a checkpoint after three epochs; return its path and model."""
     given = model()
     path = tmp_path / "checkpoint_patch_0003.pth.tar"
     save_checkpoint(path, {"epoch": 3, "state_dict": add_module(given.state_dict())})
     return path, given
 
 
-def differs(first, second, part=""):
+def differing_names(first, second, part=""):
     other = second.state_dict()
     return {name for name, value in first.state_dict().items() if part in name and not torch.equal(value, other[name])}
 
@@ -35,35 +35,37 @@ def test_another_queue_and_other_locations(weights):
     fresh = model(locations=9, keys=12, seed=1)
     queue = fresh.state_dict()["queue"].clone()
     started = start_from(fresh, path)
-    assert not differs(fresh.encoder_q, given.encoder_q) and not differs(fresh.encoder_k, given.encoder_q)
+    assert not differing_names(fresh.encoder_q, given.encoder_q) and not differing_names(
+        fresh.encoder_k, given.encoder_q
+    )
     assert torch.equal(fresh.state_dict()["queue"], queue)
     assert started == Started(3, True, (6, 6))
     assert describe_start(path, *started) == (
-        f"starting from the encoder of {path}, 3 epochs, its projection too; queue and optimiser begin anew "
-        "(its 6 locations and 6 keys each are not taken)"
+        f"starting from the encoder of {path} after 3 epochs, projection also loaded; queue and optimiser start fresh "
+        "(the checkpoint's queue of 6 locations with 6 keys each is not loaded)"
     )
 
 
 @pytest.mark.parametrize("choice", [dict(moco_dim=5), dict(mlp=False)])
-def test_a_projection_of_another_size_stays_new(weights, choice):
+def test_a_projection_of_another_size_is_not_copied(weights, choice):
     path, given = weights
     fresh, untouched = model(**choice, seed=1), model(**choice, seed=1)
     started = start_from(fresh, path)
-    assert "its projection left out, which has another size" in describe_start(path, *started)
-    assert not differs(fresh.encoder_q.fc, untouched.encoder_q.fc)
-    assert not differs(fresh.encoder_q.conv4, given.encoder_q.conv4)
-    assert not differs(fresh.encoder_k, fresh.encoder_q)
+    assert "projection not loaded, because its size differs" in describe_start(path, *started)
+    assert not differing_names(fresh.encoder_q.fc, untouched.encoder_q.fc)
+    assert not differing_names(fresh.encoder_q.conv4, given.encoder_q.conv4)
+    assert not differing_names(fresh.encoder_k, fresh.encoder_q)
 
 
 @pytest.mark.parametrize(
-    ("choice", "advice"), [(dict(rep_dim=16), "give --rep-dim 8"), (dict(experts=3), "give --num-experts 2")]
+    ("choice", "advice"), [(dict(rep_dim=16), "use --rep-dim 8"), (dict(experts=3), "use --num-experts 2")]
 )
-def test_another_encoder_is_refused_by_its_flag(weights, choice, advice):
+def test_another_encoder_is_refused_with_the_flag_to_change(weights, choice, advice):
     with pytest.raises(ResumeError, match=advice):
         start_from(model(**choice), weights[0])
 
 
-def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
+def test_non_finite_weights_are_refused(weights, tmp_path):
     _, given = weights
     with torch.no_grad():
         given.encoder_q.conv4.weight[0, 0, 0, 0, 0, 0] = float("nan")
@@ -74,7 +76,7 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
         start_from(model(), tmp_path / "none.pth.tar")
 
 
-def test_a_copy_is_the_moments_and_is_written_as_the_state_is(tmp_path):
+def test_a_delayed_save_writes_the_state_at_the_call(tmp_path):
     given = model()
     optimizer = torch.optim.SGD(given.encoder_q.parameters(), lr=0.1, momentum=0.9)
     optimizer.zero_grad()
@@ -96,7 +98,7 @@ def test_a_copy_is_the_moments_and_is_written_as_the_state_is(tmp_path):
     assert torch.equal(now["rng_state"], later["rng_state"])
 
 
-def test_deterministic_is_what_torch_is_told():
+def test_arithmetic_settings_reach_torch():
     try:
         process.set_arithmetic(tf32=True, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark

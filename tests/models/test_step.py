@@ -1,4 +1,4 @@
-"""The optimiser's step: averaged gradients, and a key encoder that waits for it."""
+"""The optimiser step: it averages accumulated gradients, and the key encoder only changes after it."""
 
 import copy
 
@@ -28,8 +28,8 @@ def losses(model, seed, move_keys=True):
     return torch.nn.functional.cross_entropy(step.logits_pch, step.labels)
 
 
-def test_accumulated_gradients_are_the_mean_and_the_keys_wait():
-    """Two batches, then a step; the literal way beside it."""
+def test_accumulated_gradients_are_averaged_and_keys_stay():
+    """Accumulate two batches before a step, and compare with an explicit computation."""
     ours, wanted = build(), build()
     descend = Descent(make_optimizer(ours, 0.1, 0.9, 1e-4), accumulate=2)
     assert not descend(losses(ours, 1))
@@ -39,7 +39,7 @@ def test_accumulated_gradients_are_the_mean_and_the_keys_wait():
     optimizer = make_optimizer(wanted, 0.1, 0.9, 1e-4)
     first = losses(wanted, 1)
     keys = copy.deepcopy(wanted.encoder_k.state_dict())
-    wanted.m = 1.0  # the key encoder stays in the batches between
+    wanted.m = 1.0  # the key encoder does not change between the two batches
     second = losses(wanted, 2)
     wanted.m = 0.9
     ((first + second) / 2).backward()
@@ -51,7 +51,7 @@ def test_accumulated_gradients_are_the_mean_and_the_keys_wait():
     assert not torch.equal(ours.encoder_k.conv1.weight, keys["conv1.weight"])
 
 
-def test_the_last_batch_of_an_epoch_does_not_wait():
+def test_the_last_batch_of_an_epoch_makes_a_step():
     model = build()
     descend = Descent(make_optimizer(model, 0.1, 0.9, 0.0), accumulate=3)
     before = model.encoder_q.conv1.weight.clone()
@@ -60,7 +60,7 @@ def test_the_last_batch_of_an_epoch_does_not_wait():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimiser_lists_every_parameter_and_descends(name):
+def test_every_optimiser_has_all_parameters_and_lowers_the_loss(name):
     model = build()
     optimizer = make_optimizer(model, 1e-3, 0.9, 1e-4, name)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))

@@ -1,4 +1,4 @@
-"""Small noisy chests, and writers of the forms that they come in."""
+"""Small noisy chest phantoms, and functions that write them in different encodings."""
 
 import gzip
 
@@ -15,7 +15,7 @@ SPACING, ORIGIN = (3.0, 3.5, 2.5), (-60.5, -55.25, 101.5)
 
 
 def chest(shape=(30, 34, 42), seed=0, spacing=SPACING):
-    """int16 HU: air, a body of fat and muscle, two lungs, each with its noise. LPS; (z, y, x)."""
+    """Return int16 HU: air, a body of fat and muscle, and two lungs, each with noise. LPS, array (z, y, x)."""
     rng = np.random.default_rng(seed)
     z, y, x = np.mgrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
     values = rng.normal(-1000, 12, shape)
@@ -41,7 +41,7 @@ def array(image):
 
 
 def slices(image, study="1.2.3", series="1.2.3.4", **tags):
-    """A pydicom Dataset a slice: CT, unsigned 16 bit, slope 1, intercept -1024."""
+    """Return one pydicom Dataset per slice: CT, unsigned 16 bit, slope 1, intercept -1024."""
     values, direction = array(image), np.array(image.GetDirection()).reshape(3, 3)
     made = []
     for k, plane in enumerate(values):
@@ -77,7 +77,7 @@ def moved(dataset, *by):
 
 
 def store(dataset, plane, intercept=-1024, dtype="<u2"):
-    """HU into a slice's pixels."""
+    """Store HU values in a slice's pixels."""
     dataset.PixelData = (np.asarray(plane).astype(int) - intercept).astype(dtype).tobytes()
 
 
@@ -89,7 +89,7 @@ def save(datasets, folder, name="IM{:04d}.dcm".format, **how):
 
 
 def enhanced(image, order=None, **tags):
-    """All slices in one Enhanced CT, in any order of frames."""
+    """Return one Enhanced CT Dataset with all slices, its frames in any order."""
     one, values = slices(image)[0], array(image)
     order = range(len(values)) if order is None else order
 
@@ -149,13 +149,13 @@ def nifti(image, path, **fields):
 
 
 def sform_of(image):
-    """(3, 4), RAS."""
+    """Return the image's sform as a (3, 4) array in RAS."""
     axes = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     return np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([axes, image.GetOrigin()])
 
 
 def refused(path, *words):
-    """Read a scan that must be refused in one line, which names its file and has the words; that line."""
+    """Read a scan that must be refused in one line with its file name and the words; return that line."""
     with pytest.raises(ScanError) as caught:
         read_scan(path)
     message = str(caught.value)

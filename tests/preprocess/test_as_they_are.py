@@ -1,4 +1,4 @@
-"""Scans, masks, names and disks that went wrong in silence for people: each with further ones of its kind."""
+"""Unusual scans, masks, names and file systems that could be misread without an error, with variants of each."""
 
 import errno
 import fcntl
@@ -28,13 +28,13 @@ from ..conftest import ROOT
 from .phantoms import array, chest, image_of
 from .test_threshold import dice, phantom
 
-# ---------------------------------------------------------------- a second file that the reader prefers
+# ---------------------------------------------------------------- a second file that ITK prefers
 
 
 @pytest.mark.parametrize(
     ("own", "twin"), [("ct.nii.gz", "ct.nii"), ("ct.nii", "ct.nii.gz"), ("ct.hdr", "ct.nii"), ("ct.img", "ct.nii.gz")]
 )
-def test_a_twin_is_not_read(tmp_path, own, twin):
+def test_a_file_of_the_same_name_in_another_format_is_not_read(tmp_path, own, twin):
     first, second = chest(seed=0), chest(seed=1)
     sitk.WriteImage(second, str(tmp_path / twin))
     sitk.WriteImage(first, str(tmp_path / own))
@@ -42,14 +42,14 @@ def test_a_twin_is_not_read(tmp_path, own, twin):
     assert np.array_equal(array(load_scan(tmp_path / twin).image), array(second))
 
 
-def test_a_masks_twin_is_not_read(tmp_path):
+def test_a_mask_of_the_same_name_in_another_format_is_not_read(tmp_path):
     mask = image_of((array(chest()) < -700).astype(np.uint8))
     sitk.WriteImage(mask, str(tmp_path / "a.nii.gz"))
     sitk.WriteImage(mask * 0, str(tmp_path / "a.nii"))
     assert array(read_mask(tmp_path / "a.nii.gz")).any()
 
 
-# ---------------------------------------------------------------- headers without a frame, or a voxel size
+# ---------------------------------------------------------------- headers without orientation or voxel size
 
 PLAIN = "type: int16\ndimension: 3\nsizes: {}\nspacings: 3 3.5 2.5\nendian: little\nencoding: raw\n"
 DIRECTED = (
@@ -68,24 +68,24 @@ DIRECTED = (
         ("type: int16\ndimension: 3\nspace: RAS\n" + DIRECTED, None),
     ],
 )
-def test_a_nrrd_that_says_nothing_of_the_patients_axes(tmp_path, header, warned):
+def test_a_nrrd_without_patient_axes_is_a_warning(tmp_path, header, warned):
     image = chest()
     text = "NRRD0005\n" + header.format(" ".join(map(str, image.GetSize()))) + "\n"
     (tmp_path / "a.nrrd").write_bytes(text.encode() + array(image).astype("<i2").tobytes())
     said = load_scan(tmp_path / "a.nrrd").facts["warnings"]
-    assert ("does not tell how the patient lies" in said) == (warned is not None) and (warned or "") in said
+    assert ("does not give the patient's orientation" in said) == (warned is not None) and (warned or "") in said
 
 
 @pytest.mark.parametrize(
     ("dropped", "warned"),
     [
-        (("ElementSpacing",), "no voxel sizes (ElementSpacing); taken as 1 mm"),
+        (("ElementSpacing",), "no voxel sizes (ElementSpacing); 1 mm is assumed"),
         (("TransformMatrix",), "AnatomicalOrientation RAI without TransformMatrix"),
         (("TransformMatrix", "AnatomicalOrientation"), "it has no TransformMatrix"),
         ((), ""),
     ],
 )
-def test_a_metaimage_that_lacks_its_frame(tmp_path, dropped, warned):
+def test_a_metaimage_without_geometry_is_a_warning(tmp_path, dropped, warned):
     sitk.WriteImage(chest(spacing=(1.5, 1.5, 1.5)), str(tmp_path / "a.mhd"))
     lines = (tmp_path / "a.mhd").read_text().splitlines(keepends=True)
     (tmp_path / "a.mhd").write_text("".join(line for line in lines if not line.startswith(dropped or ("?",))))
@@ -94,7 +94,7 @@ def test_a_metaimage_that_lacks_its_frame(tmp_path, dropped, warned):
 
 
 def nifti(path, edits):
-    """A NIfTI of one piece with a qform alone, and bytes of its header changed."""
+    """Write a single-file NIfTI with a qform only, and change bytes of its header."""
     sitk.WriteImage(chest(), str(path))
     content = bytearray(path.read_bytes())
     struct.pack_into("<h", content, 254, 0)
@@ -109,14 +109,14 @@ def nifti(path, edits):
     [[(88, "<f", 0.0)], [(88, "<f", float("nan"))], [(80, "<f", 0.0), (84, "<f", 0.0)], [(84, "<f", float("inf"))]],
 )
 def test_a_nifti_without_a_voxel_size_is_refused(tmp_path, edits):
-    with pytest.raises(ScanError, match=r"has no voxel size|has no numbers"):
+    with pytest.raises(ScanError, match=r"has no voxel size|not finite"):
         load_scan(nifti(tmp_path / "a.nii", edits))
     assert load_scan(nifti(tmp_path / "b.nii", [])).facts["warnings"] == ""
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 348.0])
-def test_voxels_that_begin_within_the_header(tmp_path, offset):
-    """ITK begins at byte 348 then; whether that is where they are, the file's length says."""
+def test_a_voxel_offset_within_the_header_is_refused(tmp_path, offset):
+    """ITK then reads voxels from byte 348. Only the file's length shows whether they start there."""
     path = nifti(tmp_path / "a.nii", [(108, "<f", offset)])
     with pytest.raises(ScanError, match=rf"begin at byte {offset:g} \(vox_offset\), within the header"):
         load_scan(path)
@@ -131,47 +131,47 @@ def test_voxels_that_begin_within_the_header(tmp_path, offset):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda labels: labels * 0.5, "up to 0.50 off"),
-        (lambda labels: np.where(labels == 1, 1.02, labels), "up to 0.02 off"),
+        (lambda labels: labels * 0.5, "up to 0.50"),
+        (lambda labels: np.where(labels == 1, 1.02, labels), "up to 0.02"),
         (lambda labels: np.where(labels == 1, 0.99607849, labels), None),
         (lambda labels: np.where(labels == 2, 1.9999, labels), None),
     ],
 )
-def test_masks_of_fractions(tmp_path, change, message):
+def test_masks_with_fractional_labels(tmp_path, change, message):
     labels = np.zeros((6, 8, 8))
     labels[:, 2:6, 1:4], labels[:, 2:6, 5:7] = 1, 2
     sitk.WriteImage(image_of(change(labels).astype(np.float32)), str(tmp_path / "m.nii.gz"))
     if message:
-        with pytest.raises(ScanError, match=f"labels that are not whole numbers, {message}"):
+        with pytest.raises(ScanError, match=f"labels {message} away from a whole number"):
             read_mask(tmp_path / "m.nii.gz")
     else:
         assert np.array_equal(array(read_mask(tmp_path / "m.nii.gz")), labels)
 
 
-def test_a_mask_that_holds_little_air_is_worth_a_look():
+def test_a_mask_with_little_air_is_a_warning():
     scan, truth = phantom(0)
     assert air_share(truth, scan) > 0.9 and check_lungs(truth, scan, "m") == []
-    for axis in (0, 1):  # upside down; front to back
+    for axis in (0, 1):  # upside down, then front to back
         turned = sitk.GetImageFromArray(np.flip(array(truth), axis).copy())
         turned.CopyInformation(truth)
         try:
             said = check_lungs(turned, scan, "m")
         except ScanError as error:
             said = [str(error)]
-        assert air_share(turned, scan) < 0.85 and any("is it the mask of this scan?" in text or "holds no air" in text
+        assert air_share(turned, scan) < 0.85 and any("belong to another scan" in text or "holds no air" in text
                                                       for text in said)  # fmt: skip
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_stage_that_fails_a_subject_ends_it_for_all_later_ones(cohort, tmp_path, run, apart):
-    """Whatever lies there: a mask, a transform and patches of an earlier run."""
+def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
+    """The mask, transform and patches of an earlier run do not change that."""
     folder, made = cohort
     store, table = tmp_path / "s", tmp_path / "t.csv"
     shutil.copytree(made, store)
     images = pd.read_csv(folder / "dataset.csv", dtype=str).set_index("sid")["image"]
     table.write_text("sid,image\n" + "".join(f"{sid},{folder / images[sid]}\n" for sid in ("0001", "0002")))
     mask = sitk.ReadImage(str(store / "lung_mask" / "0001.nii.gz"))
-    shutil.rmtree(store / "report")  # now all of it is the user's own
+    shutil.rmtree(store / "report")  # now every output counts as the user's own
     sitk.WriteImage(mask * 3, str(store / "lung_mask" / "0001.nii.gz"))
     flags = ("--input-csv", table, "--root-dir", store, "--no-progress")
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
@@ -189,11 +189,11 @@ def test_a_stage_that_fails_a_subject_ends_it_for_all_later_ones(cohort, tmp_pat
             .loc["0001"]
         )
         assert row["status"] == "failed" and "labels beyond 1" in row["message"], script
-    assert "0001 left out: it failed in segment_lung" in shown.stderr
+    assert "0001 left out: the subject failed in segment_lung" in shown.stderr
     assert "0001" not in (store / "subjects.csv").read_text() and "0002" in (store / "subjects.csv").read_text()
 
 
-def test_a_mask_from_the_future_is_not_taken_again_and_again(tmp_path):
+def test_a_modification_time_in_the_future_counts_as_now(tmp_path):
     from preprocess.outputs import _changed_at
 
     (tmp_path / "m").write_text("")
@@ -203,11 +203,11 @@ def test_a_mask_from_the_future_is_not_taken_again_and_again(tmp_path):
     assert _changed_at(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
 
 
-# ---------------------------------------------------------------- air that is in no body, and padding
+# ---------------------------------------------------------------- air outside the body, and padding
 
 
 def with_couch(image, thick, foam, width=0.7, gap=0, shell=3.0):
-    """A couch under a patient in LPS: a shell of -150 HU around foam, closed in every slice."""
+    """Add a couch below the patient (LPS): foam in a shell of -150 HU that is closed in every slice."""
     values, step = array(image).astype(float), image.GetSpacing()[1]
     rows, columns = values.shape[1:]
     below = int((thick + gap + 20) / step)
@@ -224,7 +224,7 @@ def with_couch(image, thick, foam, width=0.7, gap=0, shell=3.0):
 
 
 @pytest.mark.parametrize(("thick", "foam", "gap"), [(40, -900, 6), (25, -940, 0), (30, -700, 3)])
-def test_foam_of_a_couch_is_no_lung(thick, foam, gap):
+def test_couch_foam_is_not_lung(thick, foam, gap):
     scan, truth = phantom(0)
     image, below = with_couch(scan, thick, foam, gap=gap)
     mask = array(segment_lungs(image))[:, :-below]
@@ -241,7 +241,7 @@ def test_zeros_at_one_end_are_padding(width, tmp_path):
     padded.SetSpacing(scan.GetSpacing())
     sitk.WriteImage(padded, str(tmp_path / "a.nii.gz"))
     found = load_scan(tmp_path / "a.nii.gz")
-    assert "are 0: padding, taken for air" in found.facts["warnings"]
+    assert "are 0: this padding is treated as air" in found.facts["warnings"]
     volumes, wanted = (lung_volumes(lung_mask(image, "threshold"), "m") for image in (found.image, scan))
     assert all(abs(volumes[side] / wanted[side] - 1) < 0.02 for side in wanted)
 
@@ -249,7 +249,7 @@ def test_zeros_at_one_end_are_padding(width, tmp_path):
 # ---------------------------------------------------------------- names and disks
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_not_utf8_are_refused(tmp_path):
     odd = os.fsdecode(b"M\xfcller")
     (tmp_path / odd).mkdir()
     with pytest.raises(StoreError, match="has a name that is not UTF-8"):
@@ -261,7 +261,7 @@ def test_names_that_are_no_utf8(tmp_path):
     assert file_stamp(str(tmp_path / "dicom")).startswith("1-")
 
 
-def test_a_file_system_without_locks_is_worked_on_with_a_note(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -270,11 +270,11 @@ def test_a_file_system_without_locks_is_worked_on_with_a_note(tmp_path, monkeypa
     with files.locked(tmp_path / "a"), files.held(tmp_path / "b", "it"):
         pass
     said = capsys.readouterr().err
-    assert said.count("has no file locks") == 1 and str(tmp_path) in said
+    assert said.count("does not support file locks") == 1 and str(tmp_path) in said
 
 
 @pytest.mark.parametrize("value", ["0", "gpu", "2x", "-1", "1.5", "00"])
-def test_ngpus_that_is_no_number(tmp_path, value):
+def test_an_invalid_ngpus_is_refused(tmp_path, value):
     environment = {**os.environ, "ROOT_DIR": str(tmp_path), "NGPUS": value}
     environment["VENV"] = os.path.dirname(os.path.dirname(os.sys.executable))
     done = subprocess.run(["sh", ROOT / "run_train.sh"], env=environment, capture_output=True, text=True, check=False)
@@ -283,22 +283,22 @@ def test_ngpus_that_is_no_number(tmp_path, value):
 
 
 @pytest.mark.parametrize("name", ["a.NII.GZ", "a.Nii", "a.nii.Gz", "a.MHA", "a.Nrrd"])
-def test_suffixes_in_capitals(tmp_path, name):
+def test_upper_case_suffixes_are_read(tmp_path, name):
     sitk.WriteImage(chest(), str(tmp_path / f"b{name[1:].lower()}"))
     (tmp_path / f"b{name[1:].lower()}").rename(tmp_path / name)
     found = load_scan(tmp_path / name)
     assert np.array_equal(array(found.image), array(chest())) and found.facts["warnings"] == ""
 
 
-def test_gzip_in_gzip(tmp_path):
+def test_a_doubly_gzipped_file_is_refused(tmp_path):
     sitk.WriteImage(chest(), str(tmp_path / "a.nii.gz"))
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii.gz").read_bytes()))
-    with pytest.raises(ScanError, match="is packed with gzip twice; unpack it once"):
+    with pytest.raises(ScanError, match="is compressed with gzip twice; unpack it once"):
         load_scan(tmp_path / "b.nii.gz")
 
 
 @pytest.mark.parametrize("title", ["@data", "a @script b", "<@title>"])
-def test_a_folder_named_as_a_templates_mark(tmp_path, title):
+def test_a_folder_named_like_a_template_placeholder(tmp_path, title):
     (tmp_path / "p.html").write_text("<h1>@title</h1><script>@script</script><p>@data</p>")
     (tmp_path / "p.js").write_text("own()")
     write_page(tmp_path / "out.html", tmp_path, "p", title, {"a": title})
@@ -315,8 +315,8 @@ def test_a_console_that_is_not_utf8(tmp_path):
     assert done.returncode == 2 and done.stdout == "R\\xb2\n" and done.stderr == "error: M\\xfcller\n"
 
 
-def test_bf16_that_is_emulated_is_measured(monkeypatch):
-    """On a CPU only, and without a number of the process's random stream."""
+def test_slow_bf16_is_measured(monkeypatch):
+    """The measurement runs on a CPU only and draws nothing from torch's random stream."""
     before = torch.get_rng_state()
     assert process.slow_bf16(torch.device("cuda")) == 0
     assert process.slow_bf16(torch.device("cpu")) >= 0 and torch.equal(torch.get_rng_state(), before)
@@ -325,7 +325,7 @@ def test_bf16_that_is_emulated_is_measured(monkeypatch):
     assert process.slow_bf16(torch.device("cpu")) == pytest.approx(6)
 
 
-def test_gzip_of_a_nifti_is_read_as_before(tmp_path):
+def test_a_gzipped_nifti_is_read(tmp_path):
     sitk.WriteImage(chest(), str(tmp_path / "a.nii"))
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()))
     assert load_scan(tmp_path / "b.nii.gz").facts["warnings"] == ""

@@ -1,4 +1,4 @@
-"""DICOM folders: every slice where its own header has it, one series, or an error that names what is wrong."""
+"""DICOM folders: either one series with every slice at its header's position, or an error that names the fault."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def image():
     return chest()
 
 
-def same(found, image):
+def assert_same_image(found, image):
     np.testing.assert_array_equal(array(found), array(image))
     np.testing.assert_allclose(found.GetOrigin(), image.GetOrigin(), atol=1e-3)
     np.testing.assert_allclose(found.GetSpacing(), image.GetSpacing(), atol=1e-5)
@@ -30,7 +30,7 @@ def same(found, image):
 
 
 def tilted(image, degrees, about="x"):
-    """Rows as they are, slices along the table, the gantry tilted."""
+    """Tilt the gantry: the slices still follow the table, but their planes are rotated."""
     made, angle = slices(image), np.deg2rad(degrees)
     turn = [1, 0, 0, 0, np.cos(angle), -np.sin(angle)] if about == "x" else [np.cos(angle), 0, -np.sin(angle), 0, 1, 0]
     for d in made:
@@ -39,7 +39,7 @@ def tilted(image, degrees, about="x"):
 
 
 def thick_then_thin(image):
-    """One of two first, the thin ones in the majority."""
+    """Keep every second slice of the first 16, and all later ones. Thin steps are in the majority."""
     return [d for k, d in enumerate(slices(image)) if k > 15 or k % 2 == 0]
 
 
@@ -117,7 +117,7 @@ GEOMETRY = {
     "drifting steps": (drifting, ("uneven steps",)),
     "a missing slice": (without([11]), ("lacks slices: steps between 2.50 and 5.00 mm", "IM0010.dcm and IM0011.dcm")),
     "missing slices": (without([4, 5, 20]), ("lacks slices", "7.50 mm", "IM0003.dcm and IM0004.dcm")),
-    "a jump sideways": (jump, ("IM0012.dcm lies sideways", "5.0 mm")),
+    "a jump sideways": (jump, ("IM0012.dcm is shifted sideways", "5.0 mm")),
     "pixel spacing": (changed(17, PixelSpacing=["3.6", "3.1"]), ("pixel spacing of 3.6 x 3.1", "IM0017.dcm")),
     "pixel spacing of one": (changed(29, PixelSpacing=["3.5", "3.01"]), ("pixel spacing", "IM0029.dcm")),
     "matrix": (smaller_matrix, ("matrix of 34 x 40", "IM0020.dcm")),
@@ -127,27 +127,27 @@ GEOMETRY = {
     ),
     "rows": (changed(0, ImageOrientationPatient=["1", "0", "0", "0.05", "0.99875", "0"]), ("not orthogonal", "2.87")),
     "rows by a little": (changed(0, ImageOrientationPatient=["1", "0", "0", "0.003", "0.9999955", "0"]), ("not orth",)),
-    "no vectors": (changed(0, ImageOrientationPatient=["2", "0", "0", "0", "1", "0"]), ("no two directions",)),
+    "no vectors": (changed(0, ImageOrientationPatient=["2", "0", "0", "0", "1", "0"]), ("vectors have lengths",)),
     "no positions": (lost("ImagePositionPatient"), ("no position (0020,0032)", "IM0000.dcm")),
     "no position in one": (lost("ImagePositionPatient", slice(6, 7)), ("1 of 30 slices have no position", "IM0006")),
     "no orientation": (lost("ImageOrientationPatient"), ("no orientation (0020,0037)",)),
     "no pixel spacing": (lost("PixelSpacing"), ("no pixel spacing (0028,0030)",)),
-    "a slice twice": (near_duplicate(0), ("two slices at one place (IM0007.dcm and IM0030.dcm",)),
-    "a slice nearly twice": (near_duplicate(0.2), ("two slices at one place (IM0007.dcm and IM0030.dcm, 0.20 mm",)),
+    "a slice twice": (near_duplicate(0), ("two slices at the same position (IM0007.dcm and IM0030.dcm",)),
+    "a slice nearly twice": (near_duplicate(0.2), ("the same position (IM0007.dcm and IM0030.dcm, 0.20 mm",)),
     "a slice between two": (near_duplicate(1.2), ("uneven steps", "IM0007.dcm and IM0030.dcm")),
-    "all at one place": (one_place, ("all 30 slices are at one place",)),
+    "all at one place": (one_place, ("all 30 slices are at the same position",)),
     "no pixels' size": (wrong_number, ("IM0003.dcm has pixels of 0 x 3 mm",)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GEOMETRY)
-def test_slices_that_are_no_grid(image, tmp_path, kind):
+def test_slices_off_a_regular_grid_are_refused(image, tmp_path, kind):
     make, words = GEOMETRY[kind]
     refused(save(make(image), tmp_path / "scan"), *words)
 
 
 @pytest.mark.parametrize("digits", [0.04, 0.09])
-def test_rounded_positions_are_no_fault(image, tmp_path, digits):
+def test_rounded_positions_are_accepted(image, tmp_path, digits):
     made = slices(image)
     rng = np.random.default_rng(1)
     for d in made:
@@ -159,7 +159,7 @@ def test_rounded_positions_are_no_fault(image, tmp_path, digits):
         assert np.linalg.norm(own - found.TransformIndexToPhysicalPoint((0, 0, k))) < 0.1
 
 
-# ------------------------------------------------------------ forms that give the plain volume
+# ------------------------------------------------------------ encodings that give the same volume
 
 
 def turned(image, code):
@@ -192,7 +192,7 @@ def signed(image):
 
 
 def other_intercepts(image):
-    """An intercept and a slope of each slice's own."""
+    """Give each slice a different rescale intercept, and some a different slope."""
     made = slices(image)
     for k, (d, plane) in enumerate(zip(made, array(image))):
         d.RescaleIntercept = str(-1024 - k)
@@ -204,7 +204,7 @@ def other_intercepts(image):
 
 
 def extra_slices(**tags):
-    """Files of another kind beside the CT's, in its own series."""
+    """Add files of another kind to the CT slices, within the same series."""
 
     def make(image):
         return slices(image) + slices(image + 50, **tags)
@@ -226,7 +226,7 @@ def implicit_without_preamble(image):
 
 
 def sequential(image):
-    """An acquisition number for each three slices, as sequential scanners write them."""
+    """Use one acquisition number per three slices, as sequential scanners do."""
     made = slices(image)
     for k, d in enumerate(made):
         d.AcquisitionNumber = k // 3
@@ -234,12 +234,12 @@ def sequential(image):
 
 
 def monitor(image):
-    """The slices of a bolus tracking: a series of one place."""
+    """Add a bolus-tracking series, which stays at one table position."""
     return slices(image) + slices(image, series="1.2.3.9")[5:6] * 1
 
 
 def hollow(name, value):
-    """An element that some scanners leave empty or write oddly."""
+    """Set an element that some scanners leave empty or write in an unusual form."""
     return tags(**{name: value})
 
 
@@ -279,32 +279,32 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_one_scan(image, tmp_path, form):
+def test_encodings_of_one_scan(image, tmp_path, form):
     folder = save(FORMS[form](image), tmp_path / "scan")
-    same(sitk.DICOMOrient(read_scan(folder), "LPS"), image)
+    assert_same_image(sitk.DICOMOrient(read_scan(folder), "LPS"), image)
 
 
-def test_names_and_other_files_do_not_matter(image, tmp_path):
+def test_file_names_and_other_files_are_ignored(image, tmp_path):
     folder = save(slices(image), tmp_path / "scan", name=lambda k: f"{(k * 7919) % 97:02d}")
     (folder / "notes.txt").write_text("beside the slices")
     (folder / "._01.dcm").write_text("left by a file manager")
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "sub").mkdir()
-    same(read_scan(folder), image)
+    assert_same_image(read_scan(folder), image)
     shutil.copytree(folder, tmp_path / "bare")
-    for path in (tmp_path / "bare").iterdir():  # without preamble and file meta, as older software writes
+    for path in (tmp_path / "bare").iterdir():  # without preamble and file meta, like older software
         if path.is_file() and path.name[0].isdigit():
             d = pydicom.dcmread(path)
             del d.file_meta, d.preamble
             d.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False)
             assert path.read_bytes()[128:132] != b"DICM"
-    same(read_scan(tmp_path / "bare"), image)
+    assert_same_image(read_scan(tmp_path / "bare"), image)
 
 
 # ------------------------------------------------------------ series
 
 
-def two(image, **tags):
+def make_two_volumes(image, **tags):
     return slices(image, SeriesDescription="INSP", ConvolutionKernel="B30f") + slices(image + 50, **tags)
 
 
@@ -331,7 +331,7 @@ MIXTURES = {
 @pytest.mark.parametrize("shift", [0, 1.25])
 def test_two_volumes_are_listed_and_chosen(image, tmp_path, kind, shift):
     tags, name, *words = MIXTURES[kind]
-    made = two(image, **tags)
+    made = make_two_volumes(image, **tags)
     for d in made[30:]:
         moved(d, 0, 0, shift)
     folder = save(made, tmp_path / "scan")
@@ -343,8 +343,8 @@ def test_two_volumes_are_listed_and_chosen(image, tmp_path, kind, shift):
         read_scan(folder, "absent")
 
 
-def test_several_words_narrow_a_choice(image, tmp_path):
-    made = two(image, series="1.2.3.5", SeriesDescription="EXP", ConvolutionKernel="B30f")
+def test_several_words_select_one_series(image, tmp_path):
+    made = make_two_volumes(image, series="1.2.3.5", SeriesDescription="EXP", ConvolutionKernel="B30f")
     folder = save([*made, *slices(image + 9, ConvolutionKernel="B70f")], tmp_path / "scan")
     with pytest.raises(ScanError, match="2 CT series called 'B30f'"):
         read_image(folder, "B30f")
@@ -352,7 +352,7 @@ def test_several_words_narrow_a_choice(image, tmp_path):
     assert (facts["series"], facts["kernel"], facts["series_uid"]) == ("1 EXP", "B30f", "1.2.3.5")
 
 
-def test_the_report_tells_what_was_left_out(image, tmp_path):
+def test_the_report_lists_left_out_files(image, tmp_path):
     made = scout(image) + slices(image, Modality="PT", series="1.9")
     facts = load_scan(save(made, tmp_path / "scan"), "").facts
     assert facts["left_out"] == "30 PT, 1 localizer" and facts["warnings"] == ""
@@ -360,18 +360,18 @@ def test_the_report_tells_what_was_left_out(image, tmp_path):
     refused(folder, "no CT slices, only 30 MR")
 
 
-def test_a_localizer_that_does_not_say_so(image, tmp_path):
+def test_an_undeclared_localizer_is_refused(image, tmp_path):
     coronal = slices(image[:, :, :1], ImageOrientationPatient=["1", "0", "0", "0", "0", "-1"])
     refused(save(slices(image) + coronal, tmp_path / "scan"), "IM0030.dcm", "orientation", "localizer")
 
 
-# ------------------------------------------------------------ what a path may name
+# ------------------------------------------------------------ paths to series and files
 
 
-def test_paths_that_name_no_series(image, tmp_path):
+def test_paths_that_are_not_a_series_are_refused(image, tmp_path):
     folder = save(slices(image), tmp_path / "study" / "ST0" / "SE0")
     refused(tmp_path / "study", "(ST0/SE0?)")
-    refused(folder / "IM0003.dcm", "one slice of a series; give its folder", str(folder))
+    refused(folder / "IM0003.dcm", "one slice of a series; name its folder", str(folder))
     save(slices(image), tmp_path / "study" / "ST0" / "SE1")
     refused(tmp_path / "study", "ST0/SE0, ST0/SE1")
     index = pydicom.Dataset()
@@ -383,15 +383,15 @@ def test_paths_that_name_no_series(image, tmp_path):
     refused(tmp_path / "study", "ST0/SE0, ST0/SE1")
     refused(tmp_path / "study" / "DICOMDIR", "a list of files", "ST0/SE0")
     pet = save(slices(image, Modality="PT"), tmp_path / "pet") / "IM0000.dcm"
-    refused(pet, "no CT slice: PT")
+    refused(pet, "not a CT slice: PT")
 
 
-def test_an_enhanced_file_by_its_own_name(image, tmp_path):
+def test_an_enhanced_file_given_by_name(image, tmp_path):
     folder = save([enhanced(image)], tmp_path / "scan")
-    same(read_scan(folder / "IM0000.dcm"), image)
+    assert_same_image(read_scan(folder / "IM0000.dcm"), image)
     frames = enhanced(image)
     del frames.PerFrameFunctionalGroupsSequence[11]
-    refused(save([frames], tmp_path / "short"), "30 frames, and the places of 29")
+    refused(save([frames], tmp_path / "short"), "30 frames, but positions for 29")
     two_phases = [enhanced(image), enhanced(image + 20)]
     refused(save(two_phases, tmp_path / "two"), "2 volumes are mixed")
     shifted = enhanced(image)
@@ -402,7 +402,7 @@ def test_an_enhanced_file_by_its_own_name(image, tmp_path):
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 @pytest.mark.parametrize("form", ["plain", "run lengths", "deflated", "big endian"])
-def test_cut_slices_are_named(image, tmp_path, form, share):
+def test_truncated_slices_are_named(image, tmp_path, form, share):
     folder = save(FORMS[form](image), tmp_path / "scan")
     victim = folder / "IM0029.dcm"
     os.truncate(victim, int(victim.stat().st_size * share))
@@ -416,8 +416,8 @@ def test_cut_slices_are_named(image, tmp_path, form, share):
     ("sign", "stored", "tag"),
     [(0, 63536, 63536), (1, -2000, -2000), (0, 65535, 65535), (0, 3000, 3000), (1, 0, 0), (0, 1064, 1064)],
 )
-def test_padding_is_air_wherever_it_lies(image, tmp_path, sign, stored, tag):
-    """Outside an ellipse: above all HU, below all, or among those of tissue."""
+def test_padding_of_any_value_becomes_air(image, tmp_path, sign, stored, tag):
+    """Padding outside an ellipse lies above all HU, below all HU, or within the range of tissue."""
     y, x = np.mgrid[-1:1:34j, -1:1:42j]
     outside = x**2 + y**2 > 1
     intercept = 0 if sign else -1024
@@ -429,14 +429,14 @@ def test_padding_is_air_wherever_it_lies(image, tmp_path, sign, stored, tag):
         d.PixelData = values.astype("<i2" if sign else "<u2").tobytes()
         d.add_new(0x00280120, "SS" if sign else "US", tag)
     found = array(read_scan(save(made, tmp_path / "scan")))
-    assert (found == wanted).mean() > 0.995  # a few voxels of the padding's own value may touch it
+    assert (found == wanted).mean() > 0.995  # a few scan voxels with the padding value may touch the padding
     np.testing.assert_array_equal(found[:, outside], -1024)
 
 
-# ------------------------------------------------------------ through the step
+# ------------------------------------------------------------ the command
 
 
-def test_the_table_chooses_and_the_report_tells(image, tmp_path, run):
+def test_the_table_selects_a_series_and_the_report_records_it(image, tmp_path, run):
     import pandas as pd
 
     big = chest((40, 60, 70), spacing=(4.0, 4.5, 5.0))

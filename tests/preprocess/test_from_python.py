@@ -1,4 +1,4 @@
-"""One scan from Python, without a store: the five steps' masks, transform, patches and features."""
+"""Process one scan from Python without a store: mask, transform, patches and features equal the commands'."""
 
 import numpy as np
 import SimpleITK as sitk
@@ -46,8 +46,8 @@ def test_patches_and_features_of_one_scan(cohort, run, tmp_path):
     np.testing.assert_allclose(h, np.load(tmp_path / "o" / "pred_arr_patch_full.npy")[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_functions_know_no_store(cohort):
-    """Whoever calls them from Python loads no report, no workers and no store."""
+def test_the_functions_do_not_import_store_code(cohort):
+    """Importing the functions loads no code for reports, workers or stores."""
     import subprocess
     import sys
 

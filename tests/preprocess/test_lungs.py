@@ -1,4 +1,4 @@
-"""A mask's labels are the lungs of its scan, whoever made it; one that is cut, dense or exchanged is told."""
+"""Checks that a mask's labels are the lungs of its scan; cut, dense or exchanged lungs are reported."""
 
 import subprocess
 import sys
@@ -21,8 +21,8 @@ from .test_threshold import phantom
 SIDES = {"right": (0, 0), "left": (0, -1), "front": (1, 0), "back": (1, -1), "bottom": (2, 0), "top": (2, -1)}  # LPS
 
 
-def pair(orientation="LPS", spacing=(2.0, 2.0, 3.0)):
-    """Two blocks of lung within a body, and their mask."""
+def make_lungs(orientation="LPS", spacing=(2.0, 2.0, 3.0)):
+    """Return a scan with two blocks of lung within a body, and their mask."""
     labels = np.zeros((40, 60, 80), dtype=np.uint8)  # (z, y, x)
     labels[8:32, 15:45, 10:35], labels[8:32, 15:45, 45:70] = 1, 2
     values = np.where(labels > 0, -860, 40).astype(np.int16)
@@ -35,40 +35,40 @@ def pair(orientation="LPS", spacing=(2.0, 2.0, 3.0)):
     return images
 
 
-def changed(image, values):
+def replace_values(image, values):
     made = sitk.GetImageFromArray(values)
     made.CopyInformation(image)
     return made
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "LAS", "SPL"])
-def test_lungs_are_said_to_be_lungs_and_exchanged_ones_not(orientation):
-    mask, scan = pair(orientation)
+def test_correct_lungs_pass_and_exchanged_lungs_do_not(orientation):
+    mask, scan = make_lungs(orientation)
     assert check_lungs(mask, scan, "m.nii.gz") == []
     labels = sitk.GetArrayFromImage(mask)
-    swapped = changed(mask, np.where(labels > 0, 3 - labels, 0).astype(np.uint8))
+    swapped = replace_values(mask, np.where(labels > 0, 3 - labels, 0).astype(np.uint8))
     with pytest.raises(ScanError, match=r"m.nii.gz has right and left exchanged"):
         check_lungs(swapped, scan, "m.nii.gz")
 
 
-@pytest.mark.parametrize(("hu", "words"), [(20, "the left lung has a median of 20 HU, which holds no air"), (-400, "")])
-def test_a_lung_without_air_is_refused_and_a_dense_one_told(hu, words):
-    mask, scan = pair()
+@pytest.mark.parametrize(("hu", "words"), [(20, "the left lung has a median of 20 HU, so it holds no air"), (-400, "")])
+def test_an_airless_lung_is_refused_and_a_dense_lung_is_a_warning(hu, words):
+    mask, scan = make_lungs()
     values = sitk.GetArrayFromImage(scan)
     values[sitk.GetArrayFromImage(mask) == 2] = hu
     if words:
         with pytest.raises(ScanError, match=words):
-            check_lungs(mask, changed(scan, values), "m")
+            check_lungs(mask, replace_values(scan, values), "m")
     else:
-        assert check_lungs(mask, changed(scan, values), "m") == [
-            "the left lung has a median of -400 HU, denser than lungs are"
+        assert check_lungs(mask, replace_values(scan, values), "m") == [
+            "the left lung has a median of -400 HU, denser than a normal lung"
         ]
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "RPI"])
 @pytest.mark.parametrize("end", SIDES)
-def test_a_cut_lung_is_told_with_its_side(end, orientation):
-    mask, scan = pair()
+def test_a_cut_lung_is_reported_with_its_side(end, orientation):
+    mask, scan = make_lungs()
     axis, low = SIDES[end]
     keep = [slice(None)] * 3
     keep[axis] = slice(20, None) if low == 0 else slice(None, -20)
@@ -80,15 +80,15 @@ def test_a_cut_lung_is_told_with_its_side(end, orientation):
         assert f"the {end} lung" in said and said.count("edge") == 1
 
 
-def test_a_lung_that_is_small_beside_the_other_is_told():
-    mask, scan = pair()
+def test_lungs_of_very_different_size_are_reported():
+    mask, scan = make_lungs()
     labels = sitk.GetArrayFromImage(mask)
     labels[13:][labels[13:] == 2] = 0
-    assert "one lung has 5 times the volume of the other" in check_lungs(changed(mask, labels), scan, "m")
+    assert "one lung is 5 times as large as the other" in check_lungs(replace_values(mask, labels), scan, "m")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "front"])
-def test_thresholding_keeps_what_the_field_of_view_leaves_of_a_lung(side):
+def test_thresholding_keeps_a_lung_cut_by_the_field_of_view(side):
     image, _ = phantom(1)
     whole = segment_lungs(image)
     where = np.argwhere(sitk.GetArrayFromImage(whole) > 0)
@@ -106,18 +106,18 @@ def test_thresholding_keeps_what_the_field_of_view_leaves_of_a_lung(side):
     assert any(f"{side} edge" in sentence for sentence in check_lungs(mask, cut, "m"))
 
 
-def test_a_cushion_as_dense_as_lung_is_no_lung():
-    """Foam below the patient reaches the image's sides in every slice."""
+def test_a_cushion_of_lung_density_is_not_lung():
+    """The foam below the patient reaches the image's sides in every slice."""
     image = sitk.ConstantPad(phantom(1)[0], (0, 0, 0), (0, 25, 0), -1000)
     values = sitk.GetArrayFromImage(image)
     values[:, -20:] = np.random.default_rng(0).normal(-900, 15, values[:, -20:].shape)
-    found, wanted = segment_lungs(changed(image, values)), segment_lungs(image)
+    found, wanted = segment_lungs(replace_values(image, values)), segment_lungs(image)
     assert np.mean(sitk.GetArrayFromImage(found) != sitk.GetArrayFromImage(wanted)) < 1e-3
 
 
 @pytest.mark.parametrize("part", [0.3, 0.95])
-def test_a_mask_that_the_disk_does_not_hold_is_not_left_half(tmp_path, monkeypatch, part):
-    mask, _ = pair()
+def test_a_full_disk_leaves_no_partial_mask(tmp_path, monkeypatch, part):
+    mask, _ = make_lungs()
     writer = sitk.WriteImage
 
     def half(image, path, **how):
@@ -126,7 +126,9 @@ def test_a_mask_that_the_disk_does_not_hold_is_not_left_half(tmp_path, monkeypat
             stream.truncate(int(stream.seek(0, 2) * part))
 
     monkeypatch.setattr(geometry.sitk, "WriteImage", half)
-    with pytest.raises(UserError, match=r"m.nii.gz could not be written whole; is the disk full\? It has \d+ MB free"):
+    with pytest.raises(
+        UserError, match=r"m.nii.gz could not be written completely; check the disk, which has \d+ MB free"
+    ):
         write_image(mask, tmp_path / "m.nii.gz")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
@@ -134,19 +136,19 @@ def test_a_mask_that_the_disk_does_not_hold_is_not_left_half(tmp_path, monkeypat
     assert np.array_equal(sitk.GetArrayFromImage(read_mask(tmp_path / "m.nii.gz")), sitk.GetArrayFromImage(mask))
 
 
-def test_a_transform_that_the_disk_does_not_hold_is_not_left_half(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_transform(tmp_path, monkeypatch):
     transform = sitk.AffineTransform(3)
     transform.SetTranslation((1.0, 2.0, 3.0))
     write_transform(transform, tmp_path / "t.mat")
     assert sitk.ReadTransform(str(tmp_path / "t.mat")).GetParameters() == transform.GetParameters()
     (tmp_path / "t.mat").unlink()
     monkeypatch.setattr(geometry.sitk, "WriteTransform", lambda _, path: open(path, "wb").close())
-    with pytest.raises(UserError, match=r"t.mat could not be written whole"):
+    with pytest.raises(UserError, match=r"t.mat could not be written completely"):
         write_transform(transform, tmp_path / "t.mat")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_has_one_process_at_a_time(monkeypatch, tmp_path):
+def test_only_one_process_uses_a_gpu_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with one_gpu() as gpu:
         assert gpu is None

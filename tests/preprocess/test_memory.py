@@ -1,4 +1,4 @@
-"""A scan of 430 MB is not held many times: what is float32 or wider goes by slabs, which give the same numbers."""
+"""Peak memory is a small multiple of a 430 MB scan. Slabs limit float32 and wider data and give equal results."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ limit_threads(1)
 found = {}
 
 def peak(name, step):
-    Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory mark
     before = memory("VmRSS")
     result = step()
     found[name] = memory("VmHWM") - before
@@ -46,7 +46,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_peaks_in_multiples_of_the_scan(tmp_path):
+def test_peak_memory_in_multiples_of_the_scan(tmp_path):
     small, size, origin = chest((60, 60, 70), spacing=(5.0, 5.0, 5.0)), (400, 256, 256), (-60.5, -55.25, 101.5)
     spacing = [5 * (n - 1) / (m - 1) for n, m in zip((70, 60, 60), size[::-1])]
     grid = (size[::-1], sitk.Transform(), sitk.sitkNearestNeighbor, origin, spacing, np.eye(3).ravel().tolist())
@@ -64,7 +64,7 @@ def test_peaks_in_multiples_of_the_scan(tmp_path):
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 1), (2, 3, 4), (3, 2, 5), (40, 1, 50)])
-def test_means_by_slabs_are_those_of_the_whole(monkeypatch, factors):
+def test_means_in_slabs_equal_means_of_the_whole(monkeypatch, factors):
     monkeypatch.setattr(geometry, "SLAB", 5000)
     image = chest((43, 34, 30))
     factors_there = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
@@ -76,7 +76,7 @@ def test_means_by_slabs_are_those_of_the_whole(monkeypatch, factors):
         assert of(found) == of(whole)
 
 
-def test_an_image_on_the_slabs_of_a_grid(monkeypatch):
+def test_resampling_in_slabs_equals_resampling_at_once(monkeypatch):
     monkeypatch.setattr(geometry, "SLAB", 5000)
     grid, coarse = chest((43, 34, 30)), sitk.Cast(chest((20, 16, 14), spacing=(6.1, 7.3, 5.2)), sitk.sitkFloat32)
     found = np.concatenate([on_slab(coarse, grid, *ends) for ends in slabs(grid)])
@@ -84,7 +84,7 @@ def test_an_image_on_the_slabs_of_a_grid(monkeypatch):
     assert len(list(slabs(grid))) > 3 and np.allclose(found, whole, atol=1e-3) and np.ptp(whole) > 500
 
 
-def test_a_scan_that_needs_no_change_is_not_copied():
+def test_an_unchanged_scan_is_not_copied():
     image = chest()
     assert check_hounsfield(image, "x") is image
     values = array(image)
@@ -94,7 +94,7 @@ def test_a_scan_that_needs_no_change_is_not_copied():
 
 
 @pytest.mark.parametrize("wanted", ["LPS", "RAS", "LAI", "SPL"])
-def test_flips_are_the_filters_of_all(wanted):
+def test_flips_equal_the_itk_filter(wanted):
     image = chest((7, 6, 5))
     image.SetDirection([np.cos(0.1), -np.sin(0.1), 0, np.sin(0.1), np.cos(0.1), 0, 0, 0, 1])
     found, whole = orient(image, wanted), sitk.DICOMOrient(image, wanted)

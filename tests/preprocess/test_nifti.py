@@ -1,4 +1,4 @@
-"""NIfTI, NRRD and MetaImage: a header that says one thing, or an error (or a warning) that names what it says."""
+"""NIfTI, NRRD and MetaImage: a consistent header is read; otherwise an error or a warning names the fault."""
 
 import gzip
 import shutil
@@ -18,7 +18,7 @@ def image():
 
 
 def srow(image, changes=(), scale=1.0):
-    """An sform's twelve numbers, some of them changed by so much."""
+    """Return the twelve numbers of an sform, some of them changed by the given amounts."""
     form = sform_of(image) * scale
     for place, by in dict(changes).items():
         form[place] += by
@@ -34,8 +34,8 @@ HEADERS = {
     "a side mirrored": (dict(changes={(0, 0): 6.0}), {}, ("contradict",)),
     "sizes apart": (dict(scale=1.1), {}, ("contradict",)),
     "sizes apart, sform only": (dict(scale=1.1), dict(qform_code=0), ("pixdim", "sform")),
-    "no numbers": (dict(changes={(0, 3): np.nan}), {}, ("has no numbers",)),
-    "an axis without length": (dict(changes={(2, 2): -2.5}), {}, ("axis without length",)),
+    "no numbers": (dict(changes={(0, 3): np.nan}), {}, ("not finite",)),
+    "an axis without length": (dict(changes={(2, 2): -2.5}), {}, ("axis of length 0",)),
     "metres": ({}, dict(xyzt_units=1), ("in metres",)),
     "micrometres": ({}, dict(xyzt_units=3), ("in micrometres",)),
 }  # fmt: skip
@@ -43,14 +43,14 @@ HEADERS = {
 
 @pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
 @pytest.mark.parametrize("kind", HEADERS)
-def test_headers_that_contradict_themselves(image, tmp_path, kind, suffix):
+def test_contradictory_headers_are_refused(image, tmp_path, kind, suffix):
     form, fields, words = HEADERS[kind]
     refused(nifti(image, tmp_path / f"scan.{suffix}", srow=srow(image, **form), **fields), *words)
 
 
-def test_what_a_header_leaves_open_is_a_warning(image, tmp_path):
+def test_an_incomplete_header_is_a_warning(image, tmp_path):
     none = load_scan(nifti(image, tmp_path / "none.nii", qform_code=0, sform_code=0)).facts["warnings"]
-    assert "does not tell how the patient lies (codes of sform and qform are 0)" in none
+    assert "does not give the patient's orientation (codes of sform and qform are 0)" in none
     bare = image_of(array(image), (1, 1, 1), (0, 0, 0))
     for suffix in ("nii.gz", "nrrd", "mha"):
         sitk.WriteImage(bare, str(tmp_path / f"bare.{suffix}"))
@@ -60,8 +60,8 @@ def test_what_a_header_leaves_open_is_a_warning(image, tmp_path):
     assert load_scan(nifti(image, tmp_path / "plain.nii")).facts["warnings"] == ""
 
 
-def test_warnings_of_itk_are_kept_and_the_switch_put_back(image, tmp_path):
-    """A scale of the sform that is off by less than 0.1 mm over the volume: ITK says so."""
+def test_itk_warnings_are_kept_and_the_setting_is_restored(image, tmp_path):
+    """The scales of sform and pixdim differ by less than 0.1 mm over the volume. ITK warns about that."""
     path = nifti(image, tmp_path / "scan.nii", pixdim=np.array([1, 3, 3.5, 2.502, 0, 0, 0, 0]))
     limit_threads(1)
     for _ in range(2):
@@ -71,7 +71,7 @@ def test_warnings_of_itk_are_kept_and_the_switch_put_back(image, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["nrrd", "mha", "mhd"])
 @pytest.mark.parametrize(("row", "by"), [(1, 0.25), (0, 0.01)])
-def test_sheared_axes_of_other_formats(image, tmp_path, suffix, row, by):
+def test_sheared_axes_in_other_formats_are_refused(image, tmp_path, suffix, row, by):
     sheared = sitk.Image(image)
     direction = np.eye(3)
     direction[row, 2] = by
@@ -81,13 +81,13 @@ def test_sheared_axes_of_other_formats(image, tmp_path, suffix, row, by):
 
 
 @pytest.mark.parametrize("scale", [0.001, 10.0])
-def test_lengths_that_are_no_millimetres(image, tmp_path, scale):
+def test_implausible_lengths_are_refused(image, tmp_path, scale):
     other = image_of(array(image), tuple(length * scale for length in image.GetSpacing()))
     sitk.WriteImage(other, str(tmp_path / "scan.nrrd"))
     refused(tmp_path / "scan.nrrd", "not in millimetres")
 
 
-# ------------------------------------------------------------ forms that give the plain volume
+# ------------------------------------------------------------ encodings that give the same volume
 
 
 def turned(code):
@@ -122,7 +122,7 @@ def scaled(image, folder):
 
 
 def oblique(image, folder):
-    """Turned by 10 degrees, in float32: sform and qform agree to its rounding."""
+    """Rotate by 10 degrees in float32. sform and qform agree up to rounding."""
     return nifti(image, folder / "scan.nii", srow=srow(image, {(0, 3): 0.004}))
 
 
@@ -168,15 +168,15 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_one_scan(image, tmp_path, form):
+def test_encodings_of_one_scan(image, tmp_path, form):
     found = sitk.DICOMOrient(read_scan(FORMS[form](image, tmp_path)), "LPS")
     np.testing.assert_array_equal(array(found), array(image))
     np.testing.assert_allclose(found.GetOrigin(), image.GetOrigin(), atol=5e-3)
     np.testing.assert_allclose(found.GetSpacing(), image.GetSpacing(), atol=1e-5)
 
 
-def test_oblique_headers_are_no_contradiction(image, tmp_path):
-    """Any rotation, half a turn included, where the quaternion is least exact."""
+def test_oblique_headers_are_accepted(image, tmp_path):
+    """Test any rotation, including 180 degrees, where the quaternion is least exact."""
     rng = np.random.default_rng(3)
     for axis in rng.normal(size=(6, 3)):
         for angle in (0.2, 1.5, np.pi - 1e-4):
@@ -188,15 +188,15 @@ def test_oblique_headers_are_no_contradiction(image, tmp_path):
             np.testing.assert_allclose(found.GetDirection(), turn, atol=1e-3)
 
 
-# ------------------------------------------------------------ words
+# ------------------------------------------------------------ other file types
 
 
-def test_files_that_are_something_else(image, tmp_path):
+def test_files_of_other_types_are_refused(image, tmp_path):
     sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
     sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
     sitk.WriteImage(image, str(tmp_path / "a.nii"))
     for source, name, words in (
-        ("a.nii.gz", "packed.nii", "it is gzip: rename it to packed.nii.gz"),
+        ("a.nii.gz", "packed.nii", "does not end in .gz; rename it to packed.nii.gz"),
         ("a.nii.gz", "nosuffix", "a name that ends in .nii.gz"),
         ("a.nii", "scan.dat", "a name that ends in .nii"),
         ("a.nrrd", "scan", "a name that ends in .nrrd"),

@@ -1,4 +1,4 @@
-"""The one rule: is this output ours, of these inputs, and whole?"""
+"""The rule for existing outputs: does this package own the file, do its inputs match, and is it complete?"""
 
 import os
 
@@ -11,7 +11,7 @@ from preprocess.scan import ScanError
 
 @pytest.fixture
 def files(tmp_path):
-    """An output of two files, an input and a picture, the output newest."""
+    """Make an output of two files, an input and a picture. The output is the newest."""
     paths = {name: tmp_path / name for name in ("first", "second", "source", "picture")}
     for age, path in zip((1000, 1000, 500, 1000), paths.values()):
         path.write_text(path.name)
@@ -19,22 +19,22 @@ def files(tmp_path):
     return paths
 
 
-def output(tmp_path, files, previous, **stamps):
+def make_output(tmp_path, files, previous, **stamps):
     targets = [files["first"], files["second"]]
     stamps = stamps or {"atlas": "a"}
     return Output(StoreLayout(tmp_path), "step", "x", previous, targets, stamps, [files["source"]], [files["picture"]])
 
 
-def whole():
+def verify_whole():
     return {"dice": 0.9}
 
 
-def torn():
+def verify_torn():
     raise ScanError("it is torn")
 
 
-def kept(output, verify=whole, overwrite=False):
-    """The figures of an output that stays, None of one that is made again."""
+def keep_output(output, verify=verify_whole, overwrite=False):
+    """Return the recorded values of an output that is kept, or None if it must be made again."""
     try:
         output.keep(verify, overwrite)
     except Skip as skip:
@@ -43,14 +43,14 @@ def kept(output, verify=whole, overwrite=False):
     return None
 
 
-def test_ours_stays_while_everything_is_as_it_was(tmp_path, files):
-    assert kept(output(tmp_path, files, {"atlas": "a"})) == {"dice": 0.9, "atlas": "a"}
+def test_an_unchanged_output_of_ours_is_kept(tmp_path, files):
+    assert keep_output(make_output(tmp_path, files, {"atlas": "a"})) == {"dice": 0.9, "atlas": "a"}
     assert files["first"].exists() and not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize("change", ["stamp", "newer input", "no input", "no picture", "torn", "overwrite"])
 def test_ours_is_removed_and_made_again(tmp_path, files, change):
-    previous, verify = {"atlas": "a", "dice": "0.9"}, whole
+    previous, verify = {"atlas": "a", "dice": "0.9"}, verify_whole
     if change == "stamp":
         previous["atlas"] = "b"
     elif change == "newer input":
@@ -60,44 +60,44 @@ def test_ours_is_removed_and_made_again(tmp_path, files, change):
     elif change == "no picture":
         files["picture"].unlink()
     elif change == "torn":
-        verify = torn
-    assert kept(output(tmp_path, files, previous), verify, overwrite=change == "overwrite") is None
+        verify = verify_torn
+    assert keep_output(make_output(tmp_path, files, previous), verify, overwrite=change == "overwrite") is None
     assert not any(files[name].exists() for name in ("first", "second", "picture"))
     assert [path.name for path in StoreLayout(tmp_path).claims("step").iterdir()] == ["x"]
 
 
-def test_a_file_that_is_missing_makes_the_output_again(tmp_path, files):
+def test_a_missing_file_remakes_the_output(tmp_path, files):
     files["second"].unlink()
-    assert kept(output(tmp_path, files, {"atlas": "a"})) is None and not files["first"].exists()
+    assert keep_output(make_output(tmp_path, files, {"atlas": "a"})) is None and not files["first"].exists()
 
 
 @pytest.mark.parametrize("change", ["", "newer input", "no input", "no picture"])
-def test_the_users_own_stays_whatever_its_age(tmp_path, files, change):
-    """And is never stamped, so that it does not become ours."""
+def test_the_users_own_file_is_kept_at_any_age(tmp_path, files, change):
+    """It is never stamped, so this package never treats it as its own output."""
     if change == "newer input":
         os.utime(files["source"], (2000, 2000))
     elif change:
         files["source" if change == "no input" else "picture"].unlink()
-    assert kept(output(tmp_path, files, {})) == {"dice": 0.9}
+    assert keep_output(make_output(tmp_path, files, {})) == {"dice": 0.9}
 
 
-def test_the_users_own_that_is_not_whole_costs_the_subject_and_stays(tmp_path, files):
+def test_a_broken_file_of_the_user_fails_the_subject_and_stays(tmp_path, files):
     with pytest.raises(ScanError, match="it is torn"):
-        kept(output(tmp_path, files, {}), torn)
+        keep_output(make_output(tmp_path, files, {}), verify_torn)
     assert files["first"].exists()
 
 
-def test_overwrite_replaces_the_users_own_only_when_the_new_one_is_there(tmp_path, files):
-    assert kept(output(tmp_path, files, {}), overwrite=True) is None
-    assert files["first"].exists()  # until the step has made another
+def test_overwrite_keeps_the_users_file_until_the_new_one_exists(tmp_path, files):
+    assert keep_output(make_output(tmp_path, files, {}), overwrite=True) is None
+    assert files["first"].exists()  # until the stage has made a new one
 
 
-def test_any_of_several_stamps_tells_ours(tmp_path, files):
-    previous = {"atlas": "a"}  # a failed row keeps what it knows
-    assert kept(output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
+def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
+    previous = {"atlas": "a"}  # the row of a failed subject keeps its stamps
+    assert keep_output(make_output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
 
 
-def test_a_stamp_that_the_report_does_not_keep_is_refused(tmp_path, files):
-    """After a failure or a kill it would be lost, and the output pass for the user's own."""
-    with pytest.raises(ValueError, match=r"stamps \['threshold'\] would not outlive a failure"):
-        output(tmp_path, files, {}, threshold="-950")
+def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
+    """A failure or a kill would lose such a stamp. The output would then count as the user's own."""
+    with pytest.raises(ValueError, match=r"stamps \['threshold'\] would be lost after a failure"):
+        make_output(tmp_path, files, {}, threshold="-950")

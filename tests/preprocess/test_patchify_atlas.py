@@ -1,4 +1,4 @@
-"""Step 1 against a loop that writes the rule out, and the published table."""
+"""Stage 1: the location grid compared with a literal loop and with the published table."""
 
 import numpy as np
 import pytest
@@ -35,17 +35,17 @@ def test_grid_is_the_rule_written_out(shape, patch, step):
     np.testing.assert_array_equal(ours, literal_grid(lung, patch, step))
 
 
-def test_threshold_rises_while_a_thousand_are_kept():
+def test_the_threshold_rises_while_a_thousand_locations_remain():
     lung = np.zeros((26, 26, 26), dtype=bool)
-    lung[:, :, ::4] = True  # a quarter of each patch: kept at 0.1 and 0.2
+    lung[:, :, ::4] = True  # a quarter of each patch is lung: kept at thresholds 0.1 and 0.2
     with pytest.raises(StoreError, match="no patch"):
-        grid_locations(lung, 4, 2)  # 11**3 = 1331 at 0.1 and at 0.2, none at 0.3
-    assert len(grid_locations(lung, 4, 3)) == 8**3  # fewer than 1000 at 0.1: kept
+        grid_locations(lung, 4, 2)  # 11**3 = 1331 locations at 0.1 and 0.2, none at 0.3
+    assert len(grid_locations(lung, 4, 3)) == 8**3  # fewer than 1000 locations at 0.1, so the threshold stays
 
 
-def test_exactly_the_threshold_is_not_enough():
+def test_a_share_equal_to_the_threshold_is_dropped():
     lung = np.zeros((21, 21, 21), dtype=bool)
-    lung[:10, :10, 0] = True  # 100 of 1000 voxels in the first patch
+    lung[:10, :10, 0] = True  # 100 of 1000 voxels of the first patch are lung
     lung[15, 15, 15] = True
     with pytest.raises(StoreError, match="no patch"):
         grid_locations(lung, 10, 10)
@@ -55,7 +55,7 @@ def test_exactly_the_threshold_is_not_enough():
 
 def test_scan_order_stops_before_the_edge():
     lung = np.ones((21, 20, 25), dtype=bool)
-    # 21 - 10 = 11 -> 0, 5, 10; 20 - 10 -> 0, 5; 25 - 10 -> 0, 5, 10. z runs fastest.
+    # Starts are below 21 - 10, 20 - 10 and 25 - 10: 0, 5, 10; 0, 5; 0, 5, 10. z varies fastest.
     ours = grid_locations(lung, 10, 5)
     assert ours.tolist() == [[x, y, z] for x in (0, 5, 10) for y in (0, 5) for z in (0, 5, 10)]
 
@@ -67,7 +67,7 @@ def test_atlas_smaller_than_a_patch():
 
 @pytest.fixture
 def atlas(tmp_path):
-    """A mask of 70 x 64 x 60 voxels, right lung and left lung as two blocks."""
+    """Write an atlas mask of 70 x 64 x 60 voxels with a block for each lung."""
     labels = np.zeros((60, 64, 70), dtype=np.int16)  # (z, y, x)
     labels[5:55, 5:60, 5:33] = 50
     labels[5:55, 5:60, 37:66] = 100
@@ -76,7 +76,7 @@ def atlas(tmp_path):
     return path
 
 
-def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
+def test_the_command_writes_or_adopts_a_table_and_never_overwrites(tmp_path, run, atlas):
     def call(*flags, check=True):
         command = ("preprocess/patchify_atlas.py", "--atlas-mask", atlas, "--root-dir", tmp_path / "s", *flags)
         return run(*command, cwd=tmp_path, check=check)
@@ -84,7 +84,7 @@ def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
     call()
     table = np.load(tmp_path / "s" / "atlas_patch_loc.npy")
     assert table.dtype == np.int64 and table[0].tolist() == [0, 0, 0]
-    assert "there already" in call().stdout
+    assert "exists already" in call().stdout
     other = tmp_path / "other.npy"
     np.save(other, table[:-1].astype(np.int32))
     refused = call("--atlas-patch-loc", other, check=False)
@@ -111,7 +111,7 @@ def test_command_writes_adopts_and_never_overwrites(tmp_path, run, atlas):
     assert outside.returncode == 2 and "leaves the atlas" in outside.stderr
 
 
-def test_an_older_stores_own_table_is_not_shadowed(tmp_path, run, atlas):
+def test_the_table_of_an_older_store_is_kept(tmp_path, run, atlas):
     store = tmp_path / "s"
     store.mkdir()
     np.save(store / "19676E_patch_loc.npy", np.array([[0, 0, 0], [26, 0, 0]]))
@@ -119,7 +119,7 @@ def test_an_older_stores_own_table_is_not_shadowed(tmp_path, run, atlas):
     refused = run("preprocess/patchify_atlas.py", *flags, check=False)
     assert refused.returncode == 2 and "19676E_patch_loc.npy holds another table" in refused.stderr
     same = run("preprocess/patchify_atlas.py", *flags, "--atlas-patch-loc", store / "19676E_patch_loc.npy")
-    assert "there already, 2 locations" in same.stdout and not (store / "atlas_patch_loc.npy").exists()
+    assert "exists already, 2 locations" in same.stdout and not (store / "atlas_patch_loc.npy").exists()
 
 
 def test_atlas_with_other_labels(tmp_path, run):
@@ -127,11 +127,11 @@ def test_atlas_with_other_labels(tmp_path, run):
     wrong = run(
         "preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "a.nii.gz", "--root-dir", tmp_path, check=False
     )
-    assert wrong.returncode == 2 and "50 (right lung), 100 (left)" in wrong.stderr
+    assert wrong.returncode == 2 and "50 (right lung), 100 (left lung)" in wrong.stderr
 
 
 def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
-    """An ellipsoid of two halves at 2 x 2 x 3 mm: the same body at 1 mm, labels of the atlas."""
+    """An ellipsoid of two halves at 2 x 2 x 3 mm becomes the same body at 1 mm with the atlas's labels."""
     z, y, x = np.meshgrid(np.arange(30) * 3.0, np.arange(50) * 2.0, np.arange(60) * 2.0, indexing="ij")
     body = ((z - 43) / 40) ** 2 + ((y - 49) / 45) ** 2 + ((x - 59) / 55) ** 2 < 1
     mask = sitk.GetImageFromArray((body * np.where(x < 59, 1, 2)).astype(np.uint8))
@@ -149,7 +149,7 @@ def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
         np.testing.assert_allclose(where.mean(0), was.mean(0), atol=1)
         assert abs(len(where) / (len(was) * 12) - 1) < 0.02
     refused = run_here("preprocess/make_atlas_mask.py", *flags, cwd=tmp_path)
-    assert refused.returncode == 2 and "is there already" in refused.stderr
+    assert refused.returncode == 2 and "exists already" in refused.stderr
     step1 = ("--root-dir", tmp_path / "s", "--patch-size", 8, "--step-size", 8)
     fine = run_here("preprocess/patchify_atlas.py", "--atlas-mask", tmp_path / "atlas.nii.gz", *step1, cwd=tmp_path)
     assert fine.returncode == 0 and "warning" not in fine.stderr

@@ -1,4 +1,4 @@
-"""The picture shows the patient's sides where they are, both lungs whole, and what no patch covers."""
+"""The quality-control picture labels the patient's sides correctly, shows both lungs and marks uncovered lung."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,12 @@ import SimpleITK as sitk
 from preprocess.picture import UNCOVERED_COLOR, figure_of_patches
 
 SIDES = {"R": (-1, 0, 0), "L": (1, 0, 0), "A": (0, -1, 0), "P": (0, 1, 0), "F": (0, 0, -1), "H": (0, 0, 1)}  # LPS
-PLANES = ((1, "R", "H"), (0, None, "H"), (2, "R", "A"))  # axis; what lies on the left (the atlas decides) and on top
+# (axis, side on the left, side on top); None: the atlas's orientation decides
+PLANES = ((1, "R", "H"), (0, None, "H"), (2, "R", "A"))
 
 
-def drawn(orientation):
-    """Two lungs in a volume stored in an orientation, four patches in the middle of one."""
+def draw_lungs(orientation):
+    """Draw two lungs in a volume of the given orientation, with four patches in the middle of one lung."""
     labels = np.zeros((90, 80, 100), dtype=np.uint8)  # (z, y, x) in LPS: x to the left
     labels[10:80, 20:60, 15:40], labels[10:80, 20:60, 60:85] = 1, 2
     image = sitk.GetImageFromArray(labels)
@@ -24,15 +25,15 @@ def drawn(orientation):
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "LAS", "RPI"])
-def test_letters_stand_where_the_patients_sides_are(orientation):
-    volume, _, figure = drawn(orientation)
+def test_side_letters_match_the_patients_sides(orientation):
+    volume, _, figure = draw_lungs(orientation)
     direction = np.array(volume.GetDirection()).reshape(3, 3)
     for panel, (axis, left, top) in zip(figure.axes, PLANES):
         across, up = [other for other in range(3) if other != axis]
         found = {text.get_text(): text.get_position() for text in panel.texts}
         assert len(found) == 4
         for letter, place in found.items():
-            # Which way the letter lies from the middle, in index axes: by the panel's limits and by the direction.
+            # The panel's limits give the letter's direction in index axes; the image's direction gives the side.
             horizontal = place[0] != 0.5
             limits, index = (panel.get_xlim(), across) if horizontal else (panel.get_ylim(), up)
             towards = np.sign(place[0 if horizontal else 1] - 0.5) * np.sign(limits[1] - limits[0])
@@ -41,8 +42,8 @@ def test_letters_stand_where_the_patients_sides_are(orientation):
             assert (place[1] > 0.9) == (letter == top)
 
 
-def test_both_lungs_are_in_view_and_lung_in_no_patch_is_tinted():
-    _, mask, figure = drawn("LAS")
+def test_both_lungs_are_shown_and_uncovered_lung_is_tinted():
+    _, mask, figure = draw_lungs("LAS")
     labels = sitk.GetArrayFromImage(mask)
     for panel, (axis, *_) in zip(figure.axes, PLANES):
         across, up = [other for other in range(3) if other != axis]
@@ -53,10 +54,10 @@ def test_both_lungs_are_in_view_and_lung_in_no_patch_is_tinted():
         position = int(panel.get_title().split("= ")[1].split(":")[0])
         lung = np.take(labels, position, axis=2 - axis) > 0
         assert 0 < (lung & ~tint).sum() == 16 * 16 and not (tint & ~lung).any()
-    assert UNCOVERED_COLOR[3] < 0.5  # what lies below is still seen
+    assert UNCOVERED_COLOR[3] < 0.5  # the image below stays visible
 
 
-def test_without_a_mask_there_is_a_picture_too():
-    volume, _, _ = drawn("LPS")
+def test_a_picture_is_drawn_without_a_mask():
+    volume, _, _ = draw_lungs("LPS")
     figure = figure_of_patches(volume, sitk.GetArrayFromImage(volume), None, np.array([[2, 3, 4]]), 16, "one")
     assert len(figure.axes) == 3 and len(figure.axes[0].images) == 1

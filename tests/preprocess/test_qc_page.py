@@ -1,4 +1,4 @@
-"""The page of all subjects: what is spoiled stands first, with its reason, and clicks find it."""
+"""The quality-control page lists suspicious subjects first, with reasons, and its controls find them."""
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ from preprocess.qc_page import judge, read_reports, write_qc_page
 from tests.browser import browse
 
 SPOILED = {
-    "012": {"dice_left": 0.31, "dice": 0.68},  # a side missed, which the union hides
-    "025": {"left_ml": 480.0},  # half a lung
+    "012": {"dice_left": 0.31, "dice": 0.68},  # one lung was missed, which the Dice of both lungs together hides
+    "025": {"left_ml": 480.0},  # half of a lung
     "033": {"lung_hu": -610.0},
     "037": {"voxels_outside": 34 * 32**3 // 4, "centres_in_lungs": 0.35},
 }
@@ -18,7 +18,7 @@ FAILED = "007"
 
 
 def write_reports(root, count, spoiled=SPOILED, failed=FAILED):
-    """Reports of the three steps, of subjects like those of a clinic."""
+    """Write the reports of the three stages for subjects with realistic values."""
     rng = np.random.default_rng(0)
     sids = [f"{n:03d}" for n in range(count)]
     right = rng.normal(2800, 450, count).round(1)
@@ -44,15 +44,15 @@ def write_reports(root, count, spoiled=SPOILED, failed=FAILED):
         table.to_csv(root / "report" / f"{step}.csv", index=False)
 
 
-def test_the_spoiled_stand_first_with_their_reasons(tmp_path):
+def test_suspicious_subjects_come_first_with_reasons(tmp_path):
     write_reports(tmp_path, 40)
     table = read_reports(StoreLayout(tmp_path))
     judged = judge(table).set_index(table["sid"]).sort_values("score", ascending=False)
     assert set(judged.index[:5]) == {FAILED, *SPOILED} and judged.index[0] == FAILED
     assert judged["score"].iloc[5] < 4
     assert "Dice, left 0.31 (usual 0.8" in judged.loc["012", "reasons"]
-    assert "right lung's share" in judged.loc["025", "reasons"] and "lung, HU -610" in judged.loc["033", "reasons"]
-    assert "out of scan 0.25" in judged.loc["037", "reasons"]
+    assert "right lung share" in judged.loc["025", "reasons"] and "lung, HU -610" in judged.loc["033", "reasons"]
+    assert "outside scan 0.25" in judged.loc["037", "reasons"]
     assert judged.loc[FAILED, "reasons"].startswith("register: its mask has one <lung> only")
 
 
@@ -61,7 +61,7 @@ def test_few_subjects_are_not_compared(tmp_path):
     assert (judge(read_reports(StoreLayout(tmp_path)))["score"] == 0).all()
 
 
-def test_one_that_no_report_knows_is_listed(tmp_path):
+def test_a_subject_without_reports_is_listed(tmp_path):
     write_reports(tmp_path, 10, {}, "none")
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "own_patch.npy").touch()
@@ -97,11 +97,11 @@ def test_clicks(tmp_path, run):
     assert set(found["first"]) == {FAILED, *SPOILED} and "one <lung> only" in found["reason"]
     assert found["searched"] == ["012"] and set(found["odd"]) == set(SPOILED) and found["pictures"] == 1
     assert found["count"] == "40 of 40 subjects" and found["ready"] == "yes"
-    assert found["last"] == FAILED and found["densest"] == "033" and found["ranged"] == ["033"]  # no figure: last
+    assert found["last"] == FAILED and found["densest"] == "033" and found["ranged"] == ["033"]  # no value: last
 
 
 def test_ten_thousand_subjects(tmp_path):
-    """Made within seconds; drawn within 3 s, filtered within 0.3 s, by the browser's own clock."""
+    """The page is made within seconds. The browser draws it within 3 s and filters it within 0.3 s."""
     write_reports(tmp_path, 10_000)
     page = write_qc_page(tmp_path)
     assert page.stat().st_size < 5e6

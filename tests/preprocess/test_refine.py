@@ -1,4 +1,4 @@
-"""The overlap that is maximised is the overlap; its slope is its slope; known transforms are found again."""
+"""The refined overlap is the Dice coefficient, its gradient is correct, and known transforms are recovered."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from preprocess.registration import overlap, register_masks
 ATLAS, SCAN = (50, 100), (1, 2)
 
 
-def lungs(values, spacing=2.0, direction=None, cut=0):
-    """Two lungs of different shape, 100 x 80 x 110 voxels."""
+def make_lungs(values, spacing=2.0, direction=None, cut=0):
+    """Return two lungs of different shape in 100 x 80 x 110 voxels."""
     z, y, x = np.mgrid[:110, :80, :100].astype(float)
     labels = np.zeros(z.shape, dtype=np.uint8)
     right = ((x - 28) / 18) ** 2 + ((y - 40) / 26) ** 2 + ((z - 55) / 42) ** 2 < 1
@@ -26,8 +26,8 @@ def lungs(values, spacing=2.0, direction=None, cut=0):
     return sitk.DICOMOrient(image, direction) if direction else image
 
 
-def moved(image, matrix, shift):
-    """The image under an affine: what the transform from atlas to scan should come out as."""
+def move_image(image, matrix, shift):
+    """Move the image by an affine, which the transform from atlas to scan should equal."""
     transform = sitk.AffineTransform(3)
     transform.SetMatrix(np.ravel(matrix).tolist())
     transform.SetCenter(image.TransformContinuousIndexToPhysicalPoint([50, 40, 55]))
@@ -40,23 +40,23 @@ TURN = np.array([[0.98, -0.17, 0.02], [0.17, 0.98, 0.0], [0.0, 0.05, 1.2]])
 
 
 def test_soft_dice_is_the_overlap_and_its_gradient():
-    atlas, (mask, truth) = lungs(ATLAS), moved(lungs(SCAN), TURN, (6.0, -4.0, 9.0))
+    atlas, (mask, truth) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
     points, sampled = points_of(atlas, ATLAS, 2.0), sample_mask(mask, SCAN, 2.0)
     centre = np.array(truth.GetCenter())
     parameters = np.concatenate([np.array(truth.GetMatrix()) * LENGTH, truth.GetTranslation()])
     value, _ = soft_dice(parameters, points, sampled, centre)
     figures = overlap(atlas, mask, truth)
-    assert -value == pytest.approx(sum(figures.values()), abs=0.09)  # edges are soft; three Dices are summed
+    assert -value == pytest.approx(sum(figures.values()), abs=0.09)  # soft edges; three Dice values are summed
     points, sampled = points_of(atlas, ATLAS, 4.0), sample_mask(mask, SCAN, 4.0)
     off = parameters + np.linspace(-3, 3, 12)
     _, gradient = soft_dice(off, points, sampled, centre)
     numeric = approx_fprime(off, lambda p: soft_dice(p, points, sampled, centre)[0], 1e-5)
-    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=5e-5)  # trilinear values have kinks
+    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=5e-5)  # trilinear interpolation has kinks
 
 
 @pytest.mark.parametrize("direction", [None, "RAS", "PIR"])
-def test_a_known_affine_is_found_again(direction):
-    atlas, (mask, truth) = lungs(ATLAS), moved(lungs(SCAN), TURN, (6.0, -4.0, 9.0))
+def test_a_known_affine_is_recovered(direction):
+    atlas, (mask, truth) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
     if direction:
         mask = sitk.DICOMOrient(mask, direction)
     start = sitk.TranslationTransform(3, (10.0, 0.0, 0.0))
@@ -69,21 +69,21 @@ def test_a_known_affine_is_found_again(direction):
         assert np.linalg.norm(np.subtract(found.TransformPoint(point), truth.TransformPoint(point))) < 2.0
 
 
-def test_sides_count_alike():
-    """A scan that lacks the lower third of one lung: the other side is not pulled over to make up for it."""
-    atlas, (mask, _) = lungs(ATLAS), moved(lungs(SCAN), np.eye(3), (0.0, 0.0, 0.0))
+def test_both_sides_have_equal_weight():
+    """If a scan lacks the lower third of one lung, the other lung is not shifted to compensate."""
+    atlas, (mask, _) = make_lungs(ATLAS), move_image(make_lungs(SCAN), np.eye(3), (0.0, 0.0, 0.0))
     labels = sitk.GetArrayFromImage(mask)
     half = labels[:70]
     half[half == 2] = 0
     cut = sitk.GetImageFromArray(labels)
     cut.CopyInformation(mask)
     figures = overlap(atlas, cut, register_masks(atlas, cut))
-    # Dice of the whole with two thirds is 0.8; the right lung alone would reach 1.
+    # The Dice of a lung with two thirds of it is 0.8. The right lung alone would reach 1.
     assert figures["dice_right"] > 0.85 and figures["dice_left"] > 0.7
 
 
-def test_twice_the_same_to_the_bit():
-    atlas, (mask, _) = lungs(ATLAS), moved(lungs(SCAN), TURN, (6.0, -4.0, 9.0))
+def test_results_are_bit_identical():
+    atlas, (mask, _) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
     first, second = (register_masks(atlas, mask) for _ in range(2))
     assert first.GetParameters() == second.GetParameters()
     assert min(overlap(atlas, mask, first).values()) > 0.97

@@ -1,4 +1,4 @@
-"""Reading, checking and orienting scans; patches against the reference's in every orientation."""
+"""Reading, checking and orienting scans, and cutting patches, compared with the reference's patches."""
 
 import os
 from itertools import permutations, product
@@ -14,7 +14,7 @@ from preprocess.scan import ScanError, check_hounsfield, read_image, read_scan
 
 
 def scan_image(low=-1000, high=400, dtype=np.int16, shape=(12, 14, 16)):
-    """Air and tissue in halves."""
+    """Return an image that is half air, half tissue."""
     values = np.full(shape, low, dtype=dtype)
     values[:, :, : shape[2] // 2] = 40
     values[0, 0, 0] = high
@@ -22,7 +22,7 @@ def scan_image(low=-1000, high=400, dtype=np.int16, shape=(12, 14, 16)):
 
 
 def orientations():
-    """All 48: each axis either way, in any order."""
+    """Yield all 48 orientation codes: the axes in any order, each in either direction."""
     for order in permutations(("LR", "PA", "SI")):
         for signs in product((0, 1), repeat=3):
             yield "".join(pair[sign] for pair, sign in zip(order, signs))
@@ -56,12 +56,12 @@ def test_formats(tmp_path, suffix):
         (lambda: scan_image() + 300, "0.0% of the voxels are air"),
     ],
 )
-def test_values_that_cannot_be_hounsfield(make, message):
+def test_values_that_are_not_hounsfield_are_refused(make, message):
     with pytest.raises(ScanError, match=message):
         check_hounsfield(make(), "x.nii")
 
 
-def test_padding_and_nan_become_air_and_noise_stays():
+def test_padding_and_nan_become_air_but_noise_stays():
     values = sitk.GetArrayFromImage(scan_image()).astype(np.float32)
     values[1, 1, :4] = -3024, np.nan, -1100, 40000
     checked = sitk.GetArrayFromImage(check_hounsfield(sitk.GetImageFromArray(values), "x"))
@@ -79,7 +79,7 @@ def test_unreadable_images(tmp_path):
     cases = {
         "absent.nii": "does not exist",
         "broken.nii.gz": "cannot be read as an image",
-        "empty": "without DICOM slices",
+        "empty": "subfolders have no DICOM slices",
         "four.nii.gz": "has 4 dimensions",
         "colour.nrrd": "2 values per voxel",
         "slice.nii.gz": "at least 2 voxels",
@@ -93,7 +93,7 @@ def test_unreadable_images(tmp_path):
 @pytest.mark.parametrize("suffix", ["nii.gz", "nii", "hdr", "hdr.gz", "nrrd", "mha", "mhd"])
 @pytest.mark.parametrize("share", [0.5, 0.99])
 def test_cut_files_are_refused(tmp_path, suffix, share):
-    values = np.random.default_rng(0).integers(-1000, 400, (30, 40, 50), dtype=np.int16)  # compresses badly
+    values = np.random.default_rng(0).integers(-1000, 400, (30, 40, 50), dtype=np.int16)  # noise hardly compresses
     sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / f"scan.{suffix}"), useCompression="gz" in suffix)
     read_scan(tmp_path / f"scan.{suffix}")
     data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
@@ -108,7 +108,7 @@ def test_a_damaged_byte_is_noticed(tmp_path):
     path = tmp_path / "scan.nii.gz"
     sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1  # of the checksum, so that every byte arrives and yet one of them must be wrong
+    content[-6] ^= 1  # change the checksum: the file is complete, but its checksum does not match
     path.write_bytes(content)
     with pytest.raises(ScanError, match="cut short or damaged"):
         read_scan(path)
@@ -154,7 +154,7 @@ def test_dicom_folder_and_its_gaps(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 300, 0.98])
-def test_a_dicom_slice_cut_at_the_end_of_the_volume(tmp_path, size):
+def test_a_truncated_last_dicom_slice(tmp_path, size):
     write_dicom(tmp_path / "scan", [0, 2, 4, 6, 8])
     (tmp_path / "scan" / "notes.txt").write_text("beside the slices")
     (tmp_path / "scan" / "._4.dcm").write_text("left by a file manager")
@@ -173,7 +173,7 @@ def test_real_dicom_slices(reference):
     assert -1500 < values.min() < -1000 and values.max() > 500  # padding of -2048 is gone
 
 
-def test_orienting_moves_no_voxel_in_space():
+def test_orienting_keeps_physical_positions():
     rng = np.random.default_rng(0)
     image = sitk.GetImageFromArray(rng.normal(size=(4, 5, 6)))
     image.SetSpacing((1.0, 2.0, 3.0))
@@ -198,7 +198,7 @@ def test_resampled_size_and_geometry():
     assert padded[0, 0, 0] == -1024
 
 
-def test_cutting_against_a_loop():
+def test_patch_cutting_equals_a_loop():
     rng = np.random.default_rng(0)
     volume = rng.integers(-1000, 200, (9, 10, 11), dtype=np.int16)
     corners = np.array([[0, 0, 0], [7, 6, 5], [-2, 3, 8], [40, 0, 0], [-4, -4, -4], [10, 9, 8]])
@@ -221,7 +221,7 @@ def test_share_of_centres_inside():
     assert share_inside(corners, 4, mask, mask) == 0.5
 
 
-# ------------------------------------------------------------ the reference's patches
+# ------------------------------------------------------------ patches of the reference
 
 
 class Thorax:
@@ -251,7 +251,7 @@ def thorax(reference):
 
 
 def as_offset_uint16(image, path):
-    """uint16 voxels with the offset in the NIfTI header: scl_slope 1, scl_inter -2000."""
+    """Write uint16 voxels with the offset in the NIfTI header: scl_slope 1, scl_inter -2000."""
     sitk.WriteImage(sitk.Cast(image + 2000, sitk.sitkUInt16), str(path))
     header = bytearray(path.read_bytes())
     header[112:120] = np.array([1.0, -2000.0], dtype="<f4").tobytes()
@@ -261,7 +261,7 @@ def as_offset_uint16(image, path):
 @pytest.mark.reference
 @pytest.mark.parametrize("code", ["LPS", pytest.param("SPL", marks=pytest.mark.slow)])
 def test_reference_patches(thorax, tmp_path, code):
-    """Voxel for voxel, the scan as it is and with its axes permuted and flipped."""
+    """Compare voxel by voxel, for the unchanged scan and for one with permuted and flipped axes."""
     path = tmp_path / "scan.nii"
     sitk.WriteImage(sitk.DICOMOrient(thorax.raw, code), str(path))
     thorax.check(path)
@@ -269,8 +269,8 @@ def test_reference_patches(thorax, tmp_path, code):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("kind", ["int16", "int32", "float32", "uint16 with an offset header"])
-def test_pixel_types_read_alike(thorax, tmp_path, kind):
-    """Every pixel type gives the same image, so the same patches as above."""
+def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
+    """Every pixel type gives the same image, and therefore the same patches as above."""
     path = tmp_path / "scan.nii"
     if kind.startswith("uint16"):
         as_offset_uint16(thorax.raw, path)
@@ -284,7 +284,7 @@ def test_pixel_types_read_alike(thorax, tmp_path, kind):
 
 @pytest.mark.reference
 def test_every_orientation_gives_the_same_volume(thorax):
-    """All 48, compared after orienting: what follows is the test above's."""
+    """Compare all 48 after orienting. The test above covers the later stages."""
     wanted_code = orientation_of(thorax.atlas)
     raw = thorax.raw[::5, ::4, ::3]
     wanted = orient(raw, wanted_code)

@@ -1,4 +1,4 @@
-"""Resampling by products of matrices is ITK's B-spline resampling, to one HU."""
+"""B-spline resampling by matrix products equals ITK's to within 1 HU."""
 
 import numpy as np
 import pytest
@@ -33,14 +33,14 @@ SPACINGS = [(0.7, 0.7, 1.25), (1.0, 1.0, 1.0), (0.98, 0.98, 3.0), (1.5, 1.5, 1.5
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("more", [0, 9])
-def test_as_itk(spacing, more):
-    """Also of noise from voxel to voxel, and beyond the volume."""
+def test_equals_itk(spacing, more):
+    """This holds for white noise and outside the volume, too."""
     image = sitk.DICOMOrient(volume(spacing), "LAS")
     size = [int(n * s) + more for n, s in zip(image.GetSize(), image.GetSpacing())]
     found = sitk.GetArrayFromImage(resample_spline(image, tuple(size), 1.0, AIR)).astype(int)
     wanted = by_itk(image, size).astype(int)
     assert found.shape == wanted.shape and np.abs(found - wanted).max() <= 1
-    # Where places coincide with voxels ITK's 499.9999 becomes 499, here it is 500.
+    # At points that coincide with voxels, ITK truncates 499.9999 to 499. Here the value is 500.
     assert (found == wanted).mean() > (0.99 if all(s in (0.7, 1.25, 0.98, 3.0) for s in spacing) else 0.7)
     assert (found[-1] == AIR).all() == (wanted[-1] == AIR).all()
 
@@ -53,8 +53,8 @@ def test_fractions_stay_fractions(spacing):
     np.testing.assert_allclose(found, by_itk(image, size), atol=0.02)
 
 
-def test_what_lies_where_stays():
-    """Origin, direction and size are those that the published code gives; voxels of 1 mm stay as they are."""
+def test_geometry_is_kept():
+    """Origin, direction and size equal the published code's. Voxels of 1 mm stay unchanged."""
     image = sitk.DICOMOrient(volume((1.0, 1.0, 1.0)), "RAS")
     found = resample_isotropic(image)
     assert found.GetSize() == (27, 31, 22) and found.GetSpacing() == (1.0, 1.0, 1.0)
@@ -62,8 +62,8 @@ def test_what_lies_where_stays():
     assert np.array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(image)[:22])
 
 
-def test_weights_are_those_of_a_smooth_function():
-    """A cubic is its own spline: away from the ends it is met everywhere."""
+def test_a_cubic_is_reproduced():
+    """A cubic spline reproduces a cubic polynomial everywhere except near the ends."""
     weights, inside = spline_weights(40, 1.3, 52, 1.0)
     places = np.arange(52.0)
     cubic = lambda x: 0.01 * x**3 - 0.3 * x**2 + x  # noqa: E731

@@ -1,4 +1,4 @@
-"""Steps 2 to 5 through their command lines: failures, skipping, resuming, reports."""
+"""Preprocessing stages 2 to 5 by command line: failures, skipping, resuming and reports."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def report(store, script):
     return table.set_index("sid")
 
 
-def test_cohort_went_through(cohort):
+def test_all_stages_succeed_on_the_cohort(cohort):
     folder, store = cohort
     sids = pd.read_csv(folder / "dataset.csv", dtype=str)["sid"].tolist()
     table = np.load(store / "atlas_patch_loc.npy")
@@ -53,8 +53,8 @@ def test_cohort_went_through(cohort):
         assert (store / "qc" / f"{sid}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_patches_show_the_lungs_they_are_of(cohort):
-    """Voxels of the patches against the scan itself, through physical space, whatever its orientation."""
+def test_patches_equal_the_scan_at_their_positions(cohort):
+    """Compare patch voxels with the scan through physical space, for any orientation."""
     folder, store = cohort
     table = pd.read_csv(folder / "dataset.csv", dtype=str)
     for sid, name in zip(table["sid"], table["image"]):
@@ -66,17 +66,17 @@ def test_patches_show_the_lungs_they_are_of(cohort):
         differences = []
         for corner, patch in zip(corners, patches):
             point = np.array(transform.TransformPoint(atlas.TransformIndexToPhysicalPoint([int(v) for v in corner])))
-            # The atlas is LAS: x to the left, y to the front, z to the head, 1 mm a voxel.
+            # The atlas is LAS with 1 mm voxels: x points to the left, y to the front, z to the head.
             for z, y, x in ((0, 0, 0), (16, 16, 16), (31, 5, 20)):
                 place = point + np.array([x, -y, z])
                 index = scan.TransformPhysicalPointToContinuousIndex(place)
                 if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
                     value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
                     differences.append(abs(value - patch[z, y, x]))
-        assert np.median(differences) < 60 and len(differences) > 30  # noise, half a voxel of rounding
+        assert np.median(differences) < 60 and len(differences) > 30  # noise, and rounding by half a voxel
 
 
-def test_everything_done_is_skipped(cohort, run):
+def test_finished_work_is_skipped(cohort, run):
     folder, store = cohort
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*.n*") if path.is_file()}
     result = run(
@@ -84,13 +84,13 @@ def test_everything_done_is_skipped(cohort, run):
         *("--input-csv", folder / "dataset.csv", f"--root-dir={store}", "--method", "threshold"),
         *("--atlas-mask", folder / "atlas_lung_mask.nii.gz"),
     )
-    assert result.stdout.count("0 ok, 6 skipped, 0 failed") == 3 and "done already" in result.stdout
+    assert result.stdout.count("0 ok, 6 skipped, 0 failed") == 3 and "already done" in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*.n*") if path.is_file()}
-    assert float(report(store, "register")["dice"].iloc[0]) > 0.8  # figures survive
+    assert float(report(store, "register")["dice"].iloc[0]) > 0.8  # recorded values are kept
 
 
-def test_registration_gives_the_same_transform_again(cohort, run, tmp_path):
-    """ANTs compares a random half of the voxels; which, must not depend on the clock."""
+def test_registration_is_reproducible(cohort, run, tmp_path):
+    """ANTs compares a random half of the voxels. The choice must not depend on the clock."""
     folder, store = cohort
     name = "0001_Reg_Atlas_Affine_0GenericAffine.mat"
     again = tmp_path / "s" / "lung_mask"
@@ -104,11 +104,11 @@ def test_registration_gives_the_same_transform_again(cohort, run, tmp_path):
 
 @pytest.fixture
 def small(cohort, tmp_path):
-    """Two subjects of the cohort and four that cannot work, in a store of their own."""
+    """Make a table with two valid subjects of the cohort and five that cannot be processed."""
     folder, _ = cohort
     broken, four, scaled = tmp_path / "broken.nii.gz", tmp_path / "four.nii.gz", tmp_path / "scaled.nii.gz"
     whole = (folder / "image" / "0001.nii.gz").read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])  # enough for ITK to read a scan, its rest constant
+    broken.write_bytes(whole[: len(whole) // 2])  # ITK would read this as a scan with a constant rest
     image = sitk.ReadImage(str(folder / "image" / "0001.nii.gz"))
     sitk.WriteImage(sitk.JoinSeries([image, image]), str(four))
     sitk.WriteImage(image + 1024, str(scaled))
@@ -121,15 +121,15 @@ def small(cohort, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_scan_costs_one_subject(small, run):
+def test_a_bad_scan_fails_only_its_subject(small, run):
     folder, tmp_path = small
     command = ("--input-csv", tmp_path / "table.csv", "--root-dir", tmp_path / "s", "--method", "threshold")
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.py", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
-    # Listed once, where it fails; the later steps count it.
+    # A failed subject is listed once, in the stage where it fails. Later stages only count it.
     assert result.stdout.count("  broken  failed  ") == 1 and "broken" not in result.stderr
-    assert result.stdout.count("5 of the failed had failed in an earlier step, absent first") == 2
+    assert result.stdout.count("5 of the failed subjects failed in an earlier stage; the first is absent") == 2
     assert "cut short or damaged" in report(tmp_path / "s", "segment_lung").loc["broken", "message"]
     figures = report(tmp_path / "s", "segment_lung")
     assert figures["status"].to_dict() == {
@@ -145,13 +145,13 @@ def test_a_bad_scan_costs_one_subject(small, run):
     }.items():
         assert words in figures.loc[sid, "message"]
     repeated = report(tmp_path / "s", "register").loc["absent", "message"]
-    assert repeated.startswith("failed in an earlier step: ") and repeated.endswith("does not exist")
+    assert repeated.startswith("failed in an earlier stage: ") and repeated.endswith("does not exist")
     assert "no transform at" in report(tmp_path / "s", "patchify_images").loc["absent", "message"]
     assert PatchStore(tmp_path / "s").sids == ["001", "002"]
 
     strict = run("preprocess/segment_lung.py", *command, "--strict", check=False)
     assert strict.returncode == 1
-    # A scan that is replaced is done again; so is what follows from it.
+    # A replaced scan is processed again by all stages.
     image = folder / "image" / "0003.nii.gz"
     table = (tmp_path / "table.csv").read_text().splitlines()[:3]
     table[1] = f"001,{image}"
@@ -167,8 +167,8 @@ def two_subjects(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
-    """Killed after a transform was written and before the report was: the file must not pass for the user's own."""
+def test_outputs_of_a_killed_run_are_made_again(cohort, tmp_path, run):
+    """After a kill between writing a transform and the report, the file must not count as the user's own."""
     folder, store = cohort
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
@@ -189,7 +189,7 @@ def test_what_a_killed_run_left_is_made_again(cohort, tmp_path, run):
     assert report(tmp_path / "s", "register")["status"].to_dict() == {"a": "skipped", "b": "skipped"}
 
 
-def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, monkeypatch):
+def test_each_stage_claims_an_output_before_writing_it(cohort, tmp_path, monkeypatch):
     from preprocess import patchify_images, register, registration, segment_lung
     from preprocess.subjects import Subject
 
@@ -226,7 +226,7 @@ def test_each_step_claims_what_it_makes_before_it_makes_it(cohort, tmp_path, mon
         check("patchify_images")
 
 
-def test_registration_that_writes_nothing_is_registrations_own_failure(cohort, tmp_path, monkeypatch):
+def test_registration_without_a_transform_fails_in_that_stage(cohort, tmp_path, monkeypatch):
     import ants
 
     from preprocess import register
@@ -241,12 +241,12 @@ def test_registration_that_writes_nothing_is_registrations_own_failure(cohort, t
     flags = dict(root_dir=str(tmp_path), overwrite=False, atlas="x", min_dice=0.5)
     with pytest.raises(ScanError, match="wrote no transform") as caught:
         register.register(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
-    assert not isinstance(caught.value, EarlierFailure)  # of which only a number is told
+    assert not isinstance(caught.value, EarlierFailure)  # EarlierFailure would only be counted in the summary
     assert not list((tmp_path / "transform").glob("*"))
 
 
 def processes_of(folder):
-    """Command lines of running processes that name a folder."""
+    """Return the command lines of running processes that contain a folder's name."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -262,8 +262,8 @@ def processes_of(folder):
         pytest.param("run_preprocess.sh", signal.SIGINT, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_stops_the_step_under_way(cohort, tmp_path, script, number, to_group):
-    """SIGTERM to the launcher's shell alone, as from a batch system; Ctrl-C, which reaches the whole group."""
+def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_group):
+    """A batch system sends SIGTERM to the launcher's shell only. Ctrl-C reaches the whole process group."""
     folder, _ = cohort
     command = ["sh" if script.endswith("sh") else sys.executable, str(ROOT / "preprocess" / script)]
     more = ["--input-csv", str(folder / "dataset.csv"), "--root-dir", str(tmp_path / "s")]
@@ -276,16 +276,16 @@ def test_a_signal_stops_the_step_under_way(cohort, tmp_path, script, number, to_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # These tests may run in the background, where a shell has its commands ignore SIGINT.
+        # Shells let background commands ignore SIGINT, and these tests may run in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: list((tmp_path / "s").glob("lung_mask/*.nii.gz")))
     (os.killpg if to_group else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert errors.strip() == "stopped; start again to go on"
+    assert errors.strip() == "stopped; start again to continue"
     wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
-    # What was made stands in the report, or is claimed.
+    # Every finished mask is either in the report or claimed.
     made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
     claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
     path = tmp_path / "s" / "report" / "segment_lung.csv"
@@ -301,7 +301,7 @@ def wait_until(condition, seconds=60):
 
 
 def test_two_runs_share_a_report(tmp_path):
-    """Each with its own table, as jobs of an array: neither loses the other's rows."""
+    """Runs with different tables, as in a job array, keep each other's rows."""
     from preprocess.report import write_report
 
     row = {"status": "ok", "seconds": 1.0, "message": ""}
@@ -311,7 +311,7 @@ def test_two_runs_share_a_report(tmp_path):
     assert list(report(tmp_path, "register").index) == ["a", "b", "c", "d"]
 
 
-def test_leftovers_of_killed_runs_go_when_they_are_old(tmp_path):
+def test_old_leftovers_of_killed_runs_are_removed(tmp_path):
     from misc.files import LEFTOVER_SECONDS, remove_leftovers
 
     names = ("transform/.partial-old", "transform/.partial-new", "patch/.x_patch.npy.12.partial", "patch/x_patch.npy")
@@ -336,17 +336,17 @@ def test_a_slice_replaced_in_a_folder_changes_its_stamp(tmp_path):
     assert file_stamp(str(tmp_path)) != before
 
 
-def test_a_few_slices_are_no_chest(tmp_path, run):
+def test_a_few_slices_are_refused(tmp_path, run):
     values = np.full((4, 200, 200), -1000, dtype=np.int16)
     values[:, 50:150, 50:150] = 40
     sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "thin.nii.gz"))
     (tmp_path / "t.csv").write_text("sid,image\nthin,thin.nii.gz\n")
     flags = ("--input-csv", "t.csv", "--root-dir", "s", "--method", "threshold")
     result = run("preprocess/segment_lung.py", *flags, cwd=tmp_path, check=False)
-    assert result.returncode == 1 and "spans 200 x 200 x 4 mm in 4 slices, which is no whole chest" in result.stdout
+    assert result.returncode == 1 and "spans 200 x 200 x 4 mm in 4 slices, which is not a whole chest" in result.stdout
 
 
-def test_nothing_succeeded_is_a_failure(tmp_path, run):
+def test_a_stage_without_success_fails(tmp_path, run):
     (tmp_path / "t.csv").write_text("sid,image\na,nowhere.nii\n")
     result = run(
         "preprocess/segment_lung.py",
@@ -364,14 +364,14 @@ def test_nothing_succeeded_is_a_failure(tmp_path, run):
     ("header", "more", "message"),
     [
         ("sid,path", (), "t.csv has no column 'image'; its columns are sid, path"),
-        ("sid,image", ("--method", "thresh"), "--method thresh is neither lungmask nor threshold"),
-        ("sid,image", ("--num-workers", "0"), "--num-workers 0: a whole number, at least 1"),
-        ("sid,image", ("--min-dice", "7x"), "--min-dice 7x: between 0 and 1"),
-        ("sid,image", ("--min-dice", "1.5"), "--min-dice 1.5: between 0 and 1"),
+        ("sid,image", ("--method", "thresh"), "--method thresh must be lungmask or threshold"),
+        ("sid,image", ("--num-workers", "0"), "--num-workers 0 must be a whole number, at least 1"),
+        ("sid,image", ("--min-dice", "7x"), "--min-dice 7x must be between 0 and 1"),
+        ("sid,image", ("--min-dice", "1.5"), "--min-dice 1.5 must be between 0 and 1"),
         ("sid,image", ("--lungmask-weights", "no.pth"), "--lungmask-weights no.pth does not exist"),
     ],
 )
-def test_a_wrong_table_or_flag_is_told_before_anything_is_written(tmp_path, cohort, run, header, more, message):
+def test_wrong_tables_and_flags_are_refused_before_writing(tmp_path, cohort, run, header, more, message):
     (tmp_path / "t.csv").write_text(f"{header}\na,b\n")
     flags = ("--input-csv", "t.csv", "--root-dir", "s", "--atlas-mask", cohort[0] / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.py", *flags, *more, cwd=tmp_path, check=False)
@@ -387,7 +387,7 @@ def test_a_wrong_table_or_flag_is_told_before_anything_is_written(tmp_path, coho
         ("sid,image\n../a,b\n", "cannot be a file name"),
     ],
 )
-def test_bad_tables_are_one_line(tmp_path, run, text, message):
+def test_bad_tables_are_refused_in_one_line(tmp_path, run, text, message):
     (tmp_path / "t.csv").write_text(text)
     result = run(
         "preprocess/segment_lung.py", "--input-csv", tmp_path / "t.csv", "--root-dir", tmp_path / "s", check=False
@@ -395,13 +395,13 @@ def test_bad_tables_are_one_line(tmp_path, run, text, message):
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_mask_of_the_users_own_is_kept(cohort, tmp_path, run):
+def test_the_users_own_mask_is_kept(cohort, tmp_path, run):
     folder, store = cohort
     (tmp_path / "t.csv").write_text(f"sid,image\nmine,{folder}/image/0001.nii.gz\nother,{folder}/image/0002.nii.gz\n")
     target = tmp_path / "s" / "lung_mask"
     target.mkdir(parents=True)
     own = (store / "lung_mask" / "0001.nii.gz").read_bytes()
-    for sid in ("mine", "other"):  # right for one, of another grid for the other
+    for sid in ("mine", "other"):  # the mask fits the first subject; the second has another grid
         (target / f"{sid}.nii.gz").write_bytes(own)
     run(
         "preprocess/segment_lung.py",
@@ -417,10 +417,10 @@ def test_a_mask_of_the_users_own_is_kept(cohort, tmp_path, run):
     assert (target / "mine.nii.gz").read_bytes() == own
 
 
-def test_lungmask_without_weights_says_what_to_do(cohort, tmp_path, run):
+def test_missing_lungmask_weights_are_explained(cohort, tmp_path, run):
     folder, _ = cohort
     flags = ("--input-csv", folder / "dataset.csv", "--root-dir", tmp_path / "s")
-    # A proxy that refuses stands for a machine without the download, wherever the test runs.
+    # A proxy that refuses connections simulates a machine without internet access.
     offline = {
         "TORCH_HOME": str(tmp_path),
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9"),
@@ -436,7 +436,7 @@ def test_lungmask_without_weights_says_what_to_do(cohort, tmp_path, run):
 
 
 def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
-    """The plumbing: lungmask's own network with weights made here; the mask is what they say."""
+    """lungmask's network runs with random weights that are made here; the mask equals its output."""
     from lungmask import LMInferer
     from lungmask.resunet import UNet
 
@@ -449,7 +449,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     image = sitk.ReadImage(str(folder / "image" / "0002.nii.gz"))
     image = sitk.DICOMOrient(image, "RAI")
     middle = image.GetSize()[2] // 2
-    some = image[:, :, middle : middle + 3]  # a slice takes seconds
+    some = image[:, :, middle : middle + 3]  # each slice takes seconds
     some.SetSpacing((*some.GetSpacing()[:2], 20.0))
     sitk.WriteImage(some, str(tmp_path / "a.nii.gz"))
     (tmp_path / "t.csv").write_text("sid,image\na,a.nii.gz\n")
@@ -459,7 +459,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     wanted = LMInferer(modelpath=str(tmp_path / "w.pth"), tqdm_disable=True).apply(scan)
     figures = report(tmp_path / "s", "segment_lung").loc["a"]
     volumes = [(wanted == label).sum() * np.prod(scan.GetSpacing()) / 1000 for label in (1, 2)]
-    if min(volumes) < 1:  # untrained weights may leave a side out: then that is what is said
+    if min(volumes) < 1:  # untrained weights may miss a lung, which is then reported
         assert result.returncode == 1 and "no pair of lungs was found" in figures["message"]
         assert f"has {min(volumes):.1f} ml" in figures["message"]
     else:
@@ -468,8 +468,8 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
         np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), wanted)
 
 
-def test_registration_finds_a_known_affine(cohort):
-    """The atlas's own lungs, moved by a known affine, come back to the atlas."""
+def test_registration_recovers_a_known_affine(cohort):
+    """The atlas's lungs, moved by a known affine, are registered back to the atlas."""
     from types import SimpleNamespace
 
     from preprocess.register import register
@@ -512,7 +512,7 @@ def test_registration_finds_a_known_affine(cohort):
     assert overlap(atlas, moved, known)["dice"] > 0.98
 
 
-def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monkeypatch):
+def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monkeypatch):
     import preprocess.group_patches as step
 
     patches = make_store(tmp_path, 5, grid, grouped=False)
@@ -538,8 +538,8 @@ def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monk
     store = PatchStore(tmp_path)
     for location in range(6):
         np.testing.assert_array_equal(store.read(location, np.arange(5)), patches[:, location])
-    assert "done already" in run("preprocess/group_patches.py", "--root-dir", tmp_path).stdout
-    # One subject more: grouped anew.
+    assert "already done" in run("preprocess/group_patches.py", "--root-dir", tmp_path).stdout
+    # With one more subject, everything is grouped again.
     np.save(tmp_path / "patch" / "zz_patch.npy", patches[0])
     run("preprocess/group_patches.py", "--root-dir", tmp_path)
     store = PatchStore(tmp_path)
@@ -548,7 +548,7 @@ def test_grouping_goes_on_where_it_stopped(tmp_path, make_store, grid, run, monk
 
 
 @pytest.mark.parametrize("damage", ["short", "exchanged"])
-def test_grouping_is_verified_before_what_was_there_goes(tmp_path, make_store, grid, monkeypatch, capsys, damage):
+def test_grouping_is_verified_before_old_files_are_replaced(tmp_path, make_store, grid, monkeypatch, capsys, damage):
     import preprocess.group_patches as step
 
     make_store(tmp_path, 5, grid, grouped=False)
@@ -578,16 +578,16 @@ def test_grouping_is_verified_before_what_was_there_goes(tmp_path, make_store, g
     assert step.main() == 0 and "6 subjects" in capsys.readouterr().out
 
 
-def test_two_runs_do_not_group_one_store(tmp_path, make_store, grid, run, run_apart):
+def test_two_runs_cannot_group_one_store(tmp_path, make_store, grid, run, run_apart):
     make_store(tmp_path, 5, grid, grouped=False)
     with held(StoreLayout(tmp_path).grouping_lock, "x"):
         result = run_apart("preprocess/group_patches.py", "--root-dir", tmp_path, check=False)
-    assert result.returncode == 2 and "which grouping writes, is in use by process" in result.stderr
+    assert result.returncode == 2 and "the output folder of group_patches.py, is in use by process" in result.stderr
     assert not (tmp_path / "grouped_patch").exists()
     run("preprocess/group_patches.py", "--root-dir", tmp_path)
 
 
-def test_grouping_stopped_while_renaming_goes_on(tmp_path, make_store, grid, run, monkeypatch):
+def test_grouping_stopped_while_renaming_resumes(tmp_path, make_store, grid, run, monkeypatch):
     import preprocess.group_patches as step
 
     patches = make_store(tmp_path, 3, grid, grouped=False)
@@ -611,7 +611,7 @@ def test_grouping_stopped_while_renaming_goes_on(tmp_path, make_store, grid, run
         np.testing.assert_array_equal(store.read(location, np.arange(3)), patches[:, location])
 
 
-def test_grouping_brings_every_dtype_layout_and_name_to_one(tmp_path, make_store, grid, run):
+def test_grouping_unifies_dtypes_layouts_and_names(tmp_path, make_store, grid, run):
     patches = make_store(tmp_path, 1, grid, grouped=False)[0]
     floats = patches.astype(np.float64)
     floats[0, 0, 0, :3] = np.nan, -5000, 17.4
@@ -631,8 +631,8 @@ def test_grouping_brings_every_dtype_layout_and_name_to_one(tmp_path, make_store
 
 
 @pytest.mark.slow
-def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_path, run):
-    """A mask made again that is bad: no stale transform, and the failure stays one in later runs."""
+def test_a_newly_failing_subject_does_not_use_old_outputs(cohort, tmp_path, run):
+    """After a remade mask is bad, no old transform is used, and later runs still report the failure."""
     folder, _ = cohort
     store, atlas = tmp_path / "s", ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
@@ -654,7 +654,7 @@ def test_a_subject_that_fails_anew_does_not_go_on_with_what_it_was(cohort, tmp_p
     assert PatchStore(store).sids == ["b"]
 
 
-def test_grouping_leaves_out_what_does_not_fit(tmp_path, make_store, grid, run):
+def test_grouping_leaves_out_mismatched_subjects(tmp_path, make_store, grid, run):
     make_store(tmp_path, 2, grid, grouped=False)
     np.save(tmp_path / "patch" / "short_patch.npy", np.zeros((5, 32, 32, 32), dtype=np.int16))
     (tmp_path / "patch" / "torn_patch.npy").write_bytes(b"x")
@@ -663,19 +663,19 @@ def test_grouping_leaves_out_what_does_not_fit(tmp_path, make_store, grid, run):
     assert PatchStore(tmp_path).sids == ["000", "001"]
 
 
-def test_too_little_disk(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     from collections import namedtuple
 
     from preprocess.patchify_images import check_disk
     from preprocess.subjects import Subject
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
-    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # 33 MB twice
+    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # needs 33 MB twice
     with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
         check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 
 
-def test_scheduler_that_does_not_answer(cohort, tmp_path, run):
+def test_an_unreachable_scheduler_is_reported(cohort, tmp_path, run):
     folder, _ = cohort
     result = run(
         "preprocess/segment_lung.py",

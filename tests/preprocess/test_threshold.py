@@ -1,4 +1,4 @@
-"""Classical lung masks against the phantoms' truth."""
+"""Compare lung masks by thresholding with the true lungs of the phantoms."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tools.cohort.scanner import Acquisition, finish, scan, to_image
 
 @functools.lru_cache(maxsize=4)
 def make_phantom(index):
-    """HU, lungs, origin and spacing of a phantom, which tests do not change."""
+    """Return HU, lungs, origin and spacing of a phantom. Tests must not change them."""
     rng = np.random.default_rng([7, index])
     anatomy = draw_anatomy(rng, "tiny")
     spacing = np.array([1.2, 1.2, 1.4])
@@ -29,7 +29,7 @@ def make_phantom(index):
 
 
 def phantom(index, orientation="LPS"):
-    """The scan and its true lungs."""
+    """Return the scan and its true lungs."""
     hu, lung, origin, spacing = make_phantom(index)
     return to_image(hu, origin, spacing, orientation), to_image(lung, origin, spacing, orientation)
 
@@ -62,7 +62,7 @@ def test_touching_lungs_are_split_by_the_patients_side(index):
     assert bridge.sum() > 50
     hu[bridge] = -850
     joined, _ = ndimage.label(hu < -400)
-    assert set(np.unique(joined[labels == 2])) & set(np.unique(joined[labels == 1]))  # they touch indeed
+    assert set(np.unique(joined[labels == 2])) & set(np.unique(joined[labels == 1]))  # the lungs really touch
     touching = sitk.GetImageFromArray(hu)
     touching.CopyInformation(image)
     mask = segment_lungs(touching)
@@ -70,8 +70,8 @@ def test_touching_lungs_are_split_by_the_patients_side(index):
         assert dice(mask, truth, label) > 0.98
 
 
-def test_trachea_open_at_the_top_does_not_let_the_lungs_out():
-    """The working grid must not reach past the scan: air there would join the lungs to the outside."""
+def test_a_trachea_cut_at_the_top_does_not_leak():
+    """The working grid must not extend beyond the scan, because air there would join the lungs to the outside."""
     image, truth = phantom(1)
     for spacing in (1.41, 1.63, 1.75):
         size = [int(n * s / spacing) for n, s in zip(image.GetSize(), image.GetSpacing())]
@@ -90,8 +90,8 @@ def test_trachea_open_at_the_top_does_not_let_the_lungs_out():
         assert min(dice(back, truth, 1), dice(back, truth, 2)) > 0.93
 
 
-def test_slices_of_padding_above_the_trachea():
-    """A rotated or tilt-corrected scan ends in them; through them the trachea leads to the outside."""
+def test_padding_slices_above_the_trachea():
+    """Rotated or tilt-corrected scans end in such slices, through which the trachea connects to the outside."""
     image, truth = phantom(2)
     padded, truth = (sitk.ConstantPad(one, [0, 0, 3], [0, 0, 4], fill) for one, fill in ((image, -1024), (truth, 0)))
     mask = segment_lungs(padded)
@@ -110,7 +110,7 @@ def test_no_lungs():
 
 @pytest.mark.reference
 def test_real_scan(reference):
-    """Volumes of an adult's lungs, the right one larger, the trachea outside the mask."""
+    """The lungs have an adult's volume, the right one is larger, and the trachea is not in the mask."""
     scan = read_scan(reference.parent / "real" / "thorax_ct.nii.gz")
     mask = segment_lungs(scan)
     labels = sitk.GetArrayFromImage(mask)
@@ -119,13 +119,13 @@ def test_real_scan(reference):
     hu = sitk.GetArrayFromImage(scan)
     x = np.nonzero(labels == 1)[2].mean()
     assert x < np.nonzero(labels == 2)[2].mean()  # LPS: the patient's right has the lower x
-    # Lung tissue, vessels filled: mostly dark, some bright.
+    # The mask includes the vessels, so most voxels are dark and some are bright.
     assert -880 < np.median(hu[labels > 0]) < -780 and (hu[labels > 0] > -100).mean() > 0.01
     assert hu[160:164, 71:74, 117:121].mean() < -900 and not labels[160:164, 71:74, 117:121].any()  # trachea
 
 
-def test_distances_are_scipys():
-    """Many and large, one after the other: an array that outlived its image would change or crash."""
+def test_distances_equal_scipys():
+    """Many large transforms in a row: an array that outlived its ITK image would change or crash."""
     rng = np.random.default_rng(0)
     masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
     found = [threshold._squared_distance(mask) for mask in masks]

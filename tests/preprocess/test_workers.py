@@ -1,4 +1,4 @@
-"""Bookkeeping of steps over many subjects; a scan is read once for all of them."""
+"""Bookkeeping of preprocessing stages over many subjects; each scan is read once for all stages."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ for words in ("10000 ok", "10000 skipped"):
 
 
 @pytest.mark.slow
-def test_ten_thousand_start_and_resume_in_half_a_minute_and_a_gigabyte(tmp_path):
+def test_ten_thousand_subjects_start_and_resume_within_limits(tmp_path):
     (tmp_path / "t.csv").write_text("sid,image\n" + "".join(f"s{number:05d},a.nii\n" for number in range(10_000)))
     done = subprocess.run(
         [sys.executable, "-c", TEN_THOUSAND, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -62,7 +62,7 @@ def test_ten_thousand_start_and_resume_in_half_a_minute_and_a_gigabyte(tmp_path)
 
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
-    """What is read, and a subject whose scan it is."""
+    """Record every read of a scan; return the record and a subject."""
     found = []
     monkeypatch.setattr(workers, "load_scan", lambda image, series: found.append((image, series)) or object())
     path = tmp_path / "a.nii"
@@ -71,7 +71,7 @@ def reads(monkeypatch, tmp_path):
     forget_scan()
 
 
-def test_a_scan_is_read_once_for_all_steps(reads, tmp_path, capsys):
+def test_a_scan_is_read_once_for_all_stages(reads, tmp_path, capsys):
     found, subject = reads
 
     def step(subject, previous):
@@ -84,7 +84,7 @@ def test_a_scan_is_read_once_for_all_steps(reads, tmp_path, capsys):
     assert capsys.readouterr().out.count("1 ok, 0 skipped, 0 failed") == 3
 
 
-def test_another_file_another_series_or_a_change_is_read_again(reads, tmp_path):
+def test_a_changed_file_or_series_is_read_again(reads, tmp_path):
     found, subject = reads
     first = load_shared(subject)
     assert load_shared(subject) is first
@@ -94,7 +94,7 @@ def test_another_file_another_series_or_a_change_is_read_again(reads, tmp_path):
     assert len(found) == 3 and len(workers._kept) == 1
 
 
-def test_a_subject_that_fails_goes_through_the_steps_and_the_worst_overlaps_are_told(tmp_path, capsys):
+def test_failures_and_the_worst_overlaps_are_reported(tmp_path, capsys):
     def work(subject, previous, *, at):
         if subject.sid == "b" and at == "one":
             raise ScanError("it is torn")
@@ -105,7 +105,7 @@ def test_a_subject_that_fails_goes_through_the_steps_and_the_worst_overlaps_are_
     assert run_steps([Step(name, work, {"at": name}) for name in ("one", "two")], subjects, args) == 1
     shown = capsys.readouterr().out
     assert "one: 6 ok, 0 skipped, 1 failed" in shown and "  b  failed  it is torn" in shown
-    assert "two: " not in shown  # under --strict the step after a failure is not told as done
+    assert "two: " not in shown  # with --strict, the stage after a failure is not reported as done
     args.strict = False
     assert run_steps([Step("three", work, {"at": "three"})], subjects, args) == 0
     assert "(Dice of the worse side): a 0.50, b 0.51, c 0.52, d 0.53, e 0.54" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     record = Record(layout, "register")
     row = record.lost("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
-    assert "atlas" not in record.lost("b", "x")  # nothing of it was touched: a file there may be the user's own
+    assert "atlas" not in record.lost("b", "x")  # b was never claimed, so an existing file may be the user's own
 
 
 def wait_for(happened, seconds=90):
@@ -129,8 +129,8 @@ def wait_for(happened, seconds=90):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_step_killed_twice_change_no_byte(tmp_path, cohort):
-    """On a cluster: the masks are those of the undisturbed run, and a cluster without a worker is told."""
+def test_killed_workers_and_stages_change_no_byte(tmp_path, cohort):
+    """On a cluster, masks equal those of an undisturbed run. A cluster without workers is reported."""
     folder, undisturbed = cohort
     masks = tmp_path / "store" / "lung_mask"
     started = []

@@ -1,4 +1,4 @@
-"""The study: a planted answer comes out, a finished run is not done again."""
+"""The ablation study: it finds planted effects and does not repeat finished runs."""
 
 import sys
 
@@ -28,8 +28,8 @@ def test_differences_are_paired_by_seed():
     assert "| age | 0.60 ± 0.10 | 0.40 ± 0.10 (-0.20 ± 0.00) | 0.40 |" in text
 
 
-def test_held_out_subjects_are_not_fitted_to():
-    """Noise learnt by heart is no help; a signal that the fitted subjects share is found in the others."""
+def test_held_out_subjects_are_not_used_for_fitting():
+    """Overfitted noise does not help. A signal in the fitted subjects is also found in the held-out ones."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
     assert held_out_r2(features, rng.normal(size=80), held) < 0.2
@@ -39,14 +39,14 @@ def test_held_out_subjects_are_not_fitted_to():
     assert held_out_r2(features, signal, held) < -1
 
 
-def test_two_tables_together_are_the_mean_of_two_models():
-    """Of the second alone and of both side by side; nothing of the held-out subjects is seen."""
+def test_joined_tables_average_two_models():
+    """One model uses the second table, the other both tables. Neither sees the held-out subjects' labels."""
     rng, model = np.random.default_rng(0), MODELS["regression"]
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
     found = predict_others(model, both, target, held, joined_weights(60, 4))
-    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # each table's squares sum to 4
+    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # both tables have a sum of squares of 4
     each = [predict_others(model, other, target, held), predict_others(model, both, target, held, evenly)]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
@@ -54,15 +54,15 @@ def test_two_tables_together_are_the_mean_of_two_models():
 
 
 def test_a_wide_table_does_not_drown_a_narrow_one():
-    """Of three tables each has the same sum of squares in the model of all."""
+    """In a model of three tables, each table has the same sum of squares."""
     weights = joined_weights(2000, 7, 30)
     assert weights.shape == (2, 2037) and (weights[0] == np.repeat([0, 0, 1], [2000, 7, 30])).all()
     shares = [float(part @ part) for part in np.split(weights[1], [2000, 2007])]
     assert shares == pytest.approx([30, 30, 30])
 
 
-def test_what_a_table_adds():
-    """A table that knows what the other does not makes it better; noise makes it less worse than side by side."""
+def test_gain_from_an_added_table():
+    """A table with new information improves the prediction. Noise harms it less than in a plain joint model."""
     rng = np.random.default_rng(0)
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
     hidden = rng.normal(size=120)
@@ -75,7 +75,7 @@ def test_what_a_table_adds():
 
 
 @pytest.mark.slow
-def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
+def test_a_study_by_command_line(make_store, grid, tmp_path, run):
     make_store(tmp_path / "store", 40, grid[:3], seed=3)
     sids = pd.read_csv(tmp_path / "store" / "subjects.csv", dtype=str)["sid"]
     labels = pd.DataFrame({"sid": sids, "held_out": [0, 0, 0, 1] * 10, "age": np.arange(40.0), "same": 7})
@@ -102,20 +102,20 @@ def test_a_study_from_its_command_line(make_store, grid, tmp_path, run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--arms", "ful"), "--arms ful: one of full, no-neighbours"),
-        (("--arms",), "--arms names none: give at least one"),
-        (("--arm", "cold"), "--arm cold: NAME=FLAGS"),
-        (("--root-dir", "store"), "--root-dir and --labels go together"),
+        (("--arms", "ful"), "--arms ful must be one of full, no-neighbours"),
+        (("--arms",), "--arms is empty; give at least one"),
+        (("--arm", "cold"), "--arm cold: give NAME=FLAGS"),
+        (("--root-dir", "store"), "--root-dir and --labels must be given together"),
     ],
 )
-def test_refusals(tmp_path, run_here, flags, message):
+def test_bad_arguments_are_refused(tmp_path, run_here, flags, message):
     result = run_here("tools/ablate.py", "--out-dir", "study", *flags, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize("recipe", ["small", "published"])
-def test_arms_differ_from_full_by_what_they_say(monkeypatch, recipe):
-    """Whatever the recipe, which may leave the neighbour task out; an arm of one's own stands on full too."""
+def test_arms_differ_from_full_only_as_named(monkeypatch, recipe):
+    """This holds for every recipe, even one without the neighbour task. User-defined arms also start from full."""
     monkeypatch.setattr(sys, "argv", ["ablate.py", "--out-dir", "o", "--arm", "cold=--moco-t 0.1"])
     arms = ablate.parse_arguments().arms
     given = {

@@ -1,4 +1,4 @@
-"""Density readings of a store whose densities are known."""
+"""Density and histogram baselines of a store with known densities."""
 
 import json
 
@@ -14,7 +14,7 @@ from tools.evaluation.tables import other_store
 
 @pytest.fixture
 def store(tmp_path, grid):
-    """Three subjects: a quarter, half and none of the lung below -950 HU; at the last location all of it wall."""
+    """Write three subjects with a quarter, half and none of the lung below -950 HU. The last location is chest wall."""
     (tmp_path / "grouped_patch").mkdir(parents=True)
     np.save(tmp_path / "atlas_patch_loc.npy", grid)
     patches = np.full((3, len(grid), 32, 32, 32), -850, dtype=np.int16)
@@ -34,7 +34,7 @@ def test_shares_and_histograms(store, grid):
     assert (by_location[:, -1] == 0).all()
     histogram = tables["histogram"].to_numpy()
     assert histogram.shape == (3, BINS) and histogram.sum(1) == pytest.approx([1, 1, 1])
-    assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # -984.5 to -945
+    assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # the bin from -984.5 to -945 HU
     assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
     quick = baseline_tables(PatchStore(store), no_progress=True, smoothed=False)
     assert list(quick) == [name for name in tables if name != "histogram_smoothed"]
@@ -42,7 +42,10 @@ def test_shares_and_histograms(store, grid):
 
 
 def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
-    """Of -850 HU with noise of 60, one bin holds most voxels after scipy's Gaussian, and ours; a third before."""
+    """With -850 HU and noise of 60, the largest bin holds a third of the voxels, and most of them after smoothing.
+
+    The smoothed histogram equals that of scipy's Gaussian filter.
+    """
     noise = np.random.default_rng(0).normal(-850, 60, (3, len(grid), 32, 32, 32)).astype(np.int16)
     for location in range(len(grid)):
         np.save(store / "grouped_patch" / f"patch_loc_{location}.npy", noise[:, location])
@@ -50,15 +53,15 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
     plain, smoothed = (tables[name].to_numpy() for name in ("histogram", "histogram_smoothed"))
     assert smoothed.shape == (3, BINS) and smoothed.sum(1) == pytest.approx([1, 1, 1])
     assert smoothed.max() > 2 * plain.max()
-    sigma = np.sqrt(1 + 1 / 12)  # ours is integrated over each voxel
+    sigma = np.sqrt(1 + 1 / 12)  # the tested kernel is integrated over each voxel
     values = np.stack([gaussian_filter(patch.astype(float), sigma, mode="constant") for patch in noise[0]])
-    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # its zeros outside weigh nothing
+    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # gives scipy's zeros outside no weight
     wanted = np.histogram(values, np.linspace(-1024, 240, BINS + 1))[0] / values.size
     assert smoothed[0] == pytest.approx(wanted, abs=0.002)
 
 
 def test_command(tmp_path, make_store, grid, run):
-    """Labels that are a density are found by it, and by noise features only together with it."""
+    """A density label is predicted by the density, and by noise features only together with it."""
     rng = np.random.default_rng(0)
     patches = make_store(tmp_path / "s", 24, grid)
     for location in range(len(grid)):
@@ -75,12 +78,12 @@ def test_command(tmp_path, make_store, grid, run):
     (tmp_path / "features.json").write_text(json.dumps({"store_version": version, "root_dir": "there"}))
     result = run("tools/evaluate.py", *flags, "--out-dir", "o", cwd=tmp_path)
     assert "another store" not in result.stderr
-    assert "Beside the histogram the features add to it on 0 of 1 label(s)" in result.stdout
+    assert "Adding the features to the histogram improves 0 of 1 label(s)" in result.stdout
     (row,) = [
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
-    assert "Beside the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    assert row.count(" to ") == 3  # the figure's interval, that of features less this, and that of this less histogram
+    assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
+    assert row.count(" to ") == 3  # intervals of the metric, of features - this, of this - histogram
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
     names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")
@@ -88,7 +91,7 @@ def test_command(tmp_path, make_store, grid, run):
         assert name in scores and f" {name} |" in result.stdout.splitlines()[0]
 
 
-def test_another_store_whose_subjects_have_the_same_names_is_told(tmp_path, make_store, grid):
+def test_another_store_with_the_same_sids_is_reported(tmp_path, make_store, grid):
     make_store(tmp_path / "a", 3, grid)
     make_store(tmp_path / "b", 3, grid)
     np.save(tmp_path / "b" / "grouped_patch" / "patch_loc_0.npy", np.zeros((3, 32, 32, 32), dtype=np.int16))
@@ -97,7 +100,7 @@ def test_another_store_whose_subjects_have_the_same_names_is_told(tmp_path, make
     (tmp_path / "features.json").write_text(json.dumps(made))
     assert other_store(tmp_path / "f.csv", mine, "--baselines") == ""
     told = other_store(tmp_path / "f.csv", theirs, "--baselines")
-    assert "f.csv is of the patches of /data/a, and --baselines" in told and "is another store" in told
-    for text in ("", "[]", "{}"):  # no note of ours
+    assert "f.csv was extracted from /data/a, but --baselines" in told and "is another store" in told
+    for text in ("", "[]", "{}"):  # not written by extract_feature.py
         (tmp_path / "features.json").write_text(text)
         assert other_store(tmp_path / "f.csv", theirs, "--baselines") == ""

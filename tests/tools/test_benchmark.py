@@ -1,4 +1,4 @@
-"""The benchmark's literal versions are the method; its table is made of what was measured."""
+"""The benchmark's literal implementations equal the method, and its table contains the measurements."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from tools.timing.store import DISTINCT_FILES, make_store
 from tools.timing.training import rows_training
 
 
-def test_literal_encoder_is_the_encoder():
+def test_the_literal_encoder_equals_the_encoder():
     torch.manual_seed(0)
     encoder = Encoder(8, 4, 2, 1).double().eval()
     x, locs = torch.randn(2, 1, 32, 32, 32, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
@@ -28,7 +28,7 @@ def test_literal_encoder_is_the_encoder():
             torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-10)
 
 
-def test_literal_views_have_the_networks_shapes_and_range():
+def test_literal_views_have_the_right_shapes_and_range():
     patches = torch.randint(-1024, 241, (3, 32, 32, 32), dtype=torch.int16)
     neighbors = torch.randint(-1024, 241, (3, 2, 32, 32, 32), dtype=torch.int16)
     query, key, around = literal_views(patches, neighbors, LiteralAugmentation("ac"))
@@ -38,7 +38,7 @@ def test_literal_views_have_the_networks_shapes_and_range():
         assert -1.01 <= float(view.min()) < float(view.max()) <= 1.01
 
 
-def test_a_row_says_what_was_measured():
+def test_a_row_shows_the_measurement():
     row = compare("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
     assert row.ours == pytest.approx(5) and row.literal == pytest.approx(0.625)
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((8, 4, 16))
@@ -58,13 +58,13 @@ def test_the_store_has_every_location(tmp_path):
 
 @pytest.fixture
 def args(tmp_path):
-    """The benchmark's settings, as small as they can be."""
+    """Return the smallest possible benchmark settings."""
     return SimpleNamespace(device=torch.device("cpu"), batch=4, rounds=1, steps=1, reading_subjects=8)
 
 
 @pytest.mark.slow
 def test_rows_of_training_and_extraction(tmp_path, args):
-    """The step of both versions starts with the same loss, and both encoders give the same features."""
+    """Both implementations have the same loss in the first step and give the same features."""
     store, report = make_store(tmp_path / "store", 8, 4), {}
     machine = {"fast_bf16": False, "matrix_gflops_float32": 100.0}
     apart = Apart(store, 8, args)
@@ -81,7 +81,7 @@ def test_rows_of_training_and_extraction(tmp_path, args):
 
 
 @pytest.mark.slow
-def test_rows_of_the_data_and_of_a_run(tmp_path, args):
+def test_rows_of_data_and_memory(tmp_path, args):
     rows = [*rows_augmentation(args), *rows_reading(tmp_path / "reading", args)]
     assert len(rows) == 5 and all(row.ours > 0 and row.literal > 0 for row in rows)
     memory = row_memory(make_store(tmp_path / "store", 8, 16), 8, tmp_path / "run", args)
@@ -89,8 +89,8 @@ def test_rows_of_the_data_and_of_a_run(tmp_path, args):
 
 
 @pytest.mark.slow
-def test_a_scan_part_by_part(tmp_path, run, cohort, monkeypatch):
-    """But for lungmask's network, which takes half a minute and has a test of its own."""
+def test_times_of_the_parts_of_a_scan(tmp_path, run, cohort, monkeypatch):
+    """lungmask's network is left out: it takes half a minute and has another test."""
     folder, _ = cohort
     monkeypatch.setattr(scans, "network_mask", lambda image, weights: image)
     flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
@@ -103,8 +103,8 @@ def test_a_scan_part_by_part(tmp_path, run, cohort, monkeypatch):
     assert sum(parts) == pytest.approx(2 * rows["all of these"]["ours"])
 
 
-def test_a_scan_goes_with_its_atlas(run_here, tmp_path):
+def test_a_scan_needs_an_atlas(run_here, tmp_path):
     refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", cwd=tmp_path)
-    assert refused.returncode == 2 and "--scan and --atlas-mask go together" in refused.stderr
+    assert refused.returncode == 2 and "--scan and --atlas-mask need each other" in refused.stderr
     refused = run_here("tools/benchmark.py", "--scan", "x.nii.gz", "--atlas-mask", "m.nii.gz", cwd=tmp_path)
     assert refused.returncode == 2 and "--scan x.nii.gz does not exist" in refused.stderr

@@ -1,4 +1,4 @@
-"""One scan in one go gives what the five steps and the extraction give; a bad one costs itself."""
+"""embed_scan.py gives the same features as the five stages and the extraction; a bad scan affects no other."""
 
 import shutil
 
@@ -21,7 +21,7 @@ from tools.evaluation.vectors import FILES, Standardization
 
 @pytest.fixture(scope="module")
 def study(cohort, tmp_path_factory, run):
-    """Two scans, a checkpoint for their atlas, and features by the five steps: (folder, cohort)."""
+    """Make a checkpoint for the cohort's atlas and features of one scan by the five stages; return (folder, cohort)."""
     folder, _ = cohort
     root = tmp_path_factory.mktemp("embed")
     table = pd.read_csv(folder / "dataset.csv", dtype=str)[:1]
@@ -49,7 +49,7 @@ def flags_of(study):
     return (*given, "--method", "threshold", "--device", "cpu")
 
 
-def test_as_the_five_steps_to_the_bit(study, run, tmp_path):
+def test_features_are_bit_identical_to_the_five_stages(study, run, tmp_path):
     root, folder = study
     scan = folder / "image" / "0001.nii.gz"
     (tmp_path / "broken.nii.gz").write_bytes(scan.read_bytes()[:5000])
@@ -65,7 +65,7 @@ def test_as_the_five_steps_to_the_bit(study, run, tmp_path):
     assert report["status"].to_dict() == {"0001": "ok", "broken": "failed"} and report.loc["0001", "dice_left"] > 0.8
     assert "cut short" in report.loc["broken", "message"]
 
-    # Again: what is done is kept, to the byte; a scan that was mended is done.
+    # A second call keeps finished rows unchanged and processes the repaired scan.
     before = (tmp_path / "f.csv.qc" / "0001.png").stat().st_mtime_ns
     shutil.copy(folder / "image" / "0002.nii.gz", tmp_path / "broken.nii.gz")
     again = run("tools/embed_scan.py", scan, "broken.nii.gz", *flags, cwd=tmp_path)
@@ -76,40 +76,42 @@ def test_as_the_five_steps_to_the_bit(study, run, tmp_path):
     assert lines[2].startswith("broken,")
 
 
-def test_rows_of_other_scans_stay_and_another_checkpoint_is_refused(study, run, tmp_path):
+def test_rows_of_other_scans_are_kept_and_another_checkpoint_refused(study, run, tmp_path):
     root, folder = study
     flags = (*flags_of(study), "--out", "f.csv", "--no-qc")
     run("tools/embed_scan.py", folder / "image" / "0001.nii.gz", *flags, cwd=tmp_path)
     first = (tmp_path / "f.csv").read_text().splitlines()
     shown = run("tools/embed_scan.py", folder / "image" / "0002.nii.gz", *flags, cwd=tmp_path).stdout
-    assert "1 of 1 scans, beside 1 that were there" in shown
+    assert "1 of 1 scans embedded, 1 other scans kept" in shown
     both = (tmp_path / "f.csv").read_text().splitlines()
     assert both[:2] == first and both[2].startswith("0002,")
     report = pd.read_csv(tmp_path / "f.csv.report.csv", dtype=str)
     assert report["sid"].tolist() == ["0001", "0002"]
     shutil.copy(root / "c_0003.pth.tar", tmp_path / "other.pth.tar")
     with open(tmp_path / "other.pth.tar", "ab") as stream:
-        stream.write(b" ")  # another file
+        stream.write(b" ")  # now a different file
     other = [flag if flag != root / "c_0003.pth.tar" else tmp_path / "other.pth.tar" for flag in flags]
     refused = run("tools/embed_scan.py", folder / "image" / "0002.nii.gz", *other, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "f.csv has features of another checkpoint, atlas or method" in refused.stderr
     assert (tmp_path / "f.csv").read_text().splitlines() == both
 
 
-def test_a_table_of_somebody_elses_is_not_written_over(study, run_here, tmp_path):
+def test_a_foreign_table_is_not_overwritten(study, run_here, tmp_path):
     root, folder = study
     mine = "sid,FEV1pp\n0001,80\n0002,70\n"
     (tmp_path / "base.csv").write_text(mine)
     flags = ("--checkpoint", root / "c_0003.pth.tar", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     more = ("--method", "threshold", "--out", "base.csv", "--no-progress")
     refused = run_here("tools/embed_scan.py", folder / "image" / "0001.nii.gz", *flags, *more, cwd=tmp_path)
-    assert refused.returncode == 2 and "--out base.csv is there already, and no base.csv.report.csv" in refused.stderr
+    assert (
+        refused.returncode == 2 and "--out base.csv already exists, but without base.csv.report.csv" in refused.stderr
+    )
     assert (tmp_path / "base.csv").read_text() == mine
 
 
 @pytest.mark.parametrize("kind", ["moments", "layers"])
-def test_other_vectors_of_a_single_scan(study, run_here, tmp_path, rel, kind):
-    """Those of the store's patches, standardised by the file; and not without it, or by another's."""
+def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kind):
+    """The vectors equal those from the store. They need a standardisation of the same checkpoint and kind."""
     root, folder = study
     patches = np.load(root / "features" / FILES[kind])
     rng = np.random.default_rng(0)
@@ -118,17 +120,17 @@ def test_other_vectors_of_a_single_scan(study, run_here, tmp_path, rel, kind):
     kept.save(tmp_path / "s.npz", file_hash(root / "c_0003.pth.tar"))
     flags = (folder / "image" / "0001.nii.gz", *flags_of(study), "--out", "f.csv", "--no-qc", "--patient-vector", kind)
     told = run_here("tools/embed_scan.py", *flags, cwd=tmp_path)
-    assert told.returncode == 2 and f"--patient-vector {kind} is standardised by other subjects" in told.stderr
+    assert told.returncode == 2 and f"--patient-vector {kind} needs --standardization FILE" in told.stderr
     assert run_here("tools/embed_scan.py", *flags, "--standardization", "s.npz", cwd=tmp_path).returncode == 0
     table = pd.read_csv(tmp_path / "f.csv")
     assert table.shape == (1, 1 + 2 * patches.shape[2])
     assert rel(table.iloc[0, 1:].to_numpy(float), kept.vectors(patches)[0]) < 1e-5
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
     for change, message in (
-        (dict(patient_vector="mean"), "has no use with --patient-vector mean"),
-        (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is of --patient-vector {kind}"),
-        (dict(sha="0" * 64), "features of another checkpoint"),
-        (dict(locations=3), "locations and features"),
+        (dict(patient_vector="mean"), "has no effect with --patient-vector mean"),
+        (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is for --patient-vector {kind}"),
+        (dict(sha="0" * 64), "was made for another checkpoint"),
+        (dict(locations=3), "has .locations, features."),
     ):
         wrong = kept._replace(mean=kept.mean[: change.pop("locations", None)])
         wrong = wrong._replace(factor=kept.factor[: len(wrong.mean)])
@@ -147,13 +149,13 @@ def test_from_python(study):
     np.testing.assert_array_equal(table.iloc[0, 1:].to_numpy(np.float32), wanted.iloc[0, 1:].to_numpy(np.float32))
 
 
-def test_a_verdict_says_what_to_look_at(study):
+def test_a_verdict_names_the_problems(study):
     root, folder = study
     embedder = Embedder(root / "c_0003.pth.tar", folder / "atlas_lung_mask.nii.gz", method="threshold")
     fine = {"voxels_outside": 0, "patches": 34, "centres_in_lungs": embedder.usual}
     assert embedder.verdict(fine, {"warnings": ""}) == "fine"
     off = embedder.verdict({**fine, "voxels_outside": 34 * 32**3 // 2, "centres_in_lungs": 0.1}, {"warnings": "bare"})
-    assert off.startswith("look at it: bare; 50% of the patches' voxels lie outside") and "0.10 of the patch" in off
+    assert off.startswith("check it: bare; 50% of the patches' voxels lie outside") and "0.10 of the patch" in off
 
 
 @pytest.mark.parametrize(
@@ -161,10 +163,10 @@ def test_a_verdict_says_what_to_look_at(study):
     [
         ((0.4, 0.4, 0.4), "Dice of 0.40 (right 0.40, left 0.40), less than --min-dice 0.5"),
         ((0.7, 0.9, 0.1), "(right 0.90, left 0.10), less than --min-dice"),
-        ((0.94, 0.0, 0.0), "exchanged, or the scan is mirrored"),
+        ((0.94, 0.0, 0.0), "or the scan is mirrored"),
     ],
 )
-def test_each_side_must_overlap(figures, message):
+def test_each_lung_must_overlap(figures, message):
     names = ("dice", "dice_right", "dice_left")
     check_overlap(dict(zip(names, (0.8, 0.8, 0.8))), 0.5, "m")
     with pytest.raises(ScanError) as caught:
@@ -172,19 +174,19 @@ def test_each_side_must_overlap(figures, message):
     assert message in str(caught.value)
 
 
-def test_names():
+def test_sids_from_file_names():
     assert [name_of(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == ["b", "b.v2", "scan", "c.d"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "give SCANs, or --input-csv"),
+        ((), "give either SCAN arguments or --input-csv"),
         (("a/x.nii.gz", "b/x.nii"), "are both called 'x'"),
         (("x.nii.gz", "--sha256", "0123456789"), "not --sha256 0123456789"),
         (("x.nii.gz", "--atlas-patch-loc", "none.npy"), "none.npy cannot be read"),
     ],
 )
-def test_refusals(study, tmp_path, run_here, flags, message):
+def test_bad_arguments_are_refused(study, tmp_path, run_here, flags, message):
     result = run_here("tools/embed_scan.py", *flags, *flags_of(study), "--out", "f.csv", cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Maps of a planted label: where it is, they are high; a map lies where its scan does."""
+"""Maps of a planted label: they are high where the disease is, and have their scan's geometry."""
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ def shift(x, y, z):
 
 @pytest.mark.parametrize("stride", [5, 8])
 def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
-    """Windows valued by their centre's height give that height, in a scan of other spacing, origin and place."""
+    """If each window's value is the height of its centre, the map shows heights, for any spacing and origin."""
     origin, spacing = (-30.0, 12.0, 100.0), (1.5, 1.0, 2.0)
     atlas = image_of(atlas_array())
     scan = image_of(np.full((40, 64, 70), -850, dtype=np.int16), origin, spacing)
@@ -53,21 +53,21 @@ def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
     values, inside = sitk.GetArrayFromImage(result), sitk.GetArrayFromImage(mask) > 0
     heights = np.broadcast_to((origin[2] + 2.0 * np.arange(40))[:, None, None], values.shape)
     assert (values[~inside] == 0).all()
-    deep = inside & (heights > origin[2] + 16 + stride) & (heights < origin[2] + 63 - stride)  # rims are held
+    deep = inside & (heights > origin[2] + 16 + stride) & (heights < origin[2] + 63 - stride)  # not the ends
     assert deep.any() and np.abs(values[deep] - heights[deep]).max() < 0.01
-    # Left windows are read at the left places, low ones at the low.
+    # Left windows use the encoder of the left locations, low windows that of the low locations.
     middle = centres - np.array(origin)
     assert (TABLE[windows.places, 0] == np.where(middle[:, 0] < 52, 16, 56)).all()
     assert set(TABLE[windows.places[middle[:, 2] < 30], 2]) == {16}
 
 
-def test_precision_and_dice_of_known_maps():
+def test_metrics_of_known_maps():
     truth = np.zeros((1, 1, 10), dtype=bool)
     truth[..., :2] = True
     mask = np.ones_like(truth)
     perfect = judge_map(image_of(truth.astype(np.float32)), truth, mask)
     assert perfect == {"share": 0.2, "average_precision": 1.0, "dice": 1.0}
-    # One of the two first, the other third: precision 1 and 2/3 at the two recalls; Dice 2 * 2/3 / (1 + 2/3).
+    # The diseased voxels rank first and third: the precisions are 1 and 2/3, the Dice is 2 * 2/3 / (1 + 2/3).
     scores = np.array([9.0, 7, 8, 6, 5, 4, 3, 2, 1, 0], dtype=np.float32).reshape(1, 1, 10)
     found = judge_map(image_of(scores), truth, mask)
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2) and found["dice"] == pytest.approx(0.8)
@@ -75,7 +75,7 @@ def test_precision_and_dice_of_known_maps():
     assert nothing["share"] == 0 and np.isnan(nothing["average_precision"])
 
 
-def test_the_summarys_interval_is_over_scans():
+def test_the_summary_interval_is_over_scans():
     rows = [
         {"column": "c", "table": table, "sid": f"{n}", "share": 0.1, "average_precision": value, "dice": 0.5}
         for table, values in (("features", [0.2] * 6), ("density", [0.1, 0.5] * 3), ("none", [np.nan] * 6))
@@ -90,7 +90,7 @@ def test_the_summarys_interval_is_over_scans():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Sixteen chests of two boxes, in each the upper or the lower share of a lung darker, and their store."""
+    """Make sixteen scans with box-shaped lungs and their store. In each, one lung is darker at the top or bottom."""
     folder = tmp_path_factory.mktemp("maps")
     atlas = image_of(atlas_array())
     sitk.WriteImage(atlas, folder / "atlas.nii.gz")
@@ -100,12 +100,12 @@ def world(tmp_path_factory):
     (folder / "truth").mkdir()
     cut, rows, labels, of_patches = [], [], [], []
     for number in range(16):
-        sid, values = f"{number:03d}", np.full(SHAPE, 40, dtype=np.int16)  # a thin wall about everything
+        sid, values = f"{number:03d}", np.full(SHAPE, 40, dtype=np.int16)  # a thin wall on all sides
         lungs, dark = atlas_array() > 0, np.zeros(SHAPE, dtype=bool)
         height = int(rng.integers(0, 40))
         box = LUNGS[100 if number % 2 else 50]
         dark[64 - height if number % 3 else 16 : 64 if number % 3 else 16 + height, box[1], box[2]] = True
-        noise = rng.uniform(-40, 40, SHAPE)  # a narrower peak would be air, in the wrong place
+        noise = rng.uniform(-40, 40, SHAPE)  # the checks would take a narrower peak for air
         values[2:-2, 2:-2, 2:-2] = (-850 + noise)[2:-2, 2:-2, 2:-2]
         values[dark] = (-930 + noise)[dark]
         sitk.WriteImage(image_of(values), folder / f"{sid}.nii.gz")
@@ -140,7 +140,7 @@ GIVEN = (
 )
 
 
-def test_planted_disease_is_found_where_it_is(world, run, tmp_path):
+def test_planted_disease_is_located(world, run, tmp_path):
     flags = (*GIVEN, "--truth", "truth", "--truth-values", 3, "--out-dir", tmp_path)
     result = run("tools/emphysema_map.py", *flags, cwd=world)
     assert "3 of 4 scans mapped" in result.stdout and "777.nii.gz does not exist" in result.stderr
@@ -153,15 +153,15 @@ def test_planted_disease_is_found_where_it_is(world, run, tmp_path):
         image = sitk.ReadImage(tmp_path / f"{sid}_dark.nii.gz")
         assert image.GetSize() == SHAPE[::-1] and (tmp_path / f"{sid}_dark.png").stat().st_size > 5000
 
-    before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second start does what is left
+    before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second call only makes missing maps
     again = run("tools/emphysema_map.py", *flags, cwd=world)
     assert again.stdout == result.stdout and (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns == before
     other = run("tools/emphysema_map.py", *flags, "--stride", 16, cwd=world, check=False)
-    assert other.returncode == 2 and "has maps made with another --stride; name another folder" in other.stderr
+    assert other.returncode == 2 and "has maps made with another --stride; give another folder" in other.stderr
 
 
 @pytest.mark.slow
-def test_labels_of_single_patches_make_a_map_too(world, run, tmp_path):
+def test_maps_from_patch_labels(world, run, tmp_path):
     weak = GIVEN.index("--labels")
     flags = (*GIVEN[:weak], "--patch-labels", "p.csv", *GIVEN[weak + 4 :], "--truth", "truth", "--truth-values", 3)
     run("tools/emphysema_map.py", *flags, "--out-dir", tmp_path, cwd=world)
@@ -173,21 +173,21 @@ def test_labels_of_single_patches_make_a_map_too(world, run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--column", "same"), "column 'same' must have two values"),
+        (("--column", "same"), "subjects outside --input-csv; fitting needs at least"),
         (("--column", "no"), "labels.csv has no numeric column 'no'; it has dark, same"),
-        (("--checkpoint", "five.pth.tar"), "five.pth.tar was trained on 5 locations, --root-dir"),
-        (("--truth", "truth"), "--truth and --truth-values go together"),
-        (("--patch-labels", "p.csv"), "give --labels and --column, or --patch-labels"),
+        (("--checkpoint", "five.pth.tar"), "five.pth.tar was trained on 5 locations, but --root-dir"),
+        (("--truth", "truth"), "--truth and --truth-values must be given together"),
+        (("--patch-labels", "p.csv"), "give either --labels with --column, or --patch-labels"),
     ],
 )
-def test_refusals(world, run_here, tmp_path, flags, message):
+def test_bad_arguments_are_refused(world, run_here, tmp_path, flags, message):
     result = run_here("tools/emphysema_map.py", *GIVEN, *flags, "--out-dir", tmp_path / "out", cwd=world)
     assert result.returncode == 2 and message in result.stderr
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_label_in_words(world, run_here, tmp_path):
-    """Two words are 0 and 1, as 0 and 1 themselves; of three the order must be known."""
+    """Two words count as 0 and 1. Three words need an order."""
     dark = pd.read_csv(world / "labels.csv", dtype={"sid": str})
     third = np.digitize(dark["dark"], dark["dark"].quantile([1 / 3, 2 / 3]))
     words = dark.assign(grade=np.array(["mild", "light", "severe"])[third], much=np.where(third > 1, "yes", "no"))

@@ -1,4 +1,4 @@
-"""The command on labels whose answer is planted, and what it refuses."""
+"""evaluate.py on labels with planted answers, and the arguments that it refuses."""
 
 import json
 
@@ -31,8 +31,8 @@ def test_a_linear_target_is_found_and_noise_is_not():
 
 
 @pytest.mark.parametrize("kind", ["regression", "grade"])
-def test_a_covariate_is_hardly_penalised(kind):
-    """Beside 200 columns of noise, the covariate that is the label is still found."""
+def test_covariates_are_hardly_penalised(kind):
+    """A covariate that equals the label is found among 200 columns of noise."""
     rng = np.random.default_rng(1)
     covariate, noise = np.rint(3 * rng.normal(size=(100, 1))), rng.normal(size=(100, 200))
     label, table = Label("label", kind, covariate[:, 0]), {"features": np.hstack([covariate, noise])}
@@ -45,8 +45,8 @@ def test_a_covariate_is_hardly_penalised(kind):
     assert weighted > 0.85 and weighted > found(None) + 0.2
 
 
-def test_what_a_table_adds_to_another_is_paired():
-    """The difference of two tables that share an error has a narrower interval than either, and the right sign."""
+def test_the_gain_from_a_table_is_paired():
+    """Two tables share an error, so their difference has a narrower interval than either, and the right sign."""
     rng = np.random.default_rng(2)
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
@@ -68,8 +68,8 @@ def test_r2_does_not_depend_on_the_unit():
     assert np.isnan(r2(np.full(50, 1e-9), predicted, weights)[0]) and np.isnan(r2(np.zeros(50), predicted, weights)[0])
 
 
-def test_a_stage_of_two_models_is_a_stage():
-    """The mean of what they say of spirometry gives a stage; the mean of their stages would be one and a half."""
+def test_two_models_together_predict_a_whole_stage():
+    """The mean of the predicted spirometry gives a whole stage. The mean of the predicted stages may not be whole."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(150, 4))
     values = x[:, :2] + x[:, 2:] + 0.3 * rng.normal(size=(150, 2))
@@ -79,10 +79,10 @@ def test_a_stage_of_two_models_is_a_stage():
     found = predict_others(MODELS["stage"], x, target, others, weights)
     assert set(found) <= {0.0, 1.0, 2.0, 3.0} and np.abs(found - target[others, 0]).mean() < 0.6
     single = [predict_others(MODELS["stage"], x, target, others, row) for row in weights]
-    assert not np.array_equal(*single)  # so that their mean is no stage everywhere
+    assert not np.array_equal(*single)  # so the mean of their stages is not always whole
 
 
-def test_neither_the_order_of_rows_nor_equal_features_go_unseen(run_here, tmp_path):
+def test_row_order_is_irrelevant_and_constant_features_are_reported(run_here, tmp_path):
     rng = np.random.default_rng(5)
     sids = [f"{number:02d}" for number in range(60)]
     features = pd.DataFrame({"sid": sids, "f000": rng.normal(size=60), "f001": rng.normal(size=60)})
@@ -94,34 +94,34 @@ def test_neither_the_order_of_rows_nor_equal_features_go_unseen(run_here, tmp_pa
     for order in (np.arange(60), rng.permutation(60)):
         features.iloc[order].to_csv(tmp_path / "f.csv", index=False)
         result = run_here("tools/evaluate.py", *flags, "f.csv", cwd=tmp_path)
-        assert "column 'held_out' left out, its name says who is fitted to (--held-out held_out)" in result.stderr
-        assert "column 'survival_years' left out, its name says follow-up" in result.stderr
+        assert "column 'held_out' left out: its name suggests a split into training and test" in result.stderr
+        assert "column 'survival_years' left out: its name suggests a follow-up time" in result.stderr
         found.append((tmp_path / "j.json").read_text())
     assert found[0] == found[1] and list(json.loads(found[0])) == ["a"]
     features.assign(f000=1.0, f001=2.0).to_csv(tmp_path / "f.csv", index=False)
     result = run_here("tools/evaluate.py", *flags, "f.csv", cwd=tmp_path)
-    assert "f.csv has the same numbers for every subject" in result.stderr
+    assert "f.csv has the same values for every subject" in result.stderr
     result = run_here("tools/explore.py", "--features", "f.csv", "--out", "p.html", cwd=tmp_path)
-    assert result.returncode == 2 and "every patient has the same features" in result.stderr
+    assert result.returncode == 2 and "all subjects have the same features" in result.stderr
     kept = (tmp_path / "l.csv").read_text()
     result = run_here("tools/evaluate.py", *flags[:-2], "l.csv", "--features", "f.csv", cwd=tmp_path)
-    assert result.returncode == 2 and "--json l.csv is there already" in result.stderr
+    assert result.returncode == 2 and "--json l.csv already exists" in result.stderr
     assert (tmp_path / "l.csv").read_text() == kept
     kind = ("--columns", "a", "--kind", "held_out=class")
     result = run_here("tools/evaluate.py", *flags, "f.csv", *kind, cwd=tmp_path)
-    assert result.returncode == 2 and "--kind held_out: not among --columns a" in result.stderr
+    assert result.returncode == 2 and "--kind held_out has no effect, because --columns" in result.stderr
 
 
 def test_a_first_fold_may_lack_the_highest_class():
     target = np.array([0, 1] * 12 + [2] * 4, dtype=float)
-    fold = np.where(target == 2, 0, np.arange(28) % 2)  # nobody of class 2 is fitted to, when fold 0 is asked about
+    fold = np.where(target == 2, 0, np.arange(28) % 2)  # class 2 is only in fold 0
     predicted = out_of_fold(MODELS["class"], np.eye(28), target, fold)
     assert predicted.shape == (28, 3) and np.allclose(predicted.sum(axis=1), 1)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Features whose first number decides every label, and a table of features that decide none."""
+    """Write features that determine every label by their first column, and a table of uninformative features."""
     folder, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     sids = [f"{index:03d}" for index in range(N)]
     x = rng.normal(size=(N, 6))
@@ -152,7 +152,7 @@ def study(tmp_path_factory):
     return folder
 
 
-def test_every_kind_of_label_is_recognised_and_found(study, run, tmp_path):
+def test_every_kind_of_label_is_recognised_and_predicted(study, run, tmp_path):
     columns = ("--columns", "number", "noise", "grade", "sick", "GOLD")
     survival = ("--time-column", "years", "--event-column", "died")
     flags = ("--features", "f.csv", "--compare", "null=other.csv", "--labels", "l.csv", "--no-progress")
@@ -180,7 +180,7 @@ def test_every_kind_of_label_is_recognised_and_found(study, run, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{column}.png" for column in found}
 
 
-def test_covariates_are_in_every_model_and_alone(study, run, tmp_path):
+def test_covariates_are_added_to_every_model_and_tested_alone(study, run, tmp_path):
     flags = ("--features", "other.csv", "--labels", "l.csv", "--columns", "number", "--no-progress")
     run("tools/evaluate.py", *flags, "--covariates", "FEV1pp", "age", "--json", tmp_path / "j.json", cwd=study)
     tables = json.loads((tmp_path / "j.json").read_text())["number"]
@@ -188,8 +188,8 @@ def test_covariates_are_in_every_model_and_alone(study, run, tmp_path):
     assert tables["covariates"]["r2"]["mean"] > 0.8 and tables["features"]["r2"]["mean"] > 0.8
 
 
-def test_a_patients_scans_are_never_on_both_sides(run, tmp_path):
-    """Features that only recognise the patient predict any label unless his scans stay together."""
+def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
+    """Features that only identify the patient predict any label, unless a patient's scans stay together."""
     rng, folder = np.random.default_rng(1), tmp_path
     patients = np.repeat(np.arange(40), 3)
     sids = [f"s{patient:02d}_{scan}" for patient, scan in zip(patients, [1, 2, 3] * 40)]
@@ -208,8 +208,8 @@ def test_a_patients_scans_are_never_on_both_sides(run, tmp_path):
     assert json.loads((folder / "j.json").read_text())["label"]["features"]["r2"]["mean"] < 0.15
 
 
-def test_held_out_subjects_are_reported_on(tmp_path, run):
-    """What the others show is of no use where the held-out subjects are otherwise."""
+def test_held_out_subjects_are_evaluated(tmp_path, run):
+    """If the relation is reversed in the held-out subjects, the prediction fails there."""
     rng = np.random.default_rng(0)
     sids = [f"s{index:02d}" for index in range(40)]
     values = rng.normal(size=40)
@@ -224,7 +224,7 @@ def test_held_out_subjects_are_reported_on(tmp_path, run):
     assert found["same"]["features"]["r2"]["mean"] > 0.99 and found["turned"]["features"]["r2"]["mean"] < -1
 
 
-def test_what_stands_for_missing_and_who_is_left_out_is_told(tmp_path, run):
+def test_missing_codes_and_left_out_subjects_are_reported(tmp_path, run):
     rng = np.random.default_rng(0)
     sids, values = [f"s{index:02d}" for index in range(40)], rng.uniform(1, 2, 40)
     for name, some in (("f.csv", sids), ("g.csv", sids[:30])):
@@ -234,8 +234,8 @@ def test_what_stands_for_missing_and_who_is_left_out_is_told(tmp_path, run):
     flags = ("--features", "f.csv", "--compare", "g=g.csv", "--labels", "l.csv")
     said = run("tools/evaluate.py", *flags, cwd=tmp_path).stderr
     assert "30 of 40 subjects with features and labels are in every table" in said
-    assert "column 'FEV1' has -999 for 3 subjects: if that means missing" in said
-    assert "FutureWarning" not in said  # a two-valued label is a class
+    assert "column 'FEV1' has -999 for 3 subjects; if that means missing" in said
+    assert "FutureWarning" not in said  # a label with two values is a class
 
 
 def write_features(path, sids, value="0.5"):
@@ -243,7 +243,10 @@ def write_features(path, sids, value="0.5"):
 
 
 def write_labels(path, sids):
-    """age is known for all, few for three; same never varies, far has an infinite cell; the rest are of survival."""
+    """Write labels: age is known for all, few for three, same is constant, far has an infinite cell.
+
+    The other columns test classes and survival.
+    """
     count = len(sids)
     table = pd.DataFrame({"sid": sids, "age": range(count), "same": 7, "far": range(count), "one": "p"})
     table["few"] = ["0", "1", "2"] + [""] * (count - 3)
@@ -257,36 +260,39 @@ def write_labels(path, sids):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--compare", "others.csv"), "others.csv has none of the features' subjects, such as 's00'"),
+        (("--compare", "others.csv"), "others.csv has none of the subjects of the features, such as 's00'"),
         (("--compare", "zeros=zeros.csv"), "such as 's00'"),
         (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
         (("--compare", "text.csv"), "text.csv has 'high' in column f000 of sid s01"),
-        (("--compare", "a=f.csv", "--compare", "a=f.csv"), "--compare a=f.csv: the name a is taken"),
+        (("--compare", "a=f.csv", "--compare", "a=f.csv"), "--compare a=f.csv: another table is already called a"),
         (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder does not exist"),
-        (("--columns", "few"), "column 'few' is known for 3 subjects"),
-        (("--columns", "same"), "column 'same' is 7 for every subject"),
-        (("--columns", "rare"), "column 'rare' has 1 for 1 subjects, fewer than the 5 folds"),
+        (("--columns", "few"), "column 'few' cannot be predicted: 3 subjects have a value"),
+        (("--columns", "same"), "column 'same' cannot be predicted: it is 7 for every subject"),
+        (("--columns", "rare"), "1 subjects have the value 1; 5 are needed"),
         (("--columns", "far"), "no numeric column 'far'"),
-        (("--columns", "age", "--kind", "age=log"), "--kind age=log: one of regression, log10"),
-        (("--columns", "age", "--kind", "age=log10"), "column 'age' has 0, and log10 needs numbers above 0"),
-        (("--columns", "age", "--kind", "age=class"), "column 'age' has 12 values; that many classes are no classes"),
-        (("--kind", "agee=log10"), "--kind agee: l.csv has no such numeric column; did you mean age?"),
-        (("--columns", "age", "--covariates", "age"), "--covariates age is what is to be predicted"),
-        (("--compare", "own=leak.csv"), "leak.csv has column 'age', which l.csv has too"),
-        (("--columns", "age", "--folds", "100"), "100 folds need 200, lower --folds or label more"),
+        (("--columns", "age", "--kind", "age=log"), "--kind age=log: the kind must be one of regression, log10"),
+        (("--columns", "age", "--kind", "age=log10"), "it contains 0, and log10 needs numbers above 0"),
+        (("--columns", "age", "--kind", "age=class"), "it has 12 different values, too many for classes"),
+        (("--kind", "agee=log10"), "--kind agee: l.csv has no numeric column with this name; did you mean age?"),
+        (("--columns", "age", "--covariates", "age"), "--covariates age is also a label to predict"),
+        (("--compare", "own=leak.csv"), "leak.csv has column 'age', which is also in l.csv"),
+        (("--columns", "age", "--folds", "100"), "100 folds need 200; lower --folds or label more"),
         (("--held-out", "far"), "no numeric column 'far' for --held-out"),
         (("--held-out", "age"), "--held-out age must be 0 or 1 for every subject"),
         (("--group-column", "who"), "no column 'who' for --group-column"),
-        (("--group-column", "one"), "column 'one' is 'p' for everybody"),
+        (("--group-column", "one"), "column 'one' is 'p' for every scan"),
         (("--covariates", "weight"), "no numeric column 'weight'"),
-        (("--time-column", "time"), "--time-column and --event-column go together"),
-        (("--time-column", "before", "--event-column", "event"), "a time is -1; follow-up is 0 or more"),
-        (("--time-column", "time", "--event-column", "two"), "an event is 2; it is 1 where the event was seen"),
-        (("--time-column", "time", "--event-column", "none"), "no event was seen: everybody is censored"),
-        (("--time-column", "time", "--event-column", "rare"), "1 events were seen, fewer than the 5 folds"),
+        (("--time-column", "time"), "--time-column and --event-column must be given together"),
+        (
+            ("--time-column", "before", "--event-column", "event"),
+            "the times contain -1, but follow-up must be 0 or more",
+        ),
+        (("--time-column", "time", "--event-column", "two"), "the events contain 2; write 1 if it was observed"),
+        (("--time-column", "time", "--event-column", "none"), "no event was observed, every subject is censored"),
+        (("--time-column", "time", "--event-column", "rare"), "1 events were observed, fewer than the 5 folds"),
     ],
 )
-def test_refusals(tmp_path, run_here, flags, message):
+def test_bad_arguments_are_refused(tmp_path, run_here, flags, message):
     sids = [f"s{index:02d}" for index in range(12)]
     write_features(tmp_path / "f.csv", sids)
     write_features(tmp_path / "others.csv", [f"t{index:02d}" for index in range(12)])
@@ -299,17 +305,20 @@ def test_refusals(tmp_path, run_here, flags, message):
     result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", *made, *flags, cwd=tmp_path)
     assert result.returncode == 2 and not result.stdout and not (tmp_path / "out").exists()
     *notes, error = result.stderr.splitlines()
-    assert message in error and all(" left out, " in note for note in notes), result.stderr
+    assert message in error and all(" left out" in note for note in notes), result.stderr
 
 
-def test_sids_that_lost_their_zeros_are_told(tmp_path, run_here):
+def test_sids_without_leading_zeros_are_reported(tmp_path, run_here):
     write_features(tmp_path / "f.csv", [f"{index:03d}" for index in range(1, 13)])
     write_labels(tmp_path / "l.csv", [str(index) for index in range(1, 13)])
     result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
-    assert result.returncode == 2 and "has none of the features' subjects, such as '001'; it has '1'" in result.stderr
+    assert (
+        result.returncode == 2
+        and "has none of the subjects of the features, such as '001'; it has '1'" in result.stderr
+    )
 
 
-def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_path, run):
+def test_unusable_columns_are_left_out_with_a_note(tmp_path, run):
     sids = [f"s{index:02d}" for index in range(12)]
     write_features(tmp_path / "f.csv", sids)
     write_labels(tmp_path / "l.csv", sids)
@@ -317,29 +326,29 @@ def test_without_columns_what_cannot_be_predicted_is_left_out_with_a_note(tmp_pa
     assert {line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| ")} == {
         *("label", "---", "age", "time", "before", "event")
     }
-    for words in ("'few' left out, it is known for 3", "'same' left out, it is 7 for every", "'inf' of sid s02"):
+    for words in ("'few' left out: 3 subjects have a value", "'same' left out: it is 7 for every", "'inf' of sid s02"):
         assert words in result.stderr
 
 
-def test_a_subject_without_a_covariate_is_left_out_and_told(study, run, tmp_path):
+def test_subjects_without_a_covariate_are_left_out_with_a_note(study, run, tmp_path):
     labels = pd.read_csv(study / "l.csv", dtype=str)
     labels.loc[3, "age"] = ""
     labels.to_csv(tmp_path / "l.csv", index=False)
     flags = ("--features", study / "f.csv", "--labels", "l.csv", "--columns", "number", "--covariates", "age")
     result = run("tools/evaluate.py", *flags, cwd=tmp_path)
-    assert "1 of 120 subjects lack a covariate and are left out, the first '003'" in result.stderr
+    assert "1 of 120 subjects lack a covariate and are left out, such as '003'" in result.stderr
     assert "| number | 119 |" in result.stdout
 
 
 def held_out_tables(folder, count=60):
-    """Two scans of each patient; died and cls vary on one side only; sex is text; odd/name is no file's name."""
+    """Write two scans per patient. died and cls vary on one side only, sex is text, odd/name is not a file name."""
     rng = np.random.default_rng(4)
     sids = [f"{number:04d}" for number in range(count)]
     table = pd.DataFrame({"sid": sids, "patient": np.arange(count) // 2, "y": rng.normal(size=count)})
     table["held"] = np.arange(count) % 2
     table["side"] = (np.arange(count) >= count // 2).astype(int)
     table["odd/name"], table["sex"], table["years"] = table["y"], "M", rng.uniform(1, 5, count)
-    table["died"] = table["side"].where(table.index % 3 > 0, 0)  # of side 1 alone
+    table["died"] = table["side"].where(table.index % 3 > 0, 0)  # only on side 1
     table["cls"] = table["side"] * (table.index % 2)
     table["one"] = [1.0] * (count // 2) + [np.nan] * (count // 2)
     table["fitted"] = table["y"].where(table["side"] == 0)
@@ -360,28 +369,31 @@ SURVIVAL = ("--time-column", "years", "--event-column", "died")
     [
         (
             ("--columns", "y", "--held-out", "held", "--group-column", "patient"),
-            "are of one patient, who is then fitted to",
+            "are scans of one patient, which would then",
         ),
-        (("--held-out", "side", *SURVIVAL), "among those fitted to it no event was seen"),
+        (("--held-out", "side", *SURVIVAL), "in the training part, no event was observed"),
         (
             ("--held-out", "side", "--columns", "cls"),
-            "column 'cls' among those fitted to it is 0 for every subject",
+            "in the training part, it is 0 for every subject",
         ),
         (
             ("--held-out", "side", "--columns", "fitted"),
-            "column 'fitted' among those reported on it is known for 0 patients; at least 5",
+            "in the held-out part, 0 patients have a value; at least 5",
         ),
-        (("--columns", "GOLD", "--covariates", "FEV1pp"), "column 'GOLD' follows from --covariates FEV1pp"),
-        (("--columns", "y", "--group-column", "sid"), "--group-column sid: a sid names a scan"),
-        (("--columns", "y", "--covariates", "held", "--compare", "covariates=f.csv"), "the name covariates is taken"),
-        (("--columns", "y", "--compare", "=f.csv"), "no name before the ="),
-        (("--columns", "sex"), "no numeric column 'sex', as 'M' of sid 0000 is none: write numbers only, 1 and 0"),
-        (("--columns", "died", *SURVIVAL), "--columns died is the event of --time-column already"),
+        (("--columns", "GOLD", "--covariates", "FEV1pp"), "it is derived from --covariates FEV1pp"),
+        (("--columns", "y", "--group-column", "sid"), "--group-column sid names scans, not patients"),
+        (
+            ("--columns", "y", "--covariates", "held", "--compare", "covariates=f.csv"),
+            "another table is already called covariates",
+        ),
+        (("--columns", "y", "--compare", "=f.csv"), "the name before = is empty"),
+        (("--columns", "sex"), "no numeric column 'sex': sid 0000 has 'M'; write plain numbers"),
+        (("--columns", "died", *SURVIVAL), "--columns died is already predicted as --event-column"),
         (("--columns", "y", "--held-out", "helf"), "no numeric column 'helf' for --held-out; did you mean held?"),
         (("--columns", "y", "--json", "."), "--json . is a folder"),
     ],
 )
-def test_what_a_side_lacks_is_told(tmp_path, run_here, flags, message):
+def test_unusable_columns_and_splits_are_refused(tmp_path, run_here, flags, message):
     held_out_tables(tmp_path)
     given = ("--features", "f.csv", "--labels", "l.csv", "--out-dir", "out")
     result = run_here("tools/evaluate.py", *given, *flags, cwd=tmp_path)
@@ -389,29 +401,29 @@ def test_what_a_side_lacks_is_told(tmp_path, run_here, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_have_safe_names_and_old_ones_go(tmp_path, run_here):
+def test_pictures_have_safe_names_and_old_ones_are_removed(tmp_path, run_here):
     held_out_tables(tmp_path)
     given = ("--features", "f.csv", "--labels", "l.csv", "--out-dir", "out")
     first = run_here("tools/evaluate.py", *given, "--columns", "odd/name", "GOLD", cwd=tmp_path)
     assert first.returncode == 0
-    assert "GOLD is not predicted by way of spirometry: where FEV1pp, FEV1_FVC are known" in first.stderr
+    assert "GOLD is not predicted through spirometry: in the subjects with FEV1pp, FEV1_FVC" in first.stderr
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{safe_name('odd/name')}.png", "GOLD.png"}
     assert run_here("tools/evaluate.py", *given, "--columns", "y", cwd=tmp_path).returncode == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"y.png"}
 
 
-def test_subjects_that_one_table_lacks_are_told(tmp_path, run_here):
+def test_subjects_missing_from_one_table_are_reported(tmp_path, run_here):
     _, labels = held_out_tables(tmp_path)
     labels["sid"] = [sid if number % 2 else f"{number}.0" for number, sid in enumerate(labels["sid"])]
     labels.to_csv(tmp_path / "l.csv", index=False)
     said = run_here(
         "tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", "--columns", "y", cwd=tmp_path
     ).stderr
-    assert "30 of 60 subjects have no row in l.csv, such as '0000'; it has '0.0' for '0000', and a sid is text" in said
+    assert "30 of 60 subjects have no row in l.csv, such as '0000'; it has '0.0' instead of '0000'" in said
 
 
-def test_row_numbers_are_no_feature(tmp_path, run_here):
-    """As pandas saves them, without a name, and as it saves them again."""
+def test_row_numbers_are_not_features(tmp_path, run_here):
+    """pandas saves row numbers as a column without a name, and after another save as 'Unnamed: 0'."""
     features, _ = held_out_tables(tmp_path)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
     without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout
@@ -419,10 +431,10 @@ def test_row_numbers_are_no_feature(tmp_path, run_here):
     assert run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout == without != ""
     pd.read_csv(tmp_path / "f.csv", dtype=str).to_csv(tmp_path / "f.csv", index=False)
     result = run_here("tools/evaluate.py", *flags, cwd=tmp_path)
-    assert result.returncode == 2 and "column 'Unnamed: 0', row numbers that were saved as a column" in result.stderr
+    assert result.returncode == 2 and "column 'Unnamed: 0' with saved row numbers" in result.stderr
 
 
-def test_figures_at_chance_are_told():
+def test_metrics_at_chance_are_explained():
     def figures(metric, low, mean, high):
         return {"features": {metric: {"low": low, "mean": mean, "high": high}}}
 
@@ -435,10 +447,10 @@ def test_figures_at_chance_are_told():
         "f": figures("auroc", float("nan"), float("nan"), float("nan")),
     }
     below, chance = explain(found)
-    assert "R2 below 0 (d)" in below and "as far as these patients tell (a, c):" in chance
+    assert "R2 below 0 (d)" in below and "Not distinguishable from chance with these subjects (a, c):" in chance
 
 
-def test_what_features_add_to_a_histogram_is_told():
+def test_the_gain_over_a_histogram_is_explained():
     def figures(low, mean, high):
         plain = {"r2": {"low": 0.1, "mean": 0.2, "high": 0.3}}
         added = {"this_minus_histogram": {"low": low, "mean": mean, "high": high}}
@@ -446,20 +458,17 @@ def test_what_features_add_to_a_histogram_is_told():
 
     found = {"a": figures(0.1, 0.2, 0.3), "b": figures(-0.1, 0.1, 0.2), "c": figures(-0.3, -0.2, -0.1)}
     (line,) = explain(found)
-    assert (
-        "add to it on 2 of 3 label(s), by 0.005 at least; with an interval above 0 on 1 (a); they take from it on c."
-        in line
-    )
-    found["d"] = figures(0.0, 1e-15, 0.1)  # equal
+    assert "improves 2 of 3 label(s) by at least 0.005; the interval is above 0 for 1 (a); it is worse for c." in line
+    found["d"] = figures(0.0, 1e-15, 0.1)  # equal up to rounding
     found["e"] = figures(float("nan"), float("nan"), float("nan"))
     useless = figures(0.1, 0.2, 0.3)
-    useless["features+histogram"]["r2"]["mean"] = -1.1  # of a histogram with -1.3
+    useless["features+histogram"]["r2"]["mean"] = -1.1  # the histogram's own r2 is -1.3
     (line,) = explain(found | {"f": useless})
-    assert "on 2 of 4 label(s)" in line and "Together they tell nothing of f." in line
+    assert "improves 2 of 4 label(s)" in line and "Even together they do not predict f." in line
     assert explain({"a": {"features": found["a"]["features"]}}) == []
 
 
-def test_one_risk_for_all_is_a_picture_without_a_test(tmp_path, run_here):
+def test_equal_risks_give_a_picture_without_a_test(tmp_path, run_here):
     features, labels = held_out_tables(tmp_path)
     labels["died"] = labels.index % 2
     labels.to_csv(tmp_path / "l.csv", index=False)

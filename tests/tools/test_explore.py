@@ -1,4 +1,4 @@
-"""The page of patients: a planted answer is on it where it was planted, and a click shows it."""
+"""The explore page: planted effects appear at their locations, and clicks show them."""
 
 import time
 
@@ -14,13 +14,13 @@ from tools.pages.numbers import importance, nearest, standardised, telling
 from tools.pages.sides import sides_of
 
 N, D = 60, 6
-MARKED = "<b>M&"  # text that must not be taken for HTML
-STORE = "a #store"  # a folder's name that must not be taken for an address's parts
+MARKED = "<b>M&"  # must not be interpreted as HTML
+STORE = "a #store"  # a folder name that must not be interpreted as parts of a URL
 
 
 @pytest.fixture
 def study(tmp_path, grid):
-    """Place 4 tells the grade; patient 7 is patient 3's twin; patient 9 is unusual at place 2."""
+    """Location 4 determines the grade, subject 7 is almost equal to subject 3, subject 9 is unusual at location 2."""
     rng = np.random.default_rng(0)
     patches = rng.normal(size=(N, len(grid), D)).astype(np.float32)
     grade = rng.normal(size=N)
@@ -60,7 +60,7 @@ FILES = ("--features", "patient_features.csv", "--out", "out/page.html")
 ALL = (*FILES, "--labels", "labels.csv", "--patch-features", "pred_arr_patch_full.npy", "--root-dir", STORE)
 
 
-def test_a_place_that_tells_a_label_is_found(study):
+def test_an_informative_location_is_found(study):
     patches = np.load(study / "pred_arr_patch_full.npy")
     labels = (
         pd.read_csv(study / "labels.csv", dtype={"sid": str})
@@ -72,8 +72,8 @@ def test_a_place_that_tells_a_label_is_found(study):
     assert np.isnan(importance(patches, np.ones(N))).all()
 
 
-def test_importance_is_ridge_regressions():
-    """Against scikit-learn's, fitted to the same folds with the penalty that did best."""
+def test_importance_equals_ridge_regression():
+    """Compare with scikit-learn's ridge regression on the same folds with the best penalty."""
     from sklearn.linear_model import Ridge
 
     rng = np.random.default_rng(1)
@@ -98,8 +98,8 @@ def test_twins_are_nearest_and_the_unusual_place_first(study):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_places_lie_on_the_lungs_whichever_way_the_atlas_runs(flip):
-    """A place in the right upper front is drawn left, above and in front, also from an atlas stored as RAS."""
+def test_locations_are_drawn_correctly_for_any_atlas_orientation(flip):
+    """A location at the upper front of the right lung is drawn there, also for an atlas stored as RAS."""
     mask = np.zeros((40, 50, 60), dtype=np.uint8)
     mask[30:38, 5:15, 4:12], mask[2:9, 5:15, 44:52] = 50, 100
     atlas = sitk.GetImageFromArray(mask)
@@ -141,25 +141,25 @@ CLICKS = """
 
 def test_clicks(study, run):
     shown = run("tools/explore.py", *ALL, "--atlas-mask", "atlas.nii.gz", "--healthy", "healthy", cwd=study)
-    assert "60 patients" in shown.stdout and "column 'note' left out, it has 59 different texts" in shown.stderr
+    assert "60 subjects" in shown.stdout and "column 'note' left out: it has 59 different texts" in shown.stderr
     found = browse(study / "out" / "page.html", CLICKS)
-    assert found["chosen"] == "Patient 003" and found["near"] == "007" and found["second"] == "Patient 007"
+    assert found["chosen"] == "Subject 003" and found["near"] == "007" and found["second"] == "Subject 007"
     assert found["images"] == 1 and found["unusual"] == "location 2" and "F" in found["values"].split()
-    assert found["missing"] == "no patient nobody" and found["legend"].split() == [MARKED, "F", "unknown"]
-    assert found["odd"] == "Patient 059" and found["shown"] == 1, found["source"]
+    assert found["missing"] == "no subject nobody" and found["legend"].split() == [MARKED, "F", "unknown"]
+    assert found["odd"] == "Subject 059" and found["shown"] == 1, found["source"]
     assert "R², from 0 (dark) to 0." in found["where"] and found["ready"] == "yes"
     assert found["colours"] == ["", "grade", "sex", "healthy"]
 
 
-def test_features_alone_make_a_page(study, run):
+def test_a_page_from_features_only(study, run):
     run("tools/explore.py", *FILES, "--no-tsne", cwd=study)
     script = "choose(0); return { options: byId('which').options.length, text: byId('where-text').textContent };"
     found = browse(study / "out" / "page.html", script)
     assert found["options"] == 1 and "--patch-features" in found["text"]
 
 
-def test_ten_thousand_patients_open_soon(tmp_path):
-    """Under 5 MB with ten labels and ten places a patient, and drawn within 3 s."""
+def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
+    """With ten labels and ten locations per subject, the page has less than 5 MB and is drawn quickly."""
     rng, count, places = np.random.default_rng(0), 10_000, 581
     named = [f"label {n}" for n in range(10)]
     values = rng.normal(size=(10, count)).astype(np.float32)
@@ -190,7 +190,7 @@ def test_ten_thousand_patients_open_soon(tmp_path):
     assert page.stat().st_size < 5e6
     began = time.perf_counter()
     found = browse(page, "choose(5); return { ready: document.body.dataset.ready, dots: points.x.length };")
-    assert found == {"ready": "yes", "dots": count} and time.perf_counter() - began < 20  # with the browser's start
+    assert found == {"ready": "yes", "dots": count} and time.perf_counter() - began < 20  # includes the browser's start
     script = "const a = performance.now(); drawMap(); drawSides(); return { took: performance.now() - a, at: a };"
     assert browse(page, script)["took"] < 1000
 
@@ -202,18 +202,18 @@ def test_ten_thousand_patients_open_soon(tmp_path):
         (("--healthy", "healthy"), "--healthy needs --labels"),
         (("--out", "patient_features.csv"), "--out patient_features.csv is an input"),
         (("--out", "."), "--out . is a folder"),
-        (("--out", "labels.csv/page.html"), "--out: nothing can be written to"),
+        (("--out", "labels.csv/page.html"), "--out: cannot write to"),
         (("--labels", "labels.csv", "--columns", "age"), "labels.csv has no column 'age'; it has grade, sex"),
-        (("--labels", "other.csv"), "other.csv has none of the features' subjects, such as '000'; it has '0'"),
+        (("--labels", "other.csv"), "other.csv has none of the subjects of the features, such as '000'; it has '0'"),
         (("--patch-features", "patches.npy"), "lacks subject '001' of the patient features"),
-        (("--patch-features", "few.npy", "--root-dir", STORE), f"few.npy has 2 locations, --root-dir {STORE} has 6"),
+        (("--patch-features", "few.npy", "--root-dir", STORE), f"few.npy has 2 locations but --root-dir {STORE} has 6"),
         (
             ("--labels", "labels.csv", "--patch-features", "pred_arr_patch_full.npy", "--healthy", "sex"),
             "must be 1 (healthy)",
         ),
     ],
 )
-def test_refusals(study, run_here, flags, message):
+def test_bad_arguments_are_refused(study, run_here, flags, message):
     (study / "other.csv").write_text("sid,age\n0,3\n")
     if "patches.npy" in flags:
         np.save(study / "patches.npy", np.zeros((1, 6, D), dtype=np.float32))

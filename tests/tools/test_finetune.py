@@ -1,4 +1,4 @@
-"""Fine-tuning on planted labels: they are learnt, from few patients too, and what is refused."""
+"""Fine-tuning learns planted labels, also from few subjects, and refuses bad arguments."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ N, L = 30, 6
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, make_store, grid):
-    """A store whose odd patients are nearly even at locations 0 and 1, an encoder, and label tables."""
+    """Make a store, an encoder and label tables. Odd subjects are almost homogeneous at locations 0 and 1."""
     folder = tmp_path_factory.mktemp("finetune")
     patches = make_store(folder / "store", N, grid, seed=0)
     sick = np.arange(N) % 2
@@ -53,7 +53,7 @@ def finetune(run, folder, out, *flags, **more):
 
 
 @pytest.mark.slow
-def test_the_published_vector_by_request(study, run, tmp_path):
+def test_the_published_patient_vector_is_optional(study, run, tmp_path):
     flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 1, "--seeds", 1)
     finetune(run, study, tmp_path / "o", *flags, "--patient-vector", "mean")
     head = torch.load(tmp_path / "o" / "k.pth.tar", weights_only=True)["head"]
@@ -61,11 +61,11 @@ def test_the_published_vector_by_request(study, run, tmp_path):
     refused = finetune(
         run, study, tmp_path / "r", *flags, "--layers", "last", "--patient-vector", "layers", check=False
     )
-    assert refused.returncode == 2 and "goes with --labels, --layers frozen and --pooling mean" in refused.stderr
+    assert refused.returncode == 2 and "needs --labels, --layers frozen and --pooling mean" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
+def test_a_head_learns_the_label_and_a_fit_resumes(study, run, tmp_path):
     flags = ("--checkpoint", "k.pth.tar", "random", "--labels", "l.csv", "--column", "sick", "--fractions", 0.5, 1)
     out = tmp_path / "out"
     shown = finetune(run, study, out, *flags, "--seeds", 2).stdout
@@ -74,7 +74,7 @@ def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
     assert table.loc[(table["arm"] == "k") & (table["fraction"] == 1), "auroc"].min() > 0.9
     assert "| 0.5 | 10 |" in shown and (out / "curve.png").stat().st_size > 5000
     kept = torch.load(out / "k.pth.tar", weights_only=True)
-    head = kept["head"]  # on the mean and SD of every layer, standardised per location
+    head = kept["head"]  # uses the mean and SD of every layer, standardised per location
     assert head["classes"] == [0, 1] and head["patient_vector"] == "layers"
     locations, features = head["location_mean"].shape
     assert locations == 6 and head["state_dict"]["linear.weight"].shape == (2, 2 * features)
@@ -90,7 +90,7 @@ def test_a_head_learns_the_label_and_the_run_goes_on(study, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_training_the_encoder_lowers_its_loss(study, run, tmp_path, layers):
+def test_training_the_encoder_changes_the_chosen_layers(study, run, tmp_path, layers):
     flags = ("--checkpoint", "k.pth.tar", "--labels", "l.csv", "--column", "sick", "--fractions", 1, "--seeds", 1)
     finetune(run, study, tmp_path / "out", *flags, "--layers", layers, "--pooling", "attention")
     start = torch.load(study / "k.pth.tar", weights_only=True)["state_dict"]
@@ -110,10 +110,10 @@ def test_labels_of_patches(study, run, tmp_path):
     assert row["labels"] == 4 * 21 and row["auroc"] > 0.8
 
 
-def test_attention_finds_the_patch_that_tells():
+def test_attention_finds_the_informative_patch():
     torch.manual_seed(0)
     h, sick = torch.randn(64, 20, 4), torch.arange(64) % 2
-    h[sick == 1, 3, 0] += 6  # one patch of twenty
+    h[sick == 1, 3, 0] += 6  # one of twenty patches
     losses = {}
     for pooling in ("mean", "attention"):
         head = Head(4, 2, pooling)
@@ -128,7 +128,7 @@ def test_attention_finds_the_patch_that_tells():
     assert losses["attention"] < 0.5 * losses["mean"]
 
 
-def test_a_smaller_fractions_patients_are_a_larger_ones_and_nobody_is_on_two_sides():
+def test_fractions_are_nested_and_splits_are_disjoint():
     rng = np.random.default_rng(0)
     rows = np.repeat(np.arange(60), 3)
     task = Task("class", rows, np.tile(np.arange(3), 60), rng.integers(0, 2, 180).astype(float), (0.0, 1.0))
@@ -144,17 +144,17 @@ def test_a_smaller_fractions_patients_are_a_larger_ones_and_nobody_is_on_two_sid
     ("flags", "message"),
     [
         (("--labels", "l.csv", "--column", "far"), "no numeric column 'far'"),
-        (("--labels", "l.csv", "--column", "same"), "column 'same' is 1 for every subject"),
-        (("--labels", "l.csv"), "give --labels and --column, or --patch-labels"),
-        (("--patch-labels", "bad.csv"), "bad.csv, line 3: patch '9' is not a number from 0 to 5"),
+        (("--labels", "l.csv", "--column", "same"), "column 'same' cannot be learned: it is 1 for every subject"),
+        (("--labels", "l.csv"), "give either --labels with --column, or --patch-labels"),
+        (("--patch-labels", "bad.csv"), "bad.csv, line 3: patch '9' is not a whole number from 0 to 5"),
         (("--patch-labels", "who.csv"), "who.csv, line 2: sid 'x' is not in the store"),
-        (("--patch-labels", "sup.csv"), "sup.csv, line 2: patch '²' is not a number from 0 to 5"),
-        (("--patch-labels", "sep.csv"), "sep.csv: value is known for 1 subjects"),
+        (("--patch-labels", "sup.csv"), "sup.csv, line 2: patch '²' is not a whole number from 0 to 5"),
+        (("--patch-labels", "sep.csv"), "column 'value' of sep.csv has a value for 1 subjects"),
         (("--patch-labels", "l.csv"), "l.csv has no column 'patch'"),
         (("--labels", "l.csv", "--column", "sick", "--checkpoint", "no.tar"), "no checkpoint at no.tar"),
     ],
 )
-def test_refusals(study, run_here, flags, message):
+def test_bad_arguments_are_refused(study, run_here, flags, message):
     (study / "bad.csv").write_text("sid,patch,value\n000,0,1\n000,9,1\n")
     (study / "who.csv").write_text("sid,patch,value\nx,0,1\n")
     (study / "sup.csv").write_text("sid,patch,value\n000,²,1\n", encoding="utf-8")
@@ -172,7 +172,7 @@ def test_refusals(study, run_here, flags, message):
         ([5, 4, 3], float("inf"), 3, 3, 3),
     ],
 )
-def test_rounds_leave_the_model_at_its_best(monkeypatch, losses, start, best, kept, rounds):
+def test_training_keeps_the_best_model(monkeypatch, losses, start, best, kept, rounds):
     monkeypatch.setitem(fitting.ROUNDS, "last", len(losses))
     monkeypatch.setitem(fitting.PATIENCE, "last", 4)
     model = torch.nn.Linear(1, 1, bias=False)
@@ -184,10 +184,10 @@ def test_rounds_leave_the_model_at_its_best(monkeypatch, losses, start, best, ke
         return next(following)
 
     assert fitting._until_no_better(one_round, (model,), "last", start) == (best, rounds)
-    assert model.weight.item() == kept  # how many rounds there were when it was at its best
+    assert model.weight.item() == kept  # the number of rounds until the best one
 
 
-def test_words_in_order_are_grades_to_learn(tmp_path):
+def test_ordered_words_are_grades(tmp_path):
     store = SimpleNamespace(sids=[f"s{row}" for row in range(30)])
     words = np.array(["I", "II", "IIIa"])[np.arange(30) % 3]
     pd.DataFrame({"sid": store.sids, "stage": words}).to_csv(tmp_path / "l.csv", index=False)

@@ -1,4 +1,4 @@
-"""A signal to a launcher's shell stops the step under way, and is what the launcher ends by."""
+"""A signal to a launcher's shell stops the running command and sets the launcher's exit status."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ from ..conftest import ROOT
 STEP = 'trap "echo stopped; exit 0" TERM; echo begun; while :; do sleep 0.1; done'
 
 
-def launched(tmp_path, ignored=()):
+def start_launcher(tmp_path, ignored=()):
     script = f". '{ROOT}/tools/forward_signals.sh'\nrun sh -c '{STEP}'\necho went on\n"
     (tmp_path / "launcher.sh").write_text(script)
 
@@ -31,15 +31,15 @@ def launched(tmp_path, ignored=()):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_every_signal_is_passed_on(tmp_path, number):
-    process = launched(tmp_path)
+def test_every_signal_is_forwarded(tmp_path, number):
+    process = start_launcher(tmp_path)
     process.send_signal(number)
     assert process.communicate(timeout=20)[0] == "stopped\n"
     assert process.returncode == 128 + number
 
 
 def test_nohup_is_obeyed(tmp_path):
-    process = launched(tmp_path, ignored=(signal.SIGHUP,))
+    process = start_launcher(tmp_path, ignored=(signal.SIGHUP,))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None

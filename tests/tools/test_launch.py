@@ -1,4 +1,4 @@
-"""The launcher of ranks: one line for what the user can mend, torchrun's report for the rest."""
+"""The launcher of ranks: one line for errors that users can fix, torchrun's report for all others."""
 
 import os
 import shlex
@@ -17,11 +17,11 @@ from ..conftest import ROOT
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--root-dir {}/store is no patch store: it has no atlas_patch_loc.npy"),
+        ((), "--root-dir {}/store is not a patch store: it has no atlas_patch_loc.npy"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ],
 )
-def test_an_error_of_the_user_is_one_line_of_the_first_rank(tmp_path, run, flags, message):
+def test_a_user_error_is_printed_once_in_one_line(tmp_path, run, flags, message):
     (tmp_path / "store").mkdir()
     more = ("--root-dir", "store", "--exp-name", "new", "--device", "cpu", *flags)
     command = ("--standalone", "--nproc-per-node", 2, ROOT / "train.py", *more)
@@ -49,51 +49,51 @@ def test_cores_are_divided_among_the_ranks(monkeypatch):
         assert os.environ.get("OMP_NUM_THREADS") == wanted
 
 
-def failures(*codes):
+def make_failures(*codes):
     return {rank: SimpleNamespace(exitcode=code, timestamp=when) for when, (rank, code) in enumerate(codes)}
 
 
 @pytest.mark.parametrize(
     ("codes", "status", "line"),
     [
-        (((1, -9), (0, 75)), 137, "rank 1 was ended by SIGKILL, mostly for want of memory"),
-        (((0, 75), (1, -7)), 135, "rank 1 was ended by SIGBUS, mostly for want of room in /dev/shm"),
+        (((1, -9), (0, 75)), 137, "rank 1 was ended by SIGKILL, usually because memory ran out"),
+        (((0, 75), (1, -7)), 135, "rank 1 was ended by SIGBUS, usually because /dev/shm is full"),
         (((0, 143), (1, 143)), 143, ""),
         (((1, 138), (0, -15)), 138, ""),
         (((0, 2), (1, -15)), 2, ""),
         (((0, -15), (1, -15)), 143, ""),
-        (((0, 75), (1, 75)), 75, "a rank of another machine was lost"),
+        (((0, 75), (1, 75)), 75, "a rank on another machine was lost"),
         (((0, 75), (1, 1)), None, ""),
     ],
 )
-def test_one_line_says_how_the_ranks_ended(codes, status, line, capsys):
-    assert launch.explain(failures(*codes)) == status
+def test_one_line_explains_how_the_ranks_ended(codes, status, line, capsys):
+    assert launch.explain(make_failures(*codes)) == status
     told = capsys.readouterr().err
     assert line in told and len(told.splitlines()) == bool(line)
 
 
-def several(port, job, node):
+def flags_of_two_nodes(port, job, node):
     more = ["--nnodes", "2", "--node-rank", node, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     return [*more, "--rdzv-id", job, "--nproc-per-node", "1", "train.py"]
 
 
-def test_an_endpoint_in_use_or_of_another_job_is_one_line(capsys, monkeypatch):
+def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    flags, store = launch.hold_endpoint(several(29941, "a", "0"))
+    flags, store = launch.hold_endpoint(flags_of_two_nodes(29941, "a", "0"))
     assert flags[0] == "--rdzv-conf=is_host=false" and store is not None
-    assert launch.hold_endpoint(several(29941, "a", "1"))[1] is not None
+    assert launch.hold_endpoint(flags_of_two_nodes(29941, "a", "1"))[1] is not None
     for job, node, words in (
         ("b", "0", "is in use by another job"),
-        ("b", "1", "is another job's (id a, this one's is b)"),
+        ("b", "1", "belongs to another job (id a, not b)"),
     ):
         with pytest.raises(SystemExit) as left:
-            launch.hold_endpoint(several(29941, job, node))
+            launch.hold_endpoint(flags_of_two_nodes(29941, job, node))
         told = capsys.readouterr().err
         assert left.value.code == 2 and words in told and len(told.splitlines()) == 1
 
 
-def test_our_defaults_give_way_to_flags(monkeypatch):
-    monkeypatch.setattr(launch, "heeded", lambda number: True)  # also where the tests run under nohup
+def test_flags_override_the_defaults(monkeypatch):
+    monkeypatch.setattr(launch, "heeded", lambda number: True)  # even if the tests run under nohup
     flags = launch.with_our_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
     assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
     assert launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
@@ -105,8 +105,8 @@ def test_our_defaults_give_way_to_flags(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_machine_whose_own_name_does_not_resolve_trains(tmp_path):
-    """A container's name is often in no table: --standalone meets at the loopback address."""
+def test_an_unresolvable_host_name_does_not_matter(tmp_path):
+    """A container's host name often does not resolve, so --standalone uses the loopback address."""
     own_name = ["unshare", "-u", "sh", "-c"]
     if subprocess.run([*own_name, "hostname no-such-name"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not give a process a host name of its own")

@@ -1,4 +1,4 @@
-"""The synthetic cohort: reproducible, in HU, with the disease it says."""
+"""The synthetic cohort is reproducible, in HU, and contains the disease that its labels state."""
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,8 @@ from tools.make_cohort import make_phantom, make_subject
 
 
 @pytest.fixture
-def people(tmp_path):
-    """Subject 5 of seed 3 twice, of seed 4, and once more with one scanner: (folder, rows) of each."""
+def phantoms(tmp_path):
+    """Make subject 5 twice with seed 3, once with seed 4 and once with one scanner; return (folder, rows) of each."""
     how = {"first": (3, False, True), "again": (3, False, False), "other": (4, True, False), "one": (3, True, True)}
     return {
         name: (tmp_path / name, make_phantom(seed, 4, "tiny", one, maps, tmp_path / name))
@@ -26,25 +26,25 @@ def people(tmp_path):
     }
 
 
-def test_the_same_seed_gives_the_same_bytes(people):
-    files = {name: (folder / "image" / "0005.nii.gz").read_bytes() for name, (folder, _) in people.items()}
+def test_the_same_seed_gives_the_same_bytes(phantoms):
+    files = {name: (folder / "image" / "0005.nii.gz").read_bytes() for name, (folder, _) in phantoms.items()}
     assert files["first"] == files["again"] and len(set(files.values())) == 3
-    rows = {name: rows for name, (_, rows) in people.items()}
+    rows = {name: rows for name, (_, rows) in phantoms.items()}
     assert rows["first"] == rows["again"] and rows["one"][0] != rows["other"][0]
-    assert not (people["again"][0] / "class").exists()
-    folder = people["first"][0]
+    assert not (phantoms["again"][0] / "class").exists()
+    folder = phantoms["first"][0]
     image, classes = (sitk.ReadImage(str(folder / kind / "0005.nii.gz")) for kind in ("image", "class"))
     assert image.GetSize() == classes.GetSize() and image.GetDirection() == classes.GetDirection()
     counts = np.bincount(sitk.GetArrayFromImage(classes).ravel(), minlength=7)[1:]
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows["first"][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
 
-    # One scanner scans the same people.
-    (labels, scanned), (with_many, scanned_by_many) = people["one"][1], people["first"][1]
+    # With a single scanner, the subjects stay the same.
+    (labels, scanned), (with_many, scanned_by_many) = phantoms["one"][1], phantoms["first"][1]
     assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
-    assert people["other"][1][1] == scanned
-    assert labels == with_many  # what a scanner adds is no disease
-    classes = [sitk.ReadImage(str(people[name][0] / "class" / "0005.nii.gz")) for name in ("one", "first")]
+    assert phantoms["other"][1][1] == scanned
+    assert labels == with_many  # the scanner does not change the disease
+    classes = [sitk.ReadImage(str(phantoms[name][0] / "class" / "0005.nii.gz")) for name in ("one", "first")]
     assert np.array_equal(*(sitk.GetArrayFromImage(image) for image in classes))
 
 
@@ -73,16 +73,16 @@ def test_a_finished_subject_is_not_made_again(tmp_path):
     assert calls == [0, 1, 0, 0]
 
 
-def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():
+def test_small_phantoms_have_a_full_chest_wall_and_vary_less():
     for scale in (0.38, 0.62):
         phantom = Phantom(Anatomy(scale=scale, fat=20.0), (1.0, 1.0, 2.0), np.random.default_rng(0))
         middle = phantom.hu[phantom.hu.shape[0] // 2]
         line = middle[middle.shape[0] // 2]
         inside = np.flatnonzero(line > -950)
         fat = line[inside[0] :] == FAT_HU
-        assert int(np.argmin(fat)) == pytest.approx(20, abs=1.5)  # mm, from the skin to the muscle
+        assert int(np.argmin(fat)) == pytest.approx(20, abs=1.5)  # in mm, from the skin to the muscle
         for face in (phantom.hu[:, 0], phantom.hu[:, :, 0], phantom.hu[:, :, -1]):
-            assert (face == AIR).all()  # the field of view holds the body
+            assert (face == AIR).all()  # the whole body is in the field of view
 
     def spread(size):
         rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def test_small_phantoms_have_a_mans_chest_wall_and_vary_less():
     np.testing.assert_allclose(spread("tiny") / spread("full"), VARIATION["tiny"], rtol=1e-6)
 
 
-def test_cohort_on_disk(cohort):
+def test_files_of_a_cohort(cohort):
     folder, _ = cohort
     table, labels = (pd.read_csv(folder / name, dtype={"sid": str}) for name in ("dataset.csv", "labels.csv"))
     assert table["sid"].tolist() == labels["sid"].tolist() == [f"000{i}" for i in range(1, 7)]
@@ -148,9 +148,9 @@ def shares(**given):
     return tuple((wanted | {"normal": 1 - sum(wanted.values())}).values())
 
 
-def test_subtypes_lie_where_patients_have_them():
-    """Shares as the label says; centrilobular at the apex or where it is told, panlobular at the base, paraseptal at
-    the pleura; nothing outside the lungs."""
+def test_subtypes_lie_in_realistic_regions():
+    """The shares equal the labels. Centrilobular disease lies at the apex or as requested, panlobular at the base,
+    paraseptal at the pleura. There is none outside the lungs."""
     for upper, more in ((2.0, "upper"), (-2.0, "lower")):
         hu, lung, spacing, rng = block()
         wanted = shares(moderate_centrilobular=0.2, severe_centrilobular=0.05, panlobular=0.1, paraseptal=0.1)
@@ -177,7 +177,7 @@ def test_normal_lung_of_a_real_scan_is_kept():
     _, planted = plant_disease(hu, lung, spacing, Disease(shares(panlobular=0.3)), rng, keep_normal=True, base=-10)
     assert (hu[planted == NORMAL + 1] == -860).all()
     values = hu[planted == PANLOBULAR + 1]
-    assert np.median(values[values < -700]) == pytest.approx(-980, abs=12)  # 10 HU below the texture's
+    assert np.median(values[values < -700]) == pytest.approx(-980, abs=12)  # 10 HU below the texture's value
 
 
 def test_reticulation_is_dense_and_lesions_are_round():
@@ -189,7 +189,7 @@ def test_reticulation_is_dense_and_lesions_are_round():
     assert truth["reticulation_fraction"] == pytest.approx(0.2, abs=0.001) and same["reticulation_fraction"] == 0
     assert truth["emphysema_fraction"] == same["emphysema_fraction"]
     assert dense.min() == 0 and (dense[lung > 0] > 100).mean() > 0.01
-    assert (dense[5:25] > 100).sum() > 2 * (dense[35:55] > 100).sum()  # the base
+    assert (dense[5:25] > 100).sum() > 2 * (dense[35:55] > 100).sum()  # more at the base
 
     hu, lung, spacing, rng = block(3)
     without = hu.copy()
@@ -199,7 +199,7 @@ def test_reticulation_is_dense_and_lesions_are_round():
     assert truth["lesion_diameter_mm"] == 12.0 and volume == pytest.approx(np.pi / 6 * 12**3, rel=0.4)
 
 
-def test_shares_are_the_smokers_cohorts():
+def test_shares_match_a_smokers_cohort():
     rng = np.random.default_rng(0)
     table = pd.DataFrame([draw_shares(rng) for _ in range(2000)], columns=CLASSES)
     np.testing.assert_allclose(table.sum(axis=1), 1)
@@ -220,7 +220,7 @@ def test_shares_are_the_smokers_cohorts():
         assert ranks.loc[one, two] == pytest.approx(wanted, abs=0.12), (one, two)
 
 
-def drawn_patients(number=1500):
+def draw_subjects(number=1500):
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(number):
@@ -235,26 +235,26 @@ def drawn_patients(number=1500):
     return pd.DataFrame(rows)
 
 
-def test_labels_follow_subtype_and_place_and_not_density_alone():
-    table = drawn_patients()
+def test_labels_depend_on_subtype_and_region_and_density():
+    table = draw_subjects()
     assert set(table["GOLD"]) == {0, 1, 2, 3, 4} and set(table["emphysema_grade"]) == set(range(6))
     assert set(table["paraseptal_grade"]) == {0, 1, 2}
     assert table["FEV1pp"].between(14, 132).all() and table["FEV1_FVC"].between(0.19, 0.92).all()
     assert 0.2 < table["died"].mean() < 0.8 and table["exacerbations"].max() > 3
 
-    # With the total of destruction held, more of it at the base costs breath and life.
+    # At equal total destruction, more destruction at the base lowers lung function and survival.
     destroyed = table["upper_centrilobular_fraction"] + table["lower_centrilobular_fraction"]
     x = np.column_stack([np.ones(len(table)), destroyed, table["lower_centrilobular_fraction"]])
     for label in (np.log10(table["FEV1pp"]), -table["died"]):
         slopes = np.linalg.lstsq(x, label, rcond=None)[0]
         assert slopes[2] < -0.2
-    # Reticulation and mild emphysema count, which density does not show.
+    # Reticulation and mild emphysema also matter, although density does not show them.
     quiet = table[destroyed < 0.1]
     assert quiet["FEV1pp"].corr(quiet["reticulation_fraction"]) < -0.4
     assert quiet["exacerbations"].corr(quiet["mild_centrilobular_fraction"]) > 0.1
 
 
-def test_a_scan_is_as_noisy_and_as_thick_as_it_says():
+def test_a_scan_has_the_stated_noise_and_slice_thickness():
     spacing, rng = np.array([0.8, 0.8, 1.0]), np.random.default_rng(0)
     hu = np.zeros((40, 60, 60), dtype=np.float32)
     hu[20:] = 100
@@ -298,11 +298,11 @@ def test_template_mode(cohort, tmp_path, run):
     ("flags", "message"),
     [
         (("--template", "no.nii"), "--template no.nii does not exist"),
-        (("--num-subjects", 0), "--num-subjects 0: at least 1"),
-        (("--out-dir", "file/b"), "--out-dir file/b cannot be made: Not a directory"),
+        (("--num-subjects", 0), "--num-subjects 0 must be at least 1"),
+        (("--out-dir", "file/b"), "--out-dir file/b cannot be created: Not a directory"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path, run_here, flags, message):
+def test_a_wrong_flag_gives_one_line_and_no_files(tmp_path, run_here, flags, message):
     (tmp_path / "file").touch()
     result = run_here("tools/make_cohort.py", "--out-dir", "a", *flags, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr == f"error: {message}; see --help\n"

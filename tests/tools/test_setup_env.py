@@ -1,4 +1,4 @@
-"""Set-up: what counts as satisfied, and doing nothing where nothing is to do."""
+"""Environment set-up: checking requirements, and changing nothing if all are met."""
 
 import os
 import subprocess
@@ -13,14 +13,14 @@ def test_requirements_are_met_here():
     assert unmet(ROOT / "requirements.txt") == []
 
 
-def test_what_is_unmet_is_named(tmp_path):
+def test_unmet_requirements_are_named(tmp_path):
     (tmp_path / "r.txt").write_text("# a comment\nnumpy<1  # old\nsurely-not-a-package>=2\npytest\n\n")
     lines = unmet(tmp_path / "r.txt")
     assert [line.split(":")[0] for line in lines] == ["numpy<1", "surely-not-a-package>=2"]
 
 
-def test_nothing_is_installed_where_all_is_there(tmp_path):
-    """From another folder, through a link whose name has a space."""
+def test_nothing_is_installed_if_all_requirements_are_met(tmp_path):
+    """Run from another folder, through a link with a space in its name."""
     link = tmp_path / "a project"
     link.symlink_to(ROOT)
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}

@@ -1,12 +1,12 @@
-"""Every class of lung, rendered at 0.6 mm and measured as the table of real patches was."""
+"""Render every class of lung at 0.6 mm and compare its texture with measurements of real patches."""
 
 import numpy as np
 import pytest
 
 from tools.cohort.texture import CLASSES, Parenchyma
 
-# mean HU and SD of what lies below -700 HU; shares of all pixels below -950 and -910 and above -700 HU;
-# autocorrelation at 1, 2, 3, 4, 6, 8 pixels. 1,337 patches of the Chest Imaging Platform's public data.
+# Columns: mean and SD of the pixels below -700 HU; shares of all pixels below -950, below -910 and above -700 HU;
+# autocorrelation at 1, 2, 3, 4, 6 and 8 pixels. Source: 1,337 patches of the Chest Imaging Platform's public data.
 MEASURED = {
     "normal": (-889, 37, 0.01, 0.26, 0.06, (0.79, 0.46, 0.24, 0.14, 0.07, 0.05)),
     "mild_centrilobular": (-889, 44, 0.04, 0.32, 0.05, (0.80, 0.46, 0.23, 0.10, 0.01, 0.0)),
@@ -15,11 +15,11 @@ MEASURED = {
     "panlobular": (-971, 27, 0.88, 0.97, 0.005, (0.73, 0.36, 0.17, 0.09, 0.04, 0.02)),
     "paraseptal": (-914, 61, 0.20, 0.38, 0.34, (0.91, 0.77, 0.64, 0.53, 0.36, 0.22)),
 }
-SIDE, WALL = 31, 10  # pixels; of a paraseptal patch, the rows of chest wall
+SIDE, WALL = 31, 10  # in pixels: side of a patch, and rows of chest wall in a paraseptal patch
 
 
 def measure(patch):
-    """A patch (31, 31) as a row of the table: the autocorrelation is of pixels below -700 HU."""
+    """Measure a (31, 31) patch; return a row of the table. The autocorrelation uses pixels below -700 HU."""
     low = patch < -700
     mean, sd = patch[low].mean(), patch[low].std()
     rest = np.where(low, patch - mean, 0.0)
@@ -36,7 +36,7 @@ def measure(patch):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Per class, measured patches (n, 11) of a block of 150 mm."""
+    """Return the measured patches (n, 11) of each class, from a block of 150 mm."""
     shape = (96, 248, 248)
     parenchyma = Parenchyma(shape, np.full(3, 0.6), np.random.default_rng(0))
     found = {}
@@ -50,7 +50,7 @@ def rows():
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_measures_as_real_lung_does(rows, name):
+def test_a_class_has_the_texture_of_real_lung(rows, name):
     mean, sd, below_950, below_910, above_700, correlation = MEASURED[name]
     found = rows[name]
     assert found[:, 0].mean() == pytest.approx(mean, abs=5)

@@ -1,4 +1,4 @@
-"""The batch script for Slurm, with a stand-in for Slurm and for the training."""
+"""The batch script for Slurm, with stand-ins for Slurm and the training."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from ..conftest import ROOT
 TRAINING = 'trap "echo saved; exit 138" USR1\necho "$@" > flags\nwhile :; do sleep 0.1; done\n'
 
 
-def test_before_its_time_is_over_it_saves_and_queues_itself_again(tmp_path):
+def test_the_job_saves_and_requeues_before_its_time_limit(tmp_path):
     (tmp_path / "run_train.sh").write_text(TRAINING)
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "scontrol").chmod(0o755)

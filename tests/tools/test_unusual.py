@@ -1,4 +1,4 @@
-"""A density of the healthy: distances are Mahalanobis's, the sick stand out where they are sick, nobody else does."""
+"""A density model of healthy subjects: scores are Mahalanobis distances, and only sick subjects have high scores."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 from tools.evaluation.normal import Normal, unusual
 
 
-def test_distances_are_mahalanobis():
+def test_scores_are_mahalanobis_distances():
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(4, 4))
     healthy = rng.normal(size=(4000, 2, 4)) @ mix + np.array([[[5.0]], [[-3.0]]]).reshape(1, 2, 1)
@@ -22,8 +22,8 @@ def test_distances_are_mahalanobis():
     assert density.score(healthy, np.arange(4000)).mean() == pytest.approx(1, abs=0.05)
 
 
-def test_the_healthy_are_not_scored_by_themselves():
-    """Few patients, many features: by a density that has seen them they would look more usual than new ones."""
+def test_healthy_subjects_are_scored_without_themselves():
+    """With few subjects and many features, a density fitted to the healthy would score them lower than new subjects."""
     rng = np.random.default_rng(1)
     features = rng.normal(size=(60, 3, 40)) @ rng.normal(size=(40, 40))
     healthy = np.arange(60) < 30
@@ -39,7 +39,7 @@ def test_the_healthy_are_not_scored_by_themselves():
 def study(tmp_path):
     rng = np.random.default_rng(2)
     features = rng.normal(size=(50, 6, 8)).astype(np.float32)
-    features[30:45, 4] += 2.5  # sick at place 4
+    features[30:45, 4] += 2.5  # sick at location 4
     sids = [f"{n:03d}" for n in range(50)]
     np.save(tmp_path / "pred_arr_patch_full.npy", features)
     np.save(tmp_path / "sid_arr_full.npy", np.array(sids))
@@ -49,11 +49,11 @@ def study(tmp_path):
     return tmp_path
 
 
-def test_the_sick_stand_out_where_they_are_sick(study, run):
+def test_sick_subjects_stand_out_at_the_sick_location(study, run):
     flags = ("--features-dir", ".", "--labels", "labels.csv", "--healthy", "healthy", "--out-dir", "out")
     shown = run("tools/unusual.py", *flags, cwd=study).stdout
     found = json.loads((study / "out" / "unusual.json").read_text())["features"]
-    assert found["low"] > 0.9 and "learnt from 30 healthy ones" in shown and "AUROC" in shown
+    assert found["low"] > 0.9 and "30 healthy subjects to learn from" in shown and "AUROC" in shown
     patients = pd.read_csv(study / "out" / "unusual.csv", dtype={"sid": str})
     assert (patients["worst_patch"][30:45] == 4).all() and patients["score"][:30].mean() == pytest.approx(1, abs=0.2)
     patches = pd.read_csv(study / "out" / "patch_scores.csv", dtype={"sid": str})
@@ -63,9 +63,13 @@ def test_the_sick_stand_out_where_they_are_sick(study, run):
 
 @pytest.mark.parametrize(
     ("column", "message"),
-    [("few", "has 5 healthy patients; 10 needed"), ("age", "must be 1 (healthy), 0"), ("no", "no numeric column 'no'")],
+    [
+        ("few", "has 5 healthy subjects; at least 10 are needed"),
+        ("age", "must be 1 (healthy), 0"),
+        ("no", "no numeric column 'no'"),
+    ],
 )
-def test_refusals(study, run_here, column, message):
+def test_bad_arguments_are_refused(study, run_here, column, message):
     flags = ("--features-dir", ".", "--labels", "labels.csv", "--healthy", column, "--out-dir", "out")
     result = run_here("tools/unusual.py", *flags, cwd=study)
     assert result.returncode == 2 and message in result.stderr and not (study / "out").exists()

@@ -1,24 +1,24 @@
-"""How people differ: size, shape, pose and breath of a synthetic thorax."""
+"""Anatomy of a synthetic thorax: size, shape, pose and inspiration."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # of an adult's thorax
-# Of the variation between adults. The 32 mm patches of a small phantom are mostly edges of the lung, an adult's
-# mostly lung: as much variation of shape would be nearly all that its patches show.
+SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult's thorax
+# Variation between subjects, relative to the variation between adults. The 32 mm patches of a small phantom show mostly
+# edges of the lung, those of an adult mostly lung. With full variation, small patches would show little but shape.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-# mm, range over subjects: an adult's scanner at every size, because disease has an adult's texture at every size.
+# Voxel spacing in mm, range over subjects. It is the same at every size, because texture always has adult scale.
 SPACING = (0.65, 0.9)  # in the axial plane
 SLICES = (0.8, 1.5)  # between slices
 
 
 @dataclass
 class Anatomy:
-    """One subject's geometry. Lengths but fat in mm for an adult, multiplied by ``scale``; angles in radians.
+    """Geometry of one subject. Angles are in radians.
 
-    Patches at the pleura of a small phantom would reach through a scaled chest wall into the room, and
-    show how thin it is.
+    Lengths are in mm of an adult and are multiplied by ``scale``, except ``fat``. With a scaled chest wall, patches at
+    the pleura of a small phantom would reach into the room and show how thin the wall is.
     """
 
     scale: float
@@ -27,15 +27,15 @@ class Anatomy:
     height: float = 260.0  # base to apex
     mediastinum: float = 22.0
     heart: float = 50.0
-    diaphragm: float = 62.0  # how high the domes rise
+    diaphragm: float = 62.0  # height of the domes
     notch: float = 1.0
-    fat: float = 24.0  # of the chest wall, in mm whatever the scale
+    fat: float = 24.0  # thickness in the chest wall, in mm at every scale
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    inflation: float = 0.0  # of breath, in HU below the middle
+    inflation: float = 0.0  # shift of lung density by inspiration, in HU below the average
 
 
 def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
-    """A subject: size, shape, pose and breath."""
+    """Draw the size, shape, pose and inspiration of a subject."""
     spread = VARIATION[size]
 
     def vary(middle: float, low: float, high: float) -> float:

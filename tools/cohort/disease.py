@@ -1,4 +1,4 @@
-"""Emphysema of five subtypes, reticulation and lesions planted in a scan."""
+"""Plant emphysema of five subtypes, reticulation and lesions in a scan."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from tools.cohort.texture import (
     smooth_field,
 )
 
-# Share of a smoker's lung in each class: quantiles of 2,500 of a cohort of 9,330 (Chest Imaging Platform).
+# Share of a smoker's lung in each class: quantiles over 2,500 subjects of a cohort of 9,330 (Chest Imaging Platform).
 QUANTILES_AT = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARE_QUANTILES = {
     PARASEPTAL: (0.02, 0.05, 0.08, 0.11, 0.14, 0.18, 0.24),
@@ -30,7 +30,7 @@ SHARE_QUANTILES = {
     MODERATE: (0.0, 0.007, 0.03, 0.09, 0.28, 0.51, 0.65),
     SEVERE: (0.0, 0.0, 0.0, 0.002, 0.02, 0.17, 0.5),
 }
-# Correlation of the shares' normal scores, in that order; the last four pairs that the table does not give are guesses.
+# Correlation of the shares' normal scores, in the same order. The source lacks the last four pairs, which are guesses.
 SHARE_CORRELATION = np.array(
     [
         [1.00, 0.55, 0.35, 0.84, 0.60],
@@ -41,19 +41,19 @@ SHARE_CORRELATION = np.array(
     ]
 )
 RETICULAR_HU = -450.0
-BASAL_BELOW = 0.5  # of the lung's height
+BASAL_BELOW = 0.5  # fraction of the lung's height
 
 
 @dataclass
 class Disease:
-    """What is planted in a subject.
+    """The disease that is planted in a subject.
 
     Attributes:
-        shares: of the lung in each of CLASSES; they sum to 1.
-        upper: how much centrilobular emphysema prefers the apex; below 0 the base.
-        cluster_mm: Gaussian width of its clusters.
-        reticulation: share of the lung with a net of thickened septa.
-        lesion_mm: diameter, 0 for none.
+        shares: share of the lung in each of CLASSES; they sum to 1.
+        upper: preference of centrilobular emphysema for the apex; negative values prefer the base.
+        cluster_mm: Gaussian width of the clusters of centrilobular emphysema.
+        reticulation: share of the lung with thickened septa.
+        lesion_mm: diameter of the lesion, 0 for none.
     """
 
     shares: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -64,7 +64,7 @@ class Disease:
 
 
 def draw_shares(rng: np.random.Generator) -> tuple[float, ...]:
-    """Shares of CLASSES, as in the smokers' cohort: its quantiles and its rank correlations."""
+    """Draw the shares of CLASSES with the quantiles and rank correlations of the smokers' cohort."""
     scores = rng.multivariate_normal(np.zeros(len(SHARE_CORRELATION)), SHARE_CORRELATION)
     shares = np.zeros(len(CLASSES))
     for (kind, quantiles), probability in zip(SHARE_QUANTILES.items(), ndtr(scores)):
@@ -76,7 +76,7 @@ def draw_shares(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def draw_disease(rng: np.random.Generator) -> Disease:
-    """A subject of the smokers' cohort; three in ten have reticulation, three in ten a lesion."""
+    """Draw a subject of the smokers' cohort. Three in ten have reticulation, three in ten have a lesion."""
     return Disease(
         shares=draw_shares(rng),
         upper=rng.normal(0.8, 0.8),
@@ -87,7 +87,7 @@ def draw_disease(rng: np.random.Generator) -> Disease:
 
 
 class Lungs:
-    """Where a scan's lung voxels lie, each an array of them: (n,)."""
+    """Positions of the n lung voxels of a scan: ``height`` and ``depth`` are (n,)."""
 
     def __init__(self, lung: np.ndarray, sampling: np.ndarray):
         self.mask, self.sampling = lung > 0, sampling
@@ -97,15 +97,15 @@ class Lungs:
         self.depth = ndimage.distance_transform_edt(self.mask, sampling=sampling)[self.mask].astype(np.float32)  # mm
 
     def field(self, width: float, rng: np.random.Generator) -> np.ndarray:
-        """Smooth noise, SD 1; ``width`` in mm."""
+        """Return smooth noise with SD 1 at the lung voxels, (n,). ``width`` is in mm."""
         return smooth_field(self.mask.shape, self.sampling, width, rng)[self.mask]
 
 
 def class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
-    """The class of every lung voxel, (n,) uint8: shares as wanted, each subtype where it is found in patients.
+    """Return the class of every lung voxel, (n,) uint8, with the shares of ``disease``.
 
-    Centrilobular emphysema prefers the apex (as ``disease.upper`` says) and is worst in the middle of its clusters,
-    panlobular the base, paraseptal the pleura.
+    Each subtype lies where it is found in patients. Centrilobular emphysema prefers the apex (by ``disease.upper``) and
+    is worst in the middle of its clusters. Panlobular emphysema prefers the base, paraseptal emphysema the pleura.
     """
     height = 2 * lungs.height - 1  # -1 base, 1 apex
     clusters = disease.upper * height + lungs.field(disease.cluster_mm, rng)
@@ -134,19 +134,19 @@ def plant_disease(
     keep_normal: bool = False,
     base: np.ndarray | float = 0.0,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Plant emphysema, reticulation and a lesion in place. Textures are an adult's whatever the lungs' size.
+    """Plant emphysema, reticulation and a lesion in ``hu``. Textures have adult scale whatever the size of the lungs.
 
     Args:
-        hu: (z, y, x) float32, modified; z to the head. Lung above -800 HU, vessels, stays.
+        hu: (z, y, x) float32, modified in place; z points to the head. Lung above -800 HU (vessels) is not changed.
         lung: (z, y, x), 0 outside, 1 right, 2 left.
         spacing: mm (x, y, z).
-        disease: what to plant.
-        keep_normal: leave normal lung as it is, as in a real scan; otherwise it gets its texture too.
-        base: HU to add to the textures, a number or (z, y, x): of breath, and of what lies lower being denser.
+        disease: disease to plant.
+        keep_normal: leave normal lung unchanged, for a real scan; otherwise it also gets a texture.
+        base: HU to add to the textures, a number or (z, y, x): the effects of inspiration and gravity on density.
 
     Returns:
-        The strengths as they came out, measured on the voxels, and the class of each lung voxel plus 1, (z, y, x)
-        uint8, 0 outside.
+        The strengths of the planted disease, measured on the voxels, and the class of each lung voxel plus 1, (z, y, x)
+        uint8, 0 outside the lungs.
     """
     sampling = spacing[::-1]
     lungs = Lungs(lung, sampling)
@@ -179,7 +179,7 @@ def plant_disease(
 
 
 def _reticulate(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """Thicken the septa of the base and the rim, in place, dense where a smooth field is 0; their share of it."""
+    """Thicken septa at the base and the rim in ``hu``, densest where a smooth field is 0. Return their share."""
     if wanted <= 0:
         return 0.0
     score = -1.5 * (2 * lungs.height - 1) - lungs.depth / 8 + 0.7 * lungs.field(10.0, rng)
@@ -193,7 +193,7 @@ def _reticulate(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Gene
 
 
 def _plant_lesion(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """A solid nodule with a bumpy rim, in place, away from the pleura. Its diameter in mm, 0 where none fits."""
+    """Add a bumpy solid nodule away from the pleura to ``hu``. Return its diameter in mm, 0 if none fits."""
     inner = np.flatnonzero(lungs.mask.ravel())[lungs.depth > 0.6 * wanted] if wanted else ()
     if not len(inner):
         return 0.0

@@ -1,29 +1,31 @@
-"""What follows for the patient from what is planted: grades, spirometry, exacerbations, survival."""
+"""Simulate labels from the planted disease: grades, spirometry, exacerbations, survival."""
 
 import numpy as np
 
-# Thresholds of the visual grades: none, trace, mild, moderate, confluent, advanced; none, mild, substantial.
+# Thresholds of the visual grades. Emphysema: none, trace, mild, moderate, confluent, advanced. Paraseptal: none, mild,
+# substantial.
 GRADES_AT = (0.07, 0.12, 0.20, 0.34, 0.55)
 PARASEPTAL_AT = (0.09, 0.14)
-GOLD_AT = (80.0, 50.0, 30.0)  # FEV1 in % of predicted
+GOLD_AT = (80.0, 50.0, 30.0)  # thresholds of FEV1 in % of predicted
 
 
 def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dict[str, float]:
-    """Labels of a subject, each with the noise that its measurement has.
+    """Draw the labels of a subject, each with measurement noise.
 
-    Subtype and place matter, not density alone: severe and panlobular destruction costs more breath than its share,
-    the same moderate emphysema three times as much at the base as at the apex, reticulation costs breath and life and
-    shows no low density, and mild emphysema, which density does not show, brings exacerbations.
+    Labels depend on subtype and location, not only on density. Severe and panlobular destruction costs more lung
+    function than its share. The same moderate emphysema costs three times as much at the base as at the apex.
+    Reticulation reduces lung function and survival without low density. Mild emphysema, which density does not show,
+    causes exacerbations.
 
     Args:
-        rng: draws the noise.
-        planted: strengths of tools.cohort.disease.plant_disease.
+        rng: source of the noise.
+        planted: strengths returned by tools.cohort.disease.plant_disease.
     """
     mild, severe = planted["mild_centrilobular_fraction"], planted["severe_centrilobular_fraction"]
     panlobular, reticulation = planted["panlobular_fraction"], planted["reticulation_fraction"]
     upper, lower = planted["upper_centrilobular_fraction"], planted["lower_centrilobular_fraction"]
     by_place = 0.5 * upper + 1.5 * lower
-    loss = 0.45 * by_place + 0.6 * severe + 0.9 * panlobular + 0.9 * reticulation  # of log10 FEV1
+    loss = 0.45 * by_place + 0.6 * severe + 0.9 * panlobular + 0.9 * reticulation  # loss in log10 FEV1
     fev1 = 10 ** float(np.clip(1.99 - loss + rng.normal(0, 0.045), 1.15, 2.12))
     obstruction = 0.35 * by_place + 0.35 * severe + 0.5 * panlobular - 0.25 * reticulation
     ratio = 10 ** float(np.clip(np.log10(0.79) - obstruction + rng.normal(0, 0.02), -0.7, -0.04))
@@ -35,7 +37,7 @@ def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dic
 
     exacerbations = rng.poisson(0.25 * np.exp(3.5 * mild + 3.0 * by_place + 3.0 * reticulation))
     risk = 4.0 * by_place + 5.0 * severe + 5.0 * panlobular + 6.0 * reticulation
-    hazard = 0.035 * np.exp(risk + 0.5 * (planted["lesion_diameter_mm"] > 0))  # a year
+    hazard = 0.035 * np.exp(risk + 0.5 * (planted["lesion_diameter_mm"] > 0))  # per year
     death, end = rng.exponential(1 / hazard), rng.uniform(6, 12)
     return {
         "emphysema_grade": int(grade),

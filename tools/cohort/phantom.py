@@ -1,10 +1,10 @@
-"""A healthy thorax made of formulas, on a voxel grid."""
+"""A healthy thorax computed from formulas on a voxel grid."""
 
 import numpy as np
 
 from tools.cohort.anatomy import Anatomy
 
-AIR = -1000.0  # HU, as the following
+AIR = -1000.0  # HU, like the values below
 LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 450.0, 45.0, -300.0
 
 
@@ -17,14 +17,14 @@ def rotation(angles: tuple[float, float, float]) -> np.ndarray:
 class Phantom:
     """A healthy thorax on a voxel grid: HU and lung labels.
 
-    Coordinates are the patient's in mm, x to the left, y to the back, z to the head, the origin in
-    the middle of the cavity's base. Every structure is a formula of them; arrays are (z, y, x).
+    Coordinates are patient coordinates in mm: x to the left, y to the back, z to the head. The origin is in the middle
+    of the cavity's base. Every structure is a formula of these coordinates. Arrays are (z, y, x).
     """
 
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat_adult = a.fat / s  # in adult millimetres, as the formulas below
+        self.fat_adult = a.fat / s  # in mm of an adult, as in the formulas below
         half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
@@ -35,7 +35,7 @@ class Phantom:
         turn = rotation(a.rotation)
         centre = np.array([0, 0, 130 * s])
         points = [x - centre[0], y - centre[1], z - centre[2]]
-        # Rotating the coordinates rotates the patient; adult millimetres from here on.
+        # Rotating the coordinates rotates the patient. From here on, lengths are in mm of an adult.
         self.x, self.y, self.z = (
             ((turn[i, 0] * points[0] + turn[i, 1] * points[1] + turn[i, 2] * points[2] + centre[i]) / s).astype(
                 np.float32
@@ -52,7 +52,7 @@ class Phantom:
         cavity = (np.abs(x) / wide) ** 2.3 + (np.abs(y) / deep) ** 2.3
         in_height = (t > -0.02) & (t < 1.01)
 
-        # Domes: the right one is higher. The lungs reach down around them.
+        # Domes of the diaphragm: the right one is higher. The lungs extend down around them.
         right_dome = (
             a.diaphragm
             * 1.12
@@ -75,10 +75,10 @@ class Phantom:
         spine = ((x / 20) ** 2 + ((y - a.depth * 0.92) / 26) ** 2) < 1
 
         inside = (cavity < 1) & in_height & (z > floor) & (heart > 1.06) & (np.abs(x) > gap) & ~spine
-        # Lungs are asymmetric: the left one is narrower and gives way to the heart.
+        # The lungs are asymmetric: the left one is narrower and makes room for the heart.
         inside &= ~((x > 0) & (heart < 1.35) & (y < heart_y + 15))
         self.lung = np.zeros(inside.shape, dtype=np.uint8)
-        self.lung[inside & (x < 0)] = 1  # x grows to the patient's left
+        self.lung[inside & (x < 0)] = 1  # x increases to the patient's left
         self.lung[inside & (x > 0)] = 2
 
         body = (
@@ -90,7 +90,7 @@ class Phantom:
         hu[np.broadcast_to(muscle, hu.shape)] = TISSUE_HU
         hu[np.broadcast_to(heart < 1, hu.shape) & (hu > -500)] = BLOOD_HU
 
-        # Ribs slope down to the front; each is a band of a shell around the cavity.
+        # Ribs slope down to the front. Each is a band in a shell around the cavity.
         phase = (z - 0.35 * y + 200) % 27
         shell = (cavity > 1.06) & (cavity < 1.26) & (t > 0.02) & (t < 0.97) & (np.abs(x) > 16)
         hu[shell & (phase < 9)] = BONE_HU
@@ -107,14 +107,14 @@ class Phantom:
         self._vessels()
         self._airways()
 
-    # Tubes are drawn in the box around each segment only.
+    # Each tube is computed only in the box around its segment.
     def _tube(self, start: np.ndarray, end: np.ndarray, radius: float) -> tuple[tuple[slice, ...], np.ndarray]:
-        """The grid's box around a segment and, in it, the distance to its axis over the radius."""
+        """Return the box of the grid around a segment, and the distance to the segment's axis divided by the radius."""
         a = self.anatomy
         turn, centre = rotation(a.rotation), np.array([0, 0, 130.0])
         reach = radius + 3 * self.spacing.max() / a.scale
         ends = np.stack([start, end])
-        ends = (ends - centre) @ turn + centre  # patient back to grid coordinates
+        ends = (ends - centre) @ turn + centre  # from patient back to grid coordinates
         low = np.floor(((ends.min(0) - reach) * a.scale - self.origin) / self.spacing).astype(int)
         high = np.ceil(((ends.max(0) + reach) * a.scale - self.origin) / self.spacing).astype(int) + 1
         low, high = np.clip(low, 0, self.size), np.clip(high, 0, self.size)
@@ -127,7 +127,7 @@ class Phantom:
         return box, distance / radius
 
     def _vessels(self) -> None:
-        """Branching trees from each hilum, tapering towards the pleura."""
+        """Draw vessel trees that branch from each hilum and taper towards the pleura."""
         a, rng = self.anatomy, self.rng
         voxel = float(self.spacing.mean()) / a.scale
         for side in (-1, 1):
@@ -140,7 +140,7 @@ class Phantom:
                 start, direction, radius, depth = queue.pop()
                 end = start + direction * rng.uniform(14, 26)
                 box, ratio = self._tube(start, end, radius)
-                # A vessel thinner than a voxel fills only a part of it.
+                # A vessel thinner than a voxel fills only part of it.
                 share = np.clip(1.0 - (ratio - 1) * radius / voxel, 0, 1) * min(1.0, (radius / voxel) ** 2 * 2)
                 lung = self.lung[box] > 0
                 self.hu[box] = np.where(
@@ -152,7 +152,7 @@ class Phantom:
                         queue.append((end, turned / np.linalg.norm(turned), radius * rng.uniform(0.62, 0.8), depth + 1))
 
     def _airways(self) -> None:
-        """Trachea and main bronchi: air in a wall; not lung."""
+        """Draw the trachea and main bronchi: air inside a wall, not labelled as lung."""
         a = self.anatomy
         carina = np.array([0.0, 5.0, 0.60 * a.height])
         tubes = [(np.array([0.0, -5.0, a.height + 60]), carina, 9.0)]

@@ -1,4 +1,4 @@
-"""What a scanner adds to a thorax, and how its scans are stored."""
+"""Simulate a scanner's effects on a thorax, and store the scan."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "LPI", "SPL")
-ATLAS_ORIENTATION = "LAS"  # as the published atlas
+ATLAS_ORIENTATION = "LAS"  # orientation of the published atlas
 
 
 class Acquisition(NamedTuple):
-    """How a scan was taken: what a density reading suffers from."""
+    """Scanner settings of a scan. They disturb density measurements."""
 
-    noise_hu: float  # SD in lung, of the dose
+    noise_hu: float  # SD in lung, set by the dose
     kernel_mm: float  # Gaussian blur of the reconstruction kernel
-    sharpness: float  # edge enhancement of the kernel, 0 for none
-    slice_mm: float  # thickness of a slice
+    sharpness: float  # edge enhancement by the kernel, 0 for none
+    slice_mm: float  # slice thickness
 
 
-# With --scanners one: a full dose and a standard kernel.
+# For --scanners one: full dose and a standard kernel.
 ONE_SCANNER = Acquisition(noise_hu=14.0, kernel_mm=0.5, sharpness=0.0, slice_mm=1.25)
 
 
 def draw_acquisition(rng: np.random.Generator, full_dose: bool = False) -> Acquisition:
-    """Half of the scans low dose, kernels from soft to sharp, slices of 0.8 to 3 mm."""
+    """Draw scanner settings: low dose for half of the scans, soft to sharp kernels, slices of 0.8 to 3 mm."""
     low_dose = rng.random() < 0.5 and not full_dose
     return Acquisition(
         noise_hu=rng.uniform(22, 45) if low_dose else rng.uniform(8, 20),
@@ -35,10 +35,10 @@ def draw_acquisition(rng: np.random.Generator, full_dose: bool = False) -> Acqui
 
 
 def scan(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.random.Generator) -> None:
-    """Thickness, kernel and noise, in place. hu (z, y, x) float32; spacing mm (x, y, z)."""
+    """Apply slice thickness, kernel and noise to ``hu`` in place: (z, y, x) float32. ``spacing`` is (x, y, z) in mm."""
     sampling = spacing[::-1]
     slices = acquisition.slice_mm / sampling[0]
-    if slices > 1:  # a box, of which a voxel is one already
+    if slices > 1:  # box filter of the slice, minus the box that a voxel already averages over
         hu[:] = ndimage.gaussian_filter1d(hu, np.sqrt((slices**2 - 1) / 12), axis=0)
     noise = rng.standard_normal(hu.shape, dtype=np.float32)
     for volume in (hu, noise):
@@ -50,7 +50,7 @@ def scan(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.
 
 
 def to_image(array: np.ndarray, origin: np.ndarray, spacing: np.ndarray, orientation: str) -> sitk.Image:
-    """(z, y, x) in patient axes -> an image stored in ``orientation``."""
+    """Convert an array (z, y, x) in patient axes to an image stored in ``orientation``."""
     image = sitk.GetImageFromArray(array)
     image.SetOrigin([float(value) for value in origin])
     image.SetSpacing([float(value) for value in spacing])
@@ -58,5 +58,5 @@ def to_image(array: np.ndarray, origin: np.ndarray, spacing: np.ndarray, orienta
 
 
 def finish(hu: np.ndarray) -> np.ndarray:
-    """HU as a scanner stores them."""
+    """Round and clip HU to int16, as a scanner stores them."""
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16)

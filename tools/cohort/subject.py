@@ -1,4 +1,4 @@
-"""A subject's files and rows."""
+"""Write the files of a subject and make its table rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import SimpleITK as sitk
 from preprocess.geometry import write_image
 from tools.cohort.patient import simulate_patient
 
-HELD_OUT = 0.3  # share of the subjects
+HELD_OUT = 0.3  # share of subjects that are held out
 
 
 def subject_name(index: int) -> str:
-    """The sid of subject ``index``, 0 the first."""
+    """Return the sid of subject ``index``; the first index is 0."""
     return f"{index + 1:04d}"
 
 
@@ -25,13 +25,14 @@ def write_subject(
     scanned: dict[str, float],
     out_dir: Path,
 ) -> tuple[dict, dict]:
-    """Write image/{sid}.nii.gz and class/{sid}.nii.gz; return the rows of labels.csv and scans.csv.
+    """Write image/{sid}.nii.gz and class/{sid}.nii.gz. Return the rows of labels.csv and scans.csv.
 
     Args:
-        seed, index: of the cohort and the subject.
-        images: the scan, and the class of each of its voxels or none.
-        planted: strengths of the disease.
-        scanned: how the scan was taken.
+        seed: seed of the cohort.
+        index: index of the subject.
+        images: the scan, and the class of each voxel or None.
+        planted: strengths of the planted disease.
+        scanned: scanner settings of the scan.
     """
     sid, rng = subject_name(index), np.random.default_rng([seed, index, 1])
     for folder, image in zip(("image", "class"), images):

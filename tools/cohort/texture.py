@@ -1,8 +1,9 @@
-"""The texture of normal and emphysematous lung, as measured on real scans.
+"""Texture of normal and emphysematous lung, fitted to real scans.
 
-The figures are of 1,337 patches of 31 x 31 pixels of about 0.6 mm, labelled by radiologists, of the Chest Imaging
-Platform's public data (full dose, inspiration): mean and spread in HU, shares of voxels below thresholds, and the
-autocorrelation. Mild centrilobular emphysema has the mean of normal lung: its texture differs, its density does not.
+The textures reproduce measurements on 1,337 patches labelled by radiologists, from the public data of the Chest
+Imaging Platform (full dose, inspiration; 31 x 31 pixels of about 0.6 mm). The measurements are mean and spread in HU,
+shares of voxels below thresholds, and autocorrelation. Mild centrilobular emphysema has the mean of normal lung: only
+its texture differs.
 """
 
 from typing import NamedTuple
@@ -18,68 +19,72 @@ NORMAL, MILD, MODERATE, SEVERE, PANLOBULAR, PARASEPTAL = range(len(CLASSES))
 
 MEASURED_SPACING = 0.6  # mm
 VESSEL_HU = 40.0
-_VESSEL_MM = 1.8  # Gaussian width of the two fields that are both 0 along a vessel
-_VESSEL_EDGE = (0.3, 0.7)  # of a vessel's profile: outside, inside
-_REGION_MM = 12.0  # Gaussian width of the field that sets a region's mean
-_AT = np.linspace(-3.0, 3.0, 7)  # standard deviations of the field, where Texture.hu is given
+_VESSEL_MM = 1.8  # Gaussian width of the two fields; both are 0 along a vessel
+_VESSEL_EDGE = (0.3, 0.7)  # values of a vessel's profile at its outer and inner edge
+_REGION_MM = 12.0  # Gaussian width of the field that sets the mean of a region
+_AT = np.linspace(-3.0, 3.0, 7)  # values of the field, in SD, at which Texture.hu is given
 
 
 class Texture(NamedTuple):
-    """A class of lung: a Gaussian field of two widths, turned into HU number by number, and vessels."""
+    """Texture of a class of lung: a Gaussian field of two widths, mapped to HU voxel by voxel, and vessels."""
 
-    hu: tuple[float, ...]  # HU where the field is -3, -2, ... 3 standard deviations
+    hu: tuple[float, ...]  # HU at field values of -3, -2, ... 3 SD
     fine_mm: float  # Gaussian widths of the field's two parts
     coarse_mm: float
     coarse: float  # share of the coarse part in the field's variance
     vessels: float  # share of voxels above -700 HU
-    region: float  # HU, standard deviation of the mean between regions
+    region: float  # SD of the mean between regions, in HU
 
 
-# Fitted to the measured figures; tests/tools/test_texture.py renders and measures them again.
+# Fitted to the measurements; tests/tools/test_texture.py renders the textures and measures them again.
 TEXTURES = (
     Texture((-988, -941, -919, -898, -866, -793, -699), 0.68, 1.6, 0.25, 0.06, 15),  # normal
     Texture((-987, -958, -928, -900, -862, -752, -685), 0.68, 1.0, 0.35, 0.05, 20),  # mild centrilobular
     Texture((-1018, -984, -964, -939, -870, -775, -700), 0.68, 1.0, 0.68, 0.05, 20),  # moderate centrilobular
     Texture((-1030, -1001, -981, -966, -923, -808, -697), 0.68, 1.6, 0.27, 0.02, 17),  # severe centrilobular
     Texture((-1030, -1019, -995, -970, -958, -906, -807), 0.68, 1.6, 0.05, 0.005, 14),  # panlobular
-    Texture((-1034, -1016, -980, -926, -850, -720, -610), 0.68, 2.8, 0.85, 0.02, 30),  # paraseptal, beside the wall
+    Texture(
+        (-1034, -1016, -980, -926, -850, -720, -610), 0.68, 2.8, 0.85, 0.02, 30
+    ),  # paraseptal, next to the chest wall
 )
 
 
 def gaussian_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise of mean 0 and SD 1, (z, y, x) float32; autocorrelation exp(-d^2 / (4 width^2)), lengths in mm.
+    """Return smooth noise with mean 0 and SD 1, (z, y, x) float32.
 
-    A voxel wider than 0.6 mm averages: its field is wider, and its SD below 1.
+    The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. A voxel wider than 0.6 mm
+    averages the field. This widens the field and lowers its SD below 1.
     """
-    box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12  # variance of a voxel's box beyond the measured one
+    # Variance of the voxel's box in excess of that of the measured spacing.
+    box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12
     wide = np.sqrt(width**2 + box)
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), wide / sampling, mode="wrap")
     return field * np.float32(np.sqrt(np.prod(width / wide)) / field.std())
 
 
 class Parenchyma:
-    """The fields that a subject's textures are made of, on one grid; memory is six volumes of float32.
+    """The random fields from which a subject's textures are made. They take the memory of six float32 volumes.
 
     Args:
         shape: (z, y, x).
         sampling: mm (z, y, x).
-        rng: draws the fields.
+        rng: source of the fields.
     """
 
     def __init__(self, shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator):
         widths = sorted({width for texture in TEXTURES for width in (texture.fine_mm, texture.coarse_mm)})
         self._fields = {width: gaussian_field(shape, sampling, width, rng) for width in widths}
         one, two = (gaussian_field(shape, sampling, _VESSEL_MM, rng) for _ in range(2))
-        self._off_axis = one**2 + two**2  # 0 along curves, which vessels are
+        self._off_axis = one**2 + two**2  # 0 along curves; these are the vessels
         self._region = smooth_field(shape, sampling, _REGION_MM, rng)
 
     def render(self, kind: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """HU of class ``kind`` at the voxels ``where`` (a boolean mask or a slice), float32."""
+        """Return HU of class ``kind`` at the voxels ``where`` (a boolean mask or a slice), float32."""
         texture = TEXTURES[kind]
         fine, coarse = (self._fields[width][where] for width in (texture.fine_mm, texture.coarse_mm))
         field = np.sqrt(1 - texture.coarse) * fine + np.sqrt(texture.coarse) * coarse
         hu = np.interp(field, _AT, texture.hu) + texture.region * self._region[where]
-        # P(off axis < r) = 1 - exp(-r / 2); the profile passes -700 HU a fifth of the way from edge to middle.
+        # P(off axis < r) = 1 - exp(-r / 2). The profile crosses -700 HU a fifth of the way from the edge to the middle.
         low, high = _VESSEL_EDGE
         breadth = np.log1p(-texture.vessels) / np.log(low + 0.2 * (high - low))
         share = np.clip((np.exp(-self._off_axis[where] / (2 * breadth)) - low) / (high - low), 0, 1)
@@ -87,18 +92,18 @@ class Parenchyma:
 
 
 def smooth_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
-    """:func:`gaussian_field` of a width of many voxels: drawn on a coarse grid and interpolated."""
+    """Like :func:`gaussian_field`, for widths of many voxels: draw on a coarse grid and interpolate."""
     step = np.maximum(1, np.floor(width / 2 / sampling)).astype(int)
     coarse = tuple(int(np.ceil(n / k)) + 1 for n, k in zip(shape, step))
     field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (sampling * step))
-    # Of the process and not of this draw, whose few regions may all lie on one side of the mean.
+    # Divide by the SD of the process, not of this draw: its few regions may all be on one side of the mean.
     field /= np.sqrt(np.prod([np.sum(_kernel(width / (k * d)) ** 2) for k, d in zip(step, sampling)]))
     at = np.ix_(*[np.arange(n, dtype=np.float32) / k for n, k in zip(shape, step)])
     return ndimage.map_coordinates(field, np.broadcast_arrays(*at), order=1).astype(np.float32)
 
 
 def _kernel(sigma: float) -> np.ndarray:
-    """scipy's Gaussian kernel in one dimension."""
+    """Return the one-dimensional Gaussian kernel that scipy uses."""
     reach = int(4 * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return weights / weights.sum()

@@ -1,4 +1,4 @@
-"""A cohort out of one real scan: deformed, with planted disease."""
+"""Make a cohort from one real scan: deformed copies with planted disease."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from tools.cohort.phantom import rotation
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 
-NORMAL_HU = -893.0  # median of the texture of normal lung
+NORMAL_HU = -893.0  # median of the normal lung texture
 
 
 def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A smooth invertible displacement in mm, (3, z, y, x): a random velocity field, exponentiated.
+    """Draw a smooth, invertible displacement in mm, (3, z, y, x): the exponential of a random velocity field.
 
-    Scaling and squaring (Arsigny et al., 2006) on a grid of about 8 mm, where it is smooth.
+    It is computed by scaling and squaring (Arsigny et al., 2006) on a grid of about 8 mm, on which it is smooth.
     """
     step = np.maximum(1, np.round(8 / sampling)).astype(int)
     coarse = [int(np.ceil(n / k)) + 1 for n, k in zip(shape, step)]
@@ -39,10 +39,10 @@ def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.
 
 
 def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
-    """The scan and its lung mask, 1 right, 2 left, in LPS; without --template-mask thresholding makes the mask.
+    """Return the scan and its lung mask (1 right, 2 left), both in LPS. Without a mask, thresholding makes one.
 
     Raises:
-        UserError: names the flag.
+        UserError: the scan or mask cannot be used; the message names the flag.
     """
     try:
         image = read_scan(scan)
@@ -51,7 +51,7 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
     try:
         labels = read_mask(mask) if mask else lung_mask(image, "threshold", name=scan)
     except ScanError as error:
-        where = "--template-mask: " if mask else "no lung mask of --template: "
+        where = "--template-mask: " if mask else "cannot segment the lungs of --template: "
         raise UserError(f"{where}{error}{'' if mask else '; give --template-mask'}") from error
     labels = sitk.Resample(labels, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     return orient(image, "LPS"), orient(labels, "LPS")
@@ -60,7 +60,7 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
 def make_warped(
     seed: int, index: int, template: Path, one_scanner: bool, class_maps: bool, out_dir: Path
 ) -> tuple[dict, dict]:
-    """Deform the template, plant disease in its lungs, write subject ``index``; its rows of labels and of scans."""
+    """Deform the template, plant disease and write subject ``index``. Return its rows of labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
     hu = sitk.GetArrayFromImage(image).astype(np.float32)
@@ -83,12 +83,13 @@ def make_warped(
     ]
     warped = ndimage.map_coordinates(hu, where, order=1, mode="constant", cval=-1024.0)
     labels = ndimage.map_coordinates(lung, where, order=0, mode="constant", cval=0)
-    # The textures' normal lung has a mean of -889 HU, this scan's the one that it has.
+    # Normal lung has a mean of -889 HU in the textures and another one in this scan; shift the textures to the scan.
     parenchyma = warped[(labels > 0) & (warped < -800)]
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
     planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
-    drawn = draw_acquisition(rng)  # also where it is not used: the same people, with one scanner and with many
-    acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)  # the scan has its own
+    drawn = draw_acquisition(rng)  # drawn even if unused, so that the subjects are the same as with many scanners
+    # The scan already has a kernel.
+    acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)
     scan(warped, spacing, acquisition, rng)
     position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)
     stored = (position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
@@ -97,7 +98,7 @@ def make_warped(
 
 
 def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) -> None:
-    """The template itself at 1 mm, and its lungs."""
+    """Write the template at 1 mm and its lung mask as the atlas."""
     size = [round(n * s) for n, s in zip(image.GetSize(), image.GetSpacing())]
     for source, interpolator, fill, name in (
         (image, sitk.sitkLinear, -1024, "atlas.nii.gz"),

@@ -1,1 +1,1 @@
-"""What only maintainers run."""
+"""Commands for maintainers."""

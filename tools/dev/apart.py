@@ -1,4 +1,4 @@
-"""The literal versions in a process of their own, with memory allocated as the system does by default."""
+"""Run the literal versions in a separate process, with the system's default memory allocation."""
 
 import multiprocessing
 
@@ -14,7 +14,7 @@ PUBLISHED_LOCATIONS = 581
 
 
 def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
-    """Answer the names of literal jobs by doing them, with memory allocated as the system does by default."""
+    """Receive names of literal jobs, run them and send the results, with the default memory allocation."""
     fast = TimedStep(
         PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
     )  # weights and batches
@@ -51,7 +51,7 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
 
 
 class Apart:
-    """The literal versions in a process of their own: call it with a job's name."""
+    """The process of the literal versions. Calling it with the name of a job runs that job."""
 
     def __init__(self, store: PatchStore, K: int, args):
         context = multiprocessing.get_context("spawn")
@@ -59,7 +59,7 @@ class Apart:
         inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
         self.process = context.Process(target=literal_process, args=inputs, daemon=True)
         self.process.start()
-        theirs.close()  # so that its death is an error here, not a wait
+        theirs.close()  # so that a crash of the process raises an error here instead of blocking
 
     def __call__(self, name: str):
         self.pipe.send(name)

@@ -1,8 +1,8 @@
-"""Draw the README's picture of the method.
+"""Draw the picture of the method for the README.
 
     python tools/dev/draw_method.py --store ssl_exp/demo_data/patches --sid 0002 --out misc/pictures/method.png
 
-Patches come from a store, so the picture shows what the network sees.
+The patches come from a store, so the picture shows real inputs of the network.
 """
 
 import sys
@@ -25,9 +25,9 @@ QUERY, NEIGHBOR, KEY, INK = "#1f77b4", "#2a9d4a", "#d1622b", "#222222"
 
 
 def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and neighbours of one subject, at ``location`` or where they show most lung."""
+    """Return query, key and neighbours of one subject, at ``location`` or at the location that shows most lung."""
     patches = np.stack([store.read(index, np.array([row]))[0] for index in range(store.num_locations)])
-    middle = patches[:, patches.shape[1] // 2]  # what is drawn of a patch
+    middle = patches[:, patches.shape[1] // 2]  # the slice that is drawn
     lung = ((middle > -1000) & (middle < -500)).mean(axis=(1, 2))
     neighbors = neighbor_table(store.locations, 2)
     shown = np.minimum(lung, lung[neighbors].min(axis=1))
@@ -43,7 +43,7 @@ def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch
 
 
 class Canvas:
-    """A drawing of 130 by 52 units."""
+    """A drawing with a size of 130 by 52 units."""
 
     def __init__(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +86,7 @@ class Canvas:
 
 
 def draw_inputs(canvas: Canvas, views: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scan: Path) -> None:
-    """The left half: the scan's picture, and the views."""
+    """Draw the left half: the picture of the scan, and the views."""
     query, key, neighbors = (view[0].numpy() for view in views)
     if scan.is_file():
         from matplotlib.image import imread
@@ -107,7 +107,7 @@ def draw_inputs(canvas: Canvas, views: tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def draw_method(canvas: Canvas) -> None:
-    """The right half: encoders, queues, tasks."""
+    """Draw the right half: encoders, queues and tasks."""
     rows = ((38, QUERY, "q"), (21, NEIGHBOR, "r$_1$ ... r$_k$"), (4, KEY, "key"))
     for height, color, name in rows:
         canvas.arrow((29, 26), (31 if color == NEIGHBOR else 35, height + 4.3), color)
@@ -119,7 +119,7 @@ def draw_method(canvas: Canvas) -> None:
     canvas.box(57, 3, 18, 11, "key encoder\nmomentum of\nthe query encoder", KEY, 9.5)
     canvas.arrow((66, 21.3), (66, 14.9))
     canvas.text(69.5, 18, "m = 0.999", 8.5)
-    words = "queues: one of K keys for each location l\n(other subjects, the same place)"
+    words = "queues: K keys for each location l\n(other subjects, same location)"
     canvas.box(93, 3, 34, 11, words, KEY, 9.5)
     canvas.arrow((88, 8.3), (92.2, 8.3), KEY)
     canvas.box(93, 36, 34, 12, "patch task\n\n[ q · key,  q · queue$_l$ ] / T", QUERY, 10.5)
@@ -134,9 +134,9 @@ def draw_method(canvas: Canvas) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--store", required=True, help="patch store")
+    parser.add_argument("--store", required=True, help="folder of the patch store")
     parser.add_argument("--sid", help="subject to show (default: the first)")
-    text = "location to show (default: where it and its neighbours show most lung)"
+    text = "location to show (default: the one that shows most lung, including its neighbours)"
     parser.add_argument("--location", type=int, help=text)
     parser.add_argument("--out", required=True, help="PNG to write")
     args = parser.parse_args()
@@ -146,7 +146,7 @@ def main() -> None:
     draw_inputs(canvas, draw_views(store, row, args.location), store.layout.qc(store.sids[row]))
     draw_method(canvas)
     write_whole(args.out, lambda stream: canvas.figure.savefig(stream, dpi=80, format="png"))
-    print(f"draw_method: {args.out}")
+    print(f"draw_method: wrote {args.out}")
 
 
 if __name__ == "__main__":

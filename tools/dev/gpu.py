@@ -1,11 +1,11 @@
-"""Measure training and extraction on a GPU, part by part, beside an old commit.
+"""Measure training and extraction on a GPU, part by part, and compare them with an old commit.
 
-    python tools/dev/gpu.py --out-dir gpu --old-commit 4eccfb9          all of it, 5 minutes
-    python tools/dev/gpu.py --out-dir gpu --quick                       2 minutes, fewer rounds
-    python tools/dev/gpu.py --out-dir gpu --quick --device cpu          tiny sizes, to see that it runs
+    python tools/dev/gpu.py --out-dir gpu --old-commit 4eccfb9          all sections, 5 minutes
+    python tools/dev/gpu.py --out-dir gpu --quick                       fewer rounds, 2 minutes
+    python tools/dev/gpu.py --out-dir gpu --quick --device cpu          tiny sizes, to check that it runs
 
-It needs torch, NumPy and SciPy only. Every section writes OUT/<section>.json as it ends, so that a stop loses no more
-than the section under way; --sections chooses some. --old TREE takes an exported commit where git has no history.
+It needs torch, NumPy and SciPy only. Each section writes OUT/<section>.json when it ends, so an interruption loses only
+the running section. --sections selects sections. --old TREE uses an exported commit if the git history is missing.
 """
 
 import argparse
@@ -29,20 +29,25 @@ from tools.dev.gpu_lab.store import FileStore
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out-dir", required=True, help="folder of the results, and of the random patches that are read")
-    add("--quick", action="store_true", help="fewer rounds and locations")
-    add("--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="cpu: tiny sizes, to see that it runs")
-    add("--old-commit", help="compare with this commit, exported by git archive")
-    add("--old", metavar="TREE", help="compare with the commit exported there")
+    add("--out-dir", required=True, help="folder for the results and for the random patches to read")
+    add("--quick", action="store_true", help="use fewer rounds and locations")
+    add(
+        "--device",
+        type=OneOf("auto", "cpu", "cuda"),
+        default="auto",
+        help="device to measure; auto uses a GPU if there is one; cpu uses tiny sizes, to check that the script runs",
+    )
+    add("--old-commit", help="commit to compare with; exported by git archive")
+    add("--old", metavar="TREE", help="folder with the exported commit to compare with")
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help=", ".join(SECTIONS))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but this machine has no usable GPU")
+        parser.error("--device cuda: this machine has no usable GPU; use --device cpu")
     return args
 
 
 def export(commit: str, folder: Path) -> Path:
-    """A commit's files under a folder."""
+    """Export the files of a commit to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
@@ -62,7 +67,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             found = SECTIONS[name](lab)
-        except Exception as error:  # one section's failure must not cost the others' time on a borrowed GPU
+        except Exception as error:  # one failing section must not waste the GPU time of the others
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"}
         found["section_seconds"] = round(time.perf_counter() - start, 1)

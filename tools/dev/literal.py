@@ -1,4 +1,4 @@
-"""The method written out slowly, as published: what the benchmark measures against. Nothing else uses it."""
+"""A slow, literal implementation of the published method, as the reference of the benchmark."""
 
 import copy
 import math
@@ -14,14 +14,14 @@ from models.condconv3d import CondConv3D
 
 
 def literal_convolution(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    """One sample, (1, in, D, H, W), with the kernel that its own location mixes."""
+    """Convolve one sample, (1, in, D, H, W), with the kernel of its location."""
     routing = torch.sigmoid(conv._routing_fn.fc(loc))
     kernel = (routing[:, None, None, None, None, None] * conv.weight).sum(0)
     return F.conv3d(sample, kernel, conv.bias, conv.stride, conv.padding)
 
 
 def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The encoder with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
+    """Encode with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
     for conv, norm in encoder.layers():
         x = torch.cat([literal_convolution(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
         x = F.elu(norm(x))
@@ -30,7 +30,7 @@ def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tup
 
 
 class LiteralStep:
-    """DrasCLR's step with the queue as published, (moco_dim, K, L), and a loop wherever there was one."""
+    """The training step with the published queue, (moco_dim, K, L), and the published loops."""
 
     def __init__(self, model: DrasCLR):
         self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
@@ -71,7 +71,7 @@ class LiteralStep:
 
 
 class LiteralAugmentation:
-    """MONAI's own transforms, one sample after the other."""
+    """MONAI's transforms, applied to one sample after the other."""
 
     def __init__(self, letters: str):
         from monai import transforms
@@ -95,14 +95,14 @@ class LiteralAugmentation:
         self.chain = [transforms_by_letter[letter]() for letter in letters]
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """(C, 32, 32, 32) in [0, 1264]."""
+        """Augment a volume (C, 32, 32, 32) with values in [0, 1264]."""
         for transform in self.chain:
             volume = transform(volume)
         return torch.as_tensor(volume)
 
 
 def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
-    """The three views of a step, sample by sample."""
+    """Return the three views of a step, made sample by sample."""
     shifted = shift_to_zero(patches)[:, None]
     shifted_neighbors = shift_to_zero(neighbors)
     query = torch.stack([augment(volume) for volume in shifted])

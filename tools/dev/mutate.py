@@ -1,19 +1,25 @@
 """Check that a new test suite catches the mutations that the old one caught.
 
-A mutation changes one line of the sources: a wrong sign, an off-by-one, a swapped axis or a dropped check.
-Draw 60, spread over folders and kinds. Test them in order until 30 are caught, at least 4 in each folder:
+A mutation changes one line of the sources: a wrong sign, an off-by-one, a swapped axis or a dropped check. First draw
+60 mutations, spread over folders and kinds. Then test them in order until 30 are caught, at least 4 in each folder:
 
     python tools/dev/mutate.py draw --table tests/mutations.csv --seed 1 --count 60
     python tools/dev/mutate.py run --table tests/mutations.csv --suite old
 
-Change the tests. Then test the mutations that the old suite caught, two at a time:
+After changing the tests, run the mutations that the old suite caught, two at a time:
 
     python tools/dev/mutate.py run --table tests/mutations.csv --suite new --jobs 2
 
-Mutations are made in temporary copies of the tracked files. Tests of the mutated module run first, and the first
-failure that does not happen without the mutation ends the row. Results are caught, missed ("missed (limit)" after
---limit), invalid (does not compile) and lost (the line is gone or not unique). The same command resumes. The exit
-status is 1 if the new suite did not catch every mutation that the old one caught.
+Mutations are made in temporary copies of the tracked files. The tests of the mutated module run first. A row ends at
+the first failure that does not also occur without the mutation. The results are
+
+    caught      a test failed
+    missed      no test failed; "missed (limit)" if --limit was reached
+    invalid     the mutated file does not compile
+    lost        the line does not exist any more, or is not unique
+
+The same command resumes an interrupted run. The exit status is 1 if the new suite missed a mutation that the old one
+caught.
 """
 
 import argparse
@@ -48,7 +54,10 @@ ROW = "{id} {file}:{line} {kind}"
 
 
 def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
-    """File and index of a row's line: where it was drawn, else where it is unique: in that file, its namesakes, all."""
+    """Return the file and line index of a mutation, or None if it is not found.
+
+    The line is where it was drawn, or else where it is unique: in that file, in files of the same name, or anywhere.
+    """
     paths = [path for path in sorted(tree.rglob("*.py")) if not path.is_relative_to(tree / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
     places = [(path, number) for path, number, line in lines if line == row["before"].encode()]
@@ -60,10 +69,10 @@ def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
 
 
 def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str], list[str]]]:
-    """Test files and flags of each stage for a mutated file.
+    """Yield the test files and flags of each stage for a mutated file.
 
-    Quick tests of its namesakes, of its importers, of its folder, of the top level; then slow tests of the first two;
-    then, with ``whole``, the rest.
+    The stages are quick tests of the same name, of importers, of the same folder and of the top level; then slow tests
+    of the first two; then, with ``whole``, all others.
     """
     tests = [str(path.relative_to(tree)) for path in sorted(tree.glob("tests/**/test_*.py"))]
     parts = Path(name.removesuffix("/__init__.py")).with_suffix("").parts
@@ -91,13 +100,13 @@ def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str],
 
 
 class Runner:
-    """Tests mutations in scratch copies; ``stop`` ends the tests that run. ``flaky`` are tests that fail anyway."""
+    """Test mutations in scratch copies. ``stop`` ends tests; ``flaky`` has tests that fail without a mutation."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.stop, self.flaky = args, threading.Event(), dict[str, bool]()
 
     def run_pytest(self, tree: Path, flags: list[str], seconds: float) -> tuple[int | None, str]:
-        """Exit status, None at the limit, and output."""
+        """Run pytest. Return its exit status (None at the time limit) and its output."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc could outlive its mutation
         command = [self.args.python, *PYTEST, f"--rootdir={tree}", f"--basetemp={tree.parent / 'temporary'}", *flags]
@@ -109,7 +118,7 @@ class Runner:
                 time.sleep(0.1)
             status = process.poll()
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what a failed test left behind
+                os.killpg(process.pid, signal.SIGKILL)  # also processes that a failed test left behind
             process.wait()
             output.seek(0)
             return status, output.read()
@@ -119,15 +128,17 @@ class Runner:
         if test not in self.flaky:
             flags = () if "::" in test else ("--collect-only",)
             status, output = self.run_pytest(tree, [test, *flags], self.args.limit)
-            if "::" not in test and status not in (0, 2, 5):  # 2: an error in this file, not of pytest or conftest.py
-                raise UserError(f"pytest cannot collect {test} without a mutation; repair it. {output.strip()[-400:]}")
-            self.flaky[test] = status not in (0, 4, 5)  # 4: a test that has this id only with the mutation
+            if "::" not in test and status not in (0, 2, 5):  # 2: an error in this file, not in pytest or conftest.py
+                raise UserError(
+                    f"pytest cannot collect {test} without a mutation; fix the test file. {output.strip()[-400:]}"
+                )
+            self.flaky[test] = status not in (0, 4, 5)  # 4: the test has this id only with the mutation
             if self.flaky[test]:
-                print(f"{test} fails without a mutation: not counted", flush=True)
+                print(f"{test} fails without a mutation and is ignored", flush=True)
         return self.flaky[test]
 
     def run_row(self, tree: Path, row: Row) -> tuple[str, str]:
-        """Result and failing test of one row."""
+        """Test one mutation. Return the result and the failing test."""
         place = find_line(tree, row)
         if place is None:
             return "lost", ""
@@ -141,13 +152,13 @@ class Runner:
         except (SyntaxError, ValueError):
             return "invalid", ""
         for files, flags in list_stages(tree, str(path.relative_to(tree)), self.args.whole):
-            while kept := [test for test in files if not self.flaky.get(test)]:  # again without a flaky test
+            while kept := [test for test in files if not self.flaky.get(test)]:  # run again without flaky tests
                 deselected = [f"--deselect={test}" for test, is_flaky in self.flaky.copy().items() if is_flaky]
                 path.write_bytes(mutated)
                 status, output = self.run_pytest(tree, [*kept, *flags, *deselected], until - time.monotonic())
                 path.write_bytes(original)
                 failure = FAILURE.search(output)
-                if status in (0, 5):  # 5: nothing to run
+                if status in (0, 5):  # 5: no tests to run
                     break
                 if status is None and failure is None:
                     return "missed (limit)", ""
@@ -158,7 +169,7 @@ class Runner:
 
 
 def copy_checkout(checkout: Path, folder: Path) -> Path:
-    """Copy the tracked files; tests look for ``shared`` beside the checkout."""
+    """Copy the tracked files. Tests look for the folder ``shared`` next to the checkout."""
     for name in list_files(checkout):
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(checkout / name, folder / "tree" / name, follow_symlinks=False)
@@ -168,7 +179,7 @@ def copy_checkout(checkout: Path, folder: Path) -> Path:
 
 
 def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
-    """Whether a row is still to be run."""
+    """Return whether a row has still to be run."""
     if row[args.suite] or args.suite == "new":
         return not row[args.suite] and row["old"] == "caught"
     caught = Counter(other["folder"] for other in rows if other["old"] == "caught")
@@ -176,7 +187,7 @@ def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
 
 
 def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
-    """Run the wanted rows, and write the table after each."""
+    """Run the wanted rows, and write the table after each row."""
     runner, lock, copies = Runner(args), threading.Lock(), list[Path]()
 
     def work(row: Row) -> None:
@@ -212,20 +223,32 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{draw,run}")
     draw = commands.add_parser("draw", help="draw mutations; a larger --count adds rows to the same table")
-    test = commands.add_parser("run", help="run tests on mutations; the same command resumes")
+    test = commands.add_parser("run", help="test the mutations; the same command resumes")
     for command in (draw, test):
         command.add_argument("--table", required=True, help="CSV with one row per mutation")
-        command.add_argument("--checkout", type=Path, default=ROOT, help="git checkout whose sources and tests run")
-    draw.add_argument("--seed", type=at_least(int, 0), default=1, help="another seed draws other mutations")
-    draw.add_argument("--count", type=at_least(int, 1), default=60, help="rows; about twice as many as --wanted")
+        command.add_argument(
+            "--checkout", type=Path, default=ROOT, help="git checkout with the sources and tests to run"
+        )
+    draw.add_argument("--seed", type=at_least(int, 0), default=1, help="random seed of the draw")
+    draw.add_argument("--count", type=at_least(int, 1), default=60, help="number of mutations; about twice --wanted")
     add = test.add_argument
-    add("--suite", type=OneOf("old", "new"), required=True, help="new runs the rows that old caught")
-    add("--wanted", type=at_least(int, 1), default=30, help="caught mutations at which --suite old stops")
-    add("--least", type=at_least(int, 0), default=4, help="caught mutations that each folder must have by then")
-    add("--python", type=os.path.abspath, default=sys.executable, help="path of the interpreter that runs the tests")
-    add("--limit", type=at_least(float, 1), default=900.0, help="seconds per mutation; raise it on a slow machine")
-    add("--jobs", type=at_least(int, 1), default=1, help="mutations at a time, each in its own copy")
-    add("--whole", action="store_true", help="run the rest of the suite too before a mutation counts as missed")
+    add(
+        "--suite",
+        type=OneOf("old", "new"),
+        required=True,
+        help="test suite to run; new runs only the mutations that old caught",
+    )
+    add("--wanted", type=at_least(int, 1), default=30, help="number of caught mutations after which --suite old stops")
+    add("--least", type=at_least(int, 0), default=4, help="minimum of caught mutations in each folder before it stops")
+    add("--python", type=os.path.abspath, default=sys.executable, help="Python interpreter that runs the tests")
+    add(
+        "--limit",
+        type=at_least(float, 1),
+        default=900.0,
+        help="time limit in seconds per mutation; raise it on a slow machine",
+    )
+    add("--jobs", type=at_least(int, 1), default=1, help="mutations tested in parallel, each in a separate copy")
+    add("--whole", action="store_true", help="run the rest of the suite before a mutation counts as missed")
     return parser.parse_args()
 
 
@@ -236,7 +259,7 @@ def main() -> int:
         rows = draw_rows(args.checkout, args.seed, args.count)
         kept = read_table(args.table) if Path(args.table).exists() else []
         if any(old[name] != new[name] for old, new in itertools.zip_longest(kept, rows[: len(kept)]) for name in DRAWN):
-            raise UserError(f"--table {args.table} has rows of another draw; choose another name")
+            raise UserError(f"--table {args.table} has rows from another draw; choose another file")
         write_table(args.table, kept + rows[len(kept) :])
         return 0
     rows = read_table(args.table)
@@ -247,7 +270,7 @@ def main() -> int:
         old, new = (sum(row[suite] == "caught" for row in own) for suite in ("old", "new"))
         print(f"| {folder} | {len(own)} | {sum(bool(row['old']) for row in own)} | {old} | {new} |")
     if args.suite == "old" and any(is_wanted(rows, {**row, "old": ""}, args) for row in rows):
-        print("the table has no more rows, and too few are caught; draw more with a larger --count")
+        print("all mutations were run, and too few were caught; draw more with a larger --count")
     uncaught = [row for row in rows if row["old"] == "caught" and row["new"] not in ("", "caught")]
     for row in uncaught:
         print(f"{ROW.format(**row)}: caught by the old suite, {row['new']} by the new one")

@@ -1,4 +1,4 @@
-"""Mutations of the project's sources: where one could be made, and which are drawn."""
+"""Find possible mutations of the sources, and draw some of them."""
 
 import ast
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from misc.command import UserError
 
-FOLDERS = (".", "data", "misc", "models", "preprocess", "tools")  # "." has the scripts of the top level
+FOLDERS = (".", "data", "misc", "models", "preprocess", "tools")  # "." stands for the scripts at the top level
 EXCLUDED = ("tools/dev/", "tools/timing/", "tools/benchmark.py")
 DRAWN = ("id", "folder", "file", "line", "kind", "before", "after")
 COLUMNS = (*DRAWN, "old", "old_by", "old_seconds", "new", "new_by", "new_seconds")
@@ -20,7 +20,7 @@ OPERATORS |= {"<": ("<=", BOUND), "<=": ("<", BOUND), ">": (">=", BOUND), ">=": 
 OPPOSITES = [("<", ">="), (">", "<="), ("==", "!="), ("in", "not in"), ("is", "is not")]
 NEGATIONS = {sign: (other, CHECK) for pair in OPPOSITES for sign, other in (pair, pair[::-1])}
 REDUCE = rb"\.(?:all|any|arg\w+|a?max|a?min|cat|flatten|flip|gather|index_\w+|mean|median|stack|std|sum|unbind|var)\("
-RULES = (  # nodes, pattern, and what replaces its first group, for a swapped axis
+RULES = (  # swapped axis: nodes, pattern, and the replacement of its first group
     (ast.keyword, rb"^(?:dim|axis)=(0)$", rb"1"),
     (ast.keyword, rb"^(?:dim|axis)=(-?[1-9])$", rb"0"),
     (ast.Call, REDUCE + rb"(?:\w+, )?(0)[,)]", rb"1"),
@@ -33,16 +33,16 @@ RULES = (  # nodes, pattern, and what replaces its first group, for a swapped ax
     (ast.Slice, rb"^(::-1)$", rb":"),
 )
 Edit = tuple[int, int, int, bytes, str]  # line, first and last column in bytes, new text, kind
-Row = dict[str, str]  # of COLUMNS
+Row = dict[str, str]  # keys are COLUMNS
 
 
 def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
-    """Whether a part of the sources is left alone: texts, messages, flags, annotations, decorators, __main__ blocks."""
+    """Whether a node must not be mutated: texts, messages, flags, annotations, decorators, __main__ blocks."""
     match node:
         case ast.Call():
             is_flag = any(ast.unparse(argument).startswith("'--") for argument in node.args)
             return is_flag or ast.unparse(node.func).endswith(("add_argument", "sys.path.insert"))
-        case ast.BinOp(left=left, right=right):  # + and * of texts and lists, % of texts
+        case ast.BinOp(left=left, right=right):  # + and * with texts and lists, % with texts
             return any(isinstance(x, (ast.JoinedStr, ast.List)) or ast.unparse(x)[0] in "'\"" for x in (left, right))
         case ast.If():
             return "__name__" in ast.unparse(node.test)
@@ -53,7 +53,7 @@ def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
 
 
 def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST | None]]:
-    """Nodes that may be mutated, each with its parent."""
+    """Yield each node that may be mutated, with its parent."""
     if not is_skipped(node, parent):
         yield node, parent
         for child in ast.iter_child_nodes(node):
@@ -61,7 +61,7 @@ def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[as
 
 
 def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[str, str]]) -> Iterator[Edit]:
-    """Replace each operator of ``signs`` that is on the same line as the operands beside it."""
+    """Replace each operator in ``signs`` that is on the same line as its operands."""
     if not isinstance(node, (ast.AugAssign, ast.BinOp, ast.Compare)):
         return
     operands = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
@@ -75,7 +75,7 @@ def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[
 
 
 def swap_axes(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
-    """Edits by RULES of a node that is on one line."""
+    """Yield the edits that RULES make to a node on a single line."""
     if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
         return
     text = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
@@ -89,7 +89,7 @@ def swap_axes(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iter
 
 
 def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
-    """A condition that leads to ``raise``: never true, or negated."""
+    """Make a condition that leads to ``raise`` never true, or negate a part of it."""
     if not isinstance(node, ast.If) or not isinstance(node.body[0], ast.Raise):
         return
     if node.test.lineno == node.test.end_lineno:
@@ -102,7 +102,7 @@ def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
 
 
 def find_edits(source: bytes) -> list[Edit]:
-    """All mutations of a file. An integer that is an axis is not also off by one."""
+    """Return all mutations of a file. Integers that are an axis do not also get an off-by-one."""
     lines, edits = source.split(b"\n"), []
     for node, parent in walk_code(ast.parse(source)):
         edits += [*drop_checks(lines, node), *swap_axes(lines, node, parent)]
@@ -116,13 +116,13 @@ def find_edits(source: bytes) -> list[Edit]:
 
 
 def take_turns(streams: Iterable[Iterable]) -> Iterator:
-    """One item of each stream in turn, until all have ended."""
+    """Yield one item of each stream in turn until all streams end."""
     for items in itertools.zip_longest(*streams):
         yield from (item for item in items if item is not None)
 
 
 def list_files(checkout: Path) -> list[str]:
-    """Tracked files that exist."""
+    """Return the tracked files that exist."""
     git = subprocess.run(["git", "-C", checkout, "ls-files", "-z"], capture_output=True, encoding="utf-8", check=False)
     if git.returncode:
         raise UserError(f"--checkout {checkout} is not a git checkout; give the folder that has .git")
@@ -130,7 +130,10 @@ def list_files(checkout: Path) -> list[str]:
 
 
 def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
-    """File, line, kind, before and after in random order, the kinds in turn; only lines that are unique in a file."""
+    """Yield file, line, kind, before and after in random order, cycling through the kinds.
+
+    Only lines that are unique in their file are used.
+    """
     candidates = [(name, edit) for name, source in sources.items() for edit in find_edits(source)]
     random.Random(seed).shuffle(candidates)
     drawn = set()
@@ -144,7 +147,7 @@ def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str
 
 
 def draw_rows(checkout: Path, seed: int, count: int) -> list[Row]:
-    """Mutations of all folders in turn; the same seed and sources give the same rows."""
+    """Draw mutations, cycling through the folders. The same seed and sources give the same rows."""
     sources: dict[str, dict[str, bytes]] = {folder: {} for folder in FOLDERS}
     for name in list_files(checkout):
         folder = name.split("/")[0] if "/" in name else "."

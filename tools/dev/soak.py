@@ -1,14 +1,14 @@
-"""Kill everything at random moments, start it again, and compare with what it makes undisturbed, bit for bit.
+"""Kill jobs at random moments, restart them, and compare the results with an undisturbed run, bit for bit.
 
     python tools/dev/soak.py --work-dir soak --trials 20
 
-Training on one and two ranks, each step of preprocessing, grouping and extraction: a job runs once undisturbed; then,
-in every trial, it is started in a folder of its own, a process of it (or all of them) gets a random signal at a random
-moment, once or twice, and it is started again until it ends by itself. What it has made must be the bytes of the
-undisturbed run, and no process may be left. 20 trials of all jobs take an hour or more on two cores.
+The jobs are training on one and two ranks, each stage of preprocessing, grouping and extraction. Each job runs once
+undisturbed. Each trial starts the job in a new folder and sends a random signal to one or all of its processes at a
+random moment, once or twice. It then restarts the job until it ends by itself. The results must have the bytes of the
+undisturbed run, and no process may remain. 20 trials of all jobs take at least an hour on two cores.
 
-Prints a line a job; the exit status is 1 where a trial went wrong. <work-dir>/trials.csv has every trial, and what it
-found; a soak that is stopped goes on after the trials that are there. A trial that went wrong keeps its folder.
+Prints one line per job. The exit status is 1 if a trial failed. <work-dir>/trials.csv lists every trial with its
+result. The same command resumes after the finished trials. Failed trials keep their folders.
 """
 
 import argparse
@@ -32,23 +32,23 @@ from misc.command import Parser, UserError, at_least, run
 from misc.progress import add_progress_flag, progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL twice: it is the one that nothing can prepare for
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL is listed twice because no process can prepare for it
 TRAINING = (
     *("--epochs", "2", "--batch-size", "4", "--moco-k", "8", "--rep-dim", "8", "--moco-dim", "4", "--num-experts", "2"),
     *("--print-freq", "3", "--workers", "1", "--device", "cpu", "--save-minutes", "0.02", "--no-progress"),
 )
-TIME_LIMIT = 300.0  # seconds of one start
-LINGER = 20.0  # seconds that processes may take to leave
-STARTS = 8  # of a trial, the undisturbed last one included
+TIME_LIMIT = 300.0  # seconds per start
+LINGER = 20.0  # seconds in which processes must end
+STARTS = 8  # starts per trial, including the last, undisturbed one
 
 
 class Job(NamedTuple):
-    """What is killed.
+    """A job that is killed in trials.
 
     Attributes:
-        command: words, run in the trial's folder.
-        needs: parts of the prepared folder that it starts from.
-        made: what it has made in a folder: name -> fingerprint.
+        command: command line, run in the folder of the trial.
+        needs: parts of the prepared folder that it reads.
+        made: function that returns the results in a folder: name -> fingerprint.
     """
 
     command: tuple[str, ...]
@@ -56,11 +56,11 @@ class Job(NamedTuple):
     made: Callable[[Path], dict[str, str]]
 
 
-# ============================================================ what is compared
+# ============================================================ comparing
 
 
 def files_of(*patterns: str) -> Callable[[Path], dict[str, str]]:
-    """Fingerprints of the files that match."""
+    """Return a function that computes fingerprints of the files that match."""
 
     def made(folder: Path) -> dict[str, str]:
         paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
@@ -70,7 +70,7 @@ def files_of(*patterns: str) -> Callable[[Path], dict[str, str]]:
 
 
 def training_of(folder: Path) -> dict[str, str]:
-    """Fingerprints of each epoch's weights, queue, optimiser and random stream, and of the log's steps and epochs."""
+    """Compute fingerprints of each epoch's weights, queue, optimiser and random state, and of the log's entries."""
     import torch
 
     made = {}
@@ -95,7 +95,7 @@ def training_of(folder: Path) -> dict[str, str]:
 
 
 def jobs() -> dict[str, Job]:
-    """All of them, in the order of the way from scans to features."""
+    """Return all jobs, in the order from scans to features."""
     python, store = sys.executable, ("--root-dir", "store")
     scans = ("--input-csv", "cohort/dataset.csv", "--num-workers", "2", "--no-progress")
     atlas = ("--atlas-mask", "cohort/atlas_lung_mask.nii.gz")
@@ -141,7 +141,7 @@ def jobs() -> dict[str, Job]:
 
 
 def prepare(folder: Path, subjects: int) -> None:
-    """What the jobs start from, made undisturbed: a cohort, its store and a trained experiment."""
+    """Make the inputs of the jobs, undisturbed: a cohort, its store and a trained experiment."""
     if (folder / "trained").is_dir():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,12 +155,12 @@ def prepare(folder: Path, subjects: int) -> None:
     ):
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
-            raise UserError(f"{Path(command[1]).name}, undisturbed, ended with {done.returncode}: {done.stderr[-400:]}")
+            raise UserError(f"undisturbed {Path(command[1]).name} failed with {done.returncode}: {done.stderr[-400:]}")
     shutil.move(folder / "ssl_exp" / "run", folder / "trained")
 
 
 def lay_out(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
-    """A folder with copies of what a job needs; times are kept, by which outputs are told from newer inputs."""
+    """Copy the inputs of a job to a new folder. Modification times are kept, because jobs compare them."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in needs:
         source, target = prepared / name, folder / name
@@ -172,7 +172,7 @@ def lay_out(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
 
 
 def members(session: int) -> list:
-    """Processes of a session that still run."""
+    """Return the processes of a session that are still running."""
     import psutil
 
     found = []
@@ -187,7 +187,7 @@ def members(session: int) -> list:
 
 def start(job: Job, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the process keeps it)
+    log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the process keeps it open)
     with log:
         return subprocess.Popen(
             job.command,
@@ -201,7 +201,7 @@ def start(job: Job, folder: Path) -> subprocess.Popen:
 
 
 def disturb(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
-    """Send a signal at a moment, if it still runs; what was sent, ``""`` for nothing."""
+    """Send a signal after ``moment`` seconds if the process is still running. Return what was sent, or ``""``."""
     try:
         process.wait(moment)
         return ""
@@ -223,16 +223,16 @@ def disturb(process: subprocess.Popen, rng: random.Random, moment: float) -> str
 
 
 def leave(process: subprocess.Popen) -> str:
-    """Wait until a start is over and nobody is left; what is wrong, ``""`` for nothing."""
+    """Wait until a start ends and no process is left. Return what went wrong, or ``""``."""
     try:
         process.wait(TIME_LIMIT)
     except subprocess.TimeoutExpired:
-        wrong = f"hangs for {TIME_LIMIT:.0f} s"
+        wrong = f"did not end within {TIME_LIMIT:.0f} s"
     else:
         until = time.monotonic() + LINGER
         while (there := members(process.pid)) and time.monotonic() < until:
             time.sleep(0.2)
-        wrong = f"leaves {len(there)} processes" if there else ""
+        wrong = f"left {len(there)} processes" if there else ""
     for one in members(process.pid):
         one.kill()
     process.wait()
@@ -240,7 +240,7 @@ def leave(process: subprocess.Popen) -> str:
 
 
 def trial(job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[list[str], str]:
-    """One trial: what was sent, and what is wrong with what came of it (``""`` for nothing)."""
+    """Run one trial. Return the signals that were sent, and what is wrong with the result (``""`` if nothing)."""
     sent = []
     for number in range(STARTS):
         process = start(job, folder)
@@ -252,11 +252,11 @@ def trial(job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: r
         if process.returncode == 0:
             break
     else:
-        return sent, f"did not come to an end in {STARTS} starts"
+        return sent, f"did not finish within {STARTS} starts"
     found = job.made(folder)
     lacking, more = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     other = sorted(name for name in set(wanted) & set(found) if wanted[name] != found[name])
-    for names, words in ((lacking, "lacks"), (more, "has besides"), (other, "differs in")):
+    for names, words in ((lacking, "lacks"), (more, "also has"), (other, "differs in")):
         if names:
             return sent, f"{words} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     return sent, ""
@@ -268,21 +268,26 @@ def trial(job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: r
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--work-dir", required=True, help="folder of the soak; give the same to go on")
-    add("--trials", type=at_least(int, 1), default=20, help="of each job; more find what is rare")
-    add("--jobs", nargs="+", default=list(jobs()), metavar="JOB", help=f"of {', '.join(jobs())}")
-    add("--num-subjects", type=at_least(int, 4), default=5, help="of the synthetic cohort; more take longer")
-    add("--seed", type=at_least(int, 0), default=0, help="another seed kills at other moments")
+    add("--work-dir", required=True, help="working folder; use the same folder to resume")
+    add("--trials", type=at_least(int, 1), default=20, help="trials per job; more trials find rarer faults")
+    add("--jobs", nargs="+", default=list(jobs()), metavar="JOB", help=f"jobs to run: {', '.join(jobs())}")
+    add(
+        "--num-subjects",
+        type=at_least(int, 4),
+        default=5,
+        help="size of the synthetic cohort; larger cohorts take longer",
+    )
+    add("--seed", type=at_least(int, 0), default=0, help="random seed; another seed kills at other moments")
     add_progress_flag(parser)
     args = parser.parse_args()
     unknown = [name for name in args.jobs if name not in jobs()]
     if unknown:
-        parser.error(f"--jobs {unknown[0]!r}: one of {', '.join(jobs())}")
+        parser.error(f"--jobs {unknown[0]!r} is not a job; choose from {', '.join(jobs())}")
     return args
 
 
 def trials_there(path: Path) -> dict[tuple[str, int], dict[str, str]]:
-    """Rows of trials.csv by job and number."""
+    """Read the rows of trials.csv, by job and trial number."""
     if not path.is_file():
         return {}
     with open(path, newline="") as stream:
@@ -290,7 +295,7 @@ def trials_there(path: Path) -> dict[tuple[str, int], dict[str, str]]:
 
 
 def soak(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) -> Iterator[dict[str, str]]:
-    """Rows of a job's trials."""
+    """Run the missing trials of a job and yield their rows."""
     missing = [number for number in range(args.trials) if (name, number) not in done]
     if not missing:
         return
@@ -299,7 +304,7 @@ def soak(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) 
     began = time.monotonic()
     process = start(job, plain)
     if leave(process) or process.returncode:
-        raise UserError(f"{name}, undisturbed, ended with {process.returncode}; see {plain / 'output.txt'}")
+        raise UserError(f"undisturbed {name} failed with {process.returncode}; see {plain / 'output.txt'}")
     seconds, wanted = time.monotonic() - began, job.made(plain)
     for number in missing:
         rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"

@@ -1,1 +1,1 @@
-"""From a scan to its features in one go."""
+"""Compute features of a scan without intermediate files."""

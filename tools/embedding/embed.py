@@ -1,4 +1,4 @@
-"""Scans to features, in memory: the pure functions of preprocess/ and the frozen encoder, one scan at a time."""
+"""Compute features of scans in memory with the functions of preprocess/ and the frozen encoder, one scan at a time."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from misc.files import file_hash
 from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
-from models.frozen import FrozenLocations, encode_each, layer_width
+from models.fast.pieces import side_by_side
+from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, encode_each, layer_width
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, patches_of, share_inside
@@ -28,37 +29,38 @@ from preprocess.registration import check_overlap, overlap, register_masks
 from preprocess.scan import ScanError, load_scan, with_warnings
 from tools.evaluation.vectors import Standardization
 
-OUTSIDE = 0.1  # share of the patches' voxels outside a scan that is worth a word
-OFF = 0.7  # centres in the lungs, of what the atlas itself has, below which a look is due
+OUTSIDE = 0.1  # the verdict warns if a larger share of the patch voxels lies outside the scan
+OFF = 0.7  # the verdict warns if the share of patch centres in the lungs, relative to the atlas, is smaller
 
 
 class Embedded(NamedTuple):
-    """What came of a scan."""
+    """Features and reports of one scan."""
 
-    features: np.ndarray  # (rep_dim,) float32: the mean over patches; or another patient vector
+    features: np.ndarray  # (rep_dim,) float32: mean over patches, or (width,) for another patient vector
     patches: np.ndarray  # (L, rep_dim) float32
-    figures: dict[str, Any]  # as the preprocessing's reports have them
-    verdict: str  # a line
+    figures: dict[str, Any]  # same numbers as in the reports of the preprocessing
+    verdict: str  # one line
     cut: Patches
     mask: sitk.Image
 
 
 class Embedder:
-    """The models of one checkpoint and one atlas, loaded once.
+    """The models of one checkpoint and one atlas, loaded once for many scans.
 
     Args:
-        checkpoint: of train.py, or the published weights.
-        atlas_mask: 50 right lung, 100 left.
-        atlas_patch_loc: table of corners (default: the one that the mask yields).
-        method: ``lungmask`` or ``threshold``; lungmask_weights its state dict.
-        min_dice: overlap with the atlas below which a scan is refused.
-        sha256: of the checkpoint, to be checked.
-        device: of the encoder.
-        patient_vector: of VECTORS; all but the mean need ``standardization``.
-        standardization: file of evaluate.py --out-dir, of features of this checkpoint.
+        checkpoint: checkpoint of train.py, or the published weights.
+        atlas_mask: lung mask of the atlas, 50 right lung, 100 left lung.
+        atlas_patch_loc: table of patch corners (default: made from the mask).
+        method: ``lungmask`` or ``threshold``.
+        lungmask_weights: state dict of lungmask.
+        min_dice: minimum Dice overlap with the atlas; scans below it are refused.
+        sha256: expected SHA-256 of the checkpoint.
+        device: device of the encoder.
+        patient_vector: one of VECTORS; all except mean need ``standardization``.
+        standardization: standardization.npz of evaluate.py --out-dir, from features of this checkpoint.
 
     Raises:
-        UserError: a file is missing or unreadable, or the table of locations is not the checkpoint's.
+        UserError: a file is missing or unreadable, or the checkpoint was trained on another table of locations.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Embedder:
     ):
         self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
         if method == "lungmask":
-            load_lungmask(lungmask_weights)  # weights that are not there are told once, not of every scan
+            load_lungmask(lungmask_weights)  # fails once for missing weights, not for every scan
         self.atlas = read_atlas_mask(atlas_mask)
         self.table = table_of(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
@@ -92,28 +94,34 @@ class Embedder:
             shape, self.width = (len(self.table), patch_width), 2 * patch_width
             if (there := self.standardization.mean.shape) != shape:
                 raise UserError(
-                    f"--standardization {standardization} has {there} locations and features, this checkpoint {shape}; "
-                    "make it from features of this checkpoint"
+                    f"--standardization {standardization} has (locations, features) {there} but this checkpoint has "
+                    f"{shape}; make it from features of this checkpoint"
                 )
         self.encoder = encoder.to(device)
         self.locations = torch.from_numpy(normalize_locations(self.table)).to(device)
         self.usual = share_inside(self.table, PATCH_SIZE, self.atlas, self.atlas)
 
     def encode(self, patches: np.ndarray) -> np.ndarray:
-        """(L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32: extract_feature.py's numbers for a store of one.
+        """Encode patches: (L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32.
 
-        With the vector ``layers`` their summaries follow, as in models.frozen.
+        The numbers are the same as from extract_feature.py for a store with one subject. With the vector ``layers``,
+        the summaries of all layers follow in the same rows, as in models.frozen.
         """
         layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
             hu = hu.to(self.locations.device)
             return encode_each(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
         frozen = FrozenLocations(self.encoder, self.locations)
-        each = [frozen[index](hu[index : index + 1], to_input, layers) for index in range(len(hu))]
-        return torch.cat(each).numpy()
+        encoded = []
+        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # frozen together, then encoded in parallel
+            pairs = [
+                (frozen[index], hu[index : index + 1]) for index in range(len(hu))[first : first + LOCATIONS_AT_ONCE]
+            ]
+            encoded += side_by_side(lambda pair: pair[0](pair[1], to_input, layers), pairs)
+        return torch.cat(encoded).numpy()
 
     def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
-        """One scan. Raises ScanError where it cannot be used."""
+        """Compute the features of one scan. Raises ScanError if the scan cannot be used."""
         scan = load_scan(path, series)
         mask = lung_mask(scan.image, self.method, self.weights, path)
         facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {path}"))
@@ -126,7 +134,9 @@ class Embedder:
         figures |= {**figures_of(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
         encoded = self.encode(cut.patches)
         if not np.isfinite(encoded).all():
-            raise ScanError(f"{path} gives features that are not finite; the checkpoint's training had diverged")
+            raise ScanError(
+                f"{path} gives features that are not finite, so the training diverged; use another checkpoint"
+            )
         patches = encoded[:, : self.rep_dim]
         if self.standardization is None:
             features = patches.mean(axis=0, dtype=np.float64)
@@ -137,58 +147,60 @@ class Embedder:
         return Embedded(features, patches, figures | facts, self.verdict(figures, facts), cut, mask)
 
     def verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
-        """A line: ``fine``, or what to look at."""
+        """Return ``fine``, or one line that says what to check."""
         said = [facts["warnings"]] if facts.get("warnings") else []
         share = figures["voxels_outside"] / (figures["patches"] * PATCH_SIZE**3)
         if share > OUTSIDE:
             said.append(f"{share:.0%} of the patches' voxels lie outside the scan")
         if figures["centres_in_lungs"] < OFF * self.usual:
             said.append(
-                f"{figures['centres_in_lungs']:.2f} of the patch centres lie in the lungs, in the atlas's own "
-                f"{self.usual:.2f}"
+                f"{figures['centres_in_lungs']:.2f} of the patch centres lie in the lungs, compared with "
+                f"{self.usual:.2f} in the atlas"
             )
-        return f"look at it: {'; '.join(said)}" if said else "fine"
+        return f"check it: {'; '.join(said)}" if said else "fine"
 
 
 def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: str) -> Standardization | None:
-    """What a patient vector needs of other subjects; None for the mean. Raises UserError."""
+    """Read the standardisation that a patient vector needs; None for the mean. Raises UserError."""
     if kind == "mean":
         if path:
-            raise UserError(f"--standardization {path} has no use with --patient-vector mean; name moments or layers")
+            raise UserError(
+                f"--standardization {path} has no effect with --patient-vector mean; give moments or layers"
+            )
         return None
     if not path:
         raise UserError(
-            f"--patient-vector {kind} is standardised by other subjects: give --standardization FILE, the "
+            f"--patient-vector {kind} needs --standardization FILE with the mean and SD of other subjects; give the "
             "standardization.npz of evaluate.py --out-dir"
         )
     found, made_of = Standardization.load(path)
     if found.kind != kind:
         raise UserError(
-            f"--standardization {path} is of --patient-vector {found.kind}, not {kind}; give the one of {kind}"
+            f"--standardization {path} is for --patient-vector {found.kind}, not {kind}; give a file for {kind}"
         )
     if made_of and made_of != checkpoint:
         raise UserError(
-            f"--standardization {path} is of features of another checkpoint (sha256 {made_of[:12]}, this one's is "
-            f"{checkpoint[:12]}); make it from features of this one"
+            f"--standardization {path} was made for another checkpoint (sha256 {made_of[:12]}, this one has "
+            f"{checkpoint[:12]}); make it from features of this checkpoint"
         )
     return found
 
 
 def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask: str, **choices: Any) -> pd.DataFrame:
-    """Features of scans as a table: sid (the file's or folder's name), f000 ...; a bad scan raises.
+    """Compute features of scans as a table with columns sid (name of the file or folder), f000, ...
 
     Args:
-        scans: files or folders of DICOM slices.
-        checkpoint, atlas_mask, choices: of :class:`Embedder`.
+        scans: image files or folders of DICOM slices.
+        checkpoint, atlas_mask, choices: arguments of :class:`Embedder`.
 
     Raises:
-        UserError: a scan, or what it is embedded with, cannot be used.
+        UserError: a scan, the checkpoint or another input cannot be used.
     """
     embedder = Embedder(checkpoint, atlas_mask, **choices)
     sids = [name_of(path) for path in scans]
     if len(set(sids)) < len(sids):
         twice = next(sid for sid in sids if sids.count(sid) > 1)
-        raise UserError(f"two of the scans are called {twice!r}; give a table with a sid for each")
+        raise UserError(f"two scans are called {twice!r}; rename one of the files")
     rows = np.stack([embedder(path).features for path in scans])
     table = pd.DataFrame(rows, columns=feature_columns(embedder.width))
     table.insert(0, "sid", sids)
@@ -196,7 +208,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
 
 
 def name_of(path: str | os.PathLike) -> str:
-    """A scan's subject name: the file's or folder's name without the suffixes of image formats."""
+    """Return the sid of a scan: the name of the file or folder without the suffixes of image formats."""
     path = Path(os.path.abspath(path))
     name = path.name
     if not path.is_dir():

@@ -1,1 +1,1 @@
-"""What commands that judge features share."""
+"""Shared code of the tools that evaluate features."""

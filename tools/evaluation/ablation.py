@@ -1,4 +1,4 @@
-"""Tables and the picture of an ablation."""
+"""Result tables and plot of an ablation study."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ import pandas as pd
 
 
 def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Mean and SD of R² over seeds, and the paired difference to an arm.
+    """Compute mean and SD of R² over seeds, and the paired difference to a reference arm.
 
     Args:
-        rows: arm, seed, column, table, r2; the arm ``baseline`` has one row a table.
-        reference: arm that differences are to.
+        rows: table with arm, seed, column, table, r2; the arm ``baseline`` has one row per column and table.
+        reference: the arm that is subtracted.
 
     Returns:
-        A row for each column, arm and table: mean, sd, seeds; and for runs difference and difference_sd, over the
-        seeds that both arms have. NaN where there is no such number: an SD of one seed, a difference to itself.
+        One row per column, arm and table, with mean, sd and seeds. Other arms than ``baseline`` and the reference also
+        have difference and difference_sd, over the seeds that both arms have. A number that is undefined is NaN, for
+        example the SD of one seed.
     """
     found = []
     paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"].sort_index()
@@ -39,14 +40,14 @@ def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
-    """A line a label, a column an arm or baseline: R² of the held-out subjects, mean +- SD over seeds."""
+    """Format R² of the held-out subjects, mean ± SD over seeds: one row per label, one column per arm or baseline."""
     columns = table["column"].unique()
     names = list(dict.fromkeys(zip(table["arm"], table["table"])))
     cells = table.set_index(["column", "arm", "table"])
     heads = [name if arm == "baseline" else f"{arm}: {name}" for arm, name in names]
     lines = [
-        f"R² of {int(held_out.sum())} held-out subjects, fitted to {int((~held_out).sum())}; mean ± SD over seeds "
-        "(and the paired difference to the first arm)",
+        f"R² of {int(held_out.sum())} held-out subjects, fitted to {int((~held_out).sum())} other subjects. "
+        "Mean ± SD over seeds, and in parentheses the paired difference to the first arm.",
         "",
         "| label | " + " | ".join(heads) + " |",
         "| --- |" + " --- |" * len(heads),
@@ -71,7 +72,7 @@ def _cell(row: pd.Series) -> str:
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Every run a dot, every baseline a line, a panel a label."""
+    """Plot one panel per label: a dot for every run, a line for every baseline."""
     import matplotlib
 
     matplotlib.use("Agg")

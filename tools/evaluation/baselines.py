@@ -1,4 +1,4 @@
-"""What a density reading says of the same patches: features that need no network."""
+"""Density and histogram baselines: features of the same patches without a network."""
 
 from typing import NamedTuple
 
@@ -11,25 +11,25 @@ from data.store import PatchStore
 from misc.progress import progress_bar
 from misc.sizes import HU_MAX, HU_MIN
 
-BINS = 32  # of the histograms, of equal width over [-1024, 240] HU
-EMPHYSEMA_HU = -950  # the clinic's threshold
-PARENCHYMA_HU = -500  # lung is below, chest wall and heart above
-SMOOTHING = 1.0  # voxels: takes the dose's noise out; 2 and 3 told less of phantoms
+BINS = 32  # histogram bins of equal width over [-1024, 240] HU
+EMPHYSEMA_HU = -950  # the clinical threshold for emphysema
+PARENCHYMA_HU = -500  # lung tissue is below, chest wall and heart are above
+SMOOTHING = 1.0  # sigma in voxels, removes dose noise; 2 and 3 predicted worse on phantoms
 ROWS_AT_ONCE = 64
 
 
 def histogram_of(patch: np.ndarray) -> np.ndarray:
-    """Voxels of a patch, in HU, in each bin: (BINS,)."""
+    """Count the voxels of a patch (HU) in each histogram bin, (BINS,)."""
     return np.histogram(np.clip(patch, HU_MIN, HU_MAX), BINS, (HU_MIN, HU_MAX))[0]
 
 
 def counts_of(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Voxels of a patch, in HU: a histogram (BINS,), those below -950 and those below -500 HU."""
+    """Return the histogram (BINS,) of a patch in HU, and its numbers of voxels below -950 HU and below -500 HU."""
     return histogram_of(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
 
 def smooth(patches: np.ndarray) -> np.ndarray:
-    """Patches (n, 32, 32, 32) in HU after a Gaussian of SMOOTHING voxels, float32, as the views of letter s."""
+    """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SMOOTHING voxels, as augmentation ``s`` does; float32."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))
     sigma = torch.full((1, 3), SMOOTHING, dtype=torch.float64)
     (bands,) = Augmentation("s").prepare([{"sigma": sigma}], volumes.shape[1:])
@@ -39,16 +39,19 @@ def smooth(patches: np.ndarray) -> np.ndarray:
 
 
 class Counts(NamedTuple):
-    """Voxels of N subjects' patches at L locations."""
+    """Voxel counts of the patches of N subjects at L locations."""
 
     histogram: np.ndarray  # (N, L, BINS)
-    smoothed: np.ndarray  # (N, BINS) of all patches, smoothed
-    low: np.ndarray  # (N, L) below -950 HU
-    lung: np.ndarray  # (N, L) below -500 HU
+    smoothed: np.ndarray  # (N, BINS) histogram over all patches after smoothing
+    low: np.ndarray  # (N, L) voxels below -950 HU
+    lung: np.ndarray  # (N, L) voxels below -500 HU
 
 
 def density_counts(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
-    """Of every patch of a store; those of smoothed patches, which take longest, stay 0 where they are not asked for."""
+    """Count the voxels of every patch of a store.
+
+    Smoothing takes most of the time. Without ``smoothed`` it is skipped and the smoothed histograms stay 0.
+    """
     shape = (store.num_subjects, store.num_locations)
     sizes = ((*shape, BINS), (shape[0], BINS), shape, shape)
     counts = Counts(*(np.zeros(size, dtype=np.int64) for size in sizes))
@@ -68,11 +71,14 @@ def density_counts(store: PatchStore, no_progress: bool = False, smoothed: bool 
 
 
 def baseline_tables(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> dict[str, pd.DataFrame]:
-    """Tables by sid, for the same regression as the features.
+    """Return the baseline tables, indexed by sid. They are evaluated like the features.
 
-    density: share of the lung below -950 HU, one number; density_by_location: the same in each patch; histogram: 32
-    bins over all patches; histogram_smoothed, left out where it is not asked for: after a Gaussian of 1 voxel, which
-    takes noise out; histogram_by_location: of each patch.
+    Returns:
+        density: share of the lung below -950 HU, one number.
+        density_by_location: the same share for each patch.
+        histogram: 32 bins over all patches.
+        histogram_smoothed: the same after a Gaussian of 1 voxel that removes noise; only with ``smoothed``.
+        histogram_by_location: 32 bins for each patch.
     """
     histogram, of_smoothed, low, lung = density_counts(store, no_progress, smoothed)
     voxels = histogram.sum(axis=2, keepdims=True)

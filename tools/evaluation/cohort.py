@@ -1,4 +1,4 @@
-"""Who is evaluated and on what: labels, covariates, patients, and whether each label can be predicted."""
+"""The subjects of an evaluation with their labels, covariates and patients, and which labels can be predicted."""
 
 import argparse
 import sys
@@ -14,8 +14,8 @@ from tools.evaluation.kinds import FEWEST, kind_of_words, missing_code, recogniz
 from tools.evaluation.splits import look_like_one_patient, on_both_sides
 from tools.evaluation.tables import group_numbers, held_out_rows
 
-STAGES = ("GOLD", "finalGold")  # columns that follow from the two below
-SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # beginnings of their names
+STAGES = ("GOLD", "finalGold")  # these columns are derived from the two below
+SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the column names begin
 
 
 def note(text: str) -> None:
@@ -23,12 +23,12 @@ def note(text: str) -> None:
 
 
 class Cohort:
-    """Labels, covariates and patients of the subjects that all tables have.
+    """Labels, covariates and patients of the subjects that are in every table.
 
     Args:
-        args: of tools/evaluate.py.
+        args: arguments of tools/evaluate.py.
         sids: N subjects.
-        table: the labels as text.
+        table: the label table as text.
     """
 
     def __init__(self, args: argparse.Namespace, sids: list[str], table: pd.DataFrame):
@@ -38,7 +38,7 @@ class Cohort:
 
         def hear(text: str) -> None:
             if args.group_column and f"column {args.group_column!r}" in text:
-                return  # names of patients are no label
+                return  # the patient column is not a label
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
@@ -53,54 +53,58 @@ class Cohort:
         self.known = ~np.isnan(self.covariates).any(axis=1)
         if not self.known.all():
             first = sids[int(np.argmin(self.known))]
-            note(
-                f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, the first {first!r}"
-            )
+            note(f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, such as {first!r}")
         if args.group_column:
             self.groups = group_numbers(table, args.group_column, sids, args.labels)
             both = None if self.held_out is None else on_both_sides(self.groups, self.held_out)
             if both is not None:
                 fitted, reported = (sids[row] for row in both)
                 raise StoreError(
-                    f"--held-out {args.held_out}: sids {fitted!r} (0) and {reported!r} (1) are of one patient, who is "
-                    f"then fitted to and reported on; give all scans of a patient the same number in {self.path}"
+                    f"--held-out {args.held_out}: sids {fitted!r} (0) and {reported!r} (1) are scans of one patient, "
+                    "which would then be in the training and in the held-out part; give all scans of a patient the "
+                    f"same value in {self.path}"
                 )
         else:
             self.groups = np.arange(len(sids))
             alike = look_like_one_patient(sids)
             if alike:
                 note(
-                    f"sids {', '.join(alike[:3])} look like scans of one patient; without --group-column they may be "
-                    "fitted to and reported on, and any label is then predicted by recognising the patient"
+                    f"sids {', '.join(alike[:3])} look like scans of one patient; give --group-column, or a model may "
+                    "be tested on patients that it was fitted to, which makes every label look predictable"
                 )
 
     def column(self, name: str) -> np.ndarray:
-        """(N,) NaN where unknown. Raises StoreError."""
+        """Return the values of a numeric column, (N,), NaN where unknown. Raises StoreError."""
         if name in self.names:
             return self.values[:, self.names.index(name)]
         raise StoreError(why_no_column(self.path, name, self.names))
 
     def parts(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
-        """Of known rows (N,) those that models are fitted to and those that are reported on.
+        """Split the k known rows of (N,) into the part that models are fitted to and the held-out part.
 
         Returns:
-            For each: how a message begins; (k,) bool; the fewest of it, in folds; the fewest patients.
+            One part without --held-out, else two. Each part has the beginning of an error message, its rows (k,) bool,
+            the minimum count as a number of folds, and the minimum number of patients.
         """
         if self.held_out is None:
             return [("", np.ones(known.sum(), dtype=bool), folds, folds)]
         held = self.held_out[known]
-        return [("among those fitted to it ", ~held, 2, 2 * FEWEST), ("among those reported on it ", held, 1, FEWEST)]
+        return [("in the training part, ", ~held, 2, 2 * FEWEST), ("in the held-out part, ", held, 1, FEWEST)]
 
 
 def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
-    """What is to be predicted, each with the rows (N,) where it is known. Raises StoreError."""
+    """Return the labels to predict, each with the rows (N,) bool that have a value. Raises StoreError."""
     taken = {args.held_out, args.group_column, args.time_column, args.event_column, *args.covariates}
     unknown = next((name for name in args.kind if name not in cohort.names), None)
     if unknown:
-        raise StoreError(f"--kind {unknown}: {cohort.path} has no such numeric column{spelt(unknown, cohort.names)}")
+        raise StoreError(
+            f"--kind {unknown}: {cohort.path} has no numeric column with this name{spelt(unknown, cohort.names)}"
+        )
     idle = next((name for name in args.kind if args.columns and name not in args.columns), None)
     if idle:
-        raise StoreError(f"--kind {idle}: not among --columns {' '.join(args.columns)}, so it would not be predicted")
+        raise StoreError(
+            f"--kind {idle} has no effect, because --columns does not include it; add it to {' '.join(args.columns)}"
+        )
     wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
     labels = []
     for name in wanted:
@@ -108,7 +112,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         known = ~np.isnan(values) & cohort.known
         _note_missing(name, values[known])
         if not args.columns and (reason := _no_label(name, values[known])):
-            note(f"column {name!r} left out, {reason}; --columns {name} predicts it all the same")
+            note(f"column {name!r} left out: {reason}; give --columns {name} to predict it anyway")
             continue
         kind = (
             args.kind.get(name)
@@ -119,14 +123,14 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         reason = reason or ("" if name in args.kind else why_a_code(values[known]))
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
         if source:
-            reason = f"follows from --covariates {source}: it would be predicted from itself"
+            reason = f"it is derived from --covariates {source}, so it would be predicted from itself"
         if reason and args.columns:
-            raise StoreError(f"{cohort.path}: column {name!r} {reason}")
+            raise StoreError(f"{cohort.path}: column {name!r} cannot be predicted: {reason}")
         if reason:
-            note(f"column {name!r} left out, it {reason}")
+            note(f"column {name!r} left out: {reason}")
             continue
         if args.columns and np.isnan(values).any():
-            note(f"column {name!r} is known for {(~np.isnan(values)).sum()} of {len(values)} subjects")
+            note(f"column {name!r} has a value for {(~np.isnan(values)).sum()} of {len(values)} subjects")
         classes = tuple(np.unique(values[known])) if kind == "class" else ()
         target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
         labels.append((Label(name, kind, target, classes), known))
@@ -136,8 +140,8 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         words = cohort.words.get(args.event_column)
         if words and [word.lower() for word in words] not in NO_AND_YES:
             raise StoreError(
-                f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 where "
-                "the event was seen and 0 where not, or yes and no"
+                f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 or yes "
+                "if the event was observed, 0 or no if not"
             )
         both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
@@ -147,22 +151,26 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
             raise StoreError(f"{cohort.path}: {flags}: {reason}")
         labels.append((Label(args.event_column, "survival", both[known], time=args.time_column), known))
     if not labels:
-        raise StoreError(f"{cohort.path} has no column that can be predicted for these subjects")
+        raise StoreError(f"{cohort.path} has no label column that can be predicted for these subjects")
     return labels
 
 
 def _no_label(name: str, values: np.ndarray) -> str:
-    """Why a column that nobody asked for by name is hardly meant to be predicted as a number; empty where it may be."""
+    """Return why a column that --columns does not name is probably not a label, or "" if it may be one."""
     lower = name.lower().replace("-", "_")
     if lower in ("held_out", "heldout", "split", "fold", "test", "train") and len(np.unique(values)) <= 10:
-        return f"its name says who is fitted to (--held-out {name})"
+        return f"its name suggests a split into training and test subjects (--held-out {name})"
     if lower.startswith(("survival", "follow")) and (values >= 0).all():
-        return f"its name says follow-up (--time-column {name}, with --event-column)"
+        return f"its name suggests a follow-up time (--time-column {name}, with --event-column)"
     return ""
 
 
 def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:
-    """Why labels (N, ...), of which (N,) are known, cannot be predicted, of all or of a side; empty where they can."""
+    """Return why labels (N, ...) cannot be predicted, or "" if they can. With --held-out both parts are checked.
+
+    Args:
+        known: (N,) bool, rows that have a value.
+    """
     parts = cohort.parts(known, folds)
     for words, rows, fewest, patients in parts:
         own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
@@ -171,41 +179,41 @@ def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind
         else:
             reason = why_not(own, kind, fewest) if len(own) >= patients or not words else ""
         if not reason and there < patients:
-            reason = f"is known for {there} patients, fewer than the {folds} folds"
+            reason = f"{there} patients have a value, fewer than the {folds} folds"
             if words:
-                reason = f"is known for {there} patients; at least {patients} are needed"
+                reason = f"{there} patients have a value; at least {patients} are needed"
         if reason:
             return words + reason
     if kind == "class" and cohort.held_out is not None:
         fitted, reported = (set(values[known][rows]) for _, rows, *_ in parts)
         if fitted != reported:
-            return f"has {min(fitted ^ reported):g} on one side of --held-out only"
+            return f"the class {min(fitted ^ reported):g} occurs only in one part of --held-out"
     return ""
 
 
 def _note_missing(name: str, values: np.ndarray) -> None:
-    """Tell of a number (n,) that tables write for missing."""
+    """Print a note if values (n,) contain a number that often means missing."""
     code = missing_code(values)
     if code is not None:
         count = int((values == code).sum())
         note(
-            f"column {name!r} has {code:g} for {count} subjects: if that means missing, leave such cells empty, or "
-            f"give --missing {code:g}"
+            f"column {name!r} has {code:g} for {count} subjects; if that means missing, give --missing {code:g} or "
+            "leave these cells empty"
         )
 
 
 def why_a_code(values: np.ndarray) -> str:
-    """Why values of 0, 1 and a code for missing, (n,), are no numbers to predict; empty for others."""
+    """Return why values (n,) of 0, 1 and a code for missing cannot be predicted as they are, or "" for others."""
     code = missing_code(values)
     if code is None or not set(values) - {code} <= {0.0, 1.0}:
         return ""
-    return f"has {code:g} beside 0 and 1: give --missing {code:g} if it means missing, else say what it is with --kind"
+    return f"it has {code:g} in addition to 0 and 1; give --missing {code:g} if that means missing, else set --kind"
 
 
 def _stage(
     cohort: Cohort, name: str, values: np.ndarray, known: np.ndarray, folds: int
 ) -> tuple[Label, np.ndarray] | None:
-    """A stage by way of the spirometry that it follows from, where the table has it."""
+    """Return the label that predicts a stage through spirometry, or None if the table lacks the columns for it."""
     columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
     if name not in STAGES or None in columns:
         return None
@@ -214,7 +222,7 @@ def _stage(
     for what in (values, *spirometry.T):
         reason = why_not_in_parts(cohort, what, known, "regression", folds)
         if reason:
-            note(f"{name} is not predicted by way of spirometry: where {', '.join(columns)} are known, one {reason}")
+            note(f"{name} is not predicted through spirometry: in the subjects with {', '.join(columns)}, {reason}")
             return None
     target = np.column_stack([values[known], np.log10(spirometry[known])])
     return Label(f"{name}_from_spirometry", "stage", target), known

@@ -1,4 +1,4 @@
-"""How well each of several tables predicts one label: figures with intervals, beside permuted labels."""
+"""Evaluate how well several tables predict one label: metrics with intervals, and the same for permuted labels."""
 
 import functools
 from collections.abc import Mapping
@@ -12,21 +12,22 @@ from tools.evaluation.splits import draw_folds, resamples, strata_of
 from tools.evaluation.survival import c_index
 from tools.evaluation.vectors import Table
 
-RESAMPLES = 1000  # of the bootstrap, over patients
+RESAMPLES = 1000  # bootstrap resamples over patients
 INTERVAL = (2.5, 97.5)  # percentiles
 REPEATS = {"regression": 10, "log10": 10, "grade": 10, "class": 3, "survival": 3, "stage": 3}
 PERMUTATIONS = 5
 
 
 class Label(NamedTuple):
-    """What is predicted.
+    """A label to predict.
 
     Attributes:
-        name: the column's; of survival the event's.
+        name: name of the column; for survival the event column.
         kind: regression, log10, grade, class, survival or stage.
-        target: (N,) numbers, of classes 0, 1, ...; (N, 2) time and event; (N, 3) stage and what it follows from.
-        classes: what class numbers stand for.
-        time: of survival the column of the follow-up.
+        target: (N,) numbers, or class numbers 0, 1, ...; for survival (N, 2), time and event; for a stage (N, 3), the
+            stage and the two values that define it.
+        classes: the original value of each class number.
+        time: for survival the column of the follow-up time.
     """
 
     name: str
@@ -37,14 +38,14 @@ class Label(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Figures of one label, and what they are of."""
+    """Metrics and predictions of one label."""
 
     figures: dict[str, dict[str, dict[str, Any]]]  # table -> metric -> mean, low, high, permuted
-    predictions: dict[str, np.ndarray]  # table -> (N, ...), mean over the repeats
+    predictions: dict[str, np.ndarray]  # table -> predictions (N, ...), mean over the repeats
 
 
 def metrics_of(kind: str) -> dict[str, Metric]:
-    """The metrics of a kind of label, by name; the first is the one that tables are compared by."""
+    """Return the metrics of a kind of label, by name. The first one is used to compare tables."""
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
@@ -66,24 +67,24 @@ def judge(
     seed: int = 0,
     added_to: Mapping[str, str] | None = None,
 ) -> Judged:
-    """Nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
+    """Evaluate tables by nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
 
-    All tables share folds and resamples. In each repeat everybody is predicted once by a model that has not seen any
-    scan of that patient; a figure is of those N predictions together, its mean over the repeats.
+    All tables share folds and resamples. In each repeat, every subject is predicted once by a model that has not seen
+    any scan of this patient. A metric is computed from these N predictions together and averaged over the repeats.
 
     Args:
-        label: of N subjects, all known.
-        tables: (N, D) each, or what gives them for each fold; the first is the one that others are compared to.
-        groups: (N,) numbers of patients.
-        folds: of each repeat.
-        weights: (D,) of the columns of tables, or (models, D), to average predictions of; else ones.
-        held_out: (N,) subjects to report on, by a model of the others, in place of folds.
-        seed: of folds, bootstrap and permutations.
-        added_to: of a table that has another's columns too, that other one.
+        label: a label with a value for each of the N subjects.
+        tables: (N, D) each, or an object that computes it for each fold. The others are compared to the first.
+        groups: (N,) patient numbers.
+        folds: number of folds in each repeat.
+        weights: column weights of a table, (D,), or (models, D) to average several models (default: ones).
+        held_out: (N,) bool, subjects to report on with a model fitted to the others, instead of cross-validation.
+        seed: random seed of folds, bootstrap and permutations.
+        added_to: for a table that includes the columns of another table, the name of that other table.
 
     Returns:
-        Figures and predictions. Beside a table's first metric stand the paired differences, with their intervals:
-        ``{first}_minus_this``, and of a table in ``added_to`` ``this_minus_{other}``.
+        Metrics and predictions. The first metric of a table also has paired differences with intervals:
+        ``{first}_minus_this`` and, for a table in ``added_to``, ``this_minus_{other}``.
     """
     metrics, repeats = metrics_of(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
@@ -93,7 +94,7 @@ def judge(
     stratum = strata_of(by_fold, "class" if target.ndim == 2 else label.kind)
 
     def predict(name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
-        """The reported subjects, (reported, ...)."""
+        """Predict the reported subjects, (reported, ...)."""
         table, of_columns = tables[name], (weights or {}).get(name)
         if held_out is not None:
             return predict_others(MODELS[label.kind], table, truth, held_out, of_columns)
@@ -104,7 +105,7 @@ def judge(
     permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     predictions: dict[str, np.ndarray] = {}
-    samples: dict[str, np.ndarray] = {}  # of the first metric, (1 + RESAMPLES,)
+    samples: dict[str, np.ndarray] = {}  # table -> first metric, (1 + RESAMPLES,)
     for name in tables:
         given = [predict(name, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)

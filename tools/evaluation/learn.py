@@ -1,4 +1,4 @@
-"""Models of a label on features, fitted to some subjects and asked about others."""
+"""Models that predict a label from features: fit to some subjects, predict the others."""
 
 import warnings
 from collections.abc import Callable
@@ -10,31 +10,32 @@ from tools.evaluation.survival import choose_penalty, fit_cox
 from tools.evaluation.vectors import Table, fitted_table
 
 FOLDS = 5
-PENALTIES = np.logspace(-1, 5, 25)  # of features with SD 1
-COVARIATE_WEIGHT = 10.0  # of a standardised covariate: hardly penalised beside features
+PENALTIES = np.logspace(-1, 5, 25)  # for features with SD 1
+COVARIATE_WEIGHT = 10.0  # scale of a standardised covariate, so that the ridge penalty hardly affects it
 INNER_FOLDS = 3
 
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
 
 
 def joined_weights(*widths: int) -> np.ndarray:
-    """Weights of the columns of tables side by side, (2, D), to ask what the others add to the last.
+    """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
-    A row is a model: the last table alone, and all of them, each with the same sum of squares, so that a wide table
-    does not drown a narrow one. The mean of the two models' predictions is taken, because a choice on some hundred
-    subjects is noisier (the forecast combination puzzle: Stock and Watson, 2004).
+    Each row is a model: the first uses the last table alone, the second uses all tables. In the second, all tables
+    have the same sum of squares, so that a wide table does not dominate a narrow one. The predictions of the two models
+    are averaged. Choosing one of them on a few hundred subjects is noisier (the forecast combination puzzle: Stock and
+    Watson, 2004).
     """
     alone = np.repeat([*np.zeros(len(widths) - 1), 1.0], widths)
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
 
 
 def covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
-    """Of the columns of a table with ``count`` covariates before it."""
+    """Return the column weights of a table after ``count`` covariates were put in front of it."""
     return np.concatenate([np.full((*weights.shape[:-1], count), COVARIATE_WEIGHT), weights], axis=-1)
 
 
 def scale(fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Both with mean 0 and SD 1 of the fitted, times ``weights`` (D,) where given."""
+    """Standardise both tables with the mean and SD of ``fitted``, and multiply by ``weights`` (D,) if given."""
     mean, sd = fitted.mean(0), fitted.std(0)
     weights = np.ones(len(sd)) if weights is None else weights
     factor = np.divide(weights, sd, out=np.zeros_like(sd), where=sd > 1e-12)
@@ -42,24 +43,27 @@ def scale(fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = N
 
 
 def ridge():
-    """A ridge regression whose penalty is chosen on the subjects that it is fitted to, of columns with SD 1."""
+    """Return a ridge regression for columns with SD 1; it chooses its penalty on the subjects it is fitted to."""
     from sklearn.linear_model import RidgeCV
 
     return RidgeCV(alphas=PENALTIES)
 
 
 def predict_number(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Ridge regression, its penalty chosen on the fitted subjects, (n,). Columns keep the weight they have."""
+    """Predict numbers (n,) by ridge regression. It chooses the penalty on the fitted subjects, and does not scale."""
     return ridge().fit(fitted, target).predict(others)
 
 
 def predict_grade(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Ridge regression within the range of the fitted grades, (n,), not rounded."""
+    """Predict grades (n,) by ridge regression, clipped to the range of the fitted grades but not rounded."""
     return np.clip(predict_number(fitted, target, others), target.min(), target.max())
 
 
 def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Logistic regression: probabilities (n, classes) of the numbers 0, 1, ...; a class not fitted to has 0."""
+    """Predict probabilities (n, classes) of classes 0, 1, ... by logistic regression.
+
+    A class that no fitted subject has gets probability 0.
+    """
     from sklearn.linear_model import LogisticRegressionCV
 
     present, counts = np.unique(target, return_counts=True)
@@ -69,9 +73,7 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
         return probabilities
     settings = dict(Cs=np.logspace(-5, 1, 7), cv=min(INNER_FOLDS, counts.min()), scoring="neg_log_loss")
     if len(present) == 2:
-        settings["solver"] = (
-            "newton-cholesky"  # several times faster; of more classes scikit-learn 1.6 and later has it
-        )
+        settings["solver"] = "newton-cholesky"  # several times faster; needs scikit-learn 1.6 for more classes
     if settings["cv"] < 2:
         from sklearn.linear_model import LogisticRegression
 
@@ -79,32 +81,37 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     else:
         model = LogisticRegressionCV(**settings, class_weight="balanced", max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of defaults that scikit-learn 1.10 will change
+        warnings.simplefilter("ignore", FutureWarning)  # scikit-learn 1.10 will change some defaults
         probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
     return probabilities
 
 
 def predict_risk(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Ridge Cox regression of (n, 2) times and events: the linear predictor, (n,)."""
+    """Predict risk, (n,): the linear predictor of a ridge Cox regression on times and events (n, 2)."""
     time, event = target.T
     penalty = choose_penalty(fitted, time, event, INNER_FOLDS, seed=0)
     return others @ fit_cox(fitted, time, event, penalty)
 
 
 def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """A grade by way of spirometry, the practice of the method's group: a decision tree on two predicted values.
+    """Predict a grade through spirometry, as the authors of the method do: a decision tree on two predicted values.
 
     Args:
-        target: (n, 3): the grade, and the two values that it follows from, such as log10 FEV1 % predicted and FEV1/FVC.
+        fitted: (n, D) features of the fitted subjects.
+        target: (n, 3), the grade and the two values that define it, such as log10 of FEV1 % predicted and of FEV1/FVC.
+        others: (m, D) features of the subjects to predict.
 
     Returns:
-        (n,) grades.
+        (m,) grades.
     """
     return _stage_of([(fitted, others)], target)
 
 
 def _stage_of(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
-    """As predict_stage, of several tables: the mean of the values that they predict, for a mean of stages is none."""
+    """Do the work of predict_stage for several tables.
+
+    The two values are averaged over the tables before the tree, because a mean of stages is not a stage.
+    """
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
@@ -131,11 +138,17 @@ MODELS: dict[str, Predict] = {
 def predict_others(
     model: Predict, features: Table, target: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """The rows ``others`` (N,) bool predicted by a model of the rest: (others, ...). Scaling is the rest's too.
+    """Fit a model to some subjects and predict the others.
 
     Args:
-        features: (N, D), or what gives them for a set of fitted rows.
-        weights: (D,) of the columns, or (models, D), the mean of whose predictions is taken.
+        model: one of MODELS.
+        features: (N, D), or an object that computes them for a set of fitted rows.
+        target: (N, ...).
+        others: (N,) bool, the rows to predict. Model and scaling are fitted to the rest.
+        weights: column weights (D,), or (models, D) to average the predictions of several models.
+
+    Returns:
+        Predictions, (others, ...).
     """
     features = fitted_table(features, ~others)
     if weights is not None and weights.ndim == 2:
@@ -149,11 +162,11 @@ def predict_others(
 
 
 def _in_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Fitted rows, target and asked rows, of no more columns than fitted rows: (n, D), (m, D) -> (n, r), (n,), (m, r).
+    """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
-    A model with a penalty on the squares of its weights has these in the space of the fitted rows, which an orthogonal
-    rotation takes to the first r columns: the same predictions, from fewer columns. The rotation is of the rows' inner
-    products, (n, n), twenty times faster than a QR decomposition of 4,096 columns.
+    If a model penalises its squared weights, the weights lie in the space of the fitted rows. An orthogonal rotation
+    maps this space to the first r columns. The rotation is computed from the inner products of the rows, (n, n), which
+    is twenty times faster than a QR decomposition of 4,096 columns.
     """
     if fitted.shape[1] <= len(fitted):
         return fitted, target, asked
@@ -166,13 +179,13 @@ def _in_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> 
 def out_of_fold(
     model: Predict, features: Table, target: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Everybody predicted by a model that has seen the other folds only: (N, ...)."""
+    """Predict every subject with a model that was fitted to the other folds, (N, ...)."""
     predicted = None
     for number in np.unique(fold):
         own = fold == number
         part = predict_others(model, features, target, own, weights)
         if predicted is None:
-            # Classes as in the whole: a fold may lack the highest one.
+            # Use the classes of all subjects: a fold may lack the highest class.
             width = (int(target.max()) + 1,) if part.ndim == 2 else ()
             predicted = np.zeros((len(fold), *width))
         if part.ndim == 2:
@@ -182,13 +195,13 @@ def out_of_fold(
 
 
 def held_out_r2(features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """R² of the held-out subjects by a ridge regression fitted to the others.
+    """Return the R² of the held-out subjects, predicted by a ridge regression that was fitted to the others.
 
     Args:
-        features: (N, D), or as in :func:`predict_others`.
+        features: (N, D), or an object as in :func:`predict_others`.
         target: (N,).
         held_out: (N,) bool.
-        weights: (D,) of the columns, or (models, D).
+        weights: column weights (D,) or (models, D), as in :func:`predict_others`.
     """
     predicted = predict_others(predict_number, features, target, held_out, weights)
     return float(r2(target[held_out], predicted, np.ones((len(predicted), 1)))[0])

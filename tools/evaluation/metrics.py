@@ -1,7 +1,8 @@
-"""Figures of merit, each for one set of predictions, or for many resamples of it at once.
+"""Metrics of predictions, computed for many bootstrap resamples at once.
 
-A function takes the truth (n,), the prediction (n,) or (n, classes), and weights (n, b): how often each patient is in
-each of b resamples. It gives (b,) figures, NaN where a resample leaves one undefined. All ones is the plain figure.
+Each function takes the truth (n,), the prediction (n,) or (n, classes), and weights (n, b). A weight says how often a
+subject occurs in a resample. The result has one value per resample, (b,), or NaN if the resample leaves the metric
+undefined. Weights of 1 give the plain metric.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,14 @@ Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, NaN where below is 0."""
+    """Divide above by below; NaN where below is 0."""
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
 
 
 def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """1 - SSE / SST; below 0 the prediction is worse than everybody's mean."""
+    """Coefficient of determination, 1 - SSE / SST; below 0 the prediction is worse than the mean of all subjects."""
     count, middle = weights.sum(0), truth.mean()
-    truth, predicted = truth - middle, predicted - middle  # else digits are lost where the mean is large
+    truth, predicted = truth - middle, predicted - middle  # centring avoids a loss of digits if the mean is large
     mean = _ratio(truth @ weights, count)  # (b,)
     squares = np.square(truth) @ weights
     total = squares - count * mean**2
@@ -27,22 +28,25 @@ def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """In the label's unit."""
+    """Mean absolute error in the unit of the label."""
     return _ratio(np.abs(truth - predicted) @ weights, weights.sum(0))
 
 
 def exact(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share whose grade, rounded, is the true one."""
+    """Share of subjects with a rounded grade equal to the true grade."""
     return _ratio((np.rint(predicted) == truth) @ weights.astype(float), weights.sum(0))
 
 
 def within_one(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share whose grade, rounded, is at most one off."""
+    """Share of subjects with a rounded grade at most one grade off."""
     return _ratio((np.abs(np.rint(predicted) - truth) <= 1) @ weights.astype(float), weights.sum(0))
 
 
 def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Cohen's with quadratic weights, of rounded grades: 1 - mean squared difference / that of independent grades."""
+    """Cohen's kappa of rounded grades with quadratic weights.
+
+    It is 1 minus the mean squared difference divided by the mean squared difference of independent grades.
+    """
     given = np.rint(predicted)
     count = weights.sum(0)
     seen = _ratio(np.square(truth - given) @ weights, count)
@@ -52,10 +56,12 @@ def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def auroc(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve; of several classes, the mean of each against the rest.
+    """Area under the ROC curve; with more than two classes, the mean over each class against the rest.
 
     Args:
-        truth: (n,) numbers of classes; predicted: (n, classes).
+        truth: (n,) class numbers.
+        predicted: (n, classes) scores.
+        weights: (n, b).
     """
     areas = []
     for number in range(1 if predicted.shape[1] == 2 else 0, predicted.shape[1]):
@@ -66,14 +72,14 @@ def auroc(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.n
         groups = np.repeat(np.arange(len(edges) + 1), np.diff([0, *edges, len(ranked)]))
         negatives = np.zeros((len(edges) + 1, w.shape[1]))
         np.add.at(negatives, groups, w * ~pos)
-        below = np.cumsum(negatives, axis=0) - 0.5 * negatives  # ties count a half
+        below = np.cumsum(negatives, axis=0) - 0.5 * negatives  # ties count as one half
         won = (w * pos * below[groups]).sum(0)
         areas.append(_ratio(won, (w * pos).sum(0) * (w * ~pos).sum(0)))
     return np.mean(areas, axis=0)
 
 
 def balanced_accuracy(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean over the classes of the share found."""
+    """Mean recall over the classes."""
     given = predicted.argmax(axis=1)
     recalls = []
     for number in range(predicted.shape[1]):

@@ -1,22 +1,22 @@
-"""What is usual of healthy patients' patches, and how far a patch is from it."""
+"""A density of patch features in healthy subjects, and scores of how unusual a patch is."""
 
 import numpy as np
 
 FOLDS = 5
-ENOUGH = 20000  # deviations that a covariance is estimated from
-FEWEST = 10  # healthy patients
-LOCATIONS_AT_ONCE = 16  # so that features mapped from the disk need not fit into memory
+ENOUGH = 20000  # maximum number of deviations for estimating the covariance
+FEWEST = 10  # minimum number of healthy subjects
+LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file may exceed the memory
 
 
 class Normal:
-    """A normal density of a patch's features: a mean for each place, one covariance for all.
+    """A normal density of patch features, with one mean per location and one covariance for all locations.
 
-    The covariance is shrunk to the sphere as Ledoit and Wolf (2004) choose, so few patients suffice.
+    The covariance is shrunk towards the identity by the method of Ledoit and Wolf (2004), so that few subjects suffice.
 
     Args:
-        features: (N, L, D) of patients' patches, in memory or mapped from the disk.
-        rows: (n,) of the healthy patients, whom the density is fitted to.
-        seed: of the choice of deviations where there are more than enough.
+        features: (N, L, D) patch features, in memory or memory-mapped.
+        rows: (n,) rows of the healthy subjects that the density is fitted to.
+        seed: random seed for drawing deviations if there are more than ENOUGH.
     """
 
     def __init__(self, features: np.ndarray, rows: np.ndarray, seed: int = 0):
@@ -37,7 +37,7 @@ class Normal:
         self.root = np.linalg.cholesky(np.linalg.inv(covariance + 1e-9 * np.eye(width)))  # (D, D)
 
     def score(self, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Squared Mahalanobis distance over D, about 1 for what is usual: (N, L, D), (n,) rows of it -> (n, L)."""
+        """Score some rows by squared Mahalanobis distance / D, about 1 for usual patches: (N, L, D), (n,) -> (n, L)."""
         scores = np.zeros((len(rows), features.shape[1]))
         for part in parts(features.shape[1]):
             deviations = np.asarray(features[rows, part], dtype=np.float64) - self.mean[part]
@@ -46,15 +46,16 @@ class Normal:
 
 
 def parts(locations: int) -> list[slice]:
-    """Some locations at a time."""
+    """Split the locations into slices of LOCATIONS_AT_ONCE."""
     return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
 
 
 def unusual(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Scores of every patch, (N, L, D) and (N,) bool -> (N, L).
+    """Score every patch: features (N, L, D) and healthy (N,) bool -> (N, L).
 
-    A healthy patient is scored by the density of other healthy ones, else he would look more usual than a new one.
-    The others are scored by the mean of those densities, so that both are held against as many patients.
+    A healthy subject is scored by a density of other healthy subjects. Otherwise it would look more usual than a new
+    subject. The remaining subjects get the mean score over these densities, so that both are compared with equally
+    many healthy subjects.
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(healthy))
     others = np.flatnonzero(~healthy)

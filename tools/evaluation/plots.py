@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Plots of an evaluation."""
 
 from pathlib import Path
 
@@ -11,19 +11,26 @@ GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "high
 
 
 def draw(label: Label, judged: Judged, table: str, reported: np.ndarray, path: Path) -> None:
-    """Predicted against true, grades by true grade, calibration of classes, or survival by predicted risk.
+    """Plot the predictions of one table.
+
+    Numbers are plotted predicted against true, grades as boxes by true grade, classes as a calibration curve, and
+    survival as curves by predicted risk.
 
     Args:
-        table: whose predictions.
-        reported: (N,) the subjects that they are of.
-        path: PNG.
+        label: the label, for N subjects.
+        judged: its evaluation.
+        table: name of the table.
+        reported: (N,) bool, the subjects that were predicted.
+        path: PNG file to write.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    label = label._replace(name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$"))  # no formulas
+    label = label._replace(
+        name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$")
+    )  # $ would start a formula
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     truth, predicted = label.target[reported], judged.predictions[table]
     main, figures = next(iter(judged.figures[table].items()))
@@ -56,7 +63,7 @@ def _grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> No
 
 
 def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
-    """Of subjects with about one predicted probability, the share that is of the class."""
+    """Plot the share of the class in groups of subjects with similar predicted probabilities."""
     for number in range(1 if len(label.classes) == 2 else 0, len(label.classes)):
         probability, own = predicted[:, number], truth == number
         bins = np.searchsorted(np.quantile(probability, np.arange(1, 8) / 8), probability, side="right")
@@ -72,12 +79,12 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = risk_groups(predicted, number)
-    there = np.unique(group)  # one where everybody has the same risk
+    there = np.unique(group)  # only one group if all risks are equal
     for position, index in enumerate(there):
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
         end = time[rows].max()
-        which = GROUP_NAMES[number][index] if len(there) > 1 else "one"
+        which = GROUP_NAMES[number][index] if len(there) > 1 else "equal"
         name = f"{which} predicted risk ({rows.sum()}, {int(event[rows].sum())} events)"
         (line,) = panel.step([*times, end], [*share, share[-1]], where="post", label=name)
         censored = time[rows & (event == 0)]
@@ -86,15 +93,15 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
         _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    text = f"{label.time or 'time'} (above: how many are at risk; ticks: censored)"
+    text = f"{label.time or 'time'} (above: number at risk; ticks: censored)"
     panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
-    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(there) > 1 else "one risk for all"
+    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(there) > 1 else "all risks are equal"
     panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 
 def _numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
-    """How many of a group are still followed at some times, in a line below the axis."""
+    """Write the number of subjects at risk of one group in a line below the axis."""
     for moment, count in at_risk.items():
         place = dict(
             xytext=(0, -16 - 9 * line), textcoords="offset points", ha="center", va="top", annotation_clip=False

@@ -1,4 +1,4 @@
-"""An evaluation in words."""
+"""Result tables of an evaluation in Markdown, with explanations."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tools.evaluation.judge import Judged, Label
 
 
 def overview(judged: list[tuple[Label, int, Judged]]) -> str:
-    """A line a label, a column a table: the kind's first metric with its 95 % interval."""
+    """Return one row per label and one column per table: the first metric of the kind with its 95 % interval."""
     names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
     head = " | ".join(map(_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
@@ -20,13 +20,13 @@ def overview(judged: list[tuple[Label, int, Judged]]) -> str:
 
 
 def details(judged: list[tuple[Label, int, Judged]]) -> str:
-    """A line a label, metric and table: figure, 95 % interval, permuted labels, and paired differences.
+    """Return one row per label, metric and table: value, 95 % interval, permuted labels, and paired differences.
 
-    These are what the features have more than the table, and what a table that has another's columns too has more
-    than that one.
+    The differences are the features minus this table and, if this table includes the columns of another one, this
+    table minus that one.
     """
     lines = [
-        "| label | metric | table | figure (95 %) | permuted | features more by (95 %) | adds (95 %) |",
+        "| label | metric | table | value (95 %) | permuted | features minus this (95 %) | gain (95 %) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for label, _, found in judged:
@@ -41,7 +41,7 @@ def details(judged: list[tuple[Label, int, Judged]]) -> str:
 
 
 def _cell(name: str) -> str:
-    """A name that does not end a cell of a table."""
+    """Escape the characters of a name that would end a table cell."""
     return name.replace("|", "\\|")
 
 
@@ -49,12 +49,12 @@ def _interval(figures: dict[str, Any], sign: str) -> str:
     return f"{figures['mean']:{sign}.2f} ({figures['low']:{sign}.2f} to {figures['high']:{sign}.2f})"
 
 
-SHOWN = 0.005  # differences that two digits show
+SHOWN = 0.005  # smallest difference that is visible with two decimals
 CHANCE = {"r2": 0.0, "kappa": 0.0, "auroc": 0.5, "c_index": 0.5}
 
 
 def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
-    """What a reader may stumble over."""
+    """Return lines that explain surprising results."""
     negative, chance = [], []
     for label, tables in results.items():
         metric, figures = next(iter(tables["features"].items()))
@@ -65,19 +65,19 @@ def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[st
     lines = []
     if negative:
         lines.append(
-            f"R2 below 0 ({', '.join(negative)}): these predictions are farther from the truth than everybody's mean "
-            "is, so the features tell nothing of that label that carries over to other patients."
+            f"R2 below 0 ({', '.join(negative)}): the predictions are worse than the mean of all subjects, so the "
+            "features do not predict these labels in new subjects."
         )
     if chance:
         lines.append(
-            f"No better than chance as far as these patients tell ({', '.join(chance)}): the interval of the features "
-            "reaches 0, of AUROC and C-index 0.5."
+            f"Not distinguishable from chance with these subjects ({', '.join(chance)}): the interval of the features "
+            "includes 0 (0.5 for AUROC and C-index)."
         )
     return lines + _what_is_added(results)
 
 
 def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
-    """Whether the features add to the histogram, the question that a clinic has to a network."""
+    """Say whether the features add to the histogram, which is what matters for clinical use."""
     added, useless = {}, []
     for label, tables in results.items():
         metric, figures = next(iter(tables.get("features+histogram", {"": {}}).items()))
@@ -86,7 +86,7 @@ def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> 
             continue
         if figures["mean"] > CHANCE.get(metric, -np.inf):
             added[label] = difference
-        else:  # less wrong than a useless histogram is no gain
+        else:  # improving on a histogram without information is not a gain
             useless.append(label)
     if not added:
         return []
@@ -94,10 +94,10 @@ def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> 
     more = [label for label in some if added[label]["low"] > 0]
     less = [label for label, figures in added.items() if figures["mean"] <= -SHOWN and figures["high"] < 0]
     line = (
-        f"Beside the histogram the features add to it on {len(some)} of {len(added)} label(s), by {SHOWN:g} at least; "
-        f"with an interval above 0 on {len(more)}"
+        f"Adding the features to the histogram improves {len(some)} of {len(added)} label(s) by at least {SHOWN:g}; "
+        f"the interval is above 0 for {len(more)}"
     )
     line += f" ({', '.join(more)})" if more else ""
-    line += f"; they take from it on {', '.join(less)}" if less else ""
-    line += f". Together they tell nothing of {', '.join(useless)}" if useless else ""
-    return [line + ". Random weights may add a little too: a model averaged with another is steadier."]
+    line += f"; it is worse for {', '.join(less)}" if less else ""
+    line += f". Even together they do not predict {', '.join(useless)}" if useless else ""
+    return [line + ". Random weights may also add a little, because averaging two models reduces noise."]

@@ -1,25 +1,27 @@
-"""Folds that keep a patient whole and every fold alike."""
+"""Folds that keep all scans of a patient together and are balanced in the label."""
 
 import re
 
 import numpy as np
 
-# What a scan's name adds to its patient's: a visit, a phase, a repeat.
+# Suffix of a scan's name after the name of its patient: a visit, a breathing phase, a repeat.
 _SCAN = re.compile(
     r"[-_. ]?(?:insp\w*|exp\w*|baseline|followup|follow-up|visit|scan|series|repeat|v|s|t|p)?[-_. ]?\d{1,2}$", re.I
 )
 
 
 def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """The fold of every subject, (n,): a group whole in one, strata spread evenly over all.
+    """Draw the fold of every subject, (n,). Groups stay together, and strata are spread evenly over the folds.
 
     Args:
-        strata: (n,) numbers, such as the class or the rank of the label; of a group, its first subject's counts.
-        groups: (n,) numbers of patients.
-        folds: how many.
+        strata: (n,) numbers, such as the class or the rank of the label. The first subject of a group determines the
+            stratum of the group.
+        groups: (n,) patient numbers.
+        folds: number of folds.
+        rng: random generator.
     """
     _, first, inverse, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    # Groups in order of their stratum, shuffled within it, the large ones first: dealt to the emptiest fold.
+    # Sort groups by stratum, then by size (large first), then at random, and deal them to the emptiest folds.
     order = np.lexsort((rng.random(len(first)), -sizes, strata[first]))
     fold_of_group, filled = np.empty(len(first), dtype=int), np.zeros(folds)
     offset = rng.permutation(folds)
@@ -33,7 +35,7 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
 
 
 def strata_of(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
-    """(n,) numbers that folds shall share out evenly: classes and grades as they are, other labels by rank."""
+    """Return strata (n,) to balance the folds by: the values of classes and grades, the ranks of other labels."""
     if kind in ("class", "grade"):
         return np.unique(values, return_inverse=True)[1]
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
@@ -41,7 +43,7 @@ def strata_of(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
 
 
 def resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Bootstrap over patients: how often each subject is in each resample, (n, number)."""
+    """Draw bootstrap resamples over patients: how often each subject occurs in each resample, (n, number)."""
     _, inverse = np.unique(groups, return_inverse=True)
     count = inverse.max() + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=number)  # (number, groups)
@@ -49,7 +51,7 @@ def resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 
 def on_both_sides(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
-    """Two rows of one patient, of groups (N,), the first not held out and the second held out; None where none are."""
+    """Find a patient in both parts: return one row that is not held out and one that is, or None if there is none."""
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):
         return None
@@ -58,14 +60,15 @@ def on_both_sides(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] |
 
 
 def look_like_one_patient(sids: list[str]) -> list[str]:
-    """Two or more sids that differ only in what names a scan of one patient; empty where none do.
+    """Return two or more sids that look like scans of one patient, or an empty list if there are none.
 
-    Numbers that count subjects, 001 and 002, are not such: what is left must have a digit and tell patients apart.
+    They differ only in a suffix for the scan. Names that only count subjects, such as 001 and 002, do not match: the
+    part before the suffix must contain a digit and must differ between patients.
     """
     of_patient: dict[str, list[str]] = {}
     for sid in sids:
         stem = _SCAN.sub("", sid)
-        within_a_number = sid[len(stem) :].isdigit() and stem[-1:].isdigit()  # 0001 is no scan 01 of patient 00
+        within_a_number = sid[len(stem) :].isdigit() and stem[-1:].isdigit()  # 0001 is not scan 01 of patient 00
         if stem != sid and re.search(r"\d", stem) and not within_a_number:
             of_patient.setdefault(stem, []).append(sid)
     several = [names for names in of_patient.values() if len(names) > 1]

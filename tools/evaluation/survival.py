@@ -1,36 +1,37 @@
-"""Survival: Cox regression with a ridge penalty, the C-index, Kaplan-Meier curves by predicted risk."""
+"""Survival analysis: Cox regression with a ridge penalty, C-index, and Kaplan-Meier curves by predicted risk."""
 
 import numpy as np
 
-PENALTIES = tuple(np.logspace(-3, 2, 11))  # of the mean log partial likelihood
+PENALTIES = tuple(np.logspace(-3, 2, 11))  # relative to the mean log partial likelihood
 STEPS, TOLERANCE = 50, 1e-7
 
 
 def log_partial_likelihood(risk: np.ndarray, time: np.ndarray, event: np.ndarray) -> float:
-    """Breslow's, the mean over events; risk (n,) is the linear predictor."""
+    """Return Breslow's log partial likelihood, averaged over events; risk (n,) is the linear predictor."""
     order = np.argsort(-time, kind="stable")
     risk, time, event = risk[order], time[order], event[order]
-    at_risk = np.logaddexp.accumulate(risk)[_last_of_ties(time)]  # log of the sum over those still followed
+    at_risk = np.logaddexp.accumulate(risk)[_last_of_ties(time)]  # log of the sum over the risk set
     return float(((risk - at_risk) * event).sum() / max(1, event.sum()))
 
 
 def _last_of_ties(time: np.ndarray) -> np.ndarray:
-    """For each of the descending times, the index of the last that equals it."""
+    """Return, for each of the descending times, the index of the last equal time."""
     return np.searchsorted(-time, -time, side="right") - 1
 
 
 def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) -> np.ndarray:
-    """Coefficients that maximise the mean log partial likelihood (Breslow) minus penalty / 2 |beta|^2.
+    """Fit a Cox regression: maximise the mean log partial likelihood (Breslow) minus penalty / 2 |beta|^2.
 
-    Newton's method with halved steps.
+    It uses Newton's method with step halving.
 
     Args:
         features: (n, d), centred and scaled by the caller.
-        time, event: (n,), event 1 where it was seen.
-        penalty: 0 for none.
+        time: (n,) follow-up times.
+        event: (n,), 1 if the event was observed, else 0.
+        penalty: strength of the ridge penalty; 0 turns it off.
 
     Returns:
-        (d,)
+        Coefficients, (d,).
     """
     if features.shape[1] > len(features) and penalty > 0:  # the coefficients lie in the space of the rows
         basis, rows = np.linalg.qr(features.T)  # (d, n), (n, n)
@@ -39,8 +40,8 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     x, event = features[order].astype(np.float64), event[order].astype(np.float64)
     last = _last_of_ties(time[order])
     events = max(1.0, event.sum())
-    # Every risk set is a beginning of this order: sums over it are cumulative, and the sum over events of those sums
-    # is a sum over subjects with the weights of the events that come at or after them.
+    # In this order every risk set is a prefix, so sums over risk sets are cumulative sums. Summed over all events,
+    # each subject counts with the weights of the events that have it in their risk set.
     beta = np.zeros(x.shape[1])
 
     def value(beta: np.ndarray) -> float:
@@ -52,11 +53,11 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     for _ in range(STEPS):
         risk = x @ beta
         weight = np.exp(risk - risk.max())
-        total = np.cumsum(weight)[last]  # (n,) of each subject's risk set
+        total = np.cumsum(weight)[last]  # (n,) sum over the risk set of each subject
         means = np.cumsum(weight[:, None] * x, axis=0)[last] / total[:, None]  # (n, d)
         per_event = np.zeros(len(x))
         np.add.at(per_event, last, event / total)
-        share = weight * np.cumsum(per_event[::-1])[::-1]  # (n,) weight in all risk sets together
+        share = weight * np.cumsum(per_event[::-1])[::-1]  # (n,) weight of each subject in all risk sets together
         gradient = (event[:, None] * (x - means)).sum(0) / events - penalty * beta
         hessian = (x.T * share) @ x - (means.T * event) @ means
         hessian = hessian / events + (penalty + 1e-9) * np.eye(len(beta))
@@ -72,13 +73,10 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
 
 
 def choose_penalty(features: np.ndarray, time: np.ndarray, event: np.ndarray, folds: int, seed: int) -> float:
-    """The penalty whose coefficients, of the other folds, make each fold's events most likely.
-
-    Cross-validated partial likelihood (Verweij and van Houwelingen, 1993).
-    """
+    """Choose the penalty with the highest cross-validated partial likelihood (Verweij and van Houwelingen, 1993)."""
     rng = np.random.default_rng(seed)
     fold = np.empty(len(time), dtype=int)
-    for rows in (np.flatnonzero(event == 1), np.flatnonzero(event == 0)):  # events in every fold
+    for rows in (np.flatnonzero(event == 1), np.flatnonzero(event == 0)):  # spread the events over all folds
         fold[rng.permutation(rows)] = np.arange(len(rows)) % folds
     scores = []
     for penalty in PENALTIES:
@@ -93,14 +91,17 @@ def choose_penalty(features: np.ndarray, time: np.ndarray, event: np.ndarray, fo
 
 
 def c_index(truth: np.ndarray, risk: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Harrell's: of pairs whose order is known, the share where who died first had the higher risk; ties count a half.
+    """Return Harrell's C-index: among comparable pairs, the share in which the earlier event had the higher risk.
+
+    Equal risks count as one half. A pair is comparable if it is known which subject had the event first.
 
     Args:
-        truth: (n, 2) time and event; risk: (n,).
-        weights: (n, b) how often each patient is in each resample.
+        truth: (n, 2) time and event.
+        risk: (n,) predicted risk.
+        weights: (n, b), how often each subject occurs in each resample.
 
     Returns:
-        (b,), NaN where no pair's order is known.
+        (b,), NaN if a resample has no comparable pair.
     """
     time, event = truth[:, 0], truth[:, 1]
     weights = weights.astype(np.float32)
@@ -115,7 +116,7 @@ def c_index(truth: np.ndarray, risk: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times of events and the share that survives each (statsmodels)."""
+    """Return event times and the share of subjects that survive each of them (statsmodels)."""
     from statsmodels.duration.survfunc import SurvfuncRight
 
     curve = SurvfuncRight(time, event)
@@ -123,12 +124,12 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> float:
-    """p of the log-rank test that the groups survive alike (statsmodels)."""
+    """Return the p-value of the log-rank test of equal survival in all groups (statsmodels)."""
     from statsmodels.duration.survfunc import survdiff
 
     return float(survdiff(time, event, group)[1])
 
 
 def risk_groups(risk: np.ndarray, number: int = 3) -> np.ndarray:
-    """(n,) 0 for the lowest risk: groups of equal size."""
+    """Split subjects into groups of equal size by risk; the result (n,) is 0 for the lowest risk."""
     return np.searchsorted(np.quantile(risk, np.arange(1, number) / number), risk, side="right")

@@ -1,4 +1,4 @@
-"""Feature and label tables of a command line, matched by subject."""
+"""Read feature and label tables, and match them by subject."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from tools.evaluation.vectors import FILES, VECTORS, PatientVectors, Table
 
 
 def read_features(path: str) -> pd.DataFrame:
-    """patient_features.csv by sid. Raises StoreError."""
+    """Read patient_features.csv into a table indexed by sid. Raises StoreError."""
     table = read_table(path).set_index("sid")
     try:
         table = table.astype(np.float64)
@@ -30,32 +30,32 @@ def read_features(path: str) -> pd.DataFrame:
         row, column = np.argwhere(numbers.isna().to_numpy())[0]
         where = f"{table.iat[row, column]!r} in column {table.columns[column]} of sid {table.index[row]}"
         raise StoreError(
-            f"{path} has {where}; features are numbers, with a point for decimals, and none is missing"
+            f"{path} has {where}, which is not a number; write every feature as a number with a decimal point"
         ) from None
     if table.columns.empty:
-        raise StoreError(f"{path} has no column beside sid")
+        raise StoreError(f"{path} has no feature columns, only sid")
     numbers = next((name for name in table.columns if name.startswith("Unnamed:")), None)
     if numbers is not None:
-        raise StoreError(f"{path} has column {numbers!r}, row numbers that were saved as a column; delete it")
+        raise StoreError(f"{path} has a column {numbers!r} with saved row numbers; delete this column")
     wrong = ~np.isfinite(table.to_numpy())
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise StoreError(
             f"{path} has {table.iat[row, column]} in column {table.columns[column]} of sid {table.index[row]}; "
-            "features are finite: extract them again, from another checkpoint if this one's training diverged"
+            "features must be finite: extract them again, or use another checkpoint if this training diverged"
         )
     return table
 
 
 def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) -> np.ndarray:
-    """Features of patches (N, L, D) float32, mapped from the disk where they lie in the wanted order.
+    """Read patch features (N, L, D) float32. They are memory-mapped if the file already has the wanted order.
 
     Args:
-        path: of pred_arr_patch_full.npy; sid_arr_full.npy lies beside it.
-        sids: the wanted rows (default: as they lie; see :func:`patch_sids`).
+        path: pred_arr_patch_full.npy; sid_arr_full.npy must be in the same folder.
+        sids: subjects to return, in this order (default: the order of the file; see :func:`patch_sids`).
 
     Raises:
-        StoreError: a file is missing, has another shape, lacks a subject, or has a value that is not finite.
+        StoreError: a file is missing, has the wrong shape, lacks a subject, or has a value that is not finite.
     """
     path = Path(path)
     there = patch_sids(path)
@@ -70,34 +70,36 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
         )
     for row in range(len(features)):
         if not np.isfinite(features[row]).all():
-            raise StoreError(f"{path} has features of sid {there[row]} that are not finite; extract them again")
+            raise StoreError(f"{path} has features that are not finite for sid {there[row]}; extract them again")
     if sids is None or sids == there:
         return features
     rows = {sid: row for row, sid in enumerate(there)}
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
-        raise StoreError(f"{path} lacks subject {lacking!r} of the patient features; give both of one extraction")
+        raise StoreError(
+            f"{path} lacks subject {lacking!r} of the patient features; use both files of the same extraction"
+        )
     return features[[rows[sid] for sid in sids]]
 
 
 class Chosen(NamedTuple):
-    """Which patient vector a tool takes, and from where."""
+    """The patient vector that a tool uses, and the file that it is computed from."""
 
-    kind: str  # of VECTORS
-    patches: Path | None  # its patch features; None for the mean
+    kind: str  # one of VECTORS
+    patches: Path | None  # file of patch features; None for the mean
 
 
 def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> Chosen:
-    """The patient vector that the flags ask for; by default the best that lies beside the features.
+    """Resolve --patient-vector. The default is the best vector with a file next to the features.
 
     Args:
-        kind: --patient-vector, or None.
-        features: patient_features.csv.
-        patches: --patch-features, or None for the file beside it.
-        note: prints a line if the default is not ``layers``.
+        kind: value of --patient-vector, or None.
+        features: path of patient_features.csv.
+        patches: value of --patch-features, or None for the file next to ``features``.
+        note: called with a line of text if the default is not ``layers``.
 
     Raises:
-        StoreError: its patch features are not there.
+        StoreError: the file of patch features does not exist.
     """
     if kind == "mean":
         return Chosen(kind, None)
@@ -105,25 +107,28 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
         path = Path(patches) if patches else Path(features).with_name(FILES[kind])
         if not path.is_file():
             how = "extract_feature.py --layers writes it" if kind == "layers" else "extract_feature.py writes it"
-            raise StoreError(f"--patient-vector {kind} needs {path}, which is not there; {how}")
+            raise StoreError(f"--patient-vector {kind} needs {path}, which does not exist; {how}")
         return Chosen(kind, path)
     for best in ("layers", "moments"):
         path = Path(features).with_name(FILES[best])
         if path.is_file() and path.with_name("sid_arr_full.npy").is_file():
             if best == "moments":
-                note(f"{path.parent} has no {FILES['layers']} (extract_feature.py --layers): --patient-vector moments")
+                note(
+                    f"{path.parent} has no {FILES['layers']} "
+                    f"(extract_feature.py --layers): using --patient-vector moments"
+                )
             return Chosen(best, path)
-    note(f"no patch features beside {features}: --patient-vector mean, the table as it is")
+    note(f"no patch features next to {features}; using --patient-vector mean, the table itself")
     return Chosen("mean", None)
 
 
 def read_vectors(chosen: Chosen, features: pd.DataFrame, sids: Sequence[str]) -> Table:
-    """The patient vectors of some subjects, (N, ...).
+    """Read the patient vectors of some subjects, (N, ...).
 
     Args:
-        chosen: of :func:`choose_vector`.
-        features: patient_features.csv, of :func:`read_features`.
-        sids: of the rows.
+        chosen: result of :func:`choose_vector`.
+        features: patient_features.csv as read by :func:`read_features`.
+        sids: N subjects, one per row.
 
     Raises:
         StoreError: a subject has no patch features.
@@ -134,43 +139,43 @@ def read_vectors(chosen: Chosen, features: pd.DataFrame, sids: Sequence[str]) ->
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{chosen.patches} lacks subject {lacking!r} of the patient features; give both of one extraction, or "
-            "--patient-vector mean"
+            f"{chosen.patches} lacks subject {lacking!r} of the patient features; use both files of the same "
+            "extraction, or --patient-vector mean"
         )
     return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
 
 
 def add_vector_flags(parser: Parser, patches: bool = True) -> None:
-    """--patient-vector, and --patch-features where the tool has no such flag of its own."""
+    """Add --patient-vector, and with ``patches`` also --patch-features."""
     text = (
-        "features of a patient: mean of the patches', moments (mean and SD, standardised per location), or layers (the "
+        "features of a subject: mean (over its patches), moments (mean and SD over patches, standardised per location) "
     )
-    text += "same of every layer) (default: layers, or else moments, if their file lies beside --features)"
+    text += "or layers (moments of every layer) (default: layers, else moments, if the file is next to --features)"
     parser.add_argument("--patient-vector", type=OneOf(*VECTORS), help=text)
     if patches:
-        text = "its patch features (default: pred_arr_patch_full.npy or layer_arr_patch_full.npy beside --features)"
+        text = "patch features for --patient-vector (default: the .npy file next to --features that fits the vector)"
         parser.add_argument("--patch-features", metavar="NPY", help=text)
 
 
 def add_label_flags(parser: Parser) -> None:
-    """--order and --missing, of the labels: pairs of a column and its words, and numbers."""
-    text = "words of a column in order, as grades: Overall.Stage=I,II,IIIa; other columns of words are classes"
+    """Add --order (pairs of a column and its words) and --missing (numbers) for label tables."""
+    text = "use words as grades, in the given order, such as Overall.Stage=I,II,IIIa; without it, words are classes"
     parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_ordered_words, help=text)
-    text = "numbers that stand for missing in every column of the labels, such as 999"
+    text = "numbers that mean missing in every label column, such as 999"
     parser.add_argument("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
 
 
 def _ordered_words(text: str) -> tuple[str, list[str]]:
-    """COLUMN=A,B,C -> the column and its words."""
+    """Split COLUMN=A,B,C into the column and its words."""
     name, _, words = text.partition("=")
     found = words.split(",")
     if not name or len(found) < 2 or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text}: name two words or more, each once, as COLUMN=A,B,C")
+        raise argparse.ArgumentTypeError(f"{text}: give two or more different words as COLUMN=A,B,C")
     return name, found
 
 
 def patch_sids(path: Path) -> list[str]:
-    """Subjects of the rows of pred_arr_patch_full.npy, from the file beside it. Raises StoreError."""
+    """Read the subject of each row of a patch feature file from sid_arr_full.npy next to it. Raises StoreError."""
     beside = path.with_name("sid_arr_full.npy")
     for file in (path, beside):
         if not file.is_file():
@@ -182,9 +187,10 @@ def patch_sids(path: Path) -> list[str]:
 
 
 def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) bool each: who is healthy (1 in the column), and of whom it is known (1 or 0).
+    """Read a column of 0 and 1: which subjects are healthy (1), and which have a value (0 or 1), (N,) bool each.
 
-    Raises StoreError: no such column, other values, or fewer healthy ones than ``fewest``.
+    Raises:
+        StoreError: the column is missing, has other values, or has fewer healthy subjects than ``fewest``.
     """
     values, names, words = read_numbers_and_words(
         labels, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
@@ -195,82 +201,95 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
     known, healthy = ~np.isnan(found), found == 1
     strange = column in words and [word.lower() for word in words[column]] not in NO_AND_YES
     if strange or not np.isin(found[known], (0, 1)).all():
-        raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not) or missing")
+        raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not healthy) or empty")
     if healthy.sum() < fewest:
-        raise StoreError(f"column {column!r} of {labels} has {healthy.sum()} healthy patients; {fewest} needed")
+        raise StoreError(
+            f"column {column!r} of {labels} has {healthy.sum()} healthy subjects; at least {fewest} are needed"
+        )
     return healthy, known
 
 
 def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
-    """(N,) bool from a column of 0 and 1. Raises StoreError."""
+    """Read the held-out subjects, (N,) bool, from a column of 0 and 1. Raises StoreError."""
     if column not in names:
         raise StoreError(why_no_column(labels, column, names, "--held-out"))
     held = values[:, names.index(column)]
     counts = (held == 0).sum(), (held == 1).sum()
     if sum(counts) < len(held):
-        raise StoreError(f"--held-out {column} must be 0 or 1 for every subject; {labels} has another value, or none")
+        raise StoreError(
+            f"--held-out {column} must be 0 or 1 for every subject; {labels} has an empty cell or another value"
+        )
     if min(counts) < fewest:
         raise StoreError(
-            f"--held-out {column}: {counts[0]} subjects to fit and {counts[1]} to report on; at least {fewest} of each"
+            f"--held-out {column} has {counts[0]} subjects with 0 and {counts[1]} with 1; "
+            f"at least {fewest} of each are needed"
         )
     return held == 1
 
 
 def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
-    """(N,) numbers of the patients that a column of a label table names. Raises StoreError."""
+    """Number the patients that a column of the label table names, (N,). Raises StoreError."""
     if column not in table.columns:
         raise StoreError(f"{path} has no column {column!r} for --group-column{spelt(column, list(table.columns))}")
     if column == "sid":
-        raise StoreError("--group-column sid: a sid names a scan; give the column that names its patient, or none")
+        raise StoreError(
+            "--group-column sid names scans, not patients; give the column of the patients, or leave the flag out"
+        )
     names = table.set_index("sid")[column].reindex(sids)
     unnamed = names.isna() | (names == "")
     if unnamed.any():
-        raise StoreError(f"{path}: sid {unnamed.idxmax()} has no {column}; every scan needs its patient")
+        raise StoreError(
+            f"{path}: sid {unnamed.idxmax()} has no {column}; --group-column needs a patient for every scan"
+        )
     numbers = pd.factorize(names)[0]
     if numbers.max() == 0:
-        raise StoreError(f"{path}: column {column!r} is {names.iloc[0]!r} for everybody; --group-column names patients")
+        raise StoreError(
+            f"{path}: column {column!r} is {names.iloc[0]!r} for every scan; --group-column must tell patients apart"
+        )
     return numbers
 
 
 def is_constant(features: np.ndarray) -> bool:
-    """Whether (N, D) tell no row from another."""
+    """Return whether all rows of (N, D) are equal."""
     return bool((features == features[:1]).all())
 
 
 def other_store(features: str | os.PathLike, store: PatchStore, flag: str) -> str:
-    """A sentence where a table of extract_feature.py is of another store than ``store``; else empty.
+    """Return a warning if extract_feature.py computed ``features`` from another store than ``store``, else "".
 
-    Two stores may well have subjects of the same names, such as 0001.
+    Different stores can have subjects with equal names, such as 0001.
     """
     try:
         made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
-        theirs, where = made["store_version"], made.get("root_dir", "another place")
+        theirs, where = made["store_version"], made.get("root_dir", "another store")
     except (OSError, ValueError, TypeError, KeyError):
-        return ""  # a table by hand, or of embed_scan.py
+        return ""  # made by hand or by embed_scan.py
     if theirs == store.version:
         return ""
     return (
-        f"{features} is of the patches of {where}, and {flag} {store.layout.root} is another store, or was changed "
-        "since: where a name stands for somebody else there, what is said of it is of somebody else"
+        f"{features} was extracted from {where}, but {flag} {store.layout.root} is another store or has changed since; "
+        "results are wrong for any sid that means different subjects in the two"
     )
 
 
 def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: str) -> None:
-    """Raise StoreError where a table of features has a column of the labels: it would be predicted from itself."""
+    """Raise StoreError if a feature table contains a label column, which would then be predicted from itself."""
     for name, table in tables.items():
         name = table.attrs.get("path", name)
         shared = [str(column) for column in table.columns if str(column) in set(labels) - {"sid"}]
         if shared:
             raise StoreError(
-                f"{name} has column {shared[0]!r}, which {path} has too: features must not hold what is predicted"
+                f"{name} has column {shared[0]!r}, which is also in {path}; remove it, features must not contain labels"
             )
 
 
 def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
-    """Subjects that every table and the labels have, sorted: folds are the same in whatever order rows are.
+    """Return the subjects that are in every table and in the labels.
+
+    They are sorted, so that the folds do not depend on the order of the rows.
 
     Raises:
-        StoreError: there are none; it tells where one table writes 007 and another 7.
+        StoreError: there is no such subject; the message points out spellings such as 007 and 7.
     """
     first = next(iter(tables.values())).index
     known = set(labels["sid"])
@@ -284,23 +303,23 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
         if lacking:
             name = table_paths.get(name, name)
             hint = _alike(lacking, index)
-            raise StoreError(f"{name} has none of the features' subjects, such as {lacking[0]!r}{hint}")
+            raise StoreError(f"{name} has none of the subjects of the features, such as {lacking[0]!r}{hint}")
     raise StoreError(f"the tables and {path} have no sid in common")
 
 
 def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
-    """Where one table writes 007 and another 7 or 7.0, or a01 and A01, to end a message."""
+    """Return a hint if two tables spell a subject differently (007, 7 or 7.0; a01 or A01), to append to a message."""
 
     def bare(sid: str) -> str:
         return str(sid).lower().removesuffix(".0").lstrip("0") or "0"
 
     others = {bare(sid): sid for sid in there if sid}
     alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
-    return f"; it has {alike[1]!r} for {alike[0]!r}, and a sid is text" if alike else ""
+    return f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must be spelt the same in both" if alike else ""
 
 
 def tell_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
-    """A note of subjects that one of the two tables lacks: they are left out."""
+    """Print a note about subjects that are only in one of the two tables; they are left out."""
     features, labels = list(features), list(labels)
     unlabelled = sorted(set(features) - set(labels))
     unknown = sorted(set(labels) - set(features))

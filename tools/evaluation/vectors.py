@@ -1,9 +1,11 @@
-"""A patient's vector from the features of his patches: their mean, or their mean and SD once locations are alike.
+"""Patient vectors: one vector per subject, computed from the features of its patches.
 
-The mean over locations, as published, mixes what differs between places with what differs between people. `moments`
-first takes from each location its own mean and SD, over the subjects that a model is fitted to, and keeps the spread
-between locations beside the mean. `layers` does the same with the mean and SD of every layer's channels within each
-patch, which extract_feature.py --layers writes: finer scales than h, and the spread within a patch.
+- `mean` is the mean over locations, as published. It mixes differences between locations with differences between
+  subjects.
+- `moments` first standardises each location with its mean and SD over the subjects that a model is fitted to. The
+  vector is the mean and the SD over locations.
+- `layers` does the same with the mean and SD of every layer's channels within each patch, which extract_feature.py
+  --layers writes. They contain finer scales than h, and the spread within a patch.
 """
 
 import os
@@ -18,25 +20,25 @@ from misc.files import write_whole
 
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
-LEAST_SD = 1e-6  # of a feature at a location; one that does not vary, as the SD of a layer of one voxel, becomes 0
-KEPT_BYTES = 2**29  # of vectors of other folds
-BYTES_AT_ONCE = 2**26  # of patch features, so that those mapped from the disk need not fit into memory
+LEAST_SD = 1e-6  # a feature with a smaller SD at a location becomes 0, such as the SD within a layer of one voxel
+KEPT_BYTES = 2**29  # cache for the vectors of several folds
+BYTES_AT_ONCE = 2**26  # patch features read at once, so that a memory-mapped file may exceed the memory
 
 
 class Standardization(NamedTuple):
-    """Mean and SD of each feature at each location, over the subjects that a model is fitted to."""
+    """Mean and SD of each feature at each location over the subjects that a model is fitted to."""
 
     kind: str  # moments or layers
     mean: np.ndarray  # (L, D) float64
-    factor: np.ndarray  # (L, D) float64: 1 / SD, 0 where a feature does not vary
+    factor: np.ndarray  # (L, D) float64: 1 / SD, or 0 if a feature does not vary
 
     @classmethod
     def fit(cls, kind: str, patches: np.ndarray, rows: np.ndarray) -> "Standardization":
-        """Of some rows of (N, L, D), in memory or mapped from the disk, read once."""
+        """Compute mean and SD over some rows of (N, L, D), in memory or memory-mapped, in one pass."""
         total = squares = 0.0
         origin = np.asarray(
             patches[rows[0]], dtype=np.float64
-        )  # (L, D): sums of squares about a subject lose no digits
+        )  # (L, D): subtracting one subject first keeps the sums of squares accurate
         for some in _parts(patches, rows):
             apart = np.asarray(patches[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)
@@ -47,7 +49,7 @@ class Standardization(NamedTuple):
         return cls(kind, origin + mean, factor)
 
     def vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Mean and SD over locations of standardised features: (N, L, D) -> (n, 2 D) float64, means first."""
+        """Return mean and SD of standardised features over locations: (N, L, D) -> (n, 2 D) float64, means first."""
         rows = np.arange(len(patches)) if rows is None else rows
         found = np.empty((len(rows), 2 * self.mean.shape[1]))
         start = 0
@@ -61,55 +63,64 @@ class Standardization(NamedTuple):
         return found
 
     def save(self, path: Path, checkpoint_sha256: str = "") -> None:
-        """As arrays that need no pickle."""
+        """Write an .npz file that loads without pickle."""
         arrays = {"kind": np.array(self.kind), "mean": self.mean, "factor": self.factor}
         arrays["checkpoint_sha256"] = np.array(checkpoint_sha256)
         write_whole(path, lambda stream: np.savez(stream, **arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
-        """A file of :meth:`save`, and the checkpoint that its features are of. Raises UserError."""
+        """Read a file of :meth:`save`; the second result is the SHA-256 of its checkpoint. Raises UserError."""
         try:
             with np.load(path, allow_pickle=False) as content:
                 found = cls(str(content["kind"]), content["mean"], content["factor"])
                 checkpoint = str(content["checkpoint_sha256"])
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--standardization {path} is not a file of evaluate.py --out-dir: {error}") from error
+            raise UserError(
+                f"--standardization {path} is not a standardization.npz of evaluate.py --out-dir: {error}"
+            ) from error
         if found.kind not in FILES or found.mean.ndim != 2 or found.mean.shape != found.factor.shape:
-            raise UserError(f"--standardization {path} is not a file of evaluate.py --out-dir; make it again")
+            raise UserError(
+                f"--standardization {path} is not a valid standardization.npz; run evaluate.py --out-dir again"
+            )
         return found, checkpoint
 
 
 def _parts(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows, some at a time."""
+    """Split row numbers into parts with about BYTES_AT_ONCE of patch features each."""
     each = max(1, BYTES_AT_ONCE // (8 * max(1, patches[0].size)))
     return [rows[start : start + each] for start in range(0, len(rows), each)]
 
 
 class PatientVectors:
-    """The vectors of N subjects, which depend on the subjects that a model is fitted to.
+    """Patient vectors of N subjects, which depend on the subjects that a model is fitted to.
 
-    Stands for a table (N, 2 D) where one is fitted: learn.py asks for ``fitted_to``.
+    It replaces a table (N, 2 D): learn.py calls ``fitted_to`` for each set of fitted subjects.
 
     Args:
         kind: moments or layers.
-        patches: (N', L, D).
-        rows: (N,) of them, in the order of the table.
+        patches: (N', L, D) patch features.
+        rows: (N,) rows of ``patches``, in the order of the table.
     """
 
     def __init__(self, kind: str, patches: np.ndarray, rows: np.ndarray):
         self.kind, self.patches, self.rows = kind, patches, rows
         self.shape = len(rows), 2 * patches.shape[2]
-        self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = OrderedDict()  # shared with its parts
+        self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = (
+            OrderedDict()
+        )  # shared with the results of __getitem__
 
     def __getitem__(self, known: np.ndarray) -> "PatientVectors":
-        """Those of some rows."""
+        """Select some rows."""
         part = PatientVectors(self.kind, self.patches, self.rows[known])
         part._kept = self._kept
         return part
 
     def fitted_to(self, fitted: np.ndarray) -> np.ndarray:
-        """(N,) bool -> (N, 2 D), standardised by the fitted subjects alone. Some are kept: tables share folds."""
+        """Return vectors (N, 2 D) standardised by the fitted subjects, (N,) bool, alone.
+
+        Results are cached, because several tables use the same folds.
+        """
         key = self.rows.tobytes(), fitted.tobytes()
         if key not in self._kept:
             standardization = Standardization.fit(self.kind, self.patches, self.rows[fitted])
@@ -121,7 +132,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Tables side by side, of which some depend on the subjects that a model is fitted to."""
+    """Tables joined by columns, if some of them depend on the subjects that a model is fitted to."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables
@@ -141,12 +152,12 @@ Table = np.ndarray | PatientVectors | JoinedTable
 
 
 def fitted_table(table: Table, fitted: np.ndarray) -> np.ndarray:
-    """A table's numbers, (N, D), for a model that is fitted to some rows, (N,) bool."""
+    """Return the numbers of a table, (N, D), for a model that is fitted to some rows, (N,) bool."""
     return table if isinstance(table, np.ndarray) else table.fitted_to(fitted)
 
 
 def side_by_side(*tables: Table) -> Table:
-    """Tables as one."""
+    """Join tables by columns."""
     if all(isinstance(table, np.ndarray) for table in tables):
         return np.hstack(tables)
     return JoinedTable(*tables)

@@ -1,1 +1,1 @@
-"""Fine-tuning of an encoder on few labels."""
+"""Fine-tune an encoder on few labels."""

@@ -1,4 +1,4 @@
-"""The label-efficiency curve, as a table and a picture."""
+"""The label-efficiency curve as a table and a plot."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pandas as pd
 
 
 def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
-    """A line a fraction, a column an arm and metric: mean and SD over seeds of the test patients' figures."""
+    """Format mean and SD of the test metrics over seeds: one row per fraction, one column per arm and metric."""
     arms = list(dict.fromkeys(table["arm"]))
     heads = [f"{arm}: {metric}" for arm in arms for metric in metrics]
-    lines = ["| fraction | labelled patients | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    lines = ["| fraction | labelled subjects | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
     for fraction, group in table.groupby("fraction"):
         cells = [f"{fraction:g}", f"{group['patients'].median():.0f}"]
         for arm in arms:
@@ -22,7 +22,7 @@ def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
 
 
 def draw(table: pd.DataFrame, metric: str, path: Path) -> None:
-    """Every fit a dot, a line through each arm's means."""
+    """Plot a dot for every fit, and a line through the means of each arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,8 +34,8 @@ def draw(table: pd.DataFrame, metric: str, path: Path) -> None:
         panel.scatter(group["patients"], group[metric], s=8, alpha=0.5, color=line.get_color())
     panel.set_xscale("log")
     panel.set_ylim(bottom=max(-0.5, panel.get_ylim()[0]))
-    panel.set_xlabel("labelled patients")
-    panel.set_ylabel(f"{metric} of test patients")
+    panel.set_xlabel("labelled subjects")
+    panel.set_ylabel(f"{metric} of test subjects")
     panel.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""One fit: a head, and where asked the encoder, on some labels, until the validation labels get no better."""
+"""One fit: train the head, and optionally the encoder, until the validation loss stops improving."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,31 +17,31 @@ from tools.finetuning.network import Head, trainable
 from tools.finetuning.tasks import Split, Task
 
 HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
-ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # at most, over the training labels
-PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss
-PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # of a step that trains the encoder
+ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # maximum number of passes over the training labels
+PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss before stopping
+PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # batch of a step that trains the encoder
 
 
 class Fitted(NamedTuple):
-    """The best round's head and encoder, and how they did."""
+    """Head and encoder of the best round, and their predictions."""
 
     head: Head
     encoder: nn.Module
-    predicted: np.ndarray  # (n,) of the test labels, or (n, classes)
+    predicted: np.ndarray  # predictions for the test labels, (n,) or (n, classes)
     rounds: int
     validation_loss: float
-    standardization: Standardization | None = None  # of the patient vector that the head takes
+    standardization: Standardization | None = None  # for the patient vectors that the head takes
 
 
 class Data:
-    """The store's patches and locations, and the representations that a fixed encoder gives."""
+    """Patches and locations of the store, and their representations by a fixed encoder."""
 
     def __init__(self, store: PatchStore, locations: torch.Tensor):
         self.store, self.locations = store, locations
 
     @torch.no_grad()
     def encode(self, encoder: nn.Module, rows: np.ndarray, layers: bool = False) -> torch.Tensor:
-        """h of every patch of some rows, (n, L, rep_dim), on the CPU; or the summaries of all layers, (n, L, W)."""
+        """Encode all patches of some rows: h (n, L, rep_dim), or with ``layers`` summaries (n, L, W), on the CPU."""
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
@@ -50,7 +50,7 @@ class Data:
         return torch.stack(found, dim=1)
 
     def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """Patches of every row at every place, location-major, as input: (places x rows, 1, 32, 32, 32)."""
+        """Read patches of every row at every location as network input: (locations x rows, 1, 32, 32, 32)."""
         patches = np.concatenate([self.store.read(int(place), rows) for place in places])
         return to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
 
@@ -60,12 +60,12 @@ def outputs_of(task: Task) -> int:
 
 
 class Scaled(NamedTuple):
-    """Targets as the loss wants them: class numbers, or mean 0 and SD 1 of the training labels."""
+    """Targets for the loss: class numbers, or numbers standardised with mean and SD of the training labels."""
 
     target: torch.Tensor
     mean: float
     sd: float
-    weights: torch.Tensor | None  # of classes
+    weights: torch.Tensor | None  # class weights; None for numbers
 
     @classmethod
     def of(cls, task: Task, train: np.ndarray) -> "Scaled":
@@ -77,14 +77,14 @@ class Scaled(NamedTuple):
         return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
 
     def loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        """Cross entropy, or the mean squared error. outputs (n, outputs) of the labels ``numbers``."""
+        """Return cross entropy or mean squared error of outputs (n, outputs) for the labels ``numbers`` (n,)."""
         wanted = self.target[numbers].to(outputs.device)
         if self.weights is not None:
             return F.cross_entropy(outputs, wanted, self.weights.to(outputs.device))
         return F.mse_loss(outputs[:, 0], wanted)
 
     def natural(self, outputs: torch.Tensor) -> np.ndarray:
-        """Outputs (n, outputs) in the label's unit, (n,), or as probabilities (n, classes)."""
+        """Convert outputs (n, outputs) to the unit of the label, (n,), or to probabilities (n, classes)."""
         if self.weights is not None:
             return torch.softmax(outputs, dim=1).double().numpy()
         return outputs[:, 0].double().numpy() * self.sd + self.mean
@@ -103,17 +103,22 @@ def fit(
 ) -> Fitted:
     """Train on ``split.train``, stop by ``split.validation``, predict ``split.test``.
 
-    The head is fitted to the representations as they are first; only then does the encoder move, and only as long as
-    that makes the validation loss better than it was: a head of random weights would pull the encoder away from what
-    it knows (Kumar et al., ICLR 2022).
+    The head is fitted first, with a fixed encoder. Then the encoder is trained as well, and the result is kept only if
+    it improves the validation loss. A head with random weights would distort the pre-trained encoder (Kumar et al.,
+    ICLR 2022).
 
     Args:
-        encoder: changed in place where ``layers`` trains it.
-        layers, pooling: of tools.finetuning.network.
-        seed: of the order of steps.
-        known: (N, L, rep_dim) representations of the encoder as it is, if they are at hand; summaries of its layers
-            with the vector ``layers``.
-        vector: of tools.evaluation.vectors; all but the mean need ``known``, layers "frozen" and pooling "mean".
+        task: the labels.
+        split: training, validation and test labels.
+        data: patches and locations.
+        encoder: changed in place if ``layers`` trains it.
+        layers: one of LAYERS in tools.finetuning.network.
+        pooling: one of POOLINGS in tools.finetuning.network.
+        seed: random seed of the head and of the order of steps.
+        known: (N, L, rep_dim) representations by the untrained encoder, if they were computed before. With the vector
+            ``layers`` these are the summaries of its layers.
+        vector: one of VECTORS in tools.evaluation.vectors. All except the mean need ``known``, layers "frozen" and
+            pooling "mean".
     """
     torch.manual_seed(seed)
     parameters = trainable(encoder, layers)
@@ -126,7 +131,7 @@ def fit(
         known = torch.from_numpy(standardization.vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
 
     def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
-        """h of the labels' patches, (n, patches, rep_dim): all of a patient's, or the one that is labelled."""
+        """Return h (n, patches, rep_dim) for each label: all patches of the subject, or the labelled patch."""
         rows, inverse = np.unique(task.rows[numbers], return_inverse=True)
         h = data.encode(encoder, rows) if fresh or known is None else known[torch.from_numpy(rows)]
         h = h[torch.from_numpy(inverse)]  # (n, L, rep_dim)
@@ -169,10 +174,16 @@ def fit(
 def _until_no_better(
     one_round: Callable[[], float], models: Sequence[nn.Module], layers: str, best_loss: float
 ) -> tuple[float, int]:
-    """Rounds until the validation loss that each returns gets no better; ``models`` are left as at their best.
+    """Run rounds until the validation loss stops improving, then restore ``models`` to their best state.
+
+    Args:
+        one_round: trains for one round and returns the validation loss.
+        models: the trained models.
+        layers: one of LAYERS, which sets the limits.
+        best_loss: the loss to improve on.
 
     Returns:
-        The best loss, ``best_loss`` where no round beat it, and how many rounds there were.
+        The best loss (``best_loss`` if no round improved it) and the number of rounds.
     """
     best = [copy.deepcopy(model.state_dict()) for model in models]
     waited = rounds = 0
@@ -198,11 +209,11 @@ def _round_of_encoder(
     optimizer: torch.optim.Optimizer,
     rng: np.random.Generator,
 ) -> None:
-    """Every training label once, a few patients or patches a step; BatchNorm keeps its statistics."""
+    """Train on every training label once, with a few subjects or patches per step and fixed BatchNorm statistics."""
     encoder.eval()
     if task.places is None:
         steps = np.array_split(rng.permutation(train), -(-len(train) // PATIENTS_AT_ONCE))
-    else:  # labels of one location share a kernel
+    else:  # a step has labels of one location, which share a kernel
         steps = []
         for place in np.unique(task.places[train]):
             own = rng.permutation(train[task.places[train] == place])
@@ -214,9 +225,9 @@ def _round_of_encoder(
             places = np.sort(rng.choice(len(data.locations), count, replace=False))
         else:
             places = task.places[numbers[:1]]
-        x = data.read(task.rows[numbers], places)  # (places x n, 1, 32, 32, 32)
+        x = data.read(task.rows[numbers], places)  # (locations x n, 1, 32, 32, 32)
         h = encoder(x, data.locations[torch.from_numpy(places)])[1]
-        h = h.view(len(places), len(numbers), -1).transpose(0, 1)  # (n, places, rep_dim)
+        h = h.view(len(places), len(numbers), -1).transpose(0, 1)  # (n, locations, rep_dim)
         optimizer.zero_grad(set_to_none=True)
         scaled.loss(head(h), numbers).backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""A head on the encoder: patches of a patient pooled, and a linear layer."""
+"""The network for fine-tuning: the encoder, pooling over the patches of a subject, and a linear layer."""
 
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ LAYERS = ("frozen", "last", "all")
 
 
 def trained_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tuple[Encoder, dict]:
-    """A checkpoint's query encoder and its sizes.
+    """Load the query encoder of a checkpoint, and its sizes.
 
     Raises:
-        CheckpointError: it cannot be read, was trained on another table of locations, or has another SHA-256.
+        CheckpointError: the file cannot be read, was trained on another table of locations, or has another SHA-256.
     """
     check_sum(Path(path), sha256)
     content = read_checkpoint(Path(path))
@@ -31,12 +31,12 @@ def trained_encoder(path: str, store: PatchStore, sha256: str | None = None) -> 
 
 
 class Head(nn.Module):
-    """Representations of a patient's patches -> what is predicted.
+    """Predict a label from the representations of a subject's patches.
 
     Args:
         rep_dim: size of h.
         outputs: 1, or the number of classes.
-        pooling: mean over the patches, or attention over them (Ilse et al., 2018): weights softmax(w tanh(V h)).
+        pooling: ``mean`` over the patches, or ``attention`` with weights softmax(w tanh(V h)) (Ilse et al., 2018).
     """
 
     def __init__(self, rep_dim: int, outputs: int, pooling: str = "mean"):
@@ -52,7 +52,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, h: torch.Tensor) -> None:
-        """Take mean and SD of representations (..., rep_dim): from now on they go in as mean 0 and SD 1."""
+        """Store mean and SD of representations (..., rep_dim), which ``forward`` uses to standardise its input."""
         flat = h.flatten(0, -2)
         self.mean.copy_(flat.mean(0))
         self.scale.copy_(1 / flat.std(0).clamp(min=1e-6))
@@ -67,10 +67,13 @@ class Head(nn.Module):
 
 
 def trainable(encoder: nn.Module, layers: str) -> list[nn.Parameter]:
-    """The encoder's parameters to train: none, those of the last two convolutions, or all. Others are frozen."""
+    """Freeze the encoder except for ``layers``, and return the parameters to train.
+
+    These are none (frozen), the last two convolutions with BatchNorm (last), or all.
+    """
     encoder.requires_grad_(layers == "all")
     if layers == "last":
         for module in (encoder.conv3, encoder.bn3, encoder.conv4, encoder.bn4):
             module.requires_grad_(True)
-    encoder.fc.requires_grad_(False)  # of the contrastive loss
+    encoder.fc.requires_grad_(False)  # only the contrastive loss uses it
     return [value for value in encoder.parameters() if value.requires_grad]

@@ -1,1 +1,1 @@
-"""Dense prediction: an encoder slid over the lungs of a scan."""
+"""Dense prediction: apply an encoder in windows over the lungs of a scan."""

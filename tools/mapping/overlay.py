@@ -1,4 +1,4 @@
-"""A map over its scan in three planes."""
+"""Draw a map over its scan in three planes."""
 
 import io
 
@@ -7,14 +7,22 @@ import SimpleITK as sitk
 
 from preprocess.geometry import orient
 
-GREY = (-1024, 240)  # HU, black and white
-LONGEST = 320  # pixels of a panel's side, at most: every n-th voxel is shown
+GREY = (-1024, 240)  # HU of black and of white
+LONGEST = 320  # maximum pixels along a side of a panel; larger slices show every n-th voxel
 
 
 def picture_of_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tuple[float, float], title: str):
-    """Coronal, sagittal and axial slices through the highest values, the map in colour over the lungs, as PNG bytes.
+    """Draw coronal, sagittal and axial slices through the highest values, with the map in colour over the lungs.
 
-    ``limits`` are the values of the first and the last colour.
+    Args:
+        scan: the scan.
+        scores: the map, on the grid of the scan.
+        mask: lung mask, on the grid of the scan.
+        limits: values of the first and the last colour.
+        title: title of the picture.
+
+    Returns:
+        The bytes of a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What is read off patches, and what it says of a label: of patients' means, of a store's patches, of windows."""
+"""Readings (features) of patches and windows, and linear models that predict a label from them."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,13 +15,13 @@ from tools.evaluation.baselines import counts_of
 from tools.evaluation.learn import ridge
 from tools.mapping.windows import Windows
 
-Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU of one place -> (n, D)
+Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one location -> (n, D)
 
 
 class Readers:
-    """Readings of a patch: the encoder's h; and to compare, a histogram and the share of its lung below -950 HU.
+    """Compute readings of patches: h of the encoder, and with ``compare`` a histogram and the share below -950 HU.
 
-    Below, D is rep_dim, with ``compare`` rep_dim + BINS + 1.
+    In the docstrings below, D is rep_dim, or rep_dim + BINS + 1 with ``compare``.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Readers:
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
     def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
-        """For every place a function from its patches to their readings, (n, D)."""
+        """Yield every location with a function that computes the readings of its patches, (n, D)."""
         places = list(places)
         for start in range(0, len(places), LOCATIONS_AT_ONCE):
             some = places[start : start + LOCATIONS_AT_ONCE]
@@ -49,7 +49,7 @@ class Readers:
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
     def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
-        """By name, from (..., D)."""
+        """Split readings (..., D) by name: features, and with ``compare`` histogram and density."""
         found = {"features": readings[..., : self.rep_dim]}
         if self.compare:
             found |= {"histogram": readings[..., self.rep_dim : -1], "density": readings[..., -1:]}
@@ -59,7 +59,7 @@ class Readers:
 def patient_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean readings of some rows of the store: over all places (n, D), and of each place (L, ...)."""
+    """Return mean readings of some rows of the store: over locations (n, D), and over subjects (L, D)."""
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
@@ -72,11 +72,12 @@ def patient_means(
 
 
 def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Readings of patches of several places, one place at a time, so memory stays small: (n, D).
+    """Compute readings (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
-        places: (n,) rows of the table.
-        read: a place and the numbers of its patches -> those patches, (m, 32, 32, 32) HU.
+        readers: computes the readings.
+        places: (n,) location of each patch, as row of the table.
+        read: returns patches (m, 32, 32, 32) in HU for a location and the numbers (m,) of its patches.
     """
     found: np.ndarray | None = None
     for place, encode in readers.of_places(np.unique(places).tolist()):
@@ -88,11 +89,15 @@ def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np
 
 
 def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray) -> np.ndarray:
-    """Readings of windows, less what is usual at their places: (n, D).
+    """Compute readings of windows minus the mean readings at their locations: (n, D).
 
     Args:
-        usual: (L, D), the learnt patients' mean at each place. Places differ more than patients do,
-            as their kernels do: what a model of patients learns is the deviation.
+        readers: computes the readings.
+        cut: the resampled scan.
+        windows: the windows.
+        patch_size: edge length of a window in voxels.
+        usual: (L, D), mean of the fitted subjects at each location. Locations differ more than subjects do, because
+            each location has its own kernels. A model of subjects only learns the deviation from this mean.
     """
     found = patch_readings(
         readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
@@ -101,13 +106,15 @@ def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size
 
 
 def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A linear model of a label. Fitted to patients' means it is one of patches too.
+    """Fit a linear model of a label, and return its predict function.
 
-    Learning from weak labels by multiple instances, with the mean as the pooling: a linear model of the mean
-    of a patient's patches is the mean of the same model of each, which therefore says how much a patch adds.
+    A model fitted to subject means also applies to single patches. This is multiple-instance learning from weak labels
+    with mean pooling: the prediction for the mean of the patches is the mean of the predictions for the patches. The
+    prediction for a patch therefore says how much it contributes.
 
     Args:
-        readings: (n, D), less the mean of all: so are the windows'.
+        readings: (n, D), with the mean subtracted as for windows.
+        target: (n,) label values.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

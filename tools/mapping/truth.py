@@ -1,23 +1,23 @@
-"""How well a map finds what is known to be there."""
+"""Evaluate maps against label images."""
 
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
-RESAMPLES = 2000  # of the scans
+RESAMPLES = 2000  # bootstrap resamples over scans
 
 
 def judge_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Average precision and the best Dice over thresholds, over the voxels of the mask.
+    """Compute average precision, and the best Dice over all thresholds, from the voxels of the mask.
 
     Args:
-        scores: float32 on the scan's grid.
+        scores: the map, float32 on the grid of the scan.
         truth: bool, (z, y, x).
         mask: bool, (z, y, x).
 
     Returns:
-        share (of the lung that is positive: what chance's average precision is), average_precision, dice: NaN where
-        nothing or everything is positive.
+        share: positive share of the mask, which is also the average precision of a random map.
+        average_precision, dice: NaN if nothing or everything is positive.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -32,20 +32,20 @@ def judge_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[s
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A line a label and table: means over scans, and the 95 % interval of the average precision over scans.
+    """Format means over scans, and the 95 % interval of average precision: one row per label and table.
 
     Args:
-        rows: column, table, sid, share, average_precision and dice of each map. A scan without what is looked for has
-            NaN and is left out.
+        rows: table with column, table, sid, share, average_precision and dice of each map. Scans with NaN, which have
+            no positive voxels, are left out.
     """
     lines = [
-        "| label | maps by | scans | chance | average precision | best Dice |",
+        "| label | map from | scans | chance | average precision | best Dice |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for (column, table), group in rows.groupby(["column", "table"], sort=False):
         known = group.dropna(subset=["average_precision"]).sort_values("sid")
         if known.empty:
-            lines.append(f"| {column} | {table} | 0 | | nothing there to be found | |")
+            lines.append(f"| {column} | {table} | 0 | | no positive voxels | |")
             continue
         values = known["average_precision"].to_numpy()
         drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))

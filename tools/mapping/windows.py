@@ -1,4 +1,4 @@
-"""Windows over the lungs of a scan, and a map on the scan's own grid from a value for each."""
+"""Lay windows over the lungs of a scan, and turn one value per window into a map on the grid of the scan."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,15 @@ from preprocess.patches import Patches
 
 
 class Windows(NamedTuple):
-    """Patches that a network sees, at every ``stride`` voxels over the lungs.
+    """Windows over the lungs, one every ``stride`` voxels, each of the size of a patch.
 
     Attributes:
         corners: (n, 3) lowest corners (x, y, z) in the padded volume.
-        places: (n,) rows of the table whose location each window is read as: the nearest.
-        cells: (n,) flat numbers in ``grid``.
-        grid: (z, y, x) cells of ``stride`` voxels; a window's centre is its cell's.
-        origin: (x, y, z) of the first cell's lowest voxel in the padded volume.
+        places: (n,) the nearest location of each window, as row of the table.
+        cells: (n,) flat index of each window in ``grid``.
+        grid: number of cells (z, y, x). A cell has an edge of ``stride`` voxels and the same centre as its window.
+        origin: (x, y, z) of the lowest voxel of the first cell in the padded volume.
+        stride: edge length of a cell in voxels.
     """
 
     corners: np.ndarray
@@ -36,16 +37,19 @@ def lay_windows(
     stride: int,
     patch_size: int,
 ) -> Windows | None:
-    """Windows whose cells hold lung; None where the mask is empty in the volume.
+    """Lay windows over all cells that contain lung. Returns None if the mask is empty in the volume.
 
-    A window is read with the kernels of the table's location that is nearest on the atlas, by the
-    inverse of the scan's registration: the network knows no others.
+    The network only has kernels for the locations of the table. Each window therefore uses the location that is nearest
+    on the atlas, after the inverse of the registration.
 
     Args:
-        cut: of preprocess.patches.patches_of.
-        mask: the scan's lung mask, on any grid.
-        table: (L, 3) corners (x, y, z), atlas voxels.
-        transform: atlas points -> scan points.
+        cut: result of preprocess.patches.patches_of.
+        mask: lung mask of the scan, on any grid.
+        table: (L, 3) corners (x, y, z) in atlas voxels.
+        atlas: lung mask of the atlas.
+        transform: maps atlas points to scan points.
+        stride: distance between windows in voxels.
+        patch_size: edge length of a window in voxels.
     """
     lungs = sitk.GetArrayFromImage(sitk.Resample(mask, cut.volume, sitk.Transform(), sitk.sitkNearestNeighbor, 0)) > 0
     along = [np.flatnonzero(lungs.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]  # z, y, x
@@ -64,7 +68,7 @@ def lay_windows(
 
 
 def _nearest(corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform):
-    """The table's row nearest to each corner, (n,)."""
+    """Return the row of the table that is nearest to each corner, (n,)."""
     from scipy.spatial import cKDTree
 
     back = transform.GetInverse()
@@ -74,13 +78,15 @@ def _nearest(corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, 
 
 
 def to_scan(values: np.ndarray, windows: Windows, volume: sitk.Image, scan: sitk.Image, mask: sitk.Image) -> sitk.Image:
-    """A value for each window (n,) -> float32 on the scan's grid, between windows linear, 0 outside the mask.
+    """Interpolate one value per window (n,) linearly to the grid of the scan, float32, 0 outside the mask.
 
-    Only the cells that have a window are interpolated, so the lung's rim is no mixture with air.
+    Only cells with a window are used, so that values at the border of the lung are not mixed with 0.
     """
     cells, known = (np.zeros(int(np.prod(windows.grid)), dtype=np.float32) for _ in range(2))
     cells[windows.cells], known[windows.cells] = values, 1
-    first = (windows.origin + windows.stride // 2 - 0.5).tolist()  # a window of even size has no middle voxel
+    first = (
+        windows.origin + windows.stride // 2 - 0.5
+    ).tolist()  # the centre of an even window lies between two voxels
     origin = volume.TransformContinuousIndexToPhysicalPoint(first)
     images = []
     for array in (cells, known):

@@ -1,1 +1,1 @@
-"""Pages of HTML: their templates and scripts, and the numbers that they show."""
+"""HTML pages: templates, scripts, and the numbers that they show."""

@@ -1,7 +1,7 @@
-// The page of patients: DATA is made by tools/explore.py.
+// The explore page. tools/explore.py writes DATA.
 
 const COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#994f00", "#44aa99", "#882255",
-  "#999933", "#117733", "#332288"]; // of categories
+  "#999933", "#117733", "#332288"]; // for categories
 const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
 const UNKNOWN = "#c4cad1";
 
@@ -26,7 +26,7 @@ function ramp(share) {
   return `rgb(${mixed})`;
 }
 
-/** What a label says of a patient, as text. */
+/** The label of a subject as text. */
 function text(label, row) {
   const value = label.values[row];
   if (Number.isNaN(value)) return "unknown";
@@ -39,7 +39,7 @@ function colour(label, row) {
   return ramp((label.values[row] - label.low) / (label.high - label.low || 1));
 }
 
-/** A canvas made as sharp as the screen: its context, and its size in CSS pixels. */
+/** Set a canvas to the resolution of the screen; returns its context and its size in CSS pixels. */
 function sharp(canvas, height) {
   const scale = window.devicePixelRatio || 1, width = canvas.clientWidth;
   if (height) canvas.style.height = `${height}px`;
@@ -65,7 +65,7 @@ function drawMap() {
   }
   const radius = sids.length > 3000 ? 2.2 : sids.length > 500 ? 3 : 4.5, edge = 16;
   context.globalAlpha = sids.length > 3000 ? 0.7 : 0.85;
-  // Those of whom the label is unknown lie below the others.
+  // Draw subjects without a label first, below the others.
   const known = (row) => !state.label || !Number.isNaN(state.label.values[row]);
   for (const pass of [false, true]) {
     for (let row = 0; row < sids.length; row++) {
@@ -114,7 +114,7 @@ function drawLegend() {
   legend.replaceChildren(...parts);
 }
 
-/** The patient under the pointer, or -1. */
+/** The subject under the pointer, or -1. */
 function patientAt(event) {
   const box = byId("map").getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
   let best = -1, least = 14 * 14;
@@ -125,7 +125,7 @@ function patientAt(event) {
   return best;
 }
 
-// ------------------------------------------------------------ a patient
+// ------------------------------------------------------------ a subject
 
 function picture(row) {
   return element("img", { src: `${DATA.pictures.folder}/${encodeURIComponent(sids[row])}.png`, loading: "lazy",
@@ -144,7 +144,7 @@ function table(heads, rows) {
 
 function choose(row) {
   state.chosen = row;
-  byId("chosen").textContent = `Patient ${sids[row]}`;
+  byId("chosen").textContent = `Subject ${sids[row]}`;
   byId("picture").replaceChildren(...(pictures[row] ? [picture(row)] : []));
   byId("values").replaceChildren(...(labels.length ? [table(["label", ""],
     labels.map((label) => [label.name, text(label, row)]))] : []));
@@ -155,8 +155,9 @@ function choose(row) {
       const at = row * telling.count + i;
       rows.push([`location ${telling.places[at]}`, telling.scores[at].toFixed(2)]);
     }
-    found.push(element("h3", {}, `Places farthest from ${telling.healthy}`),
-      element("p", { className: "soft" }, "1 is usual; ringed below"), table(["place", "score"], rows));
+    found.push(element("h3", {}, `Locations that differ most from ${telling.healthy}`),
+      element("p", { className: "soft" }, "A score of 1 is usual. Circles below mark these locations."),
+      table(["location", "score"], rows));
   }
   byId("unusual").replaceChildren(...found);
   byId("nearest-title").hidden = false;
@@ -172,7 +173,7 @@ function choose(row) {
   drawSides();
 }
 
-// ------------------------------------------------------------ places
+// ------------------------------------------------------------ locations
 
 const backgrounds = sides.map((side) => {
   if (!side.image) return null;
@@ -188,12 +189,12 @@ function drawSides() {
   const about = byId("where-text");
   if (!values) {
     about.textContent = importance.size
-      ? "Colour the map by a label to see how well each place alone tells it."
+      ? "Colour the map by a numeric label to see how well each location alone predicts it."
       : DATA.without;
   } else if (most <= 0) {
-    about.textContent = `No place alone tells ${state.label.name}: its features predict it no better than its mean.`;
+    about.textContent = `No single location predicts ${state.label.name} better than its mean over the subjects.`;
   } else {
-    about.textContent = `How well the features of each place alone tell ${state.label.name}: cross-validated R², ` +
+    about.textContent = `How well the features of each location alone predict ${state.label.name}: cross-validated R², ` +
       `from 0 (dark) to ${most.toFixed(2)} (bright).`;
   }
   sides.forEach((side, n) => {
@@ -202,7 +203,7 @@ function drawSides() {
     const { context, width, height } = sharp(canvas, Math.round(wide / side.shape));
     if (backgrounds[n]?.complete) context.drawImage(backgrounds[n], 0, 0, width, height);
     const order = Array.from({ length: side.places.length / 2 }, (_, i) => i);
-    if (values) order.sort((a, b) => (values[a] || 0) - (values[b] || 0)); // the most telling on top
+    if (values) order.sort((a, b) => (values[a] || 0) - (values[b] || 0)); // best predictor on top
     for (const place of order) {
       const x = side.places[2 * place] * width, y = side.places[2 * place + 1] * height;
       const told = values && !Number.isNaN(values[place]) && most > 0;
@@ -259,7 +260,7 @@ function start() {
   };
   byId("search").onchange = (event) => {
     const row = rowOf.get(event.target.value.trim());
-    byId("missing").textContent = row === undefined && event.target.value ? `no patient ${event.target.value}` : "";
+    byId("missing").textContent = row === undefined && event.target.value ? `no subject ${event.target.value}` : "";
     if (row !== undefined) choose(row);
   };
   const map = byId("map"), tip = byId("tip");

@@ -1,4 +1,4 @@
-"""What the page of patients shows: a map, neighbours, and which places tell of a label or are unusual."""
+"""The numbers of the explore page: map, nearest subjects, and locations that predict a label or are unusual."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,23 @@ from tools.evaluation.metrics import r2
 from tools.evaluation.normal import parts, unusual
 
 FOLDS = 5
-PENALTIES = (0.01, 0.1, 1.0, 10.0)  # times the subjects fitted to, of features with SD 1
-FEWEST = 20  # subjects with a label
+PENALTIES = (0.01, 0.1, 1.0, 10.0)  # for features with SD 1, multiplied by the number of fitted subjects
+FEWEST = 20  # minimum number of subjects with a label
 
 
 def standardised(features: np.ndarray) -> np.ndarray:
-    """(N, D) with mean 0 and SD 1, a constant feature 0."""
+    """Standardise features (N, D) to mean 0 and SD 1. Constant features become 0."""
     scale = features.std(axis=0)
     return np.divide(features - features.mean(axis=0), scale, out=np.zeros_like(features), where=scale > 1e-9)
 
 
 def maps_of(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
-    """Places of patients in the plane, (N, 2) float32 each: the first two principal components, and t-SNE.
+    """Map subjects to the plane, (N, 2) float32 each: the first two principal components, and t-SNE.
 
     Args:
         features: (N, D), standardised.
+        tsne: whether to compute t-SNE.
+        seed: random seed.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -35,12 +37,12 @@ def maps_of(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.nda
 
 
 def nearest(features: np.ndarray, count: int) -> np.ndarray:
-    """(N, count) rows of the nearest other patients, the nearest first: (N, D), standardised."""
+    """Find the nearest other subjects: standardised features (N, D) -> rows (N, count), nearest first."""
     from sklearn.neighbors import NearestNeighbors
 
     rows = NearestNeighbors(n_neighbors=count + 1).fit(features).kneighbors(features, return_distance=False)
     own = np.arange(len(features))[:, None]
-    # A patient is his own nearest, but not always the first where several are alike: he is moved last, and dropped.
+    # The nearest row is usually the subject itself, but not always if several are equal: move it to the end, drop it.
     order = np.argsort(rows == own, axis=1, kind="stable")
     return np.take_along_axis(rows, order, axis=1)[:, :count]
 
@@ -48,19 +50,19 @@ def nearest(features: np.ndarray, count: int) -> np.ndarray:
 def importance(
     features: np.ndarray, target: np.ndarray, told: Callable[[int], None] = lambda _: None, seed: int = 0
 ) -> np.ndarray:
-    """How well each place alone tells a label: R² of 5-fold cross-validated ridge regressions.
+    """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
-    The penalty, of a few, is the one that does best over all places that tell anything, so a single place gains
-    next to nothing by its choice.
+    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). A single location
+    therefore gains almost nothing from the choice.
 
     Args:
         features: (N, L, D).
         target: (N,), NaN where unknown.
-        told: called with the number of places that are done.
-        seed: of the folds.
+        told: called with the number of locations that were just finished.
+        seed: random seed of the folds.
 
     Returns:
-        (L,), NaN where the label is known of fewer than 20 patients or is the same for all of them.
+        (L,), all NaN if fewer than 20 subjects have a label or all labels are equal.
     """
     known = np.flatnonzero(~np.isnan(target))
     found = np.full((len(PENALTIES), features.shape[1]), np.nan)
@@ -78,13 +80,13 @@ def importance(
 
 
 def _out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
-    """Predictions by every penalty of subjects that were left out: (n, D), (n,) -> (penalties, n)."""
+    """Predict each fold from the other folds with every penalty: (n, D), (n,) -> (penalties, n)."""
     gram, product = x.T @ x, x.T @ y
     predicted = np.zeros((len(PENALTIES), len(y)))
     for fold in folds:
         own, count = x[fold], len(y) - len(fold)
         total = y.sum() - y[fold].sum()
-        mean = -own.sum(axis=0) / count  # of the others: x is centred on all
+        mean = -own.sum(axis=0) / count  # mean of the other folds; x is centred over all subjects
         middle = total / count
         covariance = gram - own.T @ own - count * np.outer(mean, mean)  # (D, D)
         moment = product - own.T @ y[fold] - total * mean  # (D,)
@@ -96,11 +98,15 @@ def _out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.nd
 
 
 def telling(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each patient's places that are farthest from the healthy ones: rows (N, count), scores (N, count).
+    """Find the locations where each subject differs most from the healthy ones.
 
     Args:
         features: (N, L, D).
-        healthy: (N,) bool, whom a place's density is fitted to; see tools.evaluation.normal.
+        healthy: (N,) bool, the subjects that the density is fitted to; see tools.evaluation.normal.
+        count: number of locations per subject.
+
+    Returns:
+        Locations (N, count) and their scores (N, count), highest score first.
     """
     scores = unusual(features, healthy)  # (N, L)
     places = np.argsort(-scores, axis=1, kind="stable")[:, :count]

@@ -1,4 +1,4 @@
-"""The atlas's lungs, and the places in them, from the front, from the left and from below."""
+"""Views of the atlas lungs and the locations in them, from the front, from the left and from below."""
 
 import base64
 import io
@@ -11,13 +11,13 @@ from preprocess.geometry import orient
 
 
 class Side(NamedTuple):
-    """A view of LPS axes: x to the patient's left, y to the back, z to the head."""
+    """A view along one of the LPS axes: x to the left of the body, y to the back, z to the head."""
 
     name: str
-    across: int  # axis to the right of the picture
-    up: int
-    upwards: bool  # that axis grows towards the picture's top
-    letters: str  # left, right, top, bottom of the picture
+    across: int  # horizontal axis, to the right
+    up: int  # vertical axis
+    upwards: bool  # whether the vertical axis points to the top of the picture
+    letters: str  # labels at the left, right, top and bottom edge
 
 
 SIDES = (
@@ -28,16 +28,16 @@ SIDES = (
 
 
 def sides_of(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -> list[dict[str, Any]]:
-    """For every side its name, letters, shape (width over height), picture, and the places' centres in it.
+    """Return the views with the centres of the locations.
 
     Args:
         locations: (L, 3) corners, atlas voxel index (x, y, z).
-        patch_size: voxels.
-        atlas: the atlas's lung mask; without it there are no pictures, and index axes are taken for LPS.
+        patch_size: edge length of a patch in voxels.
+        atlas: lung mask of the atlas. Without it there are no pictures, and the index axes are assumed to be LPS.
 
     Returns:
-        Dictionaries with ``name``, ``letters`` (empty without an atlas), ``shape``, ``image`` (a PNG's data address, or
-        empty) and ``places``, (L, 2) float32 from 0 to 1, to the right and downwards.
+        Dictionaries with ``name``, ``letters`` (empty without an atlas), ``shape`` (width / height), ``image`` (data
+        URL of a PNG, or empty) and ``places``: centres (L, 2) float32 from 0 to 1, to the right and downwards.
     """
     centres = locations + (patch_size - 1) / 2  # (L, 3)
     if atlas is None:
@@ -67,12 +67,12 @@ def sides_of(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -
 
 
 def _shadow(mask: np.ndarray, side: Side) -> str:
-    """How thick the lungs are seen from a side, as the data address of a PNG."""
+    """Draw the thickness of the lungs along the viewing direction, as the data URL of a PNG."""
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = mask.sum(axis=depth).astype(float)  # (across, up), the axes in rising order
-    picture = thickness.T  # rows are ``up``, which is the later axis in every side
+    thickness = mask.sum(axis=depth).astype(float)  # (across, up): across is before up in every side
+    picture = thickness.T  # rows are the vertical axis
     if side.upwards:
         picture = picture[::-1]
     grey = 1 - 0.45 * np.sqrt(picture / max(1, picture.max()))

@@ -1,1 +1,1 @@
-"""What the benchmark is made of: timings taken in turns, literal versions, and the rows of its table."""
+"""Parts of the benchmark: alternating timings and the rows of its tables."""

@@ -1,4 +1,4 @@
-"""What each choice of train.py does to a step's time and to memory."""
+"""Measure the step time and memory of each option of train.py."""
 
 import re
 import statistics
@@ -22,11 +22,11 @@ CHOICES: dict[str, dict[str, object]] = {
     "--num-experts 4": {"num-experts": 4},
     "--k-neighbors 1": {"k-neighbors": 1},
 }
-STEPS = 4  # a printed line
+STEPS = 4  # steps per printed line
 
 
 def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float, float]:
-    """Seconds a step, median of the printed lines but the first, and the peak in GB."""
+    """Return seconds per step (the median over the printed lines except the first) and peak memory in GB."""
     sizes = {"batch-size": args.batch, "moco-k": 4096, "epochs": 1, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **flags})
     rates, peak = [], float("nan")
@@ -41,12 +41,12 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
     finally:
         stop(process)
     if len(rates) < 4:
-        raise RuntimeError(f"train.py ended early with {flags}")
+        raise RuntimeError(f"train.py ended early with the flags {flags}")
     return args.batch / statistics.median(rates[1:]), peak
 
 
 def rows_choices(folder: Path, args) -> list[Row]:
-    """A row a choice: ms a step, its ratio to the published in the same round, and peak memory in the note."""
+    """Return one row per option: ms per step, ratio to the published step in the same round, memory in the note."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}
     for number in range(max(2, args.rounds // 2)):
@@ -64,8 +64,8 @@ def rows_choices(folder: Path, args) -> list[Row]:
 
 
 def show_choices(rows: list[Row]) -> str:
-    """As a Markdown table."""
-    lines = ["| choice | ms a step | times the published (range) | peak memory |", "| --- | --- | --- | --- |"]
+    """Format the rows as a Markdown table."""
+    lines = ["| option | ms per step | relative to published (range) | peak memory |", "| --- | --- | --- | --- |"]
     for row in rows:
         ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
         name, peak = row.what.removeprefix("step with "), row.note.removeprefix("memory ")

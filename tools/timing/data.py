@@ -1,4 +1,4 @@
-"""The rows of augmentation and of reading."""
+"""Table rows of augmentation and reading."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from tools.timing.store import DISTINCT_FILES, make_store
 
 
 def rows_augmentation(args) -> list[Row]:
-    """One view of one patch on one core."""
+    """Measure the augmentation of one view of one patch on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
@@ -56,7 +56,7 @@ def rows_augmentation(args) -> list[Row]:
 
 
 def rows_reading(folder: Path, args) -> list[Row]:
-    """Rows of shuffled batches out of location files in turn, beside dd on the same files."""
+    """Measure reading shuffled batches from one location file after the other, compared with dd on the same files."""
     store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
     paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
     total = sum(path.stat().st_size for path in paths)
@@ -70,7 +70,7 @@ def rows_reading(folder: Path, args) -> list[Row]:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def batches(prefetch: Callable[[list[Path]], None] = lambda _: None) -> None:
-        fresh = PatchStore(folder, require_grouped=True)  # opened anew, or its mapping keeps the pages
+        fresh = PatchStore(folder, require_grouped=True)  # opened again, because an old mapping would keep the pages
         for location in range(DISTINCT_FILES):
             prefetch(paths[location + 1 : location + 2])
             for start in range(0, len(order), 32):
@@ -94,7 +94,7 @@ def rows_reading(folder: Path, args) -> list[Row]:
         rows.append(
             compare(
                 f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'}, "
-                f"{'next location read ahead' if ahead else 'not read ahead'} (beside it: dd)",
+                f"{'next location read ahead' if ahead else 'not read ahead'} (literal: dd)",
                 "GB/s",
                 times["ours"],
                 times["dd"],

@@ -1,4 +1,4 @@
-"""Timings taken in turns, and the table that they make."""
+"""Take timings in turns, and format them as a table."""
 
 import platform
 import re
@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Row:
-    """One line of the table; None where it was not measured."""
+    """One row of the table. Values are None if they were not measured."""
 
     what: str
     unit: str
@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time the jobs one after the other, several times over, after one call that does not count."""
+    """Time the jobs in turns for several rounds, after one warm-up call of each. Return the seconds of each job."""
     for work in jobs.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -62,13 +62,15 @@ def compare(
     rate: float = 0.0,
     **more,
 ) -> Row:
-    """A row from timings of the same rounds.
+    """Make a row from timings of the same rounds.
 
     Args:
-        what, unit: the row's name; a unit that ends in '/s' is a rate, else a time per amount.
-        ours, literal: seconds a round.
-        amount, literal_amount: how much was done in a round.
-        gflop: arithmetic of one unit of the amount, for the share of ``rate`` (GFLOP/s).
+        what: name of the row.
+        unit: a rate if it ends in '/s', otherwise a time per amount.
+        ours, literal: seconds per round.
+        amount, literal_amount: amount of work per round.
+        gflop: GFLOP per unit of work.
+        rate: matrix rate of the machine in GFLOP/s, for the share that is reached.
     """
     row = Row(what, unit, **more)
     middle = statistics.median(ours)
@@ -85,7 +87,7 @@ def compare(
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """GFLOP/s of a large matrix product: what the machine's own library reaches."""
+    """Return the GFLOP/s that the machine's library reaches in a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = in_turns({"product": lambda: a @ b}, 5)["product"]
@@ -106,12 +108,12 @@ NO_BF16 = "unmeasured: the processor has no bf16 arithmetic"
 
 
 def kinds_of(machine: dict) -> list[str]:
-    """Number formats to time; bfloat16 that is emulated says nothing of any other machine."""
+    """Return the number formats to time. Emulated bfloat16 is left out, because its speed is not representative."""
     return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The machine, as far as it matters for a timing."""
+    """Describe the machine: processor, torch version, device and matrix rates."""
     name = platform.processor() or platform.machine()
     flags = ""
     try:
@@ -130,19 +132,19 @@ def describe(device: torch.device) -> dict[str, object]:
     }
     found["matrix_gflops_float32"] = matrix_rate(device, torch.float32)
     found["fast_bf16"] = has_fast_bf16(device)
-    if found["fast_bf16"]:  # emulated, the product alone takes minutes
+    if found["fast_bf16"]:  # with emulation, the product alone takes minutes
         found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
     return found
 
 
 def show(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
 
     def number(value: float | None, unit: str) -> str:
         return "unmeasured" if value is None else f"{value:.3g} {unit}"
 
     lines = [
-        "| what | here | literal | ratio (range) | of the matrix rate | goal |",
+        "| what | here | literal | ratio (range) | of matrix rate | goal |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:

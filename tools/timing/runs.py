@@ -1,4 +1,4 @@
-"""The rows that need whole runs of train.py, growing sizes, or a GPU."""
+"""Measurements that need runs of train.py or several sizes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str, object]) -> subprocess.Popen:
-    """train.py on the store, in its own process group; a flag whose value is None is a switch."""
+    """Start train.py on the store in a new process group. A flag with the value None is a switch."""
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]
@@ -44,15 +44,15 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def peak_gb(pid: int) -> float:
-    """Peak resident memory of a process so far, from the kernel's own count."""
+    """Return the peak resident memory of a process so far, in GB, as counted by the kernel."""
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e9
 
 
 def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
-    """Peak memory of train.py itself, from the kernel's own count."""
+    """Measure the peak memory of train.py, as counted by the kernel."""
     row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
     if not Path("/proc/self/status").exists():
-        row.note = "unmeasured: this system does not tell a process's peak memory"
+        row.note = "unmeasured: this system does not report the peak memory of a process"
         return row
     sizes = {"batch-size": args.batch, "moco-k": K, "epochs": 1, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, 1, {**sizes, "print-freq": 2})
@@ -71,7 +71,7 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
 
 
 def ranks_rate(folder: Path, ranks: int, args) -> float | None:
-    """Samples a second of train.py over several ranks on this machine, the batch shared among them."""
+    """Return samples per second of train.py on several ranks that share the batch, or None after a timeout."""
     store = make_store(folder / "store", 8, 64)
     sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, ranks, sizes)
@@ -87,7 +87,7 @@ def ranks_rate(folder: Path, ranks: int, args) -> float | None:
 
 
 def scaling(folder: Path, args) -> list[dict]:
-    """Milliseconds a step as one size grows and the others stay."""
+    """Measure the milliseconds per step as one size grows and the others stay constant."""
     base = dict(batch=args.batch, locations=37, subjects=64, K=1024)
     cases: list[dict] = []
     grown = {

@@ -1,4 +1,4 @@
-"""The rows of preprocessing: core-seconds and memory of one scan's way to its patches."""
+"""Table rows of preprocessing: core-seconds and memory from one scan to its patches."""
 
 import multiprocessing
 import os
@@ -23,18 +23,18 @@ from preprocess.scan import AIR, limit_threads, load_scan
 from tools.timing.measure import Row, compare
 from tools.timing.runs import peak_gb
 
-LUNGMASK_CLASSES = 3  # of R231
+LUNGMASK_CLASSES = 3  # classes of the R231 model
 
 
 def core_seconds(work: Callable[[], object]) -> float:
-    """Of this process, all its threads."""
+    """Return the core-seconds of some work, over all threads of this process."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def literal_patches(scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray) -> np.ndarray:
-    """Patches as the publication cuts them: ITK's own B-splines at every voxel of the new grid, (L, 32, 32, 32)."""
+    """Cut patches as in the publication: ITK's B-splines at every voxel of the new grid. Return (L, 32, 32, 32)."""
     oriented = orient(scan, orientation_of(atlas))
     size, spacing = oriented.GetSize(), oriented.GetSpacing()
     wanted = [int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])]
@@ -49,7 +49,7 @@ def literal_patches(scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Ima
 
 
 def random_lungmask(folder: Path) -> str:
-    """A state dict of lungmask's own network with random weights: its time is that of the trained one."""
+    """Save random weights for lungmask's network, which then takes as long as with trained weights. Return the path."""
     from lungmask.resunet import UNet
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def random_lungmask(folder: Path) -> str:
 
 
 def _whole_way(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
-    """A process that does the five steps' work once, and tells its peak memory in GB."""
+    """Run the five stages once in this process, and send its peak memory in GB."""
     limit_threads(1)
     scan, atlas = load_scan(image).image, load_atlas(atlas_mask)
     mask = lung_mask(scan, "threshold")
@@ -72,7 +72,7 @@ def _whole_way(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
 
 
 def peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
-    """GB that one worker needs for a scan."""
+    """Return the memory in GB that one worker needs for a scan."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_whole_way, args=(image, atlas_mask, table, theirs))
@@ -84,9 +84,9 @@ def peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
 
 
 def rows_scan(args) -> list[Row]:
-    """Every part of preprocessing on ``args.scan``, with the atlas's mask and table that the flags name."""
+    """Measure every part of preprocessing on ``args.scan``, with the atlas mask and location table of the flags."""
     limit_threads(1)
-    import ants  # noqa: F401 - its import is no part of a registration
+    import ants  # noqa: F401 - importing it is not part of a registration
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)
@@ -100,7 +100,7 @@ def rows_scan(args) -> list[Row]:
     parts = {
         f"reading and checking a scan of {size}": lambda: load_scan(image),
         "lung mask by threshold, checked": lambda: check_lungs(lung_mask(scan, "threshold"), scan, image),
-        "registration, and the sides' Dice": lambda: overlap(atlas, mask, register_masks(atlas, mask)),
+        "registration, with the Dice of each side": lambda: overlap(atlas, mask, register_masks(atlas, mask)),
         "picture": lambda: picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
@@ -113,7 +113,10 @@ def rows_scan(args) -> list[Row]:
         literal.append(core_seconds(lambda: literal_patches(scan, transform, atlas, table)))
     rows = [compare(name, unit, found, None, 1.0) for name, found in times.items()]
     apart = int(np.abs(literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
-    what, note = f"cutting {len(table)} patches", f"beside ITK's B-splines, patches to {apart} HU"
+    what, note = (
+        f"cutting {len(table)} patches",
+        f"literal: ITK's B-splines, which give the same patches to {apart} HU",
+    )
     rows.append(compare(what, unit, ours, literal, 1.0, 1.0, note=note))
     together = sum(np.median(found) for found in (*times.values(), ours))
     rows.append(Row("all of these", unit, ours=float(together), goal="10 core-seconds"))
@@ -122,11 +125,12 @@ def rows_scan(args) -> list[Row]:
         where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
         slices = scan.GetSize()[2]
         few = min(slices, load_lungmask(weights).batch_size)
-        some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]  # a batch: a slice takes up to a second on a CPU
+        # Only one batch, because a slice takes up to a second on a CPU.
+        some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]
         start = time.perf_counter()
         network_mask(some, weights)
         each = (time.perf_counter() - start) / few
-        row = Row(f"lung mask by lungmask's network, random weights, {where}", "s a slice", ours=each)
+        row = Row(f"lung mask by lungmask's network, random weights, {where}", "s per slice", ours=each)
         row.note = f"{each * slices:.0f} s for {slices} slices"
-    memory = Row("memory of a worker, all of these", "GB", ours=peak_of_scan(image, atlas_mask, table), goal="2 GB")
+    memory = Row("memory of a worker for all of these", "GB", ours=peak_of_scan(image, atlas_mask, table), goal="2 GB")
     return [*rows, row, memory]

@@ -1,4 +1,4 @@
-"""One training step as train.py composes it, for timing."""
+"""The training step of train.py, for timing."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ from models.step import Descent, Done, Inputs, LocationTable, TrainingStep, Whol
 
 
 class TimedStep:
-    """Reading, views and a step of training: the functions that train.py calls, in its order."""
+    """Reading, views and a training step, with the functions that train.py calls, in the same order."""
 
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ class TimedStep:
             epoch += 1
 
     def inputs(self, batch: PatchBatch) -> Inputs:
-        """A batch on the device, and its noise begun."""
+        """Seed the views of a batch and move it to the device."""
         self.views.seed(batch.epoch, batch.location, batch.step)
         return Inputs(*self.carrier(batch))
 
@@ -53,7 +53,7 @@ class TimedStep:
         return self.step(inputs.location, views, 1.0, inputs.subjects).loss
 
     def where(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The location, (1, 3), and its neighbours', (1, k, 3)."""
+        """Return the coordinates of a location, (1, 3), and of its neighbours, (1, k, 3)."""
         return tuple(table[location : location + 1] for table in self.step.table)
 
     def run(self, steps: int) -> Done:
@@ -63,7 +63,7 @@ class TimedStep:
 
 
 def trained_encoder(device: torch.device) -> Encoder:
-    """In eval mode, with statistics as after training and not the identity."""
+    """Return an encoder in eval mode, with BatchNorm statistics like those of a trained encoder."""
     torch.manual_seed(0)
     encoder = Encoder(128, 128, 8, 1).eval()
     for module in encoder.modules():

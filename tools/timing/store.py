@@ -1,4 +1,4 @@
-"""A patch store to read from."""
+"""Make a patch store for timing."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 from data.store import PatchStore
 from misc.files import save_array, write_text
 
-DISTINCT_FILES = 8  # contents of a store's location files; the others are links to these
+DISTINCT_FILES = 8  # number of different location files; the others are links to these
 
 
 def make_store(folder: Path, locations: int, subjects: int, seed: int = 0) -> PatchStore:
-    """A grouped store of smooth random patches; few distinct files, linked under every location's name."""
+    """Make a grouped store of smooth random patches. A few files are linked under the names of all locations."""
     from scipy import ndimage
 
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The rows of a training step, and its parts."""
+"""Table rows of the training step, and the time of its parts."""
 
 import functools
 import statistics
@@ -12,21 +12,23 @@ from tools.dev.apart import Apart
 from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of, synchronize
 from tools.timing.step import TimedStep
 
-FORWARD_GFLOP = 0.194  # one patch, multiplications and additions
-STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and back, key forward
+FORWARD_GFLOP = 0.194  # per patch, counting multiplications and additions
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and backward, key forward
 
 
 def check_equal_losses(fast: TimedStep, apart: Apart) -> dict[str, float]:
-    """First-step losses of both from the same weights on the same views. Raises where they differ."""
+    """Return the first-step losses of both versions, from the same weights and views. Raise if they differ."""
     batch = next(fast.batches)
     ours, slow = float(fast.loss(fast.inputs(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
-        raise RuntimeError(f"losses differ, {ours} here and {slow} in the literal version: the timings mean nothing")
+        raise RuntimeError(
+            f"the losses differ ({ours} here, {slow} in the literal version), so the timings are not comparable"
+        )
     return {"ours": ours, "literal": slow}
 
 
 def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, report: dict) -> list[Row]:
-    """Encoder, and the whole step with reading and augmentation."""
+    """Measure the encoder, and the whole step with reading and augmentation."""
     device, B = args.device, args.batch
     kinds = kinds_of(machine)
     steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}
@@ -68,7 +70,7 @@ def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, 
 
 
 def profile(step: TimedStep, args) -> dict[str, float]:
-    """Milliseconds of each part of a step, median over steps."""
+    """Return the milliseconds of each part of a step, as the median over steps."""
     parts: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable):

@@ -1,4 +1,4 @@
-"""A log and its curves, taken back to where a run goes on."""
+"""Rewinding a log and its curves to the step where a run resumes."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_each_step_is_told_once(tmp_path):
     for step in (2, 4, 6, 8):
         curves.log_value("train/loss", 1.0, step)
     curves.log_value("epoch/loss", 1.0, 1)
-    with open(log, "a+") as stream:  # as the run has it
+    with open(log, "a+") as stream:  # the mode that a run uses
         counts = rewind_log(stream, (1, 3), aside)
         stream.write("next\n")
     assert counts["step"] == 3 and counts["epoch"] == 1 and aside.read_text() == text
@@ -40,7 +40,7 @@ def test_each_step_is_told_once(tmp_path):
 
 
 def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
-    """As the neighbours' after a change of --beta 0."""
+    """For example, the neighbour curve begins when --beta is changed from 0."""
     curves = Logger(str(tmp_path))
     for step in range(1, 8):
         curves.log_value("train/loss", 1.0, step)
@@ -50,7 +50,7 @@ def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and steps_of(tmp_path, "train/loss_neighbor") == [4, 5]
 
 
-def test_nothing_to_take_back_changes_nothing(tmp_path):
+def test_nothing_to_rewind_changes_nothing(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"kind": "step", "epoch": 1, "step": 2}\n')
     with open(log, "a+") as stream:

@@ -1,4 +1,4 @@
-"""Means of a run's figures."""
+"""Means of a run's statistics, and its log."""
 
 import json
 import os
@@ -10,27 +10,27 @@ from misc.command import UserError
 from misc.run.runlog import Meters, RunLog
 
 
-def test_means_since_the_last_reading_and_over_the_epoch():
+def test_means_since_the_last_read_and_over_the_epoch():
     meters = Meters(("loss", "accuracy"), torch.device("cpu"))
-    meters.start_epoch(torch.tensor([6.0, 60.0], dtype=torch.float64))  # two steps of a stopped run
+    meters.start_epoch(torch.tensor([6.0, 60.0], dtype=torch.float64))  # sums over two steps of a stopped run
     for loss in (1.0, 2.0, 5.0):
         meters.add(torch.tensor([loss, 10 * loss]))
         if loss == 2.0:
             assert meters.steps == 2 and meters.read() == {"loss": 1.5, "accuracy": 15.0}
-    assert meters.totals().tolist() == [14.0, 140.0]  # what was not read yet too
+    assert meters.totals().tolist() == [14.0, 140.0]  # includes unread steps
     meters.read()
     assert meters.epoch_means(5) == {"loss": 2.8, "accuracy": 28.0}
     meters.start_epoch()
     assert meters.totals().tolist() == [0.0, 0.0]
 
 
-def test_sums_of_other_figures_are_told_in_a_sentence():
-    with pytest.raises(UserError, match="sums 5 statistics, this code has 2: give --start-epoch"):
+def test_sums_of_other_statistics_are_refused():
+    with pytest.raises(UserError, match="has 5 statistics, but this code has 2; set --start-epoch"):
         Meters(("loss", "accuracy"), torch.device("cpu")).start_epoch(torch.zeros(5, dtype=torch.float64))
 
 
-def test_what_a_stop_saves_of_the_sums():
-    """A run that goes on tells the same means as one without a stop, of windows and of the epoch."""
+def test_sums_survive_a_stop():
+    """A resumed run has the same means over windows and over the epoch as an uninterrupted run."""
     figures = torch.rand(7, 2)
     whole, first, second = (Meters(("loss", "accuracy"), torch.device("cpu")) for _ in range(3))
     whole.start_epoch()
@@ -48,7 +48,7 @@ def test_what_a_stop_saves_of_the_sums():
     assert second.epoch_means(7) == pytest.approx(whole.epoch_means(7), rel=1e-12)
 
 
-def test_the_first_step_that_was_not_finite_is_known():
+def test_the_first_non_finite_step_is_known():
     meters = Meters(("loss",), torch.device("cpu"))
     meters.start_epoch()
     for loss in (1.0, float("nan"), 2.0):
@@ -57,7 +57,7 @@ def test_the_first_step_that_was_not_finite_is_known():
     assert (meters.last_count, meters.finite_steps) == (3, 1)
 
 
-def test_a_log_without_room_waits(tmp_path, capsys, monkeypatch):
+def test_a_log_on_a_full_disk_is_written_later(tmp_path, capsys, monkeypatch):
     with open(tmp_path / "log.jsonl", "a") as stream:
         log = RunLog(stream, tmp_path, 1, 1, 2, True)
         write = os.write
@@ -67,4 +67,4 @@ def test_a_log_without_room_waits(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(os, "write", write)
         log._write({"kind": "step", "epoch": 3})
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
-    assert capsys.readouterr().out.count("no room for the log") == 1
+    assert capsys.readouterr().out.count("cannot write the log") == 1

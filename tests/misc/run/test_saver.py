@@ -1,4 +1,4 @@
-"""When a run saves, and what becomes of it where it cannot."""
+"""When a run saves, and how it handles a failed save."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from misc.run.saver import Saver
 from ...conftest import ROOT
 
 
-def full(*_):
+def raise_full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
 
@@ -37,17 +37,17 @@ def meters():
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
-    saver = saver_of(tmp_path, full, good=tmp_path / "c_0001")
+    saver = saver_of(tmp_path, raise_full, good=tmp_path / "c_0001")
     saver.after_step(1, 2, meters())
     saver.after_epoch(2)
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and all("warning: no room to save" in line and "c_0001" in line for line in told)
-    with pytest.raises(UserError, match=r"no room to save \(.*No space left.*go on with --resume auto"):
-        saver.after_epoch(3)  # nothing comes after it
+    assert len(told) == 2 and all("warning: cannot save" in line and "c_0001" in line for line in told)
+    with pytest.raises(UserError, match=r"cannot save \(.*No space left.*continue with --resume auto"):
+        saver.after_epoch(3)  # there is no later save
 
 
-def test_what_is_written_aside_is_the_state_of_that_moment(tmp_path, capsys):
-    """While a slow disk takes it training goes on; the next save, a stop and the last epoch wait for it."""
+def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
+    """Training continues while a slow disk writes. The next save, a stop and the last epoch wait for the disk."""
     state, free, done = {"step": 0}, threading.Event(), []
 
     def aside(path, *_):
@@ -68,7 +68,7 @@ def test_what_is_written_aside_is_the_state_of_that_moment(tmp_path, capsys):
     (tmp_path / "checkpoint_patch_0001.pth.tar").write_text("old")
     state["step"] = 5
     saver.after_step(0, 5, meters())
-    state["step"] = 6  # the disk is slow, training is not
+    state["step"] = 6  # training continues during the write
     assert not done and saver.good is None
     free.set()
     saver.after_epoch(2)
@@ -76,17 +76,17 @@ def test_what_is_written_aside_is_the_state_of_that_moment(tmp_path, capsys):
     assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
     assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
     free.clear()
-    saver.after_epoch(3)  # the last one: at once
+    saver.after_epoch(3)  # the last epoch is saved at once
     assert done[-1] == "checkpoint_patch_0003.pth.tar"
     assert sorted(path.name[17:21] for path in tmp_path.iterdir()) == ["0002", "0003"]
     assert capsys.readouterr().out == ""
 
 
-def test_a_disk_that_is_full_aside_is_told_by_the_next_save(tmp_path, capsys):
-    saver = saver_of(tmp_path, full, aside=lambda *_: full, good=tmp_path / "c_0001")
+def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
+    saver = saver_of(tmp_path, raise_full, aside=lambda *_: raise_full, good=tmp_path / "c_0001")
     saver.after_step(1, 2, meters())
     saver._finish()
-    assert "warning: no room to save" in capsys.readouterr().out and saver.good.name == "c_0001"
+    assert "warning: cannot save" in capsys.readouterr().out and saver.good.name == "c_0001"
 
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "x")
@@ -97,11 +97,11 @@ def test_a_disk_that_is_full_aside_is_told_by_the_next_save(tmp_path, capsys):
         saver.after_step(1, 4, meters())
 
 
-def test_a_state_that_is_not_sound_names_the_last_good_one(tmp_path):
+def test_a_non_finite_state_names_the_last_good_one(tmp_path):
     def unsound(*_):
         raise DivergedError("the state is not finite at epoch 2, step 3")
 
-    with pytest.raises(DivergedError, match=r"step 3; the last good state is .*c_0001: go on .* a lower --lr"):
+    with pytest.raises(DivergedError, match=r"step 3; the last good checkpoint is .*c_0001. Continue .* a lower --lr"):
         saver_of(tmp_path, unsound, good=tmp_path / "c_0001").after_step(1, 3, meters())
 
 
@@ -110,12 +110,12 @@ def test_the_step_that_diverged_is_named(tmp_path):
     figures.add(torch.full((1,), torch.nan))
     figures.add(torch.ones(1))
     read = figures.read()
-    with pytest.raises(DivergedError, match="not finite at epoch 1, step 9; nothing was saved before"):
-        saver_of(tmp_path, full).check(0, 10, 4, read, figures)
+    with pytest.raises(DivergedError, match="not finite at epoch 1, step 9; there is no earlier checkpoint"):
+        saver_of(tmp_path, raise_full).check(0, 10, 4, read, figures)
 
 
-def test_torchs_writer_tells_of_a_full_disk_too(tmp_path):
-    """A limit on the size of files stands for the disk; the file that was there stays."""
+def test_torchs_writer_reports_a_full_disk(tmp_path):
+    """A file-size limit simulates the full disk. The existing file is kept."""
     code = (
         "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom models.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"

@@ -1,4 +1,4 @@
-"""Who hangs, as the ranks' places tell it."""
+"""Finding the hanging rank from the progress that each rank reports."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from misc.run.watch import Place, Watch, who_hangs
 
 
 class Store(dict):
-    """Of the ranks' words, in this process."""
+    """An in-process replacement for torch's store."""
 
     def set(self, key, text):
         self[key] = text
@@ -22,11 +22,11 @@ def place(step, host="a", beat=1, epoch=1):
 @pytest.mark.parametrize(
     ("steps", "silent", "words"),
     [
-        ((8, 8, 8), {1}, "rank 1 (b) hangs at epoch 1, step 8, its process does not answer"),
-        ((8, 8, 7), set(), "rank 2 (c) hangs at epoch 1, step 8, it has not come from epoch 1, step 7"),
-        ((8, 7, 7), {2}, "rank 2 (c) hangs at epoch 1, step 8, its process does not answer"),
+        ((8, 8, 8), {1}, "rank 1 (b) blocks the others at epoch 1, step 8, its process does not respond"),
+        ((8, 8, 7), set(), "rank 2 (c) blocks the others at epoch 1, step 8, it is still at epoch 1, step 7"),
+        ((8, 7, 7), {2}, "rank 2 (c) blocks the others at epoch 1, step 8, its process does not respond"),
         ((8, 8, 8), set(), "all ranks hang at epoch 1, step 8"),
-        ((8, 7, 7), set(), "rank 1 (b), 2 (c) hangs at epoch 1, step 8"),
+        ((8, 7, 7), set(), "rank 1 (b), 2 (c) blocks the others at epoch 1, step 8"),
     ],
 )
 def test_who_hangs(steps, silent, words):
@@ -34,7 +34,7 @@ def test_who_hangs(steps, silent, words):
     assert who_hangs(places, silent).startswith(words)
 
 
-def test_a_rank_that_is_not_heard_any_more(monkeypatch):
+def test_a_silent_rank_is_reported(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("misc.run.watch.time.monotonic", lambda: clock[0])
     store = Store()
@@ -44,20 +44,23 @@ def test_a_rank_that_is_not_heard_any_more(monkeypatch):
             rank.move(1, moment + 1)
             assert rank.look() == ""
         clock[0] += 3.0
-    for _ in range(25):  # rank 2's process is stopped; the others wait for it, and say so when a minute is over
+    for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report it
         clock[0] += 3.0
         said = [rank.look() for rank in ranks[:2]]
-    assert all(text.startswith("rank 2 (") and text.endswith("its process does not answer") for text in said)
+    assert all(text.startswith("rank 2 (") and text.endswith("its process does not respond") for text in said)
     ranks[0].move(1, 5)
     assert ranks[0].look() == ""
 
 
-def test_a_rank_that_was_never_heard(monkeypatch):
-    """Stopped before its first sign of life: it is the one that hangs, not the network."""
+def test_a_rank_without_any_heartbeat_is_reported(monkeypatch):
+    """A rank that stopped before its first heartbeat is reported as hanging."""
     clock = [100.0]
     monkeypatch.setattr("misc.run.watch.time.monotonic", lambda: clock[0])
     watch = Watch(Store(), 0, 2, 60.0)
     watch.move(1, 3)
     assert watch.look() == ""
     clock[0] += 61.0
-    assert watch.look() == "rank 1 (not heard since the start) hangs at epoch 1, step 3, its process does not answer"
+    assert (
+        watch.look()
+        == "rank 1 (no sign of life since the start) blocks the others at epoch 1, step 3, its process does not respond"
+    )

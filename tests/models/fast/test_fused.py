@@ -1,4 +1,4 @@
-"""Convolution and ELU in one pass against the two of torch."""
+"""Compare convolution and ELU in one pass with torch's two passes."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ def operands(channels, out, size, dtype, layout):
 @pytest.mark.parametrize("layout", (torch.channels_last_3d, torch.contiguous_format))
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)))
 @pytest.mark.parametrize("stride, padding", (((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (1, 1, 1)), ((1, 2, 1), (1, 0, 1))))
-def test_as_the_two(monkeypatch, fuses, layout, dtype, tolerance, stride, padding):
+def test_one_pass_equals_two_passes(monkeypatch, fuses, layout, dtype, tolerance, stride, padding):
     if not fuses:
         monkeypatch.setattr(fused, "_one_pass", lambda *_: None)
     x, kernel, bias = operands(8, 16, (6, 8, 10), dtype, layout)
@@ -36,7 +36,7 @@ def test_as_the_two(monkeypatch, fuses, layout, dtype, tolerance, stride, paddin
 
 
 def fused_calls(work):
-    """How often oneDNN's fused code runs in a call of ``work``."""
+    """Return how often oneDNN's fused code runs in a call of ``work``."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return sum(event.name.startswith("Llga") for event in profile.events())
@@ -49,7 +49,7 @@ def has_fuser(dtype=torch.float32):
 
 @pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_the_frozen_encoder_takes_one_pass_in_every_layer(dtype, one_thread):
+def test_the_frozen_encoder_fuses_every_layer(dtype, one_thread):
     if not has_fuser(dtype):
         pytest.skip(f"oneDNN does not fuse {dtype} on this processor: two passes are taken")
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_the_frozen_encoder_takes_one_pass_in_every_layer(dtype, one_thread):
     x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
     frozen(x)  # compiles
     assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13
-    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # a rest, not worth compiling for
+    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # a remainder is not worth compiling
     first, second, rest = x.split(PATCHES_AT_ONCE)
     apart = torch.cat([frozen(first), frozen(second), frozen(rest)])
     assert torch.equal(frozen(x), apart)
@@ -75,15 +75,15 @@ def test_a_kernel_in_another_layout_is_fused_too(layouts):
     assert fused_calls(lambda: conv_elu(x, kernel, bias)) == 1
 
 
-def test_every_call_rounds_alike():
-    """TorchScript runs its first call unfused; it may not reach a caller."""
+def test_all_calls_round_the_same():
+    """TorchScript runs the first call unfused. No caller may get that result."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
     fused._one_pass.cache_clear()
     first = conv_elu(x, kernel, bias)
     assert all(torch.equal(conv_elu(x, kernel, bias), first) for _ in range(6))
 
 
-def test_one_function_for_every_kernel_and_one_for_each_shape():
+def test_one_compiled_function_per_shape():
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
     fused._one_pass.cache_clear()
     for factor in (1.0, -2.0):
@@ -111,7 +111,7 @@ def test_a_torch_without_the_fuser(monkeypatch, gone):
 
 
 @pytest.mark.parametrize("before", (False, True))
-def test_the_users_setting_of_the_fuser_stays(before):
+def test_the_users_fuser_setting_is_kept(before):
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
     fused._one_pass.cache_clear()
     torch.jit.enable_onednn_fusion(before)
@@ -122,13 +122,13 @@ def test_the_users_setting_of_the_fuser_stays(before):
         torch.jit.enable_onednn_fusion(False)
 
 
-def test_what_takes_two_passes():
+def test_cases_with_two_passes():
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
     assert torch.allclose(conv_elu(x, kernel, None, padding="same"), F.elu(F.conv3d(x, kernel, padding=1)), atol=1e-5)
     assert torch.allclose(
         conv_elu(x, kernel, bias, padding="same"), F.elu(F.conv3d(x, kernel, bias, padding=1)), atol=1e-5
     )
-    with torch.autocast("cpu", torch.bfloat16):  # its casts must not be compiled in
+    with torch.autocast("cpu", torch.bfloat16):  # the compiled code must not contain autocast's casts
         assert conv_elu(x, kernel, bias).dtype == torch.bfloat16
     assert conv_elu(x, kernel, bias).dtype == torch.float32
     x, kernel, bias = x.double(), kernel.double(), bias.double()
@@ -136,8 +136,8 @@ def test_what_takes_two_passes():
 
 
 @pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
-def test_threads_that_meet_compile_once_and_leave_the_fuser_as_it_was(monkeypatch):
-    """Two that both switched it on and off left it on, or one of them unfused for good."""
+def test_parallel_threads_compile_once_and_restore_the_fuser(monkeypatch):
+    """If two threads switched the fuser on and off at once, it could stay on or leave one of them unfused."""
     trace = torch.jit.trace
 
     def slow(*args, **flags):

@@ -1,4 +1,4 @@
-"""A step as a GPU records it: its trace on the CPU, and the recording itself with a stand-in for CUDA's."""
+"""Recording a training step as a CUDA graph: its trace on the CPU, and the recording with a stand-in for CUDA."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ GROUPS = range(2)
 
 
 def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
-    """A whole step as on a GPU, in dense views."""
+    """Build a complete training step with dense views, as on a GPU."""
     torch.manual_seed(0)
     model = DrasCLR(Encoder, L, 16, 8, 2, 1, 2 * B, 0.9, 0.2, True, bn_groups=len(GROUPS), **variants).train()
     neighbors = np.array([[1, 2], [2, 3], [3, 4], [4, 0], [0, 1]])
@@ -36,7 +36,7 @@ def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
 
 
 def begin(step: WholeStep, location: int, number: int) -> Inputs:
-    """Seed the noise of a step, and make its inputs."""
+    """Seed a step's noise and make its inputs."""
     generator = torch.Generator().manual_seed(number)
     hu = torch.randint(-1024, 241, (B, 1 + NEAR, 32, 32, 32), dtype=torch.int16, generator=generator)
     views = step.make_views
@@ -45,11 +45,11 @@ def begin(step: WholeStep, location: int, number: int) -> Inputs:
     return Inputs(torch.tensor([location]), hu[:, 0].clone(), hu[:, 1:].clone(), draws, torch.arange(B) + number)
 
 
-# ---------------------------------------------------------------- a trace of it
+# ---------------------------------------------------------------- the trace of a step
 
 
 class Trace(TorchDispatchMode):
-    """Every operation: its name, shapes and dtypes of its tensors, numbers and words that Python gave it."""
+    """Record each operation's name, the shapes and dtypes of its tensors, and its other Python arguments."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Trace(TorchDispatchMode):
         return operation(*given, **(named or {}))
 
 
-READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # the host waits for a value
+READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # operations for which the host waits for a value
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "bincount")
 MOVED = ("pin_memory", "_copy_from", "to.device")
 
@@ -82,24 +82,25 @@ def trace_of(step: WholeStep, location: int, number: int) -> list:
 
 @pytest.mark.parametrize("variants", [{}, {"negatives": "batch"}, {"mask_own": True}, {"one_queue": True}])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_two_steps_are_one_sequence_of_operations(variants, optimizer):
-    """Other location, draws, subjects and step: the same operations of the same sizes with the same numbers."""
+def test_two_steps_have_the_same_operations(variants, optimizer):
+    """With another location, draws, subjects and step, operations, sizes and Python numbers stay the same."""
     step = build(optimizer=optimizer, **variants)
     with fast.plain():
-        step(begin(step, 0, 0), 1.0)  # the optimiser makes its state
+        step(begin(step, 0, 0), 1.0)  # creates the optimiser's state
     first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
     apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
-    # Adam's count of steps is a number of Python's where it is not a GPU's (capturable).
+    # On a CPU (not capturable), Adam's step count is a Python number, which differs.
     assert len(first) == len(second) and (optimizer == "adamw" or not apart), apart[:3]
     words = READ_BACK + SIZED_BY_VALUES + MOVED
     if optimizer == "sgd":
         assert not [entry for entry in first if any(word in entry[0] for word in words)]
     indexed = [entry for entry in first if entry[0].startswith("aten.index.Tensor")]
-    assert indexed and not any("torch.bool" in str(entry) for entry in indexed)  # a mask's size is its values'
+    # Indexing with a boolean mask gives a size that depends on values.
+    assert indexed and not any("torch.bool" in str(entry) for entry in indexed)
 
 
-def test_the_lint_finds_what_it_looks_for():
-    """The views of a CPU, whose sizes are drawn, are another sequence every time."""
+def test_the_trace_shows_differences():
+    """A CPU's sparse views have random sizes, so their sequence of operations differs every time."""
     step = build("agc")
     step.make_views.dense = False
     first, second = trace_of(step, 1, 1), trace_of(step, 1, 2)
@@ -110,8 +111,8 @@ def test_the_lint_finds_what_it_looks_for():
 
 
 @pytest.mark.parametrize("letters", ["agc", "fag", "ecsi", ""])
-def test_dense_views_are_the_sparse_ones(letters):
-    """Apart from the noise, of which every sample gets its own, not those alone that are drawn; here it is 0."""
+def test_dense_views_equal_sparse_views(letters):
+    """The noise is 0 here, because dense views draw it for every sample, not only for the chosen ones."""
     draws = StepDraws(Augmentation(letters, PUBLISHED._replace(noise_std=0.0)), 0, GROUPS)
     inputs = begin(build(letters), 2, 3)._replace(draws=draws(BatchIndex(0, 2, 3, np.arange(B)), True))
     results = [StepViews(draws, CPU, dense)(inputs.patches, inputs.neighbors, inputs.draws) for dense in (True, False)]
@@ -119,8 +120,8 @@ def test_dense_views_are_the_sparse_ones(letters):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
 
 
-def test_dense_noise_is_each_groups_own():
-    """A group's noise is the same whether it is made alone, as on another rank, or beside others."""
+def test_dense_noise_depends_only_on_the_group():
+    """A group's noise is the same with and without other groups on the same rank."""
     hu = torch.full((4, 32, 32, 32), -500, dtype=torch.int16)
     augmentation = Augmentation("g", PUBLISHED._replace(noise_prob=1.0))
 
@@ -137,14 +138,14 @@ def test_dense_noise_is_each_groups_own():
             assert torch.equal(whole[rows], alone)
     query, key, _ = together
     assert not torch.equal(query[0], query[2]) and not torch.equal(query, key)
-    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # of a uniform 0 to 50
+    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # uniform from 0 to 50
 
 
 # ---------------------------------------------------------------- the recording
 
 
 class Graph:
-    """Stands for torch.cuda.CUDAGraph: a replay does the work again, on the tensors that it was recorded with."""
+    """Replace torch.cuda.CUDAGraph. A replay repeats the work on the recorded tensors."""
 
     def register_generator_state(self, generator):
         pass
@@ -152,7 +153,7 @@ class Graph:
 
 @pytest.fixture
 def recording(monkeypatch):
-    """graph.py as if there were a GPU. A recording runs nothing: the state is what it was before."""
+    """Let graph.py record as on a GPU. Recording runs nothing, so it must leave the state unchanged."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -182,8 +183,8 @@ def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
 
 
-def test_a_recorded_run_is_the_run(recording):
-    """Losses and weights over steps of several locations, the rate changed in between."""
+def test_a_recorded_run_equals_an_unrecorded_run(recording):
+    """Compare losses and weights over steps at several locations, with a change of the rate."""
     results = []
     for wrap in (lambda step: step, lambda step: RecordedStep(step, step.make_views.generators)):
         whole = build()
@@ -195,11 +196,11 @@ def test_a_recorded_run_is_the_run(recording):
             statistics.append(done.outcome.statistics.clone())
         results.append((torch.stack(statistics), whole.training_step.model.state_dict()))
     assert step.replays == 7 - graph.WARM_UP
-    assert isinstance(whole.descend.optimizer.param_groups[0]["lr"], float)  # what a checkpoint holds
+    assert isinstance(whole.descend.optimizer.param_groups[0]["lr"], float)  # as in a checkpoint
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_another_beta_is_recorded_anew(recording):
+def test_another_beta_needs_a_new_recording(recording):
     whole = build()
     step = RecordedStep(whole, whole.make_views.generators)
     for number in range(6):
@@ -210,9 +211,9 @@ def test_another_beta_is_recorded_anew(recording):
     assert step.replays == 6 + 5 - 2 * graph.WARM_UP and step._recorded is not first
 
 
-def test_a_step_that_cannot_be_recorded_says_what_to_do(recording, monkeypatch):
+def test_a_failed_recording_suggests_a_solution(recording, monkeypatch):
     class Refused:
-        """As torch's: the step fails, and so does the recording's end."""
+        """Fails like torch's graph: after a failed step, the end of the recording fails, too."""
 
         def __enter__(self):
             pass
@@ -245,13 +246,13 @@ def test_which_runs_are_recorded(monkeypatch):
         assert not can_record(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
     with fast.plain():
         assert not can_record(gpu, step, flags)
-    step.training_step = torch.nn.Module()  # as DistributedDataParallel is
+    step.training_step = torch.nn.Module()  # a wrapper, such as DistributedDataParallel
     assert not can_record(gpu, step, flags)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
-def test_on_a_gpu_a_replay_is_the_step(bf16):
+def test_a_replay_on_a_gpu_equals_the_step(bf16):
     gpu, results = torch.device("cuda", 0), []
     for recorded in (False, True):
         whole = build()

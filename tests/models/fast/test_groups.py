@@ -1,4 +1,4 @@
-"""Groups side by side against the one pass that takes them apart at every layer."""
+"""Compare groups encoded in parallel with a single pass that splits the groups at every layer."""
 
 import copy
 
@@ -19,8 +19,8 @@ def threads():
 
 
 @pytest.mark.parametrize(("count", "locations"), [(2, 1), (1, 3), (3, 12)])
-def test_side_by_side_or_in_one_pass(monkeypatch, threads, count, locations):
-    """Values, every gradient and the statistics, for one location, one a block and one a sample."""
+def test_parallel_groups_equal_a_single_pass(monkeypatch, threads, count, locations):
+    """Compare values, all gradients and statistics, for one location, one per block and one per sample."""
     threads(count)
     torch.manual_seed(0)
     fast = Encoder(16, 8, 2, 1).double().train()
@@ -47,7 +47,7 @@ def test_side_by_side_or_in_one_pass(monkeypatch, threads, count, locations):
         assert torch.allclose(value, other, rtol=1e-9, atol=1e-9), name
 
 
-def test_without_gradients_and_with_z_alone():
+def test_passes_without_gradients_or_with_z_only():
     torch.manual_seed(0)
     encoder = Encoder(16, 8, 2, 1).train()
     encoder.bn_groups = 2
@@ -62,7 +62,7 @@ def test_without_gradients_and_with_z_alone():
     assert not encoder(x, loc)[0].requires_grad
 
 
-def test_an_error_within_a_group_is_the_caller_s():
+def test_an_error_within_a_group_reaches_the_caller():
     encoder = Encoder(16, 8, 2, 1).train()
     encoder.bn_groups = 2
     with pytest.raises(ValueError, match="3 locations do not divide"):

@@ -1,4 +1,4 @@
-"""BatchNorm with ELU against torch's own modules."""
+"""Compare fused BatchNorm and ELU with torch's modules."""
 
 import copy
 
@@ -14,7 +14,7 @@ from models.fast import norm_elu_cpu as module
 from models.fast.norm_elu_cpu import elu_
 
 
-def make(channels, seed=0, dtype=torch.float64):
+def make_norm(channels, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
     norm = nn.BatchNorm3d(channels, momentum=0.3).to(dtype)
     with torch.no_grad():
@@ -26,8 +26,8 @@ def make(channels, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("channels,size", [(8, 6), (16, 4), (32, 2), (64, 2), (8, 5), (12, 4)])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
 def test_values_gradients_and_statistics(channels, size, layout):
-    """Sizes that take the quick way and sizes that do not: odd volumes, channels that do not divide 64."""
-    fast = make(channels)
+    """Some sizes use the fast path. Odd volumes and channel counts that do not divide 64 do not."""
+    fast = make_norm(channels)
     slow = copy.deepcopy(fast)
     for _step in range(2):
         x = (torch.randn(3, channels, size, size, size, dtype=torch.float64) * 2 + 1).contiguous(memory_format=layout)
@@ -44,16 +44,16 @@ def test_values_gradients_and_statistics(channels, size, layout):
         torch.testing.assert_close(fast.state_dict()[name], theirs, rtol=1e-11, atol=1e-12, msg=name)
 
 
-def test_the_quick_way_is_taken_where_it_is_said_to_be():
+def test_the_fast_path_is_used_in_the_documented_cases():
     x = torch.randn(2, 8, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
-    assert entrance.norm_elu(make(8, dtype=torch.float32), [x]) is not None
-    assert entrance.norm_elu(make(8, dtype=torch.float32).eval(), [x]) is None
-    assert entrance.norm_elu(make(8, dtype=torch.float32), [x.contiguous()]) is None
+    assert entrance.norm_elu(make_norm(8, dtype=torch.float32), [x]) is not None
+    assert entrance.norm_elu(make_norm(8, dtype=torch.float32).eval(), [x]) is None
+    assert entrance.norm_elu(make_norm(8, dtype=torch.float32), [x.contiguous()]) is None
     assert entrance.norm_elu(nn.SyncBatchNorm(8), [x]) is None
 
 
 def test_large_mean_keeps_its_precision():
-    """The variance of values far from zero, in float32, against float64."""
+    """Compare the float32 variance of values far from zero with float64."""
     x = (torch.randn(4, 8, 16, 16, 16) + 300).contiguous(memory_format=torch.channels_last_3d)
     norm = nn.BatchNorm3d(8, momentum=1.0)
     norm_elu(norm, [x])
@@ -63,11 +63,11 @@ def test_large_mean_keeps_its_precision():
 
 def test_bfloat16_input_keeps_float32_statistics():
     x = torch.randn(4, 8, 8, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    norm = make(8, dtype=torch.float32)
+    norm = make_norm(8, dtype=torch.float32)
     (y,) = norm_elu(norm, [x])
     y.float().square().sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16 and norm.weight.grad.dtype == torch.float32
-    slow = make(8, dtype=torch.float32)
+    slow = make_norm(8, dtype=torch.float32)
     z = x.detach().float().requires_grad_()
     wanted = F.elu(slow(z))
     wanted.square().sum().backward()
@@ -77,9 +77,9 @@ def test_bfloat16_input_keeps_float32_statistics():
     torch.testing.assert_close(norm.weight.grad, slow.weight.grad, rtol=2e-2, atol=1.0)
 
 
-def test_a_norm_may_go_both_ways_within_one_step():
-    """The last layer's few values take torch's way for some batches and the quick way for others."""
-    norm = make(8, dtype=torch.float32)
+def test_one_step_may_use_both_paths():
+    """The last layer's few values use torch's path for some batches and the fast path for others."""
+    norm = make_norm(8, dtype=torch.float32)
     x = torch.randn(4, 8, 1, 1, 1), torch.randn(8, 8, 1, 1, 1)
     x = [value.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for value in x]
     assert [module.is_faster(value) for value in x] == [False, True]
@@ -97,7 +97,7 @@ def test_elu(dtype, tolerance):
 
 
 class Layers(nn.Module):
-    """The first two layers of an encoder."""
+    """The first two layers of the encoder."""
 
     def __init__(self):
         super().__init__()
@@ -111,12 +111,12 @@ class Layers(nn.Module):
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same_also_twice_in_a_step():
-    """As patches and neighbours go through one encoder; the backward pass must not meet changed statistics."""
+    """Patches and neighbours pass through one encoder. The backward pass must not see changed statistics."""
     torch.manual_seed(0)
     plain = Layers().double().train()
     compiled = copy.deepcopy(plain)
     compiled.compile(backend="aot_eager")
-    for _step in range(2):  # the second compiles again, for sizes that vary
+    for _step in range(2):  # the second step compiles again, for dynamic sizes
         first, second = (torch.randn(n, 1, 8, 8, 8, dtype=torch.float64) for n in (4, 8))
         locs = torch.rand(3, 3, dtype=torch.float64)
         for encoder in (plain, compiled):

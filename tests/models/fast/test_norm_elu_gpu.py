@@ -1,4 +1,4 @@
-"""norm_elu_gpu.py: its kernels interpreted on the CPU, compiled for a GPU that is not there, and run on one that is."""
+"""Kernels of norm_elu_gpu.py: interpreted on the CPU, compiled without a GPU, and run on a GPU if there is one."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(gpu.triton is None, reason="this torch comes w
 
 
 @needs_triton
-def test_interpreted_it_is_the_plain_path():
+def test_interpreted_kernels_equal_the_plain_path():
     script = ROOT / "tests" / "models" / "fast" / "interpreted.py"
     environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
@@ -28,13 +28,13 @@ def test_interpreted_it_is_the_plain_path():
     found = json.loads(done.stdout)
     assert len(found["apart"]) == 10 and not any(found["untracked"])
     for *case, dtype, apart in found["apart"]:
-        # The mean is 17 standard deviations from 0: a variance of sums of squares would be 1e-4 off in float32.
+        # The mean is 17 standard deviations from 0. A variance from sums of squares would be off by 1e-4 in float32.
         assert max(apart) < (2e-5 if dtype == "torch.float32" else 2e-2), (case, dtype, apart)
 
 
 @needs_triton
 @pytest.mark.parametrize("channels", [8, 128])
-def test_compiled_for_a_gpu_nothing_spills(channels):
+def test_compiled_kernels_do_not_spill_registers(channels):
     from tools.dev.gpu_lab.kernels import compile_kernels
 
     compiled = compile_kernels(channels)
@@ -47,8 +47,8 @@ def test_compiled_for_a_gpu_nothing_spills(channels):
     ("change", "groups"),
     [({}, 1), ({"momentum": None}, 2), ({"affine": False}, 2), ({"track_running_stats": False}, 2)],
 )
-def test_what_it_leaves_to_torch(monkeypatch, change, groups):
-    """Judged as on a GPU, by a tensor that says it is on one."""
+def test_unsupported_cases_use_torch(monkeypatch, change, groups):
+    """Test the choice of the path for a GPU with a tensor that only claims to be on one."""
 
     class There(torch.Tensor):
         device = torch.device("cuda")
@@ -60,13 +60,13 @@ def test_what_it_leaves_to_torch(monkeypatch, change, groups):
     if change:
         assert entrance.norm_elu(nn.BatchNorm3d(3, **change), [x], groups) is None
     assert entrance.norm_elu(nn.BatchNorm3d(3).eval(), [x], 2) is None
-    assert entrance.norm_elu(nn.BatchNorm3d(3), [x[:2, :, :1, :1, :1]], 2) is None  # a value a group
+    assert entrance.norm_elu(nn.BatchNorm3d(3), [x[:2, :, :1, :1, :1]], 2) is None  # one value per group
     assert entrance.norm_elu(nn.BatchNorm3d(3), [x.double()], 2) is None
     with fast.plain():
         assert entrance.norm_elu(nn.BatchNorm3d(3), [x], 2) is None
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch):
+def test_torch_is_used_without_a_compiler(monkeypatch):
     monkeypatch.setattr(gpu, "triton", object())
 
     def fail(*_):
@@ -83,7 +83,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch):
 @pytest.mark.parametrize("shape", [(12, 8, 4, 4, 4), (24, 5, 1, 1, 1), (12, 8, 32, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups, blocks", [(1, 1), (4, 1), (2, 3)])
-def test_on_a_gpu(shape, dtype, groups, blocks):
+def test_kernels_on_a_gpu(shape, dtype, groups, blocks):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).cuda() * 3 + 2
     x = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
     norm = nn.BatchNorm3d(shape[1]).cuda()

@@ -1,4 +1,4 @@
-"""Every fast way of a CPU, on and off: the same training step and the same features."""
+"""With all fast paths of a CPU on or off, the training step and the features are the same."""
 
 import copy
 import subprocess
@@ -23,7 +23,7 @@ from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 from ...conftest import ROOT, calibrate, step_views
 
 
-def test_the_switch_switches():
+def test_fast_paths_can_be_switched_off():
     assert switch.enabled()
     with switch.plain():
         assert not switch.enabled()
@@ -41,7 +41,7 @@ def test_the_switch_switches():
 
 
 def test_a_training_step_both_ways(monkeypatch, rel):
-    """Two steps: losses, gradients, weights, statistics and queue."""
+    """Compare losses, weights, statistics and queue over two steps."""
     torch.manual_seed(0)
     fast = DrasCLR(Encoder, 4, 16, 8, 2, 1, 12, 0.9, 0.2, True).train()
     plain = copy.deepcopy(fast)
@@ -69,12 +69,12 @@ def test_a_training_step_both_ways(monkeypatch, rel):
         wanted = steps(plain)
     assert all(value is None for value in taken)
     assert rel(ours[0, :3], wanted[0, :3]) < 1e-5
-    assert rel(ours[1, :3], wanted[1, :3]) < 1e-4  # a step magnifies rounding: 1.6e-5 seen
+    assert rel(ours[1, :3], wanted[1, :3]) < 1e-4  # a step amplifies rounding; 1.6e-5 was observed
     for (name, value), other in zip(fast.state_dict().items(), plain.state_dict().values()):
         assert not other.is_floating_point() or float((value - other).norm()) < 1e-3 * float(other.norm()) + 1e-6, name
 
 
-def test_extraction_both_ways(monkeypatch, rel):
+def test_extraction_with_and_without_fast_paths(monkeypatch, rel):
     torch.manual_seed(0)
     encoder = Encoder(24, 6, 2, 1)
     calibrate(encoder)
@@ -95,7 +95,7 @@ def test_extraction_both_ways(monkeypatch, rel):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's memory settings are Linux's")
-def test_memory_settings_are_switched_too(monkeypatch):
+def test_memory_settings_follow_the_switch(monkeypatch):
     from models.fast import memory
 
     called = []

@@ -1,4 +1,4 @@
-"""tools/dev/gpu.py at tiny sizes, and what it compares."""
+"""Run tools/dev/gpu.py at tiny sizes, and check the implementations that it compares."""
 
 import json
 import subprocess
@@ -21,14 +21,14 @@ def test_the_first_convolutions_three_ways(name):
     torch.testing.assert_close(WAYS[name](x, *kernels), WAYS["plain"](x, *kernels), rtol=1e-12, atol=1e-12)
 
 
-def test_cubes_of_a_convolution_are_the_convolution():
+def test_space_to_depth_convolution_is_exact():
     x, kernel = torch.randn(2, 3, 8, 6, 4, dtype=torch.float64), torch.randn(5, 3, 3, 3, 3, dtype=torch.float64)
     wanted = space_to_depth(torch.conv3d(x, kernel, padding=1))
     torch.testing.assert_close(torch.conv3d(space_to_depth(x), to_cubes(kernel), padding=1), wanted)
 
 
-def test_batchnorm_of_images_is_that_of_volumes(monkeypatch):
-    """The view that only a GPU takes."""
+def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
+    """Only a GPU uses this view of the volumes as images."""
     norms, results = [torch.nn.BatchNorm3d(8).double() for _ in range(2)], []
     x = torch.randn(4, 8, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
     for norm, way in zip(norms, (cnn3d._as_images, lambda x: x.flatten(2, 3))):
@@ -54,7 +54,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_every_section_on_a_cpu(tmp_path):
-    """With torch, NumPy and SciPy alone, as a GPU machine may have them."""
+    """The script needs only torch, NumPy and SciPy, because a GPU machine may have nothing else."""
     script = ROOT / "tools" / "dev" / "gpu.py"
     command = [sys.executable, "-c", ALONE, script, "--out-dir", tmp_path, "--quick", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

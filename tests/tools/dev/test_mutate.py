@@ -1,4 +1,4 @@
-"""Mutations: what is drawn from the sources, and what tests of a tiny project make of them."""
+"""Mutation testing: the mutations drawn from the sources, and runs of a tiny project's tests on them."""
 
 import ast
 import contextlib
@@ -49,7 +49,7 @@ def run_suite(project, table, rows, **changes):
 
 
 def list_tokens(line):
-    """Token texts of a line that may be part of a longer statement."""
+    """Return the tokens of a line, which may be part of a longer statement."""
     texts = []
     with contextlib.suppress(tokenize.TokenError):  # an open bracket
         for token in tokenize.generate_tokens(io.StringIO(line.strip()).readline):
@@ -118,26 +118,26 @@ def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
     done = {row["before"]: row for row in run_suite(project, table, rows)}
     assert done["    return a + b"]["old"] == "caught" and done["    return a * 2"]["old"] == "missed"
     assert done["    return a + b"]["old_by"] == "tests/misc/test_numbers_of.py::test_add"
-    assert log.read_text() == "run " * 3  # one failure, its confirmation, one pass
+    assert log.read_text() == "run " * 3  # one failure, its confirmation and one pass
     assert list(done.values()) == run_suite(project, table, mutate.read_table(table))
     assert log.read_text() == "run " * 3
     new = run_suite(project, table, mutate.read_table(table), suite="new", jobs=2)
     assert {row["before"]: row["new"] for row in new} == {"    return a + b": "caught", "    return a * 2": ""}
-    assert log.read_text() == "run " * 5  # the caught one alone
+    assert log.read_text() == "run " * 5  # only the caught mutation runs again
     assert (project / "misc" / "numbers_of.py").read_text(encoding="utf-8") == SOURCE
 
 
 @pytest.mark.slow
-def test_a_test_that_fails_anyway_does_not_count(tmp_path):
+def test_a_test_that_fails_without_the_mutation_does_not_count(tmp_path):
     tests = "from misc import numbers_of\n\ndef test_nothing():\n    assert False\n"
     project = make_project(tmp_path / "project", **{"tests/test_other.py": tests})
     rows = mutations.draw_rows(project, seed=1, count=1)
     assert run_suite(project, tmp_path / "table.csv", rows)[0]["old"] == "missed"
 
 
-def test_lines_that_moved_or_went(tmp_path):
+def test_moved_and_removed_lines(tmp_path):
     project = make_project(tmp_path / "project")
     row = dict.fromkeys(mutations.COLUMNS, "") | {"file": "data/numbers_of.py", "line": "7", "after": "    return )"}
     cases = [{**row, "before": text} for text in ("    return a + b", "    return a - b", "")]
     results = [case["old"] for case in run_suite(project, tmp_path / "table.csv", cases)]
-    assert results == ["invalid", "lost", "lost"]  # found in misc/, not there, there twice
+    assert results == ["invalid", "lost", "lost"]  # found in misc/; not found; found twice

@@ -1,4 +1,4 @@
-"""A short soak of the jobs that are quickly done; a job that does not come back as it was is told."""
+"""A short soak test of the quick jobs; a job with other results after a kill is reported."""
 
 import csv
 import random
@@ -24,7 +24,7 @@ def results(job, folder, wanted, count=4):
     return found
 
 
-def test_what_survives_and_what_does_not(tmp_path):
+def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
     careful = "    pathlib.Path('made').mkdir(exist_ok=True)\npathlib.Path('made/a').write_text('whole')"
     reference = tmp_path / "reference"
     (reference / "made").mkdir(parents=True)
@@ -32,13 +32,13 @@ def test_what_survives_and_what_does_not(tmp_path):
     wanted = files_of("made/*")(reference)
     good = results(job(careful), tmp_path, wanted)
     assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 2
-    # Appending from the start again: a run that was killed leaves its lines behind.
+    # A job that appends to its file keeps the lines of a killed run, so its result differs.
     careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
     (tmp_path / "more").mkdir()
     (reference / "made" / "a").write_text("line" * 6)
     bad = results(job(careless), tmp_path / "more", files_of("made/*")(reference))
     assert {wrong for _, wrong in bad} - {""} == {"differs in made/a"}
-    # A process that outlives the one it belongs to.
+    # A job that leaves a child process behind is reported.
     left = "import subprocess\nsubprocess.Popen(['sleep', '60'])\n"
     (tmp_path / "left").mkdir()
     orphans = Job((sys.executable, "-c", left), (), files_of("made/*"))
@@ -46,17 +46,17 @@ def test_what_survives_and_what_does_not(tmp_path):
 
     before, module.LINGER = module.LINGER, 1.0
     try:
-        assert results(orphans, tmp_path / "left", {}, 1)[0][1] == "leaves 1 processes"
+        assert results(orphans, tmp_path / "left", {}, 1)[0][1] == "left 1 processes"
     finally:
         module.LINGER = before
 
 
 @pytest.mark.slow
 def test_a_short_soak(cohort, tmp_path, run):
-    """Grouping, once; a second call has nothing to do."""
+    """Soak the grouping once. A second call has nothing to do."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
-    (prepared / "trained").mkdir()  # which grouping does not need
+    (prepared / "trained").mkdir()  # grouping does not need this folder's content
     flags = ("--work-dir", tmp_path / "s", "--trials", 1, "--num-subjects", 4, "--no-progress")
     flags += ("--jobs", "group_patches")
     shown = run("tools/dev/soak.py", *flags).stdout

@@ -1,4 +1,4 @@
-"""Figures of merit against the library's and against closed forms, weights against repeated rows."""
+"""Metrics compared with a library and closed forms; weights compared with repeated rows."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_classes(drawn, classes):
     assert metrics.balanced_accuracy(truth, given, ones(90))[0] == pytest.approx(wanted)
 
 
-def test_a_weight_is_so_many_rows(drawn):
+def test_a_weight_equals_repeated_rows(drawn):
     rng, truth, given = drawn
     weights = rng.integers(0, 4, (80, 3))
     scores = np.stack([1 - given / 5, given / 5], axis=1)
@@ -62,7 +62,7 @@ def test_a_weight_is_so_many_rows(drawn):
             assert found[column] == pytest.approx(wanted), name
 
 
-def test_a_resample_that_tells_nothing_is_nan():
+def test_an_uninformative_resample_gives_nan():
     truth, given = np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 2.0])
     weights = np.array([[1], [2], [0]])
     assert np.isnan(metrics.r2(truth, given, weights)[0])

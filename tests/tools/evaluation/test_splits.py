@@ -1,4 +1,4 @@
-"""Folds keep a patient whole and share out what is rare; the bootstrap draws patients."""
+"""Folds keep a patient's scans together and distribute rare classes evenly; the bootstrap draws patients."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from tools.evaluation.splits import draw_folds, look_like_one_patient, resamples
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_stay_whole_and_folds_alike(seed):
+def test_groups_stay_together_and_folds_are_balanced(seed):
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(40), rng.integers(1, 4, 40))
-    strata = (groups % 8 == 0).astype(int)  # 5 groups, one for each fold
+    strata = (groups % 8 == 0).astype(int)  # 5 groups, one per fold
     fold = draw_folds(strata, groups, 5, rng)
     for group in range(40):
         assert len(set(fold[groups == group])) == 1
@@ -30,7 +30,7 @@ def test_ranks_are_spread():
     assert strata_of(np.array([3.0, 1, 3]), "class").tolist() == [1, 0, 1]
 
 
-def test_a_patient_is_drawn_with_all_scans():
+def test_the_bootstrap_draws_a_patient_with_all_scans():
     groups = np.array([0, 0, 1, 2, 2, 2])
     weights = resamples(groups, 500, 0)
     assert weights.shape == (6, 500) and (weights[0] == weights[1]).all() and (weights[3] == weights[5]).all()
@@ -49,5 +49,5 @@ def test_a_patient_is_drawn_with_all_scans():
         ([f"{n:04d}" for n in range(1, 201)], []),
     ],
 )
-def test_sids_that_look_like_one_patients(sids, alike):
+def test_sids_that_look_like_one_patient(sids, alike):
     assert look_like_one_patient(sids) == alike

@@ -1,4 +1,4 @@
-"""Cox regression and the C-index against loops, the library, and hazards with known coefficients."""
+"""Cox regression and the C-index, compared with loops, a library and hazards with known coefficients."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def literal_likelihood(risk, time, event):
     return total / event.sum()
 
 
-def test_likelihood_with_ties_is_the_loops():
+def test_likelihood_with_ties_equals_a_loop():
     x, time, event = simulate(60, np.array([0.5, -0.3]))
     time = np.ceil(time)
     risk = x @ np.array([0.4, 0.1])
@@ -37,7 +37,7 @@ def test_likelihood_with_ties_is_the_loops():
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_coefficients_are_the_librarys_without_a_penalty(ties):
+def test_unpenalised_coefficients_equal_the_librarys(ties):
     from statsmodels.duration.hazard_regression import PHReg
 
     x, time, event = simulate(150, np.array([0.8, -0.5, 0.0]), seed=1)
@@ -46,14 +46,14 @@ def test_coefficients_are_the_librarys_without_a_penalty(ties):
     np.testing.assert_allclose(fit_cox(x, time, event, 0.0), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_known_coefficients_are_found_and_a_penalty_shrinks_them():
+def test_known_coefficients_are_recovered_and_shrunk_by_a_penalty():
     beta = np.array([1.0, -0.7, 0.0, 0.3])
     x, time, event = simulate(4000, beta, seed=2)
     np.testing.assert_allclose(fit_cox(x, time, event, 0.0), beta, atol=0.08)
     small, large = (np.linalg.norm(fit_cox(x, time, event, penalty)) for penalty in (0.01, 1.0))
     assert small > 1.5 * large > 0
 
-    # A maximum: the penalised likelihood falls in every direction.
+    # The result is a maximum: the penalised likelihood falls in every direction.
     found, rng = fit_cox(x, time, event, 0.1), np.random.default_rng(0)
 
     def value(b):
@@ -63,13 +63,13 @@ def test_known_coefficients_are_found_and_a_penalty_shrinks_them():
         assert value(found + 1e-2 * rng.normal(size=4)) < value(found)
 
 
-def test_noise_asks_for_the_larger_penalty():
+def test_noise_selects_the_larger_penalty():
     x, time, event = simulate(120, np.zeros(30), seed=3)
     y, later, seen = simulate(120, np.array([1.5, -1.5]), seed=3)
     assert choose_penalty(x, time, event, 3, 0) > 10 * choose_penalty(y, later, seen, 3, 0)
 
 
-def test_c_index_against_the_loop():
+def test_c_index_equals_a_loop():
     x, time, event = simulate(70, np.array([0.7]), seed=4)
     time, risk = np.ceil(time), np.round(x[:, 0], 1)
     won = known = 0.0
@@ -91,8 +91,8 @@ def test_c_index_against_the_loop():
     assert np.isnan(c_index(np.array([[1.0, 0], [2, 0]]), np.zeros(2), np.ones((2, 1), dtype=int))[0])
 
 
-def test_c_index_of_simulated_hazards_is_the_closed_form():
-    """Two exponential times with rates a and b: the first is the shorter with probability a / (a + b)."""
+def test_c_index_of_simulated_hazards_equals_the_closed_form():
+    """Of two exponential times with rates a and b, the first is shorter with probability a / (a + b)."""
     x, _time, event = simulate(3000, np.array([1.0]), seed=5, censored=0.0)
     event[:] = 1
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Patient vectors against their definition written out, and what they may know of subjects that are not fitted to."""
+"""Patient vectors: they equal their definition and use no information about held-out subjects."""
 
 import json
 import subprocess
@@ -19,12 +19,12 @@ N, L, D = 30, 7, 5
 def patches():
     rng = np.random.default_rng(0)
     found = rng.normal(size=(N, L, D)) * rng.uniform(0.1, 9, (L, D)) + rng.normal(size=(L, D)) * 50
-    found[:, :, 3] = 2.5  # as the SD of a layer of one voxel
+    found[:, :, 3] = 2.5  # constant, like the SD in a layer of one voxel
     return found.astype(np.float32)
 
 
-def literal(patches, fitted):
-    """Subject by subject, location by location."""
+def literal_vectors(patches, fitted):
+    """Compute the vectors subject by subject and location by location."""
     found = np.zeros((len(patches), 2 * D))
     for subject in range(len(patches)):
         z = np.zeros((L, D))
@@ -38,18 +38,20 @@ def literal(patches, fitted):
 
 
 @pytest.mark.parametrize("at_once", [1, vectors.BYTES_AT_ONCE])
-def test_vectors_are_their_definition(patches, monkeypatch, at_once):
+def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
     monkeypatch.setattr(vectors, "BYTES_AT_ONCE", at_once)
     fitted = np.arange(N) % 3 > 0
     ours = PatientVectors("moments", patches, np.arange(N)).fitted_to(fitted)
-    np.testing.assert_allclose(ours, literal(patches, fitted), rtol=1e-9, atol=1e-9)
-    some = np.array([4, 9, 11, 2])  # in another order, as a table's rows lie
+    np.testing.assert_allclose(ours, literal_vectors(patches, fitted), rtol=1e-9, atol=1e-9)
+    some = np.array([4, 9, 11, 2])  # another order, as in a table
     part = PatientVectors("moments", patches, np.arange(N))[some]
-    np.testing.assert_allclose(part.fitted_to(np.ones(4, dtype=bool)), literal(patches[some], np.ones(4, dtype=bool)))
+    np.testing.assert_allclose(
+        part.fitted_to(np.ones(4, dtype=bool)), literal_vectors(patches[some], np.ones(4, dtype=bool))
+    )
     assert part.shape == (4, 2 * D)
 
 
-def test_nothing_is_known_of_those_that_are_not_fitted_to(patches):
+def test_held_out_subjects_do_not_change_the_standardisation(patches):
     fitted = np.arange(N) < 20
     before = PatientVectors("layers", patches, np.arange(N)).fitted_to(fitted)
     changed = patches.copy()
@@ -59,22 +61,22 @@ def test_nothing_is_known_of_those_that_are_not_fitted_to(patches):
     assert not np.allclose(before[25:], after[25:])
 
 
-def test_every_fold_has_a_standardisation_of_its_own(patches):
-    """Cross-validation of a table that depends on the fold, against a loop."""
+def test_every_fold_is_standardised_separately(patches):
+    """Compare the cross-validation of a fold-dependent table with a loop."""
     target, fold = patches[:, 2, 1].astype(float), np.arange(N) % 3
     table = side_by_side(PatientVectors("moments", patches, np.arange(N)), np.arange(N, dtype=float)[:, None])
     assert isinstance(table, JoinedTable) and table.shape == (N, 2 * D + 1)
     ours = out_of_fold(MODELS["regression"], table, target, fold)
     for number in range(3):
         own = fold == number
-        plain = np.hstack([literal(patches, ~own), np.arange(N)[:, None]])
+        plain = np.hstack([literal_vectors(patches, ~own), np.arange(N)[:, None]])
         np.testing.assert_allclose(ours[own], predict_others(MODELS["regression"], plain, target, own), rtol=1e-6)
     assert held_out_r2(table, target, fold == 0) == pytest.approx(
-        held_out_r2(np.hstack([literal(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0), abs=1e-6
+        held_out_r2(np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0), abs=1e-6
     )
 
 
-def test_answers_are_kept_and_shared_with_a_joined_table(patches, monkeypatch):
+def test_vectors_are_cached_and_shared_with_a_joined_table(patches, monkeypatch):
     counted, fit = [], Standardization.fit
     monkeypatch.setattr(Standardization, "fit", lambda *given: counted.append(1) or fit(*given))
     alone = PatientVectors("moments", patches, np.arange(N))
@@ -89,7 +91,7 @@ def test_answers_are_kept_and_shared_with_a_joined_table(patches, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["regression", "class", "survival"])
-def test_more_columns_than_subjects_predict_the_same_in_their_row_space(kind, monkeypatch):
+def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
     rng = np.random.default_rng(1)
     features, held = rng.normal(size=(40, 90)), np.arange(40) >= 28
     signal = features[:, 0] + 0.3 * rng.normal(size=40)
@@ -101,11 +103,11 @@ def test_more_columns_than_subjects_predict_the_same_in_their_row_space(kind, mo
     ours = predict_others(MODELS[kind], features, target, held)
     monkeypatch.setattr("tools.evaluation.learn._in_row_space", lambda fitted, asked, target: (fitted, target, asked))
     wanted = predict_others(MODELS[kind], features, target, held)
-    tolerance = 1e-9 if kind == "regression" else 2e-3  # the others are iterated to a tolerance of their own
+    tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models iterate to a tolerance
     np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_a_standardisation_is_read_back(patches, tmp_path):
+def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
     kept = Standardization.fit("layers", patches, np.arange(10))
     kept.save(tmp_path / "s.npz", "abc")
     read, checkpoint = Standardization.load(tmp_path / "s.npz")
@@ -116,7 +118,7 @@ def test_a_standardisation_is_read_back(patches, tmp_path):
         tmp_path / "wrong.npz", kind=np.array("layers"), mean=np.zeros(3), factor=np.zeros(3), checkpoint_sha256=""
     )
     for name in ("other.npz", "wrong.npz", "none.npz"):
-        with pytest.raises(UserError, match=f"--standardization .*{name} is not a file of evaluate.py"):
+        with pytest.raises(UserError, match=f"--standardization .*{name} is not a (valid )?standardization.npz"):
             Standardization.load(tmp_path / name)
 
 
@@ -125,7 +127,7 @@ def test_a_standardisation_is_read_back(patches, tmp_path):
 
 @pytest.fixture
 def extracted(tmp_path, patches):
-    """A folder as extract_feature.py --layers leaves it, whose labels need the spread between locations."""
+    """Write a folder like extract_feature.py --layers does, with a label that needs the spread between locations."""
     rng = np.random.default_rng(3)
     spread = rng.uniform(0.2, 2, 40)
     h = rng.normal(size=(40, 9, 6)) * spread[:, None, None]
@@ -149,7 +151,7 @@ def evaluate(run_here, folder, *more) -> tuple[subprocess.CompletedProcess, dict
     return done, json.loads((out / "evaluation.json").read_text()) if done.returncode == 0 else {}
 
 
-def test_evaluate_takes_the_best_vector_that_is_there(extracted, run_here):
+def test_evaluate_uses_the_best_available_vector(extracted, run_here):
     done, found = evaluate(run_here, extracted)
     assert list(found["spread"]) == ["features", "mean"] and "note" not in done.stderr
     assert found["spread"]["features"]["r2"]["mean"] > 0.7 > 0.3 > found["spread"]["mean"]["r2"]["mean"]
@@ -157,7 +159,7 @@ def test_evaluate_takes_the_best_vector_that_is_there(extracted, run_here):
     assert Standardization.load(out / "standardization.npz")[0].mean.shape == (9, 12)
     (extracted / "layer_arr_patch_full.npy").unlink()
     done, found = evaluate(run_here, extracted)
-    assert "extract_feature.py --layers): --patient-vector moments" in done.stderr
+    assert "extract_feature.py --layers): using --patient-vector moments" in done.stderr
     assert found["spread"]["features"]["r2"]["mean"] > 0.7
     done, found = evaluate(run_here, extracted, "--patient-vector", "mean")
     assert list(found["spread"]) == ["features"] and not (out / "standardization.npz").exists()
@@ -166,10 +168,10 @@ def test_evaluate_takes_the_best_vector_that_is_there(extracted, run_here):
     elsewhere = extracted.parent / "p.npy"
     (extracted / "pred_arr_patch_full.npy").rename(elsewhere)
     done, found = evaluate(run_here, extracted)
-    assert "--patient-vector mean, the table as it is" in done.stderr and list(found["spread"]) == ["features"]
+    assert "using --patient-vector mean, the table itself" in done.stderr and list(found["spread"]) == ["features"]
 
 
-def test_explore_and_unusual_take_the_layers(extracted, run_here):
+def test_explore_and_unusual_use_the_layer_features(extracted, run_here):
     labels = pd.read_csv(extracted.parent / "l.csv").assign(healthy=(np.arange(40) < 25).astype(int))
     labels.to_csv(extracted.parent / "l.csv", index=False)
     page = extracted.parent / "page.html"

@@ -1,4 +1,4 @@
-"""Label tables as people have them: words, codes for missing, dates, and more columns than subjects."""
+"""Label tables as they occur in practice: words, codes for missing values, and dates."""
 
 import json
 
@@ -14,8 +14,8 @@ SIDS = [f"s{row:03d}" for row in range(N)]
 
 
 @pytest.fixture
-def people(tmp_path):
-    """Features of which the first tells, and a table of labels in words."""
+def study(tmp_path):
+    """Write features with one informative column; return the folder and a table of labels in words."""
     rng = np.random.default_rng(0)
     signal = rng.normal(size=N)
     features = rng.normal(size=(N, 6))
@@ -40,8 +40,8 @@ def people(tmp_path):
     return tmp_path, labels
 
 
-def evaluate(run_here, people, labels, *flags):
-    folder, _ = people
+def evaluate(run_here, study, labels, *flags):
+    folder, _ = study
     labels.to_csv(folder / "l.csv", index=False)
     given = ("--features", folder / "f.csv", "--labels", folder / "l.csv", "--json", folder / "e.json", "--no-progress")
     (folder / "e.json").unlink(missing_ok=True)
@@ -50,60 +50,63 @@ def evaluate(run_here, people, labels, *flags):
     return done, found
 
 
-def test_words_are_classes_and_ordered_ones_grades(people, run_here):
-    _, labels = people
+def test_words_are_classes_and_ordered_words_are_grades(study, run_here):
+    _, labels = study
     asked = ("--columns", "sex", "smoker", "Histology", "Stage", "--order", "Stage=II,I,IIIa")
-    done, found = evaluate(run_here, people, labels, *asked)
+    done, found = evaluate(run_here, study, labels, *asked)
     assert done.returncode == 0, done.stderr
     assert found["sex"]["features"]["auroc"]["mean"] > 0.9 and found["smoker"]["features"]["auroc"]["mean"] > 0.9
     assert "auroc" in found["Histology"]["features"] and found["Histology"]["features"]["auroc"]["mean"] > 0.75
-    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6  # in the given order
+    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6  # graded in the given order
     assert "column 'sex': 0 is F, 1 is M" in done.stderr and "column 'smoker': 0 is no, 1 is Yes" in done.stderr
     assert "column 'Stage': 0 is II, 1 is I, 2 is IIIa" in done.stderr
-    refused, _ = evaluate(run_here, people, labels, "--columns", "name")
+    refused, _ = evaluate(run_here, study, labels, "--columns", "name")
     assert refused.returncode == 2 and "no numeric column 'name'" in refused.stderr
 
 
-def test_words_of_covariates_and_events(people, run_here):
-    _, labels = people
+def test_words_as_covariates_and_events(study, run_here):
+    _, labels = study
     survival = ("--time-column", "years", "--event-column", "died")
-    done, found = evaluate(run_here, people, labels, *survival, "--covariates", "sex")
+    done, found = evaluate(run_here, study, labels, *survival, "--covariates", "sex")
     assert done.returncode == 0 and found["died"]["features"]["c_index"]["mean"] > 0.7
     other = labels.assign(died=labels["died"].map({"yes": "dead", "no": "alive?"}))
-    refused, _ = evaluate(run_here, people, other, *survival)
-    assert refused.returncode == 2 and "has the words alive?, dead; write 1 where the event was seen" in refused.stderr
+    refused, _ = evaluate(run_here, study, other, *survival)
+    assert (
+        refused.returncode == 2
+        and "has the words alive?, dead; write 1 or yes if the event was observed" in refused.stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("Stage=I,II", "--order Stage: .* has 'IIIa' too; name every word"),
-        ("stage=I,II,IIIa", "--order stage: .* has no such column; did you mean Stage"),
-        ("Stage=I", "--order: Stage=I: name two words or more"),
-        ("Stage=I,I,II", "name two words or more, each once"),
+        ("Stage=I,II", "--order Stage: .* also has 'IIIa'; list every word"),
+        ("stage=I,II,IIIa", "--order stage: .* does not have this column; did you mean Stage"),
+        ("Stage=I", "--order: Stage=I: give two or more different words"),
+        ("Stage=I,I,II", "give two or more different words"),
     ],
 )
-def test_orders_that_do_not_go(people, run_here, order, message):
-    _, labels = people
-    refused, _ = evaluate(run_here, people, labels, "--columns", "Stage", "--order", order)
+def test_bad_orders_are_refused(study, run_here, order, message):
+    _, labels = study
+    refused, _ = evaluate(run_here, study, labels, "--columns", "Stage", "--order", order)
     assert refused.returncode == 2
     import re
 
     assert re.search(message, refused.stderr)
 
 
-def test_none_is_missing_until_an_order_names_it(tmp_path):
+def test_none_is_missing_unless_an_order_lists_it(tmp_path):
     rows = "".join(f"{sid},{('None', 'mild', 'severe')[row % 3]}\n" for row, sid in enumerate(SIDS))
     (tmp_path / "l.csv").write_text("sid,grade\n" + rows)
     told = []
     values, _, words = read_numbers_and_words(tmp_path / "l.csv", SIDS, told.append)
     assert words == {"grade": ["mild", "severe"]} and np.isnan(values).sum() == N / 3
-    assert "'none' is missing, for 30 subjects: --order grade=... makes it a grade" in told[0]
+    assert "'none' counts as missing for 30 subjects (use --order grade=... to make it a grade)" in told[0]
     values, _, words = read_numbers_and_words(tmp_path / "l.csv", SIDS, order={"grade": ["None", "mild", "severe"]})
     assert (values[:, 0] == np.arange(N) % 3).all()
 
 
-def test_numbers_among_words_stay_an_error(tmp_path):
+def test_numbers_mixed_with_words_are_refused(tmp_path):
     rows = "".join(f"{sid},{'>100' if row == 3 else row}\n" for row, sid in enumerate(SIDS))
     (tmp_path / "l.csv").write_text("sid,age\n" + rows + "x,1\n")
     with pytest.raises(Exception, match="no numeric column"):
@@ -118,8 +121,8 @@ def test_numbers_among_words_stay_an_error(tmp_path):
         ([0, 1, 2, 3, 9, 9], 9),
         ([1.5, 2.5, 3.5, 88, 88], 88),
         ([60, 70, 80, -999], -999),
-        ([60, 70, 80, 999], None),  # once: an outlier
-        ([80, 85, 90, 99, 99], None),  # an age
+        ([60, 70, 80, 999], None),  # a single 999 is an outlier
+        ([80, 85, 90, 99, 99], None),  # 99 may be an age
         ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], None),
         ([0, 0, 9, 9], None),
     ],
@@ -128,40 +131,43 @@ def test_codes_for_missing(values, code):
     assert missing_code(np.array(values, dtype=float)) == code
 
 
-def test_missing_is_told_and_taken_out(people, run_here):
-    _, labels = people
+def test_missing_codes_are_reported_and_removed(study, run_here):
+    _, labels = study
     coded = labels.assign(FEV1pp=labels["FEV1pp"].where(labels.index % 15 > 0, 999))
-    done, worse = evaluate(run_here, people, coded, "--columns", "FEV1pp")
-    assert "has 999 for 6 subjects: if that means missing, leave such cells empty, or give --missing 999" in done.stderr
-    done, found = evaluate(run_here, people, coded, "--columns", "FEV1pp", "--missing", 999)
+    done, worse = evaluate(run_here, study, coded, "--columns", "FEV1pp")
+    assert "has 999 for 6 subjects; if that means missing, give --missing 999" in done.stderr
+    done, found = evaluate(run_here, study, coded, "--columns", "FEV1pp", "--missing", 999)
     assert "999 for" not in done.stderr and found["FEV1pp"]["features"]["r2"]["mean"] > 0.6
     assert worse["FEV1pp"]["features"]["r2"]["mean"] < 0.2
     binary = labels.assign(smoker=np.where(labels.index % 15 == 0, 9, (labels["smoker"] == "Yes").astype(int)))
-    refused, _ = evaluate(run_here, people, binary, "--columns", "smoker")
-    assert refused.returncode == 2 and "has 9 beside 0 and 1: give --missing 9 if it means missing" in refused.stderr
-    _, found = evaluate(run_here, people, binary, "--columns", "smoker", "--missing", 9)
+    refused, _ = evaluate(run_here, study, binary, "--columns", "smoker")
+    assert (
+        refused.returncode == 2
+        and "has 9 in addition to 0 and 1; give --missing 9 if that means missing" in refused.stderr
+    )
+    _, found = evaluate(run_here, study, binary, "--columns", "smoker", "--missing", 9)
     assert "auroc" in found["smoker"]["features"]
 
 
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ([20130529, 20141231, 20200101], "dates, year month day"),
-        ([41423, 43000, 44100], "as Excel counts"),
+        ([20130529, 20141231, 20200101], "dates (year, month, day)"),
+        ([41423, 43000, 44100], "Excel dates"),
         ([365, 1200, 2013], ""),
         ([2.5, 41423.5], ""),
         ([20131345, 20140101], ""),
         ([], ""),
     ],
 )
-def test_dates(values, what):
+def test_dates_are_recognised(values, what):
     assert what in as_date(np.array(values, dtype=np.float32)) if what else not as_date(np.array(values, dtype=float))
 
 
-def test_dates_are_no_follow_up(people, run_here):
-    _, labels = people
+def test_dates_are_refused_as_follow_up_time(study, run_here):
+    _, labels = study
     days = pd.to_datetime("2008-03-01") + pd.to_timedelta(np.arange(N) * 17, unit="D")
     survival = ("--time-column", "years", "--event-column", "died")
     for years in (days.strftime("%Y%m%d"), (days - pd.Timestamp("1899-12-30")).days):
-        refused, _ = evaluate(run_here, people, labels.assign(years=years), *survival)
-        assert refused.returncode == 2 and "and all others are dates" in refused.stderr
+        refused, _ = evaluate(run_here, study, labels.assign(years=years), *survival)
+        assert refused.returncode == 2 and "look like" in refused.stderr

@@ -1,1 +1,1 @@
-"""Sections of tools/dev/gpu.py."""
+"""Measurements of tools/dev/gpu.py."""

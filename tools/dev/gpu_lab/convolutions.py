@@ -1,7 +1,8 @@
-"""The first two convolutions, 59 % of a step's arithmetic, in three ways that compute the same.
+"""Three equivalent implementations of the first two convolutions, which are 59 % of a step's arithmetic.
 
-A GPU's tensor cores multiply in blocks of 8 or 16 channels, and the first layers have 1 and 8. Padding adds channels of
-zeros. Space to depth makes the 8 voxels of a 2 x 2 x 2 cube channels of one: more arithmetic, of a shape that is fast.
+Tensor cores multiply blocks of 8 or 16 channels, but the first layers have 1 and 8. Padding adds channels of zeros.
+Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into channels of one voxel. That is more arithmetic, in a faster
+shape.
 """
 
 import torch
@@ -11,19 +12,19 @@ from models.condconv3d import channels_last
 
 
 def plain(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16): padding 1, then padding 1 and stride 2."""
+    """Convolve directly: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16), padding 1, then padding 1 and stride 2."""
     return F.conv3d(F.conv3d(x, first, padding=1), second, padding=1, stride=2)
 
 
 def padded(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, channels: int = 8) -> torch.Tensor:
-    """:func:`plain` with the one channel of the input padded to ``channels``."""
+    """Compute :func:`plain` with the input channel padded to ``channels``."""
     more = channels - x.shape[1]
     x = channels_last(F.pad(x, (0, 0) * 3 + (0, more)))
     return plain(x, channels_last(F.pad(first, (0, 0) * 3 + (0, more))), second)
 
 
 def space_to_depth(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, D, H, W) -> (B, 8 C, D / 2, H / 2, W / 2); channel order z, y, x within a cube, then C."""
+    """Turn cubes into channels: (B, C, D, H, W) -> (B, 8 C, D / 2, H / 2, W / 2); order z, y, x in a cube, then C."""
     batch, channels, depth, height, width = x.shape
     x = x.view(batch, channels, depth // 2, 2, height // 2, 2, width // 2, 2)
     x = x.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(batch, 8 * channels, depth // 2, height // 2, width // 2)
@@ -31,9 +32,9 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
-    """A kernel between volumes as one between their cubes: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
+    """Convert a kernel between volumes to one between their cubes: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
 
-    Voxel 2 t + p of the input is seen by voxel a of an output cube through tap 2 t + p - a, if that is -1, 0 or 1.
+    Voxel 2 t + p of the input contributes to voxel a of an output cube through tap 2 t + p - a, if it is -1, 0 or 1.
     """
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(2, 2, 2, out, 2, 2, 2, channels, 3, 3, 3)
@@ -47,10 +48,10 @@ def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def to_halved(kernel: torch.Tensor) -> torch.Tensor:
-    """A kernel of stride 2 from volumes as one from their cubes: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
+    """Convert a kernel with stride 2 to one that reads cubes: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(out, 2, 2, 2, channels, 3, 3, 3)
-    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # voxel of the cube, cube, tap
+    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # (voxel in the cube, cube, tap)
     for pz, tz, kz in taps:
         for py, ty, ky in taps:
             for px, tx, kx in taps:
@@ -59,7 +60,7 @@ def to_halved(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def by_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """:func:`plain` with cubes as voxels of 8 times the channels: 8 to 64, then 64 to 8, both at 16^3."""
+    """Compute :func:`plain` on cubes with 8 times the channels: 8 to 64, then 64 to 8, both at 16^3."""
     x = F.conv3d(space_to_depth(x), channels_last(to_cubes(first)), padding=1)
     return F.conv3d(x, channels_last(to_halved(second)), padding=1)
 

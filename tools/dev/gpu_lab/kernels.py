@@ -1,4 +1,4 @@
-"""The Triton kernels compiled without running them: what they need of a multiprocessor."""
+"""Compile the Triton kernels without running them, to see how many registers they use."""
 
 import inspect
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 from models.fast import norm_elu_gpu
 
 KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_descend")
-TENSORS = ("x", "y", "grad", "result")  # of activations; every other pointer is to float32
+TENSORS = ("x", "y", "grad", "result")  # pointers to activations; all others point to float32
 COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")
 
 
 def _type_of(argument: str, constants: dict[str, int], dtype: str) -> str:
-    """A kernel's argument in Triton's words."""
+    """Return the type of a kernel's argument as Triton names it."""
     if argument in constants:
         return "constexpr"
     if argument in COUNTS:
@@ -26,12 +26,12 @@ def _type_of(argument: str, constants: dict[str, int], dtype: str) -> str:
 
 
 def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") -> dict[str, dict[str, int]]:
-    """Registers a thread and bytes spilled, of each kernel for so many channels; needs no GPU.
+    """Return registers per thread and spilled bytes of each kernel. No GPU is needed.
 
     Args:
-        channels: of the layer.
-        capability: of the GPU; 90 is an H100 or H200.
-        dtype: of the activations, in Triton's words.
+        channels: channels of the layer.
+        capability: compute capability of the GPU; 90 is an H100 or H200.
+        dtype: type of the activations, as Triton names it.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,8 +1,8 @@
-"""The step of an old commit, run in a process of its own whose path starts at its exported tree.
+"""Time the training step of an old commit, in a process that imports from its exported files.
 
     python tools/dev/gpu_lab/old.py TREE FOLDER SIZES DEVICE PRECISION STEPS_OF_CURVE OUT
 
-It knows the names of commit 4eccfb9; another commit may need another file.
+It uses the names of commit 4eccfb9. Another commit may need changes here.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import torch
 
 
 def stand_in_for_pandas() -> None:
-    """The old code imports pandas where it reads no table; a GPU machine may lack it."""
+    """Replace pandas if it is not installed. The old code imports it even if it reads no table."""
     if importlib.util.find_spec("pandas") is None:
         module = types.ModuleType("pandas")
         module.DataFrame = module.Series = object

@@ -1,4 +1,4 @@
-"""What tools/dev/gpu.py measures, a section a function: each returns what is written as its JSON."""
+"""Sections of tools/dev/gpu.py. Each function returns the content of its section's JSON file."""
 
 import contextlib
 import gc
@@ -29,17 +29,17 @@ from tools.dev.gpu_lab.store import FileStore
 from tools.timing.step import trained_encoder
 
 ROOT = Path(__file__).resolve().parents[3]
-LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # channels, voxels a side of their results
+LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # channels, side of the output in voxels
 
 
 class Lab(NamedTuple):
-    """What every section is given."""
+    """Inputs of every section."""
 
     sizes: Sizes
     device: torch.device
     store: FileStore
     out: Path
-    old: Path | None  # tree of an old commit
+    old: Path | None  # exported files of an old commit
 
     @property
     def on_gpu(self) -> bool:
@@ -50,7 +50,7 @@ class Lab(NamedTuple):
         return PRECISIONS if self.on_gpu else ("float32",)
 
     def run(self, precision: str | None = None, **choices: Any) -> Run:
-        gc.collect()  # a run before is a circle of references, with its graph's memory and its workers
+        gc.collect()  # free reference cycles of the last run, with its CUDA graph and workers
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
     def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
@@ -59,7 +59,7 @@ class Lab(NamedTuple):
 
 @contextlib.contextmanager
 def channels_first() -> Iterator[None]:
-    """The layout before: what one channel's ``contiguous`` gave."""
+    """Change layouts with ``contiguous`` alone, which leaves one-channel tensors channels-first."""
 
     def as_before(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -71,7 +71,7 @@ def channels_first() -> Iterator[None]:
 
 
 def ceilings(lab: Lab) -> dict:
-    """What the machine can do: products, memory, launches."""
+    """Measure the limits of the machine: matrix products, memory copies, kernel launches."""
     size = 8192 if lab.on_gpu else 256
     device = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
     found: dict[str, Any] = {"device": device, "torch": torch.__version__}
@@ -89,14 +89,14 @@ def ceilings(lab: Lab) -> dict:
 
 
 def kernels(lab: Lab) -> dict:
-    """Registers and spilled bytes of the Triton kernels, for the first layers' and the last's channels."""
+    """Return registers and spilled bytes of the Triton kernels, for the channels of the first and last layers."""
     if norm_elu_gpu.triton is None:
         return {"skipped": "no Triton"}
     return {str(channels): compile_kernels(channels) for channels in (8, 128)}
 
 
 def layouts(lab: Lab) -> dict:
-    """Strides of every convolution's input, and the kernels that a GPU runs for a forward and backward pass."""
+    """Record the strides of every convolution's input, and the kernels that a GPU runs for a training step."""
     run, strides = lab.run(recorded=False), []
     convolve = condconv3d.CondConv3D._convolve
 
@@ -114,7 +114,7 @@ def layouts(lab: Lab) -> dict:
 
 
 def correctness(lab: Lab) -> dict:
-    """Recorded against eager, fast against plain, and the tests that want a GPU."""
+    """Compare recorded with eager steps and fast with plain paths, and run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
         wanted = torch.stack(lab.run(precision, recorded=False).advance(steps))
@@ -138,7 +138,7 @@ def correctness(lab: Lab) -> dict:
 
 
 def convolutions(lab: Lab) -> dict:
-    """The first two convolutions three ways, forward and backward, at the batch of a step."""
+    """Time the implementations of the first two convolutions, forward and backward, at the batch size of a step."""
     found = {}
     for precision in lab.precisions:
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -156,7 +156,7 @@ def convolutions(lab: Lab) -> dict:
 
 
 def norms(lab: Lab) -> dict:
-    """BatchNorm with ELU of every size of layer, forward and backward: torch's on volumes and on images, Triton's."""
+    """Time BatchNorm with ELU for every layer size: torch on volumes, torch on images, and Triton."""
     found = {}
     dtype = torch.bfloat16 if lab.on_gpu else torch.float32
     for channels, side in LAYERS:
@@ -190,7 +190,7 @@ def norms(lab: Lab) -> dict:
 
 
 def ablation(lab: Lab) -> dict:
-    """Samples a second as it is, then with one thing taken away at a time, then all of them."""
+    """Measure samples per second as is, with files on the GPU, with one fast path switched off, and with none."""
     if not lab.on_gpu:
         ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.plain)}
     else:
@@ -214,7 +214,7 @@ def ablation(lab: Lab) -> dict:
 
 
 def training(lab: Lab) -> dict:
-    """Samples a second of every precision, beside the old commit's, and both loss curves."""
+    """Measure samples per second and loss curves at every precision, for this code and the old commit."""
     found: dict[str, Any] = {"samples_per_s": {}, "curves": {}}
     for precision in lab.precisions:
         run = lab.run(precision, resident=False)
@@ -241,13 +241,13 @@ def training(lab: Lab) -> dict:
 
 
 def profile_of(work: Callable[[], object]) -> dict:
-    """Kernels of some work on a GPU by their time, and their number."""
+    """Profile some work on a GPU: busy time, number of launches, and kernels sorted by time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
         work()
         torch.cuda.synchronize()
-    # A CPU operation carries its kernels' time too: kernels alone are counted.
+    # Count kernels only, because CPU operations include the time of their kernels.
     kinds = torch.autograd.DeviceType
     rows = [
         event for event in record.key_averages() if event.device_type == kinds.CUDA and not event.is_user_annotation
@@ -262,7 +262,7 @@ def profile_of(work: Callable[[], object]) -> dict:
 
 
 def profile(lab: Lab) -> dict:
-    """Of a step: how long the GPU is busy, how long it takes, and with which kernels."""
+    """Profile a step: wall time, busy time of the GPU, and kernels."""
     if not lab.on_gpu:
         return {"skipped": "no GPU"}
     found = {}
@@ -283,7 +283,7 @@ def profile(lab: Lab) -> dict:
 
 
 def loader(lab: Lab) -> dict:
-    """Samples a second that the data-loader workers hand over, and with their way to the device."""
+    """Measure samples per second from the data-loader workers, without and with the copy to the device."""
     run, steps = lab.run(recorded=False), lab.sizes.steps
     jobs = {
         "loader": lambda: [next(run.batches) for _ in range(steps)],
@@ -293,7 +293,7 @@ def loader(lab: Lab) -> dict:
 
 
 def extraction(lab: Lab) -> dict:
-    """Subjects of 581 patches a second, as extract_feature.py encodes them, and one scan's seconds."""
+    """Measure subjects of 581 patches per second, as in extract_feature.py, and the seconds for one scan."""
     store, encoder = lab.store, trained_encoder(lab.device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(lab.device)
     pieces = list_pieces(store)

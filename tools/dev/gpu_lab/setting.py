@@ -1,4 +1,4 @@
-"""The training step that train.py composes, for sizes of one's choice, and timings taken in turns."""
+"""The training step of train.py with sizes of your choice, and alternating timings."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ PRECISIONS = ("bf16", "tf32", "float32")
 
 
 class Sizes(NamedTuple):
-    """What is measured; the defaults are the published hyper-parameters on one GPU."""
+    """Sizes of the measurements. The defaults are the published hyper-parameters on one GPU."""
 
     batch: int = 128
     groups: int = 4
@@ -35,21 +35,21 @@ class Sizes(NamedTuple):
     subjects: int = 512
     K: int = 4096
     neighbors: int = 2
-    steps: int = 40  # of a timing
+    steps: int = 40  # steps per timing
     rounds: int = 5
-    curve: int = 200  # steps of a loss curve
+    curve: int = 200  # steps per loss curve
     workers: int = 12
 
 
 QUICK = Sizes(steps=15, rounds=3, curve=60, locations=24)
-TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a CPU, to see that it runs
+TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a CPU, to check that it runs
 
 
 class Run:
-    """Training of one precision as train.py composes it: loader, device, views, step, optimiser."""
+    """Training at one precision, composed as in train.py: loader, device, views, step, optimiser."""
 
     def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **choices: Any):
-        """``choices``: ``recorded``, ``resident``, ``dense`` as train.py chooses them for a GPU, unless given."""
+        """``choices`` are ``recorded`` (default: on a GPU), ``resident`` (default: no) and ``dense`` of StepViews."""
         on_gpu = device.type == "cuda"
         process.set_arithmetic(precision == "tf32", deterministic=False)
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ class Run:
         return Inputs(*self.carrier(batch))
 
     def advance(self, steps: int) -> list[torch.Tensor]:
-        """So many steps; the statistics of each, on the device."""
+        """Run some steps. Return the statistics of each, on the device."""
         found = []
         for _ in range(steps):
             found.append(self.step(self.inputs(next(self.batches)), 1.0).outcome.statistics.clone())
@@ -105,7 +105,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
-    """Median, smallest and largest seconds of each job, taken in turns."""
+    """Time the jobs in turns. Return the median, smallest and largest seconds of each."""
     for work in jobs.values():
         for _ in range(warm_up):
             work()
@@ -122,7 +122,7 @@ def spread(values: Sequence[float], digits: int = 7) -> dict[str, float]:
 
 
 def rates(times: dict[str, dict[str, float]], amount: float) -> dict[str, dict[str, float]]:
-    """Amounts a second from seconds."""
+    """Convert seconds to amounts per second."""
     return {
         name: {
             "median": round(amount / value["median"], 1),

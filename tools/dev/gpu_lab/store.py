@@ -1,4 +1,4 @@
-"""Location files for the measurements. The old code reads them too, so nothing of the house is imported."""
+"""Location files for the measurements. The old code reads them too, so this module imports nothing from the project."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +7,12 @@ import numpy as np
 
 
 class FileStore:
-    """Location files under a folder, read as data.store.PatchStore reads them.
+    """Location files in a folder, with the interface of data.store.PatchStore.
 
     Args:
-        folder: made, and filled unless it has the files.
-        locations, subjects: how many.
-        seed: of the patches.
+        folder: folder of the files; missing files are created.
+        locations, subjects: number of locations and subjects.
+        seed: random seed of the patches.
     """
 
     def __init__(self, folder: Path, locations: int, subjects: int, seed: int = 0):
@@ -28,7 +28,7 @@ class FileStore:
         self._mapped = [np.load(path, mmap_mode="r") for path in paths]
 
     def _fill(self, paths: list[Path], rng: np.random.Generator) -> None:
-        """Smooth noise of -700 +- 200 HU; every file its own: hard links would be one file in the page cache."""
+        """Write smooth noise of -700 +- 200 HU. Files are separate, because hard links would share the page cache."""
         from scipy import ndimage
 
         pool = ndimage.gaussian_filter(rng.normal(size=(32, 32, 2048)).astype(np.float32), 2)
@@ -39,5 +39,5 @@ class FileStore:
             np.save(path, np.stack([pool[:, :, start : start + 32] for start in starts]))
 
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
-        """(n, 32, 32, 32) int16."""
+        """Return the patches of some rows, (n, 32, 32, 32) int16."""
         return np.asarray(self._mapped[location][rows])
