@@ -47,8 +47,17 @@ from data.store import PatchStore
 from data.tables import feature_table
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.experiment import Experiment, environment, running_code
-from misc.files import array_header, file_hash, held, resume_folder, save_array, write_json, write_text, write_whole
+from misc.experiment import Experiment, collect_environment, describe_running_code
+from misc.files import (
+    hash_file,
+    held,
+    make_array_header,
+    resume_folder,
+    save_array,
+    write_json,
+    write_text,
+    write_whole,
+)
 from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
@@ -120,10 +129,10 @@ def describe_origin(
     checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str, layers: bool
 ) -> dict[str, Any]:
     """Return what MADE_BY records: the checkpoint, the store and the numerical settings behind the features."""
-    where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": file_hash(checkpoint)}
+    where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": hash_file(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
     return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
-        "precision": "bf16" if amp == "bf16" else process.precision(),
+        "precision": "bf16" if amp == "bf16" else process.read_precision(),
         "layers": layers,
     }
 
@@ -152,7 +161,7 @@ def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], 
 # ============================================================ encoding
 
 
-def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
+def refuse_nonfinite_features(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
     """Return the features, (rows, locations, rep_dim), unchanged.
 
     Raises:
@@ -170,7 +179,7 @@ def refuse_not_finite(features: np.ndarray, piece: Piece, store: PatchStore) -> 
 # ============================================================ output
 
 
-def work_key(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False) -> str:
+def hash_inputs(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False) -> str:
     """Hash everything that the features depend on, so that pieces of another extraction are not reused."""
     digest = hashlib.sha256()
     for path in (checkpoint, *store.files):
@@ -180,7 +189,7 @@ def work_key(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False
     return digest.hexdigest()
 
 
-def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
+def iterate_features(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
     """Yield the features of the pieces, a few subjects at a time in row order: (n, L, width) float32."""
     if not store.grouped:
         for piece in pieces:
@@ -195,17 +204,19 @@ def read_subjects(folder: Path, pieces: list[Piece], store: PatchStore, width: i
         yield features
 
 
-def assemble(out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0) -> None:
+def write_features(
+    out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0
+) -> None:
     """Write the output files from the pieces, a few subjects at a time, with each subject's mean over locations."""
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
     shape = store.num_subjects, store.num_locations
 
     def write_both(patches, layers=None) -> None:
-        patches.write(array_header((*shape, rep_dim), np.dtype("<f4")))
+        patches.write(make_array_header((*shape, rep_dim), np.dtype("<f4")))
         if layers is not None:
-            layers.write(array_header((*shape, width), np.dtype("<f4")))
+            layers.write(make_array_header((*shape, width), np.dtype("<f4")))
         row = 0
-        for found in read_subjects(folder, pieces, store, rep_dim + width):
+        for found in iterate_features(folder, pieces, store, rep_dim + width):
             features = found[:, :, :rep_dim]
             means[row : row + len(features)] = features.mean(axis=1, dtype=np.float64)
             patches.write(np.ascontiguousarray(features, dtype="<f4").data)
@@ -248,7 +259,7 @@ def encode_share(
     with bar:
         frozen = FrozenLocations(encoder, locations, dtype)
         for piece, features in encode_pieces(frozen, store, todo, args.batch_size, locations.device, args.layers):
-            save_array(folder / piece.name, refuse_not_finite(features, piece, store))
+            save_array(folder / piece.name, refuse_nonfinite_features(features, piece, store))
             bar.update()
 
 
@@ -276,19 +287,19 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     labels = read_labels(args.labels, store.sids, note=say) if args.labels else None
     del content
 
-    if args.amp == "bf16" and (factor := process.slow_bf16(device)):
+    if args.amp == "bf16" and (factor := process.measure_bf16_slowdown(device)):
         say(
             f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
             "float32; use --amp off"
         )
     made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
-    process.agree({**vars(args), **made_by, **running_code()})
+    process.check_agreement({**vars(args), **made_by, **describe_running_code()})
     with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode
         folder, pieces = out_dir / ".pieces", list_pieces(store)
         if rank == 0:
             refuse_features_of_other_checkpoint(out_dir, made_by, say)
-            resume_folder(folder, work_key(checkpoint, store, args.amp, args.layers))
+            resume_folder(folder, hash_inputs(checkpoint, store, args.amp, args.layers))
         process.barrier()
         encode_share(args, encoder.to(device), store, folder, pieces)
         process.wait_for_all()
@@ -298,13 +309,13 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             store.check_unchanged()
             (out_dir / MADE_BY).unlink(missing_ok=True)  # written again once all files are complete
             width = layer_width(encoder) if args.layers else 0
-            assemble(out_dir, folder, pieces, store, sizes["rep_dim"], width)
+            write_features(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
                 (out_dir / name).unlink(missing_ok=True)
             if labels is not None:
                 save_array(out_dir / "feature_arr_patch_full.npy", labels[0])
                 write_text(out_dir / "label_names.json", json.dumps(labels[1]))
-            write_json(out_dir / MADE_BY, {**made_by, "rep_dim": sizes["rep_dim"], **environment()})
+            write_json(out_dir / MADE_BY, {**made_by, "rep_dim": sizes["rep_dim"], **collect_environment()})
             shutil.rmtree(folder)
             print(
                 f"extract_feature: {store.num_subjects} subjects x {store.num_locations} patches x "

@@ -43,15 +43,15 @@ from data.similarity import read_similarity
 from data.store import PatchStore
 from data.views import StepDraws, StepViews, grid_of_views
 from misc import process
-from misc.command import StopRequest, run, usable_cores
-from misc.experiment import Experiment, running_code
-from misc.run.augmentation import ranges_of
+from misc.command import StopRequest, count_usable_cores, run
+from misc.experiment import Experiment, describe_running_code
+from misc.run.augmentation import collect_ranges
 from misc.run.flags import parse_arguments
 from misc.run.resume import describe_start, has_neighbor_pass, note_changes
 from misc.run.runlog import Meters, RunLog
 from misc.run.saver import Saver
-from misc.run.watch import watched
-from misc.sizes import bn_groups, groups_of_rank
+from misc.run.watch import watch_steps
+from misc.sizes import choose_bn_groups, list_rank_groups
 from models.builder import DrasCLR
 from models.checkpoint import intact, read_config
 from models.cnn3d import Encoder
@@ -62,7 +62,7 @@ from models.state import TrainingState, start_from
 from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer, statistic_names
 
 
-def learning_rate(epoch: int, args: argparse.Namespace) -> float:
+def compute_learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Return the learning rate of epoch e, counted from 0. The rate is constant within an epoch.
 
     cosine: lr / 2 (1 + cos(pi e / epochs)). step: lr is divided by 10 at each milestone that e has reached.
@@ -98,7 +98,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
     rank, world = process.rank(), process.world_size()
     store = PatchStore(args.root_dir, require_grouped=True, subjects=args.subjects)
     dataset = PatchDataset(store, neighbors, draw)
-    resident = ResidentPatches.fitting(store, dataset.neighbors, device)
+    resident = ResidentPatches.make_if_fitting(store, dataset.neighbors, device)
     dataset.read = resident is None
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
     similarity = None
@@ -106,7 +106,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
         note = (lambda text: print(f"note: {text}")) if rank == 0 else (lambda _: None)
         similarity = read_similarity(args.batch_by, args.batch_table, store.layout, store.sids, note)
     sampler = LocationBatchSampler(*sizes, rank, world, args.location_order, similarity)
-    workers = math.ceil(min(args.workers, usable_cores()) / process.local_world_size())
+    workers = math.ceil(min(args.workers, count_usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
     return Data(store, sampler, loader, workers, table, BatchCarrier(device, resident))
@@ -150,20 +150,20 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     keep_freed_memory(device)
     torch.manual_seed(args.seed)
     process.set_arithmetic(args.tf32, args.deterministic)
-    args.bn_groups = bn_groups(args.bn_groups, args.batch_size, world)
-    groups = groups_of_rank(args.bn_groups, rank, world)
+    args.bn_groups = choose_bn_groups(args.bn_groups, args.batch_size, world)
+    groups = list_rank_groups(args.bn_groups, rank, world)
     experiment = Experiment.named(args.exp_name)
-    resume = experiment.resume_from(args.resume, intact, say)
+    resume = experiment.find_resume_checkpoint(args.resume, intact, say)
 
     # -------------------------------------------------------- data
     # The settings in the checkpoint decide whether neighbours are read, so read them before the data.
     neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
-    draws = StepDraws(Augmentation(args.augmentation, ranges_of(args)), args.seed, groups)
+    draws = StepDraws(Augmentation(args.augmentation, collect_ranges(args)), args.seed, groups)
     data = open_data(args, device, args.k_neighbors if neighbor_pass else 0, draws)
     store, sampler = data.store, data.sampler
     settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.facts()}
-    process.agree({**settings, "resumed checkpoint": resume, **running_code()})
-    if args.amp == "bf16" and (factor := process.slow_bf16(device)):
+    process.check_agreement({**settings, "resumed checkpoint": resume, **describe_running_code()})
+    if args.amp == "bf16" and (factor := process.measure_bf16_slowdown(device)):
         say(
             f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
             "float32; use --amp off"
@@ -201,7 +201,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     if args.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()
-    training_step = process.data_parallel(TrainingStep(model, data.table, args.amp == "bf16"), device).train()
+    training_step = process.wrap_data_parallel(TrainingStep(model, data.table, args.amp == "bf16"), device).train()
     views = StepViews(draws, device)
     advance = WholeStep(views, training_step, Descent(optimizer, args.accumulate))
     if can_record(device, advance, args):
@@ -218,18 +218,18 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     meters = Meters(statistic_names(neighbor_pass), device)
     saver = Saver(state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
-    log.go_on(start, skip, resume)
+    log.rewind_to(start, skip, resume)
     stop.listen()  # after a stop signal, all ranks finish the current step, rank 0 saves, and all ranks exit
 
     # -------------------------------------------------------- loop
     for epoch in range(start, args.epochs):
         skip, sums = (skip, sums) if epoch == start else (0, None)
-        rate = optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
+        rate = optimizer.param_groups[0]["lr"] = compute_learning_rate(epoch, args)
         beta = args.beta if epoch >= args.warm_up else 0.0
         sampler.set_epoch(epoch, skip)
         meters.start_epoch(sums)
         log.start_epoch(epoch, skip)
-        reader = watched(batches(data.loader, say), epoch, skip, args.patience)
+        reader = watch_steps(batches(data.loader, say), epoch, skip, args.patience)
         for done, batch in enumerate(reader, start=skip + 1):
             views.seed(batch.epoch, batch.location, batch.step)
             step = advance(Inputs(*data.carrier(batch)), beta, last=done == len(sampler))

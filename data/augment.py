@@ -32,16 +32,16 @@ LUNG_HU, TISSUE_HU = -500.0, 0.0  # voxels below LUNG_HU expand fully with breat
 Noise = Callable[[torch.Tensor], torch.Tensor]  # returns normal noise of unit variance in the shape of its argument
 
 
-def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+def draw_uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def broadcast_to_volumes(values: torch.Tensor) -> torch.Tensor:
     """(n,) -> (n, 1, 1, 1, 1), to broadcast with volumes."""
     return values[:, None, None, None, None]
 
 
-def _where_chosen(
+def apply_to_chosen(
     chosen: torch.Tensor,
     work: Callable[..., torch.Tensor],
     volumes: torch.Tensor,
@@ -54,7 +54,7 @@ def _where_chosen(
     the chosen samples are computed, which is faster on a CPU.
     """
     if dense:
-        return torch.where(_wide(chosen), work(volumes, *parameters), volumes)
+        return torch.where(broadcast_to_volumes(chosen), work(volumes, *parameters), volumes)
     rows = chosen.nonzero()[:, 0]
     if not len(rows):
         return volumes
@@ -67,9 +67,9 @@ def _where_chosen(
 def draw_affine(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     rotate = math.radians(ranges.rotate)
     return {
-        "rotation": _uniform((count, 3), -rotate, rotate, generator),
-        "translation": _uniform((count, 3), -ranges.translate, ranges.translate, generator),
-        "scale": _uniform((count, 3), 1 - ranges.scale, 1 + ranges.scale, generator),
+        "rotation": draw_uniform((count, 3), -rotate, rotate, generator),
+        "translation": draw_uniform((count, 3), -ranges.translate, ranges.translate, generator),
+        "scale": draw_uniform((count, 3), 1 - ranges.scale, 1 + ranges.scale, generator),
     }
 
 
@@ -85,8 +85,8 @@ def apply_affine(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {
         "offset": torch.rand(count, 3, *size, generator=generator) * 2 - 1,
-        "magnitude": _uniform((count,), 0.0, ranges.elastic, generator),
-        "sigma": _uniform((count,), *ELASTIC_SIGMA, generator),
+        "magnitude": draw_uniform((count,), 0.0, ranges.elastic, generator),
+        "sigma": draw_uniform((count,), *ELASTIC_SIGMA, generator),
         **draw_affine(count, size, generator, ranges),
     }
 
@@ -106,7 +106,7 @@ def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF
     return torch.where(distance.abs() <= tail[:, None, None], band.clamp(min=0), 0.0)
 
 
-def _along_axes(volumes: torch.Tensor, parameters: Parameters, axes: Sequence[int] = (0, 1, 2)) -> torch.Tensor:
+def smooth_along_axes(volumes: torch.Tensor, parameters: Parameters, axes: Sequence[int] = (0, 1, 2)) -> torch.Tensor:
     """Multiply volumes (n, C, D, H, W) by the band matrix (n, size, size) of each sample, along each axis in turn."""
     for axis in axes:
         subscripts = ("nai,ncijk->ncajk", "nbj,ncijk->ncibk", "ndk,ncijk->ncijd")[axis]
@@ -122,7 +122,9 @@ def prepare_elastic(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 def apply_elastic(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine transform."""
-    offset = _along_axes(parameters["offset"], parameters) * _wide(parameters["magnitude"])  # (n, 3, *size)
+    offset = smooth_along_axes(parameters["offset"], parameters) * broadcast_to_volumes(
+        parameters["magnitude"]
+    )  # (n, 3, *size)
     return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:], offset))
 
 
@@ -136,14 +138,14 @@ def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, range
 def apply_flip(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandFlip, independently on each axis. Unpublished."""
     for axis, chosen in enumerate(parameters["flip"].bool().unbind(dim=1), start=2):
-        volumes = _where_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
+        volumes = apply_to_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
     return volumes
 
 
 def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
     return {
         "chosen": torch.rand(count, generator=generator) < ranges.noise_prob,
-        "std": _uniform((count,), 0.0, ranges.noise_std, generator),
+        "std": draw_uniform((count,), 0.0, ranges.noise_std, generator),
     }
 
 
@@ -151,9 +153,9 @@ def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, den
     """monai.transforms.RandGaussianNoise, with a random standard deviation."""
 
     def work(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return some + noise(some) * _wide(std)
+        return some + noise(some) * broadcast_to_volumes(std)
 
-    return _where_chosen(parameters["chosen"].bool(), work, volumes, parameters["std"], dense=dense)
+    return apply_to_chosen(parameters["chosen"].bool(), work, volumes, parameters["std"], dense=dense)
 
 
 def draw_contrast(
@@ -161,7 +163,7 @@ def draw_contrast(
 ) -> Parameters:
     return {
         "chosen": torch.rand(count, generator=generator) < ranges.contrast_prob,
-        "gamma": _uniform((count,), *ranges.gamma, generator),
+        "gamma": draw_uniform((count,), *ranges.gamma, generator),
     }
 
 
@@ -170,20 +172,20 @@ def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, 
 
     def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         low, high = some.flatten(1).aminmax(dim=1)
-        low, span = _wide(low), _wide(high - low)
-        return ((some - low) / (span + CONTRAST_EPSILON)).pow(_wide(gamma)) * span + low
+        low, span = broadcast_to_volumes(low), broadcast_to_volumes(high - low)
+        return ((some - low) / (span + CONTRAST_EPSILON)).pow(broadcast_to_volumes(gamma)) * span + low
 
-    return _where_chosen(parameters["chosen"].bool(), work, volumes, parameters["gamma"], dense=dense)
+    return apply_to_chosen(parameters["chosen"].bool(), work, volumes, parameters["gamma"], dense=dense)
 
 
 # ---------------------------------------------------------------- smoothing, shift
 
 
 def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
-    return {"sigma": _uniform((count, 3), 0.0, ranges.smooth, generator)}
+    return {"sigma": draw_uniform((count, 3), 0.0, ranges.smooth, generator)}
 
 
-def _whole_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) -> Parameters:
+def make_normalized_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) -> Parameters:
     """Make the smoothing matrices for some axes, with one column of ``sigma`` (n, axes) per axis.
 
     At the border the weights of the inner voxels are normalised to 1. MONAI's zero padding would darken the rim.
@@ -196,28 +198,28 @@ def _whole_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) 
 
 
 def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
-    return _whole_bands(parameters["sigma"], size, axes=(0, 1, 2))
+    return make_normalized_bands(parameters["sigma"], size, axes=(0, 1, 2))
 
 
 def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandGaussianSmooth with a separate sigma per axis, like kernels and slices. Unpublished."""
-    return _along_axes(volumes, parameters)
+    return smooth_along_axes(volumes, parameters)
 
 
 def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
-    return {"offset": _uniform((count,), -ranges.shift, ranges.shift, generator)}
+    return {"offset": draw_uniform((count,), -ranges.shift, ranges.shift, generator)}
 
 
 def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """monai.transforms.RandShiftIntensity: add the same HU to all voxels; a deeper breath lowers them. Unpublished."""
-    return volumes + _wide(parameters["offset"])
+    return volumes + broadcast_to_volumes(parameters["offset"])
 
 
 # ---------------------------------------------------------------- breath, kernel, slice thickness
 
 
 def draw_breath(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
-    return {"growth": _uniform((count,), 1 - ranges.breath, 1 + ranges.breath, generator)}
+    return {"growth": draw_uniform((count,), 1 - ranges.breath, 1 + ranges.breath, generator)}
 
 
 def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
@@ -227,36 +229,38 @@ def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
     volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
     vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes start at 0, not HU_MIN
     share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # share of a voxel that expands with breath
-    return volumes + share * (volumes - vacuum) * (1 / _wide(growth) - 1)
+    return volumes + share * (volumes - vacuum) * (1 / broadcast_to_volumes(growth) - 1)
 
 
 def draw_kernel(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
-    return {"amount": _uniform((count,), -ranges.kernel, ranges.kernel, generator)}
+    return {"amount": draw_uniform((count,), -ranges.kernel, ranges.kernel, generator)}
 
 
 def prepare_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
     sigma = torch.full((len(parameters["amount"]), 2), DETAIL_SIGMA)
-    return parameters | _whole_bands(sigma, size, axes=(1, 2))
+    return parameters | make_normalized_bands(sigma, size, axes=(1, 2))
 
 
 def apply_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Sharpen or soften fine detail in the axial plane, including noise. Unpublished."""
-    return volumes + _wide(parameters["amount"]) * (volumes - _along_axes(volumes, parameters, axes=(1, 2)))
+    return volumes + broadcast_to_volumes(parameters["amount"]) * (
+        volumes - smooth_along_axes(volumes, parameters, axes=(1, 2))
+    )
 
 
 def draw_thickness(
     count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
 ) -> Parameters:
-    return {"sigma": _uniform((count, 1), 0.0, ranges.thickness, generator)}
+    return {"sigma": draw_uniform((count, 1), 0.0, ranges.thickness, generator)}
 
 
 def prepare_thickness(parameters: Parameters, size: Sequence[int]) -> Parameters:
-    return _whole_bands(parameters["sigma"], size, axes=(0,))
+    return make_normalized_bands(parameters["sigma"], size, axes=(0,))
 
 
 def apply_thickness(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Smooth along z only, like thicker slices. Unpublished."""
-    return _along_axes(volumes, parameters, axes=(0,))
+    return smooth_along_axes(volumes, parameters, axes=(0,))
 
 
 class Transform(NamedTuple):
@@ -312,13 +316,13 @@ class Augmentation:
 
     def unpack(self, packed: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
         """Invert :meth:`pack`; the returned tensors are views of ``packed``."""
-        shapes = [{name: value.shape[1:] for name, value in some.items()} for some in self._example(tuple(size))]
+        shapes = [{name: value.shape[1:] for name, value in some.items()} for some in self.prepare_example(tuple(size))]
         values = iter(packed.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
         count = len(packed)
         return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has only one or two instances
-    def _example(self, size: tuple[int, ...]) -> list[Parameters]:
+    def prepare_example(self, size: tuple[int, ...]) -> list[Parameters]:
         """Prepare the parameters of one sample, to know their shapes."""
         return self.prepare(self.draw(1, size, torch.Generator()), size)
 

@@ -82,7 +82,9 @@ class ResidentPatches:
         self._reader = ThreadPoolExecutor(1, "resident")
 
     @classmethod
-    def fitting(cls, store: PatchStore, neighbors: np.ndarray, device: torch.device) -> "ResidentPatches | None":
+    def make_if_fitting(
+        cls, store: PatchStore, neighbors: np.ndarray, device: torch.device
+    ) -> "ResidentPatches | None":
         """Return an instance if SHARE of the free GPU memory holds the files of two locations; otherwise None."""
         if device.type != "cuda":
             return None
@@ -92,14 +94,14 @@ class ResidentPatches:
 
     def gather(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gather patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) for rows (B,), a tensor on the device."""
-        patches, *near = (self._file(index)[rows] for index in self._needed(location))
+        patches, *near = (self.load_file(index)[rows] for index in self.list_needed_files(location))
         if location + 1 < len(self.neighbors):  # usually the next location
-            wanted = [index for index in self._needed(location + 1) if index not in self._kept]
+            wanted = [index for index in self.list_needed_files(location + 1) if index not in self._kept]
             coming = self._coming
             self._coming = {i: coming.get(i) or self._reader.submit(self._read, i) for i in wanted}
         return patches, torch.stack(near, dim=1) if near else None
 
-    def _needed(self, location: int) -> Sequence[int]:
+    def list_needed_files(self, location: int) -> Sequence[int]:
         return [location, *map(int, self.neighbors[location])]
 
     def _read(self, index: int) -> torch.Tensor:
@@ -108,7 +110,7 @@ class ResidentPatches:
             return patches.pin_memory() if self._copy.device.type == "cuda" else patches
         return patches
 
-    def _file(self, index: int) -> torch.Tensor:
+    def load_file(self, index: int) -> torch.Tensor:
         """Return the patches of a location on the device, (N, 32, 32, 32)."""
         if index not in self._kept:
             coming = self._coming.pop(index, None)

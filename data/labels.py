@@ -8,27 +8,30 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreError
-from data.tables import read_table, spelt
+from data.tables import read_table, suggest_column
 
-NO_AND_YES = (["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"])  # words for 0 and 1, in lower case
+NO_AND_YES = (  # words for 0 and 1, in lower case
+    *(["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"], ["nein", "ja"], ["nee", "ja"], ["nej", "ja"]),
+    *(["non", "oui"], ["no", "si"], ["no", "sí"], ["não", "sim"]),
+)
 MOST_WORDS = 10  # a column with more distinct words holds names, not classes
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
-def filled_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
+def find_filled_cells_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
     """Find the filled cells of a text column and convert all cells to numbers; NaN if a cell is not a number."""
     text = column.str.strip()
     filled = ~text.fillna("").str.lower().isin(MISSING)
     return filled, pd.to_numeric(text.where(filled), errors="coerce")
 
 
-def why_no_column(path: str | os.PathLike, column: str, names: list[str], flag: str = "") -> str:
+def explain_missing_column(path: str | os.PathLike, column: str, names: list[str], flag: str = "") -> str:
     """Explain why a column of a label CSV is not among its numeric columns ``names``: missing, empty, or text."""
     table = read_table(path, file_names=False)
     start = f"{path} has no numeric column {column!r}{flag and f' for {flag}'}"
     if column not in table.columns:
-        return start + spelt(column, names)
-    filled, numbers = filled_and_numbers(table[column])
+        return start + suggest_column(column, names)
+    filled, numbers = find_filled_cells_and_numbers(table[column])
     if not filled.any():
         return f"{start}: it is empty"
     with np.errstate(over="ignore"):
@@ -65,10 +68,12 @@ def read_numbers_and_words(
     table, order = read_table(path, file_names=False).set_index("sid"), order or {}
     unknown = next((name for name in order if name not in table.columns), None)
     if unknown is not None:
-        raise StoreError(f"--order {unknown}: {path} does not have this column{spelt(unknown, list(table.columns))}")
+        raise StoreError(
+            f"--order {unknown}: {path} does not have this column{suggest_column(unknown, list(table.columns))}"
+        )
     coded, classes = table.copy(), {}
     for name in table.columns:
-        filled, numbers = filled_and_numbers(table[name])
+        filled, numbers = find_filled_cells_and_numbers(table[name])
         text = table[name].str.strip()
         words = text.where(filled | text.isin(order.get(name, ())), "")  # 'none' may be a grade
         found = sorted(set(words) - {""}, key=str.lower)
@@ -79,6 +84,10 @@ def read_numbers_and_words(
             if other is not None:
                 raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
+        else:  # yes is 1 in every language, whatever the alphabet says
+            lower = {word.lower(): word for word in found}
+            pair = next((pair for pair in NO_AND_YES if set(pair) == set(lower) and len(found) == 2), list(lower))
+            found = [lower[word] for word in pair] if len(lower) == len(found) else found
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
         told = ", ".join(f"{number} is {word}" for number, word in enumerate(found))
@@ -86,7 +95,7 @@ def read_numbers_and_words(
         if none:
             told += f"; 'none' counts as missing for {none} subjects (use --order {name}=... to make it a grade)"
         note(f"column {name!r}: {told}")
-    values, names = _numeric(path, coded, sids, note)
+    values, names = select_numeric_columns(path, coded, sids, note)
     numbers = [name not in classes for name in names]
     coded_missing = np.isin(values, np.asarray(missing, dtype=np.float32)) & numbers
     return Labels(
@@ -114,16 +123,16 @@ def read_labels(
         StoreError: the file or its sid column is missing, a sid is repeated, there is no numeric
             column, or the table has none of the store's subjects.
     """
-    return _numeric(path, read_table(path, file_names=False).set_index("sid"), sids, note)
+    return select_numeric_columns(path, read_table(path, file_names=False).set_index("sid"), sids, note)
 
 
-def _numeric(
+def select_numeric_columns(
     path: str | os.PathLike, table: pd.DataFrame, sids: list[str], note: Callable[[str], None]
 ) -> tuple[np.ndarray, list[str]]:
     """Do the work of :func:`read_labels` on a table indexed by sid."""
     numeric = {}
     for name in table.columns:
-        filled, values = filled_and_numbers(table[name])
+        filled, values = find_filled_cells_and_numbers(table[name])
         with np.errstate(over="ignore"):
             wrong = filled & ~np.isfinite(values.astype(np.float32))
         if wrong.any():

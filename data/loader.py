@@ -20,7 +20,7 @@ from misc.command import STOPPING, UserError, end_with_parent
 STOP_SECONDS = 60
 
 
-class _HandedOver(Dataset):
+class SharedBatches(Dataset):
     """A dataset that passes batches from data-loader workers in shared memory, and errors as objects.
 
     torch alone would wrap an error in a traceback.
@@ -33,12 +33,12 @@ class _HandedOver(Dataset):
         if get_worker_info() is None:
             return self.dataset[index]
         try:
-            return _share(self.dataset[index])
+            return share_batch(self.dataset[index])
         except (UserError, OSError, MemoryError) as error:
             return error
 
 
-def _share(batch: PatchBatch) -> PatchBatch:
+def share_batch(batch: PatchBatch) -> PatchBatch:
     """Move a batch to shared memory, or convert it to arrays for a pipe if shared memory is full.
 
     A container has 64 MB of shared memory by default. torch alone would share the batch in a separate thread, where a
@@ -64,8 +64,8 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
     told = False
     try:
         reader = iter(loader)
-        atexit.unregister(_end_reading)
-        atexit.register(_end_reading)  # so that it runs before torch's handler, which iter() has registered
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # so that it runs before torch's handler, which iter() has registered
         for batch in reader:
             if isinstance(batch, Exception):
                 raise batch
@@ -87,7 +87,7 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
         ) from error
 
 
-def _leave_stopping_to_the_trainer(worker: int) -> None:
+def forward_signals_to_trainer(worker: int) -> None:
     """Forward a stop signal from a data-loader worker to the trainer, which saves before it stops.
 
     The worker ends STOP_SECONDS after the signal in any case, so that a failing trainer does not wait for it. It ends
@@ -117,13 +117,13 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _end_reading() -> None:
+def end_workers() -> None:
     """End the data-loader workers at exit after an error; torch would wait five seconds for each worker in turn."""
     for child in multiprocessing.active_children():
         child.terminate()
 
 
-def _as_it_is(batch: object) -> object:
+def return_unchanged(batch: object) -> object:
     """Return a batch unchanged. torch's default would turn arrays into tensors, which need shared memory again."""
     return batch
 
@@ -131,15 +131,15 @@ def _as_it_is(batch: object) -> object:
 def make_loader(dataset: Dataset, sampler: LocationBatchSampler, workers: int, pin_memory: bool) -> DataLoader:
     """Make a loader that yields whole batches, for any number of data-loader workers."""
     return DataLoader(
-        _HandedOver(dataset),
+        SharedBatches(dataset),
         sampler=sampler,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_stopping_to_the_trainer,
+        collate_fn=return_unchanged,
+        worker_init_fn=forward_signals_to_trainer,
         # A separate generator for the worker seeds, which nothing uses. Without it, a new iterator after a stop would
         # advance the global random stream, and a resumed run would shuffle its keys differently.
         generator=torch.Generator(),

@@ -37,16 +37,16 @@ def read_ahead(
 PIECE = 2**17  # bytes; the kernel shortens longer requests to the read-ahead size of the disk
 
 
-def will_need(paths: Iterable[str | os.PathLike]) -> None:
+def request_files(paths: Iterable[str | os.PathLike]) -> None:
     """Ask the system to read whole files into the page cache, and return at once. It does nothing on macOS.
 
     The rows of a batch are scattered over a file. Measured on a disk of 0.3 GB/s with a cold cache, for a quarter of
     the rows of four files of 67 MB: a read takes 240 to 310 ms, and 41 ms if the files were requested 1.5 s earlier.
     """
-    Thread(target=_ask_for, args=(list(paths),), daemon=True).start()  # the calls block if the disk's queue is full
+    Thread(target=request_each, args=(list(paths),), daemon=True).start()  # the calls block if the disk's queue is full
 
 
-def _ask_for(paths: list[str | os.PathLike]) -> None:
+def request_each(paths: list[str | os.PathLike]) -> None:
     for path in paths:
         # The actual read reports any error of a file.
         with contextlib.suppress(OSError, AttributeError), open(path, "rb") as stream:

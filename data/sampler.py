@@ -113,23 +113,25 @@ class LocationBatchSampler:
 
     def __iter__(self) -> Iterator[BatchIndex]:
         share = self.batch_size // self.world_size
-        permutation = functools.lru_cache(maxsize=2)(self._permutation)
+        permutation = functools.lru_cache(maxsize=2)(self.draw_permutation)
         for location, step in itertools.islice(self.visits(), self.skip, None):
             start = step * self.batch_size + self.rank * share
             yield BatchIndex(self.epoch, location, step, permutation(location)[start : start + share])
 
-    def _permutation(self, location: int) -> np.ndarray:
+    def draw_permutation(self, location: int) -> np.ndarray:
         """Draw the order of subjects at a location, (N,)."""
         rng = np.random.default_rng([self.seed, self.epoch, location])
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
         used = self.steps_per_location * self.batch_size  # the rest is left out at random, independent of its score
-        batches = order[:used][np.argsort(self._scores(rng)[order[:used]], kind="stable")].reshape(-1, self.batch_size)
+        batches = order[:used][np.argsort(self.draw_scores(rng)[order[:used]], kind="stable")].reshape(
+            -1, self.batch_size
+        )
         batches = rng.permuted(batches, axis=1)[rng.permutation(len(batches))]
         return np.concatenate([batches.ravel(), order[used:]])
 
-    def _scores(self, rng: np.random.Generator) -> np.ndarray:
+    def draw_scores(self, rng: np.random.Generator) -> np.ndarray:
         """Project the subjects on a random direction and add noise, (N,)."""
         known = ~np.isnan(self.similarity)  # (N, C)
         direction = rng.normal(size=self.similarity.shape[1])

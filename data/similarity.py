@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from data.labels import filled_and_numbers
+from data.labels import find_filled_cells_and_numbers
 from data.layout import StoreError, StoreLayout
-from data.tables import read_table, spelt
+from data.tables import read_table, suggest_column
 
 REPORT = "report"  # stands for the columns of the store's reports
 MOST_WORDS = 20  # a column with more distinct texts holds names, not categories
@@ -35,16 +35,18 @@ def read_similarity(
         StoreError: the table or a column is missing, or all subjects have equal values.
     """
     if list(names) == [REPORT]:
-        columns, source = _of_report(layout), f"{layout.root / 'report'}"
+        columns, source = read_report_columns(layout), f"{layout.root / 'report'}"
     else:
         columns, source = read_table(table, file_names=False).set_index("sid"), str(table)
         unknown = next((name for name in names if name not in columns), None)
         if unknown is not None:
-            raise StoreError(f"--batch-by {unknown}: {table} does not have this column{spelt(unknown, list(columns))}")
+            raise StoreError(
+                f"--batch-by {unknown}: {table} does not have this column{suggest_column(unknown, list(columns))}"
+            )
         columns = columns[list(names)]
     found = []
     for name, column in columns.reindex(list(sids)).items():
-        found += _numbers_of(column, f"{source}: column {name!r}", note)
+        found += standardize_column(column, f"{source}: column {name!r}", note)
     values = np.stack(found, axis=1) if found else np.zeros((len(sids), 0))
     if not len(found):
         raise StoreError(f"--batch-by: all subjects have equal or unknown values in {source}; choose other columns")
@@ -54,7 +56,7 @@ def read_similarity(
     return values
 
 
-def _of_report(layout: StoreLayout) -> pd.DataFrame:
+def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
     """Read lung volume, mean lung density, slice thickness and kernel by sid, if the reports have them."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}
@@ -74,12 +76,12 @@ def _read_report(layout: StoreLayout, script: str) -> pd.DataFrame:
     return read_table(path, file_names=False).set_index("sid") if path.is_file() else pd.DataFrame()
 
 
-def _numbers_of(column: pd.Series, what: str, note: Callable[[str], None]) -> list[np.ndarray]:
+def standardize_column(column: pd.Series, what: str, note: Callable[[str], None]) -> list[np.ndarray]:
     """Convert a column to arrays (N,) with mean 0 and SD 1.
 
     A numeric column gives one array, and a column of words one per word. Constant arrays are left out.
     """
-    filled, numbers = filled_and_numbers(column.astype(object).where(column.notna(), "").astype(str))
+    filled, numbers = find_filled_cells_and_numbers(column.astype(object).where(column.notna(), "").astype(str))
     filled = filled.to_numpy()
     if filled.any() and np.isfinite(numbers[filled]).all():
         given = [numbers.to_numpy(dtype=float)]

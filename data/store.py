@@ -49,7 +49,7 @@ class PatchStore:
         self.layout = StoreLayout(root)
         self._mapped: deque[PatchFile] = deque()
         self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_note)
-        self._stamps = [_stamp(path) for path in self._tables]
+        self._stamps = [read_stamp(path) for path in self._tables]
         self.locations = load_locations(self._tables[0])
         self.grouped = self.layout.grouped(0).is_file()
         if self.grouped:
@@ -105,8 +105,8 @@ class PatchStore:
     def check_unchanged(self) -> None:
         """Raise StoreError if a table or a patch file has changed since the store was opened."""
         for path, stamp in zip(self._tables, self._stamps):
-            if _stamp(path) != stamp:
-                raise StoreError(_changed(path))
+            if read_stamp(path) != stamp:
+                raise StoreError(describe_change(path))
         for file in self._files:
             file.check_unchanged()
 
@@ -119,17 +119,18 @@ class PatchStore:
         grouped = set(self._stored)
         missing = [sid for sid in there if sid not in grouped]
         if missing:
-            yield f"{_some(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
+            yield f"{name_some(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
         gone = sorted(grouped.difference(there))
         if gone:
-            yield f"{_some(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
+            yield f"{name_some(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
         if self.layout.grouped_note.is_file():
             grouped_at = self.layout.grouped_note.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
-            if newer and self._differ(newer[:COMPARED]):
-                yield f"{_some(newer)} in patch/ changed after grouping, but the old patches will be read; run {again}"
+            if newer and self.has_different_patch(newer[:COMPARED]):
+                changed = f"{name_some(newer)} in patch/ changed after grouping"
+                yield f"{changed}, but the old patches will be read; run {again}"
 
-    def _differ(self, sids: list[str]) -> bool:
+    def has_different_patch(self, sids: list[str]) -> bool:
         """Whether any subject's first patch differs between patch/ and grouped_patch/.
 
         Modification times are not enough, because copying a store renews them.
@@ -211,25 +212,25 @@ class PatchStore:
         return np.stack([self._files[row].read_rows(np.array([location]))[0] for row in rows])
 
 
-def _some(sids: list[str]) -> str:
+def name_some(sids: list[str]) -> str:
     """Return the number of subjects and the first few names, for a message."""
     names = ", ".join(sids[:NAMED]) + (", ..." if len(sids) > NAMED else "")
     return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def read_stamp(path: Path) -> tuple[int, int, int] | None:
     """Return a stamp that changes with the file, or None if the file does not exist."""
     try:
-        return _of(os.stat(path))
+        return stamp_of_status(os.stat(path))
     except OSError:
         return None
 
 
-def _of(status: os.stat_result) -> tuple[int, int, int]:
+def stamp_of_status(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _changed(path: Path) -> str:
+def describe_change(path: Path) -> str:
     return (
         f"{path} has changed since this run opened the store, for example because patches were grouped again or a "
         "subject was added. Wait until preprocessing has finished, then start again"
@@ -259,13 +260,13 @@ class PatchFile:
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}, but patches must be real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        self._stamp, self._end = _of(status), expected
+        self._stamp, self._end = stamp_of_status(status), expected
         self._array = None
 
     def check_unchanged(self) -> None:
         """Raise StoreError if the file was replaced or written to after it was opened."""
-        if _stamp(self.path) != self._stamp:
-            raise StoreError(_changed(self.path))
+        if read_stamp(self.path) != self._stamp:
+            raise StoreError(describe_change(self.path))
 
     def sample(self) -> bytes:
         """Read the first and the last SAMPLE_BYTES of the patches."""

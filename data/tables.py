@@ -31,7 +31,7 @@ _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # number of columns that a message lists
 
 
-def _some(columns: Sequence[str]) -> str:
+def list_some(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else "")
 
 
@@ -76,7 +76,8 @@ def read_table(
     for name in required:
         if name not in table.columns:
             raise StoreError(
-                f"{path} has no column {name!r}; its columns are {_some(table.columns)}{_hint(name, table.columns)}"
+                f"{path} has no column {name!r}; its columns are {list_some(table.columns)}"
+                f"{hint_missing_column(name, table.columns)}"
             )
     if table.empty:
         raise StoreError(f"{path} has a header but no rows")
@@ -99,14 +100,14 @@ def read_table(
     return table
 
 
-def spelt(name: str, columns: Sequence[str]) -> str:
+def suggest_column(name: str, columns: Sequence[str]) -> str:
     """Return the end of a message on a missing column: the column with the most similar name, or a list of columns."""
     near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], 1, 0.5)
     meant = next((column for column in columns if near and column.lower() == near[0]), None)
-    return f"; did you mean {meant}?" if meant else f"; it has {_some(columns)}"
+    return f"; did you mean {meant}?" if meant else f"; it has {list_some(columns)}"
 
 
-def _hint(name: str, columns: Sequence[str]) -> str:
+def hint_missing_column(name: str, columns: Sequence[str]) -> str:
     """Return a hint on the usual reason for a missing column, or an empty string."""
     if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
         return "; separate the cells with commas"
@@ -119,7 +120,7 @@ def _read_text(path: Path) -> pd.DataFrame:
     import pandas as pd  # imported here, so that training without tables does not need pandas
 
     with open(path, newline="", encoding="utf-8-sig") as stream:
-        delimiter = _delimiter(stream)
+        delimiter = find_delimiter(stream)
         lines = csv.reader(stream, skipinitialspace=True, strict=True, delimiter=delimiter)
         header = [name.strip() for name in next(lines, [])]
         while header and not header[-1]:
@@ -139,12 +140,12 @@ def _read_text(path: Path) -> pd.DataFrame:
             if any(cells):
                 rows.append(cells[: len(header)] + [""] * (len(header) - len(cells)))
     if delimiter == ";":
-        rows = _with_points(rows)
+        rows = replace_decimal_commas(rows)
     named = [index for index, name in enumerate(header) if name]  # pandas writes row numbers in a column without a name
     return pd.DataFrame(rows, columns=range(len(header)), dtype=str)[named].set_axis([header[n] for n in named], axis=1)
 
 
-def _delimiter(stream: TextIO) -> str:
+def find_delimiter(stream: TextIO) -> str:
     """Find the separator of a table's cells; the stream is left at the header.
 
     It is the semicolon or the tab if the header has only that one and no comma; otherwise it is the comma.
@@ -158,7 +159,7 @@ def _delimiter(stream: TextIO) -> str:
     return others[0] if len(others) == 1 and "," not in first else ","
 
 
-def _with_points(rows: list[list[str]]) -> list[list[str]]:
+def replace_decimal_commas(rows: list[list[str]]) -> list[list[str]]:
     """Replace decimal commas with points in the columns where every filled cell is a number or a missing value."""
     if not rows:
         return rows

@@ -186,14 +186,14 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
     try:
         status = main() or 0
     except (UserError, OSError) as error:
-        print_error(out_of_memory(error, memory) if is_out_of_memory(error) else error)
+        print_error(describe_out_of_memory(error, memory) if is_out_of_memory(error) else error)
         status = USER_ERROR
     except KeyboardInterrupt as stop:
         print("stopped; start again to continue", file=sys.stderr)
         status = 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
     except Exception as error:
         if is_out_of_memory(error):
-            print_error(out_of_memory(error, memory))
+            print_error(describe_out_of_memory(error, memory))
             leave(USER_ERROR)
         traceback.print_exc()
         leave(1)
@@ -225,7 +225,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
-def out_of_memory(error: BaseException, lower: str) -> str:
+def describe_out_of_memory(error: BaseException, lower: str) -> str:
     """Return the out-of-memory message; ``lower`` names the flags to lower."""
     gpu = "cuda" in str(error).lower()
     asked = re.search(r"(?:allocate|you tried to allocate) ([\d.]+ ?[a-zA-Z]+)", str(error), re.IGNORECASE)
@@ -272,7 +272,7 @@ def end_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Return the number of cores that this process may use; Slurm and containers may allow fewer than exist."""
     from dask.system import CPU_COUNT  # also respects a container's CPU quota
 

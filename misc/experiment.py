@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from easydict import EasyDict
 
 from misc.command import UserError
-from misc.files import remove_leftovers, this_process, try_lock, write_json
+from misc.files import describe_process, remove_leftovers, try_lock, write_json
 
 CODE = Path(__file__).resolve().parent.parent
 METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # sources that training and extraction run
@@ -31,7 +31,7 @@ def checkpoint_name(epoch: int) -> str:
     return f"checkpoint_patch_{epoch:04d}.pth.tar"
 
 
-def listed(folder: Path) -> str:
+def list_checkpoints(folder: Path) -> str:
     """List the checkpoints in a folder for a message; return an empty string if there are none."""
     there = sorted(path.name for path in folder.glob("*.pth.tar")) if folder.is_dir() else []
     return f"{folder} has {', '.join(there)}" if there else ""
@@ -69,17 +69,17 @@ class Experiment:
         """Return the folder of features. Features from within an epoch get a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
-    def _own(self, path: Path) -> bool:
+    def is_own_file(self, path: Path) -> bool:
         return path.resolve().parent == self.folder.resolve()
 
     # ------------------------------------------------------------ resuming
 
-    def numbered(self) -> dict[int, Path]:
+    def list_epoch_checkpoints(self) -> dict[int, Path]:
         """Map the number of finished epochs to each checkpoint."""
         found = self.folder.glob("checkpoint_patch_*.pth.tar")
         return {int(match[1]): path for path in found if (match := CHECKPOINT_PATTERN.fullmatch(path.name))}
 
-    def latest(
+    def find_latest(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
         """Return the checkpoint with the most training: the unfinished epoch's, or the highest number.
@@ -96,7 +96,7 @@ class Experiment:
         """
         found: list[tuple[tuple[int, int], Path]] = []
         damaged: list[str] = []
-        numbered = self.numbered()
+        numbered = self.list_epoch_checkpoints()
         candidates = [self.unfinished] if self.unfinished.is_file() else []
         for path in [*candidates, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]:
             try:
@@ -116,11 +116,11 @@ class Experiment:
 
     def keep_latest(self, count: int) -> None:
         """Keep the latest ``count`` checkpoints of finished epochs and checkpoint 0; ``count`` 0 keeps all."""
-        numbered = self.numbered()
+        numbered = self.list_epoch_checkpoints()
         for epoch in sorted(set(numbered) - {0})[: -count or 0]:
             numbered[epoch].unlink(missing_ok=True)
 
-    def resume_from(
+    def find_resume_checkpoint(
         self,
         resume: str,
         progress: Callable[[Path], tuple[int, int]],
@@ -130,13 +130,13 @@ class Experiment:
 
         Args:
             resume: '', auto, the name of a checkpoint in the folder, or a path.
-            progress, say: as in :meth:`latest`.
+            progress, say: as in :meth:`find_latest`.
 
         Raises:
             ExperimentError: the checkpoint does not exist, or the run would overwrite other checkpoints.
         """
         if resume == "auto":
-            return self.latest(progress, say)
+            return self.find_latest(progress, say)
         occupied = any(self.folder.glob("checkpoint_patch_*.pth.tar"))
         if not resume:
             if occupied:
@@ -147,13 +147,13 @@ class Experiment:
         inside = self.folder / resume
         found = inside if inside.is_file() else Path(resume)
         if not found.is_file():
-            there = listed(self.folder).removeprefix(str(self.folder))
+            there = list_checkpoints(self.folder).removeprefix(str(self.folder))
             raise ExperimentError(
                 f"--resume {resume}: no checkpoint with this name in {self.folder}"
                 + (f", which{there}" if there else "")
                 + ", and no file at this path"
             )
-        if occupied and not self._own(found):
+        if occupied and not self.is_own_file(found):
             raise ExperimentError(
                 f"{self.folder} already has checkpoints, which resuming from {found} would overwrite; "
                 "choose another --exp-name"
@@ -165,9 +165,9 @@ class Experiment:
 
         The resumed run will train these epochs again. The new names keep the files without confusing --resume auto.
         """
-        if not self._own(resumed):
+        if not self.is_own_file(resumed):
             return []
-        later = [path for number, path in self.numbered().items() if number > epoch]
+        later = [path for number, path in self.list_epoch_checkpoints().items() if number > epoch]
         if self.unfinished.is_file() and self.unfinished.resolve() != resumed.resolve():
             later.append(self.unfinished)
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -186,12 +186,13 @@ class Experiment:
         if not try_lock(log):
             log.close()
             raise ExperimentError(
-                f"{self.folder} is in use by another run{self._whose()}; wait until it ends, or use another --exp-name"
+                f"{self.folder} is in use by another run{self.describe_owner()}; wait until it ends, or use another "
+                "--exp-name"
             )
         remove_leftovers(self.folder)
         return log
 
-    def _whose(self) -> str:
+    def describe_owner(self) -> str:
         """Describe the process that uses the folder, if its configuration names one."""
         try:
             return f" ({self.read_config()['process']})"
@@ -202,7 +203,7 @@ class Experiment:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """Write configs.json with the settings, the commit and the package versions."""
-        write_json(self.configs, {**settings, **environment(), "process": this_process()})
+        write_json(self.configs, {**settings, **collect_environment(), "process": describe_process()})
 
     def read_config(self) -> EasyDict:
         """Read configs.json, with its entries as attributes as in the published scripts.
@@ -250,7 +251,7 @@ class Experiment:
         return root
 
 
-def environment() -> dict[str, Any]:
+def collect_environment() -> dict[str, Any]:
     """Collect what a run depends on in addition to its flags: commit, package versions and GPU."""
     import numpy as np
     import torch
@@ -258,13 +259,13 @@ def environment() -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if torch.cuda.is_available():
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
-    return {**running_code(), "versions": versions}
+    return {**describe_running_code(), "versions": versions}
 
 
 # ============================================================ the running code
 
 
-def git_commit() -> str:
+def read_git_commit() -> str:
     """Return the commit and whether files differ from it, or "unknown" outside a git clone."""
     try:
         git = ["git", "-C", str(CODE)]
@@ -275,7 +276,7 @@ def git_commit() -> str:
         return "unknown"
 
 
-def source_hash() -> str:
+def hash_sources() -> str:
     """Return sixteen hexadecimal digits that identify the source files, even without git or a commit."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in METHOD for path in CODE.glob(pattern)}):
@@ -283,6 +284,6 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def running_code() -> dict[str, str]:
+def describe_running_code() -> dict[str, str]:
     """Return the commit and the source hash by name."""
-    return {"git_commit": git_commit(), "source_hash": source_hash()}
+    return {"git_commit": read_git_commit(), "source_hash": hash_sources()}

@@ -25,7 +25,7 @@ LEFTOVER_SECONDS = 3600  # a partial file older than this belongs to a killed ru
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def add_file_name(path: Path) -> Iterator[None]:
     """Add this file's name to a system error that lacks one, for example if the disk is full."""
     try:
         yield
@@ -52,7 +52,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with _named(path):
+        with add_file_name(path):
             with open(aside, "wb") as stream:
                 write(stream)
                 stream.flush()
@@ -63,7 +63,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def open_aside(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path with the same file name, for writers that open files themselves.
 
     It lies in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
@@ -71,7 +71,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path), tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+    with add_file_name(path), tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         yield aside
         with open(aside, "rb") as stream:
@@ -88,7 +88,7 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: cannot write to {there} ({error.strerror}); choose another folder") from None
 
 
-def safe_name(text: str) -> str:
+def make_safe_name(text: str) -> str:
     """Turn a user's name into a safe file name: unsafe characters become _, and a hash keeps changed names distinct."""
     safe = re.sub(r"[^\w.+=@,-]", "_", text).lstrip(".")[:100]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
@@ -109,7 +109,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def make_array_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """Return the header bytes of a .npy file, for a file that is written in pieces."""
     stream = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -194,14 +194,14 @@ def try_lock(stream: TextIO) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        _note_without_locks(stream.name, error)
+        note_missing_locks(stream.name, error)
     return True
 
 
 _noted: set[str] = set()  # reasons that have already been printed
 
 
-def _note_without_locks(path: str, error: OSError) -> None:
+def note_missing_locks(path: str, error: OSError) -> None:
     """Print one note that a file system lacks locks, for example NFS mounted with nolock. Work continues."""
     reason = error.strerror or str(error)
     if reason not in _noted:
@@ -213,7 +213,7 @@ def _note_without_locks(path: str, error: OSError) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def file_hash(path: str | os.PathLike) -> str:
+def hash_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
@@ -222,7 +222,7 @@ def file_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def this_process() -> str:
+def describe_process() -> str:
     """Describe this process for messages of other processes: process id, host and time."""
     return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
@@ -250,7 +250,7 @@ def held(path: Path, what: str) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             stream.truncate(0)
-            stream.write(this_process())
+            stream.write(describe_process())
             stream.flush()
             try:
                 yield
@@ -267,5 +267,5 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX)
         except OSError as error:
-            _note_without_locks(str(path), error)
+            note_missing_locks(str(path), error)
         yield

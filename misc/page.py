@@ -39,6 +39,6 @@ def write_page(path: Path, folder: Path, name: str, title: str, data: dict[str, 
     write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 
 
-def link_to(target: Path, page: Path) -> str:
+def make_link(target: Path, page: Path) -> str:
     """Return a relative link from a page to a file or folder, so that both can be moved together."""
     return quote(Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix())

@@ -62,7 +62,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
         UserError: the limit of open files is too low.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local_rank = _local_rank(gpus)
+    local_rank = find_local_rank(gpus)
     if device == "cuda" and gpus == 0:
         raise DeviceError("--device cuda: this machine has no usable GPU; use --device cpu or auto")
     use_gpu = gpus > 0 and device != "cpu"
@@ -113,13 +113,13 @@ def set_arithmetic(tf32: bool, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def precision() -> str:
+def read_precision() -> str:
     """Return the current precision of float32 products on GPUs: ``float32`` or ``tf32``."""
     allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "float32"
 
 
-def slow_bf16(device: torch.device) -> float:
+def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
     Return 0 on a GPU, or if the factor is at most SLOWER. CPUs without bfloat16 arithmetic emulate it. The
@@ -140,7 +140,7 @@ def slow_bf16(device: torch.device) -> float:
     return factor if factor > SLOWER else 0.0
 
 
-def _local_rank(gpus: int) -> int:
+def find_local_rank(gpus: int) -> int:
     """Return the number of this process on its machine.
 
     torchrun sets it in LOCAL_RANK. If another launcher sets only RANK and WORLD_SIZE (Kubeflow's operators start one
@@ -152,7 +152,7 @@ def _local_rank(gpus: int) -> int:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
     if not given["RANK"] and not given["WORLD_SIZE"]:
-        several = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _number(name, 1) > 1), None)
+        several = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_number(name, 1) > 1), None)
         if several:
             raise DeviceError(
                 f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set, so each process would "
@@ -166,16 +166,16 @@ def _local_rank(gpus: int) -> int:
             f"{there} is set without {', '.join(missing)}, so this process cannot find the others. Set the missing "
             "variables, start with tools/launch.py, or unset RANK and WORLD_SIZE to train alone"
         )
-    rank, world = _number("RANK", -1), _number("WORLD_SIZE", -1)
-    if not 0 <= rank < world or not 0 < _number("MASTER_PORT", -1) < 65536:
+    rank, world = read_number("RANK", -1), read_number("WORLD_SIZE", -1)
+    if not 0 <= rank < world or not 0 < read_number("MASTER_PORT", -1) < 65536:
         raise DeviceError(
             f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: RANK must be "
             "a whole number from 0 to WORLD_SIZE - 1, and MASTER_PORT one from 1 to 65535"
         )
-    return _number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
+    return read_number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
 
 
-def _number(name: str, default: int) -> int:
+def read_number(name: str, default: int) -> int:
     """Read an environment variable as a whole number; return ``default`` if it is not one."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
@@ -196,7 +196,7 @@ def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
     try:
         yield start_process(device, patience)
     except RuntimeError as error:
-        if world_size() == 1 or not _is_lost(error):
+        if world_size() == 1 or not is_lost_rank(error):
             raise
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             print_error(f"another rank was lost; see the output of that rank ({str(error).splitlines()[0][:200]})")
@@ -206,7 +206,7 @@ def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
             end_process()
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def is_lost_rank(error: RuntimeError) -> bool:
     """Whether the error of a collective means that another rank is gone or has timed out."""
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "socket", "gloo")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
@@ -227,7 +227,7 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Return the number of ranks on this machine."""
-    return max(1, _number("LOCAL_WORLD_SIZE", 1))
+    return max(1, read_number("LOCAL_WORLD_SIZE", 1))
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_largest(*numbers: int) -> list[int]:
+def all_reduce_max(*numbers: int) -> list[int]:
     """Return the maximum of each number over all ranks, without waiting for a GPU."""
     if not _control:
         return list(numbers)
@@ -264,7 +264,7 @@ def all_largest(*numbers: int) -> list[int]:
     return largest.tolist()
 
 
-def meet() -> None:
+def wait_at_end() -> None:
     """Wait for all ranks before exit; return at once if a rank is gone."""
     if _control:
         with contextlib.suppress(RuntimeError):
@@ -281,10 +281,10 @@ def wait_for_all() -> None:
     store.add(name, 1)
     while store.add(name, 0) < world_size():
         time.sleep(0.2)
-    meet()
+    wait_at_end()
 
 
-def agree(facts: Mapping[str, object]) -> None:
+def check_agreement(facts: Mapping[str, object]) -> None:
     """Check that all ranks have the same facts before they compute anything together.
 
     Raises:
@@ -315,7 +315,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a model in DistributedDataParallel if there is a process group; otherwise return it unchanged.
 
     Buffers are made equal once, here. Training steps exchange only gradients: each rank keeps its own BatchNorm

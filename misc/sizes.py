@@ -9,7 +9,7 @@ SMALLEST_GROUP = 2  # samples; a single sample has no variance
 OPTIMIZERS = ("sgd", "adamw")
 
 
-def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
+def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     """Choose the number of BatchNorm groups. The global batch is split into groups of consecutive samples.
 
     Each group has separate BatchNorm statistics. Every rank holds whole groups, so 1, 2 or 4 ranks compute the
@@ -40,7 +40,7 @@ def bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     return next((groups for groups in range(most, 0, -1) if not complaint(groups)), ranks)
 
 
-def groups_of_rank(groups: int, rank: int, ranks: int) -> range:
+def list_rank_groups(groups: int, rank: int, ranks: int) -> range:
     """Return the numbers of the groups that one rank holds, counted over all ranks."""
     share = max(1, groups // ranks)
     return range(rank * share, (rank + 1) * share)

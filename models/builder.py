@@ -124,7 +124,7 @@ class DrasCLR(KeyQueues):
         """
         (query_patch, query_loc), (key_patch, key_loc) = pch_q, pch_k
         batch = query_patch.shape[0]
-        self._check(batch, {"pch_q": pch_q, "pch_k": pch_k, "ngb_q": ngb_q}, subjects)
+        self._check_inputs(batch, {"pch_q": pch_q, "pch_k": pch_k, "ngb_q": ngb_q}, subjects)
 
         # -------- queries: patches and neighbours, in two separate BatchNorm passes
         z, h, z_neighbors = self._encode_queries(query_patch, query_loc, ngb_q)  # (B, dim), (B, rep_dim), (B, k, dim)
@@ -209,7 +209,7 @@ class DrasCLR(KeyQueues):
         shuffled = process.all_gather_rows(keys)  # (world * B, dim), row i is sample order[i]
         return shuffled[torch.argsort(order)]  # (world * B, dim), row i is sample i
 
-    def _check(
+    def _check_inputs(
         self, batch: int, views: dict[str, Sequence[torch.Tensor] | None], subjects: torch.Tensor | None
     ) -> None:
         """Raise ValueError if the inputs of a step do not fit together."""

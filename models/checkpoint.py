@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from misc.command import UserError
-from misc.experiment import listed
-from misc.files import file_hash, write_whole
+from misc.experiment import list_checkpoints
+from misc.files import hash_file, write_whole
 
 # ============================================================ files
 
@@ -42,13 +42,13 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        beside = listed(path.parent)
+        beside = list_checkpoints(path.parent)
         raise CheckpointError(f"no checkpoint at {path}{f'; {beside}' if beside else ''}")
     try:
         mapped = not tensors and zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types of errors for a file that is not a checkpoint
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why_unreadable(path, error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_explain_read_error(path, error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     content = dict(content)
@@ -77,7 +77,7 @@ def check_sum(path: Path, wanted: str | None) -> None:
         raise CheckpointError(
             f"--sha256 {wanted} is not a SHA-256; give its first 8 to 64 hexadecimal digits, as sha256sum prints them"
         )
-    if Path(path).is_file() and not (found := file_hash(path)).startswith(wanted.lower()):
+    if Path(path).is_file() and not (found := hash_file(path)).startswith(wanted.lower()):
         raise CheckpointError(
             f"{path} has the SHA-256 {found[: max(12, len(wanted))]}, not --sha256 {wanted}: the file is damaged or "
             "is not the expected one"
@@ -129,7 +129,7 @@ def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     return found["epoch"], found["step"]
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
+def _explain_read_error(path: Path, error: Exception) -> str:
     """Find out from the first bytes why torch cannot read a file. Its own messages describe only its readers."""
     with open(path, "rb") as stream:
         start = stream.read(8)

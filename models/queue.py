@@ -84,7 +84,7 @@ class KeyQueues(nn.Module):
             total = keys.shape[0]
             order = (own[:, None] + torch.arange(total, device=own.device)) % total  # (B, world * B), own key first
             return [(query @ keys.t()).gather(1, order) for query in queries]
-        where = self._queue_index(patch_idx)  # (1,)
+        where = self._find_queue(patch_idx)  # (1,)
         negatives = self.queue[where][0]  # (K, dim), a copy: the queue changes before the backward pass needs it
         similarities = []
         for query in queries:
@@ -104,7 +104,7 @@ class KeyQueues(nn.Module):
             patch_idx: index l of the location, as an int or as a (1,) tensor.
             subjects: (world * B,) subjects of the keys, or None.
         """
-        where = self._queue_index(patch_idx)  # (1,)
+        where = self._find_queue(patch_idx)  # (1,)
         count = keys.shape[0]
         pointer = self.queue_ptr[where]  # (1,)
         # Compute the indices on the device. Reading the pointer would make the CPU wait for the device at every step.
@@ -118,11 +118,11 @@ class KeyQueues(nn.Module):
 
     def origin_at(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the subject and the age in steps of each key at a location, (K,) each; -1 if unknown."""
-        where = self._queue_index(patch_idx)
+        where = self._find_queue(patch_idx)
         step = self.queue_step[where][0]  # (K,)
         return self.queue_subject[where][0], torch.where(step >= 0, self.steps + 1 - step, -1)
 
-    def _queue_index(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
+    def _find_queue(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
         """Return the index of a location's queue as a (1,) tensor on the device of the queue.
 
         With a tensor index, a CUDA graph of the step works for every location.

@@ -75,7 +75,7 @@ class TrainingState:
         Raises:
             DivergedError: a tensor has values that are not finite or are too large. Nothing is written.
         """
-        save_checkpoint(path, self._content(epoch, step, sums))
+        save_checkpoint(path, self._collect_content(epoch, step, sums))
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
@@ -84,10 +84,10 @@ class TrainingState:
 
     def save_aside(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
         """Copy the state to host memory and return a function that writes the copy. Raises DivergedError."""
-        copied = on_host(self._content(epoch, step, sums))
+        copied = on_host(self._collect_content(epoch, step, sums))
         return lambda: save_checkpoint(path, copied)
 
-    def _content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
+    def _collect_content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
         weights, optimizer = add_module(self.model.state_dict()), optimizer_state(self.optimizer)
         kept = {f"optimizer {i} {k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
         tensors = {name: value for name, value in {**weights, **kept}.items() if isinstance(value, torch.Tensor)}

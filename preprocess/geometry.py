@@ -8,9 +8,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.command import UserError
-from misc.files import whole_file
+from misc.files import open_aside
 from preprocess.reading import ScanError
-from preprocess.reading.nifti import check_whole, read_header
+from preprocess.reading.nifti import check_data_size, read_header
 from preprocess.scan import AIR
 from preprocess.spline import resample_spline
 
@@ -39,7 +39,7 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
     return sitk.DICOMOrient(image, orientation)
 
 
-def slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
+def iterate_slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
     """Yield the first slice and the end (exclusive) of slabs of about SLAB voxels, at multiples of ``step``."""
     columns, rows, slices = image.GetSize()
     thickness = max(1, SLAB // (columns * rows * step)) * step
@@ -47,7 +47,7 @@ def slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
         yield first, min(first + thickness, slices)
 
 
-def block_means(
+def average_blocks(
     image: sitk.Image, factors: Sequence[int], select: Callable[[sitk.Image], sitk.Image] = lambda slab: slab
 ) -> sitk.Image:
     """Apply ``select`` and average blocks of ``factors`` (x, y, z) voxels to float32, one slab at a time.
@@ -56,7 +56,7 @@ def block_means(
     """
     factors = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
     made = []
-    for first, last in slabs(image, factors[2]):
+    for first, last in iterate_slabs(image, factors[2]):
         if last - first >= factors[2]:
             slab = sitk.RegionOfInterest(image, [*image.GetSize()[:2], last - first], [0, 0, first])  # faster than []
             made.append(sitk.BinShrink(sitk.Cast(select(slab), sitk.sitkFloat32), factors))
@@ -67,7 +67,7 @@ def block_means(
     return whole
 
 
-def on_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.ndarray:
+def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.ndarray:
     """Resample an image linearly to slices ``first`` to ``last`` (exclusive) of ``grid``; (z, y, x), 0 outside."""
     size = [*grid.GetSize()[:2], last - first]
     origin = grid.TransformIndexToPhysicalPoint([0, 0, first])
@@ -108,27 +108,27 @@ def write_image(image: sitk.Image, path: Path) -> None:
     Raises:
         UserError: the file is incomplete.
     """
-    with whole_file(path) as aside:
+    with open_aside(path) as aside:
         sitk.WriteImage(image, str(aside), useCompression=True)
         try:
-            check_whole(aside, read_header(aside))
+            check_data_size(aside, read_header(aside))
         except ScanError as error:
-            raise not_written(path) from error
+            raise make_incomplete_error(path) from error
 
 
 def write_transform(transform: sitk.Transform, path: Path) -> None:
     """Write a transform file and read it again. Raises UserError if it is incomplete."""
-    with whole_file(path) as aside:
+    with open_aside(path) as aside:
         sitk.WriteTransform(transform, str(aside))
         try:
             written = sitk.ReadTransform(str(aside)).GetParameters()
         except RuntimeError as error:
-            raise not_written(path) from error
+            raise make_incomplete_error(path) from error
         if written != transform.GetParameters():
-            raise not_written(path)
+            raise make_incomplete_error(path)
 
 
-def not_written(path: Path) -> UserError:
+def make_incomplete_error(path: Path) -> UserError:
     """Return the error for a file that a library wrote only in part."""
     free = shutil.disk_usage(path.parent).free
     return UserError(f"{path} could not be written completely; check the disk, which has {free / 1e6:.0f} MB free")

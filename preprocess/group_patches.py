@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
 from misc.command import run
-from misc.files import array_header, held, load_array, write_text
+from misc.files import held, load_array, make_array_header, write_text
 from misc.progress import add_progress_flag, progress_bar
-from preprocess.report import failed_before
+from preprocess.report import find_earlier_failures
 from preprocess.subjects import add_store, parse_flags
 
 CHUNK_BYTES = 512 * 2**20  # size of the patches held in memory at a time
 
 
-def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
+def find_usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
     """Find the subjects in patch/ that can be grouped, in the order of their files.
 
     A file is usable if it has one patch for each of the ``count`` locations and the most common patch shape.
@@ -44,7 +44,7 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
         StoreError: no subject is usable.
     """
     good: dict[tuple, list[str]] = {}
-    failed = failed_before(layout, "group_patches")
+    failed = find_earlier_failures(layout, "group_patches")
     for sid in layout.patch_sids():
         path = layout.patch(sid)
         if sid in failed:
@@ -78,10 +78,10 @@ def usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[i
 
 def load_patches(path: Path) -> np.ndarray:
     """Load the patches of one subject as int16 HU; files of the published implementation can have other dtypes."""
-    return as_grouped(load_array(path))
+    return convert_to_hu(load_array(path))
 
 
-def as_grouped(patches: np.ndarray) -> np.ndarray:
+def convert_to_hu(patches: np.ndarray) -> np.ndarray:
     """Convert patches of any dtype to int16 HU, the format of the grouped files."""
     patches = to_hu(patches)
     return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
@@ -109,7 +109,7 @@ class Grouping:
     def __init__(self, layout: StoreLayout, sids: list[str], shape: tuple[int, ...], count: int):
         self.layout, self.sids, self.count = layout, sids, count
         self.key = fingerprint(layout, sids)
-        self.header = array_header((len(sids), *shape), np.dtype(np.int16))
+        self.header = make_array_header((len(sids), *shape), np.dtype(np.int16))
         self.patch_bytes = int(np.prod(shape)) * 2
         self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
         self.done_file = layout.grouped_note
@@ -153,7 +153,7 @@ class Grouping:
         self.layout.grouping.mkdir(parents=True)
         for index in range(self.count):
             self.aside(index).write_bytes(self.header)
-        _note(self.state_file, {"key": self.key, "rows": 0})
+        _write_note(self.state_file, {"key": self.key, "rows": 0})
         return 0
 
     def write(self, row: int) -> int:
@@ -164,10 +164,10 @@ class Grouping:
             with open(self.aside(index), "r+b") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 stream.write(np.ascontiguousarray(patches[index]).data)
-        _note(self.state_file, {"key": self.key, "rows": row + len(sids)})
+        _write_note(self.state_file, {"key": self.key, "rows": row + len(sids)})
         return len(sids)
 
-    def _there(self, index: int) -> Path:
+    def _current_path(self, index: int) -> Path:
         """Return the current path of a location's file: temporary, or final if a run stopped while renaming."""
         return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
 
@@ -181,18 +181,18 @@ class Grouping:
             StoreError: a file differs from what was written; the next run makes all files again.
         """
         for index in range(self.count):
-            with open(self._there(index), "rb") as stream:
+            with open(self._current_path(index), "rb") as stream:
                 os.fsync(stream.fileno())
                 size = stream.seek(0, os.SEEK_END)
             if size != self.file_bytes:
-                self._give_up(f"{self._there(index)} has {size} of {self.file_bytes} bytes; is the disk full?")
+                self._give_up(f"{self._current_path(index)} has {size} of {self.file_bytes} bytes; is the disk full?")
         drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
         for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
-            own = as_grouped(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
-            with open(self._there(index), "rb") as stream:
+            own = convert_to_hu(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
+            with open(self._current_path(index), "rb") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 if stream.read(self.patch_bytes) != own.tobytes():
-                    self._give_up(f"{self._there(index)}, row {row}, is not the patch of {sid}.")
+                    self._give_up(f"{self._current_path(index)}, row {row}, is not the patch of {sid}.")
 
     def _give_up(self, why: str) -> None:
         shutil.rmtree(self.layout.grouping, ignore_errors=True)
@@ -210,7 +210,7 @@ class Grouping:
             with contextlib.suppress(FileNotFoundError):  # an interrupted run has already moved this file
                 os.replace(self.aside(index), self.layout.grouped(index))
         write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
-        _note(self.done_file, {"key": self.key})
+        _write_note(self.done_file, {"key": self.key})
         shutil.rmtree(self.layout.grouping)
 
 
@@ -223,7 +223,7 @@ def group_all(args: argparse.Namespace) -> int:
 
 
 def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
-    sids, shape = usable_subjects(layout, count)
+    sids, shape = find_usable_subjects(layout, count)
     grouping = Grouping(layout, sids, shape, count)
     found = f"{len(sids)} subjects at {count} locations"
     if grouping.is_done():
@@ -241,7 +241,7 @@ def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
     return 0
 
 
-def _note(path: Path, content: dict) -> None:
+def _write_note(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content))
 
 

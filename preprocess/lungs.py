@@ -52,7 +52,7 @@ def load_lungmask(weights: str | None):
 
 
 @contextlib.contextmanager
-def one_gpu() -> Iterator[str | None]:
+def reserve_gpu() -> Iterator[str | None]:
     """Reserve one GPU for this process until the block ends; yield its name, or None if there is no GPU.
 
     Without this, workers that segment at the same time would all share the first GPU and its memory. If every GPU is
@@ -80,7 +80,7 @@ def _gpu_lock(number: int) -> Path:
     return Path(tempfile.gettempdir()) / f"drasclr-{os.getuid()}-gpu-{number}.lock"
 
 
-def network_mask(scan: sitk.Image, weights: str | None) -> sitk.Image:
+def segment_with_network(scan: sitk.Image, weights: str | None) -> sitk.Image:
     """Segment a scan in HU with lungmask's network, on a GPU if there is one.
 
     Returns:
@@ -90,7 +90,7 @@ def network_mask(scan: sitk.Image, weights: str | None) -> sitk.Image:
         UserError: the weights cannot be loaded.
     """
     inferer = load_lungmask(weights)
-    with one_gpu() as gpu:
+    with reserve_gpu() as gpu:
         if gpu is not None:
             inferer.device = gpu
             inferer.model.to(gpu)
@@ -112,7 +112,7 @@ def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: P
         ScanError: the scan does not show a whole chest, or no pair of lungs was found.
     """
     check_extent(scan, name)
-    mask = threshold.segment_lungs(scan) if method == "threshold" else network_mask(scan, weights)
+    mask = threshold.segment_lungs(scan) if method == "threshold" else segment_with_network(scan, weights)
     lung_volumes(mask, name)
     return mask
 
@@ -146,7 +146,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
     """
     labels, values = sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan)
     direction = np.array(mask.GetDirection()).reshape(3, 3)
-    extents = [_places(labels == label) for label in (1, 2)]  # voxels per plane along x, y, z
+    extents = [_count_per_plane(labels == label) for label in (1, 2)]  # voxels per plane along x, y, z
     centres = [[np.average(np.arange(len(count)), weights=count) for count in extent] for extent in extents]
     right, left = (direction @ (np.array(centre) * mask.GetSpacing()) for centre in centres)
     if right[0] >= left[0]:
@@ -155,7 +155,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
             "correct the mask"
         )
     said = []
-    sampled, hu = _samples(labels, values)
+    sampled, hu = _sample_voxels(labels, values)
     for label, side, extent in zip((1, 2), SIDES, extents):
         inside = hu[sampled == label]
         median = float(np.median(inside)) if inside.size else DENSE
@@ -174,7 +174,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
                     said.append(
                         f"the {side} lung is cut by the scan's {end} edge ({share:.0%} of its largest section is there)"
                     )
-    air = air_share(mask, scan)
+    air = measure_air_share(mask, scan)
     if air < AIRY and not any("denser" in text for text in said):
         said.append(
             f"only {air:.0%} of the lung voxels are below {AIR_HU} HU (normal: over 90%), so the mask may belong to "
@@ -186,20 +186,20 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
     return said
 
 
-def air_share(mask: sitk.Image, scan: sitk.Image) -> float:
+def measure_air_share(mask: sitk.Image, scan: sitk.Image) -> float:
     """Return the share of lung voxels below AIR_HU: 0.97 in healthy lungs, 0.77 for a mask flipped front to back."""
-    labels, hu = _samples(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
+    labels, hu = _sample_voxels(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
     inside = hu[labels > 0]
     return float(np.mean(inside < AIR_HU)) if inside.size else 0.0
 
 
-def _samples(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sample_voxels(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return about SAMPLES voxels of both arrays, on the same regular grid."""
     step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
     return labels[::step, ::step, ::step], values[::step, ::step, ::step]
 
 
-def _places(lung: np.ndarray) -> list[np.ndarray]:
+def _count_per_plane(lung: np.ndarray) -> list[np.ndarray]:
     """Count the voxels of a lung (z, y, x) in each plane perpendicular to x, y and z."""
     by_row = np.count_nonzero(lung, axis=2)  # (z, y)
     return [np.count_nonzero(lung, axis=(0, 1)), by_row.sum(axis=0), by_row.sum(axis=1)]

@@ -44,7 +44,7 @@ def file_stamp(path: str, series: str = "") -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _changed_at(path: Path) -> int:
+def _read_change_time(path: Path) -> int:
     """Return when a file was last changed, in ns.
 
     The change time limits the modification time, which lies in the future if a machine with a fast clock wrote it.
@@ -88,12 +88,12 @@ class Output:
             raise ValueError(f"stamps {sorted(unknown)} would be lost after a failure; add them to STAMPS in report.py")
         self.ours = any(previous.get(name) for name in stamps)
 
-    def _of_these_inputs(self) -> bool:
+    def _matches_inputs(self) -> bool:
         """Whether an output made by this stage matches its inputs by stamps and age."""
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
-        return all(path.is_file() and _changed_at(path) <= oldest for path in self.inputs)
+        return all(path.is_file() and _read_change_time(path) <= oldest for path in self.inputs)
 
     def keep(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
         """Return if the output must be made, and raise Skip if it exists and can be kept.
@@ -112,7 +112,7 @@ class Output:
             raise EarlierFailure(reason)
         if overwrite or not all(target.is_file() for target in self.targets):
             return
-        if self.ours and not (self._of_these_inputs() and all(path.is_file() for path in self.pictures)):
+        if self.ours and not (self._matches_inputs() and all(path.is_file() for path in self.pictures)):
             return
         try:
             figures = verify()

@@ -56,7 +56,7 @@ def cut_patches(volume: np.ndarray, corners: np.ndarray, patch_size: int) -> tup
     return patches, outside
 
 
-def patches_of(
+def cut_scan(
     scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray, patch_size: int
 ) -> Patches:
     """Cut patches from a scan at the atlas locations.
@@ -90,7 +90,7 @@ def check_inside(cut: Patches, name: object) -> None:
         raise ScanError(f"every patch lies outside {name}; its transform belongs to another scan, so register it again")
 
 
-def share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:
+def measure_share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:
     """Return the share of patch centres that lie in the mask; ``corners`` are voxels (x, y, z) of ``volume``."""
     labels = sitk.GetArrayViewFromImage(mask)
     size = np.array(mask.GetSize())

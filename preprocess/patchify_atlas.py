@@ -87,21 +87,21 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
         )
 
 
-def table_of(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
+def make_table(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
     """Return the corners (L, 3) for an atlas: the adopted table after a check, or a new grid. Raises StoreError."""
     if adopted:
         table = load_locations(Path(adopted))
         check_table(table, mask.GetSize(), patch_size, str(adopted))
         return table
-    return grid_locations(_lung_of(mask), patch_size, step_size)
+    return grid_locations(_read_lungs(mask), patch_size, step_size)
 
 
-def _lung_of(mask: sitk.Image) -> np.ndarray:
+def _read_lungs(mask: sitk.Image) -> np.ndarray:
     """Return the lungs of an atlas mask as a bool array (x, y, z)."""
     return sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
 
 
-def lay_locations(args: argparse.Namespace) -> int:
+def write_locations(args: argparse.Namespace) -> int:
     """Run the stage with its flags and return the exit status."""
     mask = load_atlas(args.atlas_mask)
     if not np.allclose(mask.GetSpacing(), ISO_SPACING, atol=1e-3):
@@ -112,7 +112,7 @@ def lay_locations(args: argparse.Namespace) -> int:
             "preprocess/make_atlas_mask.py",
             file=sys.stderr,
         )
-    table = table_of(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
+    table = make_table(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
 
     layout = StoreLayout(args.root_dir)
     target = layout.atlas_patch_loc
@@ -127,7 +127,7 @@ def lay_locations(args: argparse.Namespace) -> int:
         print(f"patchify_atlas: {target} exists already, {len(table)} locations")
         return 0
     save_array(target, table)
-    inside = _lung_of(mask)[tuple((table + args.patch_size // 2).T)].mean()
+    inside = _read_lungs(mask)[tuple((table + args.patch_size // 2).T)].mean()
     print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas lungs; {target}")
     return 0
 
@@ -141,7 +141,7 @@ def add_locations(parser: Parser) -> None:
 
 
 def main() -> int:
-    return lay_locations(parse_flags(__doc__, add_atlas, add_store, add_patch_size, add_locations))
+    return write_locations(parse_flags(__doc__, add_atlas, add_store, add_patch_size, add_locations))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from misc.progress import add_progress_flag
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, file_stamp
-from preprocess.patches import Patches, check_inside, patches_of, share_inside
+from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
 from preprocess.picture import picture_of_patches
-from preprocess.registration import overlap
+from preprocess.registration import measure_overlap
 from preprocess.scan import ScanError, read_mask
 from preprocess.subjects import (
     Subject,
@@ -67,7 +67,7 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
         raise ScanError(f"{path} is {array.dtype} {array.shape}, but the table of locations needs {shape}; {advice}")
 
 
-def figures_of(cut: Patches, patch_size: int) -> dict[str, Any]:
+def measure_patches(cut: Patches, patch_size: int) -> dict[str, Any]:
     """Return the report values of the patches: their number, how much lies outside the scan, and the lung HU."""
     whole = patch_size**3
     return {
@@ -75,17 +75,17 @@ def figures_of(cut: Patches, patch_size: int) -> dict[str, Any]:
         "patches_outside": int((cut.outside == whole).sum()),
         "patches_partly_outside": int(((cut.outside > 0) & (cut.outside < whole)).sum()),
         "voxels_outside": int(cut.outside.sum()),
-        "lung_hu": lung_hu(cut.patches),
+        "lung_hu": measure_lung_hu(cut.patches),
     }
 
 
-def lung_hu(patches: np.ndarray) -> float | str:
+def measure_lung_hu(patches: np.ndarray) -> float | str:
     """Return the median HU of voxels between -1024 (outside) and -500 (denser than lung), a measure of lung air."""
     values = patches[(patches > HU_MIN) & (patches < LUNG_BELOW)]
     return round(float(np.median(values)), 1) if len(values) else ""
 
 
-def title_of(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> str:
+def format_title(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> str:
     """Write the title of a subject's picture; ``sides`` comes from overlap() and is empty without a mask."""
     inside, atlas = figures["centres_in_lungs"], figures["centres_in_atlas_lungs"]
     shares = "no mask" if inside == "" else f"{inside:.2f} of patch centres in the lungs (atlas: {atlas:.2f})"
@@ -127,17 +127,19 @@ def patchify(
     output.begin()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
-    cut = patches_of(load_shared(subject).image, transform, atlas_image, table, patch_size)
+    cut = cut_scan(load_shared(subject).image, transform, atlas_image, table, patch_size)
     check_inside(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {
-        **figures_of(cut, patch_size),
-        "centres_in_lungs": "" if mask is None else round(share_inside(cut.corners, patch_size, cut.volume, mask), 4),
-        "centres_in_atlas_lungs": round(share_inside(table, patch_size, atlas_image, atlas_image), 4),
+        **measure_patches(cut, patch_size),
+        "centres_in_lungs": ""
+        if mask is None
+        else round(measure_share_inside(cut.corners, patch_size, cut.volume, mask), 4),
+        "centres_in_atlas_lungs": round(measure_share_inside(table, patch_size, atlas_image, atlas_image), 4),
     }
     if qc:
-        sides = overlap(atlas_image, mask, transform) if mask is not None else {}
-        title = title_of(subject.sid, figures, sides)
+        sides = measure_overlap(atlas_image, mask, transform) if mask is not None else {}
+        title = format_title(subject.sid, figures, sides)
         picture = picture_of_patches(cut.volume, cut.values, mask, cut.corners, patch_size, title)
         write_whole(picture_path, lambda stream: stream.write(picture))
     save_array(corner_path, cut.corners)
@@ -169,7 +171,7 @@ def add_cutting(parser: Parser) -> None:
     parser.add_argument("--no-qc", action="store_true", help=text)
 
 
-def cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
+def make_cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
     """Build the stage from its flags. Raises UserError, also if the patches will not fit on the disk."""
     layout = StoreLayout(args.root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
@@ -190,7 +192,7 @@ def cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
 def main() -> int:
     args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress_flag)
     subjects = read_subjects(args.input_csv)
-    return run_steps([cutting_step(args, subjects)], subjects, args)
+    return run_steps([make_cutting_step(args, subjects)], subjects, args)
 
 
 if __name__ == "__main__":

@@ -59,22 +59,22 @@ def figure_of_patches(
 
     low, high = corners.min(0), corners.max(0) + patch_size
     if mask is not None:
-        first, last = _extent(mask, volume)
+        first, last = _find_extent(mask, volume)
         low, high = np.minimum(low, first), np.maximum(high, last)
     shown = np.clip(low - MARGIN, 0, None), np.minimum(high + MARGIN, volume.GetSize())
     figure = Figure(figsize=(15, 5.6))
     FigureCanvasAgg(figure)
     for panel, plane in zip(figure.subplots(1, 3), PLANES):
-        position = _position(plane, corners, patch_size, volume.GetSize()[plane.axis])
-        labels = None if mask is None else _slice_of(mask, volume, plane.axis, position)
+        position = _choose_slice(plane, corners, patch_size, volume.GetSize()[plane.axis])
+        labels = None if mask is None else _resample_slice(mask, volume, plane.axis, position)
         _draw(panel, plane, position, values, labels, corners, patch_size)
-        _frame(panel, plane, volume, shown)
+        _set_view(panel, plane, volume, shown)
     figure.suptitle(title)
     figure.tight_layout()
     return figure
 
 
-def _extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+def _find_extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and highest index (x, y, z) of ``volume`` that the labels of a mask reach."""
     labels = sitk.GetArrayViewFromImage(mask)
     ends = []
@@ -86,7 +86,7 @@ def _extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarra
     return np.floor(indices.min(0)).astype(int), np.ceil(indices.max(0)).astype(int)
 
 
-def _slice_of(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) -> np.ndarray:
+def _resample_slice(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) -> np.ndarray:
     """Resample the mask's labels to one plane of ``volume``; rows run along the later of its two axes."""
     size, start = list(volume.GetSize()), [0, 0, 0]
     size[axis], start[axis] = 1, position
@@ -95,7 +95,7 @@ def _slice_of(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) ->
     return np.squeeze(sitk.GetArrayFromImage(sitk.Resample(mask, *grid)), axis=2 - axis)
 
 
-def _position(plane: Plane, corners: np.ndarray, patch_size: int, length: int) -> int:
+def _choose_slice(plane: Plane, corners: np.ndarray, patch_size: int, length: int) -> int:
     """Choose the slice to show: through the middle of the patches, or through one lung for the sagittal plane."""
     middle = corners[:, plane.axis] + patch_size // 2
     wanted = np.quantile(middle, 0.25) if plane.axis == 0 else np.median(middle)
@@ -136,7 +136,7 @@ def _draw(
     panel.set_axis_off()
 
 
-def _frame(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndarray, np.ndarray]) -> None:
+def _set_view(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndarray, np.ndarray]) -> None:
     """Set the visible range in radiological orientation and add the letters for the subject's orientation."""
     across, up = plane.across, plane.up
     (low, high), direction = shown, np.array(volume.GetDirection()).reshape(3, 3)

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreLayout
-from misc.page import link_to, packed, write_page
+from misc.page import make_link, packed, write_page
 from misc.sizes import PATCH_SIZE
-from preprocess.report import previous_figures
+from preprocess.report import read_previous_rows
 
 STEPS = ("segment_lung", "register", "patchify_images")
 FEWEST = 8  # subjects needed to estimate the usual range
@@ -46,7 +46,7 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
     The status is ``failed`` if any stage failed, ``unfinished`` if a stage has no row, else ``ok``. The message joins
     the messages of all failed stages, each after the name of its stage.
     """
-    reports = {step: previous_figures(layout, step) for step in STEPS}
+    reports = {step: read_previous_rows(layout, step) for step in STEPS}
     sids = sorted({sid for rows in reports.values() for sid in rows} | set(layout.patch_sids()))
     found = []
     for sid in sids:
@@ -70,7 +70,7 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
     return table
 
 
-def judge(table: pd.DataFrame) -> pd.DataFrame:
+def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
     """Score how unusual each subject is among the others, and list the reasons.
 
     Returns:
@@ -109,7 +109,7 @@ def write_qc_page(root_dir: str | Path) -> Path:
     layout = StoreLayout(root_dir)
     page = layout.qc_page
     table = read_reports(layout)
-    judged = judge(table)
+    judged = score_subjects(table)
     order = np.lexsort((table["sid"], -judged["score"]))
     table, judged = table.iloc[order], judged.iloc[order]
     pictures = np.array([layout.qc(sid).is_file() for sid in table["sid"]], dtype=np.uint8)
@@ -118,7 +118,7 @@ def write_qc_page(root_dir: str | Path) -> Path:
         "status": table["status"].tolist(),
         "reasons": judged["reasons"].tolist(),
         "scores": packed(judged["score"].to_numpy(dtype=np.float32)),
-        "pictures": {"known": packed(pictures), "folder": link_to(layout.qc("x").parent, page)},
+        "pictures": {"known": packed(pictures), "folder": make_link(layout.qc("x").parent, page)},
         "figures": [
             {"title": figure.title, "values": packed(table[figure.name].to_numpy(dtype=np.float32))}
             for figure in FIGURES

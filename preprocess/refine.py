@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from preprocess.geometry import block_means
+from preprocess.geometry import average_blocks
 
 LEVELS = ((2.5, 30), (1.5, 12))  # per level: spacing of atlas points as a multiple of ``spacing``; iterations
 LENGTH = 100.0  # mm; scale of the matrix parameters: a step of 1 moves a point at this distance by 1 mm
@@ -32,7 +32,7 @@ class Sampled(NamedTuple):
     volumes: np.ndarray  # (2,) volume of right and left lung, ml
 
 
-def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -> tuple[np.ndarray, sitk.Image]:
+def average_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -> tuple[np.ndarray, sitk.Image]:
     """Average both lungs over coarse voxels of about ``spacing`` mm.
 
     Returns:
@@ -48,30 +48,30 @@ def coarse_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -
     labels = sitk.ConstantPad(labels, margin, upper, 0)
     found, grid = [], None
     for value in values:
-        grid = block_means(labels, shrink, lambda slab, value=value: slab == value)
+        grid = average_blocks(labels, shrink, lambda slab, value=value: slab == value)
         found.append(sitk.GetArrayFromImage(grid).transpose(2, 1, 0).astype(np.float64))
     return np.stack(found, axis=-1), grid
 
 
-def _index_to_point(grid: sitk.Image) -> np.ndarray:
+def _make_index_to_point(grid: sitk.Image) -> np.ndarray:
     """Return the (3, 4) affine of an image from indices to points in mm."""
     matrix = np.array(grid.GetDirection()).reshape(3, 3) * np.array(grid.GetSpacing())
     return np.column_stack([matrix, grid.GetOrigin()])
 
 
-def points_of(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
+def make_points(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
     """Convert the atlas lungs to points about ``spacing`` mm apart."""
-    shares, grid = coarse_shares(atlas, values, spacing)
+    shares, grid = average_shares(atlas, values, spacing)
     index = np.argwhere(shares.any(axis=-1))  # (P, 3)
-    to_point = _index_to_point(grid)
+    to_point = _make_index_to_point(grid)
     millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
     return Points(index @ to_point[:, :3].T + to_point[:, 3], shares[tuple(index.T)] * millilitres)
 
 
 def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
     """Average the lungs of a scan onto a grid of about ``spacing`` mm."""
-    shares, grid = coarse_shares(mask, values, spacing)
-    to_point = _index_to_point(grid)
+    shares, grid = average_shares(mask, values, spacing)
+    to_point = _make_index_to_point(grid)
     inverse = np.linalg.inv(to_point[:, :3])
     millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
     return Sampled(
@@ -127,7 +127,7 @@ def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: 
     return -float(sides.sum() + both), -gradient
 
 
-def refine(
+def refine_affine(
     atlas: sitk.Image,
     atlas_values: tuple[int, int],
     mask: sitk.Image,
@@ -149,12 +149,12 @@ def refine(
 
     sampled = sample_mask(mask, mask_values, spacing)
     start = sitk.AffineTransform(transform)
-    coarse = points_of(atlas, atlas_values, spacing * LEVELS[0][0])
+    coarse = make_points(atlas, atlas_values, spacing * LEVELS[0][0])
     centre = coarse.places.mean(axis=0)
     shift = np.array(start.TransformPoint(centre.tolist())) - centre
     parameters = np.concatenate([np.array(start.GetMatrix()) * LENGTH, shift])
     for scale, iterations in LEVELS:
-        points = points_of(atlas, atlas_values, spacing * scale)
+        points = make_points(atlas, atlas_values, spacing * scale)
         options = dict(maxiter=iterations, ftol=TOLERANCE)
         parameters = minimize(soft_dice, parameters, (points, sampled, centre), "L-BFGS-B", jac=True, options=options).x
     found = sitk.AffineTransform(3)

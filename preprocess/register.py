@@ -26,7 +26,7 @@ from misc.progress import add_progress_flag
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.geometry import write_transform
 from preprocess.outputs import Output
-from preprocess.registration import check_overlap, overlap, register_masks
+from preprocess.registration import check_overlap, measure_overlap, register_masks
 from preprocess.scan import EarlierFailure, read_mask
 from preprocess.subjects import Subject, add_atlas, add_store, add_subjects, parse_flags, read_subjects
 from preprocess.workers import Step, run_steps
@@ -54,7 +54,7 @@ def register(
         )
     fixed, moving = load_atlas(atlas_mask), read_mask(source)
     transform = register_masks(fixed, moving)
-    figures = overlap(fixed, moving, transform)
+    figures = measure_overlap(fixed, moving, transform)
     check_overlap(figures, min_dice, source)
     write_transform(transform, target)
     return {**figures, "atlas": atlas}
@@ -72,7 +72,7 @@ def add_registration(parser: Parser) -> None:
     parser.add_argument("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
 
 
-def registration_step(args: argparse.Namespace) -> Step:
+def make_registration_step(args: argparse.Namespace) -> Step:
     """Build the stage from its flags. Raises UserError."""
     atlas_mask = os.path.abspath(args.atlas_mask)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
@@ -83,7 +83,7 @@ def registration_step(args: argparse.Namespace) -> Step:
 def main() -> int:
     args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress_flag)
     subjects = read_subjects(args.input_csv)
-    return run_steps([registration_step(args)], subjects, args)
+    return run_steps([make_registration_step(args)], subjects, args)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from preprocess.atlas import read_affine
-from preprocess.geometry import block_means
-from preprocess.refine import refine
+from preprocess.geometry import average_blocks
+from preprocess.refine import refine_affine
 from preprocess.scan import ScanError
 
 REGISTRATION_SPACING = 8.0  # mm; grid of the masks that ANTs compares
@@ -18,11 +18,11 @@ SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proporti
 ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # right lung, left lung
 
 
-def coarse_lungs(mask: sitk.Image, spacing: float):
+def average_lungs(mask: sitk.Image, spacing: float):
     """Average the union of both lungs onto a coarse grid with a margin of zeros, as an ANTs image (1 inside)."""
     import ants
 
-    image = block_means(mask, [max(1, round(spacing / own)) for own in mask.GetSpacing()], lambda slab: slab > 0)
+    image = average_blocks(mask, [max(1, round(spacing / own)) for own in mask.GetSpacing()], lambda slab: slab > 0)
     size = [int(np.ceil(n * own / spacing)) for n, own in zip(image.GetSize(), image.GetSpacing())]
     image = sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), 0.0
@@ -36,7 +36,7 @@ def coarse_lungs(mask: sitk.Image, spacing: float):
     )
 
 
-def overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> dict[str, float]:
+def measure_overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transform) -> dict[str, float]:
     """Compute the Dice coefficient of both lungs together, the right lung and the left lung on the atlas grid."""
     warped = sitk.GetArrayFromImage(sitk.Resample(mask, atlas, transform, sitk.sitkNearestNeighbor, 0))
     fixed = sitk.GetArrayViewFromImage(atlas)
@@ -87,7 +87,7 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     """
     extent = max(n * own for n, own in zip(atlas.GetSize(), atlas.GetSpacing()))
     scale = min(1.0, extent / SMALL_ATLAS)
-    fixed, moving = (coarse_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
+    fixed, moving = (average_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
     # ANTs compares randomly drawn voxels. antspyx 0.6 ignores its random_seed argument, but ANTs reads this variable.
     os.environ["ANTS_RANDOM_SEED"] = "1"
@@ -109,5 +109,5 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
         written = Path(folder) / "x_0GenericAffine.mat"
         if not written.is_file():
             raise ScanError("ANTs wrote no transform; check whether the disk of the temporary folder is full")
-        found = refine(atlas, ATLAS_LABELS, mask, SCAN_LABELS, read_affine(written), REFINED_SPACING * scale)
+        found = refine_affine(atlas, ATLAS_LABELS, mask, SCAN_LABELS, read_affine(written), REFINED_SPACING * scale)
     return found

@@ -12,7 +12,7 @@ STAGES = ("segment_lung", "register", "patchify_images")  # stages with a report
 STAMPS = ("method", "atlas", "image_stamp")  # report columns that identify what an output was made from
 
 
-def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
+def read_previous_rows(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     """Return the rows of the last report by sid; they show which settings made an output."""
     path = layout.report(script)
     if not path.is_file():
@@ -24,12 +24,12 @@ def previous_figures(layout: StoreLayout, script: str) -> dict[str, dict[str, st
     return {row["sid"]: row for row in table.to_dict("records")} if "sid" in table.columns else {}
 
 
-def failed_before(layout: StoreLayout, script: str) -> dict[str, str]:
+def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
     """Return, by sid, why subjects failed in the last run of any stage before ``script``."""
     before = STAGES[: STAGES.index(script)] if script in STAGES else STAGES
     failed: dict[str, str] = {}
     for stage in before:
-        for sid, row in previous_figures(layout, stage).items():
+        for sid, row in read_previous_rows(layout, stage).items():
             if row.get("status") == "failed":
                 failed.setdefault(sid, f"{stage}: {row.get('message', '')}")
     return failed
@@ -59,7 +59,7 @@ def claimed(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
-def stamps_of(row: dict[str, Any]) -> dict[str, Any]:
+def keep_stamps(row: dict[str, Any]) -> dict[str, Any]:
     """Return the stamps that a failed subject keeps from its last row; they mark leftover output as made here."""
     return {name: row[name] for name in STAMPS if row.get(name)}
 
@@ -68,7 +68,7 @@ def write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any
     """Merge the rows of this run into the report; subjects not processed in this run keep their old rows."""
     path = layout.report(script)
     with locked(layout.report_lock(script)):  # two runs with different tables may share a store
-        merged = {**previous_figures(layout, script), **rows}
+        merged = {**read_previous_rows(layout, script), **rows}
         table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # keeps integers as integers
         first = ["sid", "status", "seconds", "message"]
         table = table[first + [name for name in table.columns if name not in first]]

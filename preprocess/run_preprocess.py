@@ -18,11 +18,11 @@ from misc.command import run
 from misc.progress import add_progress_flag
 from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
-from preprocess.patchify_atlas import add_locations, lay_locations
-from preprocess.patchify_images import add_cutting, cutting_step
+from preprocess.patchify_atlas import add_locations, write_locations
+from preprocess.patchify_images import add_cutting, make_cutting_step
 from preprocess.qc_page import write_qc_page
-from preprocess.register import add_registration, registration_step
-from preprocess.segment_lung import add_segmentation, check_segmentation, segmentation_step
+from preprocess.register import add_registration, make_registration_step
+from preprocess.segment_lung import add_segmentation, check_segmentation, make_segmentation_step
 from preprocess.subjects import (
     add_atlas,
     add_patch_size,
@@ -45,8 +45,8 @@ def main() -> int:
     check_segmentation(args)
     subjects = read_subjects(args.input_csv)
     load_atlas(args.atlas_mask)
-    lay_locations(args)
-    steps = [segmentation_step(args), registration_step(args), cutting_step(args, subjects)]
+    write_locations(args)
+    steps = [make_segmentation_step(args), make_registration_step(args), make_cutting_step(args, subjects)]
     status = run_steps(steps, subjects, args) or group_all(args)
     print(f"qc_page: open {write_qc_page(args.root_dir)} in a browser")
     return status

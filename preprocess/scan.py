@@ -14,10 +14,10 @@ import SimpleITK as sitk
 
 from misc.files import is_utf8
 from preprocess.reading import EarlierFailure, ScanError, nifti
-from preprocess.reading.claims import check_claim, check_frame
+from preprocess.reading.claims import check_data, check_frame
 from preprocess.reading.dicom import read_dicom
-from preprocess.reading.formats import check_name, check_stranger, head_of, kind_of
-from preprocess.reading.itk import affine_of, check_right_angles, itk_reading
+from preprocess.reading.formats import check_name, detect_format, read_head, refuse_foreign_file
+from preprocess.reading.itk import catch_itk_errors, check_right_angles, compute_affine
 from preprocess.reading.values import AIR, check_extent, check_hounsfield
 
 __all__ = [
@@ -56,30 +56,30 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
         return read_dicom(path, series, warnings)
-    head, packed = head_of(nifti.header_file(path))
-    kind = kind_of(head)
+    head, packed = read_head(nifti.find_header_file(path))
+    kind = detect_format(head)
     if kind == "DICOM":
         if packed:
             raise ScanError(f"{path} is DICOM compressed with gzip, which is not supported; unpack it with gunzip")
         return read_dicom(path, series, warnings)
     if not kind:
-        check_stranger(path, head, packed)
+        refuse_foreign_file(path, head, packed)
     check_name(path, kind, packed)
-    header = nifti.read_header(nifti.header_file(path)) if kind == "NIfTI" else None
+    header = nifti.read_header(nifti.find_header_file(path)) if kind == "NIfTI" else None
     if header:
         nifti.check_forms(path, header, warnings)
         nifti.check_sizes(path, header)
-        nifti.check_whole(path, header)
+        nifti.check_data_size(path, header)
     elif kind:
-        check_claim(path, kind)
+        check_data(path, kind)
         check_frame(path, kind, warnings)
     told: list[str] = []
-    with itk_reading(path, "an image", told), nifti.alone(path) as only:
+    with catch_itk_errors(path, "an image", told), nifti.alone(path) as only:
         image = sitk.ReadImage(str(only))
     warnings += told
     image = _one_volume(image, path)
     if header:
-        nifti.check_placed(path, header, affine_of(image))
+        nifti.check_affine(path, header, compute_affine(image))
     return image, {}
 
 
@@ -103,7 +103,7 @@ def _check_header(image: sitk.Image, path: Path, warnings: list[str]) -> None:
 
     Raises ScanError for wrong axes or voxel sizes, and adds a warning if the header looks empty.
     """
-    check_right_angles(affine_of(image), image.GetSize(), f"{path}: its header")
+    check_right_angles(compute_affine(image), image.GetSize(), f"{path}: its header")
     sizes = " x ".join(f"{length:g}" for length in image.GetSpacing())
     if not VOXEL[0] <= min(image.GetSpacing()) <= max(image.GetSpacing()) <= VOXEL[1]:
         raise ScanError(

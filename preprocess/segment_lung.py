@@ -29,7 +29,7 @@ from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
 from misc.progress import add_progress_flag
 from preprocess.geometry import same_grid, write_image
-from preprocess.lungs import air_share, check_lungs, load_lungmask, lung_mask, lung_volumes
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes, measure_air_share
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
 from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
@@ -56,7 +56,7 @@ def segment(
             raise ScanError(
                 f"{target} was not made by this script and is not on the grid of {subject.image}; remove or resample it"
             )
-        figures["air"] = round(air_share(mask, scan.image), 3)
+        figures["air"] = round(measure_air_share(mask, scan.image), 3)
         return {**figures, **with_warnings(scan.facts, check_lungs(mask, scan.image, target))}
 
     output.keep(verify, overwrite)
@@ -65,7 +65,12 @@ def segment(
     mask = lung_mask(scan.image, method, weights, subject.image)
     facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)
-    return {**lung_volumes(mask, subject.image), "air": round(air_share(mask, scan.image), 3), **facts, **stamps}
+    return {
+        **lung_volumes(mask, subject.image),
+        "air": round(measure_air_share(mask, scan.image), 3),
+        **facts,
+        **stamps,
+    }
 
 
 # ============================================================ the stage
@@ -90,7 +95,7 @@ def check_segmentation(args: argparse.Namespace) -> None:
         raise StoreError(f"--lungmask-weights {args.lungmask_weights} does not exist")
 
 
-def segmentation_step(args: argparse.Namespace) -> Step:
+def make_segmentation_step(args: argparse.Namespace) -> Step:
     """Build the stage from its flags. Raises UserError."""
     check_segmentation(args)
     settings, weights = args.method, None
@@ -109,7 +114,7 @@ def main() -> int:
     args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress_flag)
     check_segmentation(args)
     subjects = read_subjects(args.input_csv)  # check the table before downloading weights
-    return run_steps([segmentation_step(args)], subjects, args)
+    return run_steps([make_segmentation_step(args)], subjects, args)
 
 
 if __name__ == "__main__":

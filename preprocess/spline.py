@@ -71,7 +71,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
         planes = planes.reshape(len(volume), -1)
         for first in range(0, planes.shape[1], COLUMNS):
             values = z @ planes[:, first : first + COLUMNS]
-            result[:, first : first + COLUMNS] = values if kind == np.float32 else _whole(values, kind)
+            result[:, first : first + COLUMNS] = values if kind == np.float32 else _truncate(values, kind)
     result = result.reshape(size[::-1])
     result[~inside_z], result[:, ~inside_y], result[:, :, ~inside_x] = outside, outside, outside
     resampled = sitk.GetImageFromArray(result)
@@ -81,7 +81,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
     return resampled
 
 
-def _whole(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+def _truncate(values: np.ndarray, kind: np.dtype) -> np.ndarray:
     """Truncate values to integers as ITK does, and clip overshoots to the limits of the type."""
     limits = np.iinfo(kind)
     return np.trunc(np.rint(values * SNAP) / SNAP).clip(limits.min, limits.max).astype(kind)

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from preprocess.geometry import block_means, on_slab, orient, slabs
+from preprocess.geometry import average_blocks, iterate_slabs, orient, resample_to_slab
 from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
@@ -43,7 +43,7 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
     spacing = max(WORKING_SPACING * scale, min(working.GetSpacing()))
     working = _resample(working, spacing)
     volume = sitk.GetArrayFromImage(working)  # (z, y, x): z to the head, y to the back, x to the left
-    air = _air_in_body(volume)
+    air = _find_air_in_body(volume)
     airway = _find_airway(volume, air, spacing, scale)
     labels = _split_sides(air & ~airway)
     labels = _fill_vessels(labels, CLOSING_RADIUS * scale / spacing)
@@ -56,8 +56,8 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
         side.CopyInformation(working)
         sides.append(side)
     mask = np.zeros(scan.GetSize()[::-1], dtype=np.uint8)
-    for first, last in slabs(scan):
-        right, left = (on_slab(side, scan, first, last) for side in sides)
+    for first, last in iterate_slabs(scan):
+        right, left = (resample_to_slab(side, scan, first, last) for side in sides)
         mask[first:last][(right >= 0.5) & (right >= left)] = RIGHT
         mask[first:last][(left >= 0.5) & (left > right)] = LEFT
     image = sitk.GetImageFromArray(mask)
@@ -68,7 +68,7 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
 def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     """Make an isotropic working copy; finer voxels are averaged, not dropped."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
-    image = block_means(image, factors)
+    image = average_blocks(image, factors)
     # Stop at the last voxel, because a slice of air above the trachea would connect the lungs to the outside.
     size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(
@@ -76,11 +76,11 @@ def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     )
 
 
-def _sizes(labels: np.ndarray, count: int) -> np.ndarray:
+def _count_voxels(labels: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(labels.ravel(), minlength=count + 1)
 
 
-def _air_in_body(volume: np.ndarray) -> np.ndarray:
+def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     """Find the air inside the body, without small pockets and bowel gas.
 
     Air counts as inside if it is not connected to the image's sides within its axial slice. The test runs slice by
@@ -100,13 +100,13 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     outside[0], cut[0] = True, False
     inside = ~outside[planes]
     labels, count = ndimage.label(inside | cut[planes])
-    sizes = _sizes(labels, count)
+    sizes = _count_voxels(labels, count)
     if cut.any():  # drop cushions: they reach the image's side in every slice
         sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
-    body = _body(volume)
+    body = _find_body(volume)
     for label in np.flatnonzero(sizes >= 0.05 * sizes.max(initial=0)):
-        if label and not _lies_in(labels, int(label), air, body):
+        if label and not _is_in_body(labels, int(label), air, body):
             sizes[label] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
@@ -121,18 +121,18 @@ def _air_in_body(volume: np.ndarray) -> np.ndarray:
     return np.isin(labels, kept)
 
 
-def _body(volume: np.ndarray) -> np.ndarray:
+def _find_body(volume: np.ndarray) -> np.ndarray:
     """Find the tissue of the body: the largest piece without thin structures, for example a couch that touches it."""
     tissue = volume >= AIR_BELOW
     labels, count = ndimage.label(ndimage.binary_erosion(tissue, iterations=THIN))
     if not count:
         return tissue
-    sizes = _sizes(labels, count)
+    sizes = _count_voxels(labels, count)
     sizes[0] = 0
     return ndimage.binary_dilation(labels == sizes.argmax(), iterations=THIN + 1) & tissue
 
 
-def _lies_in(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) -> bool:
+def _is_in_body(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) -> bool:
     """Whether the tissue around an air-filled space is mostly body; around a couch's foam, it is the couch's shell."""
     box = tuple(
         slice(max(0, part.start - RIM), part.stop + RIM)
@@ -178,7 +178,7 @@ def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float
     merged: list[int] = []
     for level in range(top - 1, -1, -1):
         labels, count = ndimage.label(air[level])
-        sizes = _sizes(labels, count)
+        sizes = _count_voxels(labels, count)
         following = np.zeros_like(current)
         for label in np.unique(labels[current]):
             if label and sizes[label] <= min(2.0 * area + 4, largest_area):
@@ -202,7 +202,7 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
     depth = np.sqrt(_squared_distance(~lungs).astype(np.float64))
     for step in range(0, int(depth.max()) + 1):
         labels, count = ndimage.label(depth > step)
-        sizes = _sizes(labels, count)
+        sizes = _count_voxels(labels, count)
         sizes[0] = 0
         if count < 2:
             continue
@@ -224,7 +224,7 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
 
     # Assign pieces that no marker reached to the nearer lung, unless they are small.
     rest, count = ndimage.label(lungs & (split == 0))
-    sizes = _sizes(rest, count)
+    sizes = _count_voxels(rest, count)
     sizes[0] = 0
     large = (sizes >= 0.01 * lungs.sum())[rest]
     if large.any():

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.layout import StoreError, StoreLayout
-from misc.command import UserError, usable_cores
+from misc.command import UserError, count_usable_cores
 from misc.files import remove_leftovers
 from misc.progress import progress_bar
 from preprocess.outputs import FAILED_BEFORE, Skip, file_stamp
-from preprocess.report import claimed, failed_before, previous_figures, stamps_of, unclaim, write_report
+from preprocess.report import claimed, find_earlier_failures, keep_stamps, read_previous_rows, unclaim, write_report
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
 from preprocess.subjects import Subject
 
@@ -53,7 +53,7 @@ class Record:
 
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
-        self.before = previous_figures(layout, script)
+        self.before = read_previous_rows(layout, script)
         for sid, stamps in claimed(layout, script).items():
             self.before[sid] = {**self.before.get(sid, {}), **stamps}
         self.rows: dict[str, Row] = {}
@@ -74,7 +74,7 @@ class Record:
 
         Output that the worker had claimed belongs to this stage. Other output may be the user's own.
         """
-        stamps = claimed(self.layout, self.script).get(sid) or stamps_of(self.before.get(sid, {}))
+        stamps = claimed(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
 
 
@@ -91,7 +91,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     written, failed = time.monotonic(), 0
     bar = progress_bar(args.no_progress, total=len(subjects), desc=name, unit="subject")
     try:
-        for rows in _outcomes(steps, subjects, records, args):
+        for rows in _run_subjects(steps, subjects, records, args):
             for record, row in zip(records, rows):
                 record.add(row)
             if time.monotonic() - written > REPORT_SECONDS:
@@ -107,11 +107,11 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
             record.write()
     status = 0
     for record in records:
-        status = status or _conclude(record.script, layout, list(record.rows.values()), args.strict)
+        status = status or _print_summary(record.script, layout, list(record.rows.values()), args.strict)
     return status
 
 
-def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -> int:
+def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -> int:
     """Print the summary of a stage and return its exit status."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "skipped", "failed")}
     print(
@@ -127,7 +127,7 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
         print(f"  and {len(failures) - FAILURES_SHOWN} more failed subjects")
     if warned := [row for row in rows if row.get("warnings")]:
         print(f"  {len(warned)} with warnings; the first is {warned[0]['sid']}: {warned[0]['warnings']}")
-    if worst := _worst(rows):
+    if worst := _list_worst(rows):
         print(f"  lowest overlap with the atlas (Dice of the worse side): {worst}")
     if earlier:
         print(f"  {len(earlier)} of the failed subjects failed in an earlier stage; the first is {earlier[0]['sid']}")
@@ -137,7 +137,7 @@ def _conclude(script: str, layout: StoreLayout, rows: list[Row], strict: bool) -
     return 1 if strict and counts["failed"] else 0
 
 
-def _worst(rows: list[Row]) -> str:
+def _list_worst(rows: list[Row]) -> str:
     """List the subjects with the lowest Dice of the worse side; empty for a stage that does not measure it."""
     told = []
     for row in rows:
@@ -172,7 +172,7 @@ def attempt(
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     if status == "failed":
-        figures = stamps_of(previous)
+        figures = keep_stamps(previous)
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -206,26 +206,26 @@ def attempt_steps(
         forget_scan()
 
 
-def _outcomes(
+def _run_subjects(
     steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
 ) -> Iterator[list[Row]]:
     """Yield the report rows of one subject at a time, as they are finished."""
     if args.num_workers > 1 or args.scheduler:
-        yield from _distributed(steps, subjects, records, args)
+        yield from _run_distributed(steps, subjects, records, args)
         return
     works = [(step.work, step.settings) for step in steps]
-    failed = failed_before(records[0].layout, records[0].script)
+    failed = find_earlier_failures(records[0].layout, records[0].script)
     for subject in subjects:
-        before = _before(records, subject.sid)
-        yield attempt_steps(works, subject, before, usable_cores(), failed.get(subject.sid, ""))
+        before = _previous_rows(records, subject.sid)
+        yield attempt_steps(works, subject, before, count_usable_cores(), failed.get(subject.sid, ""))
 
 
-def _before(records: list[Record], sid: str) -> list[dict[str, str]]:
+def _previous_rows(records: list[Record], sid: str) -> list[dict[str, str]]:
     return [record.before.get(sid, {}) for record in records]
 
 
 @contextlib.contextmanager
-def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]]:
+def _open_client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]]:
     """Yield a Dask client and the number of threads that each of its workers may use. Raises StoreError."""
     from dask.distributed import Client, LocalCluster
 
@@ -234,12 +234,12 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
             client = Client(args.scheduler, timeout="30s")
         except (OSError, ValueError) as error:
             raise StoreError(f"--scheduler {args.scheduler} cannot be reached ({error}); check the address") from error
-        with client, _word_without_workers(client, args.scheduler):
+        with client, _note_missing_workers(client, args.scheduler):
             yield client, 1
         return
     workers = min(args.num_workers, max(1, subjects))
     # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
-    with _ignored(signal.SIGINT):  # workers inherit this, so that only this process handles Ctrl-C
+    with _ignore_signal(signal.SIGINT):  # workers inherit this, so that only this process handles Ctrl-C
         cluster = LocalCluster(
             # Use any free port (0): with its default port, Dask prints a warning if another run uses that port.
             n_workers=workers,
@@ -249,11 +249,11 @@ def _client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]
             silence_logs=50,
         )
     with cluster, Client(cluster) as client:
-        yield client, max(1, usable_cores() // workers)
+        yield client, max(1, count_usable_cores() // workers)
 
 
 @contextlib.contextmanager
-def _word_without_workers(client: Any, address: str) -> Iterator[None]:
+def _note_missing_workers(client: Any, address: str) -> Iterator[None]:
     """Print a note if a cluster has had no worker for a while, because the run would otherwise wait silently."""
     ended = threading.Event()
 
@@ -276,14 +276,14 @@ def _word_without_workers(client: Any, address: str) -> Iterator[None]:
         thread.join()
 
 
-def _distributed(
+def _run_distributed(
     steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
 ) -> Iterator[list[Row]]:
     from dask.distributed import as_completed
 
     root, places = str(ROOT), [(*step.place, step.settings) for step in steps]
 
-    failed = failed_before(records[0].layout, records[0].script)
+    failed = find_earlier_failures(records[0].layout, records[0].script)
 
     def remote(subject_fields, previous, threads, failed):
         # Dask sends nested functions by value, so this works before the worker has the project on its path.
@@ -296,11 +296,11 @@ def _distributed(
         works = [(getattr(importlib.import_module(module), name), settings) for module, name, settings in places]
         return runner.attempt_steps(works, runner.Subject(*subject_fields), previous, threads, failed)
 
-    with _client(args, len(subjects)) as (client, threads):
+    with _open_client(args, len(subjects)) as (client, threads):
         futures = {
             client.submit(
                 remote,
-                *(tuple(subject), _before(records, subject.sid), threads, failed.get(subject.sid, "")),
+                *(tuple(subject), _previous_rows(records, subject.sid), threads, failed.get(subject.sid, "")),
                 pure=False,
                 retries=0,
             ): subject
@@ -319,7 +319,7 @@ def _distributed(
 
 
 @contextlib.contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
+def _ignore_signal(number: signal.Signals) -> Iterator[None]:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         yield

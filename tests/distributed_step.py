@@ -24,7 +24,7 @@ def run_rank(rank, world, folder, mode):
     torch.manual_seed(1000 + rank)  # ranks start with different weights, which the wrapper must make equal
     bare = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
     bare.load_state_dict(torch.load(f"{folder}/start.pt", weights_only=True) if rank == 0 else bare.state_dict())
-    model = process.data_parallel(bare, torch.device("cpu"))
+    model = process.wrap_data_parallel(bare, torch.device("cpu"))
     model.train(mode != "eval")
     share = TOTAL // world
     mine = slice(rank * share, (rank + 1) * share)

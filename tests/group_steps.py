@@ -39,7 +39,7 @@ def run_rank(rank: int, world: int, folder: str, steps: int, lr: float, neighbor
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
     model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
     descend = Descent(make_optimizer(model, lr, 0.9, 1e-4))
-    parallel = process.data_parallel(TrainingStep(model, table), device).train()
+    parallel = process.wrap_data_parallel(TrainingStep(model, table), device).train()
     mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
     meters, means, gradients, batches = Meters(STATISTICS, device), [], None, []
     for epoch in range(-(-steps // len(sampler))):

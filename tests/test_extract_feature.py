@@ -188,9 +188,9 @@ def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
     assert not (tmp_path / "a" / ".pieces").exists()
 
     # Pieces made from other patches or with another checkpoint are not reused.
-    key = extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
+    key = extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
-    assert key != extract_feature.work_key(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
+    assert key != extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     monkeypatch.setattr(extract_feature, "encode_pieces", stop_at_the_fourth)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -366,7 +366,7 @@ def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeyp
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(
-        FrozenEncoder, "__call__", lambda self, *given: during.append(process.precision()) or encode(self, *given)
+        FrozenEncoder, "__call__", lambda self, *given: during.append(process.read_precision()) or encode(self, *given)
     )
     for flags, wanted in (((), "float32"), (("--amp", "bf16"), "bf16")):
         assert run_here("extract_feature.py", *small, *flags, cwd=tmp_path).returncode == 0
@@ -401,10 +401,10 @@ def test_non_finite_features_are_refused(small, tmp_path, run_here, monkeypatch)
     store = PatchStore(tmp_path / "store")
     features = np.zeros((3, 1, 12), dtype=np.float32)
     piece = extract_feature.list_pieces(store)[4]
-    assert extract_feature.refuse_not_finite(features, piece, store) is features
+    assert extract_feature.refuse_nonfinite_features(features, piece, store) is features
     features[2, 0, 5] = np.inf
     with pytest.raises(StoreError, match="features of subject 002 at location 4 are not finite"):
-        extract_feature.refuse_not_finite(features, piece, store)
+        extract_feature.refuse_nonfinite_features(features, piece, store)
 
 
 def test_two_extractions_into_one_folder(small, tmp_path, run_here):

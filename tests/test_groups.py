@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from misc.command import UserError
-from misc.sizes import bn_groups
+from misc.sizes import choose_bn_groups
 from models import fast
 from models.cnn3d import Encoder, norm_elu
 from models.step import STATISTICS
@@ -152,7 +152,7 @@ def test_neighbours_share_the_group_of_their_patches():
     ],
 )
 def test_number_of_groups(given, batch, ranks, wanted):
-    assert bn_groups(given, batch, ranks) == wanted
+    assert choose_bn_groups(given, batch, ranks) == wanted
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_number_of_groups(given, batch, ranks, wanted):
 )
 def test_invalid_group_numbers_are_refused(given, batch, ranks, message):
     with pytest.raises(UserError, match=message):
-        bn_groups(given, batch, ranks)
+        choose_bn_groups(given, batch, ranks)
 
 
 def test_order_of_the_statistics():

@@ -81,13 +81,15 @@ def test_a_recipe_sets_defaults_that_flags_override():
 
 @pytest.mark.parametrize("epoch", [0, 1, 7, 19])
 def test_cosine(epoch):
-    assert train.learning_rate(epoch, parse_flags()) == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 20)))
+    assert train.compute_learning_rate(epoch, parse_flags()) == pytest.approx(
+        0.01 * 0.5 * (1 + math.cos(math.pi * epoch / 20))
+    )
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(0, 0.5), (1, 0.5), (2, 0.05), (4, 0.05), (5, 0.005), (9, 0.005)])
 def test_steps(epoch, rate):
     args = parse_flags("--lr", 0.5, "--lr-schedule", "step", "--schedule", 2, 5)
-    assert train.learning_rate(epoch, args) == pytest.approx(rate)
+    assert train.compute_learning_rate(epoch, args) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])

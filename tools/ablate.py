@@ -29,18 +29,18 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_labels, why_no_column
+from data.labels import explain_missing_column, read_labels
 from data.store import PatchStore
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import check_writable, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.run.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
-from tools.evaluation.baselines import baseline_tables
-from tools.evaluation.kinds import why_not
-from tools.evaluation.learn import FOLDS, held_out_r2, joined_weights
-from tools.evaluation.tables import choose_vector, held_out_rows, read_features, read_vectors
-from tools.evaluation.vectors import VECTORS, Table, side_by_side
+from tools.evaluation.baselines import make_baseline_tables
+from tools.evaluation.kinds import find_label_problem
+from tools.evaluation.learn import FOLDS, make_joined_weights, score_held_out
+from tools.evaluation.tables import choose_vector, read_features, read_held_out, read_vectors
+from tools.evaluation.vectors import VECTORS, Table, join_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks; the small recipe does not have both
@@ -150,23 +150,24 @@ class Study:
         patches = PatchStore(store)
         self.sids = patches.sids
         values, names = read_labels(labels, self.sids, lambda text: print(f"note: {text}", file=sys.stderr))
-        self.held_out = held_out_rows(values, names, args.held_out, str(labels))
+        self.held_out = read_held_out(values, names, args.held_out, str(labels))
         self.labels = pd.DataFrame(values.astype(np.float64), index=self.sids, columns=names)
         wanted = args.columns or (names if args.root_dir else COHORT_COLUMNS)
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise UserError(why_no_column(labels, unknown[0], names))
+            raise UserError(explain_missing_column(labels, unknown[0], names))
         self.columns = [name for name in wanted if name != args.held_out and not self._why_not(name)]
         self.subjects = out_dir / "trained_on.csv"
         trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
         write_text(self.subjects, pd.DataFrame({"sid": trained}).to_csv(index=False))
-        baselines = baseline_tables(patches, args.no_progress)
+        baselines = make_baseline_tables(patches, args.no_progress)
         self.baselines = {name: table.loc[self.sids].to_numpy() for name, table in baselines.items()}
 
     def _why_not(self, column: str) -> str:
         values = self.labels[column].to_numpy()
         reasons = [
-            why_not(values[rows & ~np.isnan(values)], "regression", FOLDS) for rows in (self.held_out, ~self.held_out)
+            find_label_problem(values[rows & ~np.isnan(values)], "regression", FOLDS)
+            for rows in (self.held_out, ~self.held_out)
         ]
         reason = next(filter(None, reasons), "")
         if reason:
@@ -180,7 +181,7 @@ class Study:
             target = self.labels[column].to_numpy()
             known = ~np.isnan(target)
             for name, table in tables.items():
-                score = held_out_r2(table[known], target[known], self.held_out[known], weights.get(name))
+                score = score_held_out(table[known], target[known], self.held_out[known], weights.get(name))
                 rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
         return pd.DataFrame(rows)
 
@@ -210,8 +211,8 @@ class Study:
         both, weights = {}, {}
         for kind, table in alone.items():
             together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]
-            both[f"{kind}+histogram"] = side_by_side(*together)
-            weights[f"{kind}+histogram"] = joined_weights(*(part.shape[1] for part in together))
+            both[f"{kind}+histogram"] = join_tables(*together)
+            weights[f"{kind}+histogram"] = make_joined_weights(*(part.shape[1] for part in together))
         return alone | both, weights
 
 

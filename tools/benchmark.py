@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
 from models.fast.memory import keep_freed_memory
-from tools.dev.apart import PUBLISHED_LOCATIONS, Apart
-from tools.timing.choices import rows_choices, show_choices
-from tools.timing.data import rows_augmentation, rows_reading
-from tools.timing.extraction import rows_extraction
+from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
+from tools.timing.choices import format_choices, measure_choices
+from tools.timing.data import measure_augmentation, measure_reading
+from tools.timing.extraction import measure_extraction
 from tools.timing.measure import describe, show
-from tools.timing.runs import row_memory, scaling
-from tools.timing.scans import rows_scan
+from tools.timing.runs import measure_memory, measure_scaling
+from tools.timing.scans import measure_scan
 from tools.timing.store import make_store
-from tools.timing.training import rows_training
+from tools.timing.training import measure_training
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,19 +93,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
         if args.choices or args.scan:
-            rows = rows_scan(args) if args.scan else rows_choices(folder / "choices", args)
-            print(show(rows) if args.scan else show_choices(rows))
+            rows = measure_scan(args) if args.scan else measure_choices(folder / "choices", args)
+            print(show(rows) if args.scan else format_choices(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
             return
         store = make_store(folder / "store", locations, 64 if args.quick else 256)
-        apart = Apart(store, K, args)
-        rows = rows_training(store, K, apart, args, machine, report)
-        rows += rows_extraction(store, apart, args, machine)
+        apart = LiteralProcess(store, K, args)
+        rows = measure_training(store, K, apart, args, machine, report)
+        rows += measure_extraction(store, apart, args, machine)
         apart.close()
-        rows += rows_augmentation(args)
-        rows += rows_reading(folder / "reading", args)
-        rows.append(row_memory(store, K, folder / "memory_run", args))
+        rows += measure_augmentation(args)
+        rows += measure_reading(folder / "reading", args)
+        rows.append(measure_memory(store, K, folder / "memory_run", args))
         print(show(rows))
         print(f"\nloss of the first step: {report['first_step_loss']}")
         for name, parts in report["profile_ms"].items():
@@ -114,7 +114,7 @@ def main() -> None:
             )
             print(f"time of each part of a step, ms, {name}: {listed}")
         if not args.quick:
-            report["scaling"] = scaling(folder / "scaling", args)
+            report["scaling"] = measure_scaling(folder / "scaling", args)
             print("\n| size | value | ms per step |\n| --- | --- | --- |")
             for case in report["scaling"]:
                 value = "unmeasured" if case["ms_per_step"] is None else f"{case['ms_per_step']:.0f}"

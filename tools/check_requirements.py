@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 
-def unmet(path: Path) -> list[str]:
+def find_unmet(path: Path) -> list[str]:
     """Return one line per requirement in the file that the installed packages do not meet."""
     try:
         from packaging.requirements import Requirement
@@ -34,6 +34,6 @@ def unmet(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    lines = unmet(Path(sys.argv[1]))
+    lines = find_unmet(Path(sys.argv[1]))
     print("\n".join(lines), end="\n" if lines else "")
     sys.exit(bool(lines))

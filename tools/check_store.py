@@ -32,7 +32,7 @@ from misc.files import load_array
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import read_affine, read_atlas_mask
-from preprocess.patches import patches_of
+from preprocess.patches import cut_scan
 from preprocess.scan import read_scan
 from preprocess.subjects import read_subjects
 
@@ -179,7 +179,7 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
                 np.arange(len(store.table))
             )
             scan = read_scan(subject.image, subject.series)
-            cut = patches_of(scan, transform, atlas, store.table, PATCH_SIZE).patches
+            cut = cut_scan(scan, transform, atlas, store.table, PATCH_SIZE).patches
             off = np.abs(stored.astype(np.float32) - cut).reshape(len(cut), -1).max(axis=1)
             if (off > TOLERANCE).any():
                 tell(

@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.tables import check_sid, feature_columns, feature_text, read_table
 from misc import process
-from misc.command import OneOf, Parser, UserError, between, run, usable_cores
-from misc.files import check_writable, file_hash, save_array, write_text, write_whole
+from misc.command import OneOf, Parser, UserError, between, count_usable_cores, run
+from misc.files import check_writable, hash_file, save_array, write_text, write_whole
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory
@@ -48,7 +48,7 @@ from preprocess.picture import picture_of_patches
 from preprocess.segment_lung import add_segmentation, check_segmentation
 from preprocess.subjects import Subject, read_subjects
 from preprocess.workers import attempt
-from tools.embedding.embed import Embedded, Embedder, name_of
+from tools.embedding.embed import Embedded, Embedder, name_scan
 from tools.evaluation.vectors import VECTORS
 
 SAVE_SECONDS = 20  # how often the tables are written
@@ -94,13 +94,13 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def subjects_of(args: argparse.Namespace) -> list[Subject]:
+def read_scans(args: argparse.Namespace) -> list[Subject]:
     """Return the scans to embed. Raises StoreError, or UserError if a name is invalid or used twice."""
     if args.input_csv:
         return read_subjects(args.input_csv)
     found: dict[str, Subject] = {}
     for scan in args.scans:
-        sid = name_of(scan)
+        sid = name_scan(scan)
         try:
             check_sid(sid)
         except UserError as error:
@@ -113,14 +113,14 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
     return list(found.values())
 
 
-def files_of(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
+def name_scan_files(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
     """Return the paths of a scan's picture and of its patch features; None for those that are turned off."""
     out = Path(args.out)
     picture = None if args.no_qc else out.with_name(out.name + ".qc") / f"{sid}.png"
     return picture, Path(args.patch_dir) / f"{sid}.npy" if args.patch_dir else None
 
 
-class Tables:
+class OutputTables:
     """OUT and OUT.report.csv, including their rows from earlier runs.
 
     Rows of other scans are kept. Rows of the given scans are kept if scan, checkpoint and settings have not changed.
@@ -200,14 +200,14 @@ def draw(path: Path, sid: str, found: Embedded) -> None:
     write_whole(path, lambda stream: stream.write(picture))
 
 
-def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject: Subject) -> str:
+def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables, subject: Subject) -> str:
     """Embed one scan and write its files. Returns the line to print."""
     features: list[np.ndarray] = []
 
     def work(subject: Subject, _: dict) -> dict[str, Any]:
         subject.check_image()
         found = embedder(subject.image, subject.series)
-        picture, patches = files_of(args, subject.sid)
+        picture, patches = name_scan_files(args, subject.sid)
         if patches:
             save_array(patches, found.patches)
         if picture:
@@ -215,7 +215,7 @@ def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject:
         features.append(found.features)
         return {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
 
-    row = attempt(work, subject, {}, usable_cores(), {})
+    row = attempt(work, subject, {}, count_usable_cores(), {})
     row.setdefault("verdict", "refused")
     tables.add(subject.sid, features[0] if features else None, row)
     return f"{subject.sid}: {row['message'] or row['verdict']}"
@@ -223,7 +223,7 @@ def embed(args: argparse.Namespace, embedder: Embedder, tables: Tables, subject:
 
 def main() -> int:
     args = parse_arguments()
-    subjects, out = subjects_of(args), Path(args.out)
+    subjects, out = read_scans(args), Path(args.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file name, such as {out / 'features.csv'}")
     check_writable(out.parent, "--out")
@@ -238,11 +238,11 @@ def main() -> int:
     if embedder.note:
         print(f"note: {embedder.note}", file=sys.stderr)
     inputs = [args.checkpoint, args.atlas_mask, *filter(None, [args.atlas_patch_loc, args.lungmask_weights])]
-    made_by = " ".join([*(file_hash(path)[:12] for path in inputs), args.method])
+    made_by = " ".join([*(hash_file(path)[:12] for path in inputs), args.method])
     if args.standardization:
-        made_by += f" {args.patient_vector} {file_hash(args.standardization)[:12]}"
-    tables = Tables(
-        out, subjects, feature_columns(embedder.width), made_by, lambda sid: [*filter(None, files_of(args, sid))]
+        made_by += f" {args.patient_vector} {hash_file(args.standardization)[:12]}"
+    tables = OutputTables(
+        out, subjects, feature_columns(embedder.width), made_by, lambda sid: [*filter(None, name_scan_files(args, sid))]
     )
     todo = [subject for subject in subjects if subject.sid not in tables.rows]
     written = time.monotonic()
@@ -252,7 +252,7 @@ def main() -> int:
     try:
         with bar:
             for subject in todo:
-                bar.write(embed(args, embedder, tables, subject))
+                bar.write(embed_one(args, embedder, tables, subject))
                 bar.update()
                 if time.monotonic() - written > SAVE_SECONDS:
                     tables.write()

@@ -37,7 +37,7 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_numbers_and_words, why_no_column
+from data.labels import explain_missing_column, read_numbers_and_words
 from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
@@ -47,16 +47,22 @@ from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory
 from preprocess.atlas import read_affine, read_atlas_mask
 from preprocess.geometry import same_grid, write_image
-from preprocess.patches import patches_of
+from preprocess.patches import cut_scan
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import Subject, read_subjects
 from tools.evaluation.tables import add_label_flags
-from tools.finetuning.network import trained_encoder
-from tools.finetuning.tasks import FEWEST, patch_task
-from tools.mapping.overlay import picture_of_map
-from tools.mapping.readings import Readers, fit_probe, patch_readings, patient_means, window_readings
-from tools.mapping.truth import judge_map, summary
-from tools.mapping.windows import lay_windows, to_scan
+from tools.finetuning.network import load_encoder
+from tools.finetuning.tasks import FEWEST, make_patch_task
+from tools.mapping.overlay import draw_map
+from tools.mapping.readings import (
+    Readers,
+    compute_patch_readings,
+    compute_subject_means,
+    compute_window_readings,
+    fit_probe,
+)
+from tools.mapping.truth import score_map, summary
+from tools.mapping.windows import lay_windows, resample_to_scan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,12 +126,12 @@ def fit_probes(
 
     others = np.array([sid not in mapped for sid in store.sids])
     if args.patch_labels:
-        task = patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
+        task = make_patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
             raise UserError(f"{args.patch_labels} has too few labels: fewer than {FEWEST} subjects outside --input-csv")
         rows, places = task.rows[own], task.places[own]
-        read = patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
+        read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
         usual = np.zeros((store.num_locations, read.shape[1]))  # not needed for models of single patches
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
@@ -133,7 +139,7 @@ def fit_probes(
         targets = {}
         for column in args.column:
             if column not in names:
-                raise UserError(why_no_column(args.labels, column, names))
+                raise UserError(explain_missing_column(args.labels, column, names))
             if column not in dict(args.order) and len(words.get(column, ())) > 2:
                 raise UserError(
                     f"column {column!r} has the words {', '.join(words[column])}, and a map needs an order; "
@@ -147,7 +153,7 @@ def fit_probes(
                     "with different values"
                 )
             targets[column] = (known, target[known])
-        read, usual = patient_means(readers, store, np.flatnonzero(others), args.no_progress)
+        read, usual = compute_subject_means(readers, store, np.flatnonzero(others), args.no_progress)
         read -= usual.mean(axis=0)
     probes = {
         column: (
@@ -175,11 +181,11 @@ def map_scan(
     if not same_grid(mask, scan):
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} has another grid than {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
-    cut = patches_of(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
+    cut = cut_scan(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
     windows = lay_windows(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
     if windows is None:
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is empty")
-    readings = readers.split(window_readings(readers, cut, windows, PATCH_SIZE, usual))
+    readings = readers.split(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
     lungs = sitk.GetArrayFromImage(mask) > 0
     truth = None
     if args.truth:
@@ -190,21 +196,21 @@ def map_scan(
     rows = []
     for column, (models, limits) in probes.items():
         for name, reading in readings.items():
-            image = to_scan(models[name](reading), windows, cut.volume, scan, mask)
+            image = resample_to_scan(models[name](reading), windows, cut.volume, scan, mask)
             row = {"sid": subject.sid, "column": column, "table": name, "status": "ok", "windows": len(windows.cells)}
             row["mean"] = float(sitk.GetArrayViewFromImage(image)[lungs].mean())
             if truth is not None:
-                row |= judge_map(image, truth, lungs)
+                row |= score_map(image, truth, lungs)
             if name == "features":
                 base = Path(args.out_dir) / f"{subject.sid}_{column}"
                 write_image(image, base.with_name(base.name + ".nii.gz"))
-                picture = picture_of_map(scan, image, mask, limits, f"{subject.sid}: {column}")
+                picture = draw_map(scan, image, mask, limits, f"{subject.sid}: {column}")
                 write_whole(base.with_name(base.name + ".png"), lambda stream, data=picture: stream.write(data))
             rows.append(row)
     return [{**row, "seconds": round(time.perf_counter() - start, 1)} for row in rows]
 
 
-def settings_of(args: argparse.Namespace, path: Path) -> dict:
+def check_settings(args: argparse.Namespace, path: Path) -> dict:
     """Return the settings to save at ``path``. Raises UserError if existing maps have other settings."""
     free = ("sha256", "input_csv", "out_dir", "device", "no_progress")
     settings = {name: value for name, value in vars(args).items() if name not in free}
@@ -221,10 +227,10 @@ def main() -> int:
     args = parse_arguments()
     store = PatchStore(args.root_dir, require_grouped=True)
     atlas, subjects = read_atlas_mask(args.atlas_mask), read_subjects(args.input_csv)
-    encoder, sizes = trained_encoder(args.checkpoint, store, args.sha256)
+    encoder, sizes = load_encoder(args.checkpoint, store, args.sha256)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(args, out_dir / "settings.json")
+    settings = check_settings(args, out_dir / "settings.json")
     listed = out_dir / "maps.csv"
     table = pd.read_csv(listed, dtype={"sid": str}) if listed.is_file() else pd.DataFrame(columns=["sid", "status"])
     table = table[table["status"] == "ok"]

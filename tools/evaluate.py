@@ -35,6 +35,7 @@ scan. The result table is printed as well.
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -42,36 +43,37 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table
-from misc.command import Parser, at_least, run
-from misc.files import check_writable, safe_name, write_json, write_text
+from misc.command import Parser, at_least, count_usable_cores, run
+from misc.files import check_writable, make_safe_name, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
-from tools.evaluation.baselines import baseline_tables
-from tools.evaluation.cohort import Cohort, make_labels, note
-from tools.evaluation.judge import Judged, Label, judge
+from tools.evaluation.baselines import make_baseline_tables
+from tools.evaluation.cohort import EvaluatedSubjects, make_labels, note
+from tools.evaluation.judge import Evaluation, Label, evaluate_label
 from tools.evaluation.kinds import KINDS
-from tools.evaluation.learn import covariate_weights, joined_weights
+from tools.evaluation.learn import add_covariate_weights, make_joined_weights
 from tools.evaluation.plots import draw
-from tools.evaluation.report import details, explain, overview
+from tools.evaluation.report import explain_results, format_details, format_overview
 from tools.evaluation.tables import (
-    Chosen,
+    ChosenVector,
     add_label_flags,
     add_vector_flags,
     choose_vector,
+    describe_other_store,
     is_constant,
-    matching_sids,
-    other_store,
+    match_sids,
     read_features,
     read_vectors,
     refuse_leaks,
-    tell_unmatched,
+    report_unmatched,
 )
-from tools.evaluation.vectors import JoinedTable, Standardization, Table, side_by_side
+from tools.evaluation.vectors import JoinedTable, Standardization, Table, join_tables
 
 STANDARDIZATION = "standardization.npz"
 OF_BASELINES = (
@@ -153,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataFrame]:
+def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[str, pd.DataFrame]:
     """Read all tables of the command line, by name.
 
     ``features`` comes first. It still holds the mean over locations; main() replaces it with the chosen vector.
@@ -178,10 +180,10 @@ def named_tables(args: argparse.Namespace, chosen: Chosen) -> dict[str, pd.DataF
             store = PatchStore(args.baselines)
         except StoreError as error:
             raise StoreError(re.sub("^--root-dir ", "--baselines ", str(error))) from error
-        told = other_store(args.features, store, "--baselines")
+        told = describe_other_store(args.features, store, "--baselines")
         if told:
             note(told)
-        tables |= baseline_tables(store, args.no_progress)
+        tables |= make_baseline_tables(store, args.no_progress)
     return tables
 
 
@@ -208,18 +210,20 @@ def remove_pictures(out_dir: Path) -> None:
         return
     figures = before if isinstance(before, dict) else {}
     for name in [name for name, tables in figures.items() if isinstance(tables, dict) and "features" in tables]:
-        (out_dir / f"{safe_name(name)}.png").unlink(missing_ok=True)
+        (out_dir / f"{make_safe_name(name)}.png").unlink(missing_ok=True)
 
 
 def main() -> None:
     args = parse_arguments()
+    if os.getloadavg()[0] > count_usable_cores():
+        threadpool_limits(1)  # on a busy machine, BLAS threads that wait for each other take ten times as long
     notes: list[str] = []  # printed after all checks have passed
     chosen = choose_vector(args.patient_vector, args.features, args.patch_features, notes.append)
-    tables = named_tables(args, chosen)
+    tables = read_named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
-    sids = matching_sids(tables, table, args.labels)
+    sids = match_sids(tables, table, args.labels)
     refuse_leaks(tables, table.columns, args.labels)
-    tell_unmatched(tables["features"].index, table["sid"], args.labels, note)
+    report_unmatched(tables["features"].index, table["sid"], args.labels, note)
     if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
         note(
             f"{len(sids)} of {there} subjects with features and labels are in every table; "
@@ -228,21 +232,21 @@ def main() -> None:
     for flag, path in (("--out-dir", args.out_dir), ("--json", args.json and Path(args.json).absolute().parent)):
         if path:
             check_writable(Path(path), flag)
-    cohort = Cohort(args, sids, table)
+    cohort = EvaluatedSubjects(args, sids, table)
     arrays: dict[str, Table] = {name: table.loc[sids].to_numpy() for name, table in tables.items()}
     arrays["features"] = read_vectors(chosen, tables["features"], sids)
     weights = {name: np.ones(table.shape[1]) for name, table in arrays.items()}
     added_to: dict[str, str] = {}
     if args.baselines:
         together = [arrays[name] for name in ("features", "mean", "histogram") if name in arrays]
-        arrays["features+histogram"] = side_by_side(*together)
-        weights["features+histogram"] = joined_weights(*(table.shape[1] for table in together))
+        arrays["features+histogram"] = join_tables(*together)
+        weights["features+histogram"] = make_joined_weights(*(table.shape[1] for table in together))
         added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:
         count = covariates.shape[1]
-        weights = {name: covariate_weights(count, weights[name]) for name in arrays}
-        arrays = {name: side_by_side(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
+        weights = {name: add_covariate_weights(count, weights[name]) for name in arrays}
+        arrays = {name: join_tables(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
     for text in notes:
         note(text)
@@ -253,20 +257,22 @@ def main() -> None:
             )
 
     results: dict[str, dict[str, Any]] = {}
-    judged: list[tuple[Label, np.ndarray, Judged]] = []
+    judged: list[tuple[Label, np.ndarray, Evaluation]] = []
     bar = progress_bar(args.no_progress, total=len(labels), desc="evaluate", unit="label")
     with bar:
         for label, known in labels:
             held_out = None if cohort.held_out is None else cohort.held_out[known]
             given = {name: table[known] for name, table in arrays.items()}
-            found = judge(label, given, cohort.groups[known], args.folds, weights, held_out, args.seed, added_to)
+            found = evaluate_label(
+                label, given, cohort.groups[known], args.folds, weights, held_out, args.seed, added_to
+            )
             reported = np.ones(known.sum(), dtype=bool) if held_out is None else held_out
             judged.append((label, reported, found))
             results[label.name] = found.figures
             bar.update()
     listed = [(label, int(reported.sum()), found) for label, reported, found in judged]
-    text = overview(listed)
-    words = "\n".join(explain(results))
+    text = format_overview(listed)
+    words = "\n".join(explain_results(results))
     print(text, words, sep="\n" if words else "", flush=True)
     if args.out_dir:
         out_dir = Path(args.out_dir)
@@ -274,9 +280,9 @@ def main() -> None:
         remove_pictures(out_dir)
         write_json(out_dir / "evaluation.json", results)
         save_standardization(out_dir / STANDARDIZATION, arrays["features"], args.features)
-        write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{details(listed)}\n")
+        write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{format_details(listed)}\n")
         for label, reported, found in judged:
-            draw(label, found, "features", reported, out_dir / f"{safe_name(label.name)}.png")
+            draw(label, found, "features", reported, out_dir / f"{make_safe_name(label.name)}.png")
     if args.json:
         write_json(args.json, results)
 

@@ -25,13 +25,13 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import filled_and_numbers
+from data.labels import find_filled_cells_and_numbers
 from data.layout import StoreError, StoreLayout, load_locations
 from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
-from misc.page import link_to, packed, write_page
+from misc.page import make_link, packed, write_page
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
@@ -39,16 +39,16 @@ from tools.evaluation.normal import FEWEST
 from tools.evaluation.tables import (
     add_vector_flags,
     choose_vector,
-    healthy_and_known,
+    describe_other_store,
     is_constant,
-    other_store,
     read_features,
+    read_healthy,
     read_patch_features,
     read_vectors,
 )
-from tools.evaluation.vectors import fitted_table
-from tools.pages.numbers import importance, maps_of, nearest, standardised, telling
-from tools.pages.sides import sides_of
+from tools.evaluation.vectors import get_fitted_table
+from tools.pages.numbers import compute_importance, compute_maps, find_nearest, find_unusual_locations, standardise
+from tools.pages.sides import make_sides
 
 CATEGORIES = 12  # maximum number of values of a text column, one colour each
 FOLDER = Path(__file__).resolve().parent / "pages"
@@ -124,7 +124,7 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
     table = table.reindex(sids)
     found: dict[str, tuple[np.ndarray, list[str] | None]] = {}
     for column in columns or table.columns:
-        filled, numbers = filled_and_numbers(table[column])
+        filled, numbers = find_filled_cells_and_numbers(table[column])
         if filled.any() and np.isfinite(numbers[filled].astype(np.float32)).all():
             found[column] = (numbers.to_numpy(dtype=np.float32), None)
             continue
@@ -137,7 +137,7 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
     return found
 
 
-def colour_data(name: str, values: np.ndarray, names: list[str] | None) -> dict[str, Any]:
+def make_colour_data(name: str, values: np.ndarray, names: list[str] | None) -> dict[str, Any]:
     """Return the data of a label for the page.
 
     The colour range is the 2nd to the 98th percentile, so that a single subject does not determine it.
@@ -149,7 +149,9 @@ def colour_data(name: str, values: np.ndarray, names: list[str] | None) -> dict[
     return {"name": name, "values": packed(values), "names": names, "low": low, "high": high}
 
 
-def place_data(args: argparse.Namespace, features: np.ndarray, colours: dict, healthy: np.ndarray) -> dict[str, Any]:
+def make_location_data(
+    args: argparse.Namespace, features: np.ndarray, colours: dict, healthy: np.ndarray
+) -> dict[str, Any]:
     """Return the data of locations for the page.
 
     ``importance`` is how well each location predicts each numeric label. ``telling`` are the unusual locations of each
@@ -159,12 +161,12 @@ def place_data(args: argparse.Namespace, features: np.ndarray, colours: dict, he
     told, count = [], min(args.places, features.shape[1])
     with progress_bar(args.no_progress, total=len(numbers) * features.shape[1], desc="explore", unit="location") as bar:
         for name, values in numbers.items():
-            own = importance(features, values, bar.update)
+            own = compute_importance(features, values, bar.update)
             if not np.isnan(own).all():
                 told.append({"label": name, "values": packed(own.astype(np.float32))})
     found: dict[str, Any] = {"importance": told, "telling": None}
     if healthy.sum() >= FEWEST:
-        places, scores = telling(features, healthy, count)
+        places, scores = find_unusual_locations(features, healthy, count)
         whom = "healthy subjects" if args.healthy else "the average subject"
         found["telling"] = {
             "places": packed(places.astype(np.uint16)),
@@ -176,13 +178,13 @@ def place_data(args: argparse.Namespace, features: np.ndarray, colours: dict, he
     return found
 
 
-def picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict[str, Any]:
+def make_picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict[str, Any]:
     """Return the folder of the preprocessing's pictures relative to the page, and which subjects have one."""
     known, folder = np.zeros(len(sids), dtype=np.uint8), ""
     if root_dir:
         layout = StoreLayout(root_dir)
         known[:] = [layout.qc(sid).is_file() for sid in sids]
-        folder = link_to(layout.qc(sids[0]).parent, page)
+        folder = make_link(layout.qc(sids[0]).parent, page)
     return {"known": packed(known), "folder": folder}
 
 
@@ -206,10 +208,10 @@ def main() -> None:
     colours = read_colours(args.labels, sids, args.columns) if args.labels else {}
     healthy = np.ones(len(sids), dtype=bool)
     if args.healthy:
-        healthy, _ = healthy_and_known(args.labels, sids, args.healthy, FEWEST)
+        healthy, _ = read_healthy(args.labels, sids, args.healthy, FEWEST)
     if args.root_dir:
         with contextlib.suppress(StoreError):  # a folder with only the table of locations is enough
-            told = other_store(args.features, PatchStore(args.root_dir), "--root-dir")
+            told = describe_other_store(args.features, PatchStore(args.root_dir), "--root-dir")
             if told:
                 print(f"note: {told}", file=sys.stderr)
     locations = load_locations(StoreLayout(args.root_dir).find_atlas_patch_loc()) if args.root_dir else None
@@ -222,10 +224,10 @@ def main() -> None:
                 f"{args.patch_features} has {features.shape[1]} locations but --root-dir {args.root_dir} has "
                 f"{len(locations)}; give the store that the features were extracted from"
             )
-        places = place_data(args, features, colours, healthy)
-    vectors = fitted_table(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
-    values = standardised(vectors)
-    sides = [] if locations is None else sides_of(locations, PATCH_SIZE, atlas)
+        places = make_location_data(args, features, colours, healthy)
+    vectors = get_fitted_table(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
+    values = standardise(vectors)
+    sides = [] if locations is None else make_sides(locations, PATCH_SIZE, atlas)
     without = "Give --root-dir to see the locations in the lungs." if locations is None else ""
     if not args.patch_features:
         without = "Give --patch-features to see which locations predict a label and which are unusual."
@@ -233,11 +235,13 @@ def main() -> None:
         "sids": sids,
         "about": f"{len(sids)} subjects, {values.shape[1]} features ({chosen.kind}, standardised, Euclidean distance) "
         f"from {args.features}",
-        "maps": [{"name": name, "places": packed(own)} for name, own in maps_of(values, tsne=not args.no_tsne).items()],
-        "labels": [colour_data(name, *one) for name, one in colours.items()],
-        "nearest": packed(nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),
+        "maps": [
+            {"name": name, "places": packed(own)} for name, own in compute_maps(values, tsne=not args.no_tsne).items()
+        ],
+        "labels": [make_colour_data(name, *one) for name, one in colours.items()],
+        "nearest": packed(find_nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),
         "sides": [{**side, "places": packed(side["places"])} for side in sides],
-        "pictures": picture_data(args.root_dir, sids, page),
+        "pictures": make_picture_data(args.root_dir, sids, page),
         "without": without,
         **places,
     }

@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.labels import read_numbers_and_words, why_no_column
+from data.labels import explain_missing_column, read_numbers_and_words
 from data.layout import StoreError
 from data.locations import normalize_locations
 from data.store import PatchStore
@@ -43,14 +43,14 @@ from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import save_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
-from tools.evaluation.kinds import KINDS, kind_of_words
+from tools.evaluation.kinds import KINDS, guess_kind_of_words
 from tools.evaluation.metrics import METRICS
-from tools.evaluation.tables import add_label_flags, held_out_rows
+from tools.evaluation.tables import add_label_flags, read_held_out
 from tools.evaluation.vectors import VECTORS
 from tools.finetuning.curve import draw, markdown
 from tools.finetuning.fit import Data, Fitted, fit
-from tools.finetuning.network import LAYERS, POOLINGS, trained_encoder
-from tools.finetuning.tasks import Split, Task, draw_split, patch_task, patient_task
+from tools.finetuning.network import LAYERS, POOLINGS, load_encoder
+from tools.finetuning.tasks import Split, Task, draw_split, make_patch_task, make_subject_task
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -132,7 +132,7 @@ class Arm:
         self.sizes = sizes or {"rep_dim": 128, "moco_dim": 128, "num_experts": 8, "num_coordinates": 1}
         self._encoder = None
         if not self.random:
-            self._encoder, self.sizes = trained_encoder(given, store, sha256)
+            self._encoder, self.sizes = load_encoder(given, store, sha256)
 
     def prepare(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
         """Return the encoder and its representations of all patches, (N, L, D). The seed draws random weights."""
@@ -140,12 +140,12 @@ class Arm:
         if self.random:
             torch.manual_seed(seed)
             encoder = Encoder(**{name: value for name, value in self.sizes.items() if name != "mlp"})
-            calibrate(encoder.to(data.locations.device), data, np.unique(task.rows)[:16])
+            calibrate_batchnorm(encoder.to(data.locations.device), data, np.unique(task.rows)[:16])
         encoder = encoder.to(data.locations.device)
         return encoder, data.encode(encoder, np.arange(data.store.num_subjects), layers)
 
 
-def calibrate(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
+def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     """Compute BatchNorm statistics for random weights from the patches of a few subjects at every location.
 
     Without them, h carries no information.
@@ -168,7 +168,7 @@ def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
     return {"patients": len(np.unique(task.rows[learnt])), "labels": len(learnt), "rounds": fitted.rounds, **found}
 
 
-def as_checkpoint(task: Task, fitted: Fitted) -> dict:
+def make_checkpoint(task: Task, fitted: Fitted) -> dict:
     """Return a checkpoint that extract_feature.py can read, with the head as an additional entry."""
     state = {f"module.encoder_q.{key}": value for key, value in fitted.encoder.state_dict().items()}
     head = {"state_dict": fitted.head.state_dict(), "kind": task.kind, "classes": [float(one) for one in task.classes]}
@@ -182,7 +182,7 @@ def as_checkpoint(task: Task, fitted: Fitted) -> dict:
 def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.ndarray | None]:
     """Read the labels to learn and, with --held-out, the held-out subjects (N,) bool. Raises StoreError."""
     if args.patch_labels:
-        return patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
+        return make_patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 
     def say(text: str) -> None:
         if repr(args.column) in text:
@@ -190,11 +190,11 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
 
     values, names, words = read_numbers_and_words(args.labels, store.sids, say, dict(args.order), args.missing)
     if args.column not in names:
-        raise StoreError(why_no_column(args.labels, args.column, names))
-    held_out = held_out_rows(values, names, args.held_out, args.labels) if args.held_out else None
+        raise StoreError(explain_missing_column(args.labels, args.column, names))
+    held_out = read_held_out(values, names, args.held_out, args.labels) if args.held_out else None
     target = values[:, names.index(args.column)].astype(np.float64)
-    kind = args.kind or kind_of_words(args.column, words, dict(args.order)) or None
-    task = patient_task(store.sids, target, args.column, kind)
+    kind = args.kind or guess_kind_of_words(args.column, words, dict(args.order)) or None
+    task = make_subject_task(store.sids, target, args.column, kind)
     return task, held_out
 
 
@@ -240,7 +240,7 @@ def main() -> None:
                     )
                     fitted = fit(task, split, data, *given)
                     if seed == 0 and fraction == max(args.fractions):
-                        save_checkpoint(out_dir / f"{arm.name}.pth.tar", as_checkpoint(task, fitted))
+                        save_checkpoint(out_dir / f"{arm.name}.pth.tar", make_checkpoint(task, fitted))
                     write_json(
                         kept, {"arm": arm.name, "fraction": fraction, "seed": seed, **describe(task, split, fitted)}
                     )

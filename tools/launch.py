@@ -27,15 +27,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser, main, parse_args
 
-from misc.command import LOST, STOPPING, USER_ERROR, heeded, print_error, usable_cores
+from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, heeded, print_error
 
 SAVE_SECONDS = 600  # time for ranks to stop: one step, and saving 1.2 GB to a slow disk
 MEET_SECONDS = 600  # time to wait for the first machine
 JOB = "drasclr-job"  # key under which the rendezvous store holds the job's id
 
 
-def tells_more(record: logging.LogRecord) -> bool:
-    """Return False for torchrun's lines about ranks that ended; :func:`explain` reports those."""
+def is_kept(record: logging.LogRecord) -> bool:
+    """Return False for torchrun's lines about ranks that ended; :func:`explain_failures` reports those."""
     text = record.getMessage()
     return "failed (exitcode: 1)" in text or not ("(exitcode:" in text or "closing signal" in text or "death" in text)
 
@@ -44,10 +44,10 @@ def share_cores(arguments: list[str] | None = None) -> None:
     """Divide this machine's cores among its ranks. torchrun would use one thread per rank, with a five-line warning."""
     ranks = parse_args(arguments or sys.argv[1:]).nproc_per_node
     if ranks.isdigit() and int(ranks) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // int(ranks))))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_usable_cores() // int(ranks))))
 
 
-def with_our_defaults(arguments: list[str]) -> list[str]:
+def add_defaults(arguments: list[str]) -> list[str]:
     """Return torchrun's arguments, preceded by our defaults for the flags that were not given."""
     args = parse_args(arguments)
     known = get_args_parser().format_help()  # older versions of torchrun lack some of the flags
@@ -97,7 +97,7 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
     return [*more, *arguments], store
 
 
-def explain(failures: dict) -> int | None:
+def explain_failures(failures: dict) -> int | None:
     """Return the exit status for failed ranks, or None to leave the report to torchrun.
 
     Print one line if the ranks have not printed the cause.
@@ -132,12 +132,12 @@ def launch() -> int:
     arguments = sys.argv[1:]
     share_cores()
     for log in (logger, logging.getLogger("torch.distributed.elastic.agent.server.api")):
-        log.addFilter(tells_more)
-    arguments, _store = hold_endpoint(with_our_defaults(arguments))
+        log.addFilter(is_kept)
+    arguments, _store = hold_endpoint(add_defaults(arguments))
     try:
         main(arguments)
     except ChildFailedError as error:
-        status = explain(error.failures)
+        status = explain_failures(error.failures)
         if status is None:
             raise
         return status

@@ -36,8 +36,8 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, end_with_parent, run
-from misc.experiment import git_commit
-from misc.files import file_hash, held, remove_leftovers, resume_folder, write_json, write_text
+from misc.experiment import read_git_commit
+from misc.files import hash_file, held, remove_leftovers, resume_folder, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
@@ -93,13 +93,13 @@ def make_subject(
     return rows
 
 
-def work_key(args: argparse.Namespace) -> str:
+def fingerprint_work(args: argparse.Namespace) -> str:
     """Return a text that changes with every flag that affects the subjects, and with the code."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
     }
-    templates = [file_hash(path) for path in (args.template, args.template_mask) if path and Path(path).is_file()]
-    return repr((sorted(flags.items()), templates, git_commit()))
+    templates = [hash_file(path) for path in (args.template, args.template_mask) if path and Path(path).is_file()]
+    return repr((sorted(flags.items()), templates, read_git_commit()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -167,7 +167,7 @@ def main() -> None:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
         remove_leftovers(out_dir, out_dir / "image", out_dir / "class")
-        resume_folder(made, work_key(args))
+        resume_folder(made, fingerprint_work(args))
         how = (given, args.scanners == "one", args.class_maps, out_dir)
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")

@@ -32,14 +32,14 @@ defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto 
 counts=$("$PYTHON" -c '
 import sys
 import torch
-from misc.command import usable_cores
+from misc.command import count_usable_cores
 from misc.run.flags import parse_arguments
 subjects, *flags = sys.argv[1:]
 args = parse_arguments(None, flags)
 if args.batch_size > int(subjects):
     print(f"error: --batch-size {args.batch_size} exceeds the {subjects} subjects of the demo", file=sys.stderr)
     sys.exit(2)
-print(usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' "$subjects" $defaults "$@")
+print(count_usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0)' "$subjects" $defaults "$@")
 cores=${counts% *} gpus=${counts#* }
 workers=$([ "$cores" -gt 8 ] && echo 8 || echo "$cores")
 started=$(date +%s)
@@ -98,5 +98,5 @@ Done in $(($(date +%s) - started)) s. What to look at:
   checkpoint              $here/$experiment/$last
   features                $here/$features/patient_features.csv
   evaluation              $here/$experiment/evaluation/evaluation.md and pictures
-To train on your own scans, see "Your own scans" in README.md.
+To train on your own scans, see "Use it on your scans" in README.md.
 EOF

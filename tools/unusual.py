@@ -27,11 +27,11 @@ from data.store import PatchStore
 from misc.command import OneOf, Parser, UserError, run
 from misc.files import check_writable, write_json, write_text
 from misc.progress import add_progress_flag
-from tools.evaluation.baselines import BINS, baseline_tables
+from tools.evaluation.baselines import BINS, make_baseline_tables
 from tools.evaluation.metrics import auroc
-from tools.evaluation.normal import FEWEST, unusual
-from tools.evaluation.splits import resamples
-from tools.evaluation.tables import healthy_and_known, patch_sids, read_patch_features
+from tools.evaluation.normal import FEWEST, score_patches
+from tools.evaluation.splits import draw_resamples
+from tools.evaluation.tables import read_healthy, read_patch_features, read_patch_sids
 from tools.evaluation.vectors import FILES, VECTORS
 
 RESAMPLES = 1000
@@ -59,10 +59,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def judge(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
+def compute_auroc(score: np.ndarray, healthy: np.ndarray) -> dict[str, float]:
     """Return the AUROC of scores (n,) for detecting subjects that are not healthy, with its 95 % interval."""
     truth, both = (~healthy).astype(int), np.stack([-score, score], axis=1)
-    weights = resamples(np.arange(len(score)), RESAMPLES, seed=0)
+    weights = draw_resamples(np.arange(len(score)), RESAMPLES, seed=0)
     low, high = np.nanquantile(auroc(truth, both, weights), [0.025, 0.975])
     mean = auroc(truth, both, np.ones((len(score), 1)))[0]
     return {"auroc": float(mean), "low": float(low), "high": float(high)}
@@ -74,9 +74,9 @@ def main() -> None:
     if args.patient_vector is None and (Path(args.features_dir) / FILES["layers"]).is_file():
         args.patient_vector = "layers"
     path = Path(args.features_dir) / FILES["layers" if args.patient_vector == "layers" else "moments"]
-    features, sids = read_patch_features(path), patch_sids(path)
-    healthy, known = healthy_and_known(args.labels, sids, args.healthy, FEWEST)
-    scores = {"features": unusual(features, healthy)}
+    features, sids = read_patch_features(path), read_patch_sids(path)
+    healthy, known = read_healthy(args.labels, sids, args.healthy, FEWEST)
+    scores = {"features": score_patches(features, healthy)}
     if args.baselines:
         store = PatchStore(args.baselines)
         if missing := set(sids) - set(store.sids):
@@ -84,11 +84,13 @@ def main() -> None:
                 f"--baselines {args.baselines} lacks subject {min(missing)!r} of --features-dir; "
                 "give the store of these features"
             )
-        table = baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()
-        scores["histogram_by_location"] = unusual(table.reshape(len(sids), -1, BINS), healthy)
+        table = (
+            make_baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()
+        )
+        scores["histogram_by_location"] = score_patches(table.reshape(len(sids), -1, BINS), healthy)
     found = {}
     if (known & ~healthy).any():
-        found = {name: judge(patches.mean(axis=1)[known], healthy[known]) for name, patches in scores.items()}
+        found = {name: compute_auroc(patches.mean(axis=1)[known], healthy[known]) for name, patches in scores.items()}
     out_dir, ours = Path(args.out_dir), scores["features"]
     patients = pd.DataFrame({"sid": sids, "score": ours.mean(axis=1), "worst_patch": ours.argmax(axis=1)})
     write_text(out_dir / "unusual.csv", patients.round(5).to_csv(index=False))

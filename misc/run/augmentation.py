@@ -92,6 +92,6 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2)
 
 
-def ranges_of(args: argparse.Namespace) -> Ranges:
+def collect_ranges(args: argparse.Namespace) -> Ranges:
     """Collect the ranges from parsed flags."""
     return Ranges(**{name: value for name, value in vars(args).items() if name in Ranges._fields})

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 from misc.files import write_text, write_whole
 
 
-def _told(line: str) -> tuple[str, tuple[int, int]] | None:
+def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
     """Return kind and position of a line of log.jsonl, or None for a partial line. An epoch comes after its steps."""
     try:
         record: dict[str, Any] = json.loads(line)
@@ -42,7 +42,7 @@ def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str,
     text = os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace")
     kept, counts, last = [], {"step": 0, "epoch": 0}, {}
     for line in text.splitlines(keepends=True):
-        told = _told(line)
+        told = parse_log_line(line)
         if told is None or not line.endswith("\n"):
             continue
         kind, place = told

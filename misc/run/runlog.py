@@ -106,7 +106,7 @@ class Meters:
         return dict(zip(self.names, (self._epoch / steps).tolist()))
 
 
-def _curves(folder: str) -> Any:
+def make_curves(folder: str) -> Any:
     """Return a tensorboard_logger Logger that can write pictures. The original calls a function removed from SciPy."""
     from PIL import Image
     from tensorboard_logger import Logger
@@ -146,9 +146,9 @@ class RunLog:
         self._offset, self._unwritten, self._full = 0, b"", False
         self._folder = Path(folder)
         if stream is not None:
-            self._curves = _curves(str(folder))
+            self._curves = make_curves(str(folder))
 
-    def go_on(self, epoch: int, step: int, source: Path | None) -> None:
+    def rewind_to(self, epoch: int, step: int, source: Path | None) -> None:
         """Remove from the logs what an earlier run wrote after the position where this run continues.
 
         Args:
@@ -200,7 +200,7 @@ class RunLog:
         statistics = {**means, "chance_fresh": self.chance_fresh, "lr": rate, "samples_per_s": speed}
         self._write({"kind": "step", "epoch": epoch + 1, "step": step, "location": location, **statistics})
         for name, value in statistics.items():
-            self._point(f"train/{name}", value, step + self.steps * epoch + self._offset)
+            self.add_point(f"train/{name}", value, step + self.steps * epoch + self._offset)
         self._bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         if self._bar.disable:
             losses, accuracies = f"loss {means['loss']:.4f}", f"accuracy {means['accuracy_patch']:.1f} %"
@@ -221,7 +221,7 @@ class RunLog:
         chance = {"chance_fresh": self.chance_fresh}
         self._write({"kind": "epoch", "epoch": epoch + 1, **means, **chance, "lr": rate, "seconds": seconds})
         for name in ("loss", "accuracy_fresh"):
-            self._point(f"epoch/{name}", means[name], epoch + 1)
+            self.add_point(f"epoch/{name}", means[name], epoch + 1)
         accuracies = f"accuracy {means['accuracy_patch']:.1f} %"
         if "accuracy_neighbor" in means:
             accuracies += f" (patch) {means['accuracy_neighbor']:.1f} % (neighbour)"
@@ -245,12 +245,12 @@ class RunLog:
         if self._stream is not None:
             self._stream.close()
 
-    def _point(self, name: str, value: float, step: int) -> None:
+    def add_point(self, name: str, value: float, step: int) -> None:
         """Add a point to a curve. The point is lost if the disk is full."""
         try:
             self._curves.log_value(name, value, step)
         except OSError as error:
-            self._tell_full(error)
+            self.warn_disk_full(error)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Write one JSON line with six significant digits. If the disk is full, the line waits until there is space."""
@@ -260,9 +260,9 @@ class RunLog:
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._stream.fileno(), self._unwritten) :]
         except OSError as error:
-            self._tell_full(error)
+            self.warn_disk_full(error)
 
-    def _tell_full(self, error: OSError) -> None:
+    def warn_disk_full(self, error: OSError) -> None:
         if not self._full:
             print(f"warning: cannot write the log ({error}); the run continues, please free disk space", flush=True)
         self._full = True

@@ -57,15 +57,15 @@ class Saver:
     def after_step(self, epoch: int, done: int, meters: Meters) -> None:
         """Save after ``done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
-        stopped, due = process.all_largest(self.stop.number, int(bool(due) and not process.rank()))
+        stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
         if not (due or stopped):  # other ranks do not know of a later signal, so it waits for the next step
             return
         path, sums = self.experiment.unfinished, meters.sums()
         saved = self._save(path, epoch, done, sums, now=bool(stopped))
         if stopped:
             self.stop.number = stopped
-            told = f"saved {path}" if saved else f"not saved, {self._last()}"
-            self._leave(f"stopped by {self.stop.name}; {told}, continue with --resume auto")
+            told = f"saved {path}" if saved else f"not saved, {self.describe_last_checkpoint()}"
+            self.end_all_ranks(f"stopped by {self.stop.name}; {told}, continue with --resume auto")
 
     def after_epoch(self, finished: int) -> None:
         """Save after ``finished`` epochs, if a save is due, at the end of the run, or after a signal.
@@ -74,30 +74,39 @@ class Saver:
             UserError: the disk is full after the last epoch.
         """
         last = finished == self.epochs
-        (self.agreed,) = process.all_largest(self.stop.number)
+        (self.agreed,) = process.all_reduce_max(self.stop.number)
         if finished % self.every == 0 or last or self.agreed:
             now = last or bool(self.agreed)
-            self._save(self.experiment.checkpoint(finished), finished, must=last, now=now, then=self._tidy)
+            self._save(
+                self.experiment.checkpoint(finished),
+                finished,
+                must=last,
+                now=now,
+                then=self.remove_replaced_checkpoints,
+            )
 
     def leave_if_asked(self) -> None:
         """End this process after a signal. The state is already saved; the message names the checkpoint."""
         if self.agreed:
             self.stop.number = self.agreed
-            self._leave(f"stopped by {self.stop.name}; {self._last()}, continue with --resume auto")
+            self.end_all_ranks(
+                f"stopped by {self.stop.name}; {self.describe_last_checkpoint()}, continue with --resume auto"
+            )
 
     def check(self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters) -> None:
         """Raise DivergedError on every rank if a statistic of the last reading is not finite."""
         if all(map(math.isfinite, statistics.values())):
             return
-        self._finish()
-        (worse,) = process.all_largest(meters.last_count - meters.finite_steps)
+        self.wait_for_writing()
+        (worse,) = process.all_reduce_max(meters.last_count - meters.finite_steps)
         first = done - max(worse - 1, 0)
         raise DivergedError(
-            f"the loss is not finite at epoch {epoch + 1}, step {first}; {self._last()}. Continue with --resume auto "
-            f"and a lower --lr, or check the store for damaged patches at location {location}"
+            f"the loss is not finite at epoch {epoch + 1}, step {first}; {self.describe_last_checkpoint()}. "
+            "Continue with --resume auto and a lower --lr, or check the store for damaged patches at location "
+            f"{location}"
         )
 
-    def _last(self) -> str:
+    def describe_last_checkpoint(self) -> str:
         return f"the last good checkpoint is {self.good}" if self.good else "there is no earlier checkpoint"
 
     def _save(
@@ -111,7 +120,7 @@ class Saver:
         self.saved_at = time.monotonic()
         if process.rank():
             return True
-        self._finish()
+        self.wait_for_writing()
         try:
             if not self.state.aside or now:
                 self.state.save(path, *what)
@@ -119,14 +128,16 @@ class Saver:
                 self._write_aside(self.state.aside(path, *what), path, then)
                 return True
         except DivergedError as error:
-            raise DivergedError(f"{error}; {self._last()}. Continue with --resume auto and a lower --lr") from None
+            raise DivergedError(
+                f"{error}; {self.describe_last_checkpoint()}. Continue with --resume auto and a lower --lr"
+            ) from None
         except OSError as error:
             if must and error.errno in DISK_IS_FULL:
-                words = f"cannot save ({error}), {self._last()}"
+                words = f"cannot save ({error}), {self.describe_last_checkpoint()}"
                 raise UserError(f"{words}; free disk space and continue with --resume auto") from error
-            self._warn(error)
+            self.warn_disk_full(error)
             return False
-        self._saved(path, then)
+        self.record_saved(path, then)
         return True
 
     def _write_aside(self, write: Callable[[], None], path: Path, then: Callable[[], None]) -> None:
@@ -135,7 +146,7 @@ class Saver:
         def work() -> None:
             try:
                 write()
-                self._saved(path, then)
+                self.record_saved(path, then)
             except OSError as error:
                 wrong.append(error)
 
@@ -143,33 +154,37 @@ class Saver:
         self._writing = (thread, wrong)
         thread.start()
 
-    def _finish(self) -> None:
+    def wait_for_writing(self) -> None:
         """Wait for the writing thread. Raises its OSError unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None
             thread.join()
             for error in wrong:
-                self._warn(error)
+                self.warn_disk_full(error)
 
-    def _saved(self, path: Path, then: Callable[[], None]) -> None:
+    def record_saved(self, path: Path, then: Callable[[], None]) -> None:
         self.good = path
         then()
 
-    def _tidy(self) -> None:
+    def remove_replaced_checkpoints(self) -> None:
         """Remove the checkpoints that the new epoch checkpoint replaces."""
         self.experiment.unfinished.unlink(missing_ok=True)
         self.experiment.keep_latest(self.keep)
 
-    def _warn(self, error: OSError) -> None:
+    def warn_disk_full(self, error: OSError) -> None:
         """Print a warning for a full disk, and raise any other error."""
         if error.errno not in DISK_IS_FULL:
             raise error
-        print(f"warning: cannot save ({error}), please free disk space; the run continues, {self._last()}", flush=True)
+        print(
+            f"warning: cannot save ({error}), please free disk space; the run continues, "
+            f"{self.describe_last_checkpoint()}",
+            flush=True,
+        )
 
-    def _leave(self, message: str) -> None:
+    def end_all_ranks(self, message: str) -> None:
         """End all ranks together, because a launcher ends the others as soon as one exits, even while rank 0 saves."""
-        process.meet()
+        process.wait_at_end()
         if process.rank() == 0:
             print(message)
         self.stop.leave()

@@ -36,7 +36,7 @@ class Place(NamedTuple):
 NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
 
 
-def who_hangs(places: Mapping[int, Place], silent: set[int]) -> str:
+def describe_hanging_ranks(places: Mapping[int, Place], silent: set[int]) -> str:
     """Describe which ranks the others wait for, and why.
 
     If no rank is silent or behind, all are at the same step. Then a device or the network does not respond.
@@ -97,7 +97,7 @@ class Watch:
             self._heard[rank] = places[rank].beat, heard_at
             if now - heard_at > max(SILENT_BEATS * self.pause, 2.0):
                 silent.add(rank)
-        return who_hangs(places, silent) if now - self.since > self.seconds else ""
+        return describe_hanging_ranks(places, silent) if now - self.since > self.seconds else ""
 
     def run(self) -> None:
         """Watch until something hangs. Then one rank prints the reason, and this process ends."""
@@ -120,7 +120,7 @@ class Watch:
 _watch: list[Watch] = []
 
 
-def watched(items: Iterable[Item], epoch: int, done: int, minutes: float) -> Iterator[Item]:
+def watch_steps(items: Iterable[Item], epoch: int, done: int, minutes: float) -> Iterator[Item]:
     """Yield the items, one per step, and publish the step of this rank to the others.
 
     Args:

@@ -37,14 +37,14 @@ def conv_elu(
     if fast.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
         layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
         with _compiling:
-            fused = _one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
+            fused = _compile_one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
         if fused is not None:
             return fused(x, kernel, bias)
     return F.elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
 
 
 @functools.lru_cache(maxsize=64)  # enough for the 13 layers of an encoder in two data types
-def _one_pass(
+def _compile_one_pass(
     shape: torch.Size,
     kernel_shape: torch.Size,
     channels_last: tuple[bool, bool],

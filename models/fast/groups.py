@@ -81,12 +81,12 @@ class _Encode(torch.autograd.Function):
             outputs, incoming = zip(*(pair for pair in pairs if pair[1] is not None))
             return torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
 
-        sums = iter([_total(values) for values in zip(*side_by_side(descend, range(len(ctx.encoded))))])
+        sums = iter([_sum_present(values) for values in zip(*side_by_side(descend, range(len(ctx.encoded))))])
         ctx.encoded = None  # frees the activations too
         return None, None, None, *(next(sums) if value.requires_grad else None for value in ctx.inputs)
 
 
-def _total(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _sum_present(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """Sum all tensors that are not None; return None if all are.
 
     The gradients of the experts and their routing are None here, because the kernels are mixed outside.

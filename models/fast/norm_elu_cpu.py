@@ -48,18 +48,18 @@ def elu_(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(x, below, out=x)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _view_as_rows(x: torch.Tensor) -> torch.Tensor:
     """View channels-last (B, C, D, H, W) as (rows, VECTOR), with VECTOR / C neighbouring voxels in each row."""
     return x.permute(0, 2, 3, 4, 1).reshape(-1, VECTOR)
 
 
-def _volume(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Invert :func:`_rows`."""
+def _view_as_volume(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Invert :func:`_view_as_rows`."""
     batch, channels, *size = shape
     return rows.view(batch, *size, channels).permute(0, 4, 1, 2, 3)
 
 
-def _chunks(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _iterate_chunks(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Iterate over all tensors together in chunks of rows that stay in the cache between two operations."""
     return zip(*(tensor.split(CHUNK) for tensor in rows))
 
@@ -69,7 +69,7 @@ class _NormELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        rows, channels = _rows(x), weight.numel()
+        rows, channels = _view_as_rows(x), weight.numel()
         repeat = VECTOR // channels
         columns = weight.new_zeros(VECTOR), weight.new_ones(VECTOR)  # unused, but they set the dtype of the results
         means, variances = torch.ops.aten.batch_norm_update_stats(rows, *columns, 0.0)
@@ -80,7 +80,7 @@ class _NormELU(torch.autograd.Function):
         tiled = [value.repeat(repeat) for value in (weight.detach(), bias.detach(), mean, variance)]
         y = torch.empty_like(rows)
         unused = weight.new_empty(0), weight.new_empty(0)
-        for piece, out in _chunks(rows, y):
+        for piece, out in _iterate_chunks(rows, y):
             torch.ops.aten.native_batch_norm.out(
                 piece, *tiled, False, 0.0, eps, out=out, save_mean=unused[0], save_invstd=unused[1]
             )
@@ -88,7 +88,7 @@ class _NormELU(torch.autograd.Function):
         ctx.save_for_backward(rows, y, tiled[0], tiled[2], tiled[3])
         ctx.eps, ctx.shape = eps, x.shape
         ctx.mark_non_differentiable(mean, variance)
-        return _volume(y, x.shape), mean, variance
+        return _view_as_volume(y, x.shape), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -96,10 +96,10 @@ class _NormELU(torch.autograd.Function):
         rows, y, weight, mean, variance = ctx.saved_tensors
         channels = ctx.shape[1]
         repeat = VECTOR // channels
-        grad = _rows(grad.contiguous(memory_format=torch.channels_last_3d))
+        grad = _view_as_rows(grad.contiguous(memory_format=torch.channels_last_3d))
         grad_x = torch.empty_like(rows)
         sums = []
-        for incoming, values, piece, out in _chunks(grad, y, rows, grad_x):
+        for incoming, values, piece, out in _iterate_chunks(grad, y, rows, grad_x):
             torch.ops.aten.elu_backward.grad_input(incoming, 1.0, 1.0, 1.0, True, values, grad_input=out)
             sums.append(
                 torch.ops.aten.native_batch_norm_backward(
@@ -115,9 +115,9 @@ class _NormELU(torch.autograd.Function):
         slope = -scale * inverse * grad_weight / count
         offset = -scale * grad_bias / count - slope * mean[:channels]
         scale, slope, offset = (value.repeat(repeat) for value in (scale, slope, offset))
-        for piece, out in _chunks(rows, grad_x):
+        for piece, out in _iterate_chunks(rows, grad_x):
             if out.dtype == scale.dtype:
                 out.mul_(scale).addcmul_(piece, slope).add_(offset)
             else:  # compute in scale's dtype and round only once, at the end
                 out.copy_((out * scale).addcmul_(piece.to(scale.dtype), slope).add_(offset))
-        return _volume(grad_x, ctx.shape), grad_weight, grad_bias, None
+        return _view_as_volume(grad_x, ctx.shape), grad_weight, grad_bias, None

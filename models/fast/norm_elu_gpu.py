@@ -35,7 +35,7 @@ def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
     """
     x = blocks[0]
     enough = len(blocks) * x.numel() > x.shape[1] * groups
-    return x.device.type == "cuda" and x.dtype in DTYPES and enough and _compiles(x.device)
+    return x.device.type == "cuda" and x.dtype in DTYPES and enough and _can_compile(x.device)
 
 
 def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, track: bool) -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, tra
 
 
 @functools.lru_cache
-def _compiles(device: torch.device) -> bool:
+def _can_compile(device: torch.device) -> bool:
     """Return whether Triton can compile the kernels for a device. It needs a C compiler."""
     if triton is None:
         return False

@@ -32,10 +32,10 @@ def side_by_side(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(pieces))
-    return list(map(work, pieces) if threads == 1 else _pool(threads, cores // threads).map(work, pieces))
+    return list(map(work, pieces) if threads == 1 else _make_pool(threads, cores // threads).map(work, pieces))
 
 
 @functools.lru_cache(maxsize=2)  # one pool for full batches and one for the last batch
-def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
+def _make_pool(threads: int, cores: int) -> ThreadPoolExecutor:
     """Create a pool of threads that use ``cores`` cores each."""
     return ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(cores,))

@@ -28,7 +28,7 @@ _META_FIELD = re.compile(r"^([A-Za-z]+)\s*=([^\n]*)$", re.M)
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
 
 
-class Claim(NamedTuple):
+class DataSpec(NamedTuple):
     """The data that a header describes."""
 
     bytes: int  # size of the unpacked data
@@ -37,11 +37,11 @@ class Claim(NamedTuple):
     packed: bool | None  # compressed by zlib or gzip; None for text and for encodings left to ITK
 
 
-def check_claim(path: Path, kind: str) -> None:
+def check_data(path: Path, kind: str) -> None:
     """Raise ScanError if the data of a NRRD or MetaImage are missing, cut short or damaged."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
-    claim = (_nrrd if kind == "NRRD" else _meta)(path, head)
+    claim = (read_nrrd_claim if kind == "NRRD" else read_meta_claim)(path, head)
     if claim is None:
         return
     if not claim.data.is_file():
@@ -52,7 +52,7 @@ def check_claim(path: Path, kind: str) -> None:
     if claim.bytes > MOST_PACKED * max(there, 1):
         raise ScanError(f"{path} claims {claim.bytes} bytes of data, but {claim.data} has {there}; copy it again")
     if claim.packed:
-        _unpack(claim)
+        check_packed(claim)
 
 
 ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
@@ -67,7 +67,7 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     if kind == "NRRD":
-        fields = _nrrd_fields(head)[0]
+        fields = read_nrrd_fields(head)[0]
         space = fields.get("space", "").lower()
         if not any(word in space for word in ANATOMICAL):
             given = f"space is {fields['space']}" if space else "it has no space"
@@ -86,7 +86,7 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
         warnings.append("the header has no voxel sizes (ElementSpacing); 1 mm is assumed")
 
 
-def _unpack(claim: Claim) -> None:
+def check_packed(claim: DataSpec) -> None:
     """Unpack all of the data in blocks, which also checks their checksum. Raise ScanError if they are incomplete."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
     try:
@@ -100,7 +100,7 @@ def _unpack(claim: Claim) -> None:
         raise ScanError(f"{claim.data} is cut short: {found} of {claim.bytes} bytes after unpacking; copy it again")
 
 
-def _product(words: str, each: int) -> int | None:
+def count_bytes(words: str, each: int) -> int | None:
     """Bytes of a volume with sizes like ``512 512 300``. None for an invalid text, which ITK reports better."""
     sizes = words.split()
     if not sizes or not all(re.fullmatch(r"\d{1,12}", size) for size in sizes):
@@ -108,13 +108,13 @@ def _product(words: str, each: int) -> int | None:
     return int(np.prod([int(size) for size in sizes], dtype=object)) * each
 
 
-def _beside(path: Path, name: str) -> Path | None:
+def find_data_file(path: Path, name: str) -> Path | None:
     """The data file that a header names, or None if it names a list or pattern of several files."""
     name = name.strip()
     return None if not name or name.startswith("LIST") or "%" in name or " " in name else path.parent / name
 
 
-def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
+def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
     """The fields of a NRRD header, and the offset of the data after it."""
     end = re.search(rb"\r?\n\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
@@ -122,20 +122,20 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
     return fields, end.end() if end else len(head)
 
 
-def _nrrd(path: Path, head: bytes) -> Claim | None:
+def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
     """The data that a NRRD header describes, or None if only ITK can check them."""
-    fields, end = _nrrd_fields(head)
+    fields, end = read_nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
-    needed = _product(fields.get("sizes", ""), each) if each else None
+    needed = count_bytes(fields.get("sizes", ""), each) if each else None
     if needed is None or {"byte skip", "line skip", "byteskip", "lineskip"} & set(fields):
         return None
     named = fields.get("data file", fields.get("datafile", ""))
-    data, start = (_beside(path, named), 0) if named else (path, end)
+    data, start = (find_data_file(path, named), 0) if named else (path, end)
     packed = {"raw": False, "gzip": True, "gz": True}.get(encoding)
-    return None if data is None else Claim(needed, data, start, packed)
+    return None if data is None else DataSpec(needed, data, start, packed)
 
 
-def _meta(path: Path, head: bytes) -> Claim | None:
+def read_meta_claim(path: Path, head: bytes) -> DataSpec | None:
     """The data that a MetaImage header describes, or None if only ITK can check them."""
     end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
     if end is None:
@@ -143,16 +143,16 @@ def _meta(path: Path, head: bytes) -> Claim | None:
     text = head[: end.end()].decode("latin-1")
     fields = {key.strip(): value.strip() for key, value in re.findall(r"^([^=\n]+)=([^\n]*)$", text, re.M)}
     each = META_BYTES.get(fields.get("ElementType", "").removeprefix("MET_"))
-    needed = _product(fields.get("DimSize", ""), each * int(_channels(fields))) if each else None
+    needed = count_bytes(fields.get("DimSize", ""), each * int(count_channels(fields))) if each else None
     if needed is None or fields.get("HeaderSize", "0") not in ("0", ""):
         return None
     name = fields["ElementDataFile"]
-    data, start = (path, end.end()) if name.upper() == "LOCAL" else (_beside(path, name), 0)
+    data, start = (path, end.end()) if name.upper() == "LOCAL" else (find_data_file(path, name), 0)
     packed = fields.get("CompressedData", "False").lower().startswith("t")
     text_data = fields.get("BinaryData", "True").lower().startswith("f")
-    return None if data is None else Claim(needed, data, start, None if text_data else packed)
+    return None if data is None else DataSpec(needed, data, start, None if text_data else packed)
 
 
-def _channels(fields: dict[str, str]) -> str:
+def count_channels(fields: dict[str, str]) -> str:
     count = fields.get("ElementNumberOfChannels", "1")
     return count if re.fullmatch(r"\d{1,4}", count) else "1"

@@ -15,16 +15,16 @@ import SimpleITK as sitk
 from preprocess.reading import ScanError
 from preprocess.reading.dicom_files import (
     Damaged,
-    folders_with_slices,
-    left_out,
-    numbers,
+    find_exclusion_reason,
+    find_slice_folders,
     read_header,
     read_headers,
+    read_numbers,
     text,
 )
-from preprocess.reading.dicom_geometry import place_slices
-from preprocess.reading.dicom_series import Candidate, Frame, candidates, choose
-from preprocess.reading.itk import itk_reading
+from preprocess.reading.dicom_geometry import sort_slices
+from preprocess.reading.dicom_series import Candidate, Frame, choose_series, group_slices
+from preprocess.reading.itk import catch_itk_errors
 from preprocess.reading.values import fill_padding
 
 # Warnings of ITK that are dropped, because the headers are checked more strictly here, slice by slice
@@ -48,23 +48,23 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
     if path.is_dir():
         slices, others, damaged = read_headers(path)
         if not slices and not damaged:
-            raise ScanError(_no_slices(path, others))
+            raise ScanError(explain_no_slices(path, others))
     else:
-        slices, others, damaged = [_one_file(path)], Counter(), []
+        slices, others, damaged = [read_multiframe_header(path)], Counter(), []
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise ScanError(f"{path}: copy it again, because DICOM slices are cut short or damaged: {damaged[0]}{more}")
-    chosen = choose(candidates(slices), series, path, others)
-    frames, place = place_slices(chosen.frames, path)
-    values = _pixels(frames, path, warnings)
+    chosen = choose_series(group_slices(slices), series, path, others)
+    frames, place = sort_slices(chosen.frames, path)
+    values = read_pixels(frames, path, warnings)
     image = sitk.GetImageFromArray(values)
     image.SetOrigin(place.origin)
     image.SetSpacing(place.spacing)
     image.SetDirection(place.direction)
-    return image, _told(chosen, others)
+    return image, describe_series(chosen, others)
 
 
-def _told(chosen: Candidate, others: Counter) -> dict[str, str]:
+def describe_series(chosen: Candidate, others: Counter) -> dict[str, str]:
     """The report's columns about a series."""
     parts = (chosen.trait("SeriesNumber"), chosen.trait("SeriesDescription"))
     return {
@@ -78,11 +78,11 @@ def _told(chosen: Candidate, others: Counter) -> dict[str, str]:
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 
-def _no_slices(folder: Path, others: Counter) -> str:
+def explain_no_slices(folder: Path, others: Counter) -> str:
     """The message for a folder without CT slices, with advice on which path to use."""
     if others:
         return f"{folder} has no CT slices, only " + ", ".join(f"{count} {what}" for what, count in others.items())
-    below = folders_with_slices(folder)
+    below = find_slice_folders(folder)
     if not below:
         images = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith(VOLUMES)]
         if images:
@@ -93,17 +93,17 @@ def _no_slices(folder: Path, others: Counter) -> str:
     return f"{folder} {words} ({name}?)"
 
 
-def _one_file(path: Path) -> tuple[Path, object]:
+def read_multiframe_header(path: Path) -> tuple[Path, object]:
     """Path and header of a multi-frame file. Raises ScanError for any other DICOM file, with advice."""
     try:
         header = read_header(path)
     except Damaged:
         raise ScanError(f"{path} is DICOM, but cut short or damaged; copy it again") from None
     if header is None:
-        below = folders_with_slices(path.parent)
+        below = find_slice_folders(path.parent)
         where = f", for example {path.parent / below[0]}" if below else ""
         raise ScanError(f"{path} is a DICOMDIR, which is only a list of files; name the folder with the slices{where}")
-    if reason := left_out(header):
+    if reason := find_exclusion_reason(header):
         raise ScanError(f"{path} is DICOM, but not a CT slice: {reason}")
     if text(header, "NumberOfFrames") in ("", "1"):
         raise ScanError(f"{path} is one slice of a series; name its folder, {path.parent}")
@@ -113,7 +113,7 @@ def _one_file(path: Path) -> tuple[Path, object]:
 # ------------------------------------------------------------ pixels
 
 
-def _pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
+def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
     """Voxels (slices, rows, columns) in HU, with padding set to air."""
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
@@ -127,50 +127,50 @@ def _pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarra
         )
     told: list[str] = []
     many = text(frames[0].header, "NumberOfFrames") not in ("", "1")
-    values = _of_one_file(frames, told) if many else _of_files(frames, folder, told)
+    values = read_frame_pixels(frames, told) if many else read_file_pixels(frames, folder, told)
     warnings += [warning for warning in told if not CHECKED.search(warning)]
-    paddings = {index: _padding(frame) for index, frame in enumerate(frames)}
+    paddings = {index: read_padding_ranges(frame) for index, frame in enumerate(frames)}
     for padding in sorted({found for found in paddings.values() if found}):
         where = [index for index, found in paddings.items() if found == padding]
         values = fill_padding(values, padding, slice(None) if len(where) == len(frames) else where, warnings)
     return values
 
 
-def _rescale(frame: Frame) -> tuple[float, float]:
+def read_rescale(frame: Frame) -> tuple[float, float]:
     """Slope and intercept that convert stored values to HU."""
     groups = (frame.header.get("PerFrameFunctionalGroupsSequence"), frame.header.get("SharedFunctionalGroupsSequence"))
     items = [group[frame.index if number == 0 else 0] for number, group in enumerate(groups) if group]
     found = [item.PixelValueTransformationSequence[0] for item in items if item.get("PixelValueTransformationSequence")]
     slope, intercept = (
-        numbers((found or [frame.header])[0], name, 1, frame.path) for name in ("RescaleSlope", "RescaleIntercept")
+        read_numbers((found or [frame.header])[0], name, 1, frame.path) for name in ("RescaleSlope", "RescaleIntercept")
     )
     return (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
 
 
-def _of_files(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
+def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
     """Voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
     names = ("BitsAllocated", "BitsStored", "PixelRepresentation")
-    kinds = {(_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
+    kinds = {(read_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
     if len(kinds) > 1:  # ITK uses the first slice's type for all slices and clips values outside it
         reader.SetOutputPixelType(sitk.sitkFloat32)
-    intercepts = [_rescale(frame)[1] for frame in frames]
+    intercepts = [read_rescale(frame)[1] for frame in frames]
     other = next((frame for frame, value in zip(frames, intercepts) if value != intercepts[0]), None)
     if other:
         told.append(f"the rescale intercept differs between slices, first at {other.name}; check the picture")
-    with itk_reading(folder, "a DICOM series", told):
+    with catch_itk_errors(folder, "a DICOM series", told):
         image = reader.Execute()
     return sitk.GetArrayFromImage(image)
 
 
-def _of_one_file(frames: list[Frame], told: list[str]) -> np.ndarray:
+def read_frame_pixels(frames: list[Frame], told: list[str]) -> np.ndarray:
     """Voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
     path = frames[0].path
-    scales = {_rescale(frame) for frame in frames}
+    scales = {read_rescale(frame) for frame in frames}
     if len(scales) > 1:  # ITK applies one slope and intercept to all frames
         raise ScanError(f"{path}: its frames differ in rescale slope or intercept; export it as one file per slice")
-    with itk_reading(path, "a multi-frame DICOM file", told):
+    with catch_itk_errors(path, "a multi-frame DICOM file", told):
         image = sitk.ReadImage(str(path))
     values = sitk.GetArrayFromImage(image)
     count = int(text(frames[0].header, "NumberOfFrames"))
@@ -181,18 +181,18 @@ def _of_one_file(frames: list[Frame], told: list[str]) -> np.ndarray:
     return values[[frame.index for frame in frames]]
 
 
-def _padding(frame: Frame) -> tuple[tuple[float, float], ...]:
+def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
     """Possible ranges of a slice's padding in HU, each (lowest, highest); empty if the slice declares no padding.
 
     The padding element and the pixels may differ in sign, and ITK drops bits above those stored. So there can be
     several ranges.
     """
-    first = numbers(frame.header, "PixelPaddingValue", 1, frame.path)
+    first = read_numbers(frame.header, "PixelPaddingValue", 1, frame.path)
     if first is None:
         return ()
-    last = numbers(frame.header, "PixelPaddingRangeLimit", 1, frame.path)
+    last = read_numbers(frame.header, "PixelPaddingRangeLimit", 1, frame.path)
     ends = [int(first[0]), int((first if last is None else last)[0])]
-    slope, intercept = _rescale(frame)
+    slope, intercept = read_rescale(frame)
     found = []
     for bits in {int(text(frame.header, "BitsAllocated") or 16), int(text(frame.header, "BitsStored") or 16)}:
         read = [end % (1 << bits) for end in ends]

@@ -55,7 +55,7 @@ def text(dataset: Dataset, name: str) -> str:
     return "\\".join(map(str, value)) if many else str(value).strip()
 
 
-def numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
+def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
     """``count`` numbers of an element, or None if it is missing or empty. Raises ScanError for anything else."""
     if name not in dataset:
         return None
@@ -73,7 +73,7 @@ def numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray |
     return found
 
 
-def left_out(dataset: Dataset) -> str:
+def find_exclusion_reason(dataset: Dataset) -> str:
     """Why a file is not a slice of a CT volume, in a word or two; ``""`` if it may be one."""
     kind, modality = text(dataset, "SOPClassUID"), text(dataset, "Modality")
     if modality != "CT" and (modality or not kind.startswith(CT)):
@@ -119,7 +119,7 @@ def read_header(path: Path) -> Dataset | None:
             dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
         unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
         try:
-            whole = not (unknown or not left_out(dataset)) or _has_pixels(stream, dataset)
+            whole = not (unknown or not find_exclusion_reason(dataset)) or _has_pixels(stream, dataset)
         except (ValueError, TypeError, OverflowError, struct.error) as error:  # sizes that are not numbers
             raise Damaged from error
         if not whole:
@@ -142,14 +142,14 @@ def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
         word = stream.read(4)
         length = struct.unpack(f"{order}I", word)[0] if len(word) == 4 else 0
     if length == 0xFFFFFFFF:
-        return _fragments_end(stream)
+        return has_all_fragments(stream)
     sizes = [int(text(dataset, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")]
     needed = int(np.prod(sizes, dtype=np.int64)) * int(text(dataset, "BitsAllocated") or 16) // 8
     start = stream.tell()
     return min(length, stream.seek(0, 2) - start) >= needed
 
 
-def _fragments_end(stream: BinaryIO) -> bool:
+def has_all_fragments(stream: BinaryIO) -> bool:
     """Whether compressed pixels, stored in fragments, end with the end marker."""
     start = stream.tell()
     size = stream.seek(0, 2)
@@ -165,7 +165,7 @@ def _fragments_end(stream: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
+def catch_read_errors(path: Path) -> Iterator[None]:
     """Turn a system error about a file or folder, for example a missing permission, into a ScanError."""
     try:
         yield
@@ -180,7 +180,7 @@ def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, lis
         The CT slices, sorted by file name; the number of files left out, by reason; the names of damaged files.
     """
     slices, others, damaged = [], Counter(), []
-    with readable(folder):
+    with catch_read_errors(folder):
         for path in sorted(folder.iterdir()):
             if not path.is_file() or path.name.startswith(".") or path.name.upper() == "DICOMDIR":
                 continue
@@ -191,17 +191,17 @@ def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, lis
                 continue
             if dataset is None:
                 continue
-            if reason := left_out(dataset):
+            if reason := find_exclusion_reason(dataset):
                 others[reason] += 1
             else:
                 slices.append((path, dataset))
     return slices, others, damaged
 
 
-def folders_with_slices(folder: Path, most: int = 6) -> list[str]:
+def find_slice_folders(folder: Path, most: int = 6) -> list[str]:
     """The first subfolders, at most ``most``, that contain DICOM files, as paths relative to ``folder``."""
     found = []
-    with readable(folder):
+    with catch_read_errors(folder):
         for below in sorted(path for path in folder.rglob("*") if path.is_dir()):
             if _has_dicom(below):
                 found.append(below.relative_to(folder).as_posix())

@@ -16,7 +16,7 @@ ONE_PLACE = 0.2  # share of the usual step; slices closer than this count as two
 DIGITS = 5  # decimals of a spacing in mm; decimal strings turn a spacing of 1 into 0.9999999
 
 
-class Place(NamedTuple):
+class Grid(NamedTuple):
     """The grid of a volume, as in SimpleITK: axes (x, y, z) are (columns, rows, slices)."""
 
     origin: tuple[float, ...]
@@ -24,15 +24,15 @@ class Place(NamedTuple):
     direction: tuple[float, ...]  # (3, 3) matrix, row by row
 
 
-def place_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Place]:
+def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     """Sort slices along their normal, and compute the grid that they form.
 
     Raises:
         ScanError: the slices do not form a grid. The message names the first slice at fault along the normal.
     """
-    _check_given(frames, folder)
-    usual = _usual(frames)
-    row, column = _axes(usual, folder)
+    check_elements(frames, folder)
+    usual = find_typical_slice(frames)
+    row, column = compute_axes(usual, folder)
     normal = np.cross(row, column)
     frames = sorted(frames, key=lambda frame: (frame.position @ normal, frame.name))
     _check_alike(frames, usual, folder)
@@ -40,23 +40,23 @@ def place_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Place]
     places = np.array([frame.position for frame in frames])
     across, down, heights = (places @ axes).T
     _check_steps(frames, heights, folder)
-    _check_line(frames, places, axes[:, :2].T, folder)
+    check_sideways_jumps(frames, places, axes[:, :2].T, folder)
     _check_tilt(frames, places, axes, folder)
-    first, length = _fitted(heights)
-    start = places[0] + axes @ (_middle(across), _middle(down), first - heights[0])
+    first, length = fit_even_steps(heights)
+    start = places[0] + axes @ (compute_middle_offset(across), compute_middle_offset(down), first - heights[0])
     spacing = (usual.spacing[1], usual.spacing[0], round(length / (len(frames) - 1), DIGITS))
-    place = Place(tuple(map(float, start)), tuple(map(float, spacing)), tuple(map(float, axes.ravel())))
-    _check_all(frames, place, folder)
+    place = Grid(tuple(map(float, start)), tuple(map(float, spacing)), tuple(map(float, axes.ravel())))
+    check_corners(frames, place, folder)
     return frames, place
 
 
-def _middle(values: np.ndarray) -> float:
+def compute_middle_offset(values: np.ndarray) -> float:
     """Distance from the first value to the middle of their range; 0 if they differ only by decimal rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
 
-def _check_given(frames: list[Frame], folder: Path) -> None:
+def check_elements(frames: list[Frame], folder: Path) -> None:
     """Raise ScanError unless there are several slices, each with a position, an orientation and a pixel spacing."""
     for name, tag, lost in (
         ("position", "0020,0032", "their order and distance are"),
@@ -81,7 +81,7 @@ def _check_given(frames: list[Frame], folder: Path) -> None:
         raise ScanError(f"{folder} has a DICOM series with only one slice, {frames[0].name}; copy the whole series")
 
 
-def _usual(frames: list[Frame]) -> Frame:
+def find_typical_slice(frames: list[Frame]) -> Frame:
     """A slice with the most common shape, orientation and spacing, to which all others are compared."""
 
     def kind(frame: Frame) -> Hashable:
@@ -91,7 +91,7 @@ def _usual(frames: list[Frame]) -> Frame:
     return frames[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
 
-def _axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors along rows and columns. Raises ScanError unless they are at right angles."""
     row, column = usual.orientation[:3], usual.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
@@ -110,7 +110,7 @@ def _axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return row, column / np.linalg.norm(column)
 
 
-def _extent(frame: Frame) -> np.ndarray:
+def compute_extent(frame: Frame) -> np.ndarray:
     """Distance in mm from the first voxel to the last, along columns, then along rows (the order of ``spacing``)."""
     return (np.array(frame.shape) - 1) * frame.spacing
 
@@ -121,25 +121,26 @@ def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
         if frame.shape != usual.shape:
             raise ScanError(
                 f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, but others have "
-                f"{usual.shape[0]} x {usual.shape[1]} ({usual.name}); {_foreign(frame, usual)}"
+                f"{usual.shape[0]} x {usual.shape[1]} ({usual.name}); {advise_on_odd_slice(frame, usual)}"
             )
-        if (np.abs(_extent(frame) - _extent(usual)) > PLACE).any():
+        if (np.abs(compute_extent(frame) - compute_extent(usual)) > PLACE).any():
             raise ScanError(
                 f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, "
-                f"but others have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); {_foreign(frame, usual)}"
+                f"but others have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); "
+                f"{advise_on_odd_slice(frame, usual)}"
             )
-        ends = [f.orientation.reshape(2, 3) * _extent(usual)[::-1, None] for f in (frame, usual)]
+        ends = [f.orientation.reshape(2, 3) * compute_extent(usual)[::-1, None] for f in (frame, usual)]
         if np.linalg.norm(ends[0] - ends[1], axis=1).max() > PLACE:
             cosine = np.clip(
                 min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
             )
             raise ScanError(
                 f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), rotated "
-                f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {_foreign(frame, usual)}"
+                f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {advise_on_odd_slice(frame, usual)}"
             )
 
 
-def _foreign(frame: Frame, usual: Frame) -> str:
+def advise_on_odd_slice(frame: Frame, usual: Frame) -> str:
     """Advice for a slice that differs from the others."""
     if frame.traits["Plane"] != usual.traits["Plane"]:
         return "it may be a localizer: remove it from the folder"
@@ -170,7 +171,7 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
         if holes and (len(wide) < 0.1 * len(steps) or (np.diff(wide) > 1).all()):
             raise ScanError(f"{folder} lacks slices: {where}; copy or export the complete series")
         raise ScanError(f"{folder} has slices in uneven steps: {where}; {_EVEN}")
-    away = np.abs(heights - _line(heights))
+    away = np.abs(heights - compute_even_values(heights))
     if away.max() > PLACE:
         change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the step drifts slowly
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
@@ -183,7 +184,7 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
 _EVEN = "reconstruct the scan with even steps, or keep only slices with one step in the folder"
 
 
-def _fitted(values: np.ndarray) -> tuple[float, float]:
+def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
     """Start and length in mm of the evenly spaced values nearest to ``values``.
 
     Positions rounded to 0.1 mm may need a fit. For all others the ends are used, which keeps the digits in the file.
@@ -195,16 +196,16 @@ def _fitted(values: np.ndarray) -> tuple[float, float]:
     return start, length
 
 
-def _line(values: np.ndarray) -> np.ndarray:
+def compute_even_values(values: np.ndarray) -> np.ndarray:
     """The evenly spaced values nearest to ``values``."""
-    start, length = _fitted(values)
+    start, length = fit_even_steps(values)
     return start + length * np.linspace(0, 1, len(values))
 
 
-def _check_line(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
+def check_sideways_jumps(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
     """Raise ScanError unless the slices lie on a straight line, without a jump within the slice plane."""
     sideways = places @ plane.T  # (n, 2)
-    away = np.linalg.norm(sideways - np.column_stack([_line(values) for values in sideways.T]), axis=1)
+    away = np.linalg.norm(sideways - np.column_stack([compute_even_values(values) for values in sideways.T]), axis=1)
     if away.max() <= PLACE:
         return
     moves = np.diff(sideways, axis=0)
@@ -232,7 +233,7 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     )
 
 
-def _check_all(frames: list[Frame], place: Place, folder: Path) -> None:
+def check_corners(frames: list[Frame], place: Grid, folder: Path) -> None:
     """Raise ScanError unless the corners of every slice are at their positions in the volume (the final check)."""
     axes = np.array(place.direction).reshape(3, 3) * place.spacing
     for number, frame in enumerate(frames):

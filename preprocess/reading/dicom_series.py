@@ -10,7 +10,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from preprocess.reading import ScanError
-from preprocess.reading.dicom_files import ENHANCED, is_capture, numbers, text
+from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, text
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
@@ -64,7 +64,7 @@ class Frame:
         return None if self.orientation is None else np.cross(self.orientation[:3], self.orientation[3:])
 
 
-def frames_of(path: Path, header: Dataset) -> list[Frame]:
+def read_frames(path: Path, header: Dataset) -> list[Frame]:
     """The slices of a file. Raises ScanError for values that are not numbers."""
     shape = tuple(int(text(header, name) or 0) for name in ("Rows", "Columns"))
     count = int(text(header, "NumberOfFrames") or 1)
@@ -92,16 +92,16 @@ def frames_of(path: Path, header: Dataset) -> list[Frame]:
             "SliceThickness": measures,
         }
         traits = {name: text(where.get(name, header), name) for name in MIXED}
-        traits |= {name: _plain(traits[name]) for name in ("KVP", "SliceThickness")}
+        traits |= {name: normalize_number(traits[name]) for name in ("KVP", "SliceThickness")}
         traits["ImageType"] = text(inside(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
         traits["Matrix"] = "{} x {}".format(*shape)
         frame = Frame(
             path,
             index,
             header,
-            numbers(place, "ImagePositionPatient", 3, path),
-            numbers(turn, "ImageOrientationPatient", 6, path),
-            numbers(measures, "PixelSpacing", 2, path),
+            read_numbers(place, "ImagePositionPatient", 3, path),
+            read_numbers(turn, "ImageOrientationPatient", 6, path),
+            read_numbers(measures, "PixelSpacing", 2, path),
             shape,
             traits,
         )
@@ -111,7 +111,7 @@ def frames_of(path: Path, header: Dataset) -> list[Frame]:
     return frames
 
 
-def _plain(value: str) -> str:
+def normalize_number(value: str) -> str:
     """A number in its shortest form, so that 120.0 equals 120; other text unchanged."""
     try:
         return f"{float(value):g}"
@@ -138,7 +138,7 @@ class Candidate:
     @cached_property
     def extent(self) -> float:
         """Length in mm along the slices' normal; 0 if a position is missing."""
-        return float(np.ptp(_heights(self.frames))) if _placed(self.frames) else 0.0
+        return float(np.ptp(compute_heights(self.frames))) if have_positions(self.frames) else 0.0
 
     @property
     def names(self) -> list[str]:
@@ -148,7 +148,7 @@ class Candidate:
             own += [self.trait(name), f"{MIXED[name]} {self.trait(name) or NONE}"]
         return [name.strip().lower() for name in own if name]
 
-    def is_called(self, series: str) -> bool:
+    def matches_name(self, series: str) -> bool:
         """Whether ``series`` is one of its names, or several of them separated by semicolons."""
         return all(part.strip().lower() in self.names for part in series.split(";")) or series.lower() in self.names
 
@@ -167,17 +167,17 @@ class Candidate:
         return ", ".join(parts)
 
 
-def _placed(frames: list[Frame]) -> bool:
+def have_positions(frames: list[Frame]) -> bool:
     """Whether every slice has a position and an orientation."""
     return all(frame.position is not None and frame.normal is not None for frame in frames)
 
 
-def _heights(frames: list[Frame]) -> np.ndarray:
+def compute_heights(frames: list[Frame]) -> np.ndarray:
     """Positions of the slices along the normal of the first one, in mm."""
     return np.array([frame.position @ frames[0].normal for frame in frames])
 
 
-def _side_by_side(groups: list[list[Frame]]) -> bool:
+def do_overlap(groups: list[list[Frame]]) -> bool:
     """Whether two groups, each of at least two slices, overlap by more than half of the shorter one's length."""
     normal = groups[0][0].normal
     for first, second in combinations([group for group in groups if len(group) > 1], 2):
@@ -190,38 +190,38 @@ def _side_by_side(groups: list[list[Frame]]) -> bool:
     return False
 
 
-def _all_even(parts: list[list[Frame]]) -> bool:
+def are_evenly_spaced(parts: list[list[Frame]]) -> bool:
     """Whether each part by itself is evenly spaced."""
     heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
-def _parted(candidate: Candidate) -> list[Candidate]:
+def split_candidate(candidate: Candidate) -> list[Candidate]:
     """Split a candidate into overlapping volumes, by the first element in MIXED that separates them."""
-    if not _placed(candidate.frames):
+    if not have_positions(candidate.frames):
         return [candidate]
     for name in MIXED:
         groups: dict[str, list[Frame]] = {}
         for frame in candidate.frames:
             groups.setdefault(frame.traits.get(name, ""), []).append(frame)
         parts = list(groups.values())
-        if len(groups) > 1 and _side_by_side(parts) and (name not in LOOSE or _all_even(parts)):
+        if len(groups) > 1 and do_overlap(parts) and (name not in LOOSE or are_evenly_spaced(parts)):
             found = [Candidate(frames, [*candidate.apart, name]) for frames in parts]
-            return [part for whole in found for part in _parted(whole)]
+            return [part for whole in found for part in split_candidate(whole)]
     return [candidate]
 
 
-def candidates(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
+def group_slices(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
     """Group CT slices into candidates for a volume. Raises ScanError for values that are not numbers."""
     series: dict[tuple, list[Frame]] = {}
     for path, header in slices:
-        frames = frames_of(path, header)
+        frames = read_frames(path, header)
         whole = path.name if len(frames) > 1 else ""  # a multi-frame file is always a separate volume
         series.setdefault((text(header, "SeriesInstanceUID"), whole), []).extend(frames)
-    return [part for frames in series.values() for part in _parted(Candidate(frames))]
+    return [part for frames in series.values() for part in split_candidate(Candidate(frames))]
 
 
-def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -> Candidate:
+def choose_series(found: list[Candidate], series: str, folder: Path, others: Counter) -> Candidate:
     """Choose the one volume to read.
 
     Args:
@@ -238,11 +238,13 @@ def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -
         "of these separated by ;"
     )
     if series:
-        called = [one for one in found if one.is_called(series)]
+        called = [one for one in found if one.matches_name(series)]
         if not called:
-            raise ScanError(f"{folder.name} has no CT series called {series!r}; it has {_listed(found)}")
+            raise ScanError(f"{folder.name} has no CT series called {series!r}; it has {list_series(found)}")
         if len(called) > 1:
-            raise ScanError(f"{folder.name} has {len(called)} CT series called {series!r}; {advice}: {_listed(called)}")
+            raise ScanError(
+                f"{folder.name} has {len(called)} CT series called {series!r}; {advice}: {list_series(called)}"
+            )
         return called[0]
     kept = found
     for of_a_chest in (  # each is applied only if some candidates remain
@@ -256,14 +258,14 @@ def choose(found: list[Candidate], series: str, folder: Path, others: Counter) -
             "own SeriesInstanceUID; anonymise the scan again, with one new UID per series"
         )
     if len(kept) > 1:
-        raise ScanError(f"{folder.name} has {_what(kept)}; {advice}: {_listed(kept)}")
+        raise ScanError(f"{folder.name} has {describe_mixture(kept)}; {advice}: {list_series(kept)}")
     for one in found:
         if one is not kept[0]:
             others["secondary capture" if is_capture(one.frames[0].header) else "CT of a few slices"] += len(one.frames)
     return kept[0]
 
 
-def _what(kept: list[Candidate]) -> str:
+def describe_mixture(kept: list[Candidate]) -> str:
     """Phrase for a message about several candidates: several series, or one series that mixes volumes."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"
@@ -272,7 +274,7 @@ def _what(kept: list[Candidate]) -> str:
     return f"one CT series in which {len(kept)} volumes are mixed ({told or 'one per file'})"
 
 
-def _listed(found: list[Candidate]) -> str:
+def list_series(found: list[Candidate]) -> str:
     """List the series, sorted by their descriptions; a UID is added where descriptions are identical."""
     lines = [str(one) for one in found]
     lines = sorted(f"{line}, UID {one.uid}" if lines.count(line) > 1 else line for line, one in zip(lines, found))

@@ -34,7 +34,7 @@ STRANGERS = {  # first bytes of files that are often mistaken for scans, and the
 }
 
 
-def head_of(path: Path) -> tuple[bytes, bool]:
+def read_head(path: Path) -> tuple[bytes, bool]:
     """The first bytes of a file after unpacking, or ``b""`` if unpacking fails, and whether the file is gzip."""
     with open(path, "rb") as stream:
         head = stream.read(HEAD)
@@ -47,7 +47,7 @@ def head_of(path: Path) -> tuple[bytes, bool]:
         return b"", True
 
 
-def kind_of(head: bytes) -> str:
+def detect_format(head: bytes) -> str:
     """The format: ``DICOM``, ``NIfTI``, ``NRRD``, ``MetaImage``, or ``""`` for anything else."""
     if is_dicom(head):
         return "DICOM"
@@ -83,7 +83,7 @@ def check_name(path: Path, kind: str, packed: bool) -> None:
         raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not read; unpack it with gunzip")
 
 
-def check_stranger(path: Path, head: bytes, packed: bool) -> None:
+def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:
     """Raise ScanError with advice for a file that cannot be a scan. ITK may still read other unknown files."""
     if not head and not packed:
         raise ScanError(f"{path} is empty (0 bytes); copy it again")
@@ -94,7 +94,7 @@ def check_stranger(path: Path, head: bytes, packed: bool) -> None:
         raise ScanError(f"{path} is a tar archive; unpack it and use the scan inside")
 
 
-def unpacked_bytes(path: Path) -> int:
+def count_unpacked_bytes(path: Path) -> int:
     """Bytes in a file. A gzip file is unpacked and its checksum is checked (about 5 ms/MB, once per stage).
 
     Raises:

@@ -30,7 +30,7 @@ class _Listener(sitk.LoggerBase):
     DisplayErrorText = DisplayGenericOutputText = DisplayDebugText = DisplayText
 
 
-def _sentence(warning: str) -> str:
+def shorten_warning(warning: str) -> str:
     """ITK's warning without its prefix: source file, line and object address."""
     text = " ".join(warning.split())
     text = re.sub(r"^WARNING: In \S+, line \d+ ", "", text)
@@ -38,7 +38,7 @@ def _sentence(warning: str) -> str:
 
 
 @contextlib.contextmanager
-def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
+def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
     """Run a read with ITK. Its multi-line errors become one line with the file's name; its warnings go to ``warnings``.
 
     The logger and the warning switch belong to the whole process. Both are restored afterwards.
@@ -52,16 +52,16 @@ def itk_reading(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UnicodeDecodeError) as error:  # UnicodeDecodeError if ITK's message quotes the file
-        reason = _itk_reason(str(error)).replace(f"{path} ", "it ")
+        reason = shorten_error(str(error)).replace(f"{path} ", "it ")
         raise ScanError(f"{path} cannot be read as {what}: {reason}") from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
         before.SetAsGlobalITKLogger()
-        found = [_sentence(text) for text in listener.warnings]
+        found = [shorten_warning(text) for text in listener.warnings]
         warnings += [text for text in dict.fromkeys(found) if text not in warnings]
 
 
-def _itk_reason(text: str) -> str:
+def shorten_error(text: str) -> str:
     """The reason in an error message of ITK, as one line."""
     if "Unable to determine ImageIO reader" in text:
         return "its content is not NIfTI, NRRD or MetaImage; it is damaged or another kind of file"
@@ -76,7 +76,7 @@ def _itk_reason(text: str) -> str:
 # ------------------------------------------------------------ voxel positions
 
 
-def affine_of(image: sitk.Image) -> np.ndarray:
+def compute_affine(image: sitk.Image) -> np.ndarray:
     """The affine (3, 4) from voxel indices (x, y, z) to LPS in mm."""
     directions = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     return np.column_stack([directions, image.GetOrigin()])
@@ -92,7 +92,7 @@ def apart(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float
     return float(np.linalg.norm(corners(size) @ (first - second).T, axis=1).max())
 
 
-def right_angled(affine: np.ndarray) -> np.ndarray:
+def straighten_axes(affine: np.ndarray) -> np.ndarray:
     """The nearest affine (3, 4) with axes at right angles and the same voxel sizes."""
     sizes = np.linalg.norm(affine[:, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:, :3] / sizes)
@@ -112,7 +112,7 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
         raise ScanError(
             f"{name} gives voxel positions that are not finite, or an axis of length 0; export the scan again"
         )
-    off = apart(affine, right_angled(affine), size)
+    off = apart(affine, straighten_axes(affine), size)
     if off <= PLACE:
         return
     unit = axes / np.linalg.norm(axes, axis=0)

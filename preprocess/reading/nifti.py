@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preprocess.reading import ScanError
-from preprocess.reading.formats import NIFTI_NAME, head_of, unpacked_bytes
+from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head
 from preprocess.reading.itk import PLACE, apart, check_right_angles
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm, so 1 mm is
@@ -56,7 +56,7 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header | None:
     """Read the header of a NIfTI-1 or ANALYZE file; None if there is none. Raises ScanError for NIfTI-2."""
-    head, _ = head_of(path)
+    head, _ = read_head(path)
     orders = [order for order in "<>" if len(head) >= 348 and np.frombuffer(head, f"{order}i4", 1)[0] in (348, 540)]
     if not orders:
         return None
@@ -74,7 +74,7 @@ def read_header(path: Path) -> Header | None:
     return Header(
         size=tuple(int(count) for count in (*counts, 1, 1, 1)[:3]),
         sform=LPS @ field("srow").reshape(3, 4) if sform else None,
-        qform=LPS @ _qform(field("quaternion"), field("qoffset"), field("pixdim")) if qform else None,
+        qform=LPS @ compute_qform(field("quaternion"), field("qoffset"), field("pixdim")) if qform else None,
         units=int(field("xyzt_units")) & 7,
         bytes=float(field("vox_offset") + np.prod(counts) * field("bitpix") / 8),
         analyze=analyze,
@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header | None:
     )
 
 
-def _qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np.ndarray:
+def compute_qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np.ndarray:
     """The affine (3, 4) from voxel index to RAS, as in the standard's nifti_quatern_to_mat44."""
     b, c, d = quaternion
     a = 1 - quaternion @ quaternion
@@ -102,7 +102,7 @@ def _qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np
     return np.column_stack([rotation * sizes * [1, 1, -1 if pixdim[0] < 0 else 1], offset])
 
 
-def header_file(path: Path) -> Path:
+def find_header_file(path: Path) -> Path:
     """The file with the header: ``path`` itself, or the .hdr next to ``path`` if ``path`` is an .img."""
     pair = re.sub(r"\.img(\.gz)?$", ".hdr", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
@@ -124,7 +124,7 @@ def alone(path: Path) -> Iterator[Path]:
         return
     stem, own = path.name[: ending.start()], {path.name}
     if NIFTI_NAME.search(path.name):
-        own |= {header_file(path).name, data_file(path).name}
+        own |= {find_header_file(path).name, find_data_file(path).name}
     twins = [name for name in os.listdir(path.parent) if NIFTI_NAME.search(name) and NIFTI_NAME.sub("", name) == stem]
     if set(twins) <= own and ending[0] == ending[0].lower():
         yield path
@@ -135,7 +135,7 @@ def alone(path: Path) -> Iterator[Path]:
         yield Path(folder) / f"{stem}{ending[0].lower()}"
 
 
-def data_file(path: Path) -> Path:
+def find_data_file(path: Path) -> Path:
     """The file with the voxels: ``path`` itself, or the .img next to ``path`` if ``path`` is a .hdr."""
     pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
@@ -150,7 +150,7 @@ def check_sizes(path: Path, header: Header) -> None:
             "again from the original scan"
         )
     if header.single and header.offset < SINGLE_OFFSET:
-        begins = unpacked_bytes(path) - (header.bytes - header.offset)
+        begins = count_unpacked_bytes(path) - (header.bytes - header.offset)
         if begins != 348:  # ITK starts reading at this byte
             raise ScanError(
                 f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header; they belong at byte "
@@ -158,10 +158,10 @@ def check_sizes(path: Path, header: Header) -> None:
             )
 
 
-def check_whole(path: Path, header: Header) -> None:
+def check_data_size(path: Path, header: Header) -> None:
     """Raise ScanError if a NIfTI's data are cut short, which ITK silently fills with a constant."""
-    data = data_file(path)
-    found = unpacked_bytes(data)
+    data = find_data_file(path)
+    found = count_unpacked_bytes(data)
     if found < header.bytes:
         raise ScanError(f"{data} is cut short: {found} of {header.bytes:.0f} bytes; copy it again")
 
@@ -191,7 +191,7 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
             warnings.append(f"sform and qform put a voxel up to {off:.2f} mm apart")
 
 
-def check_placed(path: Path, header: Header, affine: np.ndarray) -> None:
+def check_affine(path: Path, header: Header, affine: np.ndarray) -> None:
     """Raise ScanError if ITK's affine (3, 4) matches neither of the header's forms to 0.1 mm."""
     if header.units in UNITS:
         raise ScanError(

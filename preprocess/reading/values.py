@@ -28,7 +28,7 @@ SAMPLE = 3_000_000  # voxels; enough to locate the peaks
 # ------------------------------------------------------------ padding
 
 
-def outside_only(mask: np.ndarray) -> np.ndarray:
+def keep_edge_parts(mask: np.ndarray) -> np.ndarray:
     """The parts of a mask (z, y, x) that touch an edge of their z plane: a ring around the field, not metal inside."""
     kept = np.zeros_like(mask)
     for plane, target in zip(mask, kept):
@@ -68,7 +68,7 @@ def fill_padding(
         if not mask.any():
             continue
         if high >= LOWEST_AIR and low <= SATURATED:  # tissue can have this value too
-            mask = outside_only(mask)
+            mask = keep_edge_parts(mask)
             if mask.mean() < 0.001:
                 continue
         part[mask] = AIR
@@ -80,21 +80,21 @@ def fill_padding(
     return values
 
 
-def _faces(values: np.ndarray) -> np.ndarray:
+def collect_face_values(values: np.ndarray) -> np.ndarray:
     """The values on the six faces of a volume, as one array."""
     return np.concatenate([face.ravel() for axis in range(3) for face in (values.take(0, axis), values.take(-1, axis))])
 
 
-def _even(values: np.ndarray, share: float) -> np.ndarray:
+def find_frequent_values(values: np.ndarray, share: float) -> np.ndarray:
     """The values that occur exactly in at least ``share`` of the voxels."""
     found, counts = np.unique(values, return_counts=True)
     return found[counts >= share * values.size]
 
 
-def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list[str]) -> np.ndarray:
+def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list[str]) -> np.ndarray:
     """Replace undeclared padding with air: values above those of a body, or zeros around the field of view."""
-    faces = _faces(values)
-    even = _even(faces, 0.005)
+    faces = collect_face_values(values)
+    even = find_frequent_values(faces, 0.005)
     found = [value for value in even if value > BRIGHT]
     ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
     sides = (values.take(end, axis) for axis in range(3) for end in (0, -1))
@@ -102,7 +102,7 @@ def _without_bright_padding(values: np.ndarray, name: str | Path, warnings: list
     if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
-        mask = outside_only(values == value)
+        mask = keep_edge_parts(values == value)
         if mask.mean() < 0.001:
             continue  # bone or metal at a face
         rest = values[~mask]
@@ -132,13 +132,13 @@ def find_peaks(values: np.ndarray) -> Peaks:
     """Find the peaks of a volume's histogram, without possible padding: uniform low values at the faces."""
     step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
     sample = values[::step, ::step, ::step]
-    aside = [value for value in _even(_faces(values), 0.05) if value < AIR_BELOW]
+    aside = [value for value in find_frequent_values(collect_face_values(values), 0.05) if value < AIR_BELOW]
     kept = np.ones(sample.shape, dtype=bool)
     for value in aside:
-        kept &= ~outside_only(sample == value)
+        kept &= ~keep_edge_parts(sample == value)
     low = sample < PADDING_BELOW  # a scanner's padding may also lie inside the image
     if low.any():
-        constant = list(_even(sample[low], 0.05))
+        constant = list(find_frequent_values(sample[low], 0.05))
         aside += [value for value in constant if value not in aside]
         kept &= ~np.isin(sample, constant)
     if (most := sample == sample.max()).mean() > 0.001:
@@ -159,11 +159,11 @@ def find_peaks(values: np.ndarray) -> Peaks:
         if near >= 0.02 and prominence > 0.2 * smooth[at]:
             found[float(middle[at])] = float(smooth[at])
     places = sorted(found)
-    sharp = bool(places) and _is_sharp(rest, places[0])
+    sharp = bool(places) and is_narrow_peak(rest, places[0])
     return Peaks(places, [found[place] for place in places], float((rest < -700).mean()), sharp, aside)
 
 
-def _is_sharp(values: np.ndarray, place: float) -> bool:
+def is_narrow_peak(values: np.ndarray, place: float) -> bool:
     """Whether a peak is as narrow as noise around one value (spread below 28 HU); lungs spread over at least 35 HU.
 
     A single exact value comes from a phantom and allows no conclusion, so it does not count as sharp.
@@ -175,7 +175,7 @@ def _is_sharp(values: np.ndarray, place: float) -> bool:
     return np.unique(near, return_counts=True)[1].max() < 0.5 * near.size
 
 
-def _where_it_sits(peaks: Peaks) -> str:
+def describe_wrong_peaks(peaks: Peaks) -> str:
     """What is wrong with the positions of air and tissue; ``""`` if nothing is."""
     if not peaks.places:
         return ""
@@ -232,7 +232,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
             f"{seen}: not HU, air should be about -1000; the rescale intercept (often -1024) was not applied"
         )
     if high > BRIGHT or low < AIR_BELOW:
-        values = _without_bright_padding(values, path, warnings)
+        values = fill_undeclared_padding(values, path, warnings)
     air = float((values < AIR_BELOW).mean())
     tissue = float(((values > -200) & (values < 300)).mean())
     if air < 0.01 or tissue < 0.01:
@@ -240,7 +240,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
             f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} are soft "
             "tissue (-200 to 300), but at least 1% of each is expected"
         )
-    if wrong := _where_it_sits(find_peaks(values)):
+    if wrong := describe_wrong_peaks(find_peaks(values)):
         raise ScanError(f"{seen}: not HU, {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
         return image  # most scans: a copy would double their memory

@@ -42,10 +42,10 @@ def test_files_stay_on_a_gpu_if_they_fit(store, monkeypatch):
     neighbors, gpu = np.zeros((store.num_locations, 2), dtype=np.int64), torch.device("cuda")
     one = 5 * 32**3 * 2
     monkeypatch.setattr("data.device.Copier", lambda device: None)
-    assert ResidentPatches.fitting(store, neighbors, CPU) is None
+    assert ResidentPatches.make_if_fitting(store, neighbors, CPU) is None
     for free, files in ((4 * 6 * one, 6), (4 * 6 * one - 4, None), (400 * one, 100)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-        found = ResidentPatches.fitting(store, neighbors, gpu)
+        found = ResidentPatches.make_if_fitting(store, neighbors, gpu)
         assert (found and found.files) == files
 
 

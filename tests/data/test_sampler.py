@@ -103,7 +103,7 @@ def start_worker():
     ready = multiprocessing.get_context("fork").Event()
 
     def work():
-        loader_module._leave_stopping_to_the_trainer(0)
+        loader_module.forward_signals_to_trainer(0)
         ready.set()
         time.sleep(30)
 
@@ -131,7 +131,7 @@ def test_a_worker_ended_by_its_trainer_ends_at_once():
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     worker = start_worker()
-    loader_module._end_reading()
+    loader_module.end_workers()
     worker.join(5)
     signal.signal(signal.SIGTERM, before)
     assert worker.exitcode == 0 and not asked

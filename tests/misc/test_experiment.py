@@ -39,14 +39,14 @@ def test_progress_is_read_without_loading(tmp_path, monkeypatch):
 
 def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     experiment = Experiment(tmp_path / "e")
-    assert experiment.latest(progress) is None and experiment.resume_from("auto", progress) is None
+    assert experiment.find_latest(progress) is None and experiment.find_resume_checkpoint("auto", progress) is None
     for epoch in (1, 2, 10):
         save(experiment.checkpoint(epoch), epoch)
-    assert experiment.latest(progress) == experiment.checkpoint(10)
+    assert experiment.find_latest(progress) == experiment.checkpoint(10)
     save(experiment.unfinished, 9, 3)
-    assert experiment.latest(progress) == experiment.checkpoint(10)
+    assert experiment.find_latest(progress) == experiment.checkpoint(10)
     save(experiment.unfinished, 10, 3)
-    assert experiment.resume_from("auto", progress) == experiment.unfinished
+    assert experiment.find_resume_checkpoint("auto", progress) == experiment.unfinished
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
@@ -56,11 +56,11 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     save(experiment.unfinished, 3, 5)
     moved = experiment.set_aside_later(experiment.checkpoint(1), 1)
     assert moved == [checkpoint_name(2), checkpoint_name(3), UNFINISHED]
-    assert sorted(experiment.numbered()) == [1]
+    assert sorted(experiment.list_epoch_checkpoints()) == [1]
     assert len(list(experiment.folder.glob("superseded-*"))) == 3
     elsewhere = tmp_path / "other.pth.tar"
     save(elsewhere, 0)
-    assert experiment.set_aside_later(elsewhere, 0) == [] and sorted(experiment.numbered()) == [1]
+    assert experiment.set_aside_later(elsewhere, 0) == [] and sorted(experiment.list_epoch_checkpoints()) == [1]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/../b"])
@@ -98,14 +98,14 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     at = damaged.find(torch.arange(1000.0).numpy().tobytes()[:4000][2000:2400])
     damaged[at] ^= 1  # within a tensor, where torch would not notice it
     path.write_bytes(damaged)
-    assert experiment.resume_from("auto", intact, notes.append) == experiment.checkpoint(2)
+    assert experiment.find_resume_checkpoint("auto", intact, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
     experiment.unfinished.write_bytes(b"")
-    assert experiment.latest(intact) == experiment.checkpoint(2)
+    assert experiment.find_latest(intact) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")
     with pytest.raises(ExperimentError, match="has no other checkpoint that can be read"):
-        experiment.latest(intact)
+        experiment.find_latest(intact)
 
 
 def test_keep_latest_removes_older_checkpoints(tmp_path):
@@ -114,4 +114,4 @@ def test_keep_latest_removes_older_checkpoints(tmp_path):
         for epoch in range(5):
             save(experiment.checkpoint(epoch), epoch)
         experiment.keep_latest(count)
-        assert sorted(experiment.numbered()) == left
+        assert sorted(experiment.list_epoch_checkpoints()) == left

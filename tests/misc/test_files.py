@@ -14,15 +14,15 @@ import pytest
 from misc.command import UserError
 from misc.files import (
     LEFTOVER_SECONDS,
-    array_header,
     check_writable,
-    file_hash,
+    hash_file,
     held,
     locked,
+    make_array_header,
+    open_aside,
     remove_leftovers,
     save_array,
     try_lock,
-    whole_file,
     write_json,
     write_text,
     write_whole,
@@ -54,7 +54,7 @@ def test_a_failure_keeps_only_the_old_file(tmp_path, error):
 
     with pytest.raises(type(error)):
         write_whole(target, fail)
-    with pytest.raises(type(error)), whole_file(target) as aside:
+    with pytest.raises(type(error)), open_aside(target) as aside:
         aside.write_bytes(b"new")
         raise error
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
@@ -62,7 +62,7 @@ def test_a_failure_keeps_only_the_old_file(tmp_path, error):
 
 def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
     target = tmp_path / "deep" / "x.nii.gz"
-    with whole_file(target) as aside:
+    with open_aside(target) as aside:
         assert aside.name == target.name and aside != target
         aside.write_bytes(b"content")
         assert not target.exists()
@@ -73,13 +73,13 @@ def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
 def test_a_full_disk_error_names_the_file(tmp_path, way):
     """A file-size limit simulates the full disk."""
     code = (
-        "import resource, signal, sys\nfrom misc.files import whole_file, write_whole\n"
+        "import resource, signal, sys\nfrom misc.files import open_aside, write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "def big(stream):\n    stream.write(bytes(10000))\n    stream.flush()\n"
         "try:\n"
         "    if sys.argv[2] == 'stream':\n        write_whole(sys.argv[1], big)\n"
         "    else:\n"
-        "        with whole_file(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
+        "        with open_aside(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
         "except OSError as error:\n    print(error)\n"
     )
     target = tmp_path / "f.bin"
@@ -96,7 +96,7 @@ def test_arrays_texts_and_json(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array)
     write_json(tmp_path / "j.json", {"a": 1})
     assert (tmp_path / "j.json").read_text() == '{\n  "a": 1\n}\n'
-    (tmp_path / "b.npy").write_bytes(array_header((2, 3), np.dtype(np.int16)) + array.tobytes())
+    (tmp_path / "b.npy").write_bytes(make_array_header((2, 3), np.dtype(np.int16)) + array.tobytes())
     assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
 
 
@@ -153,7 +153,7 @@ def test_a_held_lock_names_its_holder(tmp_path):
 
 def test_the_hash_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
-    assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
+    assert hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
 
 
 def test_unwritable_folders_are_refused_before_any_work(tmp_path):

@@ -65,7 +65,7 @@ def replayed(golden, request, tmp_path_factory):
     if request.param == "DistributedDataParallel":
         store = tmp_path_factory.mktemp("group") / "store"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        model = process.data_parallel(bare, torch.device("cpu"))
+        model = process.wrap_data_parallel(bare, torch.device("cpu"))
         assert isinstance(model, nn.parallel.DistributedDataParallel)
     model.train()
     steps = []

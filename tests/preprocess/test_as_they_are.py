@@ -19,7 +19,7 @@ import torch
 from data.layout import StoreError, StoreLayout
 from misc import files, process
 from misc.page import write_page
-from preprocess.lungs import air_share, check_lungs, lung_mask, lung_volumes
+from preprocess.lungs import check_lungs, lung_mask, lung_volumes, measure_air_share
 from preprocess.outputs import file_stamp
 from preprocess.scan import ScanError, load_scan, read_mask
 from preprocess.threshold import segment_lungs
@@ -150,7 +150,7 @@ def test_masks_with_fractional_labels(tmp_path, change, message):
 
 def test_a_mask_with_little_air_is_a_warning():
     scan, truth = phantom(0)
-    assert air_share(truth, scan) > 0.9 and check_lungs(truth, scan, "m") == []
+    assert measure_air_share(truth, scan) > 0.9 and check_lungs(truth, scan, "m") == []
     for axis in (0, 1):  # upside down, then front to back
         turned = sitk.GetImageFromArray(np.flip(array(truth), axis).copy())
         turned.CopyInformation(truth)
@@ -158,7 +158,7 @@ def test_a_mask_with_little_air_is_a_warning():
             said = check_lungs(turned, scan, "m")
         except ScanError as error:
             said = [str(error)]
-        assert air_share(turned, scan) < 0.85 and any("belong to another scan" in text or "holds no air" in text
+        assert measure_air_share(turned, scan) < 0.85 and any("belong to another scan" in text or "holds no air" in text
                                                       for text in said)  # fmt: skip
 
 
@@ -194,13 +194,13 @@ def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
 
 
 def test_a_modification_time_in_the_future_counts_as_now(tmp_path):
-    from preprocess.outputs import _changed_at
+    from preprocess.outputs import _read_change_time
 
     (tmp_path / "m").write_text("")
     os.utime(tmp_path / "m", (time.time() + 3600,) * 2)
-    assert _changed_at(tmp_path / "m") <= time.time_ns()
+    assert _read_change_time(tmp_path / "m") <= time.time_ns()
     os.utime(tmp_path / "m", (time.time() - 3600,) * 2)
-    assert _changed_at(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
+    assert _read_change_time(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
 
 
 # ---------------------------------------------------------------- air outside the body, and padding
@@ -318,11 +318,11 @@ def test_a_console_that_is_not_utf8(tmp_path):
 def test_slow_bf16_is_measured(monkeypatch):
     """The measurement runs on a CPU only and draws nothing from torch's random stream."""
     before = torch.get_rng_state()
-    assert process.slow_bf16(torch.device("cuda")) == 0
-    assert process.slow_bf16(torch.device("cpu")) >= 0 and torch.equal(torch.get_rng_state(), before)
+    assert process.measure_bf16_slowdown(torch.device("cuda")) == 0
+    assert process.measure_bf16_slowdown(torch.device("cpu")) >= 0 and torch.equal(torch.get_rng_state(), before)
     clock = iter([0.0, 1.0, 1.0, 7.0])
     monkeypatch.setattr(process.time, "perf_counter", lambda: next(clock))
-    assert process.slow_bf16(torch.device("cpu")) == pytest.approx(6)
+    assert process.measure_bf16_slowdown(torch.device("cpu")) == pytest.approx(6)
 
 
 def test_a_gzipped_nifti_is_read(tmp_path):

@@ -12,7 +12,7 @@ from models.cnn3d import Encoder
 from models.frozen import freeze
 from preprocess.atlas import load_atlas
 from preprocess.lungs import lung_mask
-from preprocess.patches import patches_of
+from preprocess.patches import cut_scan
 from preprocess.picture import picture_of_patches
 from preprocess.registration import register_masks
 from preprocess.scan import read_scan
@@ -27,7 +27,7 @@ def test_patches_and_features_of_one_scan(cohort, run, tmp_path):
     mask = lung_mask(scan, "threshold")
     stored = sitk.GetArrayFromImage(sitk.ReadImage(str(store / "lung_mask" / "0002.nii.gz")))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), stored)
-    cut = patches_of(scan, register_masks(atlas, mask), atlas, table, 32)
+    cut = cut_scan(scan, register_masks(atlas, mask), atlas, table, 32)
     np.testing.assert_array_equal(cut.patches, np.load(store / "patch" / "0002_patch.npy"))
     np.testing.assert_array_equal(cut.corners, np.load(store / "patch_loc" / "0002_patch_loc.npy"))
     picture = picture_of_patches(cut.volume, cut.values, mask, cut.corners, 32, "one scan")

@@ -12,7 +12,7 @@ import torch
 from misc.command import UserError
 from preprocess import geometry
 from preprocess.geometry import write_image, write_transform
-from preprocess.lungs import _gpu_lock, check_lungs, one_gpu
+from preprocess.lungs import _gpu_lock, check_lungs, reserve_gpu
 from preprocess.scan import ScanError, read_mask
 from preprocess.threshold import segment_lungs
 
@@ -150,11 +150,11 @@ def test_a_full_disk_leaves_no_partial_transform(tmp_path, monkeypatch):
 
 def test_only_one_process_uses_a_gpu_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with one_gpu() as gpu:
+    with reserve_gpu() as gpu:
         assert gpu is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with one_gpu() as gpu:
+    with reserve_gpu() as gpu:
         assert gpu == "cuda:0"
     hold = (
         f"import fcntl, sys\nstream = open({str(_gpu_lock(0))!r}, 'a')\nfcntl.lockf(stream, fcntl.LOCK_EX)\n"
@@ -162,8 +162,8 @@ def test_only_one_process_uses_a_gpu_at_a_time(monkeypatch, tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with one_gpu() as gpu:
+        with reserve_gpu() as gpu:
             assert gpu == "cuda:1"
         other.stdin.close()
-    with one_gpu() as gpu:
+    with reserve_gpu() as gpu:
         assert gpu == "cuda:0"

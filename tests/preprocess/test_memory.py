@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from preprocess import geometry
-from preprocess.geometry import block_means, on_slab, orient, slabs
+from preprocess.geometry import average_blocks, iterate_slabs, orient, resample_to_slab
 from preprocess.reading.values import check_hounsfield
 
 from ..conftest import ROOT
@@ -69,8 +69,8 @@ def test_means_in_slabs_equal_means_of_the_whole(monkeypatch, factors):
     image = chest((43, 34, 30))
     factors_there = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
     whole = sitk.BinShrink(sitk.Cast(image > -500, sitk.sitkFloat32), factors_there)
-    found = block_means(image, factors, lambda slab: slab > -500)
-    assert len(list(slabs(image, factors_there[2]))) > (factors[2] < 43)
+    found = average_blocks(image, factors, lambda slab: slab > -500)
+    assert len(list(iterate_slabs(image, factors_there[2]))) > (factors[2] < 43)
     assert (array(found) == array(whole)).all()
     for of in (sitk.Image.GetOrigin, sitk.Image.GetSpacing, sitk.Image.GetDirection):
         assert of(found) == of(whole)
@@ -79,9 +79,9 @@ def test_means_in_slabs_equal_means_of_the_whole(monkeypatch, factors):
 def test_resampling_in_slabs_equals_resampling_at_once(monkeypatch):
     monkeypatch.setattr(geometry, "SLAB", 5000)
     grid, coarse = chest((43, 34, 30)), sitk.Cast(chest((20, 16, 14), spacing=(6.1, 7.3, 5.2)), sitk.sitkFloat32)
-    found = np.concatenate([on_slab(coarse, grid, *ends) for ends in slabs(grid)])
+    found = np.concatenate([resample_to_slab(coarse, grid, *ends) for ends in iterate_slabs(grid)])
     whole = array(sitk.Resample(coarse, grid, sitk.Transform(), sitk.sitkLinear, 0.0))
-    assert len(list(slabs(grid))) > 3 and np.allclose(found, whole, atol=1e-3) and np.ptp(whole) > 500
+    assert len(list(iterate_slabs(grid))) > 3 and np.allclose(found, whole, atol=1e-3) and np.ptp(whole) > 500
 
 
 def test_an_unchanged_scan_is_not_copied():

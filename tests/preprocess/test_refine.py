@@ -5,8 +5,8 @@ import pytest
 import SimpleITK as sitk
 from scipy.optimize import approx_fprime
 
-from preprocess.refine import LENGTH, points_of, refine, sample_mask, soft_dice
-from preprocess.registration import overlap, register_masks
+from preprocess.refine import LENGTH, make_points, refine_affine, sample_mask, soft_dice
+from preprocess.registration import measure_overlap, register_masks
 
 ATLAS, SCAN = (50, 100), (1, 2)
 
@@ -41,13 +41,13 @@ TURN = np.array([[0.98, -0.17, 0.02], [0.17, 0.98, 0.0], [0.0, 0.05, 1.2]])
 
 def test_soft_dice_is_the_overlap_and_its_gradient():
     atlas, (mask, truth) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
-    points, sampled = points_of(atlas, ATLAS, 2.0), sample_mask(mask, SCAN, 2.0)
+    points, sampled = make_points(atlas, ATLAS, 2.0), sample_mask(mask, SCAN, 2.0)
     centre = np.array(truth.GetCenter())
     parameters = np.concatenate([np.array(truth.GetMatrix()) * LENGTH, truth.GetTranslation()])
     value, _ = soft_dice(parameters, points, sampled, centre)
-    figures = overlap(atlas, mask, truth)
+    figures = measure_overlap(atlas, mask, truth)
     assert -value == pytest.approx(sum(figures.values()), abs=0.09)  # soft edges; three Dice values are summed
-    points, sampled = points_of(atlas, ATLAS, 4.0), sample_mask(mask, SCAN, 4.0)
+    points, sampled = make_points(atlas, ATLAS, 4.0), sample_mask(mask, SCAN, 4.0)
     off = parameters + np.linspace(-3, 3, 12)
     _, gradient = soft_dice(off, points, sampled, centre)
     numeric = approx_fprime(off, lambda p: soft_dice(p, points, sampled, centre)[0], 1e-5)
@@ -62,8 +62,8 @@ def test_a_known_affine_is_recovered(direction):
     start = sitk.TranslationTransform(3, (10.0, 0.0, 0.0))
     affine = sitk.AffineTransform(3)
     affine.SetTranslation(start.GetOffset())
-    found = refine(atlas, ATLAS, mask, SCAN, affine, 4.0)
-    figures = overlap(atlas, mask, found)
+    found = refine_affine(atlas, ATLAS, mask, SCAN, affine, 4.0)
+    figures = measure_overlap(atlas, mask, found)
     assert min(figures.values()) > 0.97
     for point in ([-30.0, 0.0, -250.0], [40.0, 20.0, -150.0]):
         assert np.linalg.norm(np.subtract(found.TransformPoint(point), truth.TransformPoint(point))) < 2.0
@@ -77,7 +77,7 @@ def test_both_sides_have_equal_weight():
     half[half == 2] = 0
     cut = sitk.GetImageFromArray(labels)
     cut.CopyInformation(mask)
-    figures = overlap(atlas, cut, register_masks(atlas, cut))
+    figures = measure_overlap(atlas, cut, register_masks(atlas, cut))
     # The Dice of a lung with two thirds of it is 0.8. The right lung alone would reach 1.
     assert figures["dice_right"] > 0.85 and figures["dice_left"] > 0.7
 
@@ -86,4 +86,4 @@ def test_results_are_bit_identical():
     atlas, (mask, _) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
     first, second = (register_masks(atlas, mask) for _ in range(2))
     assert first.GetParameters() == second.GetParameters()
-    assert min(overlap(atlas, mask, first).values()) > 0.97
+    assert min(measure_overlap(atlas, mask, first).values()) > 0.97

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from preprocess.atlas import read_atlas_mask
 from preprocess.geometry import orient, orientation_of, pad, resample_isotropic
-from preprocess.patches import cut_patches, map_corners, share_inside
+from preprocess.patches import cut_patches, map_corners, measure_share_inside
 from preprocess.scan import ScanError, check_hounsfield, read_image, read_scan
 
 
@@ -218,7 +218,7 @@ def test_share_of_centres_inside():
     labels[:, :, :10] = 1
     mask = sitk.GetImageFromArray(labels)
     corners = np.array([[0, 0, 0], [4, 4, 4], [8, 0, 0], [30, 0, 0]])  # centres at x = 2, 6, 10, 32
-    assert share_inside(corners, 4, mask, mask) == 0.5
+    assert measure_share_inside(corners, 4, mask, mask) == 0.5
 
 
 # ------------------------------------------------------------ patches of the reference

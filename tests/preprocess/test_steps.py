@@ -473,7 +473,7 @@ def test_registration_recovers_a_known_affine(cohort):
     from types import SimpleNamespace
 
     from preprocess.register import register
-    from preprocess.registration import overlap
+    from preprocess.registration import measure_overlap
 
     folder, _ = cohort
     atlas_path = folder / "atlas_lung_mask.nii.gz"
@@ -509,7 +509,7 @@ def test_registration_recovers_a_known_affine(cohort):
         point = atlas.TransformIndexToPhysicalPoint([int(v) for v in index])
         errors.append(np.linalg.norm(np.subtract(found.TransformPoint(point), known.TransformPoint(point))))
     assert np.mean(errors) < 1.5  # mm
-    assert overlap(atlas, moved, known)["dice"] > 0.98
+    assert measure_overlap(atlas, moved, known)["dice"] > 0.98
 
 
 def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monkeypatch):
@@ -519,7 +519,7 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
     monkeypatch.setattr(step, "CHUNK_BYTES", 2 * 6 * 65536)  # two subjects at a time
     monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
     notes = []
-    original = step._note
+    original = step._write_note
 
     def stop_after_two_chunks(path, content):
         original(path, content)
@@ -527,10 +527,10 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
         if content.get("rows") == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(step, "_note", stop_after_two_chunks)
+    monkeypatch.setattr(step, "_write_note", stop_after_two_chunks)
     with pytest.raises(KeyboardInterrupt):
         step.main()
-    monkeypatch.setattr(step, "_note", original)
+    monkeypatch.setattr(step, "_write_note", original)
     untouched = os.stat(tmp_path / "grouped_patch" / ".partial" / "patch_loc_0.npy").st_ino
     time.sleep(0.01)
     assert step.main() == 0

@@ -8,8 +8,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.store import PatchStore
-from tools.evaluation.baselines import BINS, baseline_tables
-from tools.evaluation.tables import other_store
+from tools.evaluation.baselines import BINS, make_baseline_tables
+from tools.evaluation.tables import describe_other_store
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def store(tmp_path, grid):
 
 
 def test_shares_and_histograms(store, grid):
-    tables = baseline_tables(PatchStore(store), no_progress=True)
+    tables = make_baseline_tables(PatchStore(store), no_progress=True)
     assert tables["density"][0].tolist() == [0.25, 0.5, 0.0] and tables["density"].index.tolist() == ["a", "b", "c"]
     by_location = tables["density_by_location"].to_numpy()
     assert by_location.shape == (3, len(grid)) and (by_location[:2, :-1] == [[0.25], [0.5]]).all()
@@ -36,7 +36,7 @@ def test_shares_and_histograms(store, grid):
     assert histogram.shape == (3, BINS) and histogram.sum(1) == pytest.approx([1, 1, 1])
     assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # the bin from -984.5 to -945 HU
     assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
-    quick = baseline_tables(PatchStore(store), no_progress=True, smoothed=False)
+    quick = make_baseline_tables(PatchStore(store), no_progress=True, smoothed=False)
     assert list(quick) == [name for name in tables if name != "histogram_smoothed"]
     assert all(quick[name].equals(tables[name]) for name in quick)
 
@@ -49,7 +49,7 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
     noise = np.random.default_rng(0).normal(-850, 60, (3, len(grid), 32, 32, 32)).astype(np.int16)
     for location in range(len(grid)):
         np.save(store / "grouped_patch" / f"patch_loc_{location}.npy", noise[:, location])
-    tables = baseline_tables(PatchStore(store), no_progress=True)
+    tables = make_baseline_tables(PatchStore(store), no_progress=True)
     plain, smoothed = (tables[name].to_numpy() for name in ("histogram", "histogram_smoothed"))
     assert smoothed.shape == (3, BINS) and smoothed.sum(1) == pytest.approx([1, 1, 1])
     assert smoothed.max() > 2 * plain.max()
@@ -98,9 +98,9 @@ def test_another_store_with_the_same_sids_is_reported(tmp_path, make_store, grid
     mine, theirs = PatchStore(tmp_path / "a"), PatchStore(tmp_path / "b")
     made = {"store_version": mine.version, "root_dir": "/data/a"}
     (tmp_path / "features.json").write_text(json.dumps(made))
-    assert other_store(tmp_path / "f.csv", mine, "--baselines") == ""
-    told = other_store(tmp_path / "f.csv", theirs, "--baselines")
+    assert describe_other_store(tmp_path / "f.csv", mine, "--baselines") == ""
+    told = describe_other_store(tmp_path / "f.csv", theirs, "--baselines")
     assert "f.csv was extracted from /data/a, but --baselines" in told and "is another store" in told
     for text in ("", "[]", "{}"):  # not written by extract_feature.py
         (tmp_path / "features.json").write_text(text)
-        assert other_store(tmp_path / "f.csv", theirs, "--baselines") == ""
+        assert describe_other_store(tmp_path / "f.csv", theirs, "--baselines") == ""

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
-from tools.dev.apart import Apart
+from tools.dev.apart import LiteralProcess
 from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
 from tools.timing import scans
-from tools.timing.data import rows_augmentation, rows_reading
-from tools.timing.extraction import rows_extraction
+from tools.timing.data import measure_augmentation, measure_reading
+from tools.timing.extraction import measure_extraction
 from tools.timing.measure import Row, compare, show
-from tools.timing.runs import row_memory
+from tools.timing.runs import measure_memory
 from tools.timing.store import DISTINCT_FILES, make_store
-from tools.timing.training import rows_training
+from tools.timing.training import measure_training
 
 
 def test_the_literal_encoder_equals_the_encoder():
@@ -67,9 +67,11 @@ def test_rows_of_training_and_extraction(tmp_path, args):
     """Both implementations have the same loss in the first step and give the same features."""
     store, report = make_store(tmp_path / "store", 8, 4), {}
     machine = {"fast_bf16": False, "matrix_gflops_float32": 100.0}
-    apart = Apart(store, 8, args)
+    apart = LiteralProcess(store, 8, args)
     try:
-        rows = rows_training(store, 8, apart, args, machine, report) + rows_extraction(store, apart, args, machine)
+        rows = measure_training(store, 8, apart, args, machine, report) + measure_extraction(
+            store, apart, args, machine
+        )
     finally:
         apart.close()
     losses = report["first_step_loss"]
@@ -82,9 +84,9 @@ def test_rows_of_training_and_extraction(tmp_path, args):
 
 @pytest.mark.slow
 def test_rows_of_data_and_memory(tmp_path, args):
-    rows = [*rows_augmentation(args), *rows_reading(tmp_path / "reading", args)]
+    rows = [*measure_augmentation(args), *measure_reading(tmp_path / "reading", args)]
     assert len(rows) == 5 and all(row.ours > 0 and row.literal > 0 for row in rows)
-    memory = row_memory(make_store(tmp_path / "store", 8, 16), 8, tmp_path / "run", args)
+    memory = measure_memory(make_store(tmp_path / "store", 8, 16), 8, tmp_path / "run", args)
     assert 0.1 < memory.ours < 8, memory.note
 
 
@@ -92,7 +94,7 @@ def test_rows_of_data_and_memory(tmp_path, args):
 def test_times_of_the_parts_of_a_scan(tmp_path, run, cohort, monkeypatch):
     """lungmask's network is left out: it takes half a minute and has another test."""
     folder, _ = cohort
-    monkeypatch.setattr(scans, "network_mask", lambda image, weights: image)
+    monkeypatch.setattr(scans, "segment_with_network", lambda image, weights: image)
     flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     run("tools/benchmark.py", *flags, "--rounds", 1, "--json", tmp_path / "scan.json")
     rows = {row["what"]: row for row in json.loads((tmp_path / "scan.json").read_text())["rows"]}

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from misc.command import UserError
-from misc.files import file_hash
+from misc.files import hash_file
 from models.builder import DrasCLR
 from models.checkpoint import add_module, save_checkpoint
 from models.cnn3d import Encoder
 from preprocess.registration import check_overlap
 from preprocess.scan import ScanError
 from tests.conftest import calibrate
-from tools.embedding.embed import Embedder, embed_scans, name_of
+from tools.embedding.embed import Embedder, embed_scans, name_scan
 from tools.evaluation.vectors import FILES, Standardization
 
 
@@ -56,7 +56,7 @@ def test_features_are_bit_identical_to_the_five_stages(study, run, tmp_path):
     flags = (*flags_of(study), "--out", "f.csv", "--patch-dir", "patches")
     shown = run("tools/embed_scan.py", scan, "broken.nii.gz", *flags, cwd=tmp_path)
     assert "0001: fine" in shown.stdout and "broken: broken.nii.gz" not in shown.stdout
-    assert "embed_scan: 1 of 2 scans; f.csv" in shown.stdout
+    assert "embed_scan: 1 of 2 scans embedded; f.csv" in shown.stdout
     assert (tmp_path / "f.csv").read_bytes() == (root / "features" / "patient_features.csv").read_bytes()
     patches = np.load(tmp_path / "patches" / "0001.npy")
     assert np.array_equal(patches, np.load(root / "features" / "pred_arr_patch_full.npy")[0])
@@ -117,7 +117,7 @@ def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kin
     rng = np.random.default_rng(0)
     around = patches + rng.normal(size=(20, *patches.shape[1:])) * 0.1
     kept = Standardization.fit(kind, around, np.arange(20))
-    kept.save(tmp_path / "s.npz", file_hash(root / "c_0003.pth.tar"))
+    kept.save(tmp_path / "s.npz", hash_file(root / "c_0003.pth.tar"))
     flags = (folder / "image" / "0001.nii.gz", *flags_of(study), "--out", "f.csv", "--no-qc", "--patient-vector", kind)
     told = run_here("tools/embed_scan.py", *flags, cwd=tmp_path)
     assert told.returncode == 2 and f"--patient-vector {kind} needs --standardization FILE" in told.stderr
@@ -175,7 +175,7 @@ def test_each_lung_must_overlap(figures, message):
 
 
 def test_sids_from_file_names():
-    assert [name_of(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == ["b", "b.v2", "scan", "c.d"]
+    assert [name_scan(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == ["b", "b.v2", "scan", "c.d"]
 
 
 @pytest.mark.parametrize(

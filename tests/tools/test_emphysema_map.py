@@ -7,9 +7,9 @@ import SimpleITK as sitk
 import torch
 
 from models.cnn3d import Encoder
-from preprocess.patches import patches_of
-from tools.mapping.truth import judge_map, summary
-from tools.mapping.windows import lay_windows, to_scan
+from preprocess.patches import cut_scan
+from tools.mapping.truth import score_map, summary
+from tools.mapping.windows import lay_windows, resample_to_scan
 
 from ..conftest import calibrate
 
@@ -43,12 +43,12 @@ def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
     scan = image_of(np.full((40, 64, 70), -850, dtype=np.int16), origin, spacing)
     mask = sitk.Resample(image_of(atlas_array(1, 2), origin), scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     transform = shift(*origin)
-    cut = patches_of(scan, transform, atlas, TABLE, 32)
+    cut = cut_scan(scan, transform, atlas, TABLE, 32)
     windows = lay_windows(cut, mask, TABLE, atlas, transform, stride, 32)
     centres = np.array(
         [cut.volume.TransformContinuousIndexToPhysicalPoint((c + 15.5).tolist()) for c in windows.corners]
     )
-    result = to_scan(centres[:, 2], windows, cut.volume, scan, mask)
+    result = resample_to_scan(centres[:, 2], windows, cut.volume, scan, mask)
     assert result.GetOrigin() == origin and result.GetSpacing() == spacing
     values, inside = sitk.GetArrayFromImage(result), sitk.GetArrayFromImage(mask) > 0
     heights = np.broadcast_to((origin[2] + 2.0 * np.arange(40))[:, None, None], values.shape)
@@ -65,13 +65,13 @@ def test_metrics_of_known_maps():
     truth = np.zeros((1, 1, 10), dtype=bool)
     truth[..., :2] = True
     mask = np.ones_like(truth)
-    perfect = judge_map(image_of(truth.astype(np.float32)), truth, mask)
+    perfect = score_map(image_of(truth.astype(np.float32)), truth, mask)
     assert perfect == {"share": 0.2, "average_precision": 1.0, "dice": 1.0}
     # The diseased voxels rank first and third: the precisions are 1 and 2/3, the Dice is 2 * 2/3 / (1 + 2/3).
     scores = np.array([9.0, 7, 8, 6, 5, 4, 3, 2, 1, 0], dtype=np.float32).reshape(1, 1, 10)
-    found = judge_map(image_of(scores), truth, mask)
+    found = score_map(image_of(scores), truth, mask)
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2) and found["dice"] == pytest.approx(0.8)
-    nothing = judge_map(image_of(scores), np.zeros_like(truth), mask)
+    nothing = score_map(image_of(scores), np.zeros_like(truth), mask)
     assert nothing["share"] == 0 and np.isnan(nothing["average_precision"])
 
 
@@ -113,7 +113,7 @@ def world(tmp_path_factory):
         sitk.WriteImage(image_of(atlas_array(1, 2)), store / "lung_mask" / f"{sid}.nii.gz")
         affine = sitk.AffineTransform(3)
         sitk.WriteTransform(affine, str(store / "transform" / f"{sid}_Reg_Atlas_Affine_0GenericAffine.mat"))
-        cut.append(patches_of(image_of(values), affine, atlas, TABLE, 32).patches)
+        cut.append(cut_scan(image_of(values), affine, atlas, TABLE, 32).patches)
         dark_there = [dark[z : z + 32, y : y + 32, x : x + 32].mean() for x, y, z in TABLE]
         of_patches += [(sid, place, share) for place, share in enumerate(dark_there)]
         rows.append((sid, f"{sid}.nii.gz"))
@@ -143,7 +143,7 @@ GIVEN = (
 def test_planted_disease_is_located(world, run, tmp_path):
     flags = (*GIVEN, "--truth", "truth", "--truth-values", 3, "--out-dir", tmp_path)
     result = run("tools/emphysema_map.py", *flags, cwd=world)
-    assert "3 of 4 scans mapped" in result.stdout and "777.nii.gz does not exist" in result.stderr
+    assert "3 of 4 scans mapped" in result.stdout and "777.nii.gz, but this path does not exist" in result.stderr
     table = pd.read_csv(tmp_path / "maps.csv", dtype={"sid": str})
     assert (table["sid"] == "777").sum() == 1 and table.set_index("sid").loc["777", "status"] == "failed"
     done = table[table["status"] == "ok"].groupby("table")[["share", "average_precision"]].mean()

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from misc.files import safe_name
-from tools.evaluation.judge import Label, judge
-from tools.evaluation.learn import MODELS, covariate_weights, out_of_fold, predict_others
+from misc.files import make_safe_name
+from tools.evaluation.judge import Label, evaluate_label
+from tools.evaluation.learn import MODELS, add_covariate_weights, predict_others, predict_out_of_fold
 from tools.evaluation.metrics import r2
-from tools.evaluation.report import explain
+from tools.evaluation.report import explain_results
 
 N = 120
 
@@ -23,7 +23,7 @@ def test_a_linear_target_is_found_and_noise_is_not():
 
     def r2(target):
         label = Label("label", "regression", target)
-        return judge(label, {"features": features}, np.arange(120), 5).figures["features"]["r2"]["mean"]
+        return evaluate_label(label, {"features": features}, np.arange(120), 5).figures["features"]["r2"]["mean"]
 
     assert r2(signal) > 0.99
     assert r2(signal + noise) == pytest.approx(0.5, abs=0.15)
@@ -39,9 +39,9 @@ def test_covariates_are_hardly_penalised(kind):
     metric = "r2" if kind == "regression" else "kappa"
 
     def found(weights):
-        return judge(label, table, np.arange(100), 5, weights).figures["features"][metric]["mean"]
+        return evaluate_label(label, table, np.arange(100), 5, weights).figures["features"][metric]["mean"]
 
-    weighted = found({"features": covariate_weights(1, np.ones(200))})
+    weighted = found({"features": add_covariate_weights(1, np.ones(200))})
     assert weighted > 0.85 and weighted > found(None) + 0.2
 
 
@@ -51,7 +51,7 @@ def test_the_gain_from_a_table_is_paired():
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
     tables = {"features": new[:, None], "known": known[:, None], "both": np.column_stack([new, known])}
-    figures = judge(label, tables, np.arange(200), 5, added_to={"both": "known"}).figures
+    figures = evaluate_label(label, tables, np.arange(200), 5, added_to={"both": "known"}).figures
     one, both = figures["known"]["r2"], figures["both"]["r2"]
     added = both["this_minus_known"]
     assert added["mean"] == pytest.approx(both["mean"] - one["mean"]) and 0 < added["low"] < added["high"]
@@ -115,7 +115,7 @@ def test_row_order_is_irrelevant_and_constant_features_are_reported(run_here, tm
 def test_a_first_fold_may_lack_the_highest_class():
     target = np.array([0, 1] * 12 + [2] * 4, dtype=float)
     fold = np.where(target == 2, 0, np.arange(28) % 2)  # class 2 is only in fold 0
-    predicted = out_of_fold(MODELS["class"], np.eye(28), target, fold)
+    predicted = predict_out_of_fold(MODELS["class"], np.eye(28), target, fold)
     assert predicted.shape == (28, 3) and np.allclose(predicted.sum(axis=1), 1)
 
 
@@ -407,7 +407,7 @@ def test_pictures_have_safe_names_and_old_ones_are_removed(tmp_path, run_here):
     first = run_here("tools/evaluate.py", *given, "--columns", "odd/name", "GOLD", cwd=tmp_path)
     assert first.returncode == 0
     assert "GOLD is not predicted through spirometry: in the subjects with FEV1pp, FEV1_FVC" in first.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{safe_name('odd/name')}.png", "GOLD.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{make_safe_name('odd/name')}.png", "GOLD.png"}
     assert run_here("tools/evaluate.py", *given, "--columns", "y", cwd=tmp_path).returncode == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"y.png"}
 
@@ -446,7 +446,7 @@ def test_metrics_at_chance_are_explained():
         "e": figures("c_index", 0.2, 0.3, 0.4),
         "f": figures("auroc", float("nan"), float("nan"), float("nan")),
     }
-    below, chance = explain(found)
+    below, chance = explain_results(found)
     assert "R2 below 0 (d)" in below and "Not distinguishable from chance with these subjects (a, c):" in chance
 
 
@@ -457,15 +457,15 @@ def test_the_gain_over_a_histogram_is_explained():
         return {"features": plain, "features+histogram": {"r2": plain["r2"] | added}}
 
     found = {"a": figures(0.1, 0.2, 0.3), "b": figures(-0.1, 0.1, 0.2), "c": figures(-0.3, -0.2, -0.1)}
-    (line,) = explain(found)
+    (line,) = explain_results(found)
     assert "improves 2 of 3 label(s) by at least 0.005; the interval is above 0 for 1 (a); it is worse for c." in line
     found["d"] = figures(0.0, 1e-15, 0.1)  # equal up to rounding
     found["e"] = figures(float("nan"), float("nan"), float("nan"))
     useless = figures(0.1, 0.2, 0.3)
     useless["features+histogram"]["r2"]["mean"] = -1.1  # the histogram's own r2 is -1.3
-    (line,) = explain(found | {"f": useless})
+    (line,) = explain_results(found | {"f": useless})
     assert "improves 2 of 4 label(s)" in line and "Even together they do not predict f." in line
-    assert explain({"a": {"features": found["a"]["features"]}}) == []
+    assert explain_results({"a": {"features": found["a"]["features"]}}) == []
 
 
 def test_equal_risks_give_a_picture_without_a_test(tmp_path, run_here):

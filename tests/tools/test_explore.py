@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from misc.page import packed, write_page
 from tests.browser import browse
 from tools.explore import FOLDER
-from tools.pages.numbers import importance, nearest, standardised, telling
-from tools.pages.sides import sides_of
+from tools.pages.numbers import compute_importance, find_nearest, find_unusual_locations, standardise
+from tools.pages.sides import make_sides
 
 N, D = 60, 6
 MARKED = "<b>M&"  # must not be interpreted as HTML
@@ -67,9 +67,9 @@ def test_an_informative_location_is_found(study):
         .set_index("sid")["grade"]
         .reindex(np.load(study / "sid_arr_full.npy"))
     )
-    told = importance(patches, labels.to_numpy(dtype=np.float64))
+    told = compute_importance(patches, labels.to_numpy(dtype=np.float64))
     assert told.argmax() == 4 and told[4] > 0.8 and np.delete(told, 4).max() < 0.3
-    assert np.isnan(importance(patches, np.ones(N))).all()
+    assert np.isnan(compute_importance(patches, np.ones(N))).all()
 
 
 def test_importance_equals_ridge_regression():
@@ -79,21 +79,21 @@ def test_importance_equals_ridge_regression():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(50, 1, 5)) * [1, 10, 0.1, 1, 1] + 3
     target = features[:, 0] @ rng.normal(size=5) + rng.normal(size=50)
-    x, found = standardised(features[:, 0]), []
+    x, found = standardise(features[:, 0]), []
     for penalty in (0.01, 0.1, 1.0, 10.0):
         predicted = np.zeros(50)
         for fold in np.array_split(np.random.default_rng(0).permutation(50), 5):
             rest = np.setdiff1d(np.arange(50), fold)
             predicted[fold] = Ridge(alpha=penalty * 40).fit(x[rest], target[rest]).predict(x[fold])
         found.append(1 - ((target - predicted) ** 2).sum() / ((target - target.mean()) ** 2).sum())
-    assert importance(features, target)[0] == pytest.approx(max(found), abs=1e-9)
+    assert compute_importance(features, target)[0] == pytest.approx(max(found), abs=1e-9)
 
 
 def test_twins_are_nearest_and_the_unusual_place_first(study):
     patches = np.load(study / "pred_arr_patch_full.npy")
-    rows = nearest(standardised(patches.mean(axis=1)), 4)
+    rows = find_nearest(standardise(patches.mean(axis=1)), 4)
     assert rows.shape == (N, 4) and rows[3, 0] == 7 and rows[7, 0] == 3 and (rows != np.arange(N)[:, None]).all()
-    places, scores = telling(patches, np.arange(N) != 9, 3)
+    places, scores = find_unusual_locations(patches, np.arange(N) != 9, 3)
     assert places[9, 0] == 2 and scores[9, 0] > 2 * scores[:, 1].max()
 
 
@@ -107,7 +107,7 @@ def test_locations_are_drawn_correctly_for_any_atlas_orientation(flip):
     if flip:
         atlas = sitk.DICOMOrient(atlas, "RAS")
         corner = np.array([[60 - 4 - 8, 50 - 5 - 8, 30]])
-    front, left, below = sides_of(corner, 8, atlas)
+    front, left, below = make_sides(corner, 8, atlas)
     np.testing.assert_allclose(front["places"][0], [(4 + 4) / 60, 1 - (30 + 4) / 40], atol=1e-6)
     np.testing.assert_allclose(left["places"][0], [(5 + 4) / 50, 1 - (30 + 4) / 40], atol=1e-6)
     np.testing.assert_allclose(below["places"][0], [(4 + 4) / 60, (5 + 4) / 50], atol=1e-6)
@@ -182,7 +182,7 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         },
         "sides": [
             {**side, "places": packed(side["places"])}
-            for side in sides_of(rng.integers(300, size=(places, 3)), 32, None)
+            for side in make_sides(rng.integers(300, size=(places, 3)), 32, None)
         ],
     }
     page = tmp_path / "page.html"

@@ -183,7 +183,7 @@ def test_training_keeps_the_best_model(monkeypatch, losses, start, best, kept, r
         model.weight.data += 1
         return next(following)
 
-    assert fitting._until_no_better(one_round, (model,), "last", start) == (best, rounds)
+    assert fitting._train_until_no_better(one_round, (model,), "last", start) == (best, rounds)
     assert model.weight.item() == kept  # the number of rounds until the best one
 
 

@@ -39,7 +39,7 @@ def test_any_other_failure_is_reported_by_torchrun(tmp_path, run):
 
 
 def test_cores_are_divided_among_the_ranks(monkeypatch):
-    monkeypatch.setattr(launch, "usable_cores", lambda: 12)
+    monkeypatch.setattr(launch, "count_usable_cores", lambda: 12)
     for ranks, given, wanted in (("1", None, None), ("4", None, "3"), ("24", None, "1"), ("4", "5", "5")):
         monkeypatch.setattr(sys, "argv", ["launch.py", "--nproc-per-node", ranks, "train.py"])
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -67,7 +67,7 @@ def make_failures(*codes):
     ],
 )
 def test_one_line_explains_how_the_ranks_ended(codes, status, line, capsys):
-    assert launch.explain(make_failures(*codes)) == status
+    assert launch.explain_failures(make_failures(*codes)) == status
     told = capsys.readouterr().err
     assert line in told and len(told.splitlines()) == bool(line)
 
@@ -94,14 +94,12 @@ def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
 
 def test_flags_override_the_defaults(monkeypatch):
     monkeypatch.setattr(launch, "heeded", lambda number: True)  # even if the tests run under nohup
-    flags = launch.with_our_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
+    flags = launch.add_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
     assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
-    assert launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
-    assert not any(
-        "127" in flag for flag in launch.with_our_defaults(["--standalone", "--local_addr", "h", "train.py"])
-    )
+    assert launch.add_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
+    assert not any("127" in flag for flag in launch.add_defaults(["--standalone", "--local_addr", "h", "train.py"]))
     monkeypatch.setattr(launch, "heeded", lambda number: number != signal.SIGHUP)
-    assert not any("SIGHUP" in flag for flag in launch.with_our_defaults(["train.py"]))
+    assert not any("SIGHUP" in flag for flag in launch.add_defaults(["train.py"]))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
 from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan
 from tools.cohort.texture import CLASSES, MODERATE, NORMAL, PANLOBULAR, PARASEPTAL, SEVERE
-from tools.cohort.warped import random_diffeomorphism
+from tools.cohort.warped import draw_diffeomorphism
 from tools.make_cohort import make_phantom, make_subject
 
 
@@ -270,7 +270,7 @@ def test_a_scan_has_the_stated_noise_and_slice_thickness():
 
 def test_deformation_is_smooth_and_invertible():
     rng = np.random.default_rng(0)
-    displacement = random_diffeomorphism((60, 64, 68), np.array([1.5, 1.5, 1.5]), rng)
+    displacement = draw_diffeomorphism((60, 64, 68), np.array([1.5, 1.5, 1.5]), rng)
     length = np.sqrt((displacement**2).sum(0))
     assert 2 < length.max() < 12  # mm
     jacobian = np.stack([np.stack(np.gradient(d, 1.5), -1) for d in displacement], -2) + np.eye(3)

@@ -101,7 +101,7 @@ class Lungs:
         return smooth_field(self.mask.shape, self.sampling, width, rng)[self.mask]
 
 
-def class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
+def draw_class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
     """Return the class of every lung voxel, (n,) uint8, with the shares of ``disease``.
 
     Each subtype lies where it is found in patients. Centrilobular emphysema prefers the apex (by ``disease.upper``) and
@@ -150,7 +150,7 @@ def plant_disease(
     """
     sampling = spacing[::-1]
     lungs = Lungs(lung, sampling)
-    classes = class_map(lungs, disease, rng)
+    classes = draw_class_map(lungs, disease, rng)
     parenchyma = Parenchyma(hu.shape, sampling, rng)
     planted = np.zeros(hu.shape, dtype=np.uint8)
     planted[lungs.mask] = classes + 1

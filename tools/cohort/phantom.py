@@ -8,7 +8,7 @@ AIR = -1000.0  # HU, like the values below
 LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 450.0, 45.0, -300.0
 
 
-def rotation(angles: tuple[float, float, float]) -> np.ndarray:
+def rotation_matrix(angles: tuple[float, float, float]) -> np.ndarray:
     from scipy.spatial.transform import Rotation
 
     return Rotation.from_euler("xyz", angles).as_matrix()
@@ -32,7 +32,7 @@ class Phantom:
         self.origin = low
         axes = [low[i] + self.spacing[i] * np.arange(self.size[i]) for i in range(3)]
         z, y, x = np.meshgrid(axes[2], axes[1], axes[0], indexing="ij", sparse=True)
-        turn = rotation(a.rotation)
+        turn = rotation_matrix(a.rotation)
         centre = np.array([0, 0, 130 * s])
         points = [x - centre[0], y - centre[1], z - centre[2]]
         # Rotating the coordinates rotates the patient. From here on, lengths are in mm of an adult.
@@ -111,7 +111,7 @@ class Phantom:
     def _tube(self, start: np.ndarray, end: np.ndarray, radius: float) -> tuple[tuple[slice, ...], np.ndarray]:
         """Return the box of the grid around a segment, and the distance to the segment's axis divided by the radius."""
         a = self.anatomy
-        turn, centre = rotation(a.rotation), np.array([0, 0, 130.0])
+        turn, centre = rotation_matrix(a.rotation), np.array([0, 0, 130.0])
         reach = radius + 3 * self.spacing.max() / a.scale
         ends = np.stack([start, end])
         ends = (ends - centre) @ turn + centre  # from patient back to grid coordinates

@@ -11,14 +11,14 @@ from preprocess.geometry import orient, write_image
 from preprocess.lungs import lung_mask
 from preprocess.scan import ScanError, read_mask, read_scan
 from tools.cohort.disease import draw_disease, plant_disease
-from tools.cohort.phantom import rotation
+from tools.cohort.phantom import rotation_matrix
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 
 NORMAL_HU = -893.0  # median of the normal lung texture
 
 
-def random_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a smooth, invertible displacement in mm, (3, z, y, x): the exponential of a random velocity field.
 
     It is computed by scaling and squaring (Arsigny et al., 2006) on a grid of about 8 mm, on which it is smooth.
@@ -68,9 +68,9 @@ def make_warped(
     spacing = np.array(image.GetSpacing())
     sampling = spacing[::-1]
 
-    displacement = random_diffeomorphism(hu.shape, sampling, rng)
+    displacement = draw_diffeomorphism(hu.shape, sampling, rng)
     stretch = rng.uniform(0.94, 1.07, 3)
-    turn = rotation(tuple(np.deg2rad(rng.uniform(-3, 3, 3)))) @ np.diag(stretch)
+    turn = rotation_matrix(tuple(np.deg2rad(rng.uniform(-3, 3, 3)))) @ np.diag(stretch)
     centre = np.array(hu.shape) * sampling / 2
     grid = np.meshgrid(
         *[np.arange(n, dtype=np.float32) * d for n, d in zip(hu.shape, sampling)], indexing="ij", sparse=True

@@ -8,18 +8,18 @@ from data.store import PatchStore
 from data.views import to_input
 from tools.dev.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
 from tools.timing.measure import synchronize
-from tools.timing.step import TimedStep, trained_encoder
+from tools.timing.step import TimedStep, make_encoder
 
 PUBLISHED_LOCATIONS = 581
 
 
-def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
+def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
     """Receive names of literal jobs, run them and send the results, with the default memory allocation."""
     fast = TimedStep(
         PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
     )  # weights and batches
     literal = LiteralStep(fast.model)
-    encoder = trained_encoder(device)
+    encoder = make_encoder(device)
     augment = LiteralAugmentation("agc")
     x = torch.randn(batch, 1, 32, 32, 32, device=device)
     everywhere = torch.rand(fast.store.num_locations, 3, device=device)
@@ -50,14 +50,14 @@ def literal_process(pipe, store_folder: str, K: int, batch: int, device: torch.d
         pipe.send(result)
 
 
-class Apart:
+class LiteralProcess:
     """The process of the literal versions. Calling it with the name of a job runs that job."""
 
     def __init__(self, store: PatchStore, K: int, args):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
-        self.process = context.Process(target=literal_process, args=inputs, daemon=True)
+        self.process = context.Process(target=run_literal_jobs, args=inputs, daemon=True)
         self.process.start()
         theirs.close()  # so that a crash of the process raises an error here instead of blocking
 

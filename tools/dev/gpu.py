@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def export(commit: str, folder: Path) -> Path:
+def export_commit(commit: str, folder: Path) -> Path:
     """Export the files of a commit to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
@@ -61,7 +61,13 @@ def main() -> None:
     sizes = TINY if device.type == "cpu" else QUICK if args.quick else Sizes()
     out = Path(args.out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    old = Path(args.old).resolve() if args.old else export(args.old_commit, out / "old") if args.old_commit else None
+    old = (
+        Path(args.old).resolve()
+        if args.old
+        else export_commit(args.old_commit, out / "old")
+        if args.old_commit
+        else None
+    )
     lab = Lab(sizes, device, FileStore(out / "store", sizes.locations, sizes.subjects), out, old)
     for name in args.sections:
         start = time.perf_counter()

@@ -59,7 +59,7 @@ class Job(NamedTuple):
 # ============================================================ comparing
 
 
-def files_of(*patterns: str) -> Callable[[Path], dict[str, str]]:
+def fingerprint_files(*patterns: str) -> Callable[[Path], dict[str, str]]:
     """Return a function that computes fingerprints of the files that match."""
 
     def made(folder: Path) -> dict[str, str]:
@@ -69,7 +69,7 @@ def files_of(*patterns: str) -> Callable[[Path], dict[str, str]]:
     return made
 
 
-def training_of(folder: Path) -> dict[str, str]:
+def fingerprint_training(folder: Path) -> dict[str, str]:
     """Compute fingerprints of each epoch's weights, queue, optimiser and random state, and of the log's entries."""
     import torch
 
@@ -94,7 +94,7 @@ def training_of(folder: Path) -> dict[str, str]:
 # ============================================================ jobs
 
 
-def jobs() -> dict[str, Job]:
+def list_jobs() -> dict[str, Job]:
     """Return all jobs, in the order from scans to features."""
     python, store = sys.executable, ("--root-dir", "store")
     scans = ("--input-csv", "cohort/dataset.csv", "--num-workers", "2", "--no-progress")
@@ -111,31 +111,35 @@ def jobs() -> dict[str, Job]:
     launch = script("tools/launch.py", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *train)
     extract = ("--exp-name", "trained", "--checkpoint-patch", "checkpoint_patch_0002.pth.tar", *store)
     return {
-        "segment_lung": Job(segment, ("cohort",), files_of("store/lung_mask/*")),
+        "segment_lung": Job(segment, ("cohort",), fingerprint_files("store/lung_mask/*")),
         "register": Job(
-            script("preprocess/register.py", *scans, *store, *atlas), ("cohort", masks), files_of("store/transform/*")
+            script("preprocess/register.py", *scans, *store, *atlas),
+            ("cohort", masks),
+            fingerprint_files("store/transform/*"),
         ),
         "patchify_images": Job(
             script("preprocess/patchify_images.py", *scans, *store, *atlas),
             ("cohort", masks, transforms, laid),
-            files_of("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
+            fingerprint_files("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
         ),
         "run_preprocess": Job(
             script("preprocess/run_preprocess.py", *scans, *store, *atlas, "--method", "threshold"),
             ("cohort",),
-            files_of("store/*/*.npy", "store/*.npy", "store/lung_mask/*", "store/transform/*", "store/subjects.csv"),
+            fingerprint_files(
+                "store/*/*.npy", "store/*.npy", "store/lung_mask/*", "store/transform/*", "store/subjects.csv"
+            ),
         ),
         "group_patches": Job(
             script("preprocess/group_patches.py", *store, "--no-progress"),
             (laid, *cut),
-            files_of("store/grouped_patch/*.npy", "store/subjects.csv"),
+            fingerprint_files("store/grouped_patch/*.npy", "store/subjects.csv"),
         ),
-        "train, 1 rank": Job(script("train.py", *train), grouped, training_of),
-        "train, 2 ranks": Job(launch, grouped, training_of),
+        "train, 1 rank": Job(script("train.py", *train), grouped, fingerprint_training),
+        "train, 2 ranks": Job(launch, grouped, fingerprint_training),
         "extract_feature": Job(
             script("extract_feature.py", *extract, "--device", "cpu", "--no-progress", "--out-dir", "features"),
             (*grouped, "trained"),
-            files_of("features/*.npy", "features/*.csv"),
+            fingerprint_files("features/*.npy", "features/*.csv"),
         ),
     }
 
@@ -147,7 +151,7 @@ def prepare(folder: Path, subjects: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     make = (str(ROOT / "tools/make_cohort.py"), "--out-dir", "cohort", "--num-subjects", str(subjects), "--no-progress")
-    every = jobs()
+    every = list_jobs()
     for command in (
         (sys.executable, *make, "--num-workers", "2"),
         every["run_preprocess"].command,
@@ -159,7 +163,7 @@ def prepare(folder: Path, subjects: int) -> None:
     shutil.move(folder / "ssl_exp" / "run", folder / "trained")
 
 
-def lay_out(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
+def copy_inputs(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
     """Copy the inputs of a job to a new folder. Modification times are kept, because jobs compare them."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in needs:
@@ -171,7 +175,7 @@ def lay_out(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
 # ============================================================ killing
 
 
-def members(session: int) -> list:
+def list_processes(session: int) -> list:
     """Return the processes of a session that are still running."""
     import psutil
 
@@ -200,14 +204,14 @@ def start(job: Job, folder: Path) -> subprocess.Popen:
         )
 
 
-def disturb(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
+def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
     """Send a signal after ``moment`` seconds if the process is still running. Return what was sent, or ``""``."""
     try:
         process.wait(moment)
         return ""
     except subprocess.TimeoutExpired:
         pass
-    name, there = rng.choice(SIGNALS), members(process.pid)
+    name, there = rng.choice(SIGNALS), list_processes(process.pid)
     target = rng.choice(("main", "any", "all"))
     chosen = {
         "main": [p for p in there if p.pid == process.pid],
@@ -230,22 +234,24 @@ def leave(process: subprocess.Popen) -> str:
         wrong = f"did not end within {TIME_LIMIT:.0f} s"
     else:
         until = time.monotonic() + LINGER
-        while (there := members(process.pid)) and time.monotonic() < until:
+        while (there := list_processes(process.pid)) and time.monotonic() < until:
             time.sleep(0.2)
         wrong = f"left {len(there)} processes" if there else ""
-    for one in members(process.pid):
+    for one in list_processes(process.pid):
         one.kill()
     process.wait()
     return wrong
 
 
-def trial(job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[list[str], str]:
+def run_trial(
+    job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random
+) -> tuple[list[str], str]:
     """Run one trial. Return the signals that were sent, and what is wrong with the result (``""`` if nothing)."""
     sent = []
     for number in range(STARTS):
         process = start(job, folder)
         kills = number < rng.choice((1, 2))
-        if kills and (text := disturb(process, rng, rng.uniform(0.0, seconds))):
+        if kills and (text := send_signal(process, rng, rng.uniform(0.0, seconds))):
             sent.append(text)
         if wrong := leave(process):
             return sent, wrong
@@ -270,7 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--work-dir", required=True, help="working folder; use the same folder to resume")
     add("--trials", type=at_least(int, 1), default=20, help="trials per job; more trials find rarer faults")
-    add("--jobs", nargs="+", default=list(jobs()), metavar="JOB", help=f"jobs to run: {', '.join(jobs())}")
+    add("--jobs", nargs="+", default=list(list_jobs()), metavar="JOB", help=f"jobs to run: {', '.join(list_jobs())}")
     add(
         "--num-subjects",
         type=at_least(int, 4),
@@ -280,13 +286,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=at_least(int, 0), default=0, help="random seed; another seed kills at other moments")
     add_progress_flag(parser)
     args = parser.parse_args()
-    unknown = [name for name in args.jobs if name not in jobs()]
+    unknown = [name for name in args.jobs if name not in list_jobs()]
     if unknown:
-        parser.error(f"--jobs {unknown[0]!r} is not a job; choose from {', '.join(jobs())}")
+        parser.error(f"--jobs {unknown[0]!r} is not a job; choose from {', '.join(list_jobs())}")
     return args
 
 
-def trials_there(path: Path) -> dict[tuple[str, int], dict[str, str]]:
+def read_trials(path: Path) -> dict[tuple[str, int], dict[str, str]]:
     """Read the rows of trials.csv, by job and trial number."""
     if not path.is_file():
         return {}
@@ -294,13 +300,13 @@ def trials_there(path: Path) -> dict[tuple[str, int], dict[str, str]]:
         return {(row["job"], int(row["trial"])): row for row in csv.DictReader(stream)}
 
 
-def soak(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) -> Iterator[dict[str, str]]:
+def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) -> Iterator[dict[str, str]]:
     """Run the missing trials of a job and yield their rows."""
     missing = [number for number in range(args.trials) if (name, number) not in done]
     if not missing:
         return
     prepared, plain = work / "prepared", work / "undisturbed" / name.replace(", ", "-").replace(" ", "-")
-    lay_out(prepared, plain, job.needs)
+    copy_inputs(prepared, plain, job.needs)
     began = time.monotonic()
     process = start(job, plain)
     if leave(process) or process.returncode:
@@ -308,9 +314,9 @@ def soak(work: Path, name: str, job: Job, args: argparse.Namespace, done: dict) 
     seconds, wanted = time.monotonic() - began, job.made(plain)
     for number in missing:
         rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"
-        lay_out(prepared, folder, job.needs)
+        copy_inputs(prepared, folder, job.needs)
         began = time.monotonic()
-        sent, wrong = trial(job, folder, wanted, seconds, rng)
+        sent, wrong = run_trial(job, folder, wanted, seconds, rng)
         if not wrong:
             shutil.rmtree(folder)
         took = f"{time.monotonic() - began:.1f}"
@@ -323,7 +329,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     prepare(work / "prepared", args.num_subjects)
     path = work / "trials.csv"
-    done, every = trials_there(path), jobs()
+    done, every = read_trials(path), list_jobs()
     columns = ("job", "trial", "seconds", "sent", "wrong")
     with (
         open(path, "a", newline="") as stream,
@@ -334,7 +340,7 @@ def main() -> int:
             table.writeheader()
         bar.update(sum(key[0] in args.jobs and key[1] < args.trials for key in done))
         for name in args.jobs:
-            for row in soak(work, name, every[name], args, done):
+            for row in run_trials(work, name, every[name], args, done):
                 done[name, int(row["trial"])] = row
                 table.writerow(row)
                 stream.flush()

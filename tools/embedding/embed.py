@@ -14,7 +14,7 @@ from data.locations import normalize_locations, table_fingerprint
 from data.tables import feature_columns
 from data.views import to_input
 from misc.command import UserError
-from misc.files import file_hash
+from misc.files import hash_file
 from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
 from models.cnn3d import Encoder
@@ -22,10 +22,10 @@ from models.fast.pieces import side_by_side
 from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, encode_each, layer_width
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
-from preprocess.patches import Patches, check_inside, patches_of, share_inside
-from preprocess.patchify_atlas import STEP_SIZE, table_of
-from preprocess.patchify_images import figures_of
-from preprocess.registration import check_overlap, overlap, register_masks
+from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
+from preprocess.patchify_atlas import STEP_SIZE, make_table
+from preprocess.patchify_images import measure_patches
+from preprocess.registration import check_overlap, measure_overlap, register_masks
 from preprocess.scan import ScanError, load_scan, with_warnings
 from tools.evaluation.vectors import Standardization
 
@@ -80,14 +80,14 @@ class Embedder:
         if method == "lungmask":
             load_lungmask(lungmask_weights)  # fails once for missing weights, not for every scan
         self.atlas = read_atlas_mask(atlas_mask)
-        self.table = table_of(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
+        self.table = make_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
         check_sum(Path(checkpoint), sha256)
         content = read_checkpoint(Path(checkpoint))
         self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
         encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
         self.rep_dim, self.vector = sizes["rep_dim"], patient_vector
-        self.standardization = read_standardization(patient_vector, standardization, file_hash(Path(checkpoint)))
+        self.standardization = read_standardization(patient_vector, standardization, hash_file(Path(checkpoint)))
         self.width = self.rep_dim
         if self.standardization is not None:
             patch_width = layer_width(encoder) if patient_vector == "layers" else self.rep_dim
@@ -99,7 +99,7 @@ class Embedder:
                 )
         self.encoder = encoder.to(device)
         self.locations = torch.from_numpy(normalize_locations(self.table)).to(device)
-        self.usual = share_inside(self.table, PATCH_SIZE, self.atlas, self.atlas)
+        self.usual = measure_share_inside(self.table, PATCH_SIZE, self.atlas, self.atlas)
 
     def encode(self, patches: np.ndarray) -> np.ndarray:
         """Encode patches: (L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32.
@@ -126,12 +126,12 @@ class Embedder:
         mask = lung_mask(scan.image, self.method, self.weights, path)
         facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {path}"))
         transform = register_masks(self.atlas, mask)
-        figures: dict[str, Any] = {**lung_volumes(mask, path), **overlap(self.atlas, mask, transform)}
+        figures: dict[str, Any] = {**lung_volumes(mask, path), **measure_overlap(self.atlas, mask, transform)}
         check_overlap(figures, self.min_dice, f"{path}'s lung mask")
-        cut = patches_of(scan.image, transform, self.atlas, self.table, PATCH_SIZE)
+        cut = cut_scan(scan.image, transform, self.atlas, self.table, PATCH_SIZE)
         check_inside(cut, path)
-        inside = share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
-        figures |= {**figures_of(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
+        inside = measure_share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
+        figures |= {**measure_patches(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
         encoded = self.encode(cut.patches)
         if not np.isfinite(encoded).all():
             raise ScanError(
@@ -197,7 +197,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
         UserError: a scan, the checkpoint or another input cannot be used.
     """
     embedder = Embedder(checkpoint, atlas_mask, **choices)
-    sids = [name_of(path) for path in scans]
+    sids = [name_scan(path) for path in scans]
     if len(set(sids)) < len(sids):
         twice = next(sid for sid in sids if sids.count(sid) > 1)
         raise UserError(f"two scans are called {twice!r}; rename one of the files")
@@ -207,7 +207,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
     return table
 
 
-def name_of(path: str | os.PathLike) -> str:
+def name_scan(path: str | os.PathLike) -> str:
     """Return the sid of a scan: the name of the file or folder without the suffixes of image formats."""
     path = Path(os.path.abspath(path))
     name = path.name

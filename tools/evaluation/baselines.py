@@ -18,14 +18,14 @@ SMOOTHING = 1.0  # sigma in voxels, removes dose noise; 2 and 3 predicted worse 
 ROWS_AT_ONCE = 64
 
 
-def histogram_of(patch: np.ndarray) -> np.ndarray:
+def count_histogram(patch: np.ndarray) -> np.ndarray:
     """Count the voxels of a patch (HU) in each histogram bin, (BINS,)."""
     return np.histogram(np.clip(patch, HU_MIN, HU_MAX), BINS, (HU_MIN, HU_MAX))[0]
 
 
-def counts_of(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
+def count_voxels(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Return the histogram (BINS,) of a patch in HU, and its numbers of voxels below -950 HU and below -500 HU."""
-    return histogram_of(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
+    return count_histogram(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
 
 def smooth(patches: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ class Counts(NamedTuple):
     lung: np.ndarray  # (N, L) voxels below -500 HU
 
 
-def density_counts(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
+def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
     """Count the voxels of every patch of a store.
 
     Smoothing takes most of the time. Without ``smoothed`` it is skipped and the smoothed histograms stay 0.
@@ -62,15 +62,17 @@ def density_counts(store: PatchStore, no_progress: bool = False, smoothed: bool 
                 rows = np.arange(start, min(start + ROWS_AT_ONCE, store.num_subjects))
                 patches = store.read(location, rows)
                 for row, patch in zip(rows, patches):
-                    counts.histogram[row, location], low, lung = counts_of(patch)
+                    counts.histogram[row, location], low, lung = count_voxels(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
                 for row, patch in zip(rows, smooth(patches) if smoothed else ()):
-                    counts.smoothed[row] += histogram_of(patch)
+                    counts.smoothed[row] += count_histogram(patch)
             bar.update()
     return counts
 
 
-def baseline_tables(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> dict[str, pd.DataFrame]:
+def make_baseline_tables(
+    store: PatchStore, no_progress: bool = False, smoothed: bool = True
+) -> dict[str, pd.DataFrame]:
     """Return the baseline tables, indexed by sid. They are evaluated like the features.
 
     Returns:
@@ -80,7 +82,7 @@ def baseline_tables(store: PatchStore, no_progress: bool = False, smoothed: bool
         histogram_smoothed: the same after a Gaussian of 1 voxel that removes noise; only with ``smoothed``.
         histogram_by_location: 32 bins for each patch.
     """
-    histogram, of_smoothed, low, lung = density_counts(store, no_progress, smoothed)
+    histogram, of_smoothed, low, lung = count_store_voxels(store, no_progress, smoothed)
     voxels = histogram.sum(axis=2, keepdims=True)
     columns = {
         "density": (low.sum(1) / np.maximum(1, lung.sum(1)))[:, None],  # (N, 1)

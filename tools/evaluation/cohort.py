@@ -6,13 +6,20 @@ import sys
 import numpy as np
 import pandas as pd
 
-from data.labels import NO_AND_YES, read_numbers_and_words, why_no_column
+from data.labels import NO_AND_YES, explain_missing_column, read_numbers_and_words
 from data.layout import StoreError
-from data.tables import spelt
+from data.tables import suggest_column
 from tools.evaluation.judge import Label
-from tools.evaluation.kinds import FEWEST, kind_of_words, missing_code, recognize, why_no_survival, why_not
-from tools.evaluation.splits import look_like_one_patient, on_both_sides
-from tools.evaluation.tables import group_numbers, held_out_rows
+from tools.evaluation.kinds import (
+    FEWEST,
+    find_label_problem,
+    find_missing_code,
+    find_survival_problem,
+    guess_kind,
+    guess_kind_of_words,
+)
+from tools.evaluation.splits import find_patient_in_both_parts, find_scans_of_one_patient
+from tools.evaluation.tables import number_patients, read_held_out
 
 STAGES = ("GOLD", "finalGold")  # these columns are derived from the two below
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the column names begin
@@ -22,7 +29,7 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-class Cohort:
+class EvaluatedSubjects:
     """Labels, covariates and patients of the subjects that are in every table.
 
     Args:
@@ -46,7 +53,7 @@ class Cohort:
         self.names, self.words = labels.names, labels.classes
         self.order = set(dict(args.order))
         self.values = labels.values.astype(np.float64)
-        self.held_out = held_out_rows(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
+        self.held_out = read_held_out(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
         self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
         for name, values in zip(args.covariates, self.covariates.T):
             _note_missing(name, values[~np.isnan(values)])
@@ -55,8 +62,8 @@ class Cohort:
             first = sids[int(np.argmin(self.known))]
             note(f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, such as {first!r}")
         if args.group_column:
-            self.groups = group_numbers(table, args.group_column, sids, args.labels)
-            both = None if self.held_out is None else on_both_sides(self.groups, self.held_out)
+            self.groups = number_patients(table, args.group_column, sids, args.labels)
+            both = None if self.held_out is None else find_patient_in_both_parts(self.groups, self.held_out)
             if both is not None:
                 fitted, reported = (sids[row] for row in both)
                 raise StoreError(
@@ -66,7 +73,7 @@ class Cohort:
                 )
         else:
             self.groups = np.arange(len(sids))
-            alike = look_like_one_patient(sids)
+            alike = find_scans_of_one_patient(sids)
             if alike:
                 note(
                     f"sids {', '.join(alike[:3])} look like scans of one patient; give --group-column, or a model may "
@@ -77,7 +84,7 @@ class Cohort:
         """Return the values of a numeric column, (N,), NaN where unknown. Raises StoreError."""
         if name in self.names:
             return self.values[:, self.names.index(name)]
-        raise StoreError(why_no_column(self.path, name, self.names))
+        raise StoreError(explain_missing_column(self.path, name, self.names))
 
     def parts(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
         """Split the k known rows of (N,) into the part that models are fitted to and the held-out part.
@@ -92,13 +99,14 @@ class Cohort:
         return [("in the training part, ", ~held, 2, 2 * FEWEST), ("in the held-out part, ", held, 1, FEWEST)]
 
 
-def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
+def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
     """Return the labels to predict, each with the rows (N,) bool that have a value. Raises StoreError."""
     taken = {args.held_out, args.group_column, args.time_column, args.event_column, *args.covariates}
     unknown = next((name for name in args.kind if name not in cohort.names), None)
     if unknown:
         raise StoreError(
-            f"--kind {unknown}: {cohort.path} has no numeric column with this name{spelt(unknown, cohort.names)}"
+            f"--kind {unknown}: {cohort.path} has no numeric column with this name"
+            f"{suggest_column(unknown, cohort.names)}"
         )
     idle = next((name for name in args.kind if args.columns and name not in args.columns), None)
     if idle:
@@ -111,16 +119,16 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         values = cohort.column(name)
         known = ~np.isnan(values) & cohort.known
         _note_missing(name, values[known])
-        if not args.columns and (reason := _no_label(name, values[known])):
+        if not args.columns and (reason := find_reason_to_skip(name, values[known])):
             note(f"column {name!r} left out: {reason}; give --columns {name} to predict it anyway")
             continue
         kind = (
             args.kind.get(name)
-            or kind_of_words(name, cohort.words, cohort.order)
-            or (recognize(values[known]) if known.any() else "regression")
+            or guess_kind_of_words(name, cohort.words, cohort.order)
+            or (guess_kind(values[known]) if known.any() else "regression")
         )
-        reason = why_not_in_parts(cohort, values, known, kind, args.folds)
-        reason = reason or ("" if name in args.kind else why_a_code(values[known]))
+        reason = find_problem_in_parts(cohort, values, known, kind, args.folds)
+        reason = reason or ("" if name in args.kind else find_code_problem(values[known]))
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
         if source:
             reason = f"it is derived from --covariates {source}, so it would be predicted from itself"
@@ -134,18 +142,20 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
         classes = tuple(np.unique(values[known])) if kind == "class" else ()
         target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
         labels.append((Label(name, kind, target, classes), known))
-        stages = _stage(cohort, name, values, known, args.folds) if kind == "grade" else None
+        stages = make_stage_label(cohort, name, values, known, args.folds) if kind == "grade" else None
         labels += [stages] if stages else []
     if args.time_column:
         words = cohort.words.get(args.event_column)
-        if words and [word.lower() for word in words] not in NO_AND_YES:
+        ordered = args.event_column in cohort.order and len(words or ()) == 2
+        if words and not ordered and [word.lower() for word in words] not in NO_AND_YES:
             raise StoreError(
                 f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 or yes "
-                "if the event was observed, 0 or no if not"
+                "if the event was observed, 0 or no if not, or give --order "
+                f"{args.event_column}=CENSORED,OBSERVED with these words"
             )
         both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
-        reason = why_not_in_parts(cohort, both, known, "survival", args.folds)
+        reason = find_problem_in_parts(cohort, both, known, "survival", args.folds)
         if reason:
             flags = f"--time-column {args.time_column}, --event-column {args.event_column}"
             raise StoreError(f"{cohort.path}: {flags}: {reason}")
@@ -155,7 +165,7 @@ def make_labels(cohort: Cohort, args: argparse.Namespace) -> list[tuple[Label, n
     return labels
 
 
-def _no_label(name: str, values: np.ndarray) -> str:
+def find_reason_to_skip(name: str, values: np.ndarray) -> str:
     """Return why a column that --columns does not name is probably not a label, or "" if it may be one."""
     lower = name.lower().replace("-", "_")
     if lower in ("held_out", "heldout", "split", "fold", "test", "train") and len(np.unique(values)) <= 10:
@@ -165,7 +175,9 @@ def _no_label(name: str, values: np.ndarray) -> str:
     return ""
 
 
-def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind: str, folds: int) -> str:
+def find_problem_in_parts(
+    cohort: EvaluatedSubjects, values: np.ndarray, known: np.ndarray, kind: str, folds: int
+) -> str:
     """Return why labels (N, ...) cannot be predicted, or "" if they can. With --held-out both parts are checked.
 
     Args:
@@ -175,9 +187,9 @@ def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind
     for words, rows, fewest, patients in parts:
         own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
         if kind == "survival":
-            reason = why_no_survival(*own.T, FEWEST if words else folds, bool(words)) if rows.any() else ""
+            reason = find_survival_problem(*own.T, FEWEST if words else folds, bool(words)) if rows.any() else ""
         else:
-            reason = why_not(own, kind, fewest) if len(own) >= patients or not words else ""
+            reason = find_label_problem(own, kind, fewest) if len(own) >= patients or not words else ""
         if not reason and there < patients:
             reason = f"{there} patients have a value, fewer than the {folds} folds"
             if words:
@@ -193,7 +205,7 @@ def why_not_in_parts(cohort: Cohort, values: np.ndarray, known: np.ndarray, kind
 
 def _note_missing(name: str, values: np.ndarray) -> None:
     """Print a note if values (n,) contain a number that often means missing."""
-    code = missing_code(values)
+    code = find_missing_code(values)
     if code is not None:
         count = int((values == code).sum())
         note(
@@ -202,16 +214,16 @@ def _note_missing(name: str, values: np.ndarray) -> None:
         )
 
 
-def why_a_code(values: np.ndarray) -> str:
+def find_code_problem(values: np.ndarray) -> str:
     """Return why values (n,) of 0, 1 and a code for missing cannot be predicted as they are, or "" for others."""
-    code = missing_code(values)
+    code = find_missing_code(values)
     if code is None or not set(values) - {code} <= {0.0, 1.0}:
         return ""
     return f"it has {code:g} in addition to 0 and 1; give --missing {code:g} if that means missing, else set --kind"
 
 
-def _stage(
-    cohort: Cohort, name: str, values: np.ndarray, known: np.ndarray, folds: int
+def make_stage_label(
+    cohort: EvaluatedSubjects, name: str, values: np.ndarray, known: np.ndarray, folds: int
 ) -> tuple[Label, np.ndarray] | None:
     """Return the label that predicts a stage through spirometry, or None if the table lacks the columns for it."""
     columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
@@ -220,7 +232,7 @@ def _stage(
     spirometry = np.stack([cohort.column(column) for column in columns], axis=1)
     known = known & (spirometry > 0).all(axis=1)  # NaN is not above 0
     for what in (values, *spirometry.T):
-        reason = why_not_in_parts(cohort, what, known, "regression", folds)
+        reason = find_problem_in_parts(cohort, what, known, "regression", folds)
         if reason:
             note(f"{name} is not predicted through spirometry: in the subjects with {', '.join(columns)}, {reason}")
             return None

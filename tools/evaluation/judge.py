@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools.evaluation.learn import MODELS, out_of_fold, predict_others
+from tools.evaluation.learn import MODELS, predict_others, predict_out_of_fold
 from tools.evaluation.metrics import METRICS, Metric
-from tools.evaluation.splits import draw_folds, resamples, strata_of
+from tools.evaluation.splits import draw_folds, draw_resamples, make_strata
 from tools.evaluation.survival import c_index
 from tools.evaluation.vectors import Table
 
@@ -37,27 +37,27 @@ class Label(NamedTuple):
     time: str = ""
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """Metrics and predictions of one label."""
 
     figures: dict[str, dict[str, dict[str, Any]]]  # table -> metric -> mean, low, high, permuted
     predictions: dict[str, np.ndarray]  # table -> predictions (N, ...), mean over the repeats
 
 
-def metrics_of(kind: str) -> dict[str, Metric]:
+def select_metrics(kind: str) -> dict[str, Metric]:
     """Return the metrics of a kind of label, by name. The first one is used to compare tables."""
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
-        return {name: functools.partial(_of_stage, metric) for name, metric in METRICS["grade"].items()}
+        return {name: functools.partial(_measure_stage, metric) for name, metric in METRICS["grade"].items()}
     return METRICS["regression" if kind == "log10" else kind]
 
 
-def _of_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _measure_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return metric(truth[:, 0], predicted, weights)
 
 
-def judge(
+def evaluate_label(
     label: Label,
     tables: Mapping[str, Table],
     groups: np.ndarray,
@@ -66,7 +66,7 @@ def judge(
     held_out: np.ndarray | None = None,
     seed: int = 0,
     added_to: Mapping[str, str] | None = None,
-) -> Judged:
+) -> Evaluation:
     """Evaluate tables by nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
 
     All tables share folds and resamples. In each repeat, every subject is predicted once by a model that has not seen
@@ -86,12 +86,12 @@ def judge(
         Metrics and predictions. The first metric of a table also has paired differences with intervals:
         ``{first}_minus_this`` and, for a table in ``added_to``, ``this_minus_{other}``.
     """
-    metrics, repeats = metrics_of(label.kind), 1 if held_out is not None else REPEATS[label.kind]
+    metrics, repeats = select_metrics(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
-    draws = np.column_stack([np.ones(reported.sum(), dtype=int), resamples(groups[reported], RESAMPLES, seed)])
+    draws = np.column_stack([np.ones(reported.sum(), dtype=int), draw_resamples(groups[reported], RESAMPLES, seed)])
     target = np.log10(label.target) if label.kind == "log10" else label.target
     by_fold = target if target.ndim == 1 else target[:, -1] if label.kind == "survival" else target[:, 0]
-    stratum = strata_of(by_fold, "class" if target.ndim == 2 else label.kind)
+    stratum = make_strata(by_fold, "class" if target.ndim == 2 else label.kind)
 
     def predict(name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
         """Predict the reported subjects, (reported, ...)."""
@@ -99,7 +99,7 @@ def judge(
         if held_out is not None:
             return predict_others(MODELS[label.kind], table, truth, held_out, of_columns)
         fold = draw_folds(stratum, groups, folds, np.random.default_rng([seed, repeat]))
-        return out_of_fold(MODELS[label.kind], table, truth, fold, of_columns)
+        return predict_out_of_fold(MODELS[label.kind], table, truth, fold, of_columns)
 
     rng, ones = np.random.default_rng([seed, 1]), np.ones((reported.sum(), 1))
     permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
@@ -131,4 +131,4 @@ def judge(
             figures[name][main][f"{first}_minus_this"] = difference(first, name)
     for name, other in (added_to or {}).items():
         figures[name][main][f"this_minus_{other}"] = difference(name, other)
-    return Judged(figures, predictions)
+    return Evaluation(figures, predictions)

@@ -12,7 +12,7 @@ EXCEL_DATES = (20000, 60000)  # 1954 to 2064; read as days of follow-up this wou
 FEWEST = 5  # minimum subjects per class; with fewer, some folds would have none
 
 
-def kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
+def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
     """Return the kind of a column of words, or "" for a column of numbers.
 
     It is ``grade`` if --order gives three or more words, else ``class``.
@@ -22,7 +22,7 @@ def kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collecti
     return "grade" if name in order and len(words[name]) > 2 else "class"
 
 
-def recognize(values: np.ndarray) -> str:
+def guess_kind(values: np.ndarray) -> str:
     """Guess the kind of known values (n,).
 
     Two different values are classes, a few whole numbers close together are grades, anything else is regression.
@@ -34,7 +34,7 @@ def recognize(values: np.ndarray) -> str:
     return "grade" if whole and len(distinct) <= MOST_GRADES and np.ptp(distinct) <= 2 * len(distinct) else "regression"
 
 
-def why_not(values: np.ndarray, kind: str, folds: int) -> str:
+def find_label_problem(values: np.ndarray, kind: str, folds: int) -> str:
     """Return why known values (n,) cannot be predicted as ``kind``, or "" if they can."""
     if len(values) < 2 * folds:
         return f"{len(values)} subjects have a value and {folds} folds need {2 * folds}; lower --folds or label more"
@@ -53,7 +53,7 @@ def why_not(values: np.ndarray, kind: str, folds: int) -> str:
     return ""
 
 
-def missing_code(values: np.ndarray) -> float | None:
+def find_missing_code(values: np.ndarray) -> float | None:
     """Return the lowest or highest of known values (n,) if it looks like a code for missing, else None.
 
     It must be a number that is often used for missing, and far from all other values.
@@ -70,7 +70,7 @@ def missing_code(values: np.ndarray) -> float | None:
     return None
 
 
-def as_date(values: np.ndarray) -> str:
+def recognize_date(values: np.ndarray) -> str:
     """Return what kind of date known times (n,) look like, or "" if they may be follow-up times."""
     if not len(values) or np.any(values != np.rint(values)):
         return ""
@@ -85,7 +85,7 @@ def as_date(values: np.ndarray) -> str:
     return ""
 
 
-def why_no_survival(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bool = False) -> str:
+def find_survival_problem(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bool = False) -> str:
     """Return why survival cannot be predicted from known times and events (n,), or "" if it can.
 
     Args:
@@ -94,7 +94,7 @@ def why_no_survival(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bo
         fewest: minimum number of events.
         a_side: the values are one part of --held-out, which has no folds.
     """
-    if kind := as_date(time):
+    if kind := recognize_date(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"
     if time.min() < 0:
         return f"the times contain {time.min():g}, but follow-up must be 0 or more"

@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.evaluation.metrics import r2
 from tools.evaluation.survival import choose_penalty, fit_cox
-from tools.evaluation.vectors import Table, fitted_table
+from tools.evaluation.vectors import Table, get_fitted_table
 
 FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # for features with SD 1
@@ -17,7 +17,7 @@ INNER_FOLDS = 3
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
 
 
-def joined_weights(*widths: int) -> np.ndarray:
+def make_joined_weights(*widths: int) -> np.ndarray:
     """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
     Each row is a model: the first uses the last table alone, the second uses all tables. In the second, all tables
@@ -29,12 +29,14 @@ def joined_weights(*widths: int) -> np.ndarray:
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
 
 
-def covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
+def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
     """Return the column weights of a table after ``count`` covariates were put in front of it."""
     return np.concatenate([np.full((*weights.shape[:-1], count), COVARIATE_WEIGHT), weights], axis=-1)
 
 
-def scale(fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def standardize(
+    fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Standardise both tables with the mean and SD of ``fitted``, and multiply by ``weights`` (D,) if given."""
     mean, sd = fitted.mean(0), fitted.std(0)
     weights = np.ones(len(sd)) if weights is None else weights
@@ -42,7 +44,7 @@ def scale(fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = N
     return (fitted - mean) * factor, (others - mean) * factor
 
 
-def ridge():
+def make_ridge():
     """Return a ridge regression for columns with SD 1; it chooses its penalty on the subjects it is fitted to."""
     from sklearn.linear_model import RidgeCV
 
@@ -51,7 +53,7 @@ def ridge():
 
 def predict_number(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Predict numbers (n,) by ridge regression. It chooses the penalty on the fitted subjects, and does not scale."""
-    return ridge().fit(fitted, target).predict(others)
+    return make_ridge().fit(fitted, target).predict(others)
 
 
 def predict_grade(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -104,10 +106,10 @@ def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     Returns:
         (m,) grades.
     """
-    return _stage_of([(fitted, others)], target)
+    return _predict_stage_from_tables([(fitted, others)], target)
 
 
-def _stage_of(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
+def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
     """Do the work of predict_stage for several tables.
 
     The two values are averaged over the tables before the tree, because a mean of stages is not a stage.
@@ -118,7 +120,9 @@ def _stage_of(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -
     known, asked = [], []
     for column in (1, 2):
         values = target[:, column]
-        known.append(np.mean([cross_val_predict(ridge(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0))
+        known.append(
+            np.mean([cross_val_predict(make_ridge(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0)
+        )
         asked.append(np.mean([predict_number(own, values, others) for own, others in tables], axis=0))
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, random_state=0)
     tree.fit(np.stack(known, axis=1), target[:, 0])
@@ -150,18 +154,20 @@ def predict_others(
     Returns:
         Predictions, (others, ...).
     """
-    features = fitted_table(features, ~others)
+    features = get_fitted_table(features, ~others)
     if weights is not None and weights.ndim == 2:
         if model is predict_stage:
-            return _stage_of([scale(features[~others], features[others], row) for row in weights], target[~others])
+            return _predict_stage_from_tables(
+                [standardize(features[~others], features[others], row) for row in weights], target[~others]
+            )
         return np.mean([predict_others(model, features, target, others, row) for row in weights], axis=0)
     if model is predict_stage:
-        fitted, asked = scale(features[~others], features[others], weights)
-        return _stage_of([(fitted, asked)], target[~others])
-    return model(*_in_row_space(*scale(features[~others], features[others], weights), target[~others]))
+        fitted, asked = standardize(features[~others], features[others], weights)
+        return _predict_stage_from_tables([(fitted, asked)], target[~others])
+    return model(*_reduce_to_row_space(*standardize(features[~others], features[others], weights), target[~others]))
 
 
-def _in_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+def _reduce_to_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
     """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
     If a model penalises its squared weights, the weights lie in the space of the fitted rows. An orthogonal rotation
@@ -176,7 +182,7 @@ def _in_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> 
     return directions * lengths, target, asked @ fitted.T @ (directions / lengths)
 
 
-def out_of_fold(
+def predict_out_of_fold(
     model: Predict, features: Table, target: np.ndarray, fold: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Predict every subject with a model that was fitted to the other folds, (N, ...)."""
@@ -194,7 +200,9 @@ def out_of_fold(
     return predicted
 
 
-def held_out_r2(features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None) -> float:
+def score_held_out(
+    features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
+) -> float:
     """Return the R² of the held-out subjects, predicted by a ridge regression that was fitted to the others.
 
     Args:

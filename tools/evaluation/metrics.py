@@ -12,7 +12,7 @@ import numpy as np
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def _divide_or_nan(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Divide above by below; NaN where below is 0."""
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
 
@@ -21,25 +21,25 @@ def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndar
     """Coefficient of determination, 1 - SSE / SST; below 0 the prediction is worse than the mean of all subjects."""
     count, middle = weights.sum(0), truth.mean()
     truth, predicted = truth - middle, predicted - middle  # centring avoids a loss of digits if the mean is large
-    mean = _ratio(truth @ weights, count)  # (b,)
+    mean = _divide_or_nan(truth @ weights, count)  # (b,)
     squares = np.square(truth) @ weights
     total = squares - count * mean**2
-    return 1 - _ratio(np.square(truth - predicted) @ weights, np.where(total > 1e-12 * squares, total, 0))
+    return 1 - _divide_or_nan(np.square(truth - predicted) @ weights, np.where(total > 1e-12 * squares, total, 0))
 
 
 def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean absolute error in the unit of the label."""
-    return _ratio(np.abs(truth - predicted) @ weights, weights.sum(0))
+    return _divide_or_nan(np.abs(truth - predicted) @ weights, weights.sum(0))
 
 
 def exact(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of subjects with a rounded grade equal to the true grade."""
-    return _ratio((np.rint(predicted) == truth) @ weights.astype(float), weights.sum(0))
+    return _divide_or_nan((np.rint(predicted) == truth) @ weights.astype(float), weights.sum(0))
 
 
 def within_one(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of subjects with a rounded grade at most one grade off."""
-    return _ratio((np.abs(np.rint(predicted) - truth) <= 1) @ weights.astype(float), weights.sum(0))
+    return _divide_or_nan((np.abs(np.rint(predicted) - truth) <= 1) @ weights.astype(float), weights.sum(0))
 
 
 def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -49,10 +49,10 @@ def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.n
     """
     given = np.rint(predicted)
     count = weights.sum(0)
-    seen = _ratio(np.square(truth - given) @ weights, count)
-    means = [_ratio(values @ weights, count) for values in (truth, given)]
-    squares = [_ratio(np.square(values) @ weights, count) for values in (truth, given)]
-    return 1 - _ratio(seen, squares[0] + squares[1] - 2 * means[0] * means[1])
+    seen = _divide_or_nan(np.square(truth - given) @ weights, count)
+    means = [_divide_or_nan(values @ weights, count) for values in (truth, given)]
+    squares = [_divide_or_nan(np.square(values) @ weights, count) for values in (truth, given)]
+    return 1 - _divide_or_nan(seen, squares[0] + squares[1] - 2 * means[0] * means[1])
 
 
 def auroc(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def auroc(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.n
         np.add.at(negatives, groups, w * ~pos)
         below = np.cumsum(negatives, axis=0) - 0.5 * negatives  # ties count as one half
         won = (w * pos * below[groups]).sum(0)
-        areas.append(_ratio(won, (w * pos).sum(0) * (w * ~pos).sum(0)))
+        areas.append(_divide_or_nan(won, (w * pos).sum(0) * (w * ~pos).sum(0)))
     return np.mean(areas, axis=0)
 
 
@@ -84,7 +84,7 @@ def balanced_accuracy(truth: np.ndarray, predicted: np.ndarray, weights: np.ndar
     recalls = []
     for number in range(predicted.shape[1]):
         own = truth == number
-        recalls.append(_ratio((own & (given == number)) @ weights.astype(float), own @ weights.astype(float)))
+        recalls.append(_divide_or_nan((own & (given == number)) @ weights.astype(float), own @ weights.astype(float)))
     return np.mean(recalls, axis=0)
 
 

@@ -8,7 +8,7 @@ FEWEST = 10  # minimum number of healthy subjects
 LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file may exceed the memory
 
 
-class Normal:
+class HealthyDensity:
     """A normal density of patch features, with one mean per location and one covariance for all locations.
 
     The covariance is shrunk towards the identity by the method of Ledoit and Wolf (2004), so that few subjects suffice.
@@ -50,7 +50,7 @@ def parts(locations: int) -> list[slice]:
     return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
 
 
-def unusual(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
+def score_patches(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
     """Score every patch: features (N, L, D) and healthy (N,) bool -> (N, L).
 
     A healthy subject is scored by a density of other healthy subjects. Otherwise it would look more usual than a new
@@ -61,7 +61,7 @@ def unusual(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndar
     others = np.flatnonzero(~healthy)
     scores = np.zeros(features.shape[:2])
     for own in np.array_split(rows, FOLDS):
-        density = Normal(features, np.setdiff1d(rows, own), seed)
+        density = HealthyDensity(features, np.setdiff1d(rows, own), seed)
         scores[own] = density.score(features, own)
         scores[others] += density.score(features, others) / FOLDS
     return scores

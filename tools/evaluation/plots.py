@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.evaluation.judge import Judged, Label
-from tools.evaluation.survival import kaplan_meier, log_rank, risk_groups
+from tools.evaluation.judge import Evaluation, Label
+from tools.evaluation.survival import compute_log_rank, kaplan_meier, split_by_risk
 
 GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "highest third")}
 
 
-def draw(label: Label, judged: Judged, table: str, reported: np.ndarray, path: Path) -> None:
+def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, path: Path) -> None:
     """Plot the predictions of one table.
 
     Numbers are plotted predicted against true, grades as boxes by true grade, classes as a calibration curve, and
@@ -78,7 +78,7 @@ def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) 
 def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
-    group = risk_groups(predicted, number)
+    group = split_by_risk(predicted, number)
     there = np.unique(group)  # only one group if all risks are equal
     for position, index in enumerate(there):
         rows = group == index
@@ -96,7 +96,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     text = f"{label.time or 'time'} (above: number at risk; ticks: censored)"
     panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
-    title = f"log-rank p = {log_rank(time, event, group):.2g}" if len(there) > 1 else "all risks are equal"
+    title = f"log-rank p = {compute_log_rank(time, event, group):.2g}" if len(there) > 1 else "all risks are equal"
     panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 

@@ -4,22 +4,22 @@ from typing import Any
 
 import numpy as np
 
-from tools.evaluation.judge import Judged, Label
+from tools.evaluation.judge import Evaluation, Label
 
 
-def overview(judged: list[tuple[Label, int, Judged]]) -> str:
+def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return one row per label and one column per table: the first metric of the kind with its 95 % interval."""
     names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
     head = " | ".join(map(_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
     for label, subjects, found in judged:
         metric = next(iter(found.figures["features"]))
-        cells = [_interval(found.figures[name][metric], "") for name in names]
+        cells = [_format_interval(found.figures[name][metric], "") for name in names]
         lines.append(f"| {_cell(label.name)} | {subjects} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def details(judged: list[tuple[Label, int, Judged]]) -> str:
+def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return one row per label, metric and table: value, 95 % interval, permuted labels, and paired differences.
 
     The differences are the features minus this table and, if this table includes the columns of another one, this
@@ -34,8 +34,14 @@ def details(judged: list[tuple[Label, int, Judged]]) -> str:
             for metric, figures in metrics.items():
                 more = next((value for key, value in figures.items() if key.endswith("_minus_this")), None)
                 added = next((value for key, value in figures.items() if key.startswith("this_minus_")), None)
-                cells = [_cell(label.name), metric, _cell(table), _interval(figures, ""), f"{figures['permuted']:.2f}"]
-                cells += ["" if paired is None else _interval(paired, "+") for paired in (more, added)]
+                cells = [
+                    _cell(label.name),
+                    metric,
+                    _cell(table),
+                    _format_interval(figures, ""),
+                    f"{figures['permuted']:.2f}",
+                ]
+                cells += ["" if paired is None else _format_interval(paired, "+") for paired in (more, added)]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -45,7 +51,7 @@ def _cell(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def _interval(figures: dict[str, Any], sign: str) -> str:
+def _format_interval(figures: dict[str, Any], sign: str) -> str:
     return f"{figures['mean']:{sign}.2f} ({figures['low']:{sign}.2f} to {figures['high']:{sign}.2f})"
 
 
@@ -53,7 +59,7 @@ SHOWN = 0.005  # smallest difference that is visible with two decimals
 CHANCE = {"r2": 0.0, "kappa": 0.0, "auroc": 0.5, "c_index": 0.5}
 
 
-def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
+def explain_results(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
     """Return lines that explain surprising results."""
     negative, chance = [], []
     for label, tables in results.items():
@@ -73,10 +79,10 @@ def explain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[st
             f"Not distinguishable from chance with these subjects ({', '.join(chance)}): the interval of the features "
             "includes 0 (0.5 for AUROC and C-index)."
         )
-    return lines + _what_is_added(results)
+    return lines + _explain_gain(results)
 
 
-def _what_is_added(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
+def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
     """Say whether the features add to the histogram, which is what matters for clinical use."""
     added, useless = {}, []
     for label, tables in results.items():

@@ -34,7 +34,7 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
     return fold_of_group[inverse]
 
 
-def strata_of(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
+def make_strata(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
     """Return strata (n,) to balance the folds by: the values of classes and grades, the ranks of other labels."""
     if kind in ("class", "grade"):
         return np.unique(values, return_inverse=True)[1]
@@ -42,7 +42,7 @@ def strata_of(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
     return ranks * bins // max(1, len(values))
 
 
-def resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
+def draw_resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
     """Draw bootstrap resamples over patients: how often each subject occurs in each resample, (n, number)."""
     _, inverse = np.unique(groups, return_inverse=True)
     count = inverse.max() + 1
@@ -50,7 +50,7 @@ def resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
     return drawn[:, inverse].T
 
 
-def on_both_sides(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
+def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
     """Find a patient in both parts: return one row that is not held out and one that is, or None if there is none."""
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):
@@ -59,7 +59,7 @@ def on_both_sides(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] |
     return int(np.flatnonzero(own & ~held_out)[0]), int(np.flatnonzero(own & held_out)[0])
 
 
-def look_like_one_patient(sids: list[str]) -> list[str]:
+def find_scans_of_one_patient(sids: list[str]) -> list[str]:
     """Return two or more sids that look like scans of one patient, or an empty list if there are none.
 
     They differ only in a suffix for the scan. Names that only count subjects, such as 001 and 002, do not match: the

@@ -10,11 +10,11 @@ def log_partial_likelihood(risk: np.ndarray, time: np.ndarray, event: np.ndarray
     """Return Breslow's log partial likelihood, averaged over events; risk (n,) is the linear predictor."""
     order = np.argsort(-time, kind="stable")
     risk, time, event = risk[order], time[order], event[order]
-    at_risk = np.logaddexp.accumulate(risk)[_last_of_ties(time)]  # log of the sum over the risk set
+    at_risk = np.logaddexp.accumulate(risk)[_find_last_ties(time)]  # log of the sum over the risk set
     return float(((risk - at_risk) * event).sum() / max(1, event.sum()))
 
 
-def _last_of_ties(time: np.ndarray) -> np.ndarray:
+def _find_last_ties(time: np.ndarray) -> np.ndarray:
     """Return, for each of the descending times, the index of the last equal time."""
     return np.searchsorted(-time, -time, side="right") - 1
 
@@ -38,7 +38,7 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
         return basis @ fit_cox(rows.T, time, event, penalty)
     order = np.argsort(-time, kind="stable")
     x, event = features[order].astype(np.float64), event[order].astype(np.float64)
-    last = _last_of_ties(time[order])
+    last = _find_last_ties(time[order])
     events = max(1.0, event.sum())
     # In this order every risk set is a prefix, so sums over risk sets are cumulative sums. Summed over all events,
     # each subject counts with the weights of the events that have it in their risk set.
@@ -123,13 +123,13 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.concatenate([[0.0], curve.surv_times]), np.concatenate([[1.0], curve.surv_prob])
 
 
-def log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> float:
+def compute_log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> float:
     """Return the p-value of the log-rank test of equal survival in all groups (statsmodels)."""
     from statsmodels.duration.survfunc import survdiff
 
     return float(survdiff(time, event, group)[1])
 
 
-def risk_groups(risk: np.ndarray, number: int = 3) -> np.ndarray:
+def split_by_risk(risk: np.ndarray, number: int = 3) -> np.ndarray:
     """Split subjects into groups of equal size by risk; the result (n,) is 0 for the lowest risk."""
     return np.searchsorted(np.quantile(risk, np.arange(1, number) / number), risk, side="right")

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from data.labels import NO_AND_YES, read_numbers_and_words, why_no_column
+from data.labels import NO_AND_YES, explain_missing_column, read_numbers_and_words
 from data.layout import StoreError
 from data.store import PatchStore
-from data.tables import read_table, spelt
+from data.tables import read_table, suggest_column
 from misc.command import OneOf, Parser
 from misc.files import load_array
 from tools.evaluation.vectors import FILES, VECTORS, PatientVectors, Table
@@ -52,13 +52,13 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
 
     Args:
         path: pred_arr_patch_full.npy; sid_arr_full.npy must be in the same folder.
-        sids: subjects to return, in this order (default: the order of the file; see :func:`patch_sids`).
+        sids: subjects to return, in this order (default: the order of the file; see :func:`read_patch_sids`).
 
     Raises:
         StoreError: a file is missing, has the wrong shape, lacks a subject, or has a value that is not finite.
     """
     path = Path(path)
-    there = patch_sids(path)
+    there = read_patch_sids(path)
     try:
         features = load_array(path, mapped=True)
     except (OSError, ValueError) as error:
@@ -82,14 +82,14 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     return features[[rows[sid] for sid in sids]]
 
 
-class Chosen(NamedTuple):
+class ChosenVector(NamedTuple):
     """The patient vector that a tool uses, and the file that it is computed from."""
 
     kind: str  # one of VECTORS
     patches: Path | None  # file of patch features; None for the mean
 
 
-def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> Chosen:
+def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> ChosenVector:
     """Resolve --patient-vector. The default is the best vector with a file next to the features.
 
     Args:
@@ -102,13 +102,13 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
         StoreError: the file of patch features does not exist.
     """
     if kind == "mean":
-        return Chosen(kind, None)
+        return ChosenVector(kind, None)
     if kind is not None:
         path = Path(patches) if patches else Path(features).with_name(FILES[kind])
         if not path.is_file():
             how = "extract_feature.py --layers writes it" if kind == "layers" else "extract_feature.py writes it"
             raise StoreError(f"--patient-vector {kind} needs {path}, which does not exist; {how}")
-        return Chosen(kind, path)
+        return ChosenVector(kind, path)
     for best in ("layers", "moments"):
         path = Path(features).with_name(FILES[best])
         if path.is_file() and path.with_name("sid_arr_full.npy").is_file():
@@ -117,12 +117,12 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
                     f"{path.parent} has no {FILES['layers']} "
                     f"(extract_feature.py --layers): using --patient-vector moments"
                 )
-            return Chosen(best, path)
+            return ChosenVector(best, path)
     note(f"no patch features next to {features}; using --patient-vector mean, the table itself")
-    return Chosen("mean", None)
+    return ChosenVector("mean", None)
 
 
-def read_vectors(chosen: Chosen, features: pd.DataFrame, sids: Sequence[str]) -> Table:
+def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[str]) -> Table:
     """Read the patient vectors of some subjects, (N, ...).
 
     Args:
@@ -135,7 +135,7 @@ def read_vectors(chosen: Chosen, features: pd.DataFrame, sids: Sequence[str]) ->
     """
     if chosen.patches is None:
         return features.loc[list(sids)].to_numpy()
-    rows = {sid: row for row, sid in enumerate(patch_sids(chosen.patches))}
+    rows = {sid: row for row, sid in enumerate(read_patch_sids(chosen.patches))}
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
@@ -160,12 +160,12 @@ def add_vector_flags(parser: Parser, patches: bool = True) -> None:
 def add_label_flags(parser: Parser) -> None:
     """Add --order (pairs of a column and its words) and --missing (numbers) for label tables."""
     text = "use words as grades, in the given order, such as Overall.Stage=I,II,IIIa; without it, words are classes"
-    parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_ordered_words, help=text)
+    parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_parse_order, help=text)
     text = "numbers that mean missing in every label column, such as 999"
     parser.add_argument("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
 
 
-def _ordered_words(text: str) -> tuple[str, list[str]]:
+def _parse_order(text: str) -> tuple[str, list[str]]:
     """Split COLUMN=A,B,C into the column and its words."""
     name, _, words = text.partition("=")
     found = words.split(",")
@@ -174,7 +174,7 @@ def _ordered_words(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
-def patch_sids(path: Path) -> list[str]:
+def read_patch_sids(path: Path) -> list[str]:
     """Read the subject of each row of a patch feature file from sid_arr_full.npy next to it. Raises StoreError."""
     beside = path.with_name("sid_arr_full.npy")
     for file in (path, beside):
@@ -186,7 +186,7 @@ def patch_sids(path: Path) -> list[str]:
         raise StoreError(f"{beside} cannot be read as an array: {error}") from error
 
 
-def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
+def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
     """Read a column of 0 and 1: which subjects are healthy (1), and which have a value (0 or 1), (N,) bool each.
 
     Raises:
@@ -196,7 +196,7 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
         labels, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
     )
     if column not in names:
-        raise StoreError(why_no_column(labels, column, names, "--healthy"))
+        raise StoreError(explain_missing_column(labels, column, names, "--healthy"))
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
     strange = column in words and [word.lower() for word in words[column]] not in NO_AND_YES
@@ -209,10 +209,10 @@ def healthy_and_known(labels: str, sids: list[str], column: str, fewest: int) ->
     return healthy, known
 
 
-def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
+def read_held_out(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
     """Read the held-out subjects, (N,) bool, from a column of 0 and 1. Raises StoreError."""
     if column not in names:
-        raise StoreError(why_no_column(labels, column, names, "--held-out"))
+        raise StoreError(explain_missing_column(labels, column, names, "--held-out"))
     held = values[:, names.index(column)]
     counts = (held == 0).sum(), (held == 1).sum()
     if sum(counts) < len(held):
@@ -227,10 +227,12 @@ def held_out_rows(values: np.ndarray, names: list[str], column: str, labels: str
     return held == 1
 
 
-def group_numbers(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
+def number_patients(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
     """Number the patients that a column of the label table names, (N,). Raises StoreError."""
     if column not in table.columns:
-        raise StoreError(f"{path} has no column {column!r} for --group-column{spelt(column, list(table.columns))}")
+        raise StoreError(
+            f"{path} has no column {column!r} for --group-column{suggest_column(column, list(table.columns))}"
+        )
     if column == "sid":
         raise StoreError(
             "--group-column sid names scans, not patients; give the column of the patients, or leave the flag out"
@@ -254,7 +256,7 @@ def is_constant(features: np.ndarray) -> bool:
     return bool((features == features[:1]).all())
 
 
-def other_store(features: str | os.PathLike, store: PatchStore, flag: str) -> str:
+def describe_other_store(features: str | os.PathLike, store: PatchStore, flag: str) -> str:
     """Return a warning if extract_feature.py computed ``features`` from another store than ``store``, else "".
 
     Different stores can have subjects with equal names, such as 0001.
@@ -283,7 +285,7 @@ def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: s
             )
 
 
-def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
+def match_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
     """Return the subjects that are in every table and in the labels.
 
     They are sorted, so that the folds do not depend on the order of the rows.
@@ -302,12 +304,12 @@ def matching_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: s
         lacking = [sid for sid in first if sid not in there]
         if lacking:
             name = table_paths.get(name, name)
-            hint = _alike(lacking, index)
+            hint = _describe_spelling(lacking, index)
             raise StoreError(f"{name} has none of the subjects of the features, such as {lacking[0]!r}{hint}")
     raise StoreError(f"the tables and {path} have no sid in common")
 
 
-def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
+def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
     """Return a hint if two tables spell a subject differently (007, 7 or 7.0; a01 or A01), to append to a message."""
 
     def bare(sid: str) -> str:
@@ -318,13 +320,13 @@ def _alike(lacking: Sequence[str], there: Sequence[str]) -> str:
     return f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must be spelt the same in both" if alike else ""
 
 
-def tell_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
+def report_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
     """Print a note about subjects that are only in one of the two tables; they are left out."""
     features, labels = list(features), list(labels)
     unlabelled = sorted(set(features) - set(labels))
     unknown = sorted(set(labels) - set(features))
     if unlabelled:
-        hint = _alike(unlabelled, unknown)
+        hint = _describe_spelling(unlabelled, unknown)
         note(f"{len(unlabelled)} of {len(features)} subjects have no row in {path}, such as {unlabelled[0]!r}{hint}")
     if unknown:
         note(f"{len(unknown)} of {len(labels)} subjects of {path} have no features, such as {unknown[0]!r}")

@@ -145,18 +145,18 @@ class JoinedTable:
         return JoinedTable(*(table[known] for table in self.tables))
 
     def fitted_to(self, fitted: np.ndarray) -> np.ndarray:
-        return np.hstack([fitted_table(table, fitted) for table in self.tables])
+        return np.hstack([get_fitted_table(table, fitted) for table in self.tables])
 
 
 Table = np.ndarray | PatientVectors | JoinedTable
 
 
-def fitted_table(table: Table, fitted: np.ndarray) -> np.ndarray:
+def get_fitted_table(table: Table, fitted: np.ndarray) -> np.ndarray:
     """Return the numbers of a table, (N, D), for a model that is fitted to some rows, (N,) bool."""
     return table if isinstance(table, np.ndarray) else table.fitted_to(fitted)
 
 
-def side_by_side(*tables: Table) -> Table:
+def join_tables(*tables: Table) -> Table:
     """Join tables by columns."""
     if all(isinstance(table, np.ndarray) for table in tables):
         return np.hstack(tables)

@@ -55,7 +55,7 @@ class Data:
         return to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
 
 
-def outputs_of(task: Task) -> int:
+def count_outputs(task: Task) -> int:
     return len(task.classes) if task.kind == "class" else 1
 
 
@@ -138,7 +138,7 @@ def fit(
         return h if task.places is None else h[torch.arange(len(h)), torch.from_numpy(task.places[numbers])][:, None]
 
     train_h = represent(split.train, fresh=False)
-    head = Head(train_h.shape[-1], outputs_of(task), pooling)
+    head = Head(train_h.shape[-1], count_outputs(task), pooling)
     head.calibrate(train_h)
     head.to(device)
     validation_h = represent(split.validation, fresh=False)
@@ -149,29 +149,29 @@ def fit(
 
     optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=DECAY)
 
-    def round_of_head() -> float:
+    def train_head_round() -> float:
         optimizer.zero_grad(set_to_none=True)
         scaled.loss(head(train_h.to(device)), split.train).backward()
         optimizer.step()
         return judged(validation_h)
 
-    best_loss, rounds = _until_no_better(round_of_head, (head,), "frozen", float("inf"))
+    best_loss, rounds = _train_until_no_better(train_head_round, (head,), "frozen", float("inf"))
     if parameters:
         groups = [{"params": head.parameters(), "lr": FITTED_HEAD_RATE}, {"params": parameters, "lr": ENCODER_RATE}]
         descent = torch.optim.AdamW(groups, weight_decay=DECAY)
         rng = np.random.default_rng([seed, 11])
 
-        def round_of_encoder() -> float:
-            _round_of_encoder(task, split.train, data, encoder, head, scaled, descent, rng)
+        def train_encoder_round() -> float:
+            _train_encoder_round(task, split.train, data, encoder, head, scaled, descent, rng)
             return judged(represent(split.validation, fresh=True))
 
-        best_loss, rounds = _until_no_better(round_of_encoder, (head, encoder), layers, best_loss)
+        best_loss, rounds = _train_until_no_better(train_encoder_round, (head, encoder), layers, best_loss)
     with torch.no_grad():
         outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
     return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss, standardization)
 
 
-def _until_no_better(
+def _train_until_no_better(
     one_round: Callable[[], float], models: Sequence[nn.Module], layers: str, best_loss: float
 ) -> tuple[float, int]:
     """Run rounds until the validation loss stops improving, then restore ``models`` to their best state.
@@ -199,7 +199,7 @@ def _until_no_better(
     return best_loss, rounds
 
 
-def _round_of_encoder(
+def _train_encoder_round(
     task: Task,
     train: np.ndarray,
     data: Data,

@@ -15,7 +15,7 @@ POOLINGS = ("mean", "attention")
 LAYERS = ("frozen", "last", "all")
 
 
-def trained_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tuple[Encoder, dict]:
+def load_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tuple[Encoder, dict]:
     """Load the query encoder of a checkpoint, and its sizes.
 
     Raises:

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.layout import StoreError
 from data.tables import read_table
-from tools.evaluation.kinds import recognize, why_not
+from tools.evaluation.kinds import find_label_problem, guess_kind
 
 FEWEST = 10  # minimum number of labelled subjects
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.25
@@ -32,13 +32,13 @@ class Task(NamedTuple):
     classes: tuple[float, ...] = ()
 
 
-def patient_task(sids: list[str], values: np.ndarray, column: str, kind: str | None) -> Task:
+def make_subject_task(sids: list[str], values: np.ndarray, column: str, kind: str | None) -> Task:
     """Make a task from a label column (N,), NaN where unknown. Raises StoreError."""
     rows = np.flatnonzero(~np.isnan(values))
-    return _task(rows, None, values[rows], f"column {column!r}", kind)
+    return _make_task(rows, None, values[rows], f"column {column!r}", kind)
 
 
-def patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
+def make_patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
     """Make a task from a CSV with sid, patch, value. Raises StoreError with the number of the wrong line."""
     table = read_table(path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
@@ -57,16 +57,16 @@ def patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> 
         rows.append(row_of[sid])
         places.append(int(place))
         values.append(number)
-    return _task(np.array(rows), np.array(places), np.array(values), f"column 'value' of {path}", kind)
+    return _make_task(np.array(rows), np.array(places), np.array(values), f"column 'value' of {path}", kind)
 
 
-def _task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what: str, kind: str | None) -> Task:
+def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what: str, kind: str | None) -> Task:
     if len(np.unique(rows)) < FEWEST:
         raise StoreError(
             f"{what} has a value for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
         )
-    kind = kind or recognize(values)
-    reason = why_not(values, kind, folds=2)
+    kind = kind or guess_kind(values)
+    reason = find_label_problem(values, kind, folds=2)
     if kind == "class" and not reason:
         numbers, counts = np.unique(values, return_counts=True)
         if counts.min() < FEWEST_OF_CLASS:
@@ -112,7 +112,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     else:
         tested, pool = patients[held_out[patients]], patients[~held_out[patients]]
     if task.kind == "class" and task.places is None:
-        pool = _classes_in_turn(pool, task)
+        pool = _alternate_classes(pool, task)
     count = max(FEWEST_DRAWN, round(fraction * len(pool)))
     if count > len(pool):
         raise StoreError(f"there are {len(pool)} labelled subjects to learn from; at least {FEWEST_DRAWN} are needed")
@@ -135,7 +135,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     return Split(*of)
 
 
-def _classes_in_turn(patients: np.ndarray, task: Task) -> np.ndarray:
+def _alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
     """Reorder subjects so that the classes alternate until one is used up, because small fractions need all classes."""
     label = dict(zip(task.rows, task.target))
     kinds = [[p for p in patients if label[p] == number] for number in range(len(task.classes))]

@@ -11,7 +11,7 @@ GREY = (-1024, 240)  # HU of black and of white
 LONGEST = 320  # maximum pixels along a side of a panel; larger slices show every n-th voxel
 
 
-def picture_of_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tuple[float, float], title: str):
+def draw_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tuple[float, float], title: str):
     """Draw coronal, sagittal and axial slices through the highest values, with the map in colour over the lungs.
 
     Args:

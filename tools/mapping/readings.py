@@ -11,8 +11,8 @@ from data.views import to_input
 from misc.progress import progress_bar
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 from preprocess.patches import Patches, cut_patches
-from tools.evaluation.baselines import counts_of
-from tools.evaluation.learn import ridge
+from tools.evaluation.baselines import count_voxels
+from tools.evaluation.learn import make_ridge
 from tools.mapping.windows import Windows
 
 Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one location -> (n, D)
@@ -43,7 +43,7 @@ class Readers:
         h = frozen(torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), to_input)  # (n, rep_dim)
         if not self.compare:
             return h.cpu().numpy()
-        counts = [counts_of(patch) for patch in patches]
+        counts = [count_voxels(patch) for patch in patches]
         histograms = np.array([histogram / histogram.sum() for histogram, _, _ in counts])  # (n, BINS)
         density = np.array([[low / max(1, lung)] for _, low, lung in counts])  # (n, 1)
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
@@ -56,7 +56,7 @@ class Readers:
         return found
 
 
-def patient_means(
+def compute_subject_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean readings of some rows of the store: over locations (n, D), and over subjects (L, D)."""
@@ -71,7 +71,9 @@ def patient_means(
     return total / store.num_locations, np.array(of_place)
 
 
-def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+def compute_patch_readings(
+    readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Compute readings (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
@@ -88,7 +90,9 @@ def patch_readings(readers: Readers, places: np.ndarray, read: Callable[[int, np
     return found
 
 
-def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray) -> np.ndarray:
+def compute_window_readings(
+    readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray
+) -> np.ndarray:
     """Compute readings of windows minus the mean readings at their locations: (n, D).
 
     Args:
@@ -99,7 +103,7 @@ def window_readings(readers: Readers, cut: Patches, windows: Windows, patch_size
         usual: (L, D), mean of the fitted subjects at each location. Locations differ more than subjects do, because
             each location has its own kernels. A model of subjects only learns the deviation from this mean.
     """
-    found = patch_readings(
+    found = compute_patch_readings(
         readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
     )
     return found - usual[windows.places]
@@ -119,4 +123,4 @@ def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), ridge()).fit(readings, target).predict
+    return make_pipeline(StandardScaler(), make_ridge()).fit(readings, target).predict

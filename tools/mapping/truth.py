@@ -7,7 +7,7 @@ import SimpleITK as sitk
 RESAMPLES = 2000  # bootstrap resamples over scans
 
 
-def judge_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+def score_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     """Compute average precision, and the best Dice over all thresholds, from the voxels of the mask.
 
     Args:

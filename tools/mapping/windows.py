@@ -43,7 +43,7 @@ def lay_windows(
     on the atlas, after the inverse of the registration.
 
     Args:
-        cut: result of preprocess.patches.patches_of.
+        cut: result of preprocess.patches.cut_scan.
         mask: lung mask of the scan, on any grid.
         table: (L, 3) corners (x, y, z) in atlas voxels.
         atlas: lung mask of the atlas.
@@ -64,10 +64,14 @@ def lay_windows(
     cells = np.flatnonzero(blocks.any(axis=(1, 3, 5)))
     centres = np.stack(np.unravel_index(cells, grid), axis=1) * stride + low + stride // 2  # (n, 3), z y x
     corners = centres[:, ::-1] - patch_size // 2  # (n, 3), x y z
-    return Windows(corners, _nearest(corners, cut.volume, table, atlas, transform), cells, grid, low[::-1], stride)
+    return Windows(
+        corners, _find_nearest_locations(corners, cut.volume, table, atlas, transform), cells, grid, low[::-1], stride
+    )
 
 
-def _nearest(corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform):
+def _find_nearest_locations(
+    corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform
+):
     """Return the row of the table that is nearest to each corner, (n,)."""
     from scipy.spatial import cKDTree
 
@@ -77,7 +81,9 @@ def _nearest(corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, 
     return cKDTree(table).query(np.asarray(on_atlas))[1]
 
 
-def to_scan(values: np.ndarray, windows: Windows, volume: sitk.Image, scan: sitk.Image, mask: sitk.Image) -> sitk.Image:
+def resample_to_scan(
+    values: np.ndarray, windows: Windows, volume: sitk.Image, scan: sitk.Image, mask: sitk.Image
+) -> sitk.Image:
     """Interpolate one value per window (n,) linearly to the grid of the scan, float32, 0 outside the mask.
 
     Only cells with a window are used, so that values at the border of the lung are not mixed with 0.

@@ -5,20 +5,20 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.evaluation.metrics import r2
-from tools.evaluation.normal import parts, unusual
+from tools.evaluation.normal import parts, score_patches
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # for features with SD 1, multiplied by the number of fitted subjects
 FEWEST = 20  # minimum number of subjects with a label
 
 
-def standardised(features: np.ndarray) -> np.ndarray:
+def standardise(features: np.ndarray) -> np.ndarray:
     """Standardise features (N, D) to mean 0 and SD 1. Constant features become 0."""
     scale = features.std(axis=0)
     return np.divide(features - features.mean(axis=0), scale, out=np.zeros_like(features), where=scale > 1e-9)
 
 
-def maps_of(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
+def compute_maps(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
     """Map subjects to the plane, (N, 2) float32 each: the first two principal components, and t-SNE.
 
     Args:
@@ -36,7 +36,7 @@ def maps_of(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.nda
     return {name: places.astype(np.float32) for name, places in found.items()}
 
 
-def nearest(features: np.ndarray, count: int) -> np.ndarray:
+def find_nearest(features: np.ndarray, count: int) -> np.ndarray:
     """Find the nearest other subjects: standardised features (N, D) -> rows (N, count), nearest first."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -47,7 +47,7 @@ def nearest(features: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(rows, order, axis=1)[:, :count]
 
 
-def importance(
+def compute_importance(
     features: np.ndarray, target: np.ndarray, told: Callable[[int], None] = lambda _: None, seed: int = 0
 ) -> np.ndarray:
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
@@ -73,13 +73,13 @@ def importance(
     for part in parts(features.shape[1]):
         block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
-            predicted = _out_of_fold(standardised(x), y, folds)  # (penalties, n)
+            predicted = _predict_out_of_fold(standardise(x), y, folds)  # (penalties, n)
             found[:, place] = [r2(y, values, np.ones((len(y), 1)))[0] for values in predicted]
         told(block.shape[1])
     return found[np.argmax(found.clip(min=0).mean(axis=1))]
 
 
-def _out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
+def _predict_out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
     """Predict each fold from the other folds with every penalty: (n, D), (n,) -> (penalties, n)."""
     gram, product = x.T @ x, x.T @ y
     predicted = np.zeros((len(PENALTIES), len(y)))
@@ -97,7 +97,7 @@ def _out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) -> np.nd
     return predicted
 
 
-def telling(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def find_unusual_locations(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the locations where each subject differs most from the healthy ones.
 
     Args:
@@ -108,6 +108,6 @@ def telling(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.n
     Returns:
         Locations (N, count) and their scores (N, count), highest score first.
     """
-    scores = unusual(features, healthy)  # (N, L)
+    scores = score_patches(features, healthy)  # (N, L)
     places = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return places, np.take_along_axis(scores, places, axis=1)

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from tools.timing.measure import Row
-from tools.timing.runs import launch_training, peak_gb, stop
+from tools.timing.runs import launch_training, read_peak_gb, stop
 from tools.timing.store import make_store
 
 CHOICES: dict[str, dict[str, object]] = {
@@ -35,7 +35,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
             found = re.search(r"([\d.]+) samples/s", line)
             if found and "[" in line:
                 rates.append(float(found[1]))
-                peak = peak_gb(process.pid)
+                peak = read_peak_gb(process.pid)
             if len(rates) == 4:
                 break
     finally:
@@ -45,7 +45,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
     return args.batch / statistics.median(rates[1:]), peak
 
 
-def rows_choices(folder: Path, args) -> list[Row]:
+def measure_choices(folder: Path, args) -> list[Row]:
     """Return one row per option: ms per step, ratio to the published step in the same round, memory in the note."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}
@@ -63,7 +63,7 @@ def rows_choices(folder: Path, args) -> list[Row]:
     return rows
 
 
-def show_choices(rows: list[Row]) -> str:
+def format_choices(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
     lines = ["| option | ms per step | relative to published (range) | peak memory |", "| --- | --- | --- | --- |"]
     for row in rows:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from data.augment import Augmentation
-from data.prefetch import will_need
+from data.prefetch import request_files
 from data.store import PatchStore
 from tools.dev.literal import LiteralAugmentation
-from tools.timing.measure import Row, compare, in_turns, seconds
+from tools.timing.measure import Row, compare, time_in_turns, time_seconds
 from tools.timing.store import DISTINCT_FILES, make_store
 
 
-def rows_augmentation(args) -> list[Row]:
+def measure_augmentation(args) -> list[Row]:
     """Measure the augmentation of one view of one patch on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def rows_augmentation(args) -> list[Row]:
                 prepared = ours.prepare(ours.draw(len(volumes), size, parameters), size)
                 return ours.apply(volumes, prepared, lambda some: torch.randn(some.shape, generator=noise))
 
-            times = in_turns(
+            times = time_in_turns(
                 {
                     "ours": augment,
                     "literal": lambda literal=literal, volumes=volumes, n=slow_count: [literal(v) for v in volumes[:n]],
@@ -55,7 +55,7 @@ def rows_augmentation(args) -> list[Row]:
     return rows
 
 
-def rows_reading(folder: Path, args) -> list[Row]:
+def measure_reading(folder: Path, args) -> list[Row]:
     """Measure reading shuffled batches from one location file after the other, compared with dd on the same files."""
     store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
     paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
@@ -84,13 +84,13 @@ def rows_reading(folder: Path, args) -> list[Row]:
     for cold, ahead in ((True, False), (True, True), (False, True)):
         times: dict[str, list[float]] = {"ours": [], "dd": []}
         for _ in range(args.rounds):
-            jobs = {"ours": (lambda: batches(will_need)) if ahead else batches, "dd": dd}
+            jobs = {"ours": (lambda: batches(request_files)) if ahead else batches, "dd": dd}
             for name, work in jobs.items():
                 if cold:
                     forget()
                 else:
                     work()
-                times[name].append(seconds(work))
+                times[name].append(time_seconds(work))
         rows.append(
             compare(
                 f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'}, "

@@ -10,19 +10,19 @@ from data.locations import normalize_locations
 from data.store import PatchStore
 from data.views import to_input
 from models.frozen import LOCATIONS_AT_ONCE, freeze
-from tools.dev.apart import PUBLISHED_LOCATIONS, Apart
+from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
 from tools.dev.literal import literal_encode
-from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of
-from tools.timing.step import trained_encoder
+from tools.timing.measure import NO_BF16, Row, compare, list_kinds, time_in_turns
+from tools.timing.step import make_encoder
 from tools.timing.training import FORWARD_GFLOP
 
 EXTRACT_BATCH = 256  # the default of extract_feature.py
 
 
-def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> list[Row]:
+def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: dict) -> list[Row]:
     """Measure the features of a 581-patch subject in a cohort that is encoded location by location."""
     device, N = args.device, store.num_subjects
-    encoder = trained_encoder(device)
+    encoder = make_encoder(device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
     batches = np.array_split(np.arange(N), math.ceil(N / EXTRACT_BATCH))
 
@@ -37,10 +37,10 @@ def rows_extraction(store: PatchStore, apart: Apart, args, machine: dict) -> lis
     x = to_input(read(0, batches[0]))
     with torch.no_grad():
         wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
-    kinds = kinds_of(machine)
+    kinds = list_kinds(machine)
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
     jobs = {kind: functools.partial(features, dtypes[kind]) for kind in kinds}
-    times = in_turns({**jobs, "literal": lambda: apart("features")}, args.rounds)
+    times = time_in_turns({**jobs, "literal": lambda: apart("features")}, args.rounds)
     rows = []
     for kind, goal in (("float32", "1.5 s; 9 times"), ("bf16", "0.6 s")):
         what = f"features of a subject of {PUBLISHED_LOCATIONS} patches, in a cohort of {N}, {kind}, reading included"

@@ -32,7 +32,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], object]) -> float:
+def time_seconds(work: Callable[[], object]) -> float:
     synchronize()
     start = time.perf_counter()
     work()
@@ -40,14 +40,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Time the jobs in turns for several rounds, after one warm-up call of each. Return the seconds of each job."""
     for work in jobs.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, work in jobs.items():
-            times[name].append(seconds(work))
+            times[name].append(time_seconds(work))
     return times
 
 
@@ -86,11 +86,11 @@ def compare(
     return row
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the GFLOP/s that the machine's library reaches in a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = in_turns({"product": lambda: a @ b}, 5)["product"]
+    times = time_in_turns({"product": lambda: a @ b}, 5)["product"]
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
@@ -107,7 +107,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 NO_BF16 = "unmeasured: the processor has no bf16 arithmetic"
 
 
-def kinds_of(machine: dict) -> list[str]:
+def list_kinds(machine: dict) -> list[str]:
     """Return the number formats to time. Emulated bfloat16 is left out, because its speed is not representative."""
     return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
 
@@ -130,10 +130,10 @@ def describe(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    found["matrix_gflops_float32"] = matrix_rate(device, torch.float32)
+    found["matrix_gflops_float32"] = measure_matrix_rate(device, torch.float32)
     found["fast_bf16"] = has_fast_bf16(device)
     if found["fast_bf16"]:  # with emulation, the product alone takes minutes
-        found["matrix_gflops_bf16"] = matrix_rate(device, torch.bfloat16)
+        found["matrix_gflops_bf16"] = measure_matrix_rate(device, torch.bfloat16)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 
 from data.store import PatchStore
 from tools.dev.apart import PUBLISHED_LOCATIONS
-from tools.timing.measure import Row, in_turns
+from tools.timing.measure import Row, time_in_turns
 from tools.timing.step import TimedStep
 from tools.timing.store import make_store
 
@@ -43,12 +43,12 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def peak_gb(pid: int) -> float:
+def read_peak_gb(pid: int) -> float:
     """Return the peak resident memory of a process so far, in GB, as counted by the kernel."""
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e9
 
 
-def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
+def measure_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
     """Measure the peak memory of train.py, as counted by the kernel."""
     row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
     if not Path("/proc/self/status").exists():
@@ -61,7 +61,7 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
         for line in process.stdout:
             printed += line.startswith("epoch")
             if printed == 4:
-                row.ours = peak_gb(process.pid)
+                row.ours = read_peak_gb(process.pid)
                 break
         if row.ours is None:
             row.note = "unmeasured: train.py ended early"
@@ -70,7 +70,7 @@ def row_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
     return row
 
 
-def ranks_rate(folder: Path, ranks: int, args) -> float | None:
+def measure_ranks_rate(folder: Path, ranks: int, args) -> float | None:
     """Return samples per second of train.py on several ranks that share the batch, or None after a timeout."""
     store = make_store(folder / "store", 8, 64)
     sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
@@ -86,7 +86,7 @@ def ranks_rate(folder: Path, ranks: int, args) -> float | None:
     return steps * args.batch / epochs[-1]["seconds"]
 
 
-def scaling(folder: Path, args) -> list[dict]:
+def measure_scaling(folder: Path, args) -> list[dict]:
     """Measure the milliseconds per step as one size grows and the others stay constant."""
     base = dict(batch=args.batch, locations=37, subjects=64, K=1024)
     cases: list[dict] = []
@@ -103,13 +103,13 @@ def scaling(folder: Path, args) -> list[dict]:
             store = make_store(folder / f"{what}_{value}", size["locations"], size["subjects"])
             steps[value] = TimedStep(store, size["batch"], size["K"], args.device, bf16=False)
         jobs = {value: (lambda step=step: step.run(2)) for value, step in steps.items()}
-        for value, times in in_turns(jobs, args.rounds).items():
+        for value, times in time_in_turns(jobs, args.rounds).items():
             cases.append({"grown": what, "value": value, "ms_per_step": 1e3 * statistics.median(times) / 2})
         del steps, jobs
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 4
     for ranks in (1, 2, 4):
         if ranks <= gpus:
-            rate = ranks_rate(folder / f"ranks_{ranks}", ranks, args)
+            rate = measure_ranks_rate(folder / f"ranks_{ranks}", ranks, args)
             cases.append(
                 {"grown": "ranks", "value": ranks, "ms_per_step": None if rate is None else 1e3 * args.batch / rate}
             )

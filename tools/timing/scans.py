@@ -14,26 +14,28 @@ import torch
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import load_atlas
 from preprocess.geometry import PADDING, orient, orientation_of
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask, network_mask
-from preprocess.patches import map_corners, patches_of
-from preprocess.patchify_atlas import STEP_SIZE, table_of
+from preprocess.lungs import check_lungs, load_lungmask, lung_mask, segment_with_network
+from preprocess.patches import cut_scan, map_corners
+from preprocess.patchify_atlas import STEP_SIZE, make_table
 from preprocess.picture import picture_of_patches
-from preprocess.registration import overlap, register_masks
+from preprocess.registration import measure_overlap, register_masks
 from preprocess.scan import AIR, limit_threads, load_scan
 from tools.timing.measure import Row, compare
-from tools.timing.runs import peak_gb
+from tools.timing.runs import read_peak_gb
 
 LUNGMASK_CLASSES = 3  # classes of the R231 model
 
 
-def core_seconds(work: Callable[[], object]) -> float:
+def time_cores(work: Callable[[], object]) -> float:
     """Return the core-seconds of some work, over all threads of this process."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
-def literal_patches(scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray) -> np.ndarray:
+def cut_literal_patches(
+    scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray
+) -> np.ndarray:
     """Cut patches as in the publication: ITK's B-splines at every voxel of the new grid. Return (L, 32, 32, 32)."""
     oriented = orient(scan, orientation_of(atlas))
     size, spacing = oriented.GetSize(), oriented.GetSpacing()
@@ -48,7 +50,7 @@ def literal_patches(scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Ima
     return np.stack(cut)
 
 
-def random_lungmask(folder: Path) -> str:
+def save_random_lungmask(folder: Path) -> str:
     """Save random weights for lungmask's network, which then takes as long as with trained weights. Return the path."""
     from lungmask.resunet import UNet
 
@@ -59,23 +61,23 @@ def random_lungmask(folder: Path) -> str:
     return str(path)
 
 
-def _whole_way(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
+def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
     """Run the five stages once in this process, and send its peak memory in GB."""
     limit_threads(1)
     scan, atlas = load_scan(image).image, load_atlas(atlas_mask)
     mask = lung_mask(scan, "threshold")
     check_lungs(mask, scan, image)
     transform = register_masks(atlas, mask)
-    cut = patches_of(scan, transform, atlas, table, PATCH_SIZE)
+    cut = cut_scan(scan, transform, atlas, table, PATCH_SIZE)
     picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image)
-    pipe.send(peak_gb(os.getpid()))
+    pipe.send(read_peak_gb(os.getpid()))
 
 
-def peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
+def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
     """Return the memory in GB that one worker needs for a scan."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_whole_way, args=(image, atlas_mask, table, theirs))
+    process = context.Process(target=_run_all_stages, args=(image, atlas_mask, table, theirs))
     process.start()
     theirs.close()
     found = ours.recv()
@@ -83,24 +85,24 @@ def peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
     return found
 
 
-def rows_scan(args) -> list[Row]:
+def measure_scan(args) -> list[Row]:
     """Measure every part of preprocessing on ``args.scan``, with the atlas mask and location table of the flags."""
     limit_threads(1)
     import ants  # noqa: F401 - importing it is not part of a registration
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)
-    table = table_of(atlas, args.atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
+    table = make_table(atlas, args.atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
     scan = load_scan(image).image
     mask = lung_mask(scan, "threshold")
     transform = register_masks(atlas, mask)
-    cut = patches_of(scan, transform, atlas, table, PATCH_SIZE)
+    cut = cut_scan(scan, transform, atlas, table, PATCH_SIZE)
     size = " x ".join(map(str, scan.GetSize()))
     unit = "core-seconds"
     parts = {
         f"reading and checking a scan of {size}": lambda: load_scan(image),
         "lung mask by threshold, checked": lambda: check_lungs(lung_mask(scan, "threshold"), scan, image),
-        "registration, with the Dice of each side": lambda: overlap(atlas, mask, register_masks(atlas, mask)),
+        "registration, with the Dice of each side": lambda: measure_overlap(atlas, mask, register_masks(atlas, mask)),
         "picture": lambda: picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
@@ -108,11 +110,11 @@ def rows_scan(args) -> list[Row]:
     literal: list[float] = []
     for _ in range(args.rounds):
         for name, work in parts.items():
-            times[name].append(core_seconds(work))
-        ours.append(core_seconds(lambda: patches_of(scan, transform, atlas, table, PATCH_SIZE)))
-        literal.append(core_seconds(lambda: literal_patches(scan, transform, atlas, table)))
+            times[name].append(time_cores(work))
+        ours.append(time_cores(lambda: cut_scan(scan, transform, atlas, table, PATCH_SIZE)))
+        literal.append(time_cores(lambda: cut_literal_patches(scan, transform, atlas, table)))
     rows = [compare(name, unit, found, None, 1.0) for name, found in times.items()]
-    apart = int(np.abs(literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
+    apart = int(np.abs(cut_literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
     what, note = (
         f"cutting {len(table)} patches",
         f"literal: ITK's B-splines, which give the same patches to {apart} HU",
@@ -121,16 +123,18 @@ def rows_scan(args) -> list[Row]:
     together = sum(np.median(found) for found in (*times.values(), ours))
     rows.append(Row("all of these", unit, ours=float(together), goal="10 core-seconds"))
     with tempfile.TemporaryDirectory(prefix="drasclr-lungmask-") as folder:
-        weights = random_lungmask(Path(folder))
+        weights = save_random_lungmask(Path(folder))
         where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
         slices = scan.GetSize()[2]
         few = min(slices, load_lungmask(weights).batch_size)
         # Only one batch, because a slice takes up to a second on a CPU.
         some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]
         start = time.perf_counter()
-        network_mask(some, weights)
+        segment_with_network(some, weights)
         each = (time.perf_counter() - start) / few
         row = Row(f"lung mask by lungmask's network, random weights, {where}", "s per slice", ours=each)
         row.note = f"{each * slices:.0f} s for {slices} slices"
-    memory = Row("memory of a worker for all of these", "GB", ours=peak_of_scan(image, atlas_mask, table), goal="2 GB")
+    memory = Row(
+        "memory of a worker for all of these", "GB", ours=measure_peak_of_scan(image, atlas_mask, table), goal="2 GB"
+    )
     return [*rows, row, memory]

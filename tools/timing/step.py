@@ -62,7 +62,7 @@ class TimedStep:
         return done
 
 
-def trained_encoder(device: torch.device) -> Encoder:
+def make_encoder(device: torch.device) -> Encoder:
     """Return an encoder in eval mode, with BatchNorm statistics like those of a trained encoder."""
     torch.manual_seed(0)
     encoder = Encoder(128, 128, 8, 1).eval()

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 
 from data.store import PatchStore
-from tools.dev.apart import Apart
-from tools.timing.measure import NO_BF16, Row, compare, in_turns, kinds_of, synchronize
+from tools.dev.apart import LiteralProcess
+from tools.timing.measure import NO_BF16, Row, compare, list_kinds, synchronize, time_in_turns
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # per patch, counting multiplications and additions
 STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and backward, key forward
 
 
-def check_equal_losses(fast: TimedStep, apart: Apart) -> dict[str, float]:
+def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
     """Return the first-step losses of both versions, from the same weights and views. Raise if they differ."""
     batch = next(fast.batches)
     ours, slow = float(fast.loss(fast.inputs(batch)).detach()), apart("loss")
@@ -27,10 +27,10 @@ def check_equal_losses(fast: TimedStep, apart: Apart) -> dict[str, float]:
     return {"ours": ours, "literal": slow}
 
 
-def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, report: dict) -> list[Row]:
+def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, machine: dict, report: dict) -> list[Row]:
     """Measure the encoder, and the whole step with reading and augmentation."""
     device, B = args.device, args.batch
-    kinds = kinds_of(machine)
+    kinds = list_kinds(machine)
     steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}
     report["first_step_loss"] = check_equal_losses(steps["float32"], apart)
     x = torch.randn(B, 1, 32, 32, 32, device=device)
@@ -42,9 +42,9 @@ def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, 
         z.float().sum().backward()
 
     jobs = {kind: functools.partial(encode, kind) for kind in kinds}
-    encoder_times = in_turns({**jobs, "literal": lambda: apart("encode")}, args.rounds)
+    encoder_times = time_in_turns({**jobs, "literal": lambda: apart("encode")}, args.rounds)
     jobs = {kind: functools.partial(step.run, args.steps) for kind, step in steps.items()}
-    step_times = in_turns({**jobs, "literal": lambda: apart("step")}, args.rounds)
+    step_times = time_in_turns({**jobs, "literal": lambda: apart("step")}, args.rounds)
     what = f"training step, {store.num_locations} locations, K {K}, batch {B}"
     rows = []
     for name, times, ours, literal, gflop, goals in (
@@ -65,11 +65,11 @@ def rows_training(store: PatchStore, K: int, apart: Apart, args, machine: dict, 
                 row = compare(row.what, row.unit, times[kind], times["literal"], ours, literal, gflop, rate)
                 row.goal = goals.get(kind, "")
             rows.append(row)
-    report["profile_ms"] = {kind: profile(step, args) for kind, step in steps.items()}
+    report["profile_ms"] = {kind: time_parts(step, args) for kind, step in steps.items()}
     return rows
 
 
-def profile(step: TimedStep, args) -> dict[str, float]:
+def time_parts(step: TimedStep, args) -> dict[str, float]:
     """Return the milliseconds of each part of a step, as the median over steps."""
     parts: dict[str, list[float]] = {}
 

@@ -72,7 +72,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
     assert not done and saver.good is None
     free.set()
     saver.after_epoch(2)
-    saver._finish()
+    saver.wait_for_writing()
     assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
     assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
     free.clear()
@@ -85,7 +85,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
 def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
     saver = saver_of(tmp_path, raise_full, aside=lambda *_: raise_full, good=tmp_path / "c_0001")
     saver.after_step(1, 2, meters())
-    saver._finish()
+    saver.wait_for_writing()
     assert "warning: cannot save" in capsys.readouterr().out and saver.good.name == "c_0001"
 
     def broken(*_):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from misc.run.watch import Place, Watch, who_hangs
+from misc.run.watch import Place, Watch, describe_hanging_ranks
 
 
 class Store(dict):
@@ -31,7 +31,7 @@ def place(step, host="a", beat=1, epoch=1):
 )
 def test_who_hangs(steps, silent, words):
     places = {rank: place(step, host) for rank, (step, host) in enumerate(zip(steps, "abc"))}
-    assert who_hangs(places, silent).startswith(words)
+    assert describe_hanging_ranks(places, silent).startswith(words)
 
 
 def test_a_silent_rank_is_reported(monkeypatch):

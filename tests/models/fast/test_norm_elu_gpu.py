@@ -55,7 +55,7 @@ def test_unsupported_cases_use_torch(monkeypatch, change, groups):
 
     x = torch.randn(4, 3, 2, 2, 2).as_subclass(There)
     monkeypatch.setattr(gpu, "apply", lambda *_: "taken")
-    monkeypatch.setattr(gpu, "_compiles", lambda _: True)
+    monkeypatch.setattr(gpu, "_can_compile", lambda _: True)
     assert entrance.norm_elu(nn.BatchNorm3d(3), [x], groups) == "taken"
     if change:
         assert entrance.norm_elu(nn.BatchNorm3d(3, **change), [x], groups) is None
@@ -73,10 +73,10 @@ def test_torch_is_used_without_a_compiler(monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(gpu, "apply", fail)
-    gpu._compiles.cache_clear()
-    with pytest.warns(UserWarning, match="Failed to find C compiler.*torch's own"):
-        assert gpu._compiles(torch.device("cpu")) is False
-    gpu._compiles.cache_clear()
+    gpu._can_compile.cache_clear()
+    with pytest.warns(UserWarning, match="Failed to find C compiler.*torch's slower BatchNorm"):
+        assert gpu._can_compile(torch.device("cpu")) is False
+    gpu._can_compile.cache_clear()
 
 
 @pytest.mark.gpu

@@ -81,7 +81,9 @@ def test_extraction_with_and_without_fast_paths(monkeypatch, rel):
     hu = torch.randint(-1024, 241, (2 * PATCHES_AT_ONCE + 5, 32, 32, 32), dtype=torch.int16)
     frozen = freeze(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
     called = []
-    monkeypatch.setattr(fused, "_one_pass", lambda *given, way=fused._one_pass: called.append(1) or way(*given))
+    monkeypatch.setattr(
+        fused, "_compile_one_pass", lambda *given, way=fused._compile_one_pass: called.append(1) or way(*given)
+    )
     monkeypatch.setattr(pairs.fast, "enabled", lambda way=switch.enabled: called.append(2) or way())
     ours = frozen(hu, to_input)
     assert 1 in called and 2 in called

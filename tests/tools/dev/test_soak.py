@@ -7,20 +7,20 @@ import sys
 
 import pytest
 
-from tools.dev.soak import Job, files_of, trial
+from tools.dev.soak import Job, fingerprint_files, run_trial
 
 SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
 
 
 def job(text):
-    return Job((sys.executable, "-c", SLOWLY + text), (), files_of("made/*"))
+    return Job((sys.executable, "-c", SLOWLY + text), (), fingerprint_files("made/*"))
 
 
 def results(job, folder, wanted, count=4):
     found = []
     for number in range(count):
         (folder / str(number)).mkdir()
-        found.append(trial(job, folder / str(number), wanted, 0.7, random.Random(number)))
+        found.append(run_trial(job, folder / str(number), wanted, 0.7, random.Random(number)))
     return found
 
 
@@ -29,19 +29,19 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
     reference = tmp_path / "reference"
     (reference / "made").mkdir(parents=True)
     (reference / "made" / "a").write_text("whole")
-    wanted = files_of("made/*")(reference)
+    wanted = fingerprint_files("made/*")(reference)
     good = results(job(careful), tmp_path, wanted)
     assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 2
     # A job that appends to its file keeps the lines of a killed run, so its result differs.
     careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
     (tmp_path / "more").mkdir()
     (reference / "made" / "a").write_text("line" * 6)
-    bad = results(job(careless), tmp_path / "more", files_of("made/*")(reference))
+    bad = results(job(careless), tmp_path / "more", fingerprint_files("made/*")(reference))
     assert {wrong for _, wrong in bad} - {""} == {"differs in made/a"}
     # A job that leaves a child process behind is reported.
     left = "import subprocess\nsubprocess.Popen(['sleep', '60'])\n"
     (tmp_path / "left").mkdir()
-    orphans = Job((sys.executable, "-c", left), (), files_of("made/*"))
+    orphans = Job((sys.executable, "-c", left), (), fingerprint_files("made/*"))
     import tools.dev.soak as module
 
     before, module.LINGER = module.LINGER, 1.0

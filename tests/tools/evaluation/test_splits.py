@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.evaluation.splits import draw_folds, look_like_one_patient, resamples, strata_of
+from tools.evaluation.splits import draw_folds, draw_resamples, find_scans_of_one_patient, make_strata
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -22,17 +22,17 @@ def test_groups_stay_together_and_folds_are_balanced(seed):
 
 def test_ranks_are_spread():
     values = np.random.default_rng(0).normal(size=100)
-    strata = strata_of(values, "regression")
+    strata = make_strata(values, "regression")
     assert np.bincount(strata).tolist() == [20] * 5
     fold = draw_folds(strata, np.arange(100), 5, np.random.default_rng(1))
     for number in range(5):
         assert np.bincount(strata[fold == number]).tolist() == [4] * 5
-    assert strata_of(np.array([3.0, 1, 3]), "class").tolist() == [1, 0, 1]
+    assert make_strata(np.array([3.0, 1, 3]), "class").tolist() == [1, 0, 1]
 
 
 def test_the_bootstrap_draws_a_patient_with_all_scans():
     groups = np.array([0, 0, 1, 2, 2, 2])
-    weights = resamples(groups, 500, 0)
+    weights = draw_resamples(groups, 500, 0)
     assert weights.shape == (6, 500) and (weights[0] == weights[1]).all() and (weights[3] == weights[5]).all()
     assert (weights[[0, 2, 3]].sum(0) == 3).all() and weights[2].std() > 0.5
 
@@ -50,4 +50,4 @@ def test_the_bootstrap_draws_a_patient_with_all_scans():
     ],
 )
 def test_sids_that_look_like_one_patient(sids, alike):
-    assert look_like_one_patient(sids) == alike
+    assert find_scans_of_one_patient(sids) == alike

@@ -9,8 +9,8 @@ import pytest
 
 from misc.command import UserError
 from tools.evaluation import vectors
-from tools.evaluation.learn import MODELS, held_out_r2, out_of_fold, predict_others
-from tools.evaluation.vectors import JoinedTable, PatientVectors, Standardization, fitted_table, side_by_side
+from tools.evaluation.learn import MODELS, predict_others, predict_out_of_fold, score_held_out
+from tools.evaluation.vectors import JoinedTable, PatientVectors, Standardization, get_fitted_table, join_tables
 
 N, L, D = 30, 7, 5
 
@@ -64,15 +64,16 @@ def test_held_out_subjects_do_not_change_the_standardisation(patches):
 def test_every_fold_is_standardised_separately(patches):
     """Compare the cross-validation of a fold-dependent table with a loop."""
     target, fold = patches[:, 2, 1].astype(float), np.arange(N) % 3
-    table = side_by_side(PatientVectors("moments", patches, np.arange(N)), np.arange(N, dtype=float)[:, None])
+    table = join_tables(PatientVectors("moments", patches, np.arange(N)), np.arange(N, dtype=float)[:, None])
     assert isinstance(table, JoinedTable) and table.shape == (N, 2 * D + 1)
-    ours = out_of_fold(MODELS["regression"], table, target, fold)
+    ours = predict_out_of_fold(MODELS["regression"], table, target, fold)
     for number in range(3):
         own = fold == number
         plain = np.hstack([literal_vectors(patches, ~own), np.arange(N)[:, None]])
         np.testing.assert_allclose(ours[own], predict_others(MODELS["regression"], plain, target, own), rtol=1e-6)
-    assert held_out_r2(table, target, fold == 0) == pytest.approx(
-        held_out_r2(np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0), abs=1e-6
+    assert score_held_out(table, target, fold == 0) == pytest.approx(
+        score_held_out(np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0),
+        abs=1e-6,
     )
 
 
@@ -80,13 +81,13 @@ def test_vectors_are_cached_and_shared_with_a_joined_table(patches, monkeypatch)
     counted, fit = [], Standardization.fit
     monkeypatch.setattr(Standardization, "fit", lambda *given: counted.append(1) or fit(*given))
     alone = PatientVectors("moments", patches, np.arange(N))
-    joined, known = side_by_side(alone, np.zeros((N, 2))), np.arange(N) > 3
+    joined, known = join_tables(alone, np.zeros((N, 2))), np.arange(N) > 3
     for _ in range(2):
         for table in (alone[known], joined[known]):
-            fitted_table(table, np.arange(N - 4) < 12)
+            get_fitted_table(table, np.arange(N - 4) < 12)
     assert len(counted) == 1
     monkeypatch.setattr(vectors, "KEPT_BYTES", 1)
-    fitted_table(alone, np.arange(N) < 9), fitted_table(alone, np.arange(N) < 10)
+    get_fitted_table(alone, np.arange(N) < 9), get_fitted_table(alone, np.arange(N) < 10)
     assert len(alone._kept) == 1
 
 
@@ -101,7 +102,9 @@ def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
         "survival": np.stack([np.exp(-signal), rng.random(40) < 0.8], axis=1),
     }[kind]
     ours = predict_others(MODELS[kind], features, target, held)
-    monkeypatch.setattr("tools.evaluation.learn._in_row_space", lambda fitted, asked, target: (fitted, target, asked))
+    monkeypatch.setattr(
+        "tools.evaluation.learn._reduce_to_row_space", lambda fitted, asked, target: (fitted, target, asked)
+    )
     wanted = predict_others(MODELS[kind], features, target, held)
     tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models iterate to a tolerance
     np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)

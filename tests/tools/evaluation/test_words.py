@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from data.labels import read_numbers_and_words
-from tools.evaluation.kinds import as_date, missing_code
+from tools.evaluation.kinds import find_missing_code, recognize_date
 
 N = 90
 SIDS = [f"s{row:03d}" for row in range(N)]
@@ -95,6 +95,18 @@ def test_bad_orders_are_refused(study, run_here, order, message):
     assert re.search(message, refused.stderr)
 
 
+def test_events_in_other_languages_and_other_words(study, run_here):
+    """Yes is 1 whatever the alphabet says; --order names any other pair of words."""
+    _, labels = study
+    survival = ("--time-column", "years", "--event-column", "died")
+    wanted = evaluate(run_here, study, labels, *survival)[1]["died"]["features"]["c_index"]["mean"]
+    for no, yes, more in (("Nein", "Ja", ()), ("lebt", "gestorben", ("--order", "died=lebt,gestorben"))):
+        other = labels.assign(died=labels["died"].map({"yes": yes, "no": no}))
+        done, found = evaluate(run_here, study, other, *survival, *more)
+        assert done.returncode == 0 and f"column 'died': 0 is {no}, 1 is {yes}" in done.stderr
+        assert found["died"]["features"]["c_index"]["mean"] == wanted
+
+
 def test_none_is_missing_unless_an_order_lists_it(tmp_path):
     rows = "".join(f"{sid},{('None', 'mild', 'severe')[row % 3]}\n" for row, sid in enumerate(SIDS))
     (tmp_path / "l.csv").write_text("sid,grade\n" + rows)
@@ -128,7 +140,7 @@ def test_numbers_mixed_with_words_are_refused(tmp_path):
     ],
 )
 def test_codes_for_missing(values, code):
-    assert missing_code(np.array(values, dtype=float)) == code
+    assert find_missing_code(np.array(values, dtype=float)) == code
 
 
 def test_missing_codes_are_reported_and_removed(study, run_here):
@@ -161,7 +173,11 @@ def test_missing_codes_are_reported_and_removed(study, run_here):
     ],
 )
 def test_dates_are_recognised(values, what):
-    assert what in as_date(np.array(values, dtype=np.float32)) if what else not as_date(np.array(values, dtype=float))
+    assert (
+        what in recognize_date(np.array(values, dtype=np.float32))
+        if what
+        else not recognize_date(np.array(values, dtype=float))
+    )
 
 
 def test_dates_are_refused_as_follow_up_time(study, run_here):

@@ -16,7 +16,7 @@ def plain(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.T
     return F.conv3d(F.conv3d(x, first, padding=1), second, padding=1, stride=2)
 
 
-def padded(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, channels: int = 8) -> torch.Tensor:
+def convolve_padded(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, channels: int = 8) -> torch.Tensor:
     """Compute :func:`plain` with the input channel padded to ``channels``."""
     more = channels - x.shape[1]
     x = channels_last(F.pad(x, (0, 0) * 3 + (0, more)))
@@ -59,10 +59,15 @@ def to_halved(kernel: torch.Tensor) -> torch.Tensor:
     return cubes.view(out, 8 * channels, 3, 3, 3)
 
 
-def by_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def convolve_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Compute :func:`plain` on cubes with 8 times the channels: 8 to 64, then 64 to 8, both at 16^3."""
     x = F.conv3d(space_to_depth(x), channels_last(to_cubes(first)), padding=1)
     return F.conv3d(x, channels_last(to_halved(second)), padding=1)
 
 
-WAYS = {"plain": plain, "padded to 8": padded, "padded to 16": lambda *given: padded(*given, 16), "cubes": by_cubes}
+WAYS = {
+    "plain": plain,
+    "padded to 8": convolve_padded,
+    "padded to 16": lambda *given: convolve_padded(*given, 16),
+    "cubes": convolve_cubes,
+}

@@ -14,7 +14,7 @@ COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")
 
 
-def _type_of(argument: str, constants: dict[str, int], dtype: str) -> str:
+def _find_type(argument: str, constants: dict[str, int], dtype: str) -> str:
     """Return the type of a kernel's argument as Triton names it."""
     if argument in constants:
         return "constexpr"
@@ -48,7 +48,7 @@ def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") ->
             "TRACK": True,
         }
         constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        types = {name: _type_of(name, constants, dtype) for name in kernel.arg_names}
+        types = {name: _find_type(name, constants, dtype) for name in kernel.arg_names}
         named = "constexprs" if "constexprs" in inspect.signature(ASTSource.__init__).parameters else "constants"
         source = ASTSource(kernel, types, **{named: constants})
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

@@ -24,9 +24,9 @@ from models.fast import norm_elu_gpu
 from models.frozen import FrozenLocations, encode_each
 from tools.dev.gpu_lab.convolutions import WAYS
 from tools.dev.gpu_lab.kernels import compile_kernels
-from tools.dev.gpu_lab.setting import PRECISIONS, Run, Sizes, in_turns, rates, synchronize
+from tools.dev.gpu_lab.setting import PRECISIONS, Run, Sizes, convert_to_rates, synchronize, time_in_turns
 from tools.dev.gpu_lab.store import FileStore
-from tools.timing.step import trained_encoder
+from tools.timing.step import make_encoder
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # channels, side of the output in voxels
@@ -54,7 +54,7 @@ class Lab(NamedTuple):
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
     def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
-        return in_turns(jobs, self.sizes.rounds, self.device, warm_up)
+        return time_in_turns(jobs, self.sizes.rounds, self.device, warm_up)
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def layouts(lab: Lab) -> dict:
         run.advance(1)
     found: dict[str, Any] = {"inputs": strides[: 13 * 3]}
     if lab.on_gpu:
-        found["kernels"] = profile_of(lambda: run.advance(1))["kernels"][:40]
+        found["kernels"] = profile_work(lambda: run.advance(1))["kernels"][:40]
     return found
 
 
@@ -209,7 +209,7 @@ def ablation(lab: Lab) -> dict:
             run = lab.run(**choices)
             run.advance(6)
             times = lab.time({name: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
-        found |= rates(times, lab.sizes.batch * lab.sizes.steps)
+        found |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
     return {"samples_per_s": found}
 
 
@@ -220,7 +220,7 @@ def training(lab: Lab) -> dict:
         run = lab.run(precision, resident=False)
         losses = torch.stack(run.advance(lab.sizes.curve))[:, 2].tolist()
         times = lab.time({precision: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
-        found["samples_per_s"] |= rates(times, lab.sizes.batch * lab.sizes.steps)
+        found["samples_per_s"] |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
         found["curves"][precision] = losses
         del run
         gc.collect()
@@ -240,7 +240,7 @@ def training(lab: Lab) -> dict:
     return found
 
 
-def profile_of(work: Callable[[], object]) -> dict:
+def profile_work(work: Callable[[], object]) -> dict:
     """Profile some work on a GPU: busy time, number of launches, and kernels sorted by time."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -271,7 +271,7 @@ def profile(lab: Lab) -> dict:
         run.advance(6)
         batches = [next(run.batches) for _ in range(4)]
         with mock.patch.object(run, "batches", iter(batches)):
-            record = profile_of(lambda run=run: run.advance(4))
+            record = profile_work(lambda run=run: run.advance(4))
         times = lab.time({"step": lambda run=run: run.advance(10)})["step"]
         found[name] = {
             "wall_ms": round(1e2 * times["median"], 2),
@@ -289,12 +289,12 @@ def loader(lab: Lab) -> dict:
         "loader": lambda: [next(run.batches) for _ in range(steps)],
         "loader and copies": lambda: [run.carrier(next(run.batches)) for _ in range(steps)],
     }
-    return {"samples_per_s": rates(lab.time(jobs), lab.sizes.batch * steps)}
+    return {"samples_per_s": convert_to_rates(lab.time(jobs), lab.sizes.batch * steps)}
 
 
 def extraction(lab: Lab) -> dict:
     """Measure subjects of 581 patches per second, as in extract_feature.py, and the seconds for one scan."""
-    store, encoder = lab.store, trained_encoder(lab.device)
+    store, encoder = lab.store, make_encoder(lab.device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(lab.device)
     pieces = list_pieces(store)
     found: dict[str, Any] = {}
@@ -303,7 +303,7 @@ def extraction(lab: Lab) -> dict:
         at = FrozenLocations(encoder, locations, torch.bfloat16 if precision == "bf16" else torch.float32)
         work = lambda at=at: [len(h) for _, h in encode_pieces(at, store, pieces, 256, lab.device)]  # noqa: E731
         times = lab.time({precision: work})
-        found |= rates(times, store.num_subjects * store.num_locations / 581)
+        found |= convert_to_rates(times, store.num_subjects * store.num_locations / 581)
     count = 581 if lab.on_gpu else 8
     hu = torch.from_numpy(store.read(0, np.arange(count) % store.num_subjects))
     hu, places = hu.to(lab.device), torch.rand(count, 3, device=lab.device) * 2 - 1

@@ -104,7 +104,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
+def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
     """Time the jobs in turns. Return the median, smallest and largest seconds of each."""
     for work in jobs.values():
         for _ in range(warm_up):
@@ -113,15 +113,15 @@ def in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.d
     for _ in range(rounds):
         for name, work in jobs.items():
             times[name].append(seconds(work, device))
-    return {name: spread(values) for name, values in times.items()}
+    return {name: summarize(values) for name, values in times.items()}
 
 
-def spread(values: Sequence[float], digits: int = 7) -> dict[str, float]:
+def summarize(values: Sequence[float], digits: int = 7) -> dict[str, float]:
     found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return {name: round(value, digits) for name, value in found.items()}
 
 
-def rates(times: dict[str, dict[str, float]], amount: float) -> dict[str, dict[str, float]]:
+def convert_to_rates(times: dict[str, dict[str, float]], amount: float) -> dict[str, dict[str, float]]:
     """Convert seconds to amounts per second."""
     return {
         name: {
