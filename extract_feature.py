@@ -171,8 +171,8 @@ def refuse_nonfinite_features(features: np.ndarray, piece: Piece, store: PatchSt
         return features
     row, column = np.argwhere(~np.isfinite(features))[0][:2]
     raise StoreError(
-        f"features of subject {store.sids[piece.rows[row]]} at location {piece.locations[column]} are not finite, "
-        "because training had diverged or the patch is damaged; use an earlier checkpoint, or check the patch"
+        f"features of subject {store.sids[piece.rows[row]]} at location {piece.locations[column]} are not finite: "
+        "either training diverged or the patch is damaged. Use an earlier checkpoint, or check the patch"
     )
 
 

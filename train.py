@@ -219,7 +219,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     saver = Saver(state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     log.rewind_to(start, skip, resume)
-    stop.listen()  # after a stop signal, all ranks finish the current step, rank 0 saves, and all ranks exit
+    stop.record_signals()  # after a stop signal, all ranks finish the current step, rank 0 saves, and all ranks exit
 
     # -------------------------------------------------------- loop
     for epoch in range(start, args.epochs):

@@ -177,7 +177,9 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
         memory: names the flags to lower if memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console without UTF-8 shows escape codes for other characters
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a console that is not UTF-8 shows characters that it cannot encode as backslash escapes
             stream.reconfigure(errors="backslashreplace")
     if "RANK" not in os.environ:  # the launcher ends a rank by SIGTERM after another rank has failed and said why
         for number in STOPPING:
@@ -243,7 +245,7 @@ class StopRequest:
     def __init__(self):
         self.number = 0
 
-    def listen(self) -> None:
+    def record_signals(self) -> None:
         """Start to record the signals."""
         for number in STOPPING:
             if heeded(number):

@@ -54,7 +54,7 @@ class Experiment:
         return self.folder / checkpoint_name(epoch)
 
     @property
-    def unfinished(self) -> Path:
+    def incomplete_file(self) -> Path:
         return self.folder / UNFINISHED
 
     @property
@@ -97,14 +97,14 @@ class Experiment:
         found: list[tuple[tuple[int, int], Path]] = []
         damaged: list[str] = []
         numbered = self.list_epoch_checkpoints()
-        candidates = [self.unfinished] if self.unfinished.is_file() else []
+        candidates = [self.incomplete_file] if self.incomplete_file.is_file() else []
         for path in [*candidates, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]:
             try:
                 found.append((progress(path), path))
             except UserError as error:
                 damaged.append(str(error))
                 continue
-            if path != self.unfinished:
+            if path != self.incomplete_file:
                 break  # earlier checkpoints have less training
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
@@ -168,8 +168,8 @@ class Experiment:
         if not self.is_own_file(resumed):
             return []
         later = [path for number, path in self.list_epoch_checkpoints().items() if number > epoch]
-        if self.unfinished.is_file() and self.unfinished.resolve() != resumed.resolve():
-            later.append(self.unfinished)
+        if self.incomplete_file.is_file() and self.incomplete_file.resolve() != resumed.resolve():
+            later.append(self.incomplete_file)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for path in later:
             path.rename(self.folder / f"superseded-{stamp}-{path.name}")

@@ -73,7 +73,7 @@ def test_commands_are_accepted(path, script, rest, monkeypatch):
     script = stand_in.get(script, script)
     given = shlex.split(re.sub(r"\.\.\.|[\[\]]", " ", rest))
     if not script.endswith(".py") or not re.search(r"\bParser\b|misc.run.flags", read(script)) or "launch" in script:
-        return  # has no flags of this project
+        return  # the script does not use this project's parser
     if script == "train.py":
         given = ["--root-dir", "D", "--exp-name", "E", *given]  # run_train.sh adds these
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))

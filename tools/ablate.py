@@ -80,7 +80,9 @@ def parse_arguments() -> argparse.Namespace:
         default=200,
         help="size of the synthetic cohort; more subjects give less noisy results",
     )
-    text = f"arms to run, from {', '.join(ARMS)}; leave it empty to run only --arm. Differences are to the first arm"
+    text = (
+        f"arms to run, of {', '.join(ARMS)}; give no name to run those of --arm alone. The first arm is the reference"
+    )
     add("--arms", nargs="*", default=list(ARMS), help=text)
     text = "additional arm: flags of train.py, added to the flags of full; can be repeated"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
@@ -97,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         help="seed of the first run; change it to split a study over machines",
     )
     add("--recipe", type=OneOf(*RECIPES), default="small", help="--recipe of train.py for every arm")
-    add("--epochs", type=at_least(int, 1), help="epochs of every arm (default: set by --recipe)")
+    add("--epochs", type=at_least(int, 1), help="number of epochs per arm (default: set by --recipe)")
     add_progress_flag(parser)
     args = parser.parse_args()
     args.arms = {name: ARMS.get(name) for name in args.arms}
@@ -156,14 +158,14 @@ class Study:
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise UserError(explain_missing_column(labels, unknown[0], names))
-        self.columns = [name for name in wanted if name != args.held_out and not self._why_not(name)]
+        self.columns = [name for name in wanted if name != args.held_out and not self.note_label_problem(name)]
         self.subjects = out_dir / "trained_on.csv"
         trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
         write_text(self.subjects, pd.DataFrame({"sid": trained}).to_csv(index=False))
         baselines = make_baseline_tables(patches, args.no_progress)
         self.baselines = {name: table.loc[self.sids].to_numpy() for name, table in baselines.items()}
 
-    def _why_not(self, column: str) -> str:
+    def note_label_problem(self, column: str) -> str:
         values = self.labels[column].to_numpy()
         reasons = [
             find_label_problem(values[rows & ~np.isnan(values)], "regression", FOLDS)

@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         help="device to measure; auto uses a GPU if there is one",
     )
     add("--batch", type=at_least(int, 2), default=32, help="samples per step")
-    add("--rounds", type=at_least(int, 1), help="number of timings per job (default: 5, with --quick 2)")
+    add("--rounds", type=at_least(int, 1), help="number of timings per job (default: 5, or 2 with --quick)")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:

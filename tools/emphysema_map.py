@@ -75,7 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
-    add("--labels", help="CSV with a sid column and label columns, numeric or with a few different words")
+    add(
+        "--labels",
+        help="CSV with a sid column and label columns, each numeric or categorical (at most 10 distinct words)",
+    )
     add(
         "--column",
         nargs="+",

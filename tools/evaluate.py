@@ -90,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--compare", action="append", default=[], metavar="NAME=FILE", help=text)
     add_vector_flags(parser)
     add(
-        "--labels", required=True, help="CSV with a sid column and label columns, numeric or with a few different words"
+        "--labels",
+        required=True,
+        help="CSV with a sid column and label columns, each numeric or categorical (at most 10 distinct words)",
     )
     add("--columns", nargs="+", help="label columns to predict (default: every column that can be predicted)")
     add(
@@ -101,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"set the kind of a column if the guess is wrong: {', '.join(KINDS)}; can be repeated",
     )
     add_label_flags(parser)
-    text = "numeric label columns that are known in advance, such as age; added to every model and evaluated alone"
+    text = "numeric columns to use as covariates, such as age: inputs of every model, and also evaluated on their own"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
     text = "label column with the patient of each scan; all scans of a patient then share a fold"
     add("--group-column", metavar="COLUMN", help=text)
@@ -125,7 +127,9 @@ def parse_arguments() -> argparse.Namespace:
         default=5,
         help="number of cross-validation folds; lower it if there are few events",
     )
-    add("--seed", type=at_least(int, 0), default=0, help="random seed of the folds, the bootstrap and the permutations")
+    add(
+        "--seed", type=at_least(int, 0), default=0, help="random seed for the folds, the bootstrap and the permutations"
+    )
     add("--out-dir", help="output folder for evaluation.json, evaluation.md, standardization.npz and pictures")
     add("--json", help="additional file for the metrics, same content as evaluation.json")
     add_progress_flag(parser)

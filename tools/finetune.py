@@ -65,7 +65,10 @@ def parse_arguments() -> argparse.Namespace:
         help="checkpoints to start from, one arm each; random stands for untrained weights",
     )
     add("--sha256", help="expected SHA-256 of the first checkpoint; set it to verify downloaded weights")
-    add("--labels", help="CSV with a sid column and label columns, numeric or with a few different words")
+    add(
+        "--labels",
+        help="CSV with a sid column and label columns, each numeric or categorical (at most 10 distinct words)",
+    )
     add("--column", help="column of --labels to learn")
     add_label_flags(parser)
     add(
@@ -94,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seeds",
         type=at_least(int, 1),
         default=3,
-        help="number of seeds for split, order and random weights; raise it if the results of the seeds differ much",
+        help="number of seeds for split, order and random weights; raise it if results vary a lot between seeds",
     )
     add(
         "--device",

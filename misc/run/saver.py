@@ -60,7 +60,7 @@ class Saver:
         stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
         if not (due or stopped):  # other ranks do not know of a later signal, so it waits for the next step
             return
-        path, sums = self.experiment.unfinished, meters.sums()
+        path, sums = self.experiment.incomplete_file, meters.sums()
         saved = self._save(path, epoch, done, sums, now=bool(stopped))
         if stopped:
             self.stop.number = stopped
@@ -169,7 +169,7 @@ class Saver:
 
     def remove_replaced_checkpoints(self) -> None:
         """Remove the checkpoints that the new epoch checkpoint replaces."""
-        self.experiment.unfinished.unlink(missing_ok=True)
+        self.experiment.incomplete_file.unlink(missing_ok=True)
         self.experiment.keep_latest(self.keep)
 
     def warn_disk_full(self, error: OSError) -> None:

@@ -229,7 +229,7 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
         f": from {frames[1].name} on, each is shifted from the one before, {off:.1f} mm by the last one. Use a copy "
-        "resampled to remove the tilt (dcm2niix writes one with a name that ends in _Tilt)"
+        "resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
     )
 
 

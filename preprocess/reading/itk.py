@@ -121,7 +121,7 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
     )
     angle = np.rad2deg(np.arcsin(min(1.0, cosine)))
     raise ScanError(
-        f"{name} has sheared axes, {'xyz'[pair[0]]} and {'xyz'[pair[1]]}, {angle:.1f} degrees off a right angle "
-        f"(tilted gantry?), which would displace voxels by up to {off:.1f} mm. Use a copy resampled to a rectangular "
-        "grid (dcm2niix writes one with a name that ends in _Tilt)"
+        f"{name} has sheared axes ({'xyz'[pair[0]]} and {'xyz'[pair[1]]}, {angle:.1f} degrees off a right angle; "
+        f"tilted gantry?), so voxels would lie up to {off:.1f} mm off. Use a copy resampled to a rectangular "
+        "grid (dcm2niix writes one whose name ends in _Tilt)"
     )

@@ -137,7 +137,7 @@ def test_a_stop_request_keeps_the_first_signal():
     stop = StopRequest()
     assert not stop.number
     try:
-        stop.listen()
+        stop.record_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     finally:

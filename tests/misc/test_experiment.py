@@ -43,17 +43,17 @@ def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     for epoch in (1, 2, 10):
         save(experiment.checkpoint(epoch), epoch)
     assert experiment.find_latest(progress) == experiment.checkpoint(10)
-    save(experiment.unfinished, 9, 3)
+    save(experiment.incomplete_file, 9, 3)
     assert experiment.find_latest(progress) == experiment.checkpoint(10)
-    save(experiment.unfinished, 10, 3)
-    assert experiment.find_resume_checkpoint("auto", progress) == experiment.unfinished
+    save(experiment.incomplete_file, 10, 3)
+    assert experiment.find_resume_checkpoint("auto", progress) == experiment.incomplete_file
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
     experiment = Experiment(tmp_path / "e")
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch)
-    save(experiment.unfinished, 3, 5)
+    save(experiment.incomplete_file, 3, 5)
     moved = experiment.set_aside_later(experiment.checkpoint(1), 1)
     assert moved == [checkpoint_name(2), checkpoint_name(3), UNFINISHED]
     assert sorted(experiment.list_epoch_checkpoints()) == [1]
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     path.write_bytes(damaged)
     assert experiment.find_resume_checkpoint("auto", intact, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
-    experiment.unfinished.write_bytes(b"")
+    experiment.incomplete_file.write_bytes(b"")
     assert experiment.find_latest(intact) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")

@@ -26,8 +26,8 @@ def srow(image, changes=(), scale=1.0):
 
 
 HEADERS = {
-    "shear in z, both forms": (dict(changes={(1, 2): 0.67}), {}, ("sheared axes, y and z", "15.0 degrees", "tilted")),
-    "shear in x, sform only": (dict(changes={(0, 1): 0.3}), dict(qform_code=0), ("sform has sheared axes, x and y",)),
+    "shear in z, both forms": (dict(changes={(1, 2): 0.67}), {}, ("sheared axes (y and z", "15.0 degrees", "tilted")),
+    "shear in x, sform only": (dict(changes={(0, 1): 0.3}), dict(qform_code=0), ("sform has sheared axes (x and y",)),
     "a little shear": (dict(changes={(0, 2): 0.02}), {}, ("sheared", "0.5 degrees")),
     "origins apart": (dict(changes={(0, 3): 40}), {}, ("contradict", "40.0 mm apart")),
     "origins 2 mm apart": (dict(changes={(2, 3): 2}), {}, ("contradict", "2.0 mm apart")),

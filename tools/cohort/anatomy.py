@@ -8,7 +8,7 @@ SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult'
 # Variation between subjects, relative to the variation between adults. The 32 mm patches of a small phantom show mostly
 # edges of the lung, those of an adult mostly lung. With full variation, small patches would show little but shape.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-# Voxel spacing in mm, range over subjects. It is the same at every size, because texture always has adult scale.
+# Range of the voxel spacing over subjects, in mm: the same at every size, because texture is always at adult scale.
 SPACING = (0.65, 0.9)  # in the axial plane
 SLICES = (0.8, 1.5)  # between slices
 

@@ -283,7 +283,7 @@ def parse_arguments() -> argparse.Namespace:
         default=5,
         help="size of the synthetic cohort; larger cohorts take longer",
     )
-    add("--seed", type=at_least(int, 0), default=0, help="random seed; another seed kills at other moments")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed; a different seed kills jobs at different times")
     add_progress_flag(parser)
     args = parser.parse_args()
     unknown = [name for name in args.jobs if name not in list_jobs()]

@@ -111,7 +111,8 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
     idle = next((name for name in args.kind if args.columns and name not in args.columns), None)
     if idle:
         raise StoreError(
-            f"--kind {idle} has no effect, because --columns does not include it; add it to {' '.join(args.columns)}"
+            f"--kind {idle} has no effect, because {idle} is not predicted; use --columns "
+            f"{' '.join(args.columns)} {idle}"
         )
     wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
     labels = []

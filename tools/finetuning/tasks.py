@@ -129,8 +129,8 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     given = task.target[of[2]]
     if held_out is not None and (not len(given) or np.ptp(given) == 0):
         raise StoreError(
-            f"--held-out: the {len(given)} labelled test subjects all have the same label, so metrics are undefined; "
-            "hold out other subjects"
+            f"--held-out: the {len(given)} labelled test subjects do not have two different labels, so metrics are "
+            "undefined; hold out other subjects"
         )
     return Split(*of)
 

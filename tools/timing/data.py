@@ -1,4 +1,4 @@
-"""Table rows of augmentation and reading."""
+"""Time augmentation and reading, and return the rows for the benchmark table."""
 
 import os
 import subprocess

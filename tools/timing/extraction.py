@@ -1,4 +1,4 @@
-"""Table rows of feature extraction."""
+"""Time feature extraction, and return the rows for the benchmark table."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from data.views import to_input
 from models.frozen import LOCATIONS_AT_ONCE, freeze
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
 from tools.dev.literal import literal_encode
-from tools.timing.measure import NO_BF16, Row, compare, list_kinds, time_in_turns
+from tools.timing.measure import NO_BF16, Row, compare, list_precisions, time_in_turns
 from tools.timing.step import make_encoder
 from tools.timing.training import FORWARD_GFLOP
 
@@ -37,7 +37,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
     x = to_input(read(0, batches[0]))
     with torch.no_grad():
         wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
-    kinds = list_kinds(machine)
+    kinds = list_precisions(machine)
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
     jobs = {kind: functools.partial(features, dtypes[kind]) for kind in kinds}
     times = time_in_turns({**jobs, "literal": lambda: apart("features")}, args.rounds)

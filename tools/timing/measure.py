@@ -107,7 +107,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 NO_BF16 = "unmeasured: the processor has no bf16 arithmetic"
 
 
-def list_kinds(machine: dict) -> list[str]:
+def list_precisions(machine: dict) -> list[str]:
     """Return the number formats to time. Emulated bfloat16 is left out, because its speed is not representative."""
     return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
 

@@ -1,4 +1,4 @@
-"""Table rows of preprocessing: core-seconds and memory from one scan to its patches."""
+"""Measure preprocessing of one scan, in core-seconds and memory, and return the rows for the benchmark table."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Table rows of the training step, and the time of its parts."""
+"""Time the training step and its parts, and return the rows for the benchmark table."""
 
 import functools
 import statistics
@@ -9,7 +9,7 @@ import torch
 
 from data.store import PatchStore
 from tools.dev.apart import LiteralProcess
-from tools.timing.measure import NO_BF16, Row, compare, list_kinds, synchronize, time_in_turns
+from tools.timing.measure import NO_BF16, Row, compare, list_precisions, synchronize, time_in_turns
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # per patch, counting multiplications and additions
@@ -30,7 +30,7 @@ def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, floa
 def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, machine: dict, report: dict) -> list[Row]:
     """Measure the encoder, and the whole step with reading and augmentation."""
     device, B = args.device, args.batch
-    kinds = list_kinds(machine)
+    kinds = list_precisions(machine)
     steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}
     report["first_step_loss"] = check_equal_losses(steps["float32"], apart)
     x = torch.randn(B, 1, 32, 32, 32, device=device)
