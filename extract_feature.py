@@ -77,7 +77,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root-dir", help="patch store (default: the store named in the experiment's configs.json)")
     text = "also write mean and SD of every channel, for --patient-vector layers; adds 2.8 MB per subject"
     parser.add_argument("--layers", action="store_true", help=text)
-    parser.add_argument("--labels", help="CSV with a sid column and numeric columns, saved next to the features")
+    text = "CSV with a sid column and numeric label columns; the labels are saved next to the features"
+    parser.add_argument("--labels", help=text)
     parser.add_argument("--out-dir", help="output folder (default: <exp-name>/patch_rep/<epoch>)")
     parser.add_argument(
         "--batch-size",
@@ -89,7 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--amp",
         type=OneOf("off", "bf16"),
         default="off",
-        help="off: float32; bf16: faster, features agree with off to within 1 %%",
+        help="off: float32; bf16: faster, features are within 1 %% of the float32 ones",
     )
     parser.add_argument(
         "--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one, else the CPU"

@@ -83,7 +83,7 @@ def add_segmentation(parser: Parser) -> None:
         "suits air-filled lungs, including emphysema"
     )
     parser.add_argument("--method", type=OneOf("lungmask", "threshold"), default="lungmask", help=text)
-    text = "file with lungmask's R231 state dict; set it if the machine cannot download it (default: download)"
+    text = "file with lungmask's R231 state dict, for machines without internet access (default: download it)"
     parser.add_argument("--lungmask-weights", metavar="FILE", help=text)
 
 

@@ -1,4 +1,4 @@
-"""A GPU gives the same numbers as the CPU, and a step does not wait for it."""
+"""A GPU gives the same numbers as the CPU, and a training step never makes the CPU wait for the GPU."""
 
 import copy
 

@@ -577,7 +577,7 @@ def test_a_run_on_another_cohort_starts_from_weights(make_store, grid, run, tmp_
     path = tmp_path / "ssl_exp" / "a" / "checkpoint_patch_0001.pth.tar"
     flags = ("--root-dir", tmp_path / "two", "--exp-name", "b", "--epochs", 1, *SMALL, "--init-from", path, "--lr", 0)
     shown = run("train.py", *flags, "--moco-k", 9, "--resume", "auto", cwd=tmp_path).stdout
-    assert f"starting from the encoder of {path}, 1 epochs" in shown
+    assert f"starting from the encoder of {path} after 1 epochs" in shown
     before, after = (
         torch.load(tmp_path / "ssl_exp" / name / "checkpoint_patch_0001.pth.tar", weights_only=True)["state_dict"]
         for name in ("a", "b")

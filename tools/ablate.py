@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", required=True, help="output folder of the study; give the same folder again to resume")
     add("--root-dir", help="patch store (default: a synthetic cohort, made in --out-dir)")
     add("--labels", help="CSV with a sid column and numeric label columns; needed with --root-dir")
-    text = "label column: 1 for subjects to report on, 0 for subjects to train on and to fit to"
+    text = "label column: 1 for held-out subjects, 0 for subjects used for training and fitting"
     add("--held-out", default="held_out", metavar="COLUMN", help=text)
     add(
         "--columns",

@@ -202,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--locations", type=at_least(int, 1), default=5, help=text)
     add("--input-csv", help="table of the scans; with --atlas-mask, some scans are cut again")
     add("--atlas-mask", help="atlas lung mask that the store was made with")
-    add("--scans", type=at_least(int, 1), default=5, help="number of subjects to cut again")
+    add("--scans", type=at_least(int, 1), default=5, help="number of scans whose patches are cut again for comparison")
     add("--seed", type=at_least(int, 0), default=0, help="random seed for the choice of locations and scans")
     add_progress_flag(parser)
     args = parser.parse_args()

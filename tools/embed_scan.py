@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", required=True, help="table of features to write, such as features.csv")
     text = "features of a scan: mean (as published), moments or layers; the last two need --standardization"
     add("--patient-vector", type=OneOf(*VECTORS), default="mean", help=text)
-    text = "standardization.npz of evaluate.py --out-dir, computed from features of the same checkpoint"
+    text = "standardization.npz written by evaluate.py --out-dir for features of the same checkpoint"
     add("--standardization", metavar="FILE", help=text)
     add("--patch-dir", help="output folder for the features of single patches")
     add("--no-qc", action="store_true", help="do not draw pictures; saves about one second per scan")

@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--column",
         nargs="+",
         default=[],
-        help="label columns to map; for a column of two words, the map shows the second",
+        help="label columns to map; if a column has two distinct words, the second is mapped",
     )
     add_label_flags(parser)
     add(
@@ -182,7 +182,7 @@ def map_scan(
     subject.check_image()
     scan, mask = read_scan(subject.image, subject.series), read_mask(store.layout.lung_mask(subject.sid))
     if not same_grid(mask, scan):
-        raise ScanError(f"{store.layout.lung_mask(subject.sid)} has another grid than {subject.image}")
+        raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the same grid as {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
     cut = cut_scan(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
     windows = lay_windows(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
@@ -194,7 +194,7 @@ def map_scan(
     if args.truth:
         found = read_mask(Path(args.truth) / f"{subject.sid}.nii.gz")
         if not same_grid(found, scan):
-            raise ScanError(f"{args.truth}/{subject.sid}.nii.gz has another grid than {subject.image}")
+            raise ScanError(f"{args.truth}/{subject.sid}.nii.gz is not on the same grid as {subject.image}")
         truth = np.isin(sitk.GetArrayFromImage(found), args.truth_values)
     rows = []
     for column, (models, limits) in probes.items():

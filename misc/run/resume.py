@@ -96,14 +96,15 @@ def note_changes(
         )
     if has_pass and not had_pass and step and not begins_anew:
         raise ResumeError(
-            f"{source} is from within an epoch without neighbours; use --beta 0, or --start-epoch {epoch} "
+            f"{source} was saved partway through an epoch without neighbours; use --beta 0, or --start-epoch {epoch} "
             "to start that epoch again"
         )
     for name in SETS_STEPS:
         if name in changed and step and not begins_anew:
             raise ResumeError(
-                f"{source} is from within an epoch with {name} {before[name]}, but now it is {settings[name]}, which "
-                f"changes the steps; use the same value, or --start-epoch {epoch} to start that epoch again"
+                f"{source} was saved partway through an epoch with {name} {before[name]}, but now it is "
+                f"{settings[name]}, which changes the steps; use the same value, or --start-epoch {epoch} to start "
+                "that epoch again"
             )
 
 

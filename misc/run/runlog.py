@@ -60,8 +60,9 @@ class Meters:
         sums = totals if isinstance(totals, Sums) or totals is None else Sums(totals, torch.zeros_like(totals), 0)
         if sums is not None and sums.totals.shape != self._epoch.shape:
             raise UserError(
-                f"the checkpoint is from within an epoch and has {len(sums.totals)} statistics, but this code has "
-                f"{len(self.names)}; set --start-epoch to the number of finished epochs to start that epoch again"
+                f"the checkpoint was saved partway through an epoch and has {len(sums.totals)} statistics, but this "
+                f"code has {len(self.names)}; set --start-epoch to the number of finished epochs to start "
+                "that epoch again"
             )
         self._clear()
         self._epoch = torch.zeros_like(self._epoch)

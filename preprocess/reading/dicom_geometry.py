@@ -135,8 +135,8 @@ def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
                 min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
             )
             raise ScanError(
-                f"{folder}: {frame.name} has another orientation (0020,0037) than others ({usual.name}), rotated "
-                f"by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {advise_on_odd_slice(frame, usual)}"
+                f"{folder}: {frame.name} differs in orientation (0020,0037) from the other slices ({usual.name}): it "
+                f"is rotated by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {advise_on_odd_slice(frame, usual)}"
             )
 
 
@@ -160,7 +160,8 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
     if len(short):
         raise ScanError(
             f"{folder} has two slices at the same position ({frames[short[0]].name} and {frames[short[0] + 1].name}, "
-            f"{steps[short[0]]:.2f} mm apart); keep each slice of one reconstruction and phase only once in the folder"
+            f"{steps[short[0]]:.2f} mm apart); keep only one reconstruction and phase in the folder, with "
+            "each slice once"
         )
     between = f"steps between {steps.min():.2f} and {steps.max():.2f} mm"
     wide = np.flatnonzero(steps > usual + max(0.1 * usual, 1.5 * PLACE))

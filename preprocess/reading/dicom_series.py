@@ -14,8 +14,8 @@ from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, t
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
-# Elements that separate volumes under one SeriesInstanceUID if slices with different values share a position, each with
-# its name in messages. Stacked acquisitions, as sequential scanners number them, are one volume.
+# DICOM element -> its name in messages. Under one SeriesInstanceUID, slices at the same position that differ in one of
+# these belong to different volumes. Acquisitions stacked along z, as from sequential scanners, are one volume.
 MIXED = {
     "StudyInstanceUID": "study",
     "ConvolutionKernel": "kernel",

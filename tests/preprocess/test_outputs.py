@@ -98,6 +98,6 @@ def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
 
 
 def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
-    """A failure or a kill would lose such a stamp. The output would then count as the user's own."""
+    """If the stage failed or was killed, such a stamp would be lost. The output would then count as the user's own."""
     with pytest.raises(ValueError, match=r"stamps \['threshold'\] would be lost after a failure"):
         make_output(tmp_path, files, {}, threshold="-950")

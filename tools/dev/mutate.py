@@ -239,7 +239,8 @@ def parse_arguments() -> argparse.Namespace:
         help="test suite to run; new runs only the mutations that old caught",
     )
     add("--wanted", type=at_least(int, 1), default=30, help="number of caught mutations after which --suite old stops")
-    add("--least", type=at_least(int, 0), default=4, help="minimum of caught mutations in each folder before it stops")
+    text = "minimum number of caught mutations in each folder before --suite old stops"
+    add("--least", type=at_least(int, 0), default=4, help=text)
     add("--python", type=os.path.abspath, default=sys.executable, help="Python interpreter that runs the tests")
     add(
         "--limit",

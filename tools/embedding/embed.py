@@ -57,7 +57,7 @@ class Embedder:
         sha256: expected SHA-256 of the checkpoint.
         device: device of the encoder.
         patient_vector: one of VECTORS; all except mean need ``standardization``.
-        standardization: standardization.npz of evaluate.py --out-dir, from features of this checkpoint.
+        standardization: standardization.npz written by evaluate.py --out-dir for features of this checkpoint.
 
     Raises:
         UserError: a file is missing or unreadable, or the checkpoint was trained on another table of locations.

@@ -178,6 +178,8 @@ def _reduce_to_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarr
         return fitted, target, asked
     squares, directions = np.linalg.eigh(fitted @ fitted.T)
     kept = squares > squares[-1] * 1e-13
+    if not kept.any():  # every column is constant
+        return fitted[:, :1], target, asked[:, :1] * 0
     lengths, directions = np.sqrt(squares[kept]), directions[:, kept]  # (r,), (n, r)
     return directions * lengths, target, asked @ fitted.T @ (directions / lengths)
 

@@ -77,7 +77,7 @@ class Standardization(NamedTuple):
                 checkpoint = str(content["checkpoint_sha256"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"--standardization {path} is not a standardization.npz of evaluate.py --out-dir: {error}"
+                f"--standardization {path} is not a standardization.npz written by evaluate.py --out-dir: {error}"
             ) from error
         if found.kind not in FILES or found.mean.ndim != 2 or found.mean.shape != found.factor.shape:
             raise UserError(

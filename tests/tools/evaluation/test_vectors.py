@@ -190,3 +190,9 @@ def test_explore_and_unusual_use_the_layer_features(extracted, run_here):
         run_here("tools/unusual.py", *flags, "--out-dir", out, "--no-progress", "--patient-vector", kind)
         found[kind] = pd.read_csv(out / "unusual.csv")["score"]
     assert not np.allclose(found["layers"], found["mean"])
+
+
+def test_a_wide_table_of_constants_predicts_the_mean():
+    target = np.arange(12.0)
+    ours = predict_others(MODELS["regression"], np.full((12, 40), 3.0), target, target >= 8)
+    np.testing.assert_allclose(ours, np.full(4, target[:8].mean()))
