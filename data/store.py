@@ -20,7 +20,7 @@ from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
 SAMPLE_BYTES = 4096  # bytes at each end of a file's data that enter the store's version
-COMPARED = 20  # largest number of subjects with newer files to compare with the grouped files
+COMPARED = 20  # at most this many subjects with newer files are compared with the grouped files
 NAMED = 3  # number of subjects that a note lists
 MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, and a process may have only 1024
 

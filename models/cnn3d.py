@@ -87,7 +87,7 @@ def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
     """
     locations = len(kernels[0])
     if locations == 0 or len(x) % locations:
-        raise ValueError(f"{locations} locations do not divide a batch of {len(x)} samples")
+        raise ValueError(f"a batch of {len(x)} samples cannot be divided evenly among {locations} locations")
     return locations if locations < len(x) else 1
 
 

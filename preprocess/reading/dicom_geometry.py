@@ -68,8 +68,8 @@ def check_elements(frames: list[Frame], folder: Path) -> None:
             which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
             what = "pixel spacing" if name == "spacing" else name
             raise ScanError(
-                f"{folder}: {which} no {what} ({tag}), first {without[0].name}, so {lost} unknown; anonymise or "
-                "export the series again and keep this element"
+                f"{folder}: {which} no {what} ({tag}), {without[0].name} being the first, so {lost} unknown; "
+                "anonymise or export the series again and keep this element"
             )
     for frame in frames:
         if min(frame.spacing) <= 0 or min(frame.shape) < 2:
