@@ -334,7 +334,7 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
     refused = run(
         "train.py", *flags[:3], "a", *flags[4:], "--resume", UNFINISHED, "--beta", 1, cwd=tmp_path, check=False
     )
-    assert refused.returncode == 2 and "within an epoch without neighbours; use --beta 0" in refused.stderr
+    assert refused.returncode == 2 and "partway through an epoch without neighbours; use --beta 0" in refused.stderr
     assert before == ((folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes())
 
 
@@ -506,7 +506,10 @@ def test_resuming_within_an_epoch_of_other_steps_is_refused(trained, store, run,
     torch.save(content, tmp_path / "u.pth.tar")
     flags = ("--root-dir", store, "--exp-name", "u", "--resume", "u.pth.tar", "--epochs", 2, *SMALL)
     refused = run("train.py", *flags, "--batch-size", 6, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "from within an epoch with batch_size 3, but now it is 6" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "saved partway through an epoch with batch_size 3, but now it is 6" in refused.stderr
+    )
     run("train.py", *flags, "--batch-size", 6, "--start-epoch", 1, cwd=tmp_path)
     (epoch,) = read_records(tmp_path / "ssl_exp" / "u", "epoch")
     steps = read_records(tmp_path / "ssl_exp" / "u")
