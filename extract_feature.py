@@ -227,7 +227,7 @@ def write_features(
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # write one file inside the writing of the other, so that both files exist at the end or neither does
+    if width:  # nest the two writes, so that in the end both files exist or neither does
         write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
     else:
         write_whole(patch_file, write_both)

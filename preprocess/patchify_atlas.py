@@ -88,7 +88,10 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
 
 
 def make_table(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
-    """Return the corners (L, 3) for an atlas: the adopted table after a check, or a new grid. Raises StoreError."""
+    """Return the corners (L, 3) for an atlas: the table ``adopted``, checked, if it is given, else a new grid.
+
+    Raises StoreError.
+    """
     if adopted:
         table = load_locations(Path(adopted))
         check_table(table, mask.GetSize(), patch_size, str(adopted))

@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--root-dir", required=True, help="folder of the patch store")
     text = "locations per subject at which patch/ and grouped_patch/ are compared; raise it after a crash"
     add("--locations", type=at_least(int, 1), default=5, help=text)
-    add("--input-csv", help="table of the scans; with --atlas-mask, some scans are cut again")
+    add("--input-csv", help="table of the scans; with --atlas-mask: cut some patches again and compare")
     add("--atlas-mask", help="atlas lung mask that the store was made with")
     add("--scans", type=at_least(int, 1), default=5, help="number of scans whose patches are cut again for comparison")
     add("--seed", type=at_least(int, 0), default=0, help="random seed for the choice of locations and scans")

@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--event-column",
         metavar="COLUMN",
-        help="label column with 1 if the event was observed, 0 if the subject is censored",
+        help="label column with 1 or yes if the event was observed, 0 or no if censored; other words with --order",
     )
     text = "patch store of the same subjects; adds density and histogram baselines, and what the features add to them"
     add("--baselines", metavar="STORE", help=text)

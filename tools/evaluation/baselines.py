@@ -14,7 +14,7 @@ from misc.sizes import HU_MAX, HU_MIN
 BINS = 32  # histogram bins of equal width over [-1024, 240] HU
 EMPHYSEMA_HU = -950  # the clinical threshold for emphysema
 PARENCHYMA_HU = -500  # lung tissue is below, chest wall and heart are above
-SMOOTHING = 1.0  # sigma in voxels, removes dose noise; 2 and 3 predicted worse on phantoms
+SMOOTHING = 1.0  # sigma in voxels, reduces low-dose noise; 2 and 3 predicted worse on phantoms
 ROWS_AT_ONCE = 64
 
 
