@@ -40,6 +40,11 @@ def explain_missing_column(path: str | os.PathLike, column: str, names: list[str
     return f"{start}{cell}; write plain numbers with a decimal point and no units, and 1 and 0 for yes and no"
 
 
+def are_no_and_yes(words: Sequence[str]) -> bool:
+    """Return whether the words, in this order, stand for no and yes."""
+    return [word.lower() for word in words] in NO_AND_YES
+
+
 class Labels(NamedTuple):
     """Columns of a label table for a list of subjects."""
 

@@ -38,9 +38,9 @@ from misc.run.recipes import RECIPES
 from tools.evaluation.ablation import draw, markdown, summary
 from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.kinds import find_label_problem
-from tools.evaluation.learn import FOLDS, make_joined_weights, score_held_out
+from tools.evaluation.learn import FOLDS, join_evenly, score_held_out
 from tools.evaluation.tables import choose_vector, read_features, read_held_out, read_vectors
-from tools.evaluation.vectors import VECTORS, Table, join_tables
+from tools.evaluation.vectors import VECTORS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks; the small recipe does not have both
@@ -213,8 +213,7 @@ class Study:
         both, weights = {}, {}
         for kind, table in alone.items():
             together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]
-            both[f"{kind}+histogram"] = join_tables(*together)
-            weights[f"{kind}+histogram"] = make_joined_weights(*(part.shape[1] for part in together))
+            both[f"{kind}+histogram"], weights[f"{kind}+histogram"] = join_evenly(*together)
         return alone | both, weights
 
 

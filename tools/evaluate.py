@@ -57,7 +57,7 @@ from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.cohort import EvaluatedSubjects, make_labels, note
 from tools.evaluation.judge import Evaluation, Label, evaluate_label
 from tools.evaluation.kinds import KINDS
-from tools.evaluation.learn import add_covariate_weights, make_joined_weights
+from tools.evaluation.learn import add_covariate_weights, join_evenly
 from tools.evaluation.plots import draw
 from tools.evaluation.report import explain_results, format_details, format_overview
 from tools.evaluation.tables import (
@@ -243,8 +243,7 @@ def main() -> None:
     added_to: dict[str, str] = {}
     if args.baselines:
         together = [arrays[name] for name in ("features", "mean", "histogram") if name in arrays]
-        arrays["features+histogram"] = join_tables(*together)
-        weights["features+histogram"] = make_joined_weights(*(table.shape[1] for table in together))
+        arrays["features+histogram"], weights["features+histogram"] = join_evenly(*together)
         added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:

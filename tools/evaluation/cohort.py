@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from data.labels import NO_AND_YES, explain_missing_column, read_numbers_and_words
+from data.labels import are_no_and_yes, explain_missing_column, read_numbers_and_words
 from data.layout import StoreError
 from data.tables import suggest_column
 from tools.evaluation.judge import Label
@@ -148,7 +148,7 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
     if args.time_column:
         words = cohort.words.get(args.event_column)
         ordered = args.event_column in cohort.order and len(words or ()) == 2
-        if words and not ordered and [word.lower() for word in words] not in NO_AND_YES:
+        if words and not ordered and not are_no_and_yes(words):
             raise StoreError(
                 f"{cohort.path}: --event-column {args.event_column} has the words {', '.join(words)}; write 1 or yes "
                 "if the event was observed, 0 or no if not, or give --order "

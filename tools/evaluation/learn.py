@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.evaluation.metrics import r2
 from tools.evaluation.survival import choose_penalty, fit_cox
-from tools.evaluation.vectors import Table, get_fitted_table
+from tools.evaluation.vectors import Table, get_fitted_table, join_tables
 
 FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # for features with SD 1
@@ -27,6 +27,11 @@ def make_joined_weights(*widths: int) -> np.ndarray:
     """
     alone = np.repeat([*np.zeros(len(widths) - 1), 1.0], widths)
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
+
+
+def join_evenly(*tables: Table) -> tuple[Table, np.ndarray]:
+    """Join tables, and return the result with the weights of :func:`make_joined_weights`."""
+    return join_tables(*tables), make_joined_weights(*(table.shape[1] for table in tables))
 
 
 def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from data.labels import NO_AND_YES, explain_missing_column, read_numbers_and_words
+from data.labels import are_no_and_yes, explain_missing_column, read_numbers_and_words
 from data.layout import StoreError
 from data.store import PatchStore
 from data.tables import read_table, suggest_column
@@ -199,7 +199,7 @@ def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tupl
         raise StoreError(explain_missing_column(labels, column, names, "--healthy"))
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
-    strange = column in words and [word.lower() for word in words[column]] not in NO_AND_YES
+    strange = column in words and not are_no_and_yes(words[column])
     if strange or not np.isin(found[known], (0, 1)).all():
         raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not healthy) or empty")
     if healthy.sum() < fewest:
