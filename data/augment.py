@@ -1,11 +1,11 @@
 """Augment a whole mini-batch on the training device, with the conventions of MONAI's transforms.
 
-Each letter stands for one transform, and a string of letters applies them in order. ``draw`` draws the random
-parameters of every sample; tests pass them to MONAI's transforms. ``prepare`` computes the tensors for ``apply``
-from them, so that a step on a GPU does not wait for computations on the CPU.
+Each transform has a letter, and a string of letters lists the transforms to apply, in order. ``draw`` draws the
+random parameters of every sample; tests pass these parameters to MONAI's transforms. ``prepare`` computes the tensors
+for ``apply`` in advance, so that a step on a GPU does not wait for computations on the CPU.
 
-A sample is a volume of C channels with the same parameters. A patch has one channel; the k neighbours of a subject
-are one volume with k channels. Axes are in array order, (z, y, x) for a patch.
+All C channels of a sample are transformed with the same parameters. A patch is a sample with one channel; a subject's
+patches at the k neighbouring locations are one sample with k channels. Axes are in array order, (z, y, x) for a patch.
 """
 
 import functools
@@ -37,7 +37,7 @@ def draw_uniform(shape: Sequence[int], low: float, high: float, generator: torch
 
 
 def broadcast_to_volumes(values: torch.Tensor) -> torch.Tensor:
-    """(n,) -> (n, 1, 1, 1, 1), to broadcast with volumes."""
+    """Reshape (n,) to (n, 1, 1, 1, 1), to broadcast with volumes."""
     return values[:, None, None, None, None]
 
 
@@ -48,10 +48,10 @@ def apply_to_chosen(
     *parameters: torch.Tensor,
     dense: bool,
 ) -> torch.Tensor:
-    """Apply ``work(volumes, *parameters)`` to the chosen samples, (n,) bool, and leave the others unchanged.
+    """Apply ``work(volumes, *parameters)`` to the samples in ``chosen``, (n,) bool, and leave other samples unchanged.
 
-    ``dense`` computes all samples with tensor sizes that do not depend on the draws, as a GPU needs. Otherwise only
-    the chosen samples are computed, which is faster on a CPU.
+    With ``dense``, all samples are computed, so that tensor sizes do not depend on the random draws. A CUDA graph needs
+    such constant sizes. Without ``dense``, only the chosen samples are computed, which is faster on a CPU.
     """
     if dense:
         return torch.where(broadcast_to_volumes(chosen), work(volumes, *parameters), volumes)
@@ -78,7 +78,10 @@ def prepare_affine(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_affine(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandAffine with bilinear interpolation and border padding. A scale above 1 zooms out."""
+    """Reproduce monai.transforms.RandAffine with bilinear interpolation and border padding.
+
+    A scale above 1 zooms out.
+    """
     return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:]))
 
 
@@ -92,11 +95,11 @@ def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ra
 
 
 def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF) -> torch.Tensor:
-    """Return Gaussian smoothing along a zero-padded axis as a matrix: (n,) -> (n, size, size).
+    """Return the matrix that smooths a zero-padded axis with a Gaussian: sigma (n,) -> (n, size, size).
 
-    The kernel is MONAI's: the difference of error functions over each voxel, cut off at int(cutoff sigma + 0.5)
-    voxels and not renormalised. The matrix product needs 32 multiplications per voxel, while the kernel has up to 73
-    taps.
+    The kernel is MONAI's: the difference of error functions over each voxel, cut off at int(cutoff * sigma + 0.5)
+    voxels and not renormalised. For an axis of 32 voxels, the matrix product needs 32 multiplications per voxel; a
+    convolution with this kernel needs up to 73.
     """
     index = torch.arange(size, dtype=torch.float64, device=sigma.device)
     distance = (index[:, None] - index[None, :])[None]  # (1, size, size)
@@ -121,7 +124,7 @@ def prepare_elastic(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_elastic(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.Rand3DElastic: smoothed random offsets of the voxel centres, then the affine transform."""
+    """Reproduce monai.transforms.Rand3DElastic: add smoothed random offsets, and apply the affine transform."""
     offset = smooth_along_axes(parameters["offset"], parameters) * broadcast_to_volumes(
         parameters["magnitude"]
     )  # (n, 3, *size)
@@ -136,7 +139,7 @@ def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, range
 
 
 def apply_flip(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandFlip, independently on each axis. Unpublished."""
+    """Reproduce monai.transforms.RandFlip, independently on each axis. Unpublished."""
     for axis, chosen in enumerate(parameters["flip"].bool().unbind(dim=1), start=2):
         volumes = apply_to_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
     return volumes
@@ -150,7 +153,7 @@ def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, rang
 
 
 def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandGaussianNoise, with a random standard deviation."""
+    """Reproduce monai.transforms.RandGaussianNoise, with a random standard deviation."""
 
     def work(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         return some + noise(some) * broadcast_to_volumes(std)
@@ -168,7 +171,7 @@ def draw_contrast(
 
 
 def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandAdjustContrast: gamma correction between the minimum and maximum over all channels."""
+    """Reproduce monai.transforms.RandAdjustContrast: gamma correction between the extremes over all channels."""
 
     def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         low, high = some.flatten(1).aminmax(dim=1)
@@ -186,9 +189,10 @@ def draw_smooth(count: int, size: Sequence[int], generator: torch.Generator, ran
 
 
 def make_normalized_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequence[int]) -> Parameters:
-    """Make the smoothing matrices for some axes, with one column of ``sigma`` (n, axes) per axis.
+    """Make the smoothing matrix for each axis in ``axes``; ``sigma`` (n, len(axes)) has one column per axis.
 
-    At the border the weights of the inner voxels are normalised to 1. MONAI's zero padding would darken the rim.
+    The weights of the voxels inside the volume are normalised to a sum of 1. MONAI's zero padding would darken the
+    border.
     """
     bands = {}
     for column, axis in enumerate(axes):
@@ -202,7 +206,7 @@ def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandGaussianSmooth with a separate sigma per axis, like kernels and slices. Unpublished."""
+    """Reproduce monai.transforms.RandGaussianSmooth, with one sigma per axis, to imitate other scans. Unpublished."""
     return smooth_along_axes(volumes, parameters)
 
 
@@ -211,7 +215,10 @@ def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, rang
 
 
 def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """monai.transforms.RandShiftIntensity: add the same HU to all voxels; a deeper breath lowers them. Unpublished."""
+    """Reproduce monai.transforms.RandShiftIntensity: add the same HU to all voxels. Unpublished.
+
+    A deeper breath lowers the HU of the lung.
+    """
     return volumes + broadcast_to_volumes(parameters["offset"])
 
 
@@ -227,8 +234,8 @@ def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
     growth = parameters["growth"]
     zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
     volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
-    vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes start at 0, not HU_MIN
-    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # share of a voxel that expands with breath
+    vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes hold HU - HU_MIN
+    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # fraction of each voxel that expands with breath
     return volumes + share * (volumes - vacuum) * (1 / broadcast_to_volumes(growth) - 1)
 
 
@@ -259,19 +266,19 @@ def prepare_thickness(parameters: Parameters, size: Sequence[int]) -> Parameters
 
 
 def apply_thickness(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Smooth along z only, like thicker slices. Unpublished."""
+    """Smooth along z only, to imitate thicker slices. Unpublished."""
     return smooth_along_axes(volumes, parameters, axes=(0,))
 
 
 class Transform(NamedTuple):
-    """The functions of one letter."""
+    """The functions of one transform."""
 
     draw: Callable[[int, Sequence[int], torch.Generator, Ranges], Parameters]
     apply: Callable[[torch.Tensor, Parameters, Noise, bool], torch.Tensor]
     prepare: Callable[[Parameters, Sequence[int]], Parameters] = lambda parameters, size: parameters
 
 
-TRANSFORMS = {  # names and ranges are in misc/run/augmentation.py
+TRANSFORMS = {  # the names and ranges of the transforms are in misc/run/augmentation.py
     "f": Transform(draw_flip, apply_flip),
     "a": Transform(draw_affine, apply_affine, prepare_affine),
     "e": Transform(draw_elastic, apply_elastic, prepare_elastic),
@@ -285,7 +292,7 @@ TRANSFORMS = {  # names and ranges are in misc/run/augmentation.py
 }
 
 
-# ---------------------------------------------------------------- a string of letters
+# ---------------------------------------------------------------- sequence of transforms
 
 
 class Augmentation:
@@ -300,16 +307,16 @@ class Augmentation:
         self.letters, self.ranges = letters, ranges
 
     def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
-        """Draw the parameters of ``count`` samples of spatial ``size``, with one entry per letter."""
+        """Draw the parameters of ``count`` samples with spatial shape ``size``; return one entry per letter."""
         return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
     def prepare(self, drawn: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:
-        """Compute the tensors for ``apply``, (n, ...) each, from the drawn parameters."""
+        """Compute the tensors that ``apply`` needs, each (n, ...), from the drawn parameters."""
         pairs = zip(self.letters, drawn, strict=True)
         return [TRANSFORMS[letter].prepare(parameters, size) for letter, parameters in pairs]
 
     def pack(self, prepared: Sequence[Parameters], count: int) -> torch.Tensor:
-        """Pack all prepared tensors into one, (count, W) float32, for a single copy to a GPU."""
+        """Pack all prepared tensors into one tensor, (count, W) float32, which needs a single copy to a GPU."""
         values = [value for parameters in prepared for value in parameters.values()]
         packed = [value.reshape(count, -1).to(torch.float32) for value in values]
         return torch.cat(packed, dim=1) if packed else torch.zeros(count, 0)
@@ -321,9 +328,9 @@ class Augmentation:
         count = len(packed)
         return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has only one or two instances
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process makes only one or two Augmentation objects
     def prepare_example(self, size: tuple[int, ...]) -> list[Parameters]:
-        """Prepare the parameters of one sample, to know their shapes."""
+        """Prepare the parameters of one example sample, because :meth:`unpack` needs their shapes."""
         return self.prepare(self.draw(1, size, torch.Generator()), size)
 
     def apply(
@@ -332,10 +339,10 @@ class Augmentation:
         """Transform volumes (n, C, D, H, W); the input is not modified.
 
         Args:
-            volumes: values in [0, 1264].
+            volumes: HU + 1024, in [0, 1264].
             prepared: tensors from :meth:`prepare` or :meth:`unpack`.
-            noise: makes the noise of ``g``.
-            dense: use tensor sizes that do not depend on the draws, as a GPU needs; otherwise less is computed.
+            noise: function that makes the noise of transform ``g``.
+            dense: as in :func:`apply_to_chosen`.
         """
         for letter, parameters in zip(self.letters, prepared, strict=True):
             parameters = {name: value.to(volumes) for name, value in parameters.items()}

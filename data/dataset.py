@@ -23,7 +23,7 @@ class PatchBatch(NamedTuple):
     step: int
     patches: torch.Tensor | None  # (B, 32, 32, 32) int16, or float32 if the store holds floats; None if not read
     neighbors: torch.Tensor | None = None  # (B, k, 32, 32, 32); None without the neighbour task
-    subjects: torch.Tensor | None = None  # (B,) int64, rows of the store
+    subjects: torch.Tensor | None = None  # (B,) int64, row numbers in the store
     draws: torch.Tensor | None = None  # (2 or 3, B, W) float32, from data.views.StepDraws
 
 
@@ -32,9 +32,9 @@ class PatchDataset(Dataset):
 
     Args:
         store: grouped store.
-        k_neighbors: number of neighbours to read with each location; 0 reads none.
-        draw: draws the random parameters of the transforms, from a batch's index and whether it has neighbours.
-        read: False returns batches without patches, for example if they are already on the device.
+        k_neighbors: number of neighbouring locations to read with each location; 0 reads none.
+        draw: function that draws the transform parameters; its arguments are the index and whether neighbours are used.
+        read: if False, batches have no patches, for example because the patches are already on the device.
     """
 
     def __init__(self, store: PatchStore, k_neighbors: int, draw: Draw | None = None, read: bool = True):
@@ -43,7 +43,7 @@ class PatchDataset(Dataset):
         self._location = -1
 
     def _prefetch_next(self, location: int) -> None:
-        """Let the system read the files of the next location while training uses this one."""
+        """Ask the operating system to read the next location's files while training uses the current location."""
         following = location + 1
         if location != self._location and following < self.store.num_locations:
             needed = (following, *self.neighbors[following])

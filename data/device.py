@@ -1,4 +1,4 @@
-"""Copy batches to the training device, and keep location files in its memory."""
+"""Copy batches to the training device, and keep location files in the device's memory."""
 
 import contextlib
 from collections import OrderedDict
@@ -17,7 +17,7 @@ SHARE = 0.25  # fraction of a GPU's free memory that location files may use
 
 
 class Copier:
-    """Copies tensors to a device; on a GPU in a separate stream, in parallel with the kernels of the previous step."""
+    """Copies tensors to a device. On a GPU, copies run in a separate stream, in parallel with the previous step."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -38,7 +38,7 @@ class Copier:
 
 
 class LateCopies:
-    """Copies results from a device to the host. It waits for each copy only after the next one has started."""
+    """Copies results from a device to the host. It waits for a copy only after the next copy has started."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -65,7 +65,7 @@ class LateCopies:
 
 
 class ResidentPatches:
-    """Keeps location files on a device and gathers batches there, so a file is read once and not once per batch.
+    """Keeps location files in device memory and gathers batches there, instead of reading the files for every batch.
 
     Args:
         store: grouped store.
@@ -85,7 +85,7 @@ class ResidentPatches:
     def make_if_fitting(
         cls, store: PatchStore, neighbors: np.ndarray, device: torch.device
     ) -> "ResidentPatches | None":
-        """Return an instance if SHARE of the free GPU memory holds the files of two locations; otherwise None."""
+        """Return an instance, or None if two locations' files exceed the fraction SHARE of the free GPU memory."""
         if device.type != "cuda":
             return None
         bytes_each = store.num_subjects * PATCH_SIZE**3 * store.read(0, np.zeros(1, dtype=np.int64)).itemsize
@@ -93,9 +93,9 @@ class ResidentPatches:
         return cls(store, neighbors, device, files) if files >= 2 * (1 + neighbors.shape[1]) else None
 
     def gather(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gather patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) for rows (B,), a tensor on the device."""
+        """Gather patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) for ``rows`` (B,), all on the device."""
         patches, *near = (self.load_file(index)[rows] for index in self.list_needed_files(location))
-        if location + 1 < len(self.neighbors):  # usually the next location
+        if location + 1 < len(self.neighbors):  # training usually continues with location + 1
             wanted = [index for index in self.list_needed_files(location + 1) if index not in self._kept]
             coming = self._coming
             self._coming = {i: coming.get(i) or self._reader.submit(self._read, i) for i in wanted}
@@ -106,7 +106,7 @@ class ResidentPatches:
 
     def _read(self, index: int) -> torch.Tensor:
         patches = torch.from_numpy(self.store.read(index, np.arange(self.store.num_subjects)))
-        with contextlib.suppress(RuntimeError):  # unpinned memory also works, but the copy is slower
+        with contextlib.suppress(RuntimeError):  # if pinning fails, copies from unpinned memory are only slower
             return patches.pin_memory() if self._copy.device.type == "cuda" else patches
         return patches
 
@@ -122,7 +122,7 @@ class ResidentPatches:
 
 
 class BatchCarrier:
-    """Provides the tensors of a batch on the device, from the loader or from files that are kept there."""
+    """Provides the tensors of a batch on the device, from the loader or from files in the device's memory."""
 
     def __init__(self, device: torch.device, resident: ResidentPatches | None = None):
         self.device, self.resident = device, resident

@@ -10,11 +10,11 @@ import pandas as pd
 from data.layout import StoreError
 from data.tables import read_table, suggest_column
 
-NO_AND_YES = (  # words for 0 and 1, in lower case
+NO_AND_YES = (  # pairs of words for 0 and 1, in lower case
     *(["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"], ["nein", "ja"], ["nee", "ja"], ["nej", "ja"]),
     *(["non", "oui"], ["no", "si"], ["no", "sí"], ["não", "sim"]),
 )
-MOST_WORDS = 10  # a column with more distinct words holds names, not classes
+MOST_WORDS = 10  # a column with more distinct words is taken to hold names, not classes
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
@@ -26,7 +26,7 @@ def find_filled_cells_and_numbers(column: pd.Series) -> tuple[pd.Series, pd.Seri
 
 
 def explain_missing_column(path: str | os.PathLike, column: str, names: list[str], flag: str = "") -> str:
-    """Explain why a column of a label CSV is not among its numeric columns ``names``: missing, empty, or text."""
+    """Explain why a column is not among a label CSV's numeric columns ``names``: it is missing, empty or text."""
     table = read_table(path, file_names=False)
     start = f"{path} has no numeric column {column!r}{flag and f' for {flag}'}"
     if column not in table.columns:
@@ -64,11 +64,12 @@ def read_numbers_and_words(
 
     Args:
         path, sids, note: as in :func:`read_labels`; ``note`` also receives the meaning of each class number.
-        order: for each column, its words in order, counted from 0. Other columns use alphabetical order.
+        order: for each column, its words in the order of their class numbers, from 0. Words of other columns are
+            numbered alphabetically, except that no is 0 and yes is 1 in several languages.
         missing: numbers that stand for missing values in numeric columns, for example 999.
 
     Raises:
-        StoreError: as in :func:`read_labels`; or a column of ``order`` is missing or has an unlisted word.
+        StoreError: as in :func:`read_labels`; or a column of ``order`` is missing or contains an unlisted word.
     """
     table, order = read_table(path, file_names=False).set_index("sid"), order or {}
     unknown = next((name for name in order if name not in table.columns), None)
@@ -80,7 +81,7 @@ def read_numbers_and_words(
     for name in table.columns:
         filled, numbers = find_filled_cells_and_numbers(table[name])
         text = table[name].str.strip()
-        words = text.where(filled | text.isin(order.get(name, ())), "")  # 'none' may be a grade
+        words = text.where(filled | text.isin(order.get(name, ())), "")  # keep 'none' if order lists 'none'
         found = sorted(set(words) - {""}, key=str.lower)
         if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
             continue
@@ -89,7 +90,7 @@ def read_numbers_and_words(
             if other is not None:
                 raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
-        else:  # yes is 1 in every language, whatever the alphabet says
+        else:  # no is 0 and yes is 1, even if alphabetical order differs
             lower = {word.lower(): word for word in found}
             pair = next((pair for pair in NO_AND_YES if set(pair) == set(lower) and len(found) == 2), list(lower))
             found = [lower[word] for word in pair] if len(lower) == len(found) else found
@@ -134,7 +135,7 @@ def read_labels(
 def select_numeric_columns(
     path: str | os.PathLike, table: pd.DataFrame, sids: list[str], note: Callable[[str], None]
 ) -> tuple[np.ndarray, list[str]]:
-    """Do the work of :func:`read_labels` on a table indexed by sid."""
+    """Select the numeric columns as :func:`read_labels` does, from a table indexed by sid."""
     numeric = {}
     for name in table.columns:
         filled, values = find_filled_cells_and_numbers(table[name])

@@ -1,4 +1,4 @@
-"""File names of a patch store, and the checks on its arrays. Other modules take both from here."""
+"""File names of a patch store, and the checks on its arrays. Other modules import both from this module."""
 
 import os
 from pathlib import Path
@@ -64,11 +64,11 @@ class StoreLayout:
         return self.root / "report" / f"{script}.csv"
 
     def report_lock(self, script: str) -> Path:
-        """Return the lock file that is held while the report is written."""
+        """Return the lock file that a script holds while it writes its report."""
         return self.root / "report" / f".{script}.lock"
 
     def claims(self, script: str) -> Path:
-        """Return the folder with one file per subject in progress, kept until the report records the subject."""
+        """Return the folder with one file per subject in progress; the file exists until the report has the subject."""
         return self.root / "report" / f".claims-{script}"
 
     def qc(self, sid: str) -> Path:
@@ -94,17 +94,17 @@ class StoreLayout:
 
     @property
     def grouped_note(self) -> Path:
-        """Note on the inputs of the grouped files, written last; stores from the published code do not have it."""
+        """File that describes the inputs of the grouped files; stores made by the published code lack this file."""
         return self.grouped_dir / "grouped.json"
 
     @property
     def grouping_lock(self) -> Path:
-        """Lock file that is held while the grouped files are written."""
+        """Lock file that group_patches.py holds while it writes the grouped files."""
         return self.root / "report" / ".group_patches.lock"
 
     @property
     def grouping(self) -> Path:
-        """Temporary folder for grouped files; it exists only while grouping is in progress or was interrupted."""
+        """Temporary folder for grouped files; it exists only during grouping and after an interruption."""
         return self.grouped_dir / ".partial"
 
     def older_tables(self) -> list[Path]:
@@ -144,9 +144,11 @@ def load_locations(path: Path) -> np.ndarray:
     except ValueError as error:
         raise StoreError(f"{path} is not a location table: it is not a complete .npy file of numbers") from error
     if table.ndim != 2 or table.shape[1] != 3 or len(table) == 0:
-        raise StoreError(f"{path} has shape {table.shape}, but a location table must be (L, 3) corners (x, y, z)")
+        raise StoreError(
+            f"{path} has shape {table.shape}, but a location table must have shape (L, 3), one corner per row"
+        )
     if not np.issubdtype(table.dtype, np.integer):
-        raise StoreError(f"{path} has dtype {table.dtype}, but locations must be whole atlas voxels (int64)")
+        raise StoreError(f"{path} has dtype {table.dtype}, but locations must be integer atlas voxel indices")
     if table.min() < 0:
         raise StoreError(f"{path} has negative corners, but locations must be atlas voxel indices from 0")
     if len(np.unique(table, axis=0)) != len(table):
@@ -155,7 +157,7 @@ def load_locations(path: Path) -> np.ndarray:
 
 
 def to_hu(patches: np.ndarray) -> np.ndarray:
-    """Return int16 unchanged; clip any other real dtype to the HU range, with NaN as the lowest value."""
+    """Return int16 patches unchanged; clip other real dtypes to the HU range, and replace NaN by the lowest HU."""
     if patches.dtype == np.int16 and patches.dtype.isnative:
         return patches
     if patches.dtype.kind == "f":

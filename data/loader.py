@@ -21,9 +21,9 @@ STOP_SECONDS = 60
 
 
 class SharedBatches(Dataset):
-    """A dataset that passes batches from data-loader workers in shared memory, and errors as objects.
+    """A dataset that passes batches from data-loader workers through shared memory, and errors as objects.
 
-    torch alone would wrap an error in a traceback.
+    By default, torch would add a traceback to the error message.
     """
 
     def __init__(self, dataset: Dataset):
@@ -41,8 +41,8 @@ class SharedBatches(Dataset):
 def share_batch(batch: PatchBatch) -> PatchBatch:
     """Move a batch to shared memory, or convert it to arrays for a pipe if shared memory is full.
 
-    A container has 64 MB of shared memory by default. torch alone would share the batch in a separate thread, where a
-    full /dev/shm loses the batch and training waits forever.
+    A container has 64 MB of shared memory by default. torch itself would share batches in a
+    separate thread. If /dev/shm is full, that thread loses the batch and training waits forever.
     """
     try:
         return PatchBatch(*(x.share_memory_() if isinstance(x, torch.Tensor) else x for x in batch))
@@ -55,17 +55,17 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
 
     Args:
         loader: a loader from :func:`make_loader`.
-        note: prints a line, once, if batches are sent through pipes.
+        note: function that prints one line if batches are sent through pipes.
 
     Raises:
-        UserError, OSError: raised in a data-loader worker.
+        UserError, OSError: an error that a data-loader worker passed on.
         UserError: a data-loader worker was killed.
     """
     told = False
     try:
         reader = iter(loader)
         atexit.unregister(end_workers)
-        atexit.register(end_workers)  # so that it runs before torch's handler, which iter() has registered
+        atexit.register(end_workers)  # runs before torch's exit handler, which iter() registered earlier
         for batch in reader:
             if isinstance(batch, Exception):
                 raise batch
@@ -90,18 +90,19 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
 def forward_signals_to_trainer(worker: int) -> None:
     """Forward a stop signal from a data-loader worker to the trainer, which saves before it stops.
 
-    The worker ends STOP_SECONDS after the signal in any case, so that a failing trainer does not wait for it. It ends
-    at once if the trainer itself sent the signal, and it always ends with the trainer.
+    The worker ends STOP_SECONDS after the signal in any case, so that a failing trainer does not wait for the
+    worker. The worker ends at once if the trainer itself sent the signal or if the trainer ends.
     """
     end_with_parent(signal.SIGKILL)
     trainer = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the trainer too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends SIGINT to the trainer
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender of a signal
         for number in heard:
             signal.signal(number, signal.SIG_IGN)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # later threads inherit it; a handler would not learn the sender
+    # The signals are blocked in all threads, and listen() waits for them, because a handler does not know the sender.
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
 
     def listen() -> None:
         asked = signal.sigwaitinfo(heard)
@@ -140,7 +141,7 @@ def make_loader(dataset: Dataset, sampler: LocationBatchSampler, workers: int, p
         prefetch_factor=4 if workers > 0 else None,
         collate_fn=return_unchanged,
         worker_init_fn=forward_signals_to_trainer,
-        # A separate generator for the worker seeds, which nothing uses. Without it, a new iterator after a stop would
-        # advance the global random stream, and a resumed run would shuffle its keys differently.
+        # torch draws worker seeds, which no code uses, from this separate generator.
+        # Drawn from the global random stream, these seeds would change how a resumed run shuffles its keys.
         generator=torch.Generator(),
     )

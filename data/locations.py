@@ -15,8 +15,8 @@ def table_fingerprint(atlas_patch_loc: np.ndarray) -> str:
 def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
     """Scale corners by the table's maximum to [-1, 1]: (L, 3) int -> (L, 3) float32.
 
-    ``loc / loc.max(0) * 2 - 1`` as published (data/copd_patch.py). Each value depends on the whole table, so with
-    another table the published weights see different locations. An axis with maximum 0 gives -1.
+    The published code (data/copd_patch.py) computes ``loc / loc.max(0) * 2 - 1``. Each value depends on the whole
+    table, so another table gives the published weights different coordinates. An axis with maximum 0 gives -1.
     """
     table = np.asarray(atlas_patch_loc, dtype=np.float64)
     maximum = table.max(axis=0)
@@ -26,8 +26,9 @@ def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
 def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
     """Find the k nearest other locations of each location: (L, 3) int -> (L, k) int64, nearest first; k may be 0.
 
-    The distance is the Euclidean distance of corners; ties go to the lower index. Squared distances of whole
-    numbers are exact, so ties are reliable. Nearly every location of the published atlas has ties.
+    The distance is the Euclidean distance between corners; if distances are equal, the lower index comes first.
+    Squared distances between integers are exact, so equal distances are always detected. Nearly every location of the
+    published atlas has neighbours at equal distances.
 
     Raises:
         StoreError: there are fewer than k other locations.

@@ -1,4 +1,4 @@
-"""Split feature extraction into pieces and encode them. Reading, copying and encoding run in parallel."""
+"""Split feature extraction into pieces, and encode each piece. Reading, copying and encoding run in parallel."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -15,7 +15,7 @@ PIECE_SUBJECTS = 64  # subjects per piece if the store has only patch/
 
 
 class Piece(NamedTuple):
-    """Work that gives one file in .pieces: all subjects at one location, or all locations of some subjects."""
+    """Work that makes one file in .pieces: all subjects at one location, or all locations of some subjects."""
 
     name: str
     locations: range
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 def list_pieces(store: PatchStore) -> list[Piece]:
-    """List one piece per location or, for patch/, one per PIECE_SUBJECTS subjects, so that each file is read once."""
+    """List one piece per location or, for patch/, per PIECE_SUBJECTS subjects, so that a file is in only one piece."""
     if store.grouped:
         return [
             Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
@@ -68,12 +68,12 @@ def encode_pieces(
     """Yield the pieces in order with their representations, (rows, locations, rep_dim) float32.
 
     Args:
-        frozen: the encoder of each location, models.frozen.FrozenLocations.
+        frozen: maps each location to its encoder, for example a models.frozen.FrozenLocations.
         store: store to read from.
         pieces: pieces from :func:`list_pieces`.
         batch_size: number of patches to encode together.
         device: device of the encoder.
-        layers: append the summaries of all layers, which gives (rows, locations, rep_dim + W).
+        layers: append W summaries of all layers; the result is (rows, locations, rep_dim + W).
     """
 
     def read(batch: Batch) -> torch.Tensor:
@@ -84,7 +84,7 @@ def encode_pieces(
     for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
         piece = batch.piece
         h = frozen[piece.locations[batch.column]](*copy(patches), to_input, layers)  # (b, rep_dim [+ W])
-        if result is None:  # collected on the device, because a copy per batch would wait for the device each time
+        if result is None:  # collect on the device, because copying each batch would wait for the device
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:

@@ -10,34 +10,35 @@ import numpy as np
 from data.layout import StoreError
 
 JITTER = 0.5  # standard deviation of the noise added to each subject's score, so that batches vary
-VISIT_STEPS = 4  # steps per visit of a location if locations are interleaved
+VISIT_STEPS = 4  # steps at a location before the next location, with --location-order interleaved
 
 
 class BatchIndex(NamedTuple):
-    """One step of one rank. It includes the location, so any data-loader worker can read it."""
+    """One step of one rank. The location is included, so that any data-loader worker can read the patches."""
 
     epoch: int
     location: int
     step: int  # index within the location
-    rows: np.ndarray  # (batch per rank,) rows of the store
+    rows: np.ndarray  # (batch per rank,) row numbers in the store
 
 
 class LocationBatchSampler:
-    """Batches of an epoch: for each location floor(N / B) steps over shuffled subjects.
+    """Batches of an epoch: floor(N / B) steps at each location, over shuffled subjects.
 
-    The order of subjects depends only on (seed, epoch, location). Each rank takes a consecutive share of the B
-    subjects of a step, so the shares never overlap and all ranks are at the same location.
+    The order of subjects depends only on (seed, epoch, location). Each rank takes consecutive subjects among the
+    B subjects of a step. Two ranks never take the same subject in a step, and all ranks are at the same location.
 
     Args:
         num_subjects: N.
         num_locations: L.
-        batch_size: B, over all ranks.
+        batch_size: B, the number of subjects per step over all ranks.
         seed: seed of the shuffle.
         rank, world_size: number of this process, and number of processes.
-        similarity: (N, C) numbers on how subjects were scanned, NaN where unknown. The subjects of a step are then
-            close to each other along a direction drawn for each epoch and location. None draws them at random.
+        similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. With ``similarity``, the
+            subjects of a step are close along a random direction, drawn for each epoch and location. With None,
+            subjects are drawn at random.
         order: ``sequential``, as published, takes all steps at a location before the next location. ``interleaved``
-            makes short visits to the locations in turn, so that each queue holds keys of a more recent encoder.
+            takes a few steps at each location in turn, so that each queue holds keys of a more recent encoder.
 
     Raises:
         StoreError: B exceeds N, is not a multiple of the ranks, or leaves a rank with fewer than 2
@@ -63,7 +64,7 @@ class LocationBatchSampler:
         if batch_size // world_size < 2:
             raise StoreError(
                 f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks, "
-                "but BatchNorm needs at least 2; raise it or use fewer ranks"
+                "but BatchNorm needs at least 2; use a larger batch or fewer ranks"
             )
         if batch_size > num_subjects:
             most = num_subjects // world_size * world_size
@@ -95,15 +96,15 @@ class LocationBatchSampler:
         return self.steps_per_location * self.num_locations
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch that the next iteration draws, as the number of finished epochs.
+        """Choose the epoch of the next iteration, given as the number of finished epochs.
 
-        ``skip`` leaves out the first steps, which an interrupted run has done; ``len`` still counts them.
+        The first ``skip`` steps, which an interrupted run has done, are left out; ``len`` still counts these steps.
         """
         self.epoch = epoch
         self.skip = skip
 
     def visits(self) -> Iterator[tuple[int, int]]:
-        """Yield (location, step within the location) of an epoch, in order."""
+        """Yield (location, step within the location) for each step of an epoch, in order."""
         steps = self.steps_per_location
         length = steps if self.order == "sequential" else VISIT_STEPS
         for start in range(0, steps, max(1, length)):
@@ -124,7 +125,8 @@ class LocationBatchSampler:
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
-        used = self.steps_per_location * self.batch_size  # the rest is left out at random, independent of its score
+        # The remaining subjects are left out at random, independent of their scores.
+        used = self.steps_per_location * self.batch_size
         batches = order[:used][np.argsort(self.draw_scores(rng)[order[:used]], kind="stable")].reshape(
             -1, self.batch_size
         )
@@ -132,7 +134,7 @@ class LocationBatchSampler:
         return np.concatenate([batches.ravel(), order[used:]])
 
     def draw_scores(self, rng: np.random.Generator) -> np.ndarray:
-        """Project the subjects on a random direction and add noise, (N,)."""
+        """Project the subjects' similarity values onto a random direction and add noise: scores (N,)."""
         known = ~np.isnan(self.similarity)  # (N, C)
         direction = rng.normal(size=self.similarity.shape[1])
         length = np.sqrt((known * direction**2).sum(axis=1))  # (N,), 0 for subjects without values

@@ -1,8 +1,8 @@
-"""Describe how scans were acquired by numbers, so that batches can contain similar scans.
+"""Describe with numbers how scans were acquired, so that batches can contain similar scans.
 
-The network can distinguish negatives from another scanner or breath-hold level without looking at the disease. In
-batches of similar scans it cannot. This is unpublished; it follows BatchSampler (Yang et al., KDD 2023), which selects
-hard negatives.
+The network can distinguish negatives from another scanner or breath-hold level without looking at the disease. If all
+scans in a batch are similar, the network cannot use these differences. Such batches are not part of the published
+method; the idea follows BatchSampler (Yang et al., KDD 2023), which selects hard negatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,25 +14,25 @@ from data.labels import find_filled_cells_and_numbers
 from data.layout import StoreError, StoreLayout
 from data.tables import read_table, suggest_column
 
-REPORT = "report"  # stands for the columns of the store's reports
-MOST_WORDS = 20  # a column with more distinct texts holds names, not categories
+REPORT = "report"  # value of --batch-by that selects columns of the store's reports
+MOST_WORDS = 20  # a column with more distinct texts is taken to hold names, not categories
 
 
 def read_similarity(
     names: Sequence[str], table: str | None, layout: StoreLayout, sids: Sequence[str], note: Callable[[str], None]
 ) -> np.ndarray:
-    """Read columns on scan and breath-hold: (N, C) with mean 0 and SD 1, NaN where unknown.
+    """Read columns that describe the scan and the breath-hold: (N, C) with mean 0, NaN where unknown.
 
     Args:
         names: columns of ``table``; or REPORT, for lung volume, mean density, slice thickness and kernel from the
             store's reports.
-        table: CSV with sid; None with REPORT.
+        table: CSV with a column sid; None if ``names`` is REPORT.
         layout: layout of the store.
         sids: subjects in the order of the returned rows.
-        note: receives messages on columns and subjects that are left out.
+        note: receives messages about columns and subjects that are left out.
 
     Raises:
-        StoreError: the table or a column is missing, or all subjects have equal values.
+        StoreError: the table or a column is missing, or all subjects have equal or unknown values.
     """
     if list(names) == [REPORT]:
         columns, source = read_report_columns(layout), f"{layout.root / 'report'}"
@@ -57,14 +57,14 @@ def read_similarity(
 
 
 def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
-    """Read lung volume, mean lung density, slice thickness and kernel by sid, if the reports have them."""
+    """Read lung volume, mean lung density, slice thickness and kernel by sid, as far as the reports have them."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}
     if {"right_ml", "left_ml"} <= set(masks):
         found["volume"] = (pd.to_numeric(masks["right_ml"]) + pd.to_numeric(masks["left_ml"])).astype(str)
     if "lung_hu" in patches:
         found["density"] = patches["lung_hu"]
-    if "spacing" in masks:  # in-plane x in-plane x slices, mm
+    if "spacing" in masks:  # for example "0.7 x 0.7 x 1.25", in mm; the last number is for the slices
         found["slices"] = masks["spacing"].str.rsplit("x", n=1).str[-1]
     if "kernel" in masks:
         found["kernel"] = masks["kernel"]
@@ -77,9 +77,10 @@ def _read_report(layout: StoreLayout, script: str) -> pd.DataFrame:
 
 
 def standardize_column(column: pd.Series, what: str, note: Callable[[str], None]) -> list[np.ndarray]:
-    """Convert a column to arrays (N,) with mean 0 and SD 1.
+    """Convert a column to arrays (N,) with mean 0.
 
-    A numeric column gives one array, and a column of words one per word. Constant arrays are left out.
+    A numeric column becomes one array with SD 1. A column with n distinct words becomes one array per word, with SD
+    1 / sqrt(n). Constant arrays are left out.
     """
     filled, numbers = find_filled_cells_and_numbers(column.astype(object).where(column.notna(), "").astype(str))
     filled = filled.to_numpy()

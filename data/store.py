@@ -1,4 +1,4 @@
-"""Read a patch store, from this package or from the published implementation.
+"""Read a patch store that this package or the published implementation has made.
 
 A store must not change while it is open. If one of its files changes, the next read fails with an error, so rows of
 two different groupings are never mixed.
@@ -19,10 +19,10 @@ from data.tables import read_table
 from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
-SAMPLE_BYTES = 4096  # bytes at each end of a file's data that enter the store's version
-COMPARED = 20  # at most this many subjects with newer files are compared with the grouped files
-NAMED = 3  # number of subjects that a note lists
-MAX_OPEN = 128  # files mapped at a time; each holds a file descriptor, and a process may have only 1024
+SAMPLE_BYTES = 4096  # bytes at the start and at the end of each file's data that are hashed for the version
+COMPARED = 20  # largest number of subjects with newer files in patch/ to compare with grouped_patch/
+NAMED = 3  # number of subjects that a message names
+MAX_OPEN = 128  # largest number of mapped files; each needs a file descriptor, and a process may have only 1024
 
 
 class PatchStore:
@@ -36,11 +36,11 @@ class PatchStore:
     Args:
         root: the folder of the store, ``--root-dir``.
         require_grouped: raise an error instead of falling back to patch/. A training step reads many
-            subjects at one location, which from patch/ costs one seek per sample.
+            subjects at one location; from patch/, each subject would need a separate disk access.
         subjects: CSV with a column sid; only these subjects are read, in the order of the store.
 
     Raises:
-        StoreError: a file is missing or files disagree; the message names the file.
+        StoreError: a file is missing or files contradict each other; the message names the file.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PatchStore:
         else:
             self._open_by_subject()
         self._stored = list(self.sids)  # the subject of each row in the files
-        self._rows = np.arange(len(self.sids))  # row in the files of each selected subject
+        self._rows = np.arange(len(self.sids))  # for each selected subject, its row in the files
         if subjects is not None:
             self._select(subjects)
         self.check_unchanged()  # grouping may have finished while the files were being opened
@@ -86,8 +86,8 @@ class PatchStore:
     def version(self) -> str:
         """Sixteen hexadecimal digits that identify the content of this store, independent of its path.
 
-        A hash of the location table, the stored and the selected subjects, the grouping note, and each file's shape
-        and first and last SAMPLE_BYTES. It therefore also works for a store made by the published code.
+        The digits are a hash of the location table, the stored and the selected subjects, the grouping note, and each
+        file's shape and first and last SAMPLE_BYTES. A store made by the published code has no grouping note.
         """
         digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
         if self.grouped and self.layout.grouped_note.is_file():
@@ -98,7 +98,10 @@ class PatchStore:
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, object]:
-        """Return the facts that identify the data of a run. Outputs record them, and a resumed run compares them."""
+        """Return the facts that identify the data of a run.
+
+        Outputs record these facts. A resumed run compares them with the facts of its checkpoint.
+        """
         table = {"location_table": table_fingerprint(self.locations)}
         return {"num_subjects": self.num_subjects, "store_version": self.version, **table}
 
@@ -113,7 +116,7 @@ class PatchStore:
     def notes(self) -> Iterator[str]:
         """Yield a message for each difference between patch/ and the grouped files."""
         there = self.layout.patch_sids() if self.grouped else []
-        if not there:  # patch/ may be removed after grouping
+        if not there:  # patch/ may have been removed after grouping
             return
         again = f"python preprocess/group_patches.py --root-dir {self.layout.root}"
         grouped = set(self._stored)
@@ -131,9 +134,9 @@ class PatchStore:
                 yield f"{changed}, but the old patches will be read; run {again}"
 
     def has_different_patch(self, sids: list[str]) -> bool:
-        """Whether any subject's first patch differs between patch/ and grouped_patch/.
+        """Return whether any subject's first patch differs between patch/ and grouped_patch/.
 
-        Modification times are not enough, because copying a store renews them.
+        Modification times alone are not enough, because copying a store changes these times.
         """
         for sid in sids:
             own = PatchFile(self.layout.patch(sid), self._mapped).read_rows(np.array([0]))
@@ -157,14 +160,14 @@ class PatchStore:
         else:
             self.sids = self.layout.patch_sids()
             source = self.layout.patch_dir
-            if not self.sids:  # only the grouped files were kept, so the subjects' names are unknown
+            if not self.sids:  # without subjects.csv and patch/, the subjects' names are unknown
                 self.sids = [f"row{row:05d}" for row in range(self._files[0].shape[0])]
         wanted = (len(self.sids), PATCH_SIZE, PATCH_SIZE, PATCH_SIZE)
         for file in self._files:
             if file.shape != wanted:
                 raise StoreError(
-                    f"{file.path} has shape {file.shape}, but {source} lists {len(self.sids)} subjects, which needs "
-                    f"{wanted}; run preprocess/group_patches.py --root-dir {self.layout.root} again"
+                    f"{file.path} has shape {file.shape}, but {source} lists {len(self.sids)} subjects, so the "
+                    f"shape must be {wanted}; run preprocess/group_patches.py --root-dir {self.layout.root} again"
                 )
         extra = self.layout.grouped(self.num_locations)
         if extra.exists():
@@ -182,7 +185,7 @@ class PatchStore:
         for file in self._files:
             if file.shape != wanted:
                 raise StoreError(
-                    f"{file.path} has shape {file.shape}, but the location table needs {wanted}; "
+                    f"{file.path} has shape {file.shape}, but the location table requires {wanted}; "
                     "cut the patches again with preprocess/patchify_images.py"
                 )
 
@@ -203,8 +206,8 @@ class PatchStore:
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
         """Read patches of some subjects at one location: (n, 32, 32, 32), each (z, y, x), in HU.
 
-        int16 values are returned as stored. The published implementation also allowed other dtypes; these
-        are clipped to the HU range, with NaN as -1024: whole numbers as int16, floats as float32.
+        int16 values are returned as stored. The published implementation also allowed other dtypes. Their
+        values are clipped to the HU range, and NaN becomes -1024. Integers are returned as int16, floats as float32.
         """
         rows = self._rows[rows]
         if self.grouped:
@@ -219,7 +222,7 @@ def name_some(sids: list[str]) -> str:
 
 
 def read_stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return a stamp that changes with the file, or None if the file does not exist."""
+    """Return inode, size and modification time of a file, or None if the file does not exist."""
     try:
         return stamp_of_status(os.stat(path))
     except OSError:
@@ -238,9 +241,9 @@ def describe_change(path: Path) -> str:
 
 
 class PatchFile:
-    """One .npy file of patches. It is mapped at the first read, so each data-loader worker makes its own mapping.
+    """One .npy file of patches, memory-mapped at the first read, so that each data-loader worker makes its own mapping.
 
-    ``mapped`` lists the mapped files of the store. If there are too many, the oldest mapping is closed.
+    ``mapped`` lists the mapped files of the store. With more than MAX_OPEN files, the oldest mapping is closed.
     """
 
     def __init__(self, path: Path, mapped: "deque[PatchFile]"):
@@ -277,13 +280,13 @@ class PatchFile:
             return start + stream.read(min(SAMPLE_BYTES, self._end - self.offset))
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Read rows in HU; see to_hu."""
+        """Read rows, and convert the values to HU with :func:`to_hu`."""
         return to_hu(self.stored_rows(rows))
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
         """Read rows in the stored dtype."""
-        array = self._array  # local copy, because another thread may close the mapping
-        self.check_unchanged()  # before the read, because reading a truncated file kills the process
+        array = self._array  # local reference, because another thread may close the mapping
+        self.check_unchanged()  # check before reading, because reading a truncated mapped file kills the process
         if array is None:
             order = "F" if self.fortran else "C"
             array = self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
@@ -291,5 +294,5 @@ class PatchFile:
             if len(self._mapped) > MAX_OPEN:
                 self._mapped.popleft()._array = None
         patches = np.asarray(array[rows])
-        self.check_unchanged()  # after the read, to detect writes during it
+        self.check_unchanged()  # check again, to detect writes during the read
         return patches

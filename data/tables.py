@@ -36,7 +36,7 @@ def list_some(columns: Sequence[str]) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Return a name in composed Unicode (macOS writes decomposed), without zero-width characters."""
+    """Return a name in composed Unicode, because macOS writes decomposed Unicode, and without zero-width characters."""
     return "".join(_NO_WIDTH.split(unicodedata.normalize("NFC", text))).strip()
 
 
@@ -54,15 +54,15 @@ def read_table(
     """Read a CSV with every cell as a string, and check its sid column.
 
     Args:
-        path: a CSV with a header. Columns without a name are dropped, and so are the empty cells that a
-            spreadsheet's trailing commas make.
+        path: a CSV with a header. Columns without a name are dropped, as are empty cells after a
+            spreadsheet's trailing commas.
         required: columns that the table must have.
         file_names: whether each sid must be safe as part of a file name.
         one_row: whether each subject may have only one row.
 
     Raises:
-        StoreError: the file is missing or unreadable, has no rows, lacks a required column, or has a row with
-            more cells than the header; or a sid is unsafe as a file name or not allowed to repeat.
+        StoreError: the file is missing, unreadable or without rows; a required column is missing; a row has more
+            cells than the header; a sid is repeated, or is not safe in a file name.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,7 +116,7 @@ def hint_missing_column(name: str, columns: Sequence[str]) -> str:
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    """Read a CSV's cells as stripped text. Blank lines are skipped; cells missing at the end of a line are empty."""
+    """Read a CSV's cells as stripped text. Blank lines are skipped; cells missing at the end of a line become empty."""
     import pandas as pd  # imported here, so that training without tables does not need pandas
 
     with open(path, newline="", encoding="utf-8-sig") as stream:
@@ -134,7 +134,7 @@ def _read_text(path: Path) -> pd.DataFrame:
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells[len(header) :]):
-                other = len(header) == 1 and re.search("[;\t]", header[0])  # decimal commas made the extra cells
+                other = len(header) == 1 and re.search("[;\t]", header[0])  # decimal commas were read as separators
                 hint = "; separate the cells with commas" if other else ""
                 raise ValueError(f"line {lines.line_num} has more cells than the header, which has {len(header)}{hint}")
             if any(cells):
@@ -146,10 +146,10 @@ def _read_text(path: Path) -> pd.DataFrame:
 
 
 def find_delimiter(stream: TextIO) -> str:
-    """Find the separator of a table's cells; the stream is left at the header.
+    """Find the character that separates a table's cells, and leave the stream at the header.
 
-    It is the semicolon or the tab if the header has only that one and no comma; otherwise it is the comma.
-    A first line ``sep=``, which Excel writes and reads, takes precedence.
+    If only one of comma, semicolon and tab occurs in the header, that character is the separator; otherwise it is the
+    comma. A first line of the form ``sep=;``, which Excel writes and reads, takes precedence.
     """
     first = stream.readline()
     if named := re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE):
@@ -180,7 +180,7 @@ def feature_columns(count: int) -> list[str]:
 
 
 def feature_text(features: Iterable[float]) -> list[str]:
-    """Format features with nine digits, enough to restore the same float32."""
+    """Format features with nine significant digits, which is enough to restore the same float32."""
     return [f"{value:.9g}" for value in features]
 
 

@@ -12,13 +12,13 @@ from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 
 HALF_RANGE = (HU_MAX - HU_MIN) / 2  # 632 HU; intensities are (HU + 1024) / 632 - 1, in [-1, 1]
 PATCH = (PATCH_SIZE,) * 3
-INPUT_CHUNK = 16  # patches to convert together on the CPU, so that they stay in its cache
+INPUT_CHUNK = 16  # patches to convert together, so that these patches stay in the CPU cache
 
 
 def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
-    """Return two seeds for one step of one group: for the transform parameters and for the noise.
+    """Return two seeds for one step of one BatchNorm group: for the transform parameters and for the noise.
 
-    Each combination of the five numbers has a separate random stream. A resumed run therefore draws the same
+    Each combination of the five arguments has a separate random stream. A resumed run therefore draws the same
     numbers as an uninterrupted one, with any number of ranks.
     """
     state = np.random.SeedSequence([seed, epoch, location, step, group]).generate_state(2, np.uint64)
@@ -26,19 +26,19 @@ def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) ->
 
 
 def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
-    """Clip HU to [-1024, 240] and add 1024 -> float32 in [0, 1264], the units of augmentation."""
+    """Clip HU to [-1024, 240] and add 1024: the result is float32 in [0, 1264], the range used by augmentation."""
     return patches.to(torch.float32, copy=True).clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)  # the input stays unchanged
 
 
 def to_unit(volumes: torch.Tensor) -> torch.Tensor:
-    """Scale [0, 1264] to [-1, 1], the units of the network's input."""
+    """Scale values from [0, 1264] to [-1, 1], the range of the network's input."""
     return (volumes / HALF_RANGE).sub_(1)
 
 
 def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Convert HU to network input without augmentation: (B, 32, 32, 32) -> (B, 1, 32, 32, 32) in [-1, 1].
 
-    The CPU converts a few patches at a time, so that they stay in its cache between operations.
+    A CPU converts a few patches at a time, so that these patches stay in its cache between operations.
     """
     x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
     count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
@@ -48,12 +48,12 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
 
 
 class StepDraws(NamedTuple):
-    """Draws the random parameters for a rank's share of each step, in a data-loader worker or the training process.
+    """Draws the transform parameters for one rank's samples, in a data-loader worker or the training process.
 
     Attributes:
         augmentation: the transforms to draw parameters for.
         seed: seed of the run.
-        groups: numbers of this rank's groups, counted over all ranks; each group has separate random streams.
+        groups: indices of this rank's BatchNorm groups among all groups; each group has separate random streams.
     """
 
     augmentation: Augmentation
@@ -68,7 +68,7 @@ class StepDraws(NamedTuple):
             seed, _ = stream_seeds(self.seed, index.epoch, index.location, index.step, group)
             generator = torch.Generator().manual_seed(seed)
             views = list(self._draw(2 * count, size, generator).chunk(2))  # query and key
-            if neighbors:  # the k neighbours of a subject form one volume and share one draw
+            if neighbors:  # the k neighbours of a subject form one volume, with the same parameters
                 views.append(self._draw(count, size, generator))
             drawn.append(torch.stack(views))
         return torch.cat(drawn, dim=1)
@@ -79,28 +79,28 @@ class StepDraws(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Inputs of a training step, in the network's units."""
+    """Inputs of a training step, scaled to the network's range [-1, 1]."""
 
     query: torch.Tensor  # (B, 1, 32, 32, 32)
     key: torch.Tensor  # (B, 1, 32, 32, 32), a second view of the same patches
-    neighbors: torch.Tensor | None  # (B, k, 32, 32, 32), one view
+    neighbors: torch.Tensor | None  # (B, k, 32, 32, 32), one view of each neighbour
 
 
 class StepViews:
-    """Makes the views for one rank's share of a step.
+    """Makes the augmented views of one rank's samples in a step.
 
     Args:
-        draws: draws the parameters.
+        draws: object that draws the transform parameters.
         device: device that computes the views.
-        dense: process all groups at once with tensor sizes that do not depend on the draws, so that a CUDA graph can
-            record the kernels. Otherwise process group by group, and apply each transform only to the samples drawn
-            for it. Default: dense on a GPU.
+        dense: if True, process all groups at once, with tensor sizes that do not depend on the random draws, so that a
+            CUDA graph can record the kernels. If False, process group by group, and compute each transform only for
+            the samples that use the transform. The default is True on a GPU.
     """
 
     def __init__(self, draws: StepDraws, device: torch.device, dense: bool | None = None):
         self.augmentation, self.draws = draws.augmentation, draws
         self.dense = device.type != "cpu" if dense is None else dense
-        self.generators = [torch.Generator(device) for _ in draws.groups]  # random streams of the noise
+        self.generators = [torch.Generator(device) for _ in draws.groups]  # random noise of each group
 
     def seed(self, epoch: int, location: int, step: int) -> None:
         """Seed the noise stream of each group for a step."""
@@ -108,7 +108,7 @@ class StepViews:
             generator.manual_seed(stream_seeds(self.draws.seed, epoch, location, step, group)[1])
 
     def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, draws: torch.Tensor) -> Views:
-        """Make the views of a step after :meth:`seed`. All tensors are on the device.
+        """Make the views of a step; call :meth:`seed` first. All tensors must be on the device.
 
         Args:
             patches: (B, 32, 32, 32) HU.
@@ -133,7 +133,7 @@ class StepViews:
         draws: torch.Tensor,
         generators: Sequence[torch.Generator],
     ) -> Views:
-        """Make the views of the groups of these generators. Each group has an equal, consecutive share of samples."""
+        """Make the views of some groups, with one generator per group. Groups consist of consecutive samples."""
         batch, size = len(patches), patches.shape[1:]
 
         def noise(like: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Shared foundations of all programs: commands, files, processes and experiments."""
+"""Modules that all programs share: commands, files, processes and experiments."""

@@ -24,41 +24,41 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER_ERROR = 2  # exit status for errors that the user can fix, the same as argparse's
-LOST = 75  # exit status of a rank that lost another rank (a temporary failure in sysexits.h)
+LOST = 75  # exit status of a rank that lost contact with another rank (EX_TEMPFAIL in sysexits.h)
 STOPPING = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGUSR1,
     signal.SIGHUP,
 )  # signals on which a program shuts down in an orderly way
-LATER_SECONDS = 5  # time for the launcher to end the other ranks; it polls its processes ten times a second
+LATER_SECONDS = 5  # time for the launcher to end the other ranks; the launcher checks its processes ten times a second
 
 
 class UserError(ValueError):
-    """An error that the user can fix. Only its message is shown: what is wrong, where, and what to do."""
+    """An error that the user can fix. Scripts print only its message: what is wrong, where, and what to do."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to stop. Its number is the only argument."""
+    """A signal asked this process to stop. The only argument is the number of the signal."""
 
 
 # ============================================================ flags
 
 
 class Bounded:
-    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and names the flag.
+    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and reports the flag.
 
     Args:
         kind: int or float.
         low, high: smallest and largest allowed value; nan and infinity are never allowed.
         words: the requirement, printed after "must be" for a value outside the limits.
-        complete: whether ``words`` is the whole message, also for text that is not a number; otherwise the
-            message refers to --help.
+        complete: if True, ``words`` is also the message for text that is not a number; if False, the message
+            refers to --help.
     """
 
     def __init__(self, kind: type, low: float, high: float, words: str, complete: bool = False):
         self.kind, self.low, self.high, self.words, self.complete = kind, low, high, words, complete
-        self.__name__ = kind.__name__  # argparse prints it: "invalid float value"
+        self.__name__ = kind.__name__  # argparse prints this name, as in "invalid float value"
 
     def __call__(self, text: str) -> Any:
         try:
@@ -69,7 +69,7 @@ class Bounded:
             raise
 
     def complaint(self, value: Any) -> str | None:
-        """Return the end of an error message, which follows the flag and the value; None if the value is allowed."""
+        """Return the words of an error message after the flag and its value, or None if the value is allowed."""
         fits = not isinstance(value, str) and self.low <= value <= self.high and abs(value) < math.inf
         return None if fits else f" must be {self.words}{'' if self.complete else '; see --help'}"
 
@@ -103,7 +103,7 @@ class OneOf:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the description's line breaks and shows meaningful defaults and the words of each OneOf."""
+    """A help formatter that keeps the description's line breaks and shows defaults and the words of each OneOf."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or action.default == "" or action.nargs == 0
@@ -125,13 +125,13 @@ class Parser(argparse.ArgumentParser):
         self.refuse(f"{message}; see --help")
 
     def refuse(self, message: str) -> NoReturn:
-        """Exit with a message that already says what to do."""
+        """Print an error message without a reference to --help, and exit."""
         print_error(message)
         sys.exit(USER_ERROR)
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
-        if rest:  # parse_args reports unknown flags first
+        if rest:  # parse_args reports these unknown flags
             return parsed, rest
         for action in self._actions:
             if isinstance(action.type, (Bounded, OneOf)):
@@ -149,8 +149,8 @@ class Parser(argparse.ArgumentParser):
 def print_error(message: object) -> None:
     """Print one line on standard error.
 
-    All ranks usually fail for the same reason. The others therefore wait before they print: rank 0 prints
-    the error first, and the launcher can end them meanwhile.
+    All ranks usually fail for the same reason. Ranks other than 0 therefore wait before they print. Meanwhile, rank 0
+    prints the error, and the launcher can end the waiting ranks.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -166,22 +166,20 @@ def _stop(number: int, _: Any) -> NoReturn:
 def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers or --num-workers") -> NoReturn:
     """Run a script's main function and exit. All scripts use the same exit statuses.
 
-    - 0, or the value that main returns.
-    - 2 with a one-line message after a UserError or a system error (a full disk, a folder without
+    - Status 0, or the value that main returns.
+    - Status 2 with a one-line message after a UserError or a system error (a full disk, a folder without
       write permission), or if memory runs out.
-    - 128 + the signal's number after a signal of STOPPING.
-    - 1 with a traceback after any other error, without waiting for other processes.
+    - Status 128 + the signal's number after one of the signals in STOPPING.
+    - Status 1 with a traceback after any other error, without waiting for other processes.
 
     Args:
         main: the script's main function.
-        memory: names the flags to lower if memory runs out.
+        memory: flags that the out-of-memory message asks to lower.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a console that is not UTF-8 shows characters that it cannot encode as backslash escapes
+        if hasattr(stream, "reconfigure"):  # print backslash escapes for characters that the console cannot encode
             stream.reconfigure(errors="backslashreplace")
-    if "RANK" not in os.environ:  # the launcher ends a rank by SIGTERM after another rank has failed and said why
+    if "RANK" not in os.environ:  # the launcher sends SIGTERM to a rank if another rank has failed and printed why
         for number in STOPPING:
             if number != signal.SIGINT and heeded(number):
                 signal.signal(number, _stop)
@@ -210,7 +208,7 @@ def leave(status: int) -> NoReturn:
 
 
 def heeded(number: int) -> bool:
-    """Whether this process reacts to a signal. Under nohup SIGHUP is ignored and must stay ignored."""
+    """Return whether this process reacts to a signal. Under nohup, SIGHUP is ignored and must stay ignored."""
     return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
 
@@ -218,7 +216,7 @@ def heeded(number: int) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error from Python, NumPy or torch means that host or GPU memory ran out."""
+    """Return whether an error from Python, NumPy or torch means that host or GPU memory ran out."""
     words = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate")
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -236,7 +234,7 @@ def describe_out_of_memory(error: BaseException, lower: str) -> str:
 
 
 class StopRequest:
-    """Records the signals of STOPPING instead of stopping at once, for a loop that saves before it stops.
+    """Records the signals in STOPPING instead of stopping at once, so that a loop can save before it stops.
 
     Attributes:
         number: number of the first signal received; 0 if none has arrived.
@@ -259,7 +257,7 @@ class StopRequest:
         return signal.Signals(self.number).name
 
     def leave(self) -> NoReturn:
-        """End this process at once with a status that encodes the signal, so a scheduler can start it again."""
+        """End this process at once with a status that encodes the signal, so that a scheduler can restart it."""
         leave(128 + self.number)
 
 
@@ -269,13 +267,13 @@ PR_SET_PDEATHSIG = 1  # prctl(2): send a signal when the parent process ends
 
 
 def end_with_parent(number: int) -> None:
-    """Let the system send this process a signal when its parent ends, so that no orphan stays behind."""
-    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+    """Ask the operating system to send this process a signal when its parent process ends."""
+    with contextlib.suppress(OSError, AttributeError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def count_usable_cores() -> int:
-    """Return the number of cores that this process may use; Slurm and containers may allow fewer than exist."""
-    from dask.system import CPU_COUNT  # also respects a container's CPU quota
+    """Return the number of cores that this process may use; Slurm and containers may allow only some cores."""
+    from dask.system import CPU_COUNT  # CPU_COUNT also respects a container's CPU quota
 
     return CPU_COUNT

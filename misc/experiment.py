@@ -1,4 +1,4 @@
-"""File names and rules of an experiment folder, ssl_exp/NAME. data/layout.py is the counterpart for a store."""
+"""File names and rules of an experiment folder, ssl_exp/NAME. data/layout.py has the file names of a store."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from misc.command import UserError
 from misc.files import describe_process, remove_leftovers, try_lock, write_json
 
 CODE = Path(__file__).resolve().parent.parent
-METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # sources that training and extraction run
+METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # source files that training and extraction use
 HOME = Path("ssl_exp")  # parent folder of all experiments, relative to the current folder
 UNFINISHED = "checkpoint_patch_unfinished.pth.tar"  # checkpoint within an epoch
 CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
@@ -66,7 +66,7 @@ class Experiment:
         return self.folder / "configs.json"
 
     def features(self, epoch: int, step: int = 0) -> Path:
-        """Return the folder of features. Features from within an epoch get a separate folder."""
+        """Return the folder of features. Features of a checkpoint within an epoch get a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
     def is_own_file(self, path: Path) -> bool:
@@ -75,20 +75,20 @@ class Experiment:
     # ------------------------------------------------------------ resuming
 
     def list_epoch_checkpoints(self) -> dict[int, Path]:
-        """Map the number of finished epochs to each checkpoint."""
+        """Map numbers of finished epochs to the paths of their checkpoints."""
         found = self.folder.glob("checkpoint_patch_*.pth.tar")
         return {int(match[1]): path for path in found if (match := CHECKPOINT_PATTERN.fullmatch(path.name))}
 
     def find_latest(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
-        """Return the checkpoint with the most training: the unfinished epoch's, or the highest number.
+        """Return the checkpoint after the most training: in the unfinished epoch, or with the highest number.
 
-        An unreadable checkpoint is reported, and the one before it is used.
+        An unreadable checkpoint is reported, and the previous checkpoint is used.
 
         Args:
-            progress: returns a checkpoint's finished epochs and its steps in the next epoch; raises UserError if the
-                checkpoint is damaged.
+            progress: function that returns a checkpoint's finished epochs and its steps in the next epoch. The function
+                raises UserError if the checkpoint is damaged.
             say: prints a line.
 
         Raises:
@@ -108,7 +108,7 @@ class Experiment:
                 break  # earlier checkpoints have less training
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
-        # max returns the first of equal items, which is the unfinished one.
+        # If progress is equal, max returns the first item, which is the checkpoint of the unfinished epoch.
         best = max(found, key=lambda item: item[0])[1] if found else None
         for text in damaged:
             say(f"note: {text}; resuming from {best} instead")
@@ -163,7 +163,7 @@ class Experiment:
     def set_aside_later(self, resumed: Path, epoch: int) -> list[str]:
         """Rename the checkpoints in this folder with more training than ``resumed``, and return their old names.
 
-        The resumed run will train these epochs again. The new names keep the files without confusing --resume auto.
+        The resumed run will train these epochs again. --resume auto ignores the new names.
         """
         if not self.is_own_file(resumed):
             return []
@@ -193,7 +193,7 @@ class Experiment:
         return log
 
     def describe_owner(self) -> str:
-        """Describe the process that uses the folder, if its configuration names one."""
+        """Describe the process that uses the folder, or return an empty string if configs.json names no process."""
         try:
             return f" ({self.read_config()['process']})"
         except (ExperimentError, KeyError, AttributeError):
@@ -206,14 +206,14 @@ class Experiment:
         write_json(self.configs, {**settings, **collect_environment(), "process": describe_process()})
 
     def read_config(self) -> EasyDict:
-        """Read configs.json, with its entries as attributes as in the published scripts.
+        """Read configs.json; its entries become attributes, as in the published scripts.
 
         Raises:
             ExperimentError: the file is missing or is not a JSON object.
         """
         try:
             settings = json.loads(self.configs.read_text(encoding="utf-8"))
-            return EasyDict({**settings})  # ** raises TypeError unless it is an object; EasyDict would accept null
+            return EasyDict({**settings})  # ** raises TypeError if the JSON is not an object; EasyDict accepts null
         except FileNotFoundError:
             raise ExperimentError(f"{self.configs} does not exist") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -224,10 +224,11 @@ class Experiment:
     def find_checkpoint(self, name: str) -> Path:
         """Find a checkpoint by its name in the folder or by its path.
 
-        If neither exists, return the path in the folder; reading it fails with a message that lists what exists.
+        If neither exists, return the path in the folder. Reading this path fails with a message that lists the existing
+        checkpoints.
 
         Raises:
-            ExperimentError: the folder was given as for training, without ssl_exp/.
+            ExperimentError: the folder was given without ssl_exp/, which only training allows.
         """
         inside = self.folder / name
         for path in (inside, Path(name)):
@@ -235,13 +236,11 @@ class Experiment:
                 return path
         trained = HOME / self.folder
         if not self.folder.exists() and trained.is_dir():
-            raise ExperimentError(
-                f"--exp-name {self.folder} is not a folder; give the path of the experiment here, {trained}"
-            )
+            raise ExperimentError(f"--exp-name {self.folder} is not a folder; use --exp-name {trained}")
         return inside
 
     def root_dir(self) -> str:
-        """Return the patch store that the experiment was trained on. Raises ExperimentError if it is unknown."""
+        """Return the patch store that the experiment was trained on. Raises ExperimentError if none is recorded."""
         try:
             root = self.read_config().get("root_dir")
         except ExperimentError as error:
@@ -285,5 +284,5 @@ def hash_sources() -> str:
 
 
 def describe_running_code() -> dict[str, str]:
-    """Return the commit and the source hash by name."""
+    """Return the commit and the source hash as entries of a dictionary."""
     return {"git_commit": read_git_commit(), "source_hash": hash_sources()}

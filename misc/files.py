@@ -26,14 +26,14 @@ LEFTOVER_SECONDS = 3600  # a partial file older than this belongs to a killed ru
 
 @contextlib.contextmanager
 def add_file_name(path: Path) -> Iterator[None]:
-    """Add this file's name to a system error that lacks one, for example if the disk is full."""
+    """Add this file's name to a system error without a file name, for example if the disk is full."""
     try:
         yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except RuntimeError as error:  # torch's archive writer hides the system error in the context
+    except RuntimeError as error:  # torch's archive writer raises RuntimeError with the system error as context
         cause = error.__context__
         if not isinstance(cause, OSError) or cause.errno is None:
             raise
@@ -66,8 +66,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
 def open_aside(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path with the same file name, for writers that open files themselves.
 
-    It lies in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
-    error it is removed.
+    The path is in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
+    error, the file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     Error messages complete a sentence that begins with "the file is".
 
     Raises:
-        ValueError: the file is not a .npy file; it holds Python objects, which may run code; or it has fewer bytes
-            than its header says, so that loading it would allocate too much memory.
+        ValueError: the file is not a .npy file, holds Python objects, or has fewer bytes than its header says. Loading
+            Python objects may run code, and loading a short file may allocate too much memory.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -140,7 +140,7 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     there, wanted = stream.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
     stream.seek(start)
     if min(shape, default=0) < 0 or there < wanted:
-        raise ValueError(f"truncated: {start + there} bytes of {start + wanted}")
+        raise ValueError(f"truncated: it has {start + there} of {start + wanted} bytes")
     return shape, fortran, dtype
 
 
@@ -176,7 +176,7 @@ def resume_folder(folder: Path, key: str) -> None:
 
 
 def is_utf8(path: str | os.PathLike) -> bool:
-    """Whether a path is valid UTF-8. On Linux a name may be any bytes, and old archives can contain such names."""
+    """Return whether a path is valid UTF-8. On Linux, file names may be any bytes, for example from old archives."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -190,7 +190,7 @@ def try_lock(stream: TextIO) -> bool:
     On a file system without locks, return True without locking. Child processes do not inherit the lock.
     """
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data-loader workers would inherit
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike this lock, a flock would be inherited by workers
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
@@ -207,9 +207,7 @@ def note_missing_locks(path: str, error: OSError) -> None:
     if reason not in _noted:
         _noted.add(reason)
         where = os.path.dirname(path)
-        text = (
-            f"note: {where} does not support file locks ({reason}); do not run a second program on it at the same time"
-        )
+        text = f"note: {where} does not support file locks ({reason}); do not use it with two programs at the same time"
         print(text, file=sys.stderr, flush=True)
 
 
@@ -233,7 +231,7 @@ def held(path: Path, what: str) -> Iterator[None]:
 
     Args:
         path: the lock file; it is created if missing.
-        what: name of the locked thing, which starts the error message.
+        what: name of the locked resource, with which the error message begins.
 
     Raises:
         UserError: another process holds the lock; the message names that process.
@@ -246,7 +244,7 @@ def held(path: Path, what: str) -> Iterator[None]:
                 raise UserError(f"{what} is in use by {stream.read().strip() or 'another process'}; wait until it ends")
             try:
                 if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                    continue  # the previous holder has removed the file in the meantime
+                    continue  # another process has removed the file in the meantime
             except FileNotFoundError:
                 continue
             stream.truncate(0)

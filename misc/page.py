@@ -27,15 +27,15 @@ def packed(array: np.ndarray) -> dict[str, Any]:
 def write_page(path: Path, folder: Path, name: str, title: str, data: dict[str, Any]) -> None:
     """Write a page from {name}.html and {name}.js in ``folder``, with its data inside.
 
-    The template contains the marks @title, @script and @data. User text (subject names, messages) is passed only as
-    data, and scripts insert it as text, so it is never interpreted as HTML.
+    The template contains the placeholders @title, @script and @data. User text (subject names, messages) is passed
+    only as data. Scripts insert user text as text, so it is never interpreted as HTML.
     """
     template, own = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js"))
     shared = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"@title": html.escape(title), "@script": shared + own, "@data": text}
     assert "@data" in template, f"{name}.html has no @data"
-    # Replace all marks in one pass, because the title may contain one: a folder can be named @data.
+    # All placeholders are replaced in one pass, because the title may contain one: a folder can be named @data.
     write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 
 

@@ -20,21 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from misc.command import LOST, UserError, end_with_parent, leave, print_error
 
-# torch 2.14 renamed this function.
+# torch 2.14 renamed all_gather_into_tensor to all_gather_single.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-PATIENCE = 30.0  # minutes that a rank waits for another; covers the slowest save and a batch from the slowest disk
+PATIENCE = 30.0  # minutes that a rank waits for another rank; enough for a slow save or a batch from a slow disk
 FEWEST_FILES = 256  # required limit of open files: up to 128 patch files, and batches from data-loader workers
 SLOWER = 1.5  # a slowdown above this factor is reported for --amp bf16
-MORE = 3.0  # minutes that a collective waits beyond the patience, so that misc/run/watch.py can first name the rank
+MORE = 3.0  # minutes that a collective waits after --patience, while misc/run/watch.py names the hanging rank
 MAY_DIFFER = (
     "root_dir",
     "subjects",
     "batch_table",
     "no_progress",
 )  # paths may differ between machines if their contents are the same
-_waits: list[str] = []  # names of the waits so far
+_waits: list[str] = []  # one name for each call of wait_for_all so far
 _control: list = []  # the CPU process group for short messages between ranks; empty for a single process
 
 
@@ -52,7 +52,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
 
     Args:
         device: ``auto`` (a GPU if available), ``cuda`` or ``cpu``.
-        patience: minutes that a rank waits for another.
+        patience: minutes that a rank waits for another rank.
 
     Returns:
         The device.
@@ -90,7 +90,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise DeviceError(
-                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the others at {where}: "
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not reach the other ranks at {where}: "
                 f"{str(error).splitlines()[0][:200]}; check MASTER_ADDR, MASTER_PORT and that all ranks were started"
             ) from error
         _control[:] = [dist.new_group(backend="gloo", timeout=longest)] if dist.get_world_size() > 1 else []
@@ -98,18 +98,18 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
 
 
 def set_arithmetic(tf32: bool, deterministic: bool) -> None:
-    """Set the arithmetic of GPUs. Results on a CPU are always reproducible to the byte.
+    """Set precision and reproducibility of GPU computations. Results on a CPU are always reproducible to the byte.
 
     torch itself enables TF32 for convolutions by default.
 
     Args:
-        tf32: compute products in TF32.
-        deterministic: use slower algorithms with reproducible results; torch warns if there is none.
+        tf32: compute float32 products in TF32.
+        deterministic: use slower algorithms with reproducible results; torch warns about operations that have none.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this variable at its first use
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -141,13 +141,13 @@ def measure_bf16_slowdown(device: torch.device) -> float:
 
 
 def find_local_rank(gpus: int) -> int:
-    """Return the number of this process on its machine.
+    """Return the local rank, which numbers the processes on a machine.
 
-    torchrun sets it in LOCAL_RANK. If another launcher sets only RANK and WORLD_SIZE (Kubeflow's operators start one
+    torchrun sets LOCAL_RANK. If another launcher sets only RANK and WORLD_SIZE (Kubeflow's operators start one
     process per pod), the ranks on a machine are assumed to be consecutive.
 
     Raises:
-        DeviceError: the environment shows several processes, but lacks variables that are needed to join them.
+        DeviceError: environment variables that are needed to join several processes are missing or wrong.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
@@ -170,13 +170,13 @@ def find_local_rank(gpus: int) -> int:
     if not 0 <= rank < world or not 0 < read_number("MASTER_PORT", -1) < 65536:
         raise DeviceError(
             f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: RANK must be "
-            "a whole number from 0 to WORLD_SIZE - 1, and MASTER_PORT one from 1 to 65535"
+            "a whole number from 0 to WORLD_SIZE - 1, and MASTER_PORT a whole number from 1 to 65535"
         )
     return read_number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
 
 
 def read_number(name: str, default: int) -> int:
-    """Read an environment variable as a whole number; return ``default`` if it is not one."""
+    """Read an environment variable as a whole number; return ``default`` for any other value."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
 
@@ -191,7 +191,7 @@ def end_process() -> None:
 def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
     """Call :func:`start_process`, and :func:`end_process` at the end of the block.
 
-    If another rank is lost, this one exits at once with status LOST; the launcher reports the reason.
+    If another rank is lost, this process exits at once with status LOST; the launcher reports the reason.
     """
     try:
         yield start_process(device, patience)
@@ -207,7 +207,7 @@ def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the error of a collective means that another rank is gone or has timed out."""
+    """Return whether the error of a collective means that another rank is gone or has timed out."""
     words = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "socket", "gloo")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
@@ -285,10 +285,10 @@ def wait_for_all() -> None:
 
 
 def check_agreement(facts: Mapping[str, object]) -> None:
-    """Check that all ranks have the same facts before they compute anything together.
+    """Check that ``facts`` are equal on all ranks, before the ranks compute anything together.
 
     Raises:
-        UserError: on every rank if facts differ; the message names the first ones.
+        UserError: facts differ; all ranks raise the error, which names up to three of the facts.
     """
     if not _control:
         return
@@ -318,15 +318,15 @@ def barrier() -> None:
 def wrap_data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a model in DistributedDataParallel if there is a process group; otherwise return it unchanged.
 
-    Buffers are made equal once, here. Training steps exchange only gradients: each rank keeps its own BatchNorm
-    statistics, and the queues stay equal because every rank enqueues the same gathered keys. By default, torch
-    would broadcast the queue's 1.2 GB at every forward pass.
+    This function makes the buffers equal on all ranks, once. Training steps exchange only gradients: each rank keeps
+    its own BatchNorm statistics, and the queues stay equal because every rank enqueues the same gathered keys. By
+    default, torch would broadcast the queue's 1.2 GB at every forward pass.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # torch 2.15 renamed this argument.
+    # torch 2.15 renamed the argument broadcast_buffers to forward_sync_buffers.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     keep_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(

@@ -15,5 +15,5 @@ def add_progress_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def progress_bar(off: bool, **more: Any) -> tqdm:
-    """Return a tqdm bar. It is hidden if ``off`` is set or standard error is not a terminal."""
+    """Return a tqdm bar. The bar is hidden if ``off`` is set or standard error is not a terminal."""
     return tqdm(disable=off or not sys.stderr.isatty(), dynamic_ncols=True, **more)

@@ -5,7 +5,7 @@ from misc.command import UserError
 PATCH_SIZE = 32  # voxels of 1 mm; the encoder halves the size five times, down to 1
 HU_MIN, HU_MAX = -1024, 240  # patches are clipped to this range of Hounsfield units
 PUBLISHED_GROUPS = 4  # the publication used 4 GPUs, each with separate BatchNorm statistics
-SMALLEST_GROUP = 2  # samples; a single sample has no variance
+SMALLEST_GROUP = 2  # samples per BatchNorm group; a single sample has no variance
 OPTIMIZERS = ("sgd", "adamw")
 
 
@@ -41,6 +41,6 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
 
 
 def list_rank_groups(groups: int, rank: int, ranks: int) -> range:
-    """Return the numbers of the groups that one rank holds, counted over all ranks."""
+    """Return the indices of the BatchNorm groups of one rank, among the groups of all ranks."""
     share = max(1, groups // ranks)
     return range(rank * share, (rank + 1) * share)

@@ -13,9 +13,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def browse(page: Path, script: str, milliseconds: int = 8000) -> dict:
-    """Run ``script`` in the page and return its result. It is the body of an async function that runs after loading.
+    """Run ``script`` in the page and return its result.
 
-    Skips the test if Chromium is not installed. Errors in the page or in the script fail the test.
+    ``script`` is the body of an async function that runs after the page has loaded.
+
+    The test is skipped if Chromium is not installed. Errors in the page or in the script fail the test.
     """
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:

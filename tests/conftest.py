@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 # Parallel test processes (pytest -n) get one thread each, because more would slow each other down. Both sides of a
-# comparison use the same number.
+# comparison use the same number of threads.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -123,13 +123,13 @@ def run_apart():
 
 @pytest.fixture(scope="session")
 def run_here():
-    """Run a command that may fail in this process."""
+    """Run a command in this process; the command may fail."""
     return functools.partial(run_script, check=False)
 
 
 @pytest.fixture
 def one_thread():
-    """Limit torch to one thread, as in parallel encoding. torch's profiler also sees no other threads."""
+    """Limit torch to one thread, as in parallel encoding. torch's profiler would not see other threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -151,8 +151,8 @@ def rel():
 def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
     """Give every BatchNorm realistic statistics, so that outputs in eval mode differ between patches.
 
-    A new network has the statistics 0 and 1. With them its small kernels give every patch nearly the same output,
-    and a comparison would not notice exchanged patches.
+    A new network's BatchNorm layers have mean 0 and variance 1. With these statistics, the network's small kernels
+    give every patch nearly the same output, and a comparison would not notice swapped patches.
     """
     generator = torch.Generator().manual_seed(5)
     patches = torch.randn(batch, 1, 32, 32, 32, generator=generator)
@@ -174,7 +174,7 @@ def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
 def write_store(
     root: Path, num_subjects: int, locations: np.ndarray, seed: int = 0, grouped: bool = True
 ) -> np.ndarray:
-    """Write a store of random patches; return them as (N, L, 32, 32, 32) int16."""
+    """Write a store of random patches; return the patches as (N, L, 32, 32, 32) int16."""
     rng = np.random.default_rng(seed)
     patches = rng.integers(-1024, 241, (num_subjects, len(locations), 32, 32, 32), dtype=np.int16)
     root.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def grid():
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """Return (cohort folder, store folder) of a synthetic cohort of six subjects. Tests must not change them."""
+    """Return (cohort folder, store folder) of a synthetic cohort of six subjects. Tests must not change the folders."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # parallel test processes share one cohort
     folder.mkdir(exist_ok=True)
@@ -223,7 +223,7 @@ def cohort(tmp_path_factory):
 
 
 def step_views(batch, augmentation, seed, groups, device, dense=None):
-    """Make the views of a step as train.py does, with random parameters drawn here."""
+    """Draw the random parameters of a step and make its views, as train.py does."""
     views = StepViews(StepDraws(augmentation, seed, groups), device, dense)
     views.seed(batch.epoch, batch.location, batch.step)
     index = BatchIndex(batch.epoch, batch.location, batch.step, range(len(batch.patches)))

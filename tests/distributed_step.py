@@ -21,7 +21,7 @@ def inputs(step):
 def run_rank(rank, world, folder, mode):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    torch.manual_seed(1000 + rank)  # ranks start with different weights, which the wrapper must make equal
+    torch.manual_seed(1000 + rank)  # ranks start with different weights, which wrap_data_parallel must make equal
     bare = DrasCLR(Encoder, L, 6, 4, 2, 1, K, 0.9, 0.2, True)
     bare.load_state_dict(torch.load(f"{folder}/start.pt", weights_only=True) if rank == 0 else bare.state_dict())
     model = process.wrap_data_parallel(bare, torch.device("cpu"))

@@ -1,9 +1,9 @@
-"""Read damaged copies of a file in a separate process, which a crash, a hang or a large allocation ends.
+"""Read damaged copies of a file in a separate process. A crash, a hang or a large allocation ends only this process.
 
     python tests/fuzz_files.py KIND FILE SEED COUNT
 
-Prints the exception of every copy that raised anything other than this project's errors. Memory is limited to what a
-small file needs.
+The script prints every exception that is not one of this project's errors. Memory is limited to what a small file
+needs.
 """
 
 import random
@@ -24,7 +24,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     """Change, delete or insert a few bytes of a file, or cut off its end."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
-        # Headers come first, so most changes are made there.
+        # A file starts with its header, so most changes are made at the start.
         place = min(int(rng.expovariate(1 / 200)), len(data)) if rng.random() < 0.7 else rng.randrange(len(data) + 1)
         change = rng.choice(("flip", "extreme", "cut", "delete", "insert", "repeat"))
         if change == "flip" and place < len(data):
@@ -75,7 +75,7 @@ def readers() -> dict:
 
 
 def read_damaged_copies(kind: str, source: Path, seed: int, count: int) -> None:
-    """Read ``count`` damaged versions of a file; print every other outcome than success or a ``UserError``."""
+    """Read ``count`` damaged versions of a file; print every outcome except success and ``UserError``."""
     from misc.command import UserError
 
     read, rng = readers()[kind], random.Random(seed)
@@ -90,7 +90,7 @@ def read_damaged_copies(kind: str, source: Path, seed: int, count: int) -> None:
         target = place / source.name
         for number in range(count):
             target.write_bytes(damage(content, rng))
-            # After a crash, the last printed file is the one that caused it.
+            # After a crash, the last printed file is the one that caused the crash.
             print(f"{source.name} {number} {target.stat().st_size}", file=sys.stderr, flush=True)
             try:
                 read(target)

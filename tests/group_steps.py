@@ -1,6 +1,6 @@
 """Run the training steps of one rank as train.py does, for test_groups.py.
 
-The batch of 16 is split into four BatchNorm groups, for any number of ranks.
+The batch of 16 samples is split into four BatchNorm groups, for any number of ranks.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Damaged and foreign files of every input kind, each with part of its expected error message."""
+"""Read damaged and foreign files of every input kind, and check a part of each error message."""
 
 import gzip
 import io
@@ -184,32 +184,32 @@ LOCATIONS = [
         "locations",
         "l.npy",
         array_of(np.zeros((9, 2), int)),
-        "has shape (9, 2), but a location table must be (L, 3) corners (x, y, z)",
+        "has shape (9, 2), but a location table must have shape (L, 3)",
     ),
-    Bad("locations", "l.npy", array_of(np.zeros(9, int)), "has shape (9,), but a location table must be (L, 3)"),
+    Bad("locations", "l.npy", array_of(np.zeros(9, int)), "has shape (9,), but a location table must have shape"),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((0, 3), int)),
-        "has shape (0, 3), but a location table must be (L, 3) corners (x, y, z)",
+        "has shape (0, 3), but a location table must have shape (L, 3)",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), np.nan)),
-        "has dtype float64, but locations must be whole atlas voxels (int64)",
+        "has dtype float64, but locations must be integer atlas voxel indices",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), np.inf)),
-        "has dtype float64, but locations must be whole atlas voxels (int64)",
+        "has dtype float64, but locations must be integer atlas voxel indices",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.full((9, 3), 0.5)),
-        "has dtype float64, but locations must be whole atlas voxels (int64)",
+        "has dtype float64, but locations must be integer atlas voxel indices",
     ),
     Bad(
         "locations",
@@ -221,13 +221,13 @@ LOCATIONS = [
         "locations",
         "l.npy",
         array_of(np.full((9, 3), "a")),
-        "has dtype <U1, but locations must be whole atlas voxels (int64)",
+        "has dtype <U1, but locations must be integer atlas voxel indices",
     ),
     Bad(
         "locations",
         "l.npy",
         array_of(np.zeros((9, 3), complex)),
-        "has dtype complex128, but locations must be whole atlas voxels (int64)",
+        "has dtype complex128, but locations must be integer atlas voxel indices",
     ),
     Bad(
         "locations",

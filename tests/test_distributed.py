@@ -42,7 +42,7 @@ def test_several_ranks_equal_one_process(in_eval_mode, world):
     for result in results[world]:
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for name, gradient in wanted["gradients"].items():
-            # Compare whole tensors. In single elements the sum over voxels cancels, and only rounding error remains.
+            # Compare whole tensors. In single elements, the sum over voxels may cancel and leave only rounding error.
             assert float((result["gradients"][name] - gradient).norm()) < 1e-3 * float(gradient.norm()) + 1e-6, name
         for name, tensor in wanted["state"].items():
             torch.testing.assert_close(result["state"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -51,7 +51,7 @@ def test_several_ranks_equal_one_process(in_eval_mode, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_shuffled_batchnorm(tmp_path, world):
-    """Ranks encode each other's keys, every patch once with its own location. Queues stay bit-identical."""
+    """Ranks encode each other's keys. Every patch is encoded once, with its own location. Queues stay bit-identical."""
     ranks = results_of(tmp_path / "r", world, "rows")
     for step in range(2):
         _, key, _, locs = inputs(step)
@@ -103,7 +103,7 @@ def torchrun(ranks, script, *flags, cwd):
     ]
     result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr, result.stderr  # each rank would print the warning at every start
+    assert "Warning" not in result.stderr, result.stderr  # each rank would print a warning at every start
     return result.stdout
 
 
@@ -130,7 +130,7 @@ def test_two_ranks_by_command_line(tmp_path, make_store, grid):
     folder = tmp_path / "ssl_exp" / "two"
     assert json.loads((folder / "configs.json").read_text())["world_size"] == 2
     content = torch.load(folder / "checkpoint_patch_0001.pth.tar", weights_only=True)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps of 4 keys, modulo 8
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps of 4 keys fill the 8 rows once
     start = torch.load(folder / "checkpoint_patch_0000.pth.tar", weights_only=True)
     assert not torch.equal(content["state_dict"]["module.queue"], start["state_dict"]["module.queue"])
 

@@ -1,4 +1,4 @@
-"""READMEs and docstrings only mention existing names, and the scripts' parsers accept all commands shown there."""
+"""Test that READMEs and docstrings only mention existing names, and that the scripts accept the commands shown."""
 
 import ast
 import importlib
@@ -55,7 +55,7 @@ def commands(text):
             r"\s*(?:\w+=\S+ )*(?:python|sh) ((?:\w+/)*\w+\.(?:py|sh))( .*)?$", line.split("  #")[0].rstrip()
         )
         if found:
-            yield found[1], re.split(r"\s{2,}", (found[2] or "").strip())[0]  # without a remark after two spaces
+            yield found[1], re.split(r"\s{2,}", (found[2] or "").strip())[0]  # drop a remark after two spaces
 
 
 SOURCES = [*((path, read(path)) for path in DOCUMENTS), *((path, "\n".join(docstrings(path))) for path in PYTHON)]

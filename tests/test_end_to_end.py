@@ -1,4 +1,4 @@
-"""The complete pipeline through the real commands: scans, store, training, features and a prediction."""
+"""Run the complete pipeline with the real commands: scans, store, training, features and a prediction."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_from_scans_to_patient_features(cohort, run, tmp_path):
     ("flags", "message"),
     [
         (("--k-neighbours", 2), "unrecognized arguments: --k-neighbours 2; see --help"),
-        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128 exceeds the 48 subjects of the demo"),
+        (("--batch-size", 128, "--moco-k", 128), "--batch-size 128 exceeds the 80 subjects of the demo"),
     ],
 )
 def test_a_wrong_training_flag_is_refused_before_the_start(run, flags, message):

@@ -1,4 +1,4 @@
-"""Feature extraction: the files that it writes, compared with direct calls of the encoder."""
+"""Compare the files that feature extraction writes with direct calls of the encoder."""
 
 import csv
 import hashlib
@@ -119,7 +119,7 @@ def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, ma
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_locations_are_frozen_in_blocks(tmp_path, make_store, grid, monkeypatch, rel, grouped):
-    """Six locations in blocks of four: the second block is shorter than the first."""
+    """Extract six locations in blocks of four: the second block is shorter than the first."""
     monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
@@ -288,8 +288,8 @@ def test_bad_arguments_are_refused(tmp_path, make_store, grid, run_here, monkeyp
     assert result.returncode == 2 and "--out-dir e/table.csv is a file" in result.stderr
     (tmp_path / "ssl_exp" / "mine").mkdir(parents=True)
     result = run_here("extract_feature.py", "--exp-name=mine", "--checkpoint-patch=good.pth.tar", cwd=tmp_path)
-    assert result.returncode == 2 and "give the path of the experiment here, ssl_exp/mine" in result.stderr
-    monkeypatch.chdir(tmp_path)  # a checkpoint path is used as it is, whatever --exp-name is
+    assert result.returncode == 2 and "use --exp-name ssl_exp/mine" in result.stderr
+    monkeypatch.chdir(tmp_path)  # a path to a checkpoint is used unchanged, whatever --exp-name is
     assert Experiment("mine").find_checkpoint("e/good.pth.tar") == Path("e/good.pth.tar")
     flags = ("--exp-name=e", "--checkpoint-patch=good.pth.tar", "--root-dir=store", "--out-dir=e/table.csv/x")
     result = run_here("extract_feature.py", *flags, cwd=tmp_path)
@@ -298,7 +298,7 @@ def test_bad_arguments_are_refused(tmp_path, make_store, grid, run_here, monkeyp
 
 @pytest.mark.reference
 def test_published_checkpoint_works_unchanged(reference, tmp_path, make_store, run):
-    """The experiment has no configs.json, its folder is read-only, and there are five locations."""
+    """The published experiment has no configs.json, a read-only folder and five locations."""
     table = np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [0, 0, 26], [26, 26, 26]])
     make_store(tmp_path / "store", 3, table)
     run(
@@ -327,7 +327,7 @@ def test_another_location_table_of_the_same_size_is_refused(small, tmp_path, gri
     refused = run_here("extract_feature.py", *small, cwd=tmp_path)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "c_0003.pth.tar was trained on a different table of locations" in refused.stderr
-    make_checkpoint(tmp_path / "c_0003.pth.tar")  # published weights do not record their table
+    make_checkpoint(tmp_path / "c_0003.pth.tar")  # published weights do not record their table of locations
     (tmp_path / "o" / "features.json").unlink()
     noted = run_here("extract_feature.py", *small, cwd=tmp_path)
     assert noted.returncode == 0 and "c_0003.pth.tar does not record its table of locations" in noted.stdout
@@ -335,7 +335,10 @@ def test_another_location_table_of_the_same_size_is_refused(small, tmp_path, gri
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, grouped, rel):
-    """Compare with the encoder's own layers. h and its mean are bit-identical with and without --layers."""
+    """Compare the layer features with the outputs of the encoder's layers.
+
+    The patch features h and their mean are bit-identical with and without --layers.
+    """
     patches = make_store(tmp_path / "store", 5, grid, grouped=grouped)
     encoder = make_checkpoint(tmp_path / "c.pth.tar")
     flags = ("--exp-name", tmp_path, "--checkpoint-patch", "c.pth.tar", "--root-dir", tmp_path / "store")
@@ -357,12 +360,12 @@ def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, gr
     )
     assert made.dtype == np.float32 and made.shape == (5, len(grid), wanted.shape[1])
     assert rel(made[:, 3], wanted.numpy()) < 1e-4 and len(hooks) == 13
-    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # removes the old layer file
+    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # without --layers, the old file is removed
     assert not (tmp_path / "layers" / "layer_arr_patch_full.npy").exists()
 
 
 def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeypatch):
-    """By default torch uses TF32 convolutions on a GPU, which are off by 6e-5."""
+    """By default, torch uses TF32 for convolutions on a GPU, which changes the features by 6e-5."""
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""No input file is trusted: damaged and malicious files of every kind raise one of this project's errors."""
+"""Test that damaged and malicious files of every kind raise one of this project's errors."""
 
 import gzip
 import io
@@ -85,7 +85,7 @@ def read_damaged(intact_files, names, seed, count):
 
 
 def test_damaged_files(intact_files):
-    """One process reads all files and must survive every one."""
+    """One process reads all files and must survive every file."""
     read_damaged(intact_files, [name for name in KINDS if KINDS[name] not in ("dicom", "checkpoint")], seed=1, count=30)
 
 
@@ -145,7 +145,7 @@ def test_any_array_header(tmp_path, header, data, version):
     st.sampled_from(["<i8", ">f4", "|O", "|u1", "<U9", "<c16", "|V0", "[('a', '<i4')]", "nothing"]),
 )
 def test_any_claimed_array_shape(tmp_path, shape, kind):
-    """The reader reads only the existing bytes and allocates no memory for more."""
+    """Only the bytes in the file are read, and no memory is allocated for the others that its header claims."""
     described = kind if kind.startswith("[") else repr(kind)
     text = f"{{'descr': {described}, 'fortran_order': False, 'shape': {tuple(shape)!r}}}\n".encode()
     path = tmp_path / "a.npy"
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_code_is_not_executed(tmp_path):
 
 
 def test_a_decompression_bomb_as_checkpoint(tmp_path):
-    """torch stores its records uncompressed, so a record that is compressed a thousandfold is not torch's."""
+    """torch does not compress a checkpoint's records, so torch did not write a record compressed a thousandfold."""
     with zipfile.ZipFile(tmp_path / "c.pth.tar", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("c/data.pkl", b"\x80\x02}q\x00." + bytes(50 << 20))
         archive.writestr("c/version", "3\n")
@@ -230,7 +230,7 @@ def test_a_scan_with_a_false_size(tmp_path):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "middle", "gone"])
 def test_incomplete_voxel_data(tmp_path, name, packed, damage):
-    """ITK returns zeros for damaged MetaImages, and allocates whatever size a NRRD header claims."""
+    """ITK returns zeros for damaged MetaImages, and allocates whatever size an NRRD header claims."""
     sitk.WriteImage(chest(), str(tmp_path / name), useCompression=packed)
     load_scan(tmp_path / name)
     data = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)

@@ -1,4 +1,4 @@
-"""A GPU gives the same numbers as the CPU, and a training step never makes the CPU wait for the GPU."""
+"""Test that a GPU gives the same numbers as the CPU, and that a training step never makes the CPU wait for the GPU."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_gpu_augmentation_equals_the_cpus(gpu, letters):
     drawn = augmentation.draw(B, (32, 32, 32), torch.Generator().manual_seed(3))
     for parameters in drawn:
         if "magnitude" in parameters:
-            parameters["magnitude"] = parameters["magnitude"] / 8  # most sampled voxels lie inside
+            parameters["magnitude"] = parameters["magnitude"] / 8  # keeps most sampled positions inside the volume
     prepared = augmentation.prepare(drawn, (32, 32, 32))
     ours = augmentation.apply(volumes.to(gpu), prepared, torch.zeros_like, dense=True)
     wanted = augmentation.apply(volumes, prepared, torch.zeros_like)
@@ -96,7 +96,7 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
             batch = PatchBatch(
                 *(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch._replace(draws=draws))
             )
-            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two set up
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two steps may wait
             views.seed(0, 1, step)
             advance(Inputs(*carry(batch)), 1.0)
     finally:

@@ -1,4 +1,4 @@
-"""BatchNorm groups: one, two and four ranks compute the same results."""
+"""Test that one, two and four ranks compute the same results with BatchNorm groups."""
 
 import contextlib
 import shutil
@@ -39,14 +39,14 @@ def relative_difference(ours, wanted):
 
 @pytest.fixture(scope="module")
 def learning(store, tmp_path_factory):
-    """Run three steps at rate 0.01 on 1, 2 and 4 ranks. Gradients and state come from the first step."""
+    """Run three steps at learning rate 0.01 on 1, 2 and 4 ranks. Gradients and state are those of the first step."""
     folder = tmp_path_factory.mktemp("learning")
     return {world: results_of(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def standing(store, tmp_path_factory):
-    """Run five steps at rate 0 with one neighbour."""
+    """Run five steps at learning rate 0 with one neighbour per patch."""
     folder = tmp_path_factory.mktemp("standing")
     return {world: results_of(store, folder / str(world), world, 5, 0, 1)[0] for world in (1, 2, 4)}
 
@@ -54,7 +54,7 @@ def standing(store, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_step_is_the_same_on_any_number_of_ranks(learning, world):
-    """All statistics, gradients, the queue with its subjects and steps, and BatchNorm buffers agree within 1e-5."""
+    """Statistics, gradients, BatchNorm buffers and the queue with its subjects and steps agree within 1e-5."""
     one, several = learning[1], learning[world]
     torch.testing.assert_close(several["means"][0], one["means"][0], rtol=1e-5, atol=1e-4)
     assert one["gradients"].keys() == several["gradients"].keys() and len(one["gradients"]) == 82
@@ -80,7 +80,7 @@ def test_five_steps_without_learning(standing, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_first_learning_steps_agree(learning, world):
-    """Later steps diverge through rounding; the README states how fast."""
+    """Only the first two steps are compared closely, because rounding makes later steps diverge."""
     difference = (learning[world]["means"][:, 2] / learning[1]["means"][:, 2] - 1).abs()
     assert float(difference[:2].max()) < 1e-3
 
@@ -89,7 +89,7 @@ def test_the_first_learning_steps_agree(learning, world):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("channels", [8, 64])
 def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
-    """Compare values and gradients with one BatchNorm per group. The running statistics are those of group 0."""
+    """Compare values and gradients with separate BatchNorms per group. The running statistics are those of group 0."""
     torch.manual_seed(0)
     norm, singles = nn.BatchNorm3d(channels).double(), [nn.BatchNorm3d(channels).double() for _ in range(groups)]
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
 
 
 def test_neighbours_share_the_group_of_their_patches():
-    """Location-major input and one location per sample give the same groups of subjects."""
+    """Input in location-major order and input with one location per sample give the same groups of subjects."""
     torch.manual_seed(0)
     encoder = Encoder(8, 4, 2, 1).double().train()
     encoder.bn_groups = 2

@@ -1,4 +1,4 @@
-"""Checks of the source code: file lengths, the direction of imports, and unused requirements."""
+"""Check the source code: file lengths, the direction of imports, and unused requirements."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from .conftest import ROOT
 
 LONGEST_FILE = 400  # lines
 SHELL_ALSO = (".py", ".sh")
-FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the top level
+FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the root folder
 MAY_IMPORT = {
     "misc": {"misc"},
     "data": {"data", "misc"},
@@ -82,7 +82,7 @@ def test_imports_point_downwards(path):
 
 def test_there_are_no_circular_imports():
     arrows = {module: {other for other, _ in imported(path)} - {module} for module, path in MODULES.items()}
-    # Importing a module also imports its package's __init__, so that counts as an import.
+    # Importing a module also imports its package's __init__, so the package counts as imported.
     done, path = set(), []
 
     def walk(module):
@@ -101,7 +101,7 @@ def test_there_are_no_circular_imports():
 
 
 def test_every_package_in_requirements_is_used():
-    """The sources import it, or the tests if only they need it."""
+    """The sources or the tests import every package in requirements.txt."""
     imports = set()
     for path in [*PYTHON, *(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py"))]:
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
@@ -109,7 +109,7 @@ def test_every_package_in_requirements_is_used():
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imports.add(node.module.split(".")[0])
-    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # run as commands, pinned versions, or plug-ins
+    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # not imported: commands, plug-ins, pinned versions
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if not text:
@@ -122,7 +122,7 @@ def test_every_package_in_requirements_is_used():
 
 
 def test_preprocessing_workers_do_not_import_torch():
-    """With torch, a worker would need 2 s and 470 MB more."""
+    """Importing torch would cost each worker 2 s and 470 MB."""
     code = "import sys, preprocess.workers, preprocess.register; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed, or that diverge: what they save, what they print, and what they leave behind."""
+"""Test what runs save, print and leave behind if they are stopped, are killed or diverge."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def wait_until_ended(pids):
 
 @pytest.mark.slow
 def test_a_resumed_run_logs_each_step_once_with_the_same_means(store, run, tmp_path):
-    """Two ranks resume from a save within the epoch. The means of rank 0 alone would differ."""
+    """Two ranks resume within an epoch. The means over rank 0 alone would differ from those over both ranks."""
     flags = flags_of(store, "k", "--epochs", 2, "--print-freq", 5)
     alike = {"OMP_NUM_THREADS": "1"}  # rounding depends on the number of threads
     run(*LAUNCH, ROOT / "train.py", *flags, "--exp-name", "whole", cwd=tmp_path, env=alike)
@@ -81,7 +81,7 @@ def test_a_resumed_run_logs_each_step_once_with_the_same_means(store, run, tmp_p
     assert process.returncode == 128 + signal.SIGUSR1 and "stopped by SIGUSR1; saved" in rest, rest
     whole, ours = (tmp_path / "ssl_exp" / name for name in ("whole", "k"))
     step = torch.load(ours / UNFINISHED, weights_only=True)["step"] if (ours / UNFINISHED).exists() else 0
-    with open(ours / "log.jsonl", "a") as log:  # add steps after the save, as a SIGKILL leaves them
+    with open(ours / "log.jsonl", "a") as log:  # a SIGKILL may leave log lines of steps after the save
         log.write(json.dumps({"kind": "step", "epoch": 2, "step": 7, "loss": 0.0}) + '\n{"kind"')
     run(*LAUNCH, ROOT / "train.py", *flags, "--resume", "auto", cwd=tmp_path, env=alike)
     places = [(record["epoch"], record["step"]) for record in read_records(whole)]
@@ -136,7 +136,10 @@ def test_a_signal_to_a_worker_saves_and_nohup_is_obeyed(store, tmp_path):
 
 @pytest.mark.slow
 def test_a_non_finite_state_is_never_saved(store, run, tmp_path):
-    """This also holds between printed steps. A run with a lower rate resumes from the last good state."""
+    """A non-finite state is also found between printed steps.
+
+    A run with a lower learning rate resumes from the last good state.
+    """
     flags = flags_of(store, "n", "--print-freq", 5, "--resume", "auto")
     run("train.py", *flags, "--epochs", 1, cwd=tmp_path)
     folder = tmp_path / "ssl_exp" / "n"

@@ -1,4 +1,4 @@
-"""The trainer: schedule, loop, resuming and refused arguments. Most tests use the command line."""
+"""Test the trainer: schedule, loop, resuming and refused arguments. Most tests use the command line."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_steps(epoch, rate):
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_losses_warm_up_beta_and_accuracy(grid, epoch):
-    """Compute the statistics of one step again from the model's logits."""
+    """Recompute the statistics of one step from the model's logits."""
     args = parse_flags("--warm-up", 1, "--beta", 0.3, "--moco-k", 6, "--batch-size", 3)
     torch.manual_seed(0)
     model = DrasCLR(Encoder, 6, 8, 4, 2, 1, 6, 0.9, 0.2, True)
@@ -129,7 +129,7 @@ def store(tmp_path_factory, make_store, grid):
 
 @pytest.fixture(scope="module")
 def trained(store, run, tmp_path_factory):
-    """Train two epochs without a stop."""
+    """Train two epochs without interruption."""
     folder = tmp_path_factory.mktemp("run")
     result = run(
         "train.py", "--root-dir", store, "--exp-name", "a", "--epochs", 2, "--print-freq", 1, *SMALL, cwd=folder
@@ -166,7 +166,7 @@ def test_files_of_a_finished_run(trained, store):
     content = torch.load(experiment / "checkpoint_patch_0002.pth.tar", weights_only=True)
     assert content["epoch"] == 2 and content["arch"] == "custom"
     assert content["state_dict"]["module.queue"].shape == (4, 6, 6)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 epochs x 2 steps x 3 keys, modulo 6
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 x 2 steps of 3 keys fill the 6 rows twice
     assert len(content["optimizer"]["param_groups"][0]["params"]) == 164
     assert "epoch 2/2" in output and "samples/s" in output
 
@@ -278,7 +278,7 @@ def test_a_run_stopped_within_an_epoch_resumes_at_that_step(trained, store, run,
 
 @pytest.mark.slow
 def test_a_run_with_every_option_resumes(store, run, tmp_path):
-    """A stop loses neither the subjects of the queue's keys, nor AdamW's state, nor accumulated gradients."""
+    """A stopped run keeps the subjects of the queue's keys, AdamW's state and accumulated gradients."""
     (tmp_path / "some.csv").write_text("sid\n" + "\n".join(PatchStore(store).sids[1:]) + "\n")
     choices = ("--mask-own", "--optimizer", "adamw", "--lr", 1e-3, "--accumulate", 2, "--location-order", "interleaved")
     more = ("--subjects", "some.csv", "--bn-groups", 1)
@@ -296,12 +296,15 @@ def test_a_run_with_every_option_resumes(store, run, tmp_path):
     run("train.py", *flags, "--exp-name", "ours", "--resume", "auto", cwd=tmp_path)
     for epoch in (1, 2):
         assert_same_checkpoint(*(folder / f"checkpoint_patch_{epoch:04d}.pth.tar" for folder in (whole, ours)))
-    assert "6 subjects" in rest or steps == 2 * 6  # one of the seven subjects is left out
+    assert "6 subjects" in rest or steps == 2 * 6  # --subjects leaves out one of the seven subjects
     assert read_records(whole, "epoch")[1]["queue_own"] >= 0
 
 
 def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
-    """A run that began with the neighbour pass keeps it. Its weights are the same and its statistics differ."""
+    """A run that began with the neighbour pass continues with this pass.
+
+    The pass changes BatchNorm's running statistics, but not the weights.
+    """
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--beta", 0, *SMALL, "--workers", 0)
     shown = run("train.py", *flags, "--print-freq", 4, cwd=tmp_path).stdout
     folder = tmp_path / "ssl_exp" / "a"
@@ -323,11 +326,12 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
     assert found["config"]["neighbor_pass"] is True
     for name, value in wanted["state_dict"].items():
         if "encoder_q" in name and "num_batches" in name:
-            assert found["state_dict"][name] == 1.5 * value, name  # one more pass in each step of the second epoch
+            assert found["state_dict"][name] == 1.5 * value, name  # the second epoch has one more pass per step
         elif not ("encoder_q" in name and ".running_" in name):
             torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
-    # The opposite change is refused within an epoch, because the statistics have other names. Nothing is written.
+    # Adding the neighbour pass within an epoch is refused, because the statistics have other names.
+    # A refused run writes nothing.
     first["config"]["neighbor_pass"], first["step"] = False, 4
     torch.save(first, folder / UNFINISHED)
     before = (folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes()
@@ -425,7 +429,7 @@ def test_two_runs_never_share_an_experiment(store, run, tmp_path):
     finally:
         first.kill()
         first.wait()
-    run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # the lock is released at once
+    run("train.py", *flags, "--epochs", 1, "--resume", "auto", cwd=tmp_path)  # the lock of a killed run is released
 
 
 def test_statistics_are_logged_and_chance_level_is_reported(store, run, tmp_path):
@@ -437,7 +441,7 @@ def test_statistics_are_logged_and_chance_level_is_reported(store, run, tmp_path
         assert 0 <= record["accuracy_fresh"] <= 100 and record["uniformity"] <= 1e-6 and 0 <= record["alignment"] <= 4
     steps = read_records(folder)
     assert all(1 <= record["effective_rank"] <= 3 for record in steps)
-    # In epoch 2 the queue holds keys of epoch 1. At each location's first step they are 12 and 11 steps old.
+    # In epoch 2, the queue holds keys of epoch 1. At each location's first step, these keys are 12 and 11 steps old.
     assert steps[0]["queue_age"] < 2 and steps[-1]["queue_age"] > 5 and steps[-1]["queue_own"] > 0
     assert "fresh" in result.stdout and "(chance 33.3 %)" in result.stdout
     told = [record["accuracy_fresh"] < 1.2 * record["chance_fresh"] for record in read_records(folder, "epoch")]
@@ -492,7 +496,7 @@ def test_resuming_never_overwrites_another_experiment(trained, store, run, tmp_p
     refused = run("train.py", *flags, "--resume", "ssl_exp/c/checkpoint_patch_0001.pth.tar", cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "already has checkpoints, which resuming from" in refused.stderr
     assert (folder / "checkpoint_patch_0002.pth.tar").read_bytes() == before
-    # Resuming from an older checkpoint of the same experiment renames the newer one and keeps it.
+    # Resuming from an older checkpoint of the same experiment renames and keeps the newer checkpoint.
     run("train.py", *flags, "--resume", "checkpoint_patch_0001.pth.tar", cwd=tmp_path)
     (kept,) = folder.glob("superseded-*-checkpoint_patch_0002.pth.tar")
     assert kept.read_bytes() == before
@@ -563,7 +567,7 @@ def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     print(f"bf16 against float32: mean {float(apart.mean()):.1e}, largest {float(apart.max()):.1e}")
     assert 0 < float(apart.mean()) < 0.01 and float(apart.max()) < 0.05
 
-    # With the command line, too, weights, statistics and queue stay in float32.
+    # With --amp bf16 on the command line, weights, statistics and queue also stay in float32.
     make_store(tmp_path / "few", 3, grid[:3])
     flags = ("--root-dir", "few", "--exp-name", "half", "--epochs", 1, *SMALL, "--amp", "bf16", "--device", "cpu")
     run("train.py", *flags, cwd=tmp_path)

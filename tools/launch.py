@@ -1,15 +1,15 @@
-"""Run torchrun with one-line messages for errors that the user can fix, instead of its 30-line report.
+"""Run torchrun, and replace its 30-line report by one line for errors that the user can fix.
 
     python tools/launch.py --standalone --nproc-per-node 4 train.py --root-dir /data/patches --exp-name mine
 
-Accepts torchrun's flags. The exit status is
+The script accepts torchrun's flags. The exit status is
 
-    2               a user error, such as a wrong flag or a missing file; one line describes it
-    128 + signal    a signal to the launcher or to a rank stopped all ranks; they saved: continue with --resume auto
+    2               a user error, such as a wrong flag or a missing file, described in one line
+    128 + signal    a signal to the launcher or to a rank stopped all ranks; continue with --resume auto
     75              a rank on another machine was lost
-    other           another failure, reported as torchrun does
+    other           any other failure, with torchrun's own report
 
-SIGUSR1 also stops the ranks. So does SIGHUP, unless it is ignored (nohup).
+SIGTERM, SIGINT and SIGUSR1 stop all ranks. SIGHUP stops them too, unless nohup makes them ignore SIGHUP.
 """
 
 import logging
@@ -29,13 +29,13 @@ from torch.distributed.run import get_args_parser, main, parse_args
 
 from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, heeded, print_error
 
-SAVE_SECONDS = 600  # time for ranks to stop: one step, and saving 1.2 GB to a slow disk
-MEET_SECONDS = 600  # time to wait for the first machine
+SAVE_SECONDS = 600  # time limit for ranks to stop: enough for one step and for saving 1.2 GB to a slow disk
+MEET_SECONDS = 600  # time limit for reaching the first machine
 JOB = "drasclr-job"  # key under which the rendezvous store holds the job's id
 
 
 def is_kept(record: logging.LogRecord) -> bool:
-    """Return False for torchrun's lines about ranks that ended; :func:`explain_failures` reports those."""
+    """Return False for torchrun's log lines about ended ranks, because :func:`explain_failures` reports these ranks."""
     text = record.getMessage()
     return "failed (exitcode: 1)" in text or not ("(exitcode:" in text or "closing signal" in text or "death" in text)
 
@@ -61,13 +61,15 @@ def add_defaults(arguments: list[str]) -> list[str]:
 
 
 def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
-    """With several machines: let the first launcher hold the rendezvous store, and put the job's id in it.
+    """Open the rendezvous store if the job uses several machines, and check that it belongs to this job.
+
+    The first launcher hosts the store and writes the job's id to it. The other launchers compare their own id with it.
 
     Returns:
-        The flags for torchrun, and the store; keep a reference to it until the end.
+        The flags for torchrun, and the store or None. Keep a reference to the store until torchrun ends.
 
     Raises:
-        SystemExit: after one line, if the endpoint is in use, belongs to another job, or cannot be reached.
+        SystemExit: the endpoint is in use, belongs to another job, or cannot be reached; one line is printed first.
     """
     args = parse_args(arguments)
     host, _, port = args.rdzv_endpoint.rpartition(":")
@@ -81,7 +83,7 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
         if first:
             store.set(JOB, args.rdzv_id)
         job = store.get(JOB).decode()
-    except (RuntimeError, ValueError) as error:  # includes torch's network and store errors
+    except (RuntimeError, ValueError) as error:  # torch's network and store errors are subclasses of RuntimeError
         if first and "in use" in str(error).lower():
             print_error(f"RDZV_ENDPOINT {args.rdzv_endpoint} is in use by another job; choose another port")
         else:
@@ -100,7 +102,7 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
 def explain_failures(failures: dict) -> int | None:
     """Return the exit status for failed ranks, or None to leave the report to torchrun.
 
-    Print one line if the ranks have not printed the cause.
+    Print the cause in one line if the ranks have not printed the cause themselves.
     """
     by_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
     statuses = {failure.exitcode for failure in failures.values()}
@@ -118,7 +120,7 @@ def explain_failures(failures: dict) -> int | None:
     if first.exitcode > 0:
         return None
     number = signal.Signals(-first.exitcode)
-    if number in STOPPING:  # stopped before there was anything to save
+    if number in STOPPING:  # the signal ended the rank before there was anything to save
         return 128 + number
     causes = {signal.SIGKILL: "usually because memory ran out", signal.SIGBUS: "usually because /dev/shm is full"}
     print_error(

@@ -3,13 +3,13 @@
     python tools/make_cohort.py --out-dir ssl_exp/cohort --num-subjects 24 --size tiny
     python tools/make_cohort.py --out-dir ssl_exp/warped --num-subjects 12 --template thorax_ct.nii.gz
 
-The first command makes procedural phantoms. The second makes deformed copies of one real scan. Both plant emphysema of
-five subtypes with the texture of real lungs, reticulation and lesions. The same flags give the same bytes. An
-interrupted run resumes with the missing subjects. Writes
+The first command makes procedural phantoms. The second command makes deformed copies of one real scan. Both commands
+plant disease: emphysema of five subtypes with the texture of real lungs, reticulation, and lesions. The same flags give
+byte-identical files. Run an interrupted command again to make only the missing subjects. The script writes
 
     image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices vary
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
-    labels.csv                    sid, held_out (1 for three in ten subjects, to evaluate on), and the ground truth:
+    labels.csv                    sid, held_out (1 for the test set, three in ten subjects), and the ground truth:
                                   shares of the lung in each subtype, visual grades, spirometry, exacerbations, survival
     class/{sid}.nii.gz            with --class-maps: uint8, the class of each lung voxel
     scans.csv                     sid and the scanner settings, which are independent of all labels
@@ -51,10 +51,10 @@ from tools.cohort.warped import load_template, make_template_atlas, make_warped
 def make_phantom(
     seed: int, index: int, size: str, one_scanner: bool, class_maps: bool, out_dir: Path
 ) -> tuple[dict, dict]:
-    """Write the files of subject ``index``. Return its rows of labels.csv and scans.csv."""
+    """Write the files of subject ``index``, and return the rows of this subject in labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
-    if one_scanner:  # after all draws, so that the subjects are the same as with many scanners
+    if one_scanner:  # replaced after all draws, so that the subjects are the same as with --scanners varied
         acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
@@ -82,7 +82,7 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
 def make_subject(
     made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
 ) -> tuple[dict, dict]:
-    """Return the rows of ``job``; read them from ``made`` if an earlier run has finished this subject."""
+    """Return the rows that ``job`` makes for a subject, or read them from ``made`` if an earlier run made them."""
     sid, out_dir = subject_name(index), how[-1]
     path = made / f"{sid}.json"
     if path.is_file() and (out_dir / "image" / f"{sid}.nii.gz").is_file():
@@ -106,37 +106,37 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out-dir", required=True, help="output folder; created if it does not exist")
-    add("--num-subjects", type=at_least(int, 1), default=24, help="number of subjects, without the atlas")
-    add("--seed", type=at_least(int, 0), default=0, help="random seed; another seed gives another cohort")
+    add("--num-subjects", type=at_least(int, 1), default=24, help="number of subjects, not counting the atlas")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed; a different seed gives a different cohort")
     add(
         "--size",
         type=OneOf(*SIZES),
         default="tiny",
-        help="tiny: 0.38 of an adult's size, 4 to 9 core-seconds per subject; full: an adult, about a minute",
+        help="tiny: 0.38 of an adult's size, 4 to 9 core-seconds per subject; full: an adult's size, about a minute",
     )
-    add("--template", metavar="SCAN", help="deform this CT instead of making phantoms; --size is then ignored")
+    add("--template", metavar="SCAN", help="deform this CT scan instead of making phantoms, and ignore --size")
     add(
         "--scanners",
         type=OneOf("varied", "one"),
         default="varied",
-        help="varied: dose, kernel, slice thickness and inspiration differ between subjects, as in a clinic; one: they "
-        "are the same for all subjects, so that only disease varies",
+        help="varied: dose, kernel, slice thickness and inspiration differ between subjects, as in a clinic; one: all "
+        "four are the same for every subject",
     )
     add(
         "--template-mask",
         metavar="MASK",
-        help="lung mask of --template, 1 right, 2 left (default: made by thresholding)",
+        help="lung mask of --template: 1 right lung, 2 left lung (default: made by thresholding)",
     )
     add(
         "--class-maps",
         action="store_true",
-        help="also write class/{sid}.nii.gz, the class of each lung voxel (1 normal, 2 to 6 the subtypes)",
+        help="also write class/{sid}.nii.gz, the class of each lung voxel (1 normal, 2 to 6 emphysema subtypes)",
     )
     add(
         "--num-workers",
         type=at_least(int, 1),
         default=1,
-        help="subjects made in parallel; raise it to the number of cores",
+        help="number of subjects to make in parallel, for example the number of cores",
     )
     add_progress_flag(parser)
     args = parser.parse_args()
@@ -155,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir)
-    made = out_dir / ".made"  # rows of finished subjects, kept until all subjects are made
+    made = out_dir / ".made"  # folder with the rows of finished subjects, deleted after the last subject
     with held(out_dir / ".lock", str(out_dir)), tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
         if args.template:
             image, labels = load_template(args.template, args.template_mask)
@@ -172,7 +172,7 @@ def main() -> None:
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
-        # Workers die with a killed run. Otherwise they would write into the folder of the next run.
+        # Workers are killed with this process, because they could otherwise write into the folder of the next run.
         with bar, ProcessPoolExecutor(args.num_workers, None, end_with_parent, (signal.SIGKILL,)) as pool:
             futures = [pool.submit(make_subject, *job) for job in jobs]
             try:

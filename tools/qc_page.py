@@ -1,9 +1,9 @@
-"""The page of all preprocessed subjects, worst first: qc/index.html in the store.
+"""Write qc/index.html in the store: a page of all preprocessed subjects, worst first.
 
     python tools/qc_page.py --root-dir /data/patches
 
-run_preprocess.sh ends with it; run it again after single steps. It opens from the disk with any browser, and needs no
-network.
+run_preprocess.sh runs this script at the end. Run the script again after a single step of preprocessing. The page opens
+in any browser without a network connection.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from preprocess.qc_page import STEPS, write_qc_page
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--root-dir", required=True, help="patch store, or one whose preprocessing is under way")
+    parser.add_argument("--root-dir", required=True, help="patch store; preprocessing may still be running")
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ cd "$here"
 data=ssl_exp/demo_data
 experiment=ssl_exp/demo
 epochs=${DEMO_EPOCHS:-6}
-subjects=${DEMO_SUBJECTS:-48}
+subjects=${DEMO_SUBJECTS:-80}
 defaults="--recipe small --root-dir $data/patches --exp-name demo --resume auto --epochs $epochs --workers 1 --print-freq 34"
 # Check the flags now, not only when training starts.
 # shellcheck disable=SC2086 # defaults holds several words
@@ -81,6 +81,7 @@ run "$PYTHON" extract_feature.py --exp-name="$experiment" --checkpoint-patch="$l
 run "$PYTHON" extract_feature.py --exp-name="${experiment}_untrained" --checkpoint-patch=checkpoint_patch_0001.pth.tar
 
 step "5/5 how well do the features predict the disease? R2 or kappa of held-out subjects, with 95 % intervals"
+echo "features: mean and SD of every layer, over locations (--patient-vector layers); mean: the published patient features"
 number=$(echo "$last" | sed 's/[^0-9]//g')
 features=$experiment/patch_rep/$number
 run "$PYTHON" tools/evaluate.py --features "$features/patient_features.csv" \

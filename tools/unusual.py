@@ -3,15 +3,15 @@
     python tools/unusual.py --features-dir ssl_exp/NAME/patch_rep/0020 --labels labels.csv --healthy never_smoker \\
         --out-dir unusual
 
-The script fits a density to the patch features of the subjects with 1 in the column --healthy. It has one mean per
-location and one covariance for all locations. The score of a patch is its squared Mahalanobis distance divided by the
-number of features, about 1 for usual patches. The score of a subject is the mean over its patches. Healthy subjects are
-scored by densities that were fitted without them. The script writes
+The script fits a density to the patch features of the subjects with 1 in the column --healthy. The density has one
+mean per location and one covariance for all locations. The score of a patch is its squared Mahalanobis distance divided
+by the number of features, which is about 1 for usual patches. The score of a subject is the mean over its patches. A
+healthy subject is scored by a density that was fitted without this subject. The script writes
 
     unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
-    patch_scores.csv    sid, patch, value: input for --patch-labels of emphysema_map.py, which maps it over a scan
-    unusual.json        AUROC of the score between healthy subjects (1) and the others (0), with 95 % interval; with
-                        --baselines STORE also for the same density of the histogram at each location
+    patch_scores.csv    sid, patch, value: input for emphysema_map.py --patch-labels, which maps scores over a scan
+    unusual.json        AUROC of the score for separating subjects with 0 from healthy subjects (1), with its 95 %
+                        interval; with --baselines STORE also the AUROC of a density of patch histograms
 """
 
 import argparse
@@ -41,19 +41,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--features-dir", required=True, help="output folder of extract_feature.py")
-    text = (
-        "patch features to use: layers (mean and SD of the channels of every layer, extract_feature.py --layers), or "
-    )
-    text += "h with mean or moments (default: layers if the file exists, else h)"
+    text = "patch features to score: layers (mean and SD of the channels of every layer), or h (mean or moments)"
+    text += " (default: layers if extract_feature.py --layers wrote the file, else h)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add("--labels", required=True, help="CSV with a sid column and the column of --healthy")
     add(
         "--healthy",
         required=True,
         metavar="COLUMN",
-        help="label column: 1 for healthy subjects to learn from, 0 for subjects to detect",
+        help="label column: 1 for healthy subjects, which the density is fitted to, 0 for all others",
     )
-    add("--baselines", metavar="STORE", help="patch store of the same subjects; scores its histograms as a baseline")
+    add(
+        "--baselines",
+        metavar="STORE",
+        help="patch store of the same subjects; the histograms of their patches are scored as a baseline",
+    )
     add("--out-dir", required=True, help="output folder")
     add_progress_flag(parser)
     return parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
         if missing := set(sids) - set(store.sids):
             raise UserError(
                 f"--baselines {args.baselines} lacks subject {min(missing)!r} of --features-dir; "
-                "give the store of these features"
+                "give the store that these features were extracted from"
             )
         table = (
             make_baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()

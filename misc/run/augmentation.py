@@ -34,7 +34,7 @@ class Ranges(NamedTuple):
     smooth: float = 2.0  # largest sigma, voxels; unpublished
     shift: float = 30.0  # ± HU; unpublished
     breath: float = 0.2  # lung volume changes by a factor of 1 ± breath; unpublished
-    kernel: float = 0.6  # largest share of fine detail to add or remove; unpublished
+    kernel: float = 0.6  # largest fraction of fine detail to add or remove; unpublished
     thickness: float = 1.0  # largest sigma along z, voxels; unpublished
 
 
@@ -86,7 +86,9 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
         "largest relative change of lung volume by b; raise it if breath-hold levels vary widely",
     )
     add(
-        "kernel", between(float, 0, 1), "largest share of fine detail that k adds or removes; raise it for many kernels"
+        "kernel",
+        between(float, 0, 1),
+        "largest fraction of fine detail that k adds or removes; raise it if kernels vary",
     )
     add("thickness", amount, "largest sigma of t along z, voxels; raise it for thick slices")
     add("gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2)

@@ -22,7 +22,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     add_recipe(parser, argv)
     add_output(parser)
     args = parser.parse_args(argv)
-    args.root_dir = os.path.abspath(args.root_dir)  # configs.json may be read from another folder
+    args.root_dir = os.path.abspath(args.root_dir)  # a script in another folder may read configs.json
     for name in ("subjects", "init_from", "batch_table"):
         setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
     try:
@@ -46,7 +46,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed} is too large; use a number below 2^32")
     if args.num_coordinates != 1:
         raise UserError(
-            f"--num-coordinates {args.num_coordinates} is not supported; a location is one 3-D point, use 1"
+            f"--num-coordinates {args.num_coordinates} is not supported; use 1, because a location is one 3-D point"
         )
     if not 0 < args.moco_t < math.inf:
         raise UserError(f"--moco-t {args.moco_t} must be a finite number above 0")
@@ -173,7 +173,7 @@ def add_method(parser: Parser) -> None:
         None,
         "groups with separate BatchNorm statistics (default: 4, or as the ranks and the batch size require)",
     )
-    text = "put subjects with similar scans in a batch, so that scanner and breath do not identify the key: "
+    text = "put subjects with similar scans in a batch, so that scanner and breath-hold do not identify the key: "
     text += "report (volume, density, slices and kernel from the store's reports), or columns of --batch-table"
     add("--batch-by", str, None, text, nargs="+", metavar="COLUMN")
     add("--batch-table", str, None, "CSV with sid and the scan parameters that --batch-by names", metavar="CSV")

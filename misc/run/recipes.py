@@ -8,11 +8,13 @@ from misc.command import OneOf, Parser
 
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {},  # the flags' own defaults
-    # For about a hundred subjects and minutes on a CPU. Negatives come from the same step as the key, and the two views
-    # share most of a patch. There is no neighbour task: so few subjects do not learn it, because neighbouring patches
-    # mainly share the subject and the scanner. Without it a step takes less than half the time. The views differ in
-    # sharpness and noise. Both identify the scanner settings and would solve the patch task without any information
-    # on disease (README, Results; misc/results).
+    # This recipe is for about a hundred subjects and for training in minutes on a CPU.
+    # Negatives come from the same step as the key, and the two views share most of a patch.
+    # The neighbour task is off. With so few subjects, the network does not learn this task,
+    # because neighbouring patches mainly share the subject and the scanner.
+    # Without the neighbour task, a step takes less than half the time.
+    # The views differ in sharpness and noise, because sharpness and noise identify the scanner settings.
+    # These settings would solve the patch task without any information on disease (README, Results; misc/results).
     "small": {
         "epochs": 10,
         "beta": 0.0,
@@ -34,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def add_recipe(parser: Parser, argv: Sequence[str] | None) -> None:
     """Add the flag --recipe and set the chosen recipe as the parser's defaults."""
     small = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["small"].items())
-    text = f"set of defaults: published for thousands of subjects; small for fewer than about 500, which is {small}"
+    text = f"set of defaults: published suits thousands of subjects; small suits fewer than about 500 and sets {small}"
     parser.add_argument("--recipe", type=OneOf(*RECIPES), default="published", help=text)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="published")

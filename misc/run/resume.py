@@ -24,7 +24,7 @@ NOT_FLAGS = {
     "location_table": "location table",
     "world_size": "number of ranks",
 }
-CONSEQUENCES = {  # the effect of a change, if the name of the flag does not show it
+CONSEQUENCES = {  # effects of changes that the name of a setting does not show
     "epochs": "so the learning rates of the cosine schedule change",
     "store_version": "so the run continues with different patches or subjects",
     "world_size": "which gives the same results up to rounding",
@@ -37,15 +37,18 @@ class ResumeError(UserError):
 
 
 def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
-    """Whether the run of a checkpoint encoded neighbours. Published and other checkpoints without the entry did."""
+    """Return whether the run of a checkpoint encoded neighbours.
+
+    Runs of checkpoints without the entry neighbor_pass, such as published ones, encoded neighbours.
+    """
     return before.get("neighbor_pass", True)
 
 
 def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
-    """Whether neighbours are read and encoded at every step.
+    """Return whether neighbours are read and encoded at every step.
 
-    A new run with --beta 0 does not need them. A run that started with neighbours keeps them, because they
-    contribute to its BatchNorm statistics.
+    A new run with --beta 0 does not need neighbours. A run that started with neighbours continues to encode them,
+    because neighbours contribute to its BatchNorm statistics.
 
     Args:
         beta: the value of --beta; a warm-up does not change it.
@@ -69,7 +72,7 @@ def note_changes(
         settings: settings of the resumed run.
         source: the checkpoint.
         place: finished epochs of the checkpoint, and its steps in the next epoch.
-        begins_anew: the run starts at the beginning of an epoch, not within the unfinished one.
+        begins_anew: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
         say: prints a line.
 
     Raises:

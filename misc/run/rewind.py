@@ -1,6 +1,6 @@
 """Rewind the logs of a resumed run to its checkpoint, so that every step is logged once.
 
-The full log.jsonl is kept under another name, like the later checkpoints.
+A copy of the full log.jsonl is kept as superseded-TIME-log.jsonl.
 """
 
 import itertools
@@ -15,7 +15,10 @@ from misc.files import write_text, write_whole
 
 
 def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
-    """Return kind and position of a line of log.jsonl, or None for a partial line. An epoch comes after its steps."""
+    """Return kind and position of a line of log.jsonl, or None for a partial line.
+
+    The position of an epoch's line is after the positions of its steps.
+    """
     try:
         record: dict[str, Any] = json.loads(line)
         epoch = int(record["epoch"])
@@ -30,8 +33,8 @@ def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str,
     """Remove the lines of log.jsonl after a position. If any line is removed, the whole file is copied first.
 
     Args:
-        log: the file, open for reading and appending. It must be read through this stream, because a process loses
-            its lock on a file when it closes another stream of the same file.
+        log: the file, open for reading and appending. This function reads through the stream, because a
+            process loses its lock on a file when it closes another stream of the same file.
         position: finished epochs, and steps of the next epoch.
         aside: path of the copy.
 
@@ -67,7 +70,7 @@ class Record(NamedTuple):
 
     content: bytes
     step: int
-    tags: list[str]  # names of its curves
+    tags: list[str]  # names of the curves in this record
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -75,7 +78,7 @@ def read_records(path: Path) -> Iterator[Record]:
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     data, offset = path.read_bytes(), 0
-    while offset + 12 <= len(data):  # a record is: length, checksum of the length, event, checksum of the event
+    while offset + 12 <= len(data):  # a record has: length, checksum of the length, event, checksum of the event
         (length,) = struct.unpack_from("<Q", data, offset)
         record = data[offset : offset + 16 + length]
         if len(record) < 16 + length:
@@ -87,7 +90,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
-    """Cut the TensorBoard curves where log.jsonl ends.
+    """Cut the TensorBoard curves at the last step and epoch in log.jsonl.
 
     Args:
         folder: folder with the events.out.tfevents.* files.

@@ -16,7 +16,7 @@ from misc.command import UserError
 from misc.progress import progress_bar
 from misc.run.rewind import rewind_curves, rewind_log
 
-NEAR_CHANCE = 1.2  # multiple of chance; a lower accuracy against fresh keys shows that nothing has been learnt
+NEAR_CHANCE = 1.2  # multiple of chance level; a lower accuracy against fresh keys means that nothing is learnt
 
 
 class DivergedError(UserError):
@@ -24,7 +24,7 @@ class DivergedError(UserError):
 
 
 class Sums(NamedTuple):
-    """Sums that a run needs to resume within an epoch. They are means over ranks, so the number of ranks may change."""
+    """Sums that a run needs to resume within an epoch, averaged over ranks, so that the number of ranks may change."""
 
     totals: torch.Tensor  # (n,) float64, sums over the steps of the epoch so far
     since: torch.Tensor  # (n,) float32, sums over the steps since the last reading
@@ -35,7 +35,7 @@ class Meters:
     """Averages of training statistics over all ranks, since the last reading and over an epoch.
 
     The statistics stay on the device until they are read, so that a step does not wait for the device. The
-    number of steps before the first non-finite statistic is also counted there.
+    number of steps before the first non-finite statistic is also counted on the device.
 
     Args:
         names: names of the statistics, in order.
@@ -45,7 +45,7 @@ class Meters:
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = tuple(names)
         self._since = torch.zeros(len(names), device=device)
-        self._finite = torch.zeros(2, device=device)  # whether all steps were finite so far; number of finite steps
+        self._finite = torch.zeros(2, device=device)  # two numbers: whether all steps were finite, and how many were
         self.steps = 0  # steps since the last reading
         self.last_count = 0  # steps in the last reading
         self.finite_steps = 0  # steps in the last reading before the first non-finite one
@@ -84,7 +84,7 @@ class Meters:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the means since the last reading. Every rank must call it; it waits for the device."""
+        """Return the means since the last reading. Every rank must call this method, which waits for the device."""
         reduced = process.all_reduce_mean(self._since.clone()).cpu()  # (n,)
         self._epoch = self._epoch + reduced
         mean = (reduced / self.steps).tolist()
@@ -94,12 +94,15 @@ class Meters:
         return dict(zip(self.names, mean))
 
     def sums(self) -> Sums:
-        """Return the sums for a checkpoint within an epoch. Every rank must call it; it waits for the device."""
+        """Return the sums for a checkpoint within an epoch.
+
+        Every rank must call this method, which waits for the device.
+        """
         since = process.all_reduce_mean(self._since.clone()).cpu()
         return Sums(self._epoch + since, since, self.steps)
 
     def totals(self) -> torch.Tensor:
-        """Return the sums over the epoch so far, (n,) float64, averaged over ranks. Every rank must call it."""
+        """Return the sums over the epoch so far, (n,) float64, averaged over ranks. All ranks must call this method."""
         return self.sums().totals
 
     def epoch_means(self, steps: int) -> dict[str, float]:
@@ -108,7 +111,7 @@ class Meters:
 
 
 def make_curves(folder: str) -> Any:
-    """Return a tensorboard_logger Logger that can write pictures. The original calls a function removed from SciPy."""
+    """Return a tensorboard_logger Logger that can write pictures. The original calls a removed SciPy function."""
     from PIL import Image
     from tensorboard_logger import Logger
     from tensorboard_logger.tf_protobuf import summary_pb2
@@ -127,7 +130,7 @@ def make_curves(folder: str) -> Any:
 
 
 class RunLog:
-    """Writes the statistics of a run. Every rank has one, but only the one of rank 0 writes anything.
+    """Writes the statistics of a run. Every rank has a RunLog, but only rank 0 writes.
 
     Args:
         stream: the open log.jsonl; None on other ranks.
@@ -154,14 +157,14 @@ class RunLog:
 
         Args:
             epoch, step: finished epochs, and finished steps of the next epoch.
-            source: the checkpoint in this folder that the run resumes from; None for a new run, which removes all.
+            source: the checkpoint in this folder that the run resumes from; None for a new run, which empties the logs.
         """
         if not self.speaks:
             return
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
         told = rewind_curves(self._folder, counts)
-        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps
+        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps than now
         if source:
             self._write({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
 
@@ -181,14 +184,17 @@ class RunLog:
         )
 
     def advance(self, picture: Callable[[], np.ndarray] | None = None) -> None:
-        """Record that a step is done. ``picture`` returns its input as (H, W, 3) uint8; the first step's is logged."""
+        """Record that a step is done.
+
+        ``picture`` returns the step's input as an image, (H, W, 3) uint8. Only the first image is logged.
+        """
         self._bar.update()
         if self._pictured or picture is None or not self.speaks:
             return
         self._pictured = True
         try:
             self._curves.log_images("train/views", [picture()], step=0)
-        except (ImportError, RuntimeError) as error:  # torchvision does not match this torch
+        except (ImportError, RuntimeError) as error:  # for example because torchvision does not match torch
             print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 
     def step(self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float) -> None:

@@ -17,18 +17,18 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Saver:
-    """Saves on rank 0 when all ranks agree, and ends all ranks if one was asked to stop.
+    """Saves checkpoints on rank 0, and ends all ranks if one rank received a stop signal.
 
-    All ranks must call its methods at the same steps.
+    All ranks must call the methods of their Saver at the same steps.
 
     Args:
-        state: writes the state of the run. ``state.save`` takes the path, the finished epochs, the steps of the next
-            epoch and their sums. ``state.aside`` is None, or takes the same arguments, copies the state and returns a
-            function that writes the copy. A thread calls that function while training continues. Otherwise a slow
-            disk would stall a step for seconds, because the queue of the published sizes has 1.2 GB. A stop and the
-            last epoch are always saved without a thread.
+        state: object that writes the state of the run. ``state.save`` takes the path, the finished epochs, the steps
+            of the next epoch and the sums over these steps. ``state.aside`` is None, or takes the same arguments,
+            copies the state and returns a function that writes the copy. A thread calls the returned function while
+            training continues. Without the thread, a slow disk would stall a step for seconds, because the queue of
+            the published sizes has 1.2 GB. After a stop signal and after the last epoch, no thread is used.
         experiment: the experiment folder to save to.
-        stop: records a signal to this rank.
+        stop: records the stop signals that this rank receives.
         epochs: number of epochs of the run; the last one is always saved.
         every: epochs between checkpoints.
         minutes: minutes between saves within an epoch; 0 for none.
@@ -51,14 +51,14 @@ class Saver:
         self._writing: tuple[threading.Thread, list[OSError]] | None = None  # the writing thread and its errors
         self.epochs, self.every, self.minutes, self.keep = epochs, every, minutes, keep
         self.good = good  # the latest saved checkpoint
-        self.agreed = 0  # the signal that all ranks knew of at the end of the last epoch
+        self.agreed = 0  # stop signal that any rank had received by the end of the last epoch; 0 for none
         self.saved_at = time.monotonic()
 
     def after_step(self, epoch: int, done: int, meters: Meters) -> None:
         """Save after ``done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
         stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
-        if not (due or stopped):  # other ranks do not know of a later signal, so it waits for the next step
+        if not (due or stopped):  # a signal that arrives from now on is handled after the next step
             return
         path, sums = self.experiment.incomplete_file, meters.sums()
         saved = self._save(path, epoch, done, sums, now=bool(stopped))
@@ -86,7 +86,7 @@ class Saver:
             )
 
     def leave_if_asked(self) -> None:
-        """End this process after a signal. The state is already saved; the message names the checkpoint."""
+        """End this process after a stop signal. The state is already saved; the message names the checkpoint."""
         if self.agreed:
             self.stop.number = self.agreed
             self.end_all_ranks(
@@ -114,7 +114,7 @@ class Saver:
     ) -> bool:
         """Save on rank 0. Return whether the checkpoint exists or a thread is writing it.
 
-        A full disk gives a warning and the run continues, unless the checkpoint ``must`` be saved. ``then`` is called
+        If the disk is full, print a warning and continue, unless the checkpoint ``must`` be saved. ``then`` is called
         once the checkpoint exists.
         """
         self.saved_at = time.monotonic()
@@ -155,7 +155,7 @@ class Saver:
         thread.start()
 
     def wait_for_writing(self) -> None:
-        """Wait for the writing thread. Raises its OSError unless the disk was full."""
+        """Wait for the writing thread. Raise an OSError of this thread, unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None
@@ -183,7 +183,7 @@ class Saver:
         )
 
     def end_all_ranks(self, message: str) -> None:
-        """End all ranks together, because a launcher ends the others as soon as one exits, even while rank 0 saves."""
+        """End all ranks together. A launcher ends all ranks as soon as one rank exits, even while rank 0 saves."""
         process.wait_at_end()
         if process.rank() == 0:
             print(message)

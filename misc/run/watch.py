@@ -1,8 +1,9 @@
-"""Detect a hanging rank and report which one it is.
+"""Detect hanging ranks and report their numbers.
 
-Ranks wait for each other in every step, so one hanging rank blocks all of them, and none can report it from within
-the step. A thread next to each rank therefore publishes its current step. A rank without signs of life has no living
-process. A rank with signs of life that has not reached the step of the others hangs on the way, usually on its disk.
+Ranks wait for each other in every step, so one hanging rank blocks all ranks, and no rank can report the problem from
+within the step. A thread of each rank therefore publishes the rank's current step, as a sign of life. If a rank gives
+no signs of life, its process no longer responds. If a rank gives signs of life but has not reached the step of
+the other ranks, it hangs, usually while it reads from its disk.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from misc.command import LOST, USER_ERROR, leave
 Item = TypeVar("Item")
 BEATS = 20  # signs of life (beats) that a rank sends during --patience
 LONGEST_BEAT = 10.0  # longest time between beats, seconds
-SILENT_BEATS = 4  # a rank counts as dead after so many missed beats
+SILENT_BEATS = 4  # a rank counts as dead after this many missed beats
 
 
 class Place(NamedTuple):
@@ -30,7 +31,7 @@ class Place(NamedTuple):
     epoch: int  # counted from 1
     step: int
     host: str
-    beat: int  # counts the signs of life
+    beat: int  # number of signs of life so far
 
 
 NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
@@ -39,7 +40,7 @@ NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
 def describe_hanging_ranks(places: Mapping[int, Place], silent: set[int]) -> str:
     """Describe which ranks the others wait for, and why.
 
-    If no rank is silent or behind, all are at the same step. Then a device or the network does not respond.
+    If no rank is silent or behind, all ranks are at the same step, and a device or the network does not respond.
 
     Args:
         places: the last known step of each rank.
@@ -65,7 +66,7 @@ class Watch:
     """The watching thread of one rank.
 
     Args:
-        store: key-value store shared by the ranks; set(key, text), get(key), check([key]).
+        store: key-value store shared by the ranks, with the methods set, get, check and add.
         rank, world: number of this rank, and number of ranks.
         seconds: longest time without progress.
     """
@@ -75,14 +76,17 @@ class Watch:
         self.pause = min(seconds / BEATS, LONGEST_BEAT)
         self.began = self.since = time.monotonic()
         self.at, self.beats = (0, 0), 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> latest beat and its time
+        self._heard: dict[int, tuple[int, float]] = {}  # rank -> latest beat and the time of its arrival
 
     def move(self, epoch: int, step: int) -> None:
         """Record that this rank has reached a step."""
         self.at, self.since = (epoch, step), time.monotonic()
 
     def look(self) -> str:
-        """Publish the step of this rank and read those of the others. Return what hangs, or ``""`` if nothing does."""
+        """Publish the step of this rank, and read the steps of the other ranks.
+
+        Return a description of what hangs, or an empty string.
+        """
         self.beats += 1
         own = Place(*self.at, socket.gethostname(), self.beats)
         self.store.set(f"watch-{self.rank}", json.dumps(own))
@@ -100,10 +104,10 @@ class Watch:
         return describe_hanging_ranks(places, silent) if now - self.since > self.seconds else ""
 
     def run(self) -> None:
-        """Watch until something hangs. Then one rank prints the reason, and this process ends."""
+        """Watch until a rank hangs, let one rank print the reason, and end this process."""
         while True:
             time.sleep(self.pause)
-            with contextlib.suppress(RuntimeError):  # the store is gone because the run is ending
+            with contextlib.suppress(RuntimeError):  # the store no longer exists if the run is ending
                 if hangs := self.look():
                     break
         if self.store.add("watch-told", 1) == 1:
@@ -126,7 +130,7 @@ def watch_steps(items: Iterable[Item], epoch: int, done: int, minutes: float) ->
     Args:
         items: batches.
         epoch: current epoch, counted from 0.
-        done: steps of this epoch that were finished before.
+        done: number of steps of this epoch that are already finished.
         minutes: longest time without progress.
     """
     if process.world_size() > 1 and not _watch:

@@ -46,7 +46,7 @@ def generator(seed=0):
 
 
 def normal(seed=0):
-    """Return noise from a separate random stream."""
+    """Return a function that draws noise from a separate random stream."""
     stream = generator(seed)
     return lambda some: torch.randn(some.shape, generator=stream, dtype=some.dtype)
 
@@ -59,7 +59,7 @@ def apply(name, inputs, drawn, noise=None, dense=False):
 
 
 def tolerance(dtype):
-    """MONAI always returns float32, so its rounding limits the float64 comparison, too."""
+    """MONAI always returns float32, so float32 rounding also limits the comparison in float64."""
     return 1e-6 * RANGE if dtype == torch.float64 else 1e-4 * RANGE
 
 
@@ -83,7 +83,7 @@ def test_affine_is_monais(dtype, size):
 
 
 def test_affine_conventions_in_closed_form():
-    """Output voxel x reads the input at R (s x + t) relative to the centre, here on a linear ramp."""
+    """Check on a linear ramp that output voxel x reads the input at R (s x + t), relative to the centre."""
     z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
     ramp = torch.from_numpy(2.0 * z - 3.0 * y + 5.0 * x)[None, None]
     a, b, c = 0.10, -0.07, 0.05
@@ -116,8 +116,8 @@ def test_scale_above_one_zooms_out():
 def test_elastic_equals_monais(dtype):
     inputs = volumes(3, 2, dtype)
     drawn = augment.draw_elastic(3, SIZE, generator(3))
-    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # kernel cut-offs that round down and up
-    # A smaller magnitude than in training keeps most sampled voxels inside.
+    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # one kernel's cut-off is rounded down, the other's up
+    # A smaller magnitude than in training keeps most sampled positions inside the volume.
     drawn["magnitude"] = drawn["magnitude"] / 8
     ours = apply("elastic", inputs, drawn)
     monai = Rand3DElastic((8, 12), (0, RANGE), prob=1.0, padding_mode="border", spatial_size=SIZE)
@@ -131,10 +131,10 @@ def test_elastic_equals_monais(dtype):
         grid.shear_params = []
         grid.translate_params = drawn["translation"][index].tolist()
         grid.scale_params = drawn["scale"][index].tolist()
-        grid.randomize = lambda: None  # MONAI calls it again
+        grid.randomize = lambda: None  # MONAI calls randomize again
         monai.randomize = lambda grid_size: None
         wanted = torch.as_tensor(monai(inputs[index].float()))
-        # MONAI always makes this grid in float32, so its rounding sets the tolerance.
+        # MONAI always makes the sampling grid in float32, so float32 rounding sets the tolerance.
         assert float((ours[index].float() - wanted).abs().max()) < 1e-4 * RANGE
 
 
@@ -203,7 +203,7 @@ def test_flip_equals_monais():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
 def test_smoothing_equals_monais_and_keeps_the_rim(dtype, size):
-    """MONAI pads with zeros. Its result divided by its result for ones is a mean over the voxels inside."""
+    """MONAI pads with zeros. Dividing by MONAI's result for a volume of ones gives a mean over the voxels inside."""
     inputs = volumes(4, 2, dtype, size)
     before = inputs.clone()
     drawn = augment.draw_smooth(4, size, generator(5))
@@ -349,7 +349,7 @@ def test_letters_are_applied_in_order():
             )
         prepared = Augmentation(letters).prepare(drawn, SIZE)
         assert torch.equal(Augmentation(letters).apply(inputs, prepared, normal(6)), chained)
-    # The order matters, because resampling smooths earlier noise.
+    # The order of transforms matters, because resampling smooths the noise that was added before.
     everyone = {"chosen": torch.ones(2, dtype=torch.bool), "std": torch.full((2,), 50.0)}
     move = augment.prepare_affine(augment.draw_affine(2, SIZE, generator(4)), SIZE)
     flat = torch.zeros(2, 1, *SIZE)
@@ -414,7 +414,7 @@ def test_intensities_without_augmentation():
 
 @pytest.mark.parametrize("kind", (np.int16, np.float32, np.float64))
 def test_network_input_without_augmentation(kind):
-    """HU are clipped to [-1024, 240] and become (HU + 1024) / 632 - 1, for any number of patches."""
+    """HU are clipped to [-1024, 240] and scaled to (HU + 1024) / 632 - 1, for any number of patches."""
     for count in (1, 16, 37):
         hu = np.random.default_rng(count).integers(-1500, 500, (count, 4, 4, 4)).astype(kind)
         wanted = torch.from_numpy((np.clip(hu.astype(np.float64), -1024, 240) + 1024) / 632 - 1)[:, None]
@@ -427,7 +427,7 @@ def test_network_input_without_augmentation(kind):
 @pytest.mark.parametrize("size", [(32, 32, 32), (5, 7, 6), (1, 4, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_slice_by_slice_sampling_is_trilinear(size, channels):
-    """Test white noise, the worst case, with coordinates on, between and outside the voxels."""
+    """Sample white noise, the worst case, at coordinates on, between and outside the voxels."""
     stream = generator()
     noise = torch.rand(5, channels, *size, generator=stream, dtype=torch.float64) * RANGE
     voxels = torch.rand(5, 3, *size, generator=stream, dtype=torch.float64) * 2 - 0.5
@@ -437,13 +437,13 @@ def test_slice_by_slice_sampling_is_trilinear(size, channels):
     torch.testing.assert_close(resample.sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
     single = resample.sample(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
-    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # coordinates on voxels return the voxels
+    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # sampling on voxels returns their values
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])
 
 
 def test_ranges_follow_the_flags():
-    """Narrower ranges draw narrower parameters from the same stream. The defaults are the published ranges."""
+    """Narrower ranges make the random parameters vary less. The default ranges are the published ranges."""
     narrower = dict(
         rotate=5, translate=3, scale=0.05, noise_std=10, noise_prob=0.75, gamma=(0.9, 1.1), smooth=0.5, shift=10
     ) | dict(breath=0.1, kernel=0.3, thickness=0.25)

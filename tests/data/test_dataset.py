@@ -1,4 +1,4 @@
-"""Batches from data-loader workers: they arrive even if /dev/shm is full, and errors keep their message."""
+"""Test that batches from data-loader workers arrive even if /dev/shm is full, and that errors keep their message."""
 
 import signal
 import subprocess
@@ -31,7 +31,7 @@ def raise_full(self):
 def test_batches_arrive_with_a_full_shared_memory(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path, 4, grid)
     wanted, notes = list(batches(loader_of(tmp_path, 0))), []
-    monkeypatch.setattr(torch.Tensor, "share_memory_", raise_full)  # workers are forks of this process
+    monkeypatch.setattr(torch.Tensor, "share_memory_", raise_full)  # workers are forked, so they use this replacement
     made = list(batches(loader_of(tmp_path), notes.append))
     assert len(made) == len(wanted) == 12 and len(notes) == 1 and "/dev/shm is full" in notes[0]
     for one, other in zip(made, wanted):
@@ -50,7 +50,7 @@ def test_a_workers_error_is_one_line(tmp_path, make_store, grid):
 
 
 def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store, grid):
-    """torch sends SIGTERM to a worker that ends slowly. The worker must not forward it to the trainer."""
+    """torch sends SIGTERM to a worker that ends slowly. The worker must not forward this signal to the trainer."""
     make_store(tmp_path, 4, grid)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -66,7 +66,10 @@ def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store,
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_failing_trainer_ends_at_once(tmp_path, make_store, grid, workers):
-    """Workers know that the trainer ends them. Otherwise torch would wait 5 s for each, and each worker a minute."""
+    """Workers must end at once if the trainer fails.
+
+    Otherwise, torch would wait 5 s for each worker, and each worker would live for another minute.
+    """
     make_store(tmp_path, 4, grid)
     code = (
         "import sys\nfrom data.loader import batches\nfrom tests.data.test_dataset import loader_of\n"

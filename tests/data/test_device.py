@@ -1,4 +1,4 @@
-"""Batches on the device: copied from the loader, or gathered from location files that stay on the device."""
+"""Test batches on the device: copied from the data loader, or gathered from location files that stay on the device."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Normalised locations, and the table of neighbours."""
+"""Test the normalisation of locations, and the table of neighbours."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from data.locations import neighbor_table, normalize_locations
 
 def test_locations_are_normalised_by_the_tables_maximum():
     table = np.array([[26, 130, 0], [52, 260, 0], [104, 0, 0]])
-    wanted = [[-0.5, 0.0, -1.0], [0.0, 1.0, -1.0], [1.0, -1.0, -1.0]]  # an axis with only zeros gives -1
+    wanted = [[-0.5, 0.0, -1.0], [0.0, 1.0, -1.0], [1.0, -1.0, -1.0]]  # an axis with only zeros becomes -1
     normalised = normalize_locations(table)
     assert normalised.dtype == np.float32
     np.testing.assert_allclose(normalised, wanted, atol=1e-7)
@@ -29,7 +29,7 @@ def literal_neighbors(table, k):
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_ties_are_ordered_by_index(grid, k):
     np.testing.assert_array_equal(neighbor_table(grid, k), literal_neighbors(grid, k))
-    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # 1, 2 and 4 all have distance 26
+    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # locations 1, 2 and 4 all have distance 26 from 0
 
 
 def test_fewer_locations_than_neighbors(grid):
@@ -45,8 +45,8 @@ def test_published_table(reference):
     np.testing.assert_array_equal(neighbors, literal_neighbors(table, 3))
     distances = ((table[:, None] - table[None]) ** 2).sum(-1)
     ties = sum(np.partition(row, 3)[3] == np.partition(row, 2)[2] for row in distances)
-    assert ties > 500  # ties are common, so their order must be defined
-    # For one location: corner (26, 130, 26) divided by the maximum (312, 286, 286).
+    assert ties > 500  # equal distances are common, so their order must be defined
+    # Location 0: its corner (26, 130, 26) is divided by half the table's maximum (312, 286, 286), minus 1.
     np.testing.assert_allclose(normalize_locations(table)[0], [26 / 156 - 1, 130 / 143 - 1, 26 / 143 - 1], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead with threads."""
+"""Test reading ahead with threads."""
 
 import os
 import threading
@@ -64,7 +64,7 @@ def test_files_are_requested_in_order_and_missing_ones_skipped(tmp_path, monkeyp
     request_files(tmp_path / name for name in ("a", "missing", "b"))
     assert done.wait(10)
     assert asked == [(start, prefetch.PIECE, os.POSIX_FADV_WILLNEED) for start in (0, prefetch.PIECE, 0)]
-    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
+    monkeypatch.delattr(os, "posix_fadvise")  # macOS has no posix_fadvise
     prefetch.request_each([tmp_path / "a"])
 
 

@@ -1,4 +1,4 @@
-"""Sampling: every batch carries its location, and ranks never overlap."""
+"""Test that every batch carries its location, and that ranks never draw the same samples."""
 
 import multiprocessing
 import signal
@@ -138,7 +138,10 @@ def test_a_worker_ended_by_its_trainer_ends_at_once():
 
 
 def test_interleaved_visits_are_short_and_cover_all():
-    """Every (location, subject) pair occurs as often as in the published order, with the same subjects per step."""
+    """Every (location, subject) pair occurs as often as in the published order.
+
+    Each step of a location has the same subjects in both orders.
+    """
     sequential = LocationBatchSampler(35, 3, 3, seed=4)
     interleaved = LocationBatchSampler(35, 3, 3, seed=4, order="interleaved")
     one, other = ({(i.location, i.step): i.rows.tolist() for i in sampler} for sampler in (sequential, interleaved))

@@ -1,4 +1,4 @@
-"""Batches of similar scans: reading the columns and composing the batches."""
+"""Test batches of similar scans: how table columns are read and how batches are composed."""
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ def table(tmp_path):
     frame = pd.DataFrame(rows).astype(str)
     frame.loc[3, "noise"] = ""
     frame["name"] = [f"n{row}" for row in range(N)]
-    frame.iloc[:-2].to_csv(tmp_path / "t.csv", index=False)  # 000 and 001 have no row
+    frame.iloc[:-2].to_csv(tmp_path / "t.csv", index=False)  # subjects 000 and 001 have no row
     return tmp_path / "t.csv"
 
 
@@ -33,7 +33,9 @@ def test_similarity_from_table_columns(table):
     assert found.shape == (N, 3) and np.isnan(found[:2]).all() and np.isnan(found[20, 0]) and not np.isnan(found[20, 1])
     kernel = (frame["kernel"] == "B30f").to_numpy()[2:]
     assert (found[2:, 1][kernel] > 0).all() and (found[2:, 1][~kernel] < 0).all()
-    np.testing.assert_allclose(np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1)  # like one numeric column
+    np.testing.assert_allclose(
+        np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1
+    )  # total variance of 1, as for a number
     assert len(notes) == 2 and "22 different texts" in notes[0] and "has no values for 2 of 24" in notes[1]
 
 

@@ -1,4 +1,4 @@
-"""Reading patch stores: the current layout, the published layout and damaged stores."""
+"""Test reading patch stores: the current layout, the published layout and damaged stores."""
 
 import os
 import shutil
@@ -26,12 +26,12 @@ def test_patches_are_read_as_written(tmp_path, make_store, grid, grouped):
 
 
 def test_the_published_layout_is_read(tmp_path, make_store, grid):
-    """The published layout has another table name and no subjects.csv. Rows follow the sorted file names."""
+    """The published layout has another table name and no subjects.csv. The sorted file names give the order of rows."""
     make_store(tmp_path, 2, grid)
     (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
     (tmp_path / "subjects.csv").unlink()
     (tmp_path / "patch").mkdir()
-    for sid in ("b_INSP", "b"):  # b_INSP is first by file name, b is first by sid
+    for sid in ("b_INSP", "b"):  # b_INSP comes first in the order of file names, b in the order of sids
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", np.zeros((6, 32, 32, 32), dtype=np.int16))
     store = PatchStore(tmp_path)
     assert store.sids == ["b_INSP", "b"]
@@ -207,7 +207,7 @@ def test_selected_subjects_keep_the_stores_order(make_store, tmp_path, grid, gro
 
 
 def regrouped(path):
-    """Replace the file by a new one of the same name, as grouping does."""
+    """Replace the file by a new file of the same name, as grouping does."""
     np.save(path.with_name("new.npy"), np.load(path)[::-1])
     path.with_name("new.npy").rename(path)
 
@@ -249,7 +249,7 @@ def test_the_version_depends_on_the_content(tmp_path, make_store, grid):
     make_store(tmp_path / "c", 4, grid, seed=1)
     make_store(tmp_path / "d", 4, grid + 1)
     make_store(tmp_path / "e", 4, grid, grouped=False)
-    (tmp_path / "b" / "subjects.csv").unlink()  # as in the published layout
+    (tmp_path / "b" / "subjects.csv").unlink()  # the published layout has no subjects.csv
     others |= {PatchStore(tmp_path / name).version for name in "bcde"}
     assert len(others) == 6
 

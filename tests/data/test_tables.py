@@ -1,4 +1,4 @@
-"""Tables with sids: a sid is text, and no sid can leave its folder."""
+"""Test tables with sids: a sid is read as text, and no sid may name a path outside its folder."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rules for an experiment's folder, and reading a checkpoint's progress without loading it."""
+"""Test the rules for an experiment's folder, and reading a checkpoint's progress without loading the checkpoint."""
 
 import json
 import time
@@ -16,7 +16,7 @@ def save(path, epoch, step=0, **more):
 
 
 def test_progress_is_read_without_loading(tmp_path, monkeypatch):
-    """Reading the progress of a checkpoint with a 400 MB queue takes far less time than loading it."""
+    """Reading the progress of a checkpoint with a 400 MB queue takes far less time than loading the checkpoint."""
     big = tmp_path / "big.pth.tar"
     save(big, 7, 31, queue=torch.zeros(100_000_000))
     start = time.perf_counter()
@@ -27,7 +27,7 @@ def test_progress_is_read_without_loading(tmp_path, monkeypatch):
     assert quick < 0.1 + (time.perf_counter() - start) / 5
     content = read_checkpoint(big, tensors=False)
     assert torch.equal(content["state_dict"]["a"], torch.zeros(3))
-    older = tmp_path / "older_0004.pth.tar"  # the format before torch 1.6 cannot be memory-mapped
+    older = tmp_path / "older_0004.pth.tar"  # the checkpoint format before torch 1.6 cannot be memory-mapped
     torch.save({"epoch": 4, "state_dict": {}}, older, _use_new_zipfile_serialization=False)
     assert progress(older) == (4, 0)
     torch.save({"a": torch.zeros(2)}, tmp_path / "bare_0005.pth.tar")
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     path = experiment.checkpoint(3)
     damaged = bytearray(path.read_bytes())
     at = damaged.find(torch.arange(1000.0).numpy().tobytes()[:4000][2000:2400])
-    damaged[at] ^= 1  # within a tensor, where torch would not notice it
+    damaged[at] ^= 1  # damage a tensor's values, which torch would not notice
     path.write_bytes(damaged)
     assert experiment.find_resume_checkpoint("auto", intact, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all; a lock belongs to one process."""
+"""Test that files are written completely or not at all, and that a lock belongs to one process."""
 
 import os
 import resource
@@ -71,7 +71,7 @@ def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
 
 @pytest.mark.parametrize("way", ["stream", "path"])
 def test_a_full_disk_error_names_the_file(tmp_path, way):
-    """A file-size limit simulates the full disk."""
+    """A file-size limit simulates a full disk."""
     code = (
         "import resource, signal, sys\nfrom misc.files import open_aside, write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

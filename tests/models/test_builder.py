@@ -29,7 +29,7 @@ def draw_inputs(seed=1, k=NEAR):
 
 
 def literal_step(model, index, query, key, neighbors, here, near):
-    """Compute the method sample by sample; return the logits of both tasks and the location's new queue."""
+    """Compute the training step sample by sample; return the logits of both tasks and the location's new queue."""
     encoder_q, encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
     k = neighbors.shape[1]
     z = encoder_q(query, here.expand(B, 3))[0]
@@ -194,7 +194,10 @@ def unit(x):
 
 
 def encoded(model, index, inputs):
-    """Return a step's queries, summed neighbours and keys. The encoders are in eval mode, so calls are repeatable."""
+    """Return a step's queries, summed neighbour vectors and keys.
+
+    The encoders are in eval mode, so repeated calls give the same result.
+    """
     query, key, neighbors, here, near = inputs
     q = unit(model.encoder_q(query, here)[0])
     flat = neighbors.reshape(B * NEAR, 1, 32, 32, 32)
@@ -218,7 +221,7 @@ def step(model, index, inputs, subjects=None):
 
 @torch.no_grad()
 def test_negatives_from_the_batch():
-    """Negatives are the other subjects' keys of the step, in both tasks. The queue is still filled."""
+    """In both tasks, the negatives are the keys of the step's other subjects. The queue is still filled."""
     model, inputs = calibrated(negatives="batch"), draw_inputs()
     q, r, keys = encoded(model, 1, inputs)
     patch, neighbor, labels = step(model, 1, inputs)[:3]
@@ -234,7 +237,7 @@ def test_negatives_from_the_batch():
 
 @torch.no_grad()
 def test_one_queue_holds_keys_of_all_locations():
-    """A step at a second location sees the first location's keys, which one queue per location would not hold."""
+    """A step at a second location uses the first location's keys as negatives, unlike with one queue per location."""
     model, inputs, others = calibrated(one_queue=True), draw_inputs(), draw_inputs()
     first = encoded(model, 1, inputs)[2]
     step(model, 1, inputs)
@@ -249,7 +252,7 @@ def test_one_queue_holds_keys_of_all_locations():
 def test_a_subjects_own_keys_are_masked():
     model, plain, inputs = calibrated(mask_own=True), calibrated(), draw_inputs()
     for one in (model, plain):
-        step(one, 1, inputs, torch.tensor([7, 3, 5, 9]))  # fills rows 0 to 3
+        step(one, 1, inputs, torch.tensor([7, 3, 5, 9]))  # fills queue rows 0 to 3
     subjects = torch.tensor([3, 8, 9, 9])
     masked, free = (step(one, 1, draw_inputs(2), subjects)[:2] for one in (model, plain))
     wanted = torch.zeros(B, 1 + K, dtype=torch.bool)
@@ -265,7 +268,10 @@ def test_a_subjects_own_keys_are_masked():
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step_without_neighbours_is_otherwise_equal(training):
-    """Logits, keys and queue are equal. In training, BatchNorm's running statistics come from the patches only."""
+    """Logits, keys and queue are equal with and without neighbours.
+
+    In training without neighbours, BatchNorm's running statistics come from the patches only.
+    """
     model = calibrated().train(training)
     twin, (query, key, *_, here, _near) = copy.deepcopy(model), draw_inputs()
     logits, none, labels = twin(1, [query, here], [key, here], None)
@@ -291,11 +297,11 @@ def test_statistics_equal_loops():
     )
     pairs = [math.exp(-2 * float((keys[i] - keys[j]).square().sum())) for i in range(B) for j in range(B) if i != j]
     assert probe["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-3, abs=1e-4)
-    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # initial noise has neither subjects nor an age
+    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # the queue's initial noise has no subjects or age
     assert first.representation.shape == (B, 8)
-    step(model, 0, draw_inputs(3), torch.arange(B))  # a step at another location ages the keys
+    step(model, 0, draw_inputs(3), torch.arange(B))  # a step at another location makes the keys older
     third = step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7])).statistics
-    assert float(third["queue_age"]) == 2.0  # keys from step 1, seen in step 3
+    assert float(third["queue_age"]) == 2.0  # the keys of step 1 are 2 steps old in step 3
     assert float(third["queue_own"]) == pytest.approx(100 * 2 / (B * K))
 
 

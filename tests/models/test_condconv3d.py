@@ -12,7 +12,7 @@ from models.condconv3d import CondConv3D
 
 
 def convolve_literally(layer: CondConv3D, inputs: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
-    """Compute kernel = sum_e sigmoid(fc(loc))_e weight_e and its convolution, one sample at a time."""
+    """Compute kernel = sum_e sigmoid(fc(loc))_e weight_e, and convolve each sample with its own kernel."""
     share = inputs.shape[0] // locs.shape[0]
     outputs = []
     for index, sample in enumerate(inputs):
@@ -28,7 +28,7 @@ def convolve_literally(layer: CondConv3D, inputs: torch.Tensor, locs: torch.Tens
     return torch.cat(outputs)
 
 
-CASES = [  # batch, blocks, experts, kernel, stride, padding, dilation, groups, bias
+CASES = [  # columns: batch, blocks, experts, kernel, stride, padding, dilation, groups, bias
     (4, 1, 8, 3, 1, 1, 1, 1, True),
     (6, 2, 3, 3, 2, 1, 1, 1, True),
     (6, 3, 1, 3, 1, 1, 1, 1, True),
@@ -81,7 +81,7 @@ def test_parameter_names():
 
 
 def test_initial_bound_counts_the_output_channels():
-    """Kaiming's rule on the 6-D tensor has fan-in = out * in * 27, so |w| <= 1 / sqrt(fan-in)."""
+    """For the 6-D weight, Kaiming's rule uses fan-in = out * in * 27, so |w| <= 1 / sqrt(fan-in)."""
     torch.manual_seed(0)
     layer = CondConv3D(16, 32, 3, 8, 1)
     bound = 1 / math.sqrt(32 * 16 * 27)
@@ -100,7 +100,7 @@ def test_blocks_must_divide_the_batch(blocks):
 @pytest.mark.parametrize("width,quick", [(6, True), (7, False)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_channel_two_voxels_at_a_time(width, quick, bias, monkeypatch):
-    """The fast path for one input channel has the values, layout and gradients of torch's convolution."""
+    """The fast path for one input channel gives the values, layout and gradients of torch's convolution."""
     torch.manual_seed(0)
     taken = []
     pairs = condconv3d.convolve_pairs

@@ -1,4 +1,4 @@
-"""Every layer runs channels-last. With one channel, only the strides show the layout."""
+"""Test that every layer runs channels-last. With one channel, only the strides show the layout."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_channels_last(channels):
     for given in (x, x[1:3], x.transpose(2, 4)):
         found = channels_last(given)
         assert torch.equal(found, given) and is_channels_last(found)
-    assert channels > 1 or channels_last(x).data_ptr() == x.data_ptr()  # a view
+    assert channels > 1 or channels_last(x).data_ptr() == x.data_ptr()  # the result is a view of x
 
 
 def test_strides_of_one_channel_decide_the_output_layout():
@@ -40,7 +40,7 @@ def test_strides_of_one_channel_decide_the_output_layout():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_layer_of_a_training_step(monkeypatch, groups):
-    """Check the inputs of every convolution and BatchNorm, and their gradients."""
+    """Check the layout of the inputs of every convolution and BatchNorm, and of the inputs' gradients."""
     seen = []
 
     def note(name, x):

@@ -1,4 +1,4 @@
-"""Reproduce the recorded steps of the published implementation with the ordinary modules."""
+"""Reproduce the recorded steps of the published implementation with this package's modules."""
 
 import numpy as np
 import pytest
@@ -50,13 +50,13 @@ def golden(reference):
 
 
 def is_convolution_bias(name):
-    """Return whether a parameter is a bias in front of BatchNorm. Its gradient is zero in exact arithmetic."""
+    """Return whether a parameter is a bias in front of BatchNorm, whose gradient is zero in exact arithmetic."""
     return "conv" in name and name.endswith(".bias") and "_routing_fn" not in name
 
 
 @pytest.fixture(scope="module", params=["one process", "DistributedDataParallel"])
 def replayed(golden, request, tmp_path_factory):
-    """Repeat two recorded steps; return the results of each step and the state after both."""
+    """Repeat two recorded steps; return the results of each step and the state after both steps."""
     bare = golden.build()
     load_strict(bare, strip_module(golden.before["state_dict"]), "before")
     optimizer = make_optimizer(bare, 0.01, 0.9, 1e-4)

@@ -1,4 +1,4 @@
-"""Starting from another run's encoder: matching parts are copied and reported; others are refused by flag name."""
+"""Test a start from another run's encoder: matching parts are copied and reported; errors name a flag."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The optimiser step: it averages accumulated gradients, and the key encoder only changes after it."""
+"""Test that the optimiser step averages accumulated gradients, and that the key encoder only changes afterwards."""
 
 import copy
 

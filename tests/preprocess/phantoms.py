@@ -15,7 +15,10 @@ SPACING, ORIGIN = (3.0, 3.5, 2.5), (-60.5, -55.25, 101.5)
 
 
 def chest(shape=(30, 34, 42), seed=0, spacing=SPACING):
-    """Return int16 HU: air, a body of fat and muscle, and two lungs, each with noise. LPS, array (z, y, x)."""
+    """Return int16 HU: air, a body of fat and muscle, and two lungs, each with noise.
+
+    The array's axes are (z, y, x), with LPS orientation.
+    """
     rng = np.random.default_rng(seed)
     z, y, x = np.mgrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
     values = rng.normal(-1000, 12, shape)
@@ -89,7 +92,7 @@ def save(datasets, folder, name="IM{:04d}.dcm".format, **how):
 
 
 def enhanced(image, order=None, **tags):
-    """Return one Enhanced CT Dataset with all slices, its frames in any order."""
+    """Return one Enhanced CT Dataset with all slices; the frames may be in any order."""
     one, values = slices(image)[0], array(image)
     order = range(len(values)) if order is None else order
 
@@ -134,7 +137,7 @@ NIFTI = {"dim": (40, "<i2"), "xyzt_units": (123, "u1"), "qform_code": (252, "<i2
 
 
 def nifti(image, path, **fields):
-    """Write a NIfTI and overwrite fields of its header."""
+    """Write a NIfTI file and overwrite fields of its header."""
     packed = path.name.endswith(".gz")
     plain = path.with_name(path.name.removesuffix(".gz"))
     sitk.WriteImage(image, str(plain))
@@ -155,7 +158,7 @@ def sform_of(image):
 
 
 def refused(path, *words):
-    """Read a scan that must be refused in one line with its file name and the words; return that line."""
+    """Check that a scan is refused with one line that contains its file name and ``words``; return this line."""
     with pytest.raises(ScanError) as caught:
         read_scan(path)
     message = str(caught.value)

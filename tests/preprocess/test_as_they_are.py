@@ -1,4 +1,4 @@
-"""Unusual scans, masks, names and file systems that could be misread without an error, with variants of each."""
+"""Test unusual scans, masks, names and file systems that could be misread without an error."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ from ..conftest import ROOT
 from .phantoms import array, chest, image_of
 from .test_threshold import dice, phantom
 
-# ---------------------------------------------------------------- a second file that ITK prefers
+# ---------------------------------------------------------------- another file that ITK would read instead
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_nifti_without_a_voxel_size_is_refused(tmp_path, edits):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 348.0])
 def test_a_voxel_offset_within_the_header_is_refused(tmp_path, offset):
-    """ITK then reads voxels from byte 348. Only the file's length shows whether they start there."""
+    """ITK then reads voxels from byte 348. Only the file's length shows whether the voxels start at that byte."""
     path = nifti(tmp_path / "a.nii", [(108, "<f", offset)])
     with pytest.raises(ScanError, match=rf"begin at byte {offset:g} \(vox_offset\), within the header"):
         load_scan(path)
@@ -151,7 +151,7 @@ def test_masks_with_fractional_labels(tmp_path, change, message):
 def test_a_mask_with_little_air_is_a_warning():
     scan, truth = phantom(0)
     assert measure_air_share(truth, scan) > 0.9 and check_lungs(truth, scan, "m") == []
-    for axis in (0, 1):  # upside down, then front to back
+    for axis in (0, 1):  # flip the mask upside down, then front to back
         turned = sitk.GetImageFromArray(np.flip(array(truth), axis).copy())
         turned.CopyInformation(truth)
         try:
@@ -164,14 +164,14 @@ def test_a_mask_with_little_air_is_a_warning():
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
-    """The mask, transform and patches of an earlier run do not change that."""
+    """A failed subject is left out even if its mask, transform and patches exist from an earlier run."""
     folder, made = cohort
     store, table = tmp_path / "s", tmp_path / "t.csv"
     shutil.copytree(made, store)
     images = pd.read_csv(folder / "dataset.csv", dtype=str).set_index("sid")["image"]
     table.write_text("sid,image\n" + "".join(f"{sid},{folder / images[sid]}\n" for sid in ("0001", "0002")))
     mask = sitk.ReadImage(str(store / "lung_mask" / "0001.nii.gz"))
-    shutil.rmtree(store / "report")  # now every output counts as the user's own
+    shutil.rmtree(store / "report")  # without reports, every output counts as the user's own
     sitk.WriteImage(mask * 3, str(store / "lung_mask" / "0001.nii.gz"))
     flags = ("--input-csv", table, "--root-dir", store, "--no-progress")
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")

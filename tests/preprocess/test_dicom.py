@@ -1,4 +1,4 @@
-"""DICOM folders: either one series with every slice at its header's position, or an error that names the fault."""
+"""Test DICOM folders: one series is read with each slice at its header's position, or an error names the fault."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def assert_same_image(found, image):
 
 
 def tilted(image, degrees, about="x"):
-    """Tilt the gantry: the slices still follow the table, but their planes are rotated."""
+    """Tilt the gantry: the slice positions still follow the table, but the slice planes are rotated."""
     made, angle = slices(image), np.deg2rad(degrees)
     turn = [1, 0, 0, 0, np.cos(angle), -np.sin(angle)] if about == "x" else [np.cos(angle), 0, -np.sin(angle), 0, 1, 0]
     for d in made:
@@ -39,7 +39,7 @@ def tilted(image, degrees, about="x"):
 
 
 def thick_then_thin(image):
-    """Keep every second slice of the first 16, and all later ones. Thin steps are in the majority."""
+    """Keep every second slice of the first 16, and all later slices. Most slice spacings are small."""
     return [d for k, d in enumerate(slices(image)) if k > 15 or k % 2 == 0]
 
 
@@ -192,7 +192,7 @@ def signed(image):
 
 
 def other_intercepts(image):
-    """Give each slice a different rescale intercept, and some a different slope."""
+    """Give each slice a different rescale intercept, and some slices a different slope."""
     made = slices(image)
     for k, (d, plane) in enumerate(zip(made, array(image))):
         d.RescaleIntercept = str(-1024 - k)
@@ -239,7 +239,7 @@ def monitor(image):
 
 
 def hollow(name, value):
-    """Set an element that some scanners leave empty or write in an unusual form."""
+    """Set a DICOM element that some scanners leave empty or write in an unusual form."""
     return tags(**{name: value})
 
 
@@ -292,7 +292,7 @@ def test_file_names_and_other_files_are_ignored(image, tmp_path):
     (folder / "sub").mkdir()
     assert_same_image(read_scan(folder), image)
     shutil.copytree(folder, tmp_path / "bare")
-    for path in (tmp_path / "bare").iterdir():  # without preamble and file meta, like older software
+    for path in (tmp_path / "bare").iterdir():  # older software writes no preamble and no file meta
         if path.is_file() and path.name[0].isdigit():
             d = pydicom.dcmread(path)
             del d.file_meta, d.preamble
@@ -417,7 +417,7 @@ def test_truncated_slices_are_named(image, tmp_path, form, share):
     [(0, 63536, 63536), (1, -2000, -2000), (0, 65535, 65535), (0, 3000, 3000), (1, 0, 0), (0, 1064, 1064)],
 )
 def test_padding_of_any_value_becomes_air(image, tmp_path, sign, stored, tag):
-    """Padding outside an ellipse lies above all HU, below all HU, or within the range of tissue."""
+    """The padding value outside an ellipse is above all HU, below all HU, or within the range of tissue."""
     y, x = np.mgrid[-1:1:34j, -1:1:42j]
     outside = x**2 + y**2 > 1
     intercept = 0 if sign else -1024
@@ -429,7 +429,7 @@ def test_padding_of_any_value_becomes_air(image, tmp_path, sign, stored, tag):
         d.PixelData = values.astype("<i2" if sign else "<u2").tobytes()
         d.add_new(0x00280120, "SS" if sign else "US", tag)
     found = array(read_scan(save(made, tmp_path / "scan")))
-    assert (found == wanted).mean() > 0.995  # a few scan voxels with the padding value may touch the padding
+    assert (found == wanted).mean() > 0.995  # a few scan voxels next to the padding may have its value
     np.testing.assert_array_equal(found[:, outside], -1024)
 
 

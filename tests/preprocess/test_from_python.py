@@ -1,4 +1,4 @@
-"""Process one scan from Python without a store: mask, transform, patches and features equal the commands'."""
+"""Process one scan from Python without a store: mask, transform, patches and features equal those of the commands."""
 
 import numpy as np
 import SimpleITK as sitk

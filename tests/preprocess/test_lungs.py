@@ -1,4 +1,4 @@
-"""Checks that a mask's labels are the lungs of its scan; cut, dense or exchanged lungs are reported."""
+"""Test the check that a mask's labels are the lungs of its scan; cut, dense or swapped lungs are reported."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ SIDES = {"right": (0, 0), "left": (0, -1), "front": (1, 0), "back": (1, -1), "bo
 
 
 def make_lungs(orientation="LPS", spacing=(2.0, 2.0, 3.0)):
-    """Return a scan with two blocks of lung within a body, and their mask."""
+    """Return a scan with two blocks of lung within a body, and the mask of these blocks."""
     labels = np.zeros((40, 60, 80), dtype=np.uint8)  # (z, y, x)
     labels[8:32, 15:45, 10:35], labels[8:32, 15:45, 45:70] = 1, 2
     values = np.where(labels > 0, -860, 40).astype(np.int16)

@@ -1,4 +1,6 @@
-"""Peak memory is a small multiple of a 430 MB scan. Slabs limit float32 and wider data and give equal results."""
+"""Test that peak memory is a small multiple of a scan's 430 MB.
+
+Data of float32 and wider types are processed in slabs, with the same results."""
 
 import json
 import subprocess

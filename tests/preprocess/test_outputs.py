@@ -1,4 +1,4 @@
-"""The rule for existing outputs: does this package own the file, do its inputs match, and is it complete?"""
+"""Test which existing outputs are kept: the rule depends on a file's owner, inputs and completeness."""
 
 import os
 
@@ -11,7 +11,7 @@ from preprocess.scan import ScanError
 
 @pytest.fixture
 def files(tmp_path):
-    """Make an output of two files, an input and a picture. The output is the newest."""
+    """Make an output's two files, its input and its picture. The input is older than the output."""
     paths = {name: tmp_path / name for name in ("first", "second", "source", "picture")}
     for age, path in zip((1000, 1000, 500, 1000), paths.values()):
         path.write_text(path.name)
@@ -34,7 +34,7 @@ def verify_torn():
 
 
 def keep_output(output, verify=verify_whole, overwrite=False):
-    """Return the recorded values of an output that is kept, or None if it must be made again."""
+    """Return the recorded values of an output that is kept, or None if the output must be made again."""
     try:
         output.keep(verify, overwrite)
     except Skip as skip:
@@ -73,7 +73,7 @@ def test_a_missing_file_remakes_the_output(tmp_path, files):
 
 @pytest.mark.parametrize("change", ["", "newer input", "no input", "no picture"])
 def test_the_users_own_file_is_kept_at_any_age(tmp_path, files, change):
-    """It is never stamped, so this package never treats it as its own output."""
+    """An output without recorded stamps is the user's own file, and this package never replaces such a file."""
     if change == "newer input":
         os.utime(files["source"], (2000, 2000))
     elif change:
@@ -89,15 +89,15 @@ def test_a_broken_file_of_the_user_fails_the_subject_and_stays(tmp_path, files):
 
 def test_overwrite_keeps_the_users_file_until_the_new_one_exists(tmp_path, files):
     assert keep_output(make_output(tmp_path, files, {}), overwrite=True) is None
-    assert files["first"].exists()  # until the stage has made a new one
+    assert files["first"].exists()  # the old file stays until the stage has made a new one
 
 
 def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
-    previous = {"atlas": "a"}  # the row of a failed subject keeps its stamps
+    previous = {"atlas": "a"}  # the report row of a failed subject keeps its stamps
     assert keep_output(make_output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
 
 
 def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
-    """If the stage failed or was killed, such a stamp would be lost. The output would then count as the user's own."""
+    """A failed or killed stage would lose such a stamp. Without the stamp, its output would count as the user's own."""
     with pytest.raises(ValueError, match=r"stamps \['threshold'\] would be lost after a failure"):
         make_output(tmp_path, files, {}, threshold="-950")

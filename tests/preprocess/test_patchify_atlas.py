@@ -1,4 +1,4 @@
-"""Stage 1: the location grid compared with a literal loop and with the published table."""
+"""Test stage 1: compare the location grid with a literal loop and with the published table."""
 
 import numpy as np
 import pytest
@@ -37,10 +37,10 @@ def test_grid_is_the_rule_written_out(shape, patch, step):
 
 def test_the_threshold_rises_while_a_thousand_locations_remain():
     lung = np.zeros((26, 26, 26), dtype=bool)
-    lung[:, :, ::4] = True  # a quarter of each patch is lung: kept at thresholds 0.1 and 0.2
+    lung[:, :, ::4] = True  # a quarter of each patch is lung, so thresholds 0.1 and 0.2 keep the patch
     with pytest.raises(StoreError, match="no patch"):
-        grid_locations(lung, 4, 2)  # 11**3 = 1331 locations at 0.1 and 0.2, none at 0.3
-    assert len(grid_locations(lung, 4, 3)) == 8**3  # fewer than 1000 locations at 0.1, so the threshold stays
+        grid_locations(lung, 4, 2)  # thresholds 0.1 and 0.2 give 11**3 = 1331 locations, 0.3 gives none
+    assert len(grid_locations(lung, 4, 3)) == 8**3  # 0.1 gives fewer than 1000 locations, so the threshold stays 0.1
 
 
 def test_a_share_equal_to_the_threshold_is_dropped():
@@ -55,7 +55,8 @@ def test_a_share_equal_to_the_threshold_is_dropped():
 
 def test_scan_order_stops_before_the_edge():
     lung = np.ones((21, 20, 25), dtype=bool)
-    # Starts are below 21 - 10, 20 - 10 and 25 - 10: 0, 5, 10; 0, 5; 0, 5, 10. z varies fastest.
+    # Patches start at x = 0, 5, 10 (below 21 - 10), y = 0, 5 (below 20 - 10) and z = 0, 5, 10 (below 25 - 10).
+    # z varies fastest.
     ours = grid_locations(lung, 10, 5)
     assert ours.tolist() == [[x, y, z] for x in (0, 5, 10) for y in (0, 5) for z in (0, 5, 10)]
 
@@ -131,7 +132,7 @@ def test_atlas_with_other_labels(tmp_path, run):
 
 
 def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
-    """An ellipsoid of two halves at 2 x 2 x 3 mm becomes the same body at 1 mm with the atlas's labels."""
+    """An ellipsoid of two halves with 2 x 2 x 3 mm voxels becomes the same ellipsoid at 1 mm with atlas labels."""
     z, y, x = np.meshgrid(np.arange(30) * 3.0, np.arange(50) * 2.0, np.arange(60) * 2.0, indexing="ij")
     body = ((z - 43) / 40) ** 2 + ((y - 49) / 45) ** 2 + ((x - 59) / 55) ** 2 < 1
     mask = sitk.GetImageFromArray((body * np.where(x < 59, 1, 2)).astype(np.uint8))

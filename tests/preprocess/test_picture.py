@@ -7,13 +7,13 @@ import SimpleITK as sitk
 from preprocess.picture import UNCOVERED_COLOR, figure_of_patches
 
 SIDES = {"R": (-1, 0, 0), "L": (1, 0, 0), "A": (0, -1, 0), "P": (0, 1, 0), "F": (0, 0, -1), "H": (0, 0, 1)}  # LPS
-# (axis, side on the left, side on top); None: the atlas's orientation decides
+# (axis, patient's side at the left, patient's side at the top); for None, the atlas's orientation decides
 PLANES = ((1, "R", "H"), (0, None, "H"), (2, "R", "A"))
 
 
 def draw_lungs(orientation):
     """Draw two lungs in a volume of the given orientation, with four patches in the middle of one lung."""
-    labels = np.zeros((90, 80, 100), dtype=np.uint8)  # (z, y, x) in LPS: x to the left
+    labels = np.zeros((90, 80, 100), dtype=np.uint8)  # (z, y, x) in LPS: x points to the left
     labels[10:80, 20:60, 15:40], labels[10:80, 20:60, 60:85] = 1, 2
     image = sitk.GetImageFromArray(labels)
     image.SetOrigin((-50.0, 7.0, 300.0))
@@ -33,7 +33,7 @@ def test_side_letters_match_the_patients_sides(orientation):
         found = {text.get_text(): text.get_position() for text in panel.texts}
         assert len(found) == 4
         for letter, place in found.items():
-            # The panel's limits give the letter's direction in index axes; the image's direction gives the side.
+            # The panel's limits map a letter to an index direction; the image's direction matrix maps this to a side.
             horizontal = place[0] != 0.5
             limits, index = (panel.get_xlim(), across) if horizontal else (panel.get_ylim(), up)
             towards = np.sign(place[0 if horizontal else 1] - 0.5) * np.sign(limits[1] - limits[0])
@@ -54,7 +54,7 @@ def test_both_lungs_are_shown_and_uncovered_lung_is_tinted():
         position = int(panel.get_title().split("= ")[1].split(":")[0])
         lung = np.take(labels, position, axis=2 - axis) > 0
         assert 0 < (lung & ~tint).sum() == 16 * 16 and not (tint & ~lung).any()
-    assert UNCOVERED_COLOR[3] < 0.5  # the image below stays visible
+    assert UNCOVERED_COLOR[3] < 0.5  # the scan under the colour stays visible
 
 
 def test_a_picture_is_drawn_without_a_mask():

@@ -1,4 +1,4 @@
-"""The quality-control page lists suspicious subjects first, with reasons, and its controls find them."""
+"""Test that the quality-control page lists suspicious subjects first, with reasons, and can filter them."""
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ from preprocess.qc_page import read_reports, score_subjects, write_qc_page
 from tests.browser import browse
 
 SPOILED = {
-    "012": {"dice_left": 0.31, "dice": 0.68},  # one lung was missed, which the Dice of both lungs together hides
-    "025": {"left_ml": 480.0},  # half of a lung
+    "012": {"dice_left": 0.31, "dice": 0.68},  # the left lung was missed; the Dice of both lungs hides this
+    "025": {"left_ml": 480.0},  # half of the left lung is missing
     "033": {"lung_hu": -610.0},
     "037": {"voxels_outside": 34 * 32**3 // 4, "centres_in_lungs": 0.35},
 }
@@ -97,11 +97,11 @@ def test_clicks(tmp_path, run):
     assert set(found["first"]) == {FAILED, *SPOILED} and "one <lung> only" in found["reason"]
     assert found["searched"] == ["012"] and set(found["odd"]) == set(SPOILED) and found["pictures"] == 1
     assert found["count"] == "40 of 40 subjects" and found["ready"] == "yes"
-    assert found["last"] == FAILED and found["densest"] == "033" and found["ranged"] == ["033"]  # no value: last
+    assert found["last"] == FAILED and found["densest"] == "033" and found["ranged"] == ["033"]  # FAILED has no value
 
 
 def test_ten_thousand_subjects(tmp_path):
-    """The page is made within seconds. The browser draws it within 3 s and filters it within 0.3 s."""
+    """The page is made within seconds. The browser draws the page within 3 s and filters the subjects within 0.3 s."""
     write_reports(tmp_path, 10_000)
     page = write_qc_page(tmp_path)
     assert page.stat().st_size < 5e6

@@ -1,4 +1,4 @@
-"""Reading, checking and orienting scans, and cutting patches, compared with the reference's patches."""
+"""Test reading, checking and orienting scans, and compare the patches with the reference's patches."""
 
 import os
 from itertools import permutations, product
@@ -108,7 +108,7 @@ def test_a_damaged_byte_is_noticed(tmp_path):
     path = tmp_path / "scan.nii.gz"
     sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1  # change the checksum: the file is complete, but its checksum does not match
+    content[-6] ^= 1  # change the gzip checksum of the complete file
     path.write_bytes(content)
     with pytest.raises(ScanError, match="cut short or damaged"):
         read_scan(path)
@@ -170,7 +170,7 @@ def test_real_dicom_slices(reference):
     image = read_scan(reference.parent / "real" / "dicom")
     assert image.GetSize() == (512, 512, 2)
     values = sitk.GetArrayFromImage(image)
-    assert -1500 < values.min() < -1000 and values.max() > 500  # padding of -2048 is gone
+    assert -1500 < values.min() < -1000 and values.max() > 500  # no padding of -2048 remains
 
 
 def test_orienting_keeps_physical_positions():
@@ -217,7 +217,7 @@ def test_share_of_centres_inside():
     labels = np.zeros((20, 20, 20), dtype=np.uint8)
     labels[:, :, :10] = 1
     mask = sitk.GetImageFromArray(labels)
-    corners = np.array([[0, 0, 0], [4, 4, 4], [8, 0, 0], [30, 0, 0]])  # centres at x = 2, 6, 10, 32
+    corners = np.array([[0, 0, 0], [4, 4, 4], [8, 0, 0], [30, 0, 0]])  # patch centres are at x = 2, 6, 10, 32
     assert measure_share_inside(corners, 4, mask, mask) == 0.5
 
 
@@ -261,7 +261,7 @@ def as_offset_uint16(image, path):
 @pytest.mark.reference
 @pytest.mark.parametrize("code", ["LPS", pytest.param("SPL", marks=pytest.mark.slow)])
 def test_reference_patches(thorax, tmp_path, code):
-    """Compare voxel by voxel, for the unchanged scan and for one with permuted and flipped axes."""
+    """Compare patches voxel by voxel, for the unchanged scan and for a scan with permuted and flipped axes."""
     path = tmp_path / "scan.nii"
     sitk.WriteImage(sitk.DICOMOrient(thorax.raw, code), str(path))
     thorax.check(path)
@@ -270,7 +270,7 @@ def test_reference_patches(thorax, tmp_path, code):
 @pytest.mark.reference
 @pytest.mark.parametrize("kind", ["int16", "int32", "float32", "uint16 with an offset header"])
 def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
-    """Every pixel type gives the same image, and therefore the same patches as above."""
+    """Every pixel type gives the same image, and therefore the same patches."""
     path = tmp_path / "scan.nii"
     if kind.startswith("uint16"):
         as_offset_uint16(thorax.raw, path)
@@ -284,7 +284,7 @@ def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
 
 @pytest.mark.reference
 def test_every_orientation_gives_the_same_volume(thorax):
-    """Compare all 48 after orienting. The test above covers the later stages."""
+    """Compare the volumes of all 48 orientations. test_reference_patches covers the later stages."""
     wanted_code = orientation_of(thorax.atlas)
     raw = thorax.raw[::5, ::4, ::3]
     wanted = orient(raw, wanted_code)

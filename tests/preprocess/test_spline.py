@@ -1,4 +1,4 @@
-"""B-spline resampling by matrix products equals ITK's to within 1 HU."""
+"""Test that B-spline resampling by matrix products equals ITK's to within 1 HU."""
 
 import numpy as np
 import pytest
@@ -34,13 +34,13 @@ SPACINGS = [(0.7, 0.7, 1.25), (1.0, 1.0, 1.0), (0.98, 0.98, 3.0), (1.5, 1.5, 1.5
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("more", [0, 9])
 def test_equals_itk(spacing, more):
-    """This holds for white noise and outside the volume, too."""
+    """The results also agree for white noise and outside the volume."""
     image = sitk.DICOMOrient(volume(spacing), "LAS")
     size = [int(n * s) + more for n, s in zip(image.GetSize(), image.GetSpacing())]
     found = sitk.GetArrayFromImage(resample_spline(image, tuple(size), 1.0, AIR)).astype(int)
     wanted = by_itk(image, size).astype(int)
     assert found.shape == wanted.shape and np.abs(found - wanted).max() <= 1
-    # At points that coincide with voxels, ITK truncates 499.9999 to 499. Here the value is 500.
+    # At points that coincide with voxels, ITK truncates 499.9999 to 499. The tested code gives 500.
     assert (found == wanted).mean() > (0.99 if all(s in (0.7, 1.25, 0.98, 3.0) for s in spacing) else 0.7)
     assert (found[-1] == AIR).all() == (wanted[-1] == AIR).all()
 
@@ -54,7 +54,7 @@ def test_fractions_stay_fractions(spacing):
 
 
 def test_geometry_is_kept():
-    """Origin, direction and size equal the published code's. Voxels of 1 mm stay unchanged."""
+    """Origin, direction and size equal those of the published code. The values of 1 mm voxels stay unchanged."""
     image = sitk.DICOMOrient(volume((1.0, 1.0, 1.0)), "RAS")
     found = resample_isotropic(image)
     assert found.GetSize() == (27, 31, 22) and found.GetSpacing() == (1.0, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Preprocessing stages 2 to 5 by command line: failures, skipping, resuming and reports."""
+"""Test preprocessing stages 2 to 5 on the command line: failures, skipping, resuming and reports."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def test_all_stages_succeed_on_the_cohort(cohort):
 
 
 def test_patches_equal_the_scan_at_their_positions(cohort):
-    """Compare patch voxels with the scan through physical space, for any orientation."""
+    """Compare patch voxels with the scan at the same physical points, for any orientation."""
     folder, store = cohort
     table = pd.read_csv(folder / "dataset.csv", dtype=str)
     for sid, name in zip(table["sid"], table["image"]):
@@ -73,7 +73,7 @@ def test_patches_equal_the_scan_at_their_positions(cohort):
                 if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
                     value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
                     differences.append(abs(value - patch[z, y, x]))
-        assert np.median(differences) < 60 and len(differences) > 30  # noise, and rounding by half a voxel
+        assert np.median(differences) < 60 and len(differences) > 30  # due to noise and to rounding by half a voxel
 
 
 def test_finished_work_is_skipped(cohort, run):
@@ -90,7 +90,7 @@ def test_finished_work_is_skipped(cohort, run):
 
 
 def test_registration_is_reproducible(cohort, run, tmp_path):
-    """ANTs compares a random half of the voxels. The choice must not depend on the clock."""
+    """ANTs compares a random half of the voxels. The choice of voxels must not depend on the clock."""
     folder, store = cohort
     name = "0001_Reg_Atlas_Affine_0GenericAffine.mat"
     again = tmp_path / "s" / "lung_mask"
@@ -108,7 +108,7 @@ def small(cohort, tmp_path):
     folder, _ = cohort
     broken, four, scaled = tmp_path / "broken.nii.gz", tmp_path / "four.nii.gz", tmp_path / "scaled.nii.gz"
     whole = (folder / "image" / "0001.nii.gz").read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])  # ITK would read this as a scan with a constant rest
+    broken.write_bytes(whole[: len(whole) // 2])  # ITK would fill the missing half with a constant
     image = sitk.ReadImage(str(folder / "image" / "0001.nii.gz"))
     sitk.WriteImage(sitk.JoinSeries([image, image]), str(four))
     sitk.WriteImage(image + 1024, str(scaled))
@@ -127,7 +127,7 @@ def test_a_bad_scan_fails_only_its_subject(small, run):
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     result = run("preprocess/run_preprocess.py", *command, *atlas, cwd=tmp_path)
     assert "Traceback" not in result.stderr
-    # A failed subject is listed once, in the stage where it fails. Later stages only count it.
+    # A failed subject is listed once, in the stage where it fails. Later stages only count the failure.
     assert result.stdout.count("  broken  failed  ") == 1 and "broken" not in result.stderr
     assert result.stdout.count("5 of the failed subjects failed in an earlier stage; the first is absent") == 2
     assert "cut short or damaged" in report(tmp_path / "s", "segment_lung").loc["broken", "message"]
@@ -168,7 +168,7 @@ def two_subjects(folder, tmp_path):
 
 @pytest.mark.slow
 def test_outputs_of_a_killed_run_are_made_again(cohort, tmp_path, run):
-    """After a kill between writing a transform and the report, the file must not count as the user's own."""
+    """A transform that was written just before a kill, and is not in the report, does not count as the user's own."""
     folder, store = cohort
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
@@ -241,7 +241,7 @@ def test_registration_without_a_transform_fails_in_that_stage(cohort, tmp_path, 
     flags = dict(root_dir=str(tmp_path), overwrite=False, atlas="x", min_dice=0.5)
     with pytest.raises(ScanError, match="wrote no transform") as caught:
         register.register(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
-    assert not isinstance(caught.value, EarlierFailure)  # EarlierFailure would only be counted in the summary
+    assert not isinstance(caught.value, EarlierFailure)  # the summary would only count an EarlierFailure
     assert not list((tmp_path / "transform").glob("*"))
 
 
@@ -285,7 +285,7 @@ def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_g
     assert process.returncode == 128 + number
     assert errors.strip() == "stopped; start again to continue"
     wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
-    # Every finished mask is either in the report or claimed.
+    # Every finished mask is either listed in the report or claimed by a worker.
     made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
     claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
     path = tmp_path / "s" / "report" / "segment_lung.csv"
@@ -301,7 +301,7 @@ def wait_until(condition, seconds=60):
 
 
 def test_two_runs_share_a_report(tmp_path):
-    """Runs with different tables, as in a job array, keep each other's rows."""
+    """Runs with different tables, as in a job array, keep each other's rows in the report."""
     from preprocess.report import write_report
 
     row = {"status": "ok", "seconds": 1.0, "message": ""}
@@ -401,7 +401,7 @@ def test_the_users_own_mask_is_kept(cohort, tmp_path, run):
     target = tmp_path / "s" / "lung_mask"
     target.mkdir(parents=True)
     own = (store / "lung_mask" / "0001.nii.gz").read_bytes()
-    for sid in ("mine", "other"):  # the mask fits the first subject; the second has another grid
+    for sid in ("mine", "other"):  # the mask fits the scan of "mine"; the scan of "other" has another grid
         (target / f"{sid}.nii.gz").write_bytes(own)
     run(
         "preprocess/segment_lung.py",
@@ -436,7 +436,7 @@ def test_missing_lungmask_weights_are_explained(cohort, tmp_path, run):
 
 
 def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
-    """lungmask's network runs with random weights that are made here; the mask equals its output."""
+    """Run lungmask's network with random weights, and compare the mask with the network's output."""
     from lungmask import LMInferer
     from lungmask.resunet import UNet
 
@@ -449,7 +449,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     image = sitk.ReadImage(str(folder / "image" / "0002.nii.gz"))
     image = sitk.DICOMOrient(image, "RAI")
     middle = image.GetSize()[2] // 2
-    some = image[:, :, middle : middle + 3]  # each slice takes seconds
+    some = image[:, :, middle : middle + 3]  # the network takes seconds per slice
     some.SetSpacing((*some.GetSpacing()[:2], 20.0))
     sitk.WriteImage(some, str(tmp_path / "a.nii.gz"))
     (tmp_path / "t.csv").write_text("sid,image\na,a.nii.gz\n")
@@ -459,7 +459,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     wanted = LMInferer(modelpath=str(tmp_path / "w.pth"), tqdm_disable=True).apply(scan)
     figures = report(tmp_path / "s", "segment_lung").loc["a"]
     volumes = [(wanted == label).sum() * np.prod(scan.GetSpacing()) / 1000 for label in (1, 2)]
-    if min(volumes) < 1:  # untrained weights may miss a lung, which is then reported
+    if min(volumes) < 1:  # untrained weights may find only one lung, which is reported
         assert result.returncode == 1 and "no pair of lungs was found" in figures["message"]
         assert f"has {min(volumes):.1f} ml" in figures["message"]
     else:
@@ -469,7 +469,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
 
 
 def test_registration_recovers_a_known_affine(cohort):
-    """The atlas's lungs, moved by a known affine, are registered back to the atlas."""
+    """Move the atlas's lungs by a known affine transform, and check that registration recovers this transform."""
     from types import SimpleNamespace
 
     from preprocess.register import register
@@ -482,7 +482,7 @@ def test_registration_recovers_a_known_affine(cohort):
     known.SetMatrix((1.12, 0.06, 0, -0.05, 0.9, 0.03, 0, 0.02, 1.05))
     centre = atlas.TransformContinuousIndexToPhysicalPoint([n / 2 for n in atlas.GetSize()])
     known.SetCenter(centre)
-    known.SetTranslation((9, -14, 25))  # atlas points -> scan points
+    known.SetTranslation((9, -14, 25))  # maps atlas points to scan points
     corner = np.array(known.TransformPoint(atlas.GetOrigin()))
     grid = sitk.Image([int(n * 1.35) for n in atlas.GetSize()], sitk.sitkUInt8)
     grid.SetDirection(atlas.GetDirection())
@@ -516,7 +516,7 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
     import preprocess.group_patches as step
 
     patches = make_store(tmp_path, 5, grid, grouped=False)
-    monkeypatch.setattr(step, "CHUNK_BYTES", 2 * 6 * 65536)  # two subjects at a time
+    monkeypatch.setattr(step, "CHUNK_BYTES", 2 * 6 * 65536)  # group two subjects at a time
     monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
     notes = []
     original = step._write_note
@@ -539,7 +539,7 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
     for location in range(6):
         np.testing.assert_array_equal(store.read(location, np.arange(5)), patches[:, location])
     assert "already done" in run("preprocess/group_patches.py", "--root-dir", tmp_path).stdout
-    # With one more subject, everything is grouped again.
+    # After one more subject is added, all subjects are grouped again.
     np.save(tmp_path / "patch" / "zz_patch.npy", patches[0])
     run("preprocess/group_patches.py", "--root-dir", tmp_path)
     store = PatchStore(tmp_path)
@@ -632,7 +632,7 @@ def test_grouping_unifies_dtypes_layouts_and_names(tmp_path, make_store, grid, r
 
 @pytest.mark.slow
 def test_a_newly_failing_subject_does_not_use_old_outputs(cohort, tmp_path, run):
-    """After a remade mask is bad, no old transform is used, and later runs still report the failure."""
+    """If a new mask is bad, the old transform is not used, and later runs still report the failure."""
     folder, _ = cohort
     store, atlas = tmp_path / "s", ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
@@ -670,7 +670,7 @@ def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     from preprocess.subjects import Subject
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
-    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # needs 33 MB twice
+    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # needs 2 x 33 MB
     with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
         check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 

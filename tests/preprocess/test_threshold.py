@@ -1,4 +1,4 @@
-"""Compare lung masks by thresholding with the true lungs of the phantoms."""
+"""Compare lung masks made by thresholding with the true lungs of the phantoms."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tools.cohort.scanner import Acquisition, finish, scan, to_image
 
 @functools.lru_cache(maxsize=4)
 def make_phantom(index):
-    """Return HU, lungs, origin and spacing of a phantom. Tests must not change them."""
+    """Return HU, lungs, origin and spacing of a phantom. Tests must not change these arrays."""
     rng = np.random.default_rng([7, index])
     anatomy = draw_anatomy(rng, "tiny")
     spacing = np.array([1.2, 1.2, 1.4])
@@ -57,7 +57,7 @@ def test_touching_lungs_are_split_by_the_patients_side(index):
     middle = np.zeros_like(gap)
     level = np.flatnonzero((labels == 1).any((1, 2)) & (labels == 2).any((1, 2)))
     z = level[int(len(level) * 0.75)]
-    middle[z : z + 5, : labels.shape[1] // 2 - 4] = True  # a bridge in front of the trachea
+    middle[z : z + 5, : labels.shape[1] // 2 - 4] = True  # a bridge between the lungs, in front of the trachea
     bridge = gap & middle & (np.abs(hu) < 150)
     assert bridge.sum() > 50
     hu[bridge] = -850
@@ -71,7 +71,7 @@ def test_touching_lungs_are_split_by_the_patients_side(index):
 
 
 def test_a_trachea_cut_at_the_top_does_not_leak():
-    """The working grid must not extend beyond the scan, because air there would join the lungs to the outside."""
+    """The working grid must not extend beyond the scan, because outside air would then be joined to the lungs."""
     image, truth = phantom(1)
     for spacing in (1.41, 1.63, 1.75):
         size = [int(n * s / spacing) for n, s in zip(image.GetSize(), image.GetSpacing())]
@@ -91,7 +91,7 @@ def test_a_trachea_cut_at_the_top_does_not_leak():
 
 
 def test_padding_slices_above_the_trachea():
-    """Rotated or tilt-corrected scans end in such slices, through which the trachea connects to the outside."""
+    """Rotated or tilt-corrected scans end in padding slices, through which the trachea connects to the outside."""
     image, truth = phantom(2)
     padded, truth = (sitk.ConstantPad(one, [0, 0, 3], [0, 0, 4], fill) for one, fill in ((image, -1024), (truth, 0)))
     mask = segment_lungs(padded)
@@ -110,7 +110,7 @@ def test_no_lungs():
 
 @pytest.mark.reference
 def test_real_scan(reference):
-    """The lungs have an adult's volume, the right one is larger, and the trachea is not in the mask."""
+    """The lungs have an adult's volume, the right lung is larger, and the trachea is not in the mask."""
     scan = read_scan(reference.parent / "real" / "thorax_ct.nii.gz")
     mask = segment_lungs(scan)
     labels = sitk.GetArrayFromImage(mask)
@@ -118,14 +118,14 @@ def test_real_scan(reference):
     assert 2.2 < litres[0] < 2.6 and 1.6 < litres[1] < 1.9
     hu = sitk.GetArrayFromImage(scan)
     x = np.nonzero(labels == 1)[2].mean()
-    assert x < np.nonzero(labels == 2)[2].mean()  # LPS: the patient's right has the lower x
+    assert x < np.nonzero(labels == 2)[2].mean()  # in LPS, the patient's right side has the lower x
     # The mask includes the vessels, so most voxels are dark and some are bright.
     assert -880 < np.median(hu[labels > 0]) < -780 and (hu[labels > 0] > -100).mean() > 0.01
     assert hu[160:164, 71:74, 117:121].mean() < -900 and not labels[160:164, 71:74, 117:121].any()  # trachea
 
 
 def test_distances_equal_scipys():
-    """Many large transforms in a row: an array that outlived its ITK image would change or crash."""
+    """Compute many large distance transforms in a row. An array that outlived its ITK image would change or crash."""
     rng = np.random.default_rng(0)
     masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
     found = [threshold._squared_distance(mask) for mask in masks]

@@ -1,4 +1,4 @@
-"""Values that are not HU are refused even if padding hides it; padding becomes air; HU stay unchanged."""
+"""Test that values other than HU are refused despite padding, that padding becomes air, and that HU stay unchanged."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def body_mask(values):
     return ((x / 0.85) ** 2 + (y[:, None] / 0.8) ** 2 < 1)[None].repeat(len(values), 0)
 
 
-WRONG = {  # kind: (change of the values, words of the error message)
+WRONG = {  # kind of error: (change of the values, words in the error message)
     "offset of 1024": (lambda v: v + 1024, "not applied"),
     "offset of 1000": (lambda v: v + 1000, "not applied"),
     "offset of 300": (lambda v: v + 300, "air is at about -69"),
@@ -49,7 +49,7 @@ def test_what_padding_hides(values, kind, padding):
 
 
 def test_an_offset_hidden_by_padding_is_refused(values):
-    """Padding at the ends, as resampling of a tilted gantry leaves it, and padding around the body."""
+    """Test padding at both ends, as resampling of a tilted scan leaves it, and padding around the body."""
     wrong = values + 1024
     wrong[:6], wrong[-6:] = -1024, -1024
     cut = np.where(body_mask(values), values + 1024, -1024)
@@ -73,7 +73,7 @@ def test_padding_with_impossible_values_becomes_air(values, kind, radius, code):
     dtype, padding = BRIGHT[kind]
     where = outside_mask(values, radius)
     scan = values.copy()
-    scan[20, 22, 26] = padding  # one voxel inside has the padding value, for example metal
+    scan[20, 22, 26] = padding  # one voxel inside the body has the padding value, as metal may have
     warnings = []
     image = sitk.DICOMOrient(image_of(np.where(where, padding, scan).astype(dtype)), code)
     found = array(sitk.DICOMOrient(check_hounsfield(image, "x", warnings), "LPS"))
@@ -86,7 +86,7 @@ def add_noise(values):
 
 
 def low_dose_with_contrast(values):
-    """In the histogram, fat and organs form one peak without a gap, and blood is a separate peak."""
+    """Make values whose histogram has one peak of fat and organs without a gap, and a separate peak of blood."""
     rng = np.random.default_rng(2)
     z, _, x = np.indices(values.shape)
     soft = -80 + 270 * rng.random(values.shape) ** 1.1

@@ -1,4 +1,4 @@
-"""Bookkeeping of preprocessing stages over many subjects; each scan is read once for all stages."""
+"""Test how preprocessing stages record the results of many subjects, and read each scan once for all stages."""
 
 import argparse
 import json
@@ -62,7 +62,7 @@ def test_ten_thousand_subjects_start_and_resume_within_limits(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
-    """Record every read of a scan; return the record and a subject."""
+    """Record every read of a scan; return the list of reads and a subject."""
     found = []
     monkeypatch.setattr(workers, "load_scan", lambda image, series: found.append((image, series)) or object())
     path = tmp_path / "a.nii"
@@ -105,7 +105,7 @@ def test_failures_and_the_worst_overlaps_are_reported(tmp_path, capsys):
     assert run_steps([Step(name, work, {"at": name}) for name in ("one", "two")], subjects, args) == 1
     shown = capsys.readouterr().out
     assert "one: 6 ok, 0 skipped, 1 failed" in shown and "  b  failed  it is torn" in shown
-    assert "two: " not in shown  # with --strict, the stage after a failure is not reported as done
+    assert "two: " not in shown  # with --strict, no stage after a failure is reported as done
     args.strict = False
     assert run_steps([Step("three", work, {"at": "three"})], subjects, args) == 0
     assert "(Dice of the worse side): a 0.50, b 0.51, c 0.52, d 0.53, e 0.54" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     record = Record(layout, "register")
     row = record.lost("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
-    assert "atlas" not in record.lost("b", "x")  # b was never claimed, so an existing file may be the user's own
+    assert "atlas" not in record.lost("b", "x")  # "b" was never claimed, so its file may be the user's own
 
 
 def wait_for(happened, seconds=90):
@@ -130,7 +130,10 @@ def wait_for(happened, seconds=90):
 
 @pytest.mark.slow
 def test_killed_workers_and_stages_change_no_byte(tmp_path, cohort):
-    """On a cluster, masks equal those of an undisturbed run. A cluster without workers is reported."""
+    """Masks made on a cluster with killed workers and stages equal those of an undisturbed run.
+
+    A cluster without workers is reported.
+    """
     folder, undisturbed = cohort
     masks = tmp_path / "store" / "lung_mask"
     started = []

@@ -1,4 +1,4 @@
-"""The ablation study: it finds planted effects and does not repeat finished runs."""
+"""Test that the ablation study finds planted effects and does not repeat finished runs."""
 
 import sys
 
@@ -29,7 +29,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_held_out_subjects_are_not_used_for_fitting():
-    """Overfitted noise does not help. A signal in the fitted subjects is also found in the held-out ones."""
+    """Fitting noise does not raise the score. A signal in fitted subjects is also found in held-out subjects."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
     assert score_held_out(features, rng.normal(size=80), held) < 0.2
@@ -40,7 +40,7 @@ def test_held_out_subjects_are_not_used_for_fitting():
 
 
 def test_joined_tables_average_two_models():
-    """One model uses the second table, the other both tables. Neither sees the held-out subjects' labels."""
+    """One model uses the second table, the other model both tables. Neither model sees labels of held-out subjects."""
     rng, model = np.random.default_rng(0), MODELS["regression"]
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
@@ -62,7 +62,10 @@ def test_a_wide_table_does_not_drown_a_narrow_one():
 
 
 def test_gain_from_an_added_table():
-    """A table with new information improves the prediction. Noise harms it less than in a plain joint model."""
+    """A table with new information improves the prediction.
+
+    A table of noise harms the prediction less than in a plain joint model.
+    """
     rng = np.random.default_rng(0)
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
     hidden = rng.normal(size=120)
@@ -115,7 +118,10 @@ def test_bad_arguments_are_refused(tmp_path, run_here, flags, message):
 
 @pytest.mark.parametrize("recipe", ["small", "published"])
 def test_arms_differ_from_full_only_as_named(monkeypatch, recipe):
-    """This holds for every recipe, even one without the neighbour task. User-defined arms also start from full."""
+    """Each arm of any recipe, even without the neighbour task, differs from the full arm only as its name says.
+
+    User-defined arms also start from the full arm.
+    """
     monkeypatch.setattr(sys, "argv", ["ablate.py", "--out-dir", "o", "--arm", "cold=--moco-t 0.1"])
     arms = ablate.parse_arguments().arms
     given = {

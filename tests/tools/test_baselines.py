@@ -1,4 +1,4 @@
-"""Density and histogram baselines of a store with known densities."""
+"""Test the density and histogram baselines on a store with known densities."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_shares_and_histograms(store, grid):
     assert (by_location[:, -1] == 0).all()
     histogram = tables["histogram"].to_numpy()
     assert histogram.shape == (3, BINS) and histogram.sum(1) == pytest.approx([1, 1, 1])
-    assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # the bin from -984.5 to -945 HU
+    assert histogram[0, 1] == pytest.approx(0.25 * 5 / 6)  # this bin covers -984.5 to -945 HU
     assert tables["histogram_by_location"].shape == (3, BINS * len(grid))
     quick = make_baseline_tables(PatchStore(store), no_progress=True, smoothed=False)
     assert list(quick) == [name for name in tables if name != "histogram_smoothed"]
@@ -42,7 +42,7 @@ def test_shares_and_histograms(store, grid):
 
 
 def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
-    """With -850 HU and noise of 60, the largest bin holds a third of the voxels, and most of them after smoothing.
+    """At -850 HU with noise of 60 HU, the largest bin holds a third of the voxels before smoothing and most afterwards.
 
     The smoothed histogram equals that of scipy's Gaussian filter.
     """
@@ -53,15 +53,15 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
     plain, smoothed = (tables[name].to_numpy() for name in ("histogram", "histogram_smoothed"))
     assert smoothed.shape == (3, BINS) and smoothed.sum(1) == pytest.approx([1, 1, 1])
     assert smoothed.max() > 2 * plain.max()
-    sigma = np.sqrt(1 + 1 / 12)  # the tested kernel is integrated over each voxel
+    sigma = np.sqrt(1 + 1 / 12)  # plus 1/12, because the tested kernel is integrated over each voxel
     values = np.stack([gaussian_filter(patch.astype(float), sigma, mode="constant") for patch in noise[0]])
-    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # gives scipy's zeros outside no weight
+    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # ignores scipy's zeros outside a patch
     wanted = np.histogram(values, np.linspace(-1024, 240, BINS + 1))[0] / values.size
     assert smoothed[0] == pytest.approx(wanted, abs=0.002)
 
 
 def test_command(tmp_path, make_store, grid, run):
-    """A density label is predicted by the density, and by noise features only together with it."""
+    """The density predicts a density label. Features of noise predict this label only together with the histogram."""
     rng = np.random.default_rng(0)
     patches = make_store(tmp_path / "s", 24, grid)
     for location in range(len(grid)):
@@ -83,7 +83,7 @@ def test_command(tmp_path, make_store, grid, run):
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
     assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    assert row.count(" to ") == 3  # intervals of the metric, of features - this, of this - histogram
+    assert row.count(" to ") == 3  # intervals of the metric and of its differences from features and histogram
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
     names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")

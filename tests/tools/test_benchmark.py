@@ -1,4 +1,4 @@
-"""The benchmark's literal implementations equal the method, and its table contains the measurements."""
+"""Test that the benchmark's literal implementations equal the method, and that its table contains the measurements."""
 
 import json
 from types import SimpleNamespace
@@ -92,7 +92,7 @@ def test_rows_of_data_and_memory(tmp_path, args):
 
 @pytest.mark.slow
 def test_times_of_the_parts_of_a_scan(tmp_path, run, cohort, monkeypatch):
-    """lungmask's network is left out: it takes half a minute and has another test."""
+    """lungmask's network is left out, because it takes half a minute and another test covers it."""
     folder, _ = cohort
     monkeypatch.setattr(scans, "segment_with_network", lambda image, weights: image)
     flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")

@@ -1,4 +1,4 @@
-"""An intact store has no problems; every kind of damage is reported with its file."""
+"""Test that an intact store has no problems, and that every kind of damage is reported with its file."""
 
 import shutil
 
@@ -32,7 +32,10 @@ def test_an_intact_store(store, run_here):
 
 
 def test_a_store_of_the_published_code(store, run_here):
-    """The published code used another name for the table, no subjects.csv and floats with NaN. All can be read."""
+    """A store of the published code can be read.
+
+    Its location table has another name, its patches are floats with NaN, and subjects.csv is missing.
+    """
     (store / "atlas_patch_loc.npy").rename(store / "its_patch_loc.npy")
     (store / "subjects.csv").unlink()
     for path in (*store.glob("patch/*.npy"), *store.glob("grouped_patch/*.npy")):

@@ -1,4 +1,4 @@
-"""embed_scan.py gives the same features as the five stages and the extraction; a bad scan affects no other."""
+"""Test that embed_scan.py gives the features of the five stages and the extraction, also if another scan is bad."""
 
 import shutil
 
@@ -21,7 +21,7 @@ from tools.evaluation.vectors import FILES, Standardization
 
 @pytest.fixture(scope="module")
 def study(cohort, tmp_path_factory, run):
-    """Make a checkpoint for the cohort's atlas and features of one scan by the five stages; return (folder, cohort)."""
+    """Make a checkpoint for the cohort's atlas and extract one scan's features; return (folder, cohort)."""
     folder, _ = cohort
     root = tmp_path_factory.mktemp("embed")
     table = pd.read_csv(folder / "dataset.csv", dtype=str)[:1]
@@ -111,7 +111,7 @@ def test_a_foreign_table_is_not_overwritten(study, run_here, tmp_path):
 
 @pytest.mark.parametrize("kind", ["moments", "layers"])
 def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kind):
-    """The vectors equal those from the store. They need a standardisation of the same checkpoint and kind."""
+    """A scan's vectors equal those from the store, and need a standardisation of the same checkpoint and kind."""
     root, folder = study
     patches = np.load(root / "features" / FILES[kind])
     rng = np.random.default_rng(0)

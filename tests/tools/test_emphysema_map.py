@@ -1,4 +1,4 @@
-"""Maps of a planted label: they are high where the disease is, and have their scan's geometry."""
+"""Test that maps of a planted label are high where the disease is, and have the geometry of their scan."""
 
 import numpy as np
 import pandas as pd
@@ -55,7 +55,7 @@ def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
     assert (values[~inside] == 0).all()
     deep = inside & (heights > origin[2] + 16 + stride) & (heights < origin[2] + 63 - stride)  # not the ends
     assert deep.any() and np.abs(values[deep] - heights[deep]).max() < 0.01
-    # Left windows use the encoder of the left locations, low windows that of the low locations.
+    # Left windows use the encoder of the left locations, and low windows use the encoder of the low locations.
     middle = centres - np.array(origin)
     assert (TABLE[windows.places, 0] == np.where(middle[:, 0] < 52, 16, 56)).all()
     assert set(TABLE[windows.places[middle[:, 2] < 30], 2]) == {16}
@@ -90,7 +90,7 @@ def test_the_summary_interval_is_over_scans():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Make sixteen scans with box-shaped lungs and their store. In each, one lung is darker at the top or bottom."""
+    """Make a store of sixteen scans with box-shaped lungs. In each scan, one lung is darker at the top or bottom."""
     folder = tmp_path_factory.mktemp("maps")
     atlas = image_of(atlas_array())
     sitk.WriteImage(atlas, folder / "atlas.nii.gz")
@@ -100,7 +100,7 @@ def world(tmp_path_factory):
     (folder / "truth").mkdir()
     cut, rows, labels, of_patches = [], [], [], []
     for number in range(16):
-        sid, values = f"{number:03d}", np.full(SHAPE, 40, dtype=np.int16)  # a thin wall on all sides
+        sid, values = f"{number:03d}", np.full(SHAPE, 40, dtype=np.int16)  # a thin wall of 40 HU on all sides
         lungs, dark = atlas_array() > 0, np.zeros(SHAPE, dtype=bool)
         height = int(rng.integers(0, 40))
         box = LUNGS[100 if number % 2 else 50]
@@ -187,7 +187,7 @@ def test_bad_arguments_are_refused(world, run_here, tmp_path, flags, message):
 
 
 def test_a_label_in_words(world, run_here, tmp_path):
-    """Two words count as 0 and 1. Three words need an order."""
+    """A label of two words counts as 0 and 1. A label of three words needs an order."""
     dark = pd.read_csv(world / "labels.csv", dtype={"sid": str})
     third = np.digitize(dark["dark"], dark["dark"].quantile([1 / 3, 2 / 3]))
     words = dark.assign(grade=np.array(["mild", "light", "severe"])[third], much=np.where(third > 1, "yes", "no"))

@@ -1,4 +1,4 @@
-"""evaluate.py on labels with planted answers, and the arguments that it refuses."""
+"""Test evaluate.py on labels with planted effects, and the arguments that evaluate.py refuses."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_covariates_are_hardly_penalised(kind):
 
 
 def test_the_gain_from_a_table_is_paired():
-    """Two tables share an error, so their difference has a narrower interval than either, and the right sign."""
+    """Two tables share an error. The interval of their difference is therefore narrower, and the sign is right."""
     rng = np.random.default_rng(2)
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
@@ -69,7 +69,7 @@ def test_r2_does_not_depend_on_the_unit():
 
 
 def test_two_models_together_predict_a_whole_stage():
-    """The mean of the predicted spirometry gives a whole stage. The mean of the predicted stages may not be whole."""
+    """The mean of two models' spirometry gives a whole stage. The mean of their predicted stages may be a fraction."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(150, 4))
     values = x[:, :2] + x[:, 2:] + 0.3 * rng.normal(size=(150, 2))
@@ -79,7 +79,7 @@ def test_two_models_together_predict_a_whole_stage():
     found = predict_others(MODELS["stage"], x, target, others, weights)
     assert set(found) <= {0.0, 1.0, 2.0, 3.0} and np.abs(found - target[others, 0]).mean() < 0.6
     single = [predict_others(MODELS["stage"], x, target, others, row) for row in weights]
-    assert not np.array_equal(*single)  # so the mean of their stages is not always whole
+    assert not np.array_equal(*single)  # so the mean of both models' stages is not always whole
 
 
 def test_row_order_is_irrelevant_and_constant_features_are_reported(run_here, tmp_path):
@@ -189,7 +189,7 @@ def test_covariates_are_added_to_every_model_and_tested_alone(study, run, tmp_pa
 
 
 def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
-    """Features that only identify the patient predict any label, unless a patient's scans stay together."""
+    """Features that only identify the patient predict any label, unless a patient's scans are in one fold."""
     rng, folder = np.random.default_rng(1), tmp_path
     patients = np.repeat(np.arange(40), 3)
     sids = [f"s{patient:02d}_{scan}" for patient, scan in zip(patients, [1, 2, 3] * 40)]
@@ -209,7 +209,7 @@ def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
 
 
 def test_held_out_subjects_are_evaluated(tmp_path, run):
-    """If the relation is reversed in the held-out subjects, the prediction fails there."""
+    """If the relation to the label is reversed in the held-out subjects, the prediction fails for these subjects."""
     rng = np.random.default_rng(0)
     sids = [f"s{index:02d}" for index in range(40)]
     values = rng.normal(size=40)
@@ -235,7 +235,7 @@ def test_missing_codes_and_left_out_subjects_are_reported(tmp_path, run):
     said = run("tools/evaluate.py", *flags, cwd=tmp_path).stderr
     assert "30 of 40 subjects with features and labels are in every table" in said
     assert "column 'FEV1' has -999 for 3 subjects; if that means missing" in said
-    assert "FutureWarning" not in said  # a label with two values is a class
+    assert "FutureWarning" not in said  # a label with two values is treated as a class
 
 
 def write_features(path, sids, value="0.5"):
@@ -341,7 +341,10 @@ def test_subjects_without_a_covariate_are_left_out_with_a_note(study, run, tmp_p
 
 
 def held_out_tables(folder, count=60):
-    """Write two scans per patient. died and cls vary on one side only, sex is text, odd/name is not a file name."""
+    """Write a table with two scans per patient.
+
+    `died` and `cls` vary on one side only, `sex` is text, and `odd/name` cannot be a file name.
+    """
     rng = np.random.default_rng(4)
     sids = [f"{number:04d}" for number in range(count)]
     table = pd.DataFrame({"sid": sids, "patient": np.arange(count) // 2, "y": rng.normal(size=count)})
@@ -369,7 +372,7 @@ SURVIVAL = ("--time-column", "years", "--event-column", "died")
     [
         (
             ("--columns", "y", "--held-out", "held", "--group-column", "patient"),
-            "are scans of one patient, which would then",
+            "are scans of one patient, who would be in both the training part and the held-out part",
         ),
         (("--held-out", "side", *SURVIVAL), "in the training part, no event was observed"),
         (
@@ -423,7 +426,7 @@ def test_subjects_missing_from_one_table_are_reported(tmp_path, run_here):
 
 
 def test_row_numbers_are_not_features(tmp_path, run_here):
-    """pandas saves row numbers as a column without a name, and after another save as 'Unnamed: 0'."""
+    """pandas saves row numbers as a column without a name. A second save names this column 'Unnamed: 0'."""
     features, _ = held_out_tables(tmp_path)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
     without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout
@@ -462,7 +465,7 @@ def test_the_gain_over_a_histogram_is_explained():
     found["d"] = figures(0.0, 1e-15, 0.1)  # equal up to rounding
     found["e"] = figures(float("nan"), float("nan"), float("nan"))
     useless = figures(0.1, 0.2, 0.3)
-    useless["features+histogram"]["r2"]["mean"] = -1.1  # the histogram's own r2 is -1.3
+    useless["features+histogram"]["r2"]["mean"] = -1.1  # the histogram alone has r2 = -1.3
     (line,) = explain_results(found | {"f": useless})
     assert "improves 2 of 4 label(s)" in line and "Even together they do not predict f." in line
     assert explain_results({"a": {"features": found["a"]["features"]}}) == []

@@ -1,4 +1,4 @@
-"""The explore page: planted effects appear at their locations, and clicks show them."""
+"""Test the explore page: planted effects appear at their locations, and clicks show the effects."""
 
 import time
 
@@ -14,13 +14,13 @@ from tools.pages.numbers import compute_importance, find_nearest, find_unusual_l
 from tools.pages.sides import make_sides
 
 N, D = 60, 6
-MARKED = "<b>M&"  # must not be interpreted as HTML
+MARKED = "<b>M&"  # a label name that must not be interpreted as HTML
 STORE = "a #store"  # a folder name that must not be interpreted as parts of a URL
 
 
 @pytest.fixture
 def study(tmp_path, grid):
-    """Location 4 determines the grade, subject 7 is almost equal to subject 3, subject 9 is unusual at location 2."""
+    """Location 4 determines the grade, subject 7 almost equals subject 3, and subject 9 is unusual at location 2."""
     rng = np.random.default_rng(0)
     patches = rng.normal(size=(N, len(grid), D)).astype(np.float32)
     grade = rng.normal(size=N)
@@ -73,7 +73,7 @@ def test_an_informative_location_is_found(study):
 
 
 def test_importance_equals_ridge_regression():
-    """Compare with scikit-learn's ridge regression on the same folds with the best penalty."""
+    """Compare the importance with scikit-learn's ridge regression on the same folds, with the best penalty."""
     from sklearn.linear_model import Ridge
 
     rng = np.random.default_rng(1)
@@ -99,7 +99,7 @@ def test_twins_are_nearest_and_the_unusual_place_first(study):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_locations_are_drawn_correctly_for_any_atlas_orientation(flip):
-    """A location at the upper front of the right lung is drawn there, also for an atlas stored as RAS."""
+    """A location at the upper front of the right lung is drawn at that position, even if the atlas is stored as RAS."""
     mask = np.zeros((40, 50, 60), dtype=np.uint8)
     mask[30:38, 5:15, 4:12], mask[2:9, 5:15, 44:52] = 50, 100
     atlas = sitk.GetImageFromArray(mask)

@@ -22,7 +22,10 @@ N, L = 30, 6
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, make_store, grid):
-    """Make a store, an encoder and label tables. Odd subjects are almost homogeneous at locations 0 and 1."""
+    """Make a store, an encoder and label tables.
+
+    Every second subject has almost homogeneous patches at locations 0 and 1.
+    """
     folder = tmp_path_factory.mktemp("finetune")
     patches = make_store(folder / "store", N, grid, seed=0)
     sick = np.arange(N) % 2
@@ -74,7 +77,7 @@ def test_a_head_learns_the_label_and_a_fit_resumes(study, run, tmp_path):
     assert table.loc[(table["arm"] == "k") & (table["fraction"] == 1), "auroc"].min() > 0.9
     assert "| 0.5 | 10 |" in shown and (out / "curve.png").stat().st_size > 5000
     kept = torch.load(out / "k.pth.tar", weights_only=True)
-    head = kept["head"]  # uses the mean and SD of every layer, standardised per location
+    head = kept["head"]  # the head uses the mean and SD of every layer, standardised per location
     assert head["classes"] == [0, 1] and head["patient_vector"] == "layers"
     locations, features = head["location_mean"].shape
     assert locations == 6 and head["state_dict"]["linear.weight"].shape == (2, 2 * features)
@@ -184,7 +187,7 @@ def test_training_keeps_the_best_model(monkeypatch, losses, start, best, kept, r
         return next(following)
 
     assert fitting._train_until_no_better(one_round, (model,), "last", start) == (best, rounds)
-    assert model.weight.item() == kept  # the number of rounds until the best one
+    assert model.weight.item() == kept  # the weight counts the rounds up to the best round
 
 
 def test_ordered_words_are_grades(tmp_path):

@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_bytes(phantoms):
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows["first"][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
 
-    # With a single scanner, the subjects stay the same.
+    # The subjects are the same with one scanner as with many scanners.
     (labels, scanned), (with_many, scanned_by_many) = phantoms["one"][1], phantoms["first"][1]
     assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
     assert phantoms["other"][1][1] == scanned
@@ -80,7 +80,7 @@ def test_small_phantoms_have_a_full_chest_wall_and_vary_less():
         line = middle[middle.shape[0] // 2]
         inside = np.flatnonzero(line > -950)
         fat = line[inside[0] :] == FAT_HU
-        assert int(np.argmin(fat)) == pytest.approx(20, abs=1.5)  # in mm, from the skin to the muscle
+        assert int(np.argmin(fat)) == pytest.approx(20, abs=1.5)  # the fat's thickness in mm, from skin to muscle
         for face in (phantom.hu[:, 0], phantom.hu[:, :, 0], phantom.hu[:, :, -1]):
             assert (face == AIR).all()  # the whole body is in the field of view
 
@@ -130,7 +130,7 @@ def test_files_of_a_cohort(cohort):
         )
         for label in (50, 100)
     ]
-    assert sides[0] < sides[1]  # the right lung lies at the lower LPS x
+    assert sides[0] < sides[1]  # in LPS, the right lung has the lower x
 
 
 def block(seed=0):
@@ -149,8 +149,8 @@ def shares(**given):
 
 
 def test_subtypes_lie_in_realistic_regions():
-    """The shares equal the labels. Centrilobular disease lies at the apex or as requested, panlobular at the base,
-    paraseptal at the pleura. There is none outside the lungs."""
+    """The share of each subtype equals its label. Centrilobular disease lies at the apex or as requested, panlobular
+    disease at the base, and paraseptal disease at the pleura. There is no disease outside the lungs."""
     for upper, more in ((2.0, "upper"), (-2.0, "lower")):
         hu, lung, spacing, rng = block()
         wanted = shares(moderate_centrilobular=0.2, severe_centrilobular=0.05, panlobular=0.1, paraseptal=0.1)
@@ -177,7 +177,7 @@ def test_normal_lung_of_a_real_scan_is_kept():
     _, planted = plant_disease(hu, lung, spacing, Disease(shares(panlobular=0.3)), rng, keep_normal=True, base=-10)
     assert (hu[planted == NORMAL + 1] == -860).all()
     values = hu[planted == PANLOBULAR + 1]
-    assert np.median(values[values < -700]) == pytest.approx(-980, abs=12)  # 10 HU below the texture's value
+    assert np.median(values[values < -700]) == pytest.approx(-980, abs=12)  # base=-10 lowers the values by 10 HU
 
 
 def test_reticulation_is_dense_and_lesions_are_round():
@@ -248,7 +248,7 @@ def test_labels_depend_on_subtype_and_region_and_density():
     for label in (np.log10(table["FEV1pp"]), -table["died"]):
         slopes = np.linalg.lstsq(x, label, rcond=None)[0]
         assert slopes[2] < -0.2
-    # Reticulation and mild emphysema also matter, although density does not show them.
+    # Reticulation and mild emphysema also affect the labels, although density does not show these changes.
     quiet = table[destroyed < 0.1]
     assert quiet["FEV1pp"].corr(quiet["reticulation_fraction"]) < -0.4
     assert quiet["exacerbations"].corr(quiet["mild_centrilobular_fraction"]) > 0.1

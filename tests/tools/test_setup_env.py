@@ -1,4 +1,4 @@
-"""Environment set-up: checking requirements, and changing nothing if all are met."""
+"""Test the environment set-up: requirements are checked, and nothing is changed if all are met."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def test_unmet_requirements_are_named(tmp_path):
 
 
 def test_nothing_is_installed_if_all_requirements_are_met(tmp_path):
-    """Run from another folder, through a link with a space in its name."""
+    """Run the set-up from another folder, through a link with a space in its name."""
     link = tmp_path / "a project"
     link.symlink_to(ROOT)
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}

@@ -15,11 +15,11 @@ MEASURED = {
     "panlobular": (-971, 27, 0.88, 0.97, 0.005, (0.73, 0.36, 0.17, 0.09, 0.04, 0.02)),
     "paraseptal": (-914, 61, 0.20, 0.38, 0.34, (0.91, 0.77, 0.64, 0.53, 0.36, 0.22)),
 }
-SIDE, WALL = 31, 10  # in pixels: side of a patch, and rows of chest wall in a paraseptal patch
+SIDE, WALL = 31, 10  # in pixels: the side of a patch, and the rows of chest wall in a paraseptal patch
 
 
 def measure(patch):
-    """Measure a (31, 31) patch; return a row of the table. The autocorrelation uses pixels below -700 HU."""
+    """Measure a (31, 31) patch; return a row like those of MEASURED. The autocorrelation uses pixels below -700 HU."""
     low = patch < -700
     mean, sd = patch[low].mean(), patch[low].std()
     rest = np.where(low, patch - mean, 0.0)

@@ -1,4 +1,4 @@
-"""The batch script for Slurm, with stand-ins for Slurm and the training."""
+"""Test the batch script for Slurm with stand-ins for Slurm and the training."""
 
 import os
 import signal

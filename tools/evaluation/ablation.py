@@ -1,4 +1,4 @@
-"""Result tables and plot of an ablation study."""
+"""Result tables and a plot of an ablation study."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         reference: the arm that is subtracted.
 
     Returns:
-        One row per column, arm and table, with mean, sd and seeds. Other arms than ``baseline`` and the reference also
-        have difference and difference_sd, over the seeds that both arms have. A number that is undefined is NaN, for
-        example the SD of one seed.
+        One row per column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the
+        reference also have difference and difference_sd, over the seeds that an arm shares with the reference. An
+        undefined number is NaN, for example the SD of one seed.
     """
     found = []
     paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"].sort_index()

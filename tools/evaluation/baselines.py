@@ -13,8 +13,8 @@ from misc.sizes import HU_MAX, HU_MIN
 
 BINS = 32  # histogram bins of equal width over [-1024, 240] HU
 EMPHYSEMA_HU = -950  # the clinical threshold for emphysema
-PARENCHYMA_HU = -500  # lung tissue is below, chest wall and heart are above
-SMOOTHING = 1.0  # sigma in voxels, reduces low-dose noise; 2 and 3 predicted worse on phantoms
+PARENCHYMA_HU = -500  # lung tissue has fewer HU, chest wall and heart have more HU
+SMOOTHING = 1.0  # sigma in voxels, against the noise of low doses; on phantoms, 2 and 3 gave worse predictions
 ROWS_AT_ONCE = 64
 
 
@@ -29,7 +29,7 @@ def count_voxels(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
 
 
 def smooth(patches: np.ndarray) -> np.ndarray:
-    """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SMOOTHING voxels, as augmentation ``s`` does; float32."""
+    """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SMOOTHING voxels, as augmentation ``s`` does."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))
     sigma = torch.full((1, 3), SMOOTHING, dtype=torch.float64)
     (bands,) = Augmentation("s").prepare([{"sigma": sigma}], volumes.shape[1:])
@@ -50,7 +50,7 @@ class Counts(NamedTuple):
 def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
     """Count the voxels of every patch of a store.
 
-    Smoothing takes most of the time. Without ``smoothed`` it is skipped and the smoothed histograms stay 0.
+    Smoothing takes most of the time. Without ``smoothed``, the patches are not smoothed and ``Counts.smoothed`` is 0.
     """
     shape = (store.num_subjects, store.num_locations)
     sizes = ((*shape, BINS), (shape[0], BINS), shape, shape)
@@ -73,13 +73,13 @@ def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: b
 def make_baseline_tables(
     store: PatchStore, no_progress: bool = False, smoothed: bool = True
 ) -> dict[str, pd.DataFrame]:
-    """Return the baseline tables, indexed by sid. They are evaluated like the features.
+    """Return the baseline tables, indexed by sid. The baselines are evaluated like the features.
 
     Returns:
-        density: share of the lung below -950 HU, one number.
-        density_by_location: the same share for each patch.
-        histogram: 32 bins over all patches.
-        histogram_smoothed: the same after a Gaussian of 1 voxel that removes noise; only with ``smoothed``.
+        density: share of the lung below -950 HU, one number per subject.
+        density_by_location: share of the lung below -950 HU in each patch.
+        histogram: 32 bins over all patches of a subject.
+        histogram_smoothed: histogram after smoothing with a Gaussian of 1 voxel; only with ``smoothed``.
         histogram_by_location: 32 bins for each patch.
     """
     histogram, of_smoothed, low, lung = count_store_voxels(store, no_progress, smoothed)

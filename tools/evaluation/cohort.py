@@ -1,4 +1,4 @@
-"""The subjects of an evaluation with their labels, covariates and patients, and which labels can be predicted."""
+"""Read the labels, covariates and patients of subjects, and find the labels that can be predicted."""
 
 import argparse
 import sys
@@ -21,8 +21,8 @@ from tools.evaluation.kinds import (
 from tools.evaluation.splits import find_patient_in_both_parts, find_scans_of_one_patient
 from tools.evaluation.tables import number_patients, read_held_out
 
-STAGES = ("GOLD", "finalGold")  # these columns are derived from the two below
-SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the column names begin
+STAGES = ("GOLD", "finalGold")  # columns of the COPD stage, which is derived from spirometry
+SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the names of the spirometry columns begin
 
 
 def note(text: str) -> None:
@@ -45,7 +45,7 @@ class EvaluatedSubjects:
 
         def hear(text: str) -> None:
             if args.group_column and f"column {args.group_column!r}" in text:
-                return  # the patient column is not a label
+                return  # problems of the patient column do not matter, because it is not a label
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
@@ -68,7 +68,7 @@ class EvaluatedSubjects:
                 fitted, reported = (sids[row] for row in both)
                 raise StoreError(
                     f"--held-out {args.held_out}: sids {fitted!r} (0) and {reported!r} (1) are scans of one patient, "
-                    "which would then be in the training and in the held-out part; give all scans of a patient the "
+                    "who would be in both the training part and the held-out part; give all scans of a patient the "
                     f"same value in {self.path}"
                 )
         else:
@@ -81,17 +81,17 @@ class EvaluatedSubjects:
                 )
 
     def column(self, name: str) -> np.ndarray:
-        """Return the values of a numeric column, (N,), NaN where unknown. Raises StoreError."""
+        """Return the values of a numeric column, (N,), which are NaN where unknown. Raises StoreError."""
         if name in self.names:
             return self.values[:, self.names.index(name)]
         raise StoreError(explain_missing_column(self.path, name, self.names))
 
     def parts(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
-        """Split the k known rows of (N,) into the part that models are fitted to and the held-out part.
+        """Split the k rows that are ``known`` into the part that models are fitted to and the held-out part.
 
         Returns:
-            One part without --held-out, else two. Each part has the beginning of an error message, its rows (k,) bool,
-            the minimum count as a number of folds, and the minimum number of patients.
+            One part without --held-out, else two parts. Each part has the beginning of an error message, its rows (k,)
+            bool, the number of folds for :func:`find_label_problem`, and the minimum number of patients.
         """
         if self.held_out is None:
             return [("", np.ones(known.sum(), dtype=bool), folds, folds)]
@@ -167,7 +167,7 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
 
 
 def find_reason_to_skip(name: str, values: np.ndarray) -> str:
-    """Return why a column that --columns does not name is probably not a label, or "" if it may be one."""
+    """Return why a column that --columns does not name is probably not a label, or "" if the column may be a label."""
     lower = name.lower().replace("-", "_")
     if lower in ("held_out", "heldout", "split", "fold", "test", "train") and len(np.unique(values)) <= 10:
         return f"its name suggests a split into training and test subjects (--held-out {name})"
@@ -179,7 +179,7 @@ def find_reason_to_skip(name: str, values: np.ndarray) -> str:
 def find_problem_in_parts(
     cohort: EvaluatedSubjects, values: np.ndarray, known: np.ndarray, kind: str, folds: int
 ) -> str:
-    """Return why labels (N, ...) cannot be predicted, or "" if they can. With --held-out both parts are checked.
+    """Return why labels (N, ...) cannot be predicted, or "" if they can. With --held-out, check both parts.
 
     Args:
         known: (N,) bool, rows that have a value.
@@ -205,7 +205,7 @@ def find_problem_in_parts(
 
 
 def _note_missing(name: str, values: np.ndarray) -> None:
-    """Print a note if values (n,) contain a number that often means missing."""
+    """Print a note if values (n,) contain a number that often stands for a missing value."""
     code = find_missing_code(values)
     if code is not None:
         count = int((values == code).sum())
@@ -216,7 +216,7 @@ def _note_missing(name: str, values: np.ndarray) -> None:
 
 
 def find_code_problem(values: np.ndarray) -> str:
-    """Return why values (n,) of 0, 1 and a code for missing cannot be predicted as they are, or "" for others."""
+    """Return why values (n,) cannot be predicted if they are 0, 1 and a code for missing values; else return ""."""
     code = find_missing_code(values)
     if code is None or not set(values) - {code} <= {0.0, 1.0}:
         return ""
@@ -226,12 +226,12 @@ def find_code_problem(values: np.ndarray) -> str:
 def make_stage_label(
     cohort: EvaluatedSubjects, name: str, values: np.ndarray, known: np.ndarray, folds: int
 ) -> tuple[Label, np.ndarray] | None:
-    """Return the label that predicts a stage through spirometry, or None if the table lacks the columns for it."""
+    """Return a label that predicts a COPD stage from predicted spirometry, or None if that is not possible."""
     columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
     if name not in STAGES or None in columns:
         return None
     spirometry = np.stack([cohort.column(column) for column in columns], axis=1)
-    known = known & (spirometry > 0).all(axis=1)  # NaN is not above 0
+    known = known & (spirometry > 0).all(axis=1)  # also excludes NaN, because NaN > 0 is False
     for what in (values, *spirometry.T):
         reason = find_problem_in_parts(cohort, what, known, "regression", folds)
         if reason:

@@ -1,4 +1,4 @@
-"""Evaluate how well several tables predict one label: metrics with intervals, and the same for permuted labels."""
+"""Evaluate how well several tables predict one label: metrics with intervals, and metrics for permuted labels."""
 
 import functools
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ class Label(NamedTuple):
     """A label to predict.
 
     Attributes:
-        name: name of the column; for survival the event column.
+        name: name of the label column; for survival, of the event column.
         kind: regression, log10, grade, class, survival or stage.
-        target: (N,) numbers, or class numbers 0, 1, ...; for survival (N, 2), time and event; for a stage (N, 3), the
-            stage and the two values that define it.
+        target: (N,) numbers, or class numbers 0, 1, ... for classes. Survival has (N, 2) times and events. A stage has
+            (N, 3) columns: the stage and the two values that define a stage.
         classes: the original value of each class number.
-        time: for survival the column of the follow-up time.
+        time: name of the column of follow-up times; only for survival.
     """
 
     name: str
@@ -67,20 +67,21 @@ def evaluate_label(
     seed: int = 0,
     added_to: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Evaluate tables by nested, repeated cross-validation: penalty, scaling and tree are chosen inside the folds.
+    """Evaluate tables by nested, repeated cross-validation: penalty, scaling and decision tree are fitted in each fold.
 
     All tables share folds and resamples. In each repeat, every subject is predicted once by a model that has not seen
-    any scan of this patient. A metric is computed from these N predictions together and averaged over the repeats.
+    any scan of this patient. A metric is computed from all N predictions of a repeat and averaged over the repeats.
 
     Args:
         label: a label with a value for each of the N subjects.
-        tables: (N, D) each, or an object that computes it for each fold. The others are compared to the first.
+        tables: features (N, D), or objects that compute features for each fold. The first table is compared to each
+            other table.
         groups: (N,) patient numbers.
         folds: number of folds in each repeat.
         weights: column weights of a table, (D,), or (models, D) to average several models (default: ones).
-        held_out: (N,) bool, subjects to report on with a model fitted to the others, instead of cross-validation.
+        held_out: (N,) bool, test subjects for a model that is fitted to all others; None for cross-validation.
         seed: random seed of folds, bootstrap and permutations.
-        added_to: for a table that includes the columns of another table, the name of that other table.
+        added_to: maps the name of a joined table to the name of one of its parts.
 
     Returns:
         Metrics and predictions. The first metric of a table also has paired differences with intervals:
@@ -105,7 +106,7 @@ def evaluate_label(
     permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     predictions: dict[str, np.ndarray] = {}
-    samples: dict[str, np.ndarray] = {}  # table -> first metric, (1 + RESAMPLES,)
+    samples: dict[str, np.ndarray] = {}  # table -> first metric of all subjects and of each resample
     for name in tables:
         given = [predict(name, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)

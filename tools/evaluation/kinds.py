@@ -5,17 +5,17 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 KINDS = ("regression", "log10", "grade", "class")
-MOST_GRADES = 10  # whole numbers with at most this many different values are grades
+MOST_GRADES = 10  # maximum number of different values of a grade or a class
 MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
-EXCEL_DATES = (20000, 60000)  # 1954 to 2064; read as days of follow-up this would be 54 years or more
-FEWEST = 5  # minimum subjects per class; with fewer, some folds would have none
+EXCEL_DATES = (20000, 60000)  # Excel's day numbers for 1954 to 2064; follow-up times of so many days are implausible
+FEWEST = 5  # minimum number of patients in the held-out part, and of events in each part of --held-out
 
 
 def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
     """Return the kind of a column of words, or "" for a column of numbers.
 
-    It is ``grade`` if --order gives three or more words, else ``class``.
+    The kind is ``grade`` if --order gives three or more words, else ``class``.
     """
     if name not in words:
         return ""
@@ -23,9 +23,9 @@ def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Co
 
 
 def guess_kind(values: np.ndarray) -> str:
-    """Guess the kind of known values (n,).
+    """Guess the kind of a label from its known values (n,).
 
-    Two different values are classes, a few whole numbers close together are grades, anything else is regression.
+    Two different values are classes, a few whole numbers close together are grades, and anything else is regression.
     """
     distinct = np.unique(values)
     if len(distinct) == 2:
@@ -54,9 +54,9 @@ def find_label_problem(values: np.ndarray, kind: str, folds: int) -> str:
 
 
 def find_missing_code(values: np.ndarray) -> float | None:
-    """Return the lowest or highest of known values (n,) if it looks like a code for missing, else None.
+    """Return the lowest or highest of known values (n,) if it looks like a code for missing values, else None.
 
-    It must be a number that is often used for missing, and far from all other values.
+    Such a code is a number that is often used for missing values and is far from all other values.
     """
     if len(values) < 2:
         return None
@@ -92,7 +92,7 @@ def find_survival_problem(time: np.ndarray, event: np.ndarray, fewest: int, a_si
         time: (n,) follow-up times.
         event: (n,) events, 0 or 1.
         fewest: minimum number of events.
-        a_side: the values are one part of --held-out, which has no folds.
+        a_side: True if --held-out is used, which has no folds.
     """
     if kind := recognize_date(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"

@@ -10,20 +10,20 @@ from tools.evaluation.survival import choose_penalty, fit_cox
 from tools.evaluation.vectors import Table, get_fitted_table, join_tables
 
 FOLDS = 5
-PENALTIES = np.logspace(-1, 5, 25)  # for features with SD 1
-COVARIATE_WEIGHT = 10.0  # scale of a standardised covariate, so that the ridge penalty hardly affects it
+PENALTIES = np.logspace(-1, 5, 25)  # ridge penalties for features with SD 1
+COVARIATE_WEIGHT = 10.0  # column weight of covariates, so that the ridge penalty hardly affects their coefficients
 INNER_FOLDS = 3
 
-Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # fitted x, fitted y, other x -> predictions
+Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # features, labels, new features -> predictions
 
 
 def make_joined_weights(*widths: int) -> np.ndarray:
     """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
-    Each row is a model: the first uses the last table alone, the second uses all tables. In the second, all tables
-    have the same sum of squares, so that a wide table does not dominate a narrow one. The predictions of the two models
-    are averaged. Choosing one of them on a few hundred subjects is noisier (the forecast combination puzzle: Stock and
-    Watson, 2004).
+    Each row is a model: the first model uses only the last table, and the second model uses all tables. In the second
+    model, all tables have the same sum of squares, so that a table with many columns does not dominate the others. The
+    predictions of the two models are averaged. Choosing one of two models on a few hundred subjects is noisier (the
+    forecast combination puzzle: Stock and Watson, 2004).
     """
     alone = np.repeat([*np.zeros(len(widths) - 1), 1.0], widths)
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
@@ -35,7 +35,7 @@ def join_evenly(*tables: Table) -> tuple[Table, np.ndarray]:
 
 
 def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
-    """Return the column weights of a table after ``count`` covariates were put in front of it."""
+    """Return the column weights of a table with ``count`` covariates in front of its other columns."""
     return np.concatenate([np.full((*weights.shape[:-1], count), COVARIATE_WEIGHT), weights], axis=-1)
 
 
@@ -50,14 +50,14 @@ def standardize(
 
 
 def make_ridge():
-    """Return a ridge regression for columns with SD 1; it chooses its penalty on the subjects it is fitted to."""
+    """Return a ridge regression for columns with SD 1, which chooses its penalty on the fitted subjects."""
     from sklearn.linear_model import RidgeCV
 
     return RidgeCV(alphas=PENALTIES)
 
 
 def predict_number(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Predict numbers (n,) by ridge regression. It chooses the penalty on the fitted subjects, and does not scale."""
+    """Predict numbers (n,) by ridge regression. The features must already be standardised."""
     return make_ridge().fit(fitted, target).predict(others)
 
 
@@ -80,7 +80,7 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
         return probabilities
     settings = dict(Cs=np.logspace(-5, 1, 7), cv=min(INNER_FOLDS, counts.min()), scoring="neg_log_loss")
     if len(present) == 2:
-        settings["solver"] = "newton-cholesky"  # several times faster; needs scikit-learn 1.6 for more classes
+        settings["solver"] = "newton-cholesky"  # several times faster; more classes require scikit-learn 1.6
     if settings["cv"] < 2:
         from sklearn.linear_model import LogisticRegression
 
@@ -88,7 +88,7 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     else:
         model = LogisticRegressionCV(**settings, class_weight="balanced", max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # scikit-learn 1.10 will change some defaults
+        warnings.simplefilter("ignore", FutureWarning)  # about defaults that change in scikit-learn 1.10
         probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
     return probabilities
 
@@ -101,7 +101,7 @@ def predict_risk(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> 
 
 
 def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Predict a grade through spirometry, as the authors of the method do: a decision tree on two predicted values.
+    """Predict a COPD stage as the authors of DrasCLR do: by a decision tree on two predicted spirometry values.
 
     Args:
         fitted: (n, D) features of the fitted subjects.
@@ -115,9 +115,9 @@ def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
 
 
 def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
-    """Do the work of predict_stage for several tables.
+    """Predict a stage like predict_stage, but from several tables.
 
-    The two values are averaged over the tables before the tree, because a mean of stages is not a stage.
+    The two predicted spirometry values are averaged over the tables, because a mean of stages is not a stage.
     """
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
@@ -151,9 +151,9 @@ def predict_others(
 
     Args:
         model: one of MODELS.
-        features: (N, D), or an object that computes them for a set of fitted rows.
+        features: (N, D), or an object that computes features (N, D) for a set of fitted rows.
         target: (N, ...).
-        others: (N,) bool, the rows to predict. Model and scaling are fitted to the rest.
+        others: (N,) bool, the rows to predict. Model and scaling are fitted to all other rows.
         weights: column weights (D,), or (models, D) to average the predictions of several models.
 
     Returns:
@@ -175,7 +175,7 @@ def predict_others(
 def _reduce_to_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
     """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
-    If a model penalises its squared weights, the weights lie in the space of the fitted rows. An orthogonal rotation
+    If a model penalises its squared weights, the weights lie in the row space of ``fitted``. An orthogonal rotation
     maps this space to the first r columns. The rotation is computed from the inner products of the rows, (n, n), which
     is about five times faster than a QR decomposition of 4,096 columns.
     """

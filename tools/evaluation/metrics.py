@@ -1,8 +1,8 @@
 """Metrics of predictions, computed for many bootstrap resamples at once.
 
-Each function takes the truth (n,), the prediction (n,) or (n, classes), and weights (n, b). A weight says how often a
-subject occurs in a resample. The result has one value per resample, (b,), or NaN if the resample leaves the metric
-undefined. Weights of 1 give the plain metric.
+Each function takes the truth (n,), the prediction (n,) or (n, classes), and weights (n, b). A weight is the number of
+times that a subject occurs in a resample. The result has one value per resample, (b,), which is NaN if the metric is
+undefined for the resample. Weights of 1 give the plain metric.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _divide_or_nan(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Divide above by below; NaN where below is 0."""
+    """Divide ``above`` by ``below``; the result is NaN where ``below`` is 0."""
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
 
 
 def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Coefficient of determination, 1 - SSE / SST; below 0 the prediction is worse than the mean of all subjects."""
+    """Coefficient of determination, 1 - SSE / SST; negative if predictions are worse than the mean of all subjects."""
     count, middle = weights.sum(0), truth.mean()
     truth, predicted = truth - middle, predicted - middle  # centring avoids a loss of digits if the mean is large
     mean = _divide_or_nan(truth @ weights, count)  # (b,)
@@ -33,19 +33,20 @@ def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.nd
 
 
 def exact(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of subjects with a rounded grade equal to the true grade."""
+    """Share of subjects for which the rounded prediction is equal to the true grade."""
     return _divide_or_nan((np.rint(predicted) == truth) @ weights.astype(float), weights.sum(0))
 
 
 def within_one(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of subjects with a rounded grade at most one grade off."""
+    """Share of subjects for which the rounded prediction is at most one grade off."""
     return _divide_or_nan((np.abs(np.rint(predicted) - truth) <= 1) @ weights.astype(float), weights.sum(0))
 
 
 def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of rounded grades with quadratic weights.
+    """Cohen's kappa of rounded predictions, with quadratic weights.
 
-    It is 1 minus the mean squared difference divided by the mean squared difference of independent grades.
+    Kappa is 1 - a / b: a is the mean squared difference from the true grades, and b is the value of a for predictions
+    that are independent of the true grades.
     """
     given = np.rint(predicted)
     count = weights.sum(0)
@@ -56,7 +57,7 @@ def kappa(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def auroc(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve; with more than two classes, the mean over each class against the rest.
+    """Area under the ROC curve; with more than two classes, the mean of the areas of each class against the rest.
 
     Args:
         truth: (n,) class numbers.

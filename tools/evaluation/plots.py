@@ -13,8 +13,8 @@ GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "high
 def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, path: Path) -> None:
     """Plot the predictions of one table.
 
-    Numbers are plotted predicted against true, grades as boxes by true grade, classes as a calibration curve, and
-    survival as curves by predicted risk.
+    The plot shows predicted against true numbers, boxes by true grade, calibration curves of classes, or survival
+    curves by predicted risk.
 
     Args:
         label: the label, for N subjects.
@@ -30,7 +30,7 @@ def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, pat
 
     label = label._replace(
         name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$")
-    )  # $ would start a formula
+    )  # a $ would start a formula in matplotlib
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     truth, predicted = label.target[reported], judged.predictions[table]
     main, figures = next(iter(judged.figures[table].items()))
@@ -63,7 +63,7 @@ def _grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> No
 
 
 def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
-    """Plot the share of the class in groups of subjects with similar predicted probabilities."""
+    """Plot the observed share of each class in groups of subjects with similar predicted probabilities."""
     for number in range(1 if len(label.classes) == 2 else 0, len(label.classes)):
         probability, own = predicted[:, number], truth == number
         bins = np.searchsorted(np.quantile(probability, np.arange(1, 8) / 8), probability, side="right")
@@ -79,7 +79,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = split_by_risk(predicted, number)
-    there = np.unique(group)  # only one group if all risks are equal
+    there = np.unique(group)  # has only one group if all predicted risks are equal
     for position, index in enumerate(there):
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
@@ -101,7 +101,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
 
 
 def _numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
-    """Write the number of subjects at risk of one group in a line below the axis."""
+    """Write the numbers of subjects at risk in one group on a line below the axis."""
     for moment, count in at_risk.items():
         place = dict(
             xytext=(0, -16 - 9 * line), textcoords="offset points", ha="center", va="top", annotation_clip=False

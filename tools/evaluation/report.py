@@ -8,7 +8,7 @@ from tools.evaluation.judge import Evaluation, Label
 
 
 def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
-    """Return one row per label and one column per table: the first metric of the kind with its 95 % interval."""
+    """Return a row per label and a column per table: the first metric for this kind of label with its 95 % interval."""
     names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
     head = " | ".join(map(_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
@@ -22,8 +22,8 @@ def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
 def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return one row per label, metric and table: value, 95 % interval, permuted labels, and paired differences.
 
-    The differences are the features minus this table and, if this table includes the columns of another one, this
-    table minus that one.
+    One difference is the metric of the features minus the metric of the table. If the table includes another table, the
+    other difference is the metric of the table minus the metric of the included table.
     """
     lines = [
         "| label | metric | table | value (95 %) | permuted | features minus this (95 %) | gain (95 %) |",
@@ -47,7 +47,7 @@ def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
 
 
 def _cell(name: str) -> str:
-    """Escape the characters of a name that would end a table cell."""
+    """Escape | in a name, because the character would end a table cell."""
     return name.replace("|", "\\|")
 
 
@@ -83,7 +83,7 @@ def explain_results(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) ->
 
 
 def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
-    """Say whether the features add to the histogram, which is what matters for clinical use."""
+    """Return a line on whether the features improve predictions from the histogram, which matters for clinical use."""
     added, useless = {}, []
     for label, tables in results.items():
         metric, figures = next(iter(tables.get("features+histogram", {"": {}}).items()))
@@ -92,7 +92,7 @@ def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> l
             continue
         if figures["mean"] > CHANCE.get(metric, -np.inf):
             added[label] = difference
-        else:  # improving on a histogram without information is not a gain
+        else:  # features and histogram together are not better than chance, so a difference is not a gain
             useless.append(label)
     if not added:
         return []

@@ -21,7 +21,7 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
         rng: random generator.
     """
     _, first, inverse, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    # Sort groups by stratum, then by size (large first), then at random, and deal them to the emptiest folds.
+    # Sort groups by stratum, then by size (large first), then at random, and assign them to the emptiest folds.
     order = np.lexsort((rng.random(len(first)), -sizes, strata[first]))
     fold_of_group, filled = np.empty(len(first), dtype=int), np.zeros(folds)
     offset = rng.permutation(folds)
@@ -51,7 +51,7 @@ def draw_resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 
 def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
-    """Find a patient in both parts: return one row that is not held out and one that is, or None if there is none."""
+    """Find a patient with scans in both parts. Return one row that is not held out and one held-out row, or None."""
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):
         return None
@@ -62,8 +62,8 @@ def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tupl
 def find_scans_of_one_patient(sids: list[str]) -> list[str]:
     """Return two or more sids that look like scans of one patient, or an empty list if there are none.
 
-    They differ only in a suffix for the scan. Names that only count subjects, such as 001 and 002, do not match: the
-    part before the suffix must contain a digit and must differ between patients.
+    These sids differ only in a suffix for the scan. Names that only count subjects, such as 001 and 002, do not match:
+    the part before the suffix must contain a digit and must differ between patients.
     """
     of_patient: dict[str, list[str]] = {}
     for sid in sids:

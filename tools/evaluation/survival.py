@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PENALTIES = tuple(np.logspace(-3, 2, 11))  # relative to the mean log partial likelihood
+PENALTIES = tuple(np.logspace(-3, 2, 11))  # ridge penalties, relative to the mean log partial likelihood
 STEPS, TOLERANCE = 50, 1e-7
 
 
@@ -22,7 +22,7 @@ def _find_last_ties(time: np.ndarray) -> np.ndarray:
 def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) -> np.ndarray:
     """Fit a Cox regression: maximise the mean log partial likelihood (Breslow) minus penalty / 2 |beta|^2.
 
-    It uses Newton's method with step halving.
+    The fit uses Newton's method with step halving.
 
     Args:
         features: (n, d), centred and scaled by the caller.
@@ -33,15 +33,15 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     Returns:
         Coefficients, (d,).
     """
-    if features.shape[1] > len(features) and penalty > 0:  # the coefficients lie in the space of the rows
+    if features.shape[1] > len(features) and penalty > 0:  # the coefficients lie in the row space of the features
         basis, rows = np.linalg.qr(features.T)  # (d, n), (n, n)
         return basis @ fit_cox(rows.T, time, event, penalty)
     order = np.argsort(-time, kind="stable")
     x, event = features[order].astype(np.float64), event[order].astype(np.float64)
     last = _find_last_ties(time[order])
     events = max(1.0, event.sum())
-    # In this order every risk set is a prefix, so sums over risk sets are cumulative sums. Summed over all events,
-    # each subject counts with the weights of the events that have it in their risk set.
+    # With descending times, every risk set is a prefix of the subjects, so sums over risk sets are cumulative sums.
+    # In a sum over all events, a subject gets the summed weight of all events up to the subject's own time.
     beta = np.zeros(x.shape[1])
 
     def value(beta: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
         means = np.cumsum(weight[:, None] * x, axis=0)[last] / total[:, None]  # (n, d)
         per_event = np.zeros(len(x))
         np.add.at(per_event, last, event / total)
-        share = weight * np.cumsum(per_event[::-1])[::-1]  # (n,) weight of each subject in all risk sets together
+        share = weight * np.cumsum(per_event[::-1])[::-1]  # (n,) summed weight of each subject over all risk sets
         gradient = (event[:, None] * (x - means)).sum(0) / events - penalty * beta
         hessian = (x.T * share) @ x - (means.T * event) @ means
         hessian = hessian / events + (penalty + 1e-9) * np.eye(len(beta))
@@ -116,7 +116,7 @@ def c_index(truth: np.ndarray, risk: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return event times and the share of subjects that survive each of them (statsmodels)."""
+    """Return event times and the share of subjects that survive each event time, computed by statsmodels."""
     from statsmodels.duration.survfunc import SurvfuncRight
 
     curve = SurvfuncRight(time, event)
@@ -124,7 +124,7 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def compute_log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> float:
-    """Return the p-value of the log-rank test of equal survival in all groups (statsmodels)."""
+    """Return the p-value of the log-rank test of equal survival in all groups, computed by statsmodels."""
     from statsmodels.duration.survfunc import survdiff
 
     return float(survdiff(time, event, group)[1])

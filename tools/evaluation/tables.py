@@ -42,13 +42,13 @@ def read_features(path: str) -> pd.DataFrame:
         row, column = np.argwhere(wrong)[0]
         raise StoreError(
             f"{path} has {table.iat[row, column]} in column {table.columns[column]} of sid {table.index[row]}; "
-            "features must be finite: extract them again, or use another checkpoint if this training diverged"
+            "features must be finite: extract the features again, or use another checkpoint if the training diverged"
         )
     return table
 
 
 def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) -> np.ndarray:
-    """Read patch features (N, L, D) float32. They are memory-mapped if the file already has the wanted order.
+    """Read patch features (N, L, D) float32. The array is memory-mapped if the file already has the order of ``sids``.
 
     Args:
         path: pred_arr_patch_full.npy; sid_arr_full.npy must be in the same folder.
@@ -65,19 +65,21 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
         raise StoreError(f"{path} cannot be read as an array: {error}") from error
     if features.ndim != 3 or len(there) != len(features) or features.dtype.kind != "f":
         raise StoreError(
-            f"{path} is {features.dtype} {features.shape} for {len(there)} subjects; it must be (subjects, patches, "
-            "features)"
+            f"{path} is {features.dtype} {features.shape} for {len(there)} subjects; the shape must be (subjects, "
+            "patches, features)"
         )
     for row in range(len(features)):
         if not np.isfinite(features[row]).all():
-            raise StoreError(f"{path} has features that are not finite for sid {there[row]}; extract them again")
+            raise StoreError(
+                f"{path} has features that are not finite for sid {there[row]}; extract the features again"
+            )
     if sids is None or sids == there:
         return features
     rows = {sid: row for row, sid in enumerate(there)}
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{path} lacks subject {lacking!r} of the patient features; use both files of the same extraction"
+            f"{path} lacks subject {lacking!r} of the patient features; take both files from one extraction"
         )
     return features[[rows[sid] for sid in sids]]
 
@@ -86,17 +88,17 @@ class ChosenVector(NamedTuple):
     """The patient vector that a tool uses, and the file that it is computed from."""
 
     kind: str  # one of VECTORS
-    patches: Path | None  # file of patch features; None for the mean
+    patches: Path | None  # file of patch features; None if kind is mean
 
 
 def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> ChosenVector:
-    """Resolve --patient-vector. The default is the best vector with a file next to the features.
+    """Resolve --patient-vector. The default is the first of layers, moments and mean with a file next to the features.
 
     Args:
         kind: value of --patient-vector, or None.
         features: path of patient_features.csv.
         patches: value of --patch-features, or None for the file next to ``features``.
-        note: called with a line of text if the default is not ``layers``.
+        note: function that prints a line of text; called if the default is not ``layers``.
 
     Raises:
         StoreError: the file of patch features does not exist.
@@ -139,18 +141,19 @@ def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[st
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{chosen.patches} lacks subject {lacking!r} of the patient features; use both files of the same "
-            "extraction, or --patient-vector mean"
+            f"{chosen.patches} lacks subject {lacking!r} of the patient features; take both files from "
+            "one extraction, or --patient-vector mean"
         )
     return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
 
 
 def add_vector_flags(parser: Parser, patches: bool = True) -> None:
-    """Add --patient-vector, and with ``patches`` also --patch-features."""
+    """Add the flag --patient-vector, and with ``patches`` also --patch-features."""
     text = (
-        "features of a subject: mean (over its patches), moments (mean and SD over patches, standardised per location) "
+        "features of a subject: mean over patches, moments (mean and SD over patches, standardised per location), or "
+        "layers (moments of every layer)"
     )
-    text += "or layers (moments of every layer) (default: layers, else moments, if the file is next to --features)"
+    text += " (default: layers, else moments, if the file is next to --features, else mean)"
     parser.add_argument("--patient-vector", type=OneOf(*VECTORS), help=text)
     if patches:
         text = "patch features for --patient-vector (default: the .npy file next to --features that fits the vector)"
@@ -159,9 +162,9 @@ def add_vector_flags(parser: Parser, patches: bool = True) -> None:
 
 def add_label_flags(parser: Parser) -> None:
     """Add --order (pairs of a column and its words) and --missing (numbers) for label tables."""
-    text = "use words as grades, in the given order, such as Overall.Stage=I,II,IIIa; without it, words are classes"
+    text = "use words as grades in this order, such as Overall.Stage=I,II,IIIa; without --order, words are classes"
     parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_parse_order, help=text)
-    text = "numbers that mean missing in every label column, such as 999"
+    text = "numbers that stand for missing values in all label columns, such as 999"
     parser.add_argument("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
 
 
@@ -179,7 +182,7 @@ def read_patch_sids(path: Path) -> list[str]:
     beside = path.with_name("sid_arr_full.npy")
     for file in (path, beside):
         if not file.is_file():
-            raise StoreError(f"{file.parent} has no {file.name}; extract_feature.py writes it")
+            raise StoreError(f"{file.parent} has no {file.name}; extract_feature.py writes this file")
     try:
         return [str(sid) for sid in load_array(beside)]
     except (OSError, ValueError, TypeError) as error:
@@ -187,7 +190,7 @@ def read_patch_sids(path: Path) -> list[str]:
 
 
 def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read a column of 0 and 1: which subjects are healthy (1), and which have a value (0 or 1), (N,) bool each.
+    """Read a column of 0 and 1. Return which subjects are healthy (1), and which subjects have a value, (N,) bool each.
 
     Raises:
         StoreError: the column is missing, has other values, or has fewer healthy subjects than ``fewest``.
@@ -228,7 +231,7 @@ def read_held_out(values: np.ndarray, names: list[str], column: str, labels: str
 
 
 def number_patients(table: pd.DataFrame, column: str, sids: list[str], path: str) -> np.ndarray:
-    """Number the patients that a column of the label table names, (N,). Raises StoreError."""
+    """Return the patient number of each subject, (N,), from a column of the label table. Raises StoreError."""
     if column not in table.columns:
         raise StoreError(
             f"{path} has no column {column!r} for --group-column{suggest_column(column, list(table.columns))}"
@@ -246,7 +249,7 @@ def number_patients(table: pd.DataFrame, column: str, sids: list[str], path: str
     numbers = pd.factorize(names)[0]
     if numbers.max() == 0:
         raise StoreError(
-            f"{path}: column {column!r} is {names.iloc[0]!r} for every scan; --group-column must tell patients apart"
+            f"{path}: column {column!r} is {names.iloc[0]!r} for every scan; --group-column must distinguish patients"
         )
     return numbers
 
@@ -265,7 +268,7 @@ def describe_other_store(features: str | os.PathLike, store: PatchStore, flag: s
         made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
         theirs, where = made["store_version"], made.get("root_dir", "another store")
     except (OSError, ValueError, TypeError, KeyError):
-        return ""  # made by hand or by embed_scan.py
+        return ""  # features without features.json were made by hand or by embed_scan.py
     if theirs == store.version:
         return ""
     return (
@@ -281,17 +284,18 @@ def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: s
         shared = [str(column) for column in table.columns if str(column) in set(labels) - {"sid"}]
         if shared:
             raise StoreError(
-                f"{name} has column {shared[0]!r}, which is also in {path}; remove it, features must not contain labels"
+                f"{name} has column {shared[0]!r}, which is also in {path}; remove the column from the features"
             )
 
 
 def match_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str) -> list[str]:
     """Return the subjects that are in every table and in the labels.
 
-    They are sorted, so that the folds do not depend on the order of the rows.
+    The subjects are sorted, so that the folds do not depend on the order of rows in the tables.
 
     Raises:
-        StoreError: there is no such subject; the message points out spellings such as 007 and 7.
+        StoreError: the tables and labels have no subject in common; the message names different spellings such as 007
+            and 7.
     """
     first = next(iter(tables.values())).index
     known = set(labels["sid"])
@@ -321,7 +325,7 @@ def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
 
 
 def report_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
-    """Print a note about subjects that are only in one of the two tables; they are left out."""
+    """Print a note about subjects that are in only one of the two tables and are left out."""
     features, labels = list(features), list(labels)
     unlabelled = sorted(set(features) - set(labels))
     unknown = sorted(set(labels) - set(features))

@@ -1,11 +1,11 @@
 """Patient vectors: one vector per subject, computed from the features of its patches.
 
-- `mean` is the mean over locations, as published. It mixes differences between locations with differences between
-  subjects.
+- `mean` is the mean over locations, as published. The mean mixes differences between locations with differences
+  between subjects.
 - `moments` first standardises each location with its mean and SD over the subjects that a model is fitted to. The
-  vector is the mean and the SD over locations.
-- `layers` does the same with the mean and SD of every layer's channels within each patch, which extract_feature.py
-  --layers writes. They contain finer scales than h, and the spread within a patch.
+  vector is the mean and the SD of the standardised features over locations.
+- `layers` is computed like `moments`, but from the mean and SD of every layer's channels within each patch, which
+  extract_feature.py --layers writes. These features contain finer scales than h, and the spread within a patch.
 """
 
 import os
@@ -21,8 +21,8 @@ from misc.files import write_whole
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
 LEAST_SD = 1e-6  # a feature with a smaller SD at a location becomes 0, such as the SD within a layer of one voxel
-KEPT_BYTES = 2**29  # cache for the vectors of several folds
-BYTES_AT_ONCE = 2**26  # patch features read at once, so that a memory-mapped file may exceed the memory
+KEPT_BYTES = 2**29  # size of the cache for the vectors of several folds
+BYTES_AT_ONCE = 2**26  # bytes of patch features read at once, so that a memory-mapped file may exceed the memory
 
 
 class Standardization(NamedTuple):
@@ -34,11 +34,11 @@ class Standardization(NamedTuple):
 
     @classmethod
     def fit(cls, kind: str, patches: np.ndarray, rows: np.ndarray) -> "Standardization":
-        """Compute mean and SD over some rows of (N, L, D), in memory or memory-mapped, in one pass."""
+        """Compute the mean and SD over some rows of ``patches`` (N, L, D) in one pass over the file or array."""
         total = squares = 0.0
         origin = np.asarray(
             patches[rows[0]], dtype=np.float64
-        )  # (L, D): subtracting one subject first keeps the sums of squares accurate
+        )  # (L, D): subtracting one subject from all keeps the sums of squares accurate
         for some in _parts(patches, rows):
             apart = np.asarray(patches[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)
@@ -70,7 +70,7 @@ class Standardization(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
-        """Read a file of :meth:`save`; the second result is the SHA-256 of its checkpoint. Raises UserError."""
+        """Read a file that :meth:`save` wrote. Return the content and the checkpoint's SHA-256. Raises UserError."""
         try:
             with np.load(path, allow_pickle=False) as content:
                 found = cls(str(content["kind"]), content["mean"], content["factor"])
@@ -87,7 +87,7 @@ class Standardization(NamedTuple):
 
 
 def _parts(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Split row numbers into parts with about BYTES_AT_ONCE of patch features each."""
+    """Split row numbers into parts with about BYTES_AT_ONCE bytes of patch features each."""
     each = max(1, BYTES_AT_ONCE // (8 * max(1, patches[0].size)))
     return [rows[start : start + each] for start in range(0, len(rows), each)]
 
@@ -95,7 +95,7 @@ def _parts(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 class PatientVectors:
     """Patient vectors of N subjects, which depend on the subjects that a model is fitted to.
 
-    It replaces a table (N, 2 D): learn.py calls ``fitted_to`` for each set of fitted subjects.
+    PatientVectors can replace a table (N, 2 D): learn.py calls ``fitted_to`` for each set of fitted subjects.
 
     Args:
         kind: moments or layers.
@@ -108,7 +108,7 @@ class PatientVectors:
         self.shape = len(rows), 2 * patches.shape[2]
         self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = (
             OrderedDict()
-        )  # shared with the results of __getitem__
+        )  # cache, shared with the results of __getitem__
 
     def __getitem__(self, known: np.ndarray) -> "PatientVectors":
         """Select some rows."""
@@ -117,7 +117,7 @@ class PatientVectors:
         return part
 
     def fitted_to(self, fitted: np.ndarray) -> np.ndarray:
-        """Return vectors (N, 2 D) standardised by the fitted subjects, (N,) bool, alone.
+        """Return vectors (N, 2 D), standardised with the mean and SD of the subjects in ``fitted``, (N,) bool.
 
         Results are cached, because several tables use the same folds.
         """
@@ -132,7 +132,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Tables joined by columns, if some of them depend on the subjects that a model is fitted to."""
+    """Tables joined by columns; at least one table depends on the subjects that a model is fitted to."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables
@@ -152,7 +152,7 @@ Table = np.ndarray | PatientVectors | JoinedTable
 
 
 def get_fitted_table(table: Table, fitted: np.ndarray) -> np.ndarray:
-    """Return the numbers of a table, (N, D), for a model that is fitted to some rows, (N,) bool."""
+    """Return the features (N, D) of a table for a model that is fitted to the rows in ``fitted``, (N,) bool."""
     return table if isinstance(table, np.ndarray) else table.fitted_to(fitted)
 
 

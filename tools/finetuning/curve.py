@@ -1,4 +1,4 @@
-"""The label-efficiency curve as a table and a plot."""
+"""Tables and plots of test metrics against the number of labelled subjects (label-efficiency curves)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 
 def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
-    """Format mean and SD of the test metrics over seeds: one row per fraction, one column per arm and metric."""
+    """Format the mean and SD of test metrics over seeds: a row per fraction of labels, a column per arm and metric."""
     arms = list(dict.fromkeys(table["arm"]))
     heads = [f"{arm}: {metric}" for arm in arms for metric in metrics]
     lines = ["| fraction | labelled subjects | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
@@ -22,7 +22,7 @@ def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
 
 
 def draw(table: pd.DataFrame, metric: str, path: Path) -> None:
-    """Plot a dot for every fit, and a line through the means of each arm."""
+    """Plot a metric against the number of labelled subjects: a dot per fit, a line through the means of each arm."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One fit: train the head, and optionally the encoder, until the validation loss stops improving."""
+"""Train the head, and optionally the encoder, until the validation loss stops improving."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,29 +19,29 @@ from tools.finetuning.tasks import Split, Task
 HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
 ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # maximum number of passes over the training labels
 PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss before stopping
-PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # batch of a step that trains the encoder
+PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # subjects, and patches of each, per step that trains the encoder
 
 
 class Fitted(NamedTuple):
-    """Head and encoder of the best round, and their predictions."""
+    """The head and encoder of the best training round, and their predictions."""
 
     head: Head
     encoder: nn.Module
     predicted: np.ndarray  # predictions for the test labels, (n,) or (n, classes)
     rounds: int
     validation_loss: float
-    standardization: Standardization | None = None  # for the patient vectors that the head takes
+    standardization: Standardization | None = None  # how the head's input is standardised; None for mean vectors
 
 
 class Data:
-    """Patches and locations of the store, and their representations by a fixed encoder."""
+    """The patches and locations of a store, with methods to read and to encode patches."""
 
     def __init__(self, store: PatchStore, locations: torch.Tensor):
         self.store, self.locations = store, locations
 
     @torch.no_grad()
     def encode(self, encoder: nn.Module, rows: np.ndarray, layers: bool = False) -> torch.Tensor:
-        """Encode all patches of some rows: h (n, L, rep_dim), or with ``layers`` summaries (n, L, W), on the CPU."""
+        """Encode all patches of some subjects. Return h (n, L, rep_dim), or summaries of the layers (n, L, W)."""
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
@@ -50,7 +50,7 @@ class Data:
         return torch.stack(found, dim=1)
 
     def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """Read patches of every row at every location as network input: (locations x rows, 1, 32, 32, 32)."""
+        """Read the patches of some subjects at some locations as network input: (locations x rows, 1, 32, 32, 32)."""
         patches = np.concatenate([self.store.read(int(place), rows) for place in places])
         return to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
 
@@ -60,12 +60,12 @@ def count_outputs(task: Task) -> int:
 
 
 class Scaled(NamedTuple):
-    """Targets for the loss: class numbers, or numbers standardised with mean and SD of the training labels."""
+    """Targets for the loss: class numbers, or numbers standardised with the mean and SD of training labels."""
 
     target: torch.Tensor
     mean: float
     sd: float
-    weights: torch.Tensor | None  # class weights; None for numbers
+    weights: torch.Tensor | None  # weight of each class; None unless labels are classes
 
     @classmethod
     def of(cls, task: Task, train: np.ndarray) -> "Scaled":
@@ -77,7 +77,7 @@ class Scaled(NamedTuple):
         return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
 
     def loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        """Return cross entropy or mean squared error of outputs (n, outputs) for the labels ``numbers`` (n,)."""
+        """Return cross entropy or mean squared error of outputs (n, outputs) for labels with indices ``numbers``."""
         wanted = self.target[numbers].to(outputs.device)
         if self.weights is not None:
             return F.cross_entropy(outputs, wanted, self.weights.to(outputs.device))
@@ -101,24 +101,24 @@ def fit(
     known: torch.Tensor | None = None,
     vector: str = "mean",
 ) -> Fitted:
-    """Train on ``split.train``, stop by ``split.validation``, predict ``split.test``.
+    """Train on ``split.train``, stop when ``split.validation`` no longer improves, and predict ``split.test``.
 
-    The head is fitted first, with a fixed encoder. Then the encoder is trained as well, and the result is kept only if
-    it improves the validation loss. A head with random weights would distort the pre-trained encoder (Kumar et al.,
-    ICLR 2022).
+    The head is fitted first, with a fixed encoder, because an untrained head would distort the pre-trained encoder
+    (Kumar et al., ICLR 2022). Unless ``layers`` is "frozen", a second phase trains head and encoder. The result of
+    the second phase is kept only if it improves the validation loss.
 
     Args:
         task: the labels.
         split: training, validation and test labels.
         data: patches and locations.
-        encoder: changed in place if ``layers`` trains it.
+        encoder: the pre-trained encoder; its weights change in place unless ``layers`` is "frozen".
         layers: one of LAYERS in tools.finetuning.network.
         pooling: one of POOLINGS in tools.finetuning.network.
-        seed: random seed of the head and of the order of steps.
-        known: (N, L, rep_dim) representations by the untrained encoder, if they were computed before. With the vector
-            ``layers`` these are the summaries of its layers.
-        vector: one of VECTORS in tools.evaluation.vectors. All except the mean need ``known``, layers "frozen" and
-            pooling "mean".
+        seed: random seed for the weights of the head and for the order of the training labels.
+        known: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them. If ``vector`` is
+            "layers", ``known`` has the summaries of the encoder's layers instead, (N, L, W).
+        vector: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require ``known``, and also
+            "frozen" for ``layers`` and "mean" for ``pooling``.
     """
     torch.manual_seed(seed)
     parameters = trainable(encoder, layers)
@@ -131,7 +131,7 @@ def fit(
         known = torch.from_numpy(standardization.vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
 
     def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
-        """Return h (n, patches, rep_dim) for each label: all patches of the subject, or the labelled patch."""
+        """Return h (n, patches, rep_dim) for each label: of all patches of the subject, or of the labelled patch."""
         rows, inverse = np.unique(task.rows[numbers], return_inverse=True)
         h = data.encode(encoder, rows) if fresh or known is None else known[torch.from_numpy(rows)]
         h = h[torch.from_numpy(inverse)]  # (n, L, rep_dim)
@@ -179,8 +179,8 @@ def _train_until_no_better(
     Args:
         one_round: trains for one round and returns the validation loss.
         models: the trained models.
-        layers: one of LAYERS, which sets the limits.
-        best_loss: the loss to improve on.
+        layers: one of LAYERS; selects the limits in ROUNDS and PATIENCE.
+        best_loss: validation loss before the first round.
 
     Returns:
         The best loss (``best_loss`` if no round improved it) and the number of rounds.
@@ -213,7 +213,7 @@ def _train_encoder_round(
     encoder.eval()
     if task.places is None:
         steps = np.array_split(rng.permutation(train), -(-len(train) // PATIENTS_AT_ONCE))
-    else:  # a step has labels of one location, which share a kernel
+    else:  # patch labels: a step uses one location, because all its patches share the same kernels
         steps = []
         for place in np.unique(task.places[train]):
             own = rng.permutation(train[task.places[train] == place])

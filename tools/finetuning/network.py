@@ -16,10 +16,11 @@ LAYERS = ("frozen", "last", "all")
 
 
 def load_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tuple[Encoder, dict]:
-    """Load the query encoder of a checkpoint, and its sizes.
+    """Load the query encoder of a checkpoint, and return it with a dictionary of its sizes.
 
     Raises:
-        CheckpointError: the file cannot be read, was trained on another table of locations, or has another SHA-256.
+        CheckpointError: the file cannot be read, its SHA-256 is not ``sha256``, or the encoder was trained on another
+            table of locations.
     """
     check_sum(Path(path), sha256)
     content = read_checkpoint(Path(path))
@@ -34,8 +35,8 @@ class Head(nn.Module):
     """Predict a label from the representations of a subject's patches.
 
     Args:
-        rep_dim: size of h.
-        outputs: 1, or the number of classes.
+        rep_dim: number of features per patch.
+        outputs: number of classes for a classification, else 1.
         pooling: ``mean`` over the patches, or ``attention`` with weights softmax(w tanh(V h)) (Ilse et al., 2018).
     """
 
@@ -52,13 +53,13 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, h: torch.Tensor) -> None:
-        """Store mean and SD of representations (..., rep_dim), which ``forward`` uses to standardise its input."""
+        """Store the mean and SD of representations (..., rep_dim), which ``forward`` uses to standardise its input."""
         flat = h.flatten(0, -2)
         self.mean.copy_(flat.mean(0))
         self.scale.copy_(1 / flat.std(0).clamp(min=1e-6))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """(n, patches, rep_dim) -> (n, outputs)."""
+        """Predict labels from representations: (n, patches, rep_dim) -> (n, outputs)."""
         h = (h - self.mean) * self.scale
         if self.score is None:
             return self.linear(h.mean(dim=1))
@@ -69,11 +70,11 @@ class Head(nn.Module):
 def trainable(encoder: nn.Module, layers: str) -> list[nn.Parameter]:
     """Freeze the encoder except for ``layers``, and return the parameters to train.
 
-    These are none (frozen), the last two convolutions with BatchNorm (last), or all.
+    ``layers`` is "frozen" (no parameters), "last" (the last two convolutions and their BatchNorm) or "all".
     """
     encoder.requires_grad_(layers == "all")
     if layers == "last":
         for module in (encoder.conv3, encoder.bn3, encoder.conv4, encoder.bn4):
             module.requires_grad_(True)
-    encoder.fc.requires_grad_(False)  # only the contrastive loss uses it
+    encoder.fc.requires_grad_(False)  # only the contrastive loss uses the layer fc
     return [value for value in encoder.parameters() if value.requires_grad]

@@ -1,4 +1,4 @@
-"""Labels of subjects or of patches to learn, and the split into training, validation and test set for all arms."""
+"""Labels to learn, of subjects or of patches, and their split into training, validation and test sets."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from tools.evaluation.kinds import find_label_problem, guess_kind
 
 FEWEST = 10  # minimum number of labelled subjects
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.25
-FEWEST_DRAWN = 4  # minimum number of subjects in a fraction, which is two per class for two classes
-FEWEST_OF_CLASS = 4  # minimum number of subjects per class
+FEWEST_DRAWN = 4  # minimum number of subjects in a fraction: two per class if there are two classes
+FEWEST_OF_CLASS = 4  # minimum number of labels per class
 
 
 class Task(NamedTuple):
@@ -19,9 +19,9 @@ class Task(NamedTuple):
 
     Attributes:
         kind: regression, grade or class.
-        rows: (n,) the row of each label in the store.
-        places: (n,) locations of patch labels; None for labels of subjects.
-        target: (n,) numbers, or class numbers 0, 1, ...
+        rows: (n,) the subject of each label, as row of the store.
+        places: (n,) the location of each patch label; None if the labels are of subjects.
+        target: (n,) the value of each label; for classes, the class number 0, 1, ...
         classes: the original value of each class number.
     """
 
@@ -33,13 +33,13 @@ class Task(NamedTuple):
 
 
 def make_subject_task(sids: list[str], values: np.ndarray, column: str, kind: str | None) -> Task:
-    """Make a task from a label column (N,), NaN where unknown. Raises StoreError."""
+    """Make a task from a label column (N,), which is NaN where unknown. Raises StoreError."""
     rows = np.flatnonzero(~np.isnan(values))
     return _make_task(rows, None, values[rows], f"column {column!r}", kind)
 
 
 def make_patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
-    """Make a task from a CSV with sid, patch, value. Raises StoreError with the number of the wrong line."""
+    """Make a task from a CSV with columns sid, patch and value. Raises StoreError with the number of the wrong line."""
     table = read_table(path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
     rows, places, values = [], [], []
@@ -82,7 +82,7 @@ def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, 
 
 
 class Split(NamedTuple):
-    """Label numbers of a task. No subject is in more than one part."""
+    """Indices of the labels of a task in each part. No subject is in more than one part."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -90,14 +90,14 @@ class Split(NamedTuple):
 
 
 def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | None = None) -> Split:
-    """Draw a split; it is the same for every arm.
+    """Split the labels of a task into training, validation and test sets, which are the same for every arm.
 
-    The subjects outside the test set are shuffled, and the first ``fraction`` of this list is used. The subjects of a
-    smaller fraction are therefore a subset of the subjects of a larger one.
+    The subjects outside the test set are shuffled, and the first ``fraction`` of this list is used for training and
+    validation. The subjects of a smaller fraction are therefore a subset of the subjects of a larger fraction.
 
     Args:
         task: the labels.
-        fraction: share of the subjects outside the test set, 0 to 1.
+        fraction: share of the subjects outside the test set to use, 0 to 1.
         seed: random seed.
         held_out: (N,) bool, test subjects of the store (default: 30 % drawn at random).
 
@@ -129,14 +129,14 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     given = task.target[of[2]]
     if held_out is not None and (not len(given) or np.ptp(given) == 0):
         raise StoreError(
-            f"--held-out: the {len(given)} labelled test subjects do not have two different labels, so metrics are "
+            f"--held-out: the {len(given)} labels of test subjects are all equal or missing, so metrics are "
             "undefined; hold out other subjects"
         )
     return Split(*of)
 
 
 def _alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
-    """Reorder subjects so that the classes alternate until one is used up, because small fractions need all classes."""
+    """Reorder subjects so that classes alternate until one class is used up: small fractions need all classes."""
     label = dict(zip(task.rows, task.target))
     kinds = [[p for p in patients if label[p] == number] for number in range(len(task.classes))]
     shortest = min(map(len, kinds))

@@ -1,1 +1,1 @@
-"""Dense prediction: apply an encoder in windows over the lungs of a scan."""
+"""Dense prediction: apply an encoder to windows over the lungs of a scan."""

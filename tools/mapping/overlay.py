@@ -1,4 +1,4 @@
-"""Draw a map over its scan in three planes."""
+"""Draw a map of predictions over its scan in three planes."""
 
 import io
 
@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from preprocess.geometry import orient
 
-GREY = (-1024, 240)  # HU of black and of white
+GREY = (-1024, 240)  # HU shown as black and as white
 LONGEST = 320  # maximum pixels along a side of a panel; larger slices show every n-th voxel
 
 

@@ -1,4 +1,4 @@
-"""Readings (features) of patches and windows, and linear models that predict a label from them."""
+"""Readings (features) of patches and windows, and linear models that predict a label from readings."""
 
 from collections.abc import Callable, Iterable
 
@@ -21,7 +21,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one l
 class Readers:
     """Compute readings of patches: h of the encoder, and with ``compare`` a histogram and the share below -950 HU.
 
-    In the docstrings below, D is rep_dim, or rep_dim + BINS + 1 with ``compare``.
+    In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``compare``.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Readers:
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
     def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
-        """Yield every location with a function that computes the readings of its patches, (n, D)."""
+        """Yield each location of ``places`` with a function that computes the readings of its patches, (n, D)."""
         places = list(places)
         for start in range(0, len(places), LOCATIONS_AT_ONCE):
             some = places[start : start + LOCATIONS_AT_ONCE]
@@ -49,7 +49,7 @@ class Readers:
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
     def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
-        """Split readings (..., D) by name: features, and with ``compare`` histogram and density."""
+        """Split readings (..., D) into a dictionary: features and, with ``compare``, histogram and density."""
         found = {"features": readings[..., : self.rep_dim]}
         if self.compare:
             found |= {"histogram": readings[..., self.rep_dim : -1], "density": readings[..., -1:]}
@@ -59,7 +59,7 @@ class Readers:
 def compute_subject_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean readings of some rows of the store: over locations (n, D), and over subjects (L, D)."""
+    """Return readings of some subjects of the store, averaged over locations (n, D) and over subjects (L, D)."""
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
@@ -78,8 +78,9 @@ def compute_patch_readings(
 
     Args:
         readers: computes the readings.
-        places: (n,) location of each patch, as row of the table.
-        read: returns patches (m, 32, 32, 32) in HU for a location and the numbers (m,) of its patches.
+        places: (n,) location of each patch, as row of the location table.
+        read: function that takes a location and the indices (m,) of its patches in ``places``, and returns these
+            patches, (m, 32, 32, 32) in HU.
     """
     found: np.ndarray | None = None
     for place, encode in readers.of_places(np.unique(places).tolist()):
@@ -100,8 +101,9 @@ def compute_window_readings(
         cut: the resampled scan.
         windows: the windows.
         patch_size: edge length of a window in voxels.
-        usual: (L, D), mean of the fitted subjects at each location. Locations differ more than subjects do, because
-            each location has its own kernels. A model of subjects only learns the deviation from this mean.
+        usual: (L, D), mean readings of the fitted subjects at each location. Readings differ more between locations
+            than between subjects, because each location has its own kernels. The linear model is therefore fitted to
+            deviations from this mean.
     """
     found = compute_patch_readings(
         readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
@@ -114,10 +116,10 @@ def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
 
     A model fitted to subject means also applies to single patches. This is multiple-instance learning from weak labels
     with mean pooling: the prediction for the mean of the patches is the mean of the predictions for the patches. The
-    prediction for a patch therefore says how much it contributes.
+    prediction for a patch therefore shows how much the patch contributes to the prediction for the subject.
 
     Args:
-        readings: (n, D), with the mean subtracted as for windows.
+        readings: (n, D), minus the mean readings as in :func:`compute_window_readings`.
         target: (n,) label values.
     """
     from sklearn.pipeline import make_pipeline

@@ -1,4 +1,4 @@
-"""Evaluate maps against label images."""
+"""Compare maps of predictions with label images."""
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,12 @@ def score_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[s
 
     Args:
         scores: the map, float32 on the grid of the scan.
-        truth: bool, (z, y, x).
-        mask: bool, (z, y, x).
+        truth: (z, y, x) bool, the positive voxels.
+        mask: (z, y, x) bool, the voxels to evaluate.
 
     Returns:
-        share: positive share of the mask, which is also the average precision of a random map.
-        average_precision, dice: NaN if nothing or everything is positive.
+        share: share of positive voxels in the mask, which is also the average precision of a random map.
+        average_precision, dice: NaN if no voxel or every voxel of the mask is positive.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -35,8 +35,8 @@ def summary(rows: pd.DataFrame) -> str:
     """Format means over scans, and the 95 % interval of average precision: one row per label and table.
 
     Args:
-        rows: table with column, table, sid, share, average_precision and dice of each map. Scans with NaN, which have
-            no positive voxels, are left out.
+        rows: table with column, table, sid, share, average_precision and dice of each map. Scans without an
+            average precision (NaN) are left out.
     """
     lines = [
         "| label | map from | scans | chance | average precision | best Dice |",

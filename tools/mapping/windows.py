@@ -13,7 +13,7 @@ class Windows(NamedTuple):
 
     Attributes:
         corners: (n, 3) lowest corners (x, y, z) in the padded volume.
-        places: (n,) the nearest location of each window, as row of the table.
+        places: (n,) the nearest location of each window, as row of the location table.
         cells: (n,) flat index of each window in ``grid``.
         grid: number of cells (z, y, x). A cell has an edge of ``stride`` voxels and the same centre as its window.
         origin: (x, y, z) of the lowest voxel of the first cell in the padded volume.
@@ -37,10 +37,10 @@ def lay_windows(
     stride: int,
     patch_size: int,
 ) -> Windows | None:
-    """Lay windows over all cells that contain lung. Returns None if the mask is empty in the volume.
+    """Lay windows over all cells that contain lung. Returns None if the volume contains no lung.
 
-    The network only has kernels for the locations of the table. Each window therefore uses the location that is nearest
-    on the atlas, after the inverse of the registration.
+    The network was only trained at the locations of the table. The inverse of the registration therefore maps each
+    window to the atlas, and the window uses the nearest location there.
 
     Args:
         cut: result of preprocess.patches.cut_scan.
@@ -62,8 +62,8 @@ def lay_windows(
     box[tuple(slice(0, length) for length in inner.shape)] = inner
     blocks = box.reshape(grid[0], stride, grid[1], stride, grid[2], stride)
     cells = np.flatnonzero(blocks.any(axis=(1, 3, 5)))
-    centres = np.stack(np.unravel_index(cells, grid), axis=1) * stride + low + stride // 2  # (n, 3), z y x
-    corners = centres[:, ::-1] - patch_size // 2  # (n, 3), x y z
+    centres = np.stack(np.unravel_index(cells, grid), axis=1) * stride + low + stride // 2  # (n, 3): z, y, x
+    corners = centres[:, ::-1] - patch_size // 2  # (n, 3): x, y, z
     return Windows(
         corners, _find_nearest_locations(corners, cut.volume, table, atlas, transform), cells, grid, low[::-1], stride
     )
@@ -72,7 +72,7 @@ def lay_windows(
 def _find_nearest_locations(
     corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform
 ):
-    """Return the row of the table that is nearest to each corner, (n,)."""
+    """Return, for each corner, the row of the nearest location in the table, (n,)."""
     from scipy.spatial import cKDTree
 
     back = transform.GetInverse()
@@ -84,7 +84,7 @@ def _find_nearest_locations(
 def resample_to_scan(
     values: np.ndarray, windows: Windows, volume: sitk.Image, scan: sitk.Image, mask: sitk.Image
 ) -> sitk.Image:
-    """Interpolate one value per window (n,) linearly to the grid of the scan, float32, 0 outside the mask.
+    """Interpolate one value per window (n,) linearly on the grid of the scan; the result is 0 outside the mask.
 
     Only cells with a window are used, so that values at the border of the lung are not mixed with 0.
     """
@@ -92,7 +92,7 @@ def resample_to_scan(
     cells[windows.cells], known[windows.cells] = values, 1
     first = (
         windows.origin + windows.stride // 2 - 0.5
-    ).tolist()  # the centre of an even window lies between two voxels
+    ).tolist()  # the centre of a window with an even edge lies between two voxels
     origin = volume.TransformContinuousIndexToPhysicalPoint(first)
     images = []
     for array in (cells, known):

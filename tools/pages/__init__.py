@@ -1,1 +1,1 @@
-"""HTML pages: templates, scripts, and the numbers that they show."""
+"""HTML pages: templates, scripts, and the numbers that the pages show."""

@@ -1,4 +1,4 @@
-"""The numbers of the explore page: map, nearest subjects, and locations that predict a label or are unusual."""
+"""Compute the numbers of the explore page: maps, nearest subjects, and predictive or unusual locations."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from tools.evaluation.metrics import r2
 from tools.evaluation.normal import parts, score_patches
 
 FOLDS = 5
-PENALTIES = (0.01, 0.1, 1.0, 10.0)  # for features with SD 1, multiplied by the number of fitted subjects
+PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties for features with SD 1, per fitted subject
 FEWEST = 20  # minimum number of subjects with a label
 
 
@@ -19,7 +19,7 @@ def standardise(features: np.ndarray) -> np.ndarray:
 
 
 def compute_maps(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
-    """Map subjects to the plane, (N, 2) float32 each: the first two principal components, and t-SNE.
+    """Map subjects to two dimensions, (N, 2) float32, by PCA and, if ``tsne``, also by t-SNE.
 
     Args:
         features: (N, D), standardised.
@@ -42,7 +42,7 @@ def find_nearest(features: np.ndarray, count: int) -> np.ndarray:
 
     rows = NearestNeighbors(n_neighbors=count + 1).fit(features).kneighbors(features, return_distance=False)
     own = np.arange(len(features))[:, None]
-    # The nearest row is usually the subject itself, but not always if several are equal: move it to the end, drop it.
+    # Drop the subject itself, which is not always the first neighbour if several subjects have equal features.
     order = np.argsort(rows == own, axis=1, kind="stable")
     return np.take_along_axis(rows, order, axis=1)[:, :count]
 
@@ -52,17 +52,17 @@ def compute_importance(
 ) -> np.ndarray:
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
-    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). A single location
-    therefore gains almost nothing from the choice.
+    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Choosing
+    the penalty therefore hardly raises the R² of a single location.
 
     Args:
         features: (N, L, D).
         target: (N,), NaN where unknown.
-        told: called with the number of locations that were just finished.
+        told: called after every few locations with the number of locations finished since the last call.
         seed: random seed of the folds.
 
     Returns:
-        (L,), all NaN if fewer than 20 subjects have a label or all labels are equal.
+        R² of each location, (L,); all NaN if fewer than 20 subjects have a label or if all labels are equal.
     """
     known = np.flatnonzero(~np.isnan(target))
     found = np.full((len(PENALTIES), features.shape[1]), np.nan)
@@ -86,7 +86,7 @@ def _predict_out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) 
     for fold in folds:
         own, count = x[fold], len(y) - len(fold)
         total = y.sum() - y[fold].sum()
-        mean = -own.sum(axis=0) / count  # mean of the other folds; x is centred over all subjects
+        mean = -own.sum(axis=0) / count  # mean of x in the other folds; the mean over all folds is 0
         middle = total / count
         covariance = gram - own.T @ own - count * np.outer(mean, mean)  # (D, D)
         moment = product - own.T @ y[fold] - total * mean  # (D,)

@@ -11,10 +11,10 @@ from preprocess.geometry import orient
 
 
 class Side(NamedTuple):
-    """A view along one of the LPS axes: x to the left of the body, y to the back, z to the head."""
+    """A view along one of the LPS axes: x points to the left of the body, y to the back, z to the head."""
 
     name: str
-    across: int  # horizontal axis, to the right
+    across: int  # horizontal axis, which points to the right
     up: int  # vertical axis
     upwards: bool  # whether the vertical axis points to the top of the picture
     letters: str  # labels at the left, right, top and bottom edge
@@ -33,11 +33,12 @@ def make_sides(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None)
     Args:
         locations: (L, 3) corners, atlas voxel index (x, y, z).
         patch_size: edge length of a patch in voxels.
-        atlas: lung mask of the atlas. Without it there are no pictures, and the index axes are assumed to be LPS.
+        atlas: lung mask of the atlas. Without an atlas, the views have no image, and the index axes are
+            assumed to be LPS.
 
     Returns:
         Dictionaries with ``name``, ``letters`` (empty without an atlas), ``shape`` (width / height), ``image`` (data
-        URL of a PNG, or empty) and ``places``: centres (L, 2) float32 from 0 to 1, to the right and downwards.
+        URL of a PNG, or empty) and ``places``: centres (L, 2) float32 from 0 to 1, measured from the left and the top.
     """
     centres = locations + (patch_size - 1) / 2  # (L, 3)
     if atlas is None:
@@ -71,8 +72,8 @@ def _draw_shadow(mask: np.ndarray, side: Side) -> str:
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = mask.sum(axis=depth).astype(float)  # (across, up): across is before up in every side
-    picture = thickness.T  # rows are the vertical axis
+    thickness = mask.sum(axis=depth).astype(float)  # (across, up), because across < up in every view
+    picture = thickness.T  # (up, across): the rows of a picture are its vertical axis
     if side.upwards:
         picture = picture[::-1]
     grey = 1 - 0.45 * np.sqrt(picture / max(1, picture.max()))

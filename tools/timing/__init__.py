@@ -1,1 +1,1 @@
-"""Parts of the benchmark: alternating timings and the rows of its tables."""
+"""Parts of tools/benchmark.py: timings, and the rows of the result tables."""

@@ -26,7 +26,7 @@ STEPS = 4  # steps per printed line
 
 
 def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float, float]:
-    """Return seconds per step (the median over the printed lines except the first) and peak memory in GB."""
+    """Return seconds per step (the median over all printed lines except the first) and peak memory in GB."""
     sizes = {"batch-size": args.batch, "moco-k": 4096, "epochs": 1, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **flags})
     rates, peak = [], float("nan")
@@ -46,7 +46,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
 
 
 def measure_choices(folder: Path, args) -> list[Row]:
-    """Return one row per option: ms per step, ratio to the published step in the same round, memory in the note."""
+    """Return one row per option: ms per step, ratio to the published options in the same round, and memory."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}
     for number in range(max(2, args.rounds // 2)):

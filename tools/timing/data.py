@@ -56,7 +56,7 @@ def measure_augmentation(args) -> list[Row]:
 
 
 def measure_reading(folder: Path, args) -> list[Row]:
-    """Measure reading shuffled batches from one location file after the other, compared with dd on the same files."""
+    """Time the reading of shuffled batches, one location file after another, and compare with dd on the same files."""
     store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
     paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
     total = sum(path.stat().st_size for path in paths)
@@ -70,7 +70,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def batches(prefetch: Callable[[list[Path]], None] = lambda _: None) -> None:
-        fresh = PatchStore(folder, require_grouped=True)  # opened again, because an old mapping would keep the pages
+        fresh = PatchStore(folder, require_grouped=True)  # an old memory mapping would keep the files in the page cache
         for location in range(DISTINCT_FILES):
             prefetch(paths[location + 1 : location + 2])
             for start in range(0, len(order), 32):

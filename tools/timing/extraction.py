@@ -20,7 +20,7 @@ EXTRACT_BATCH = 256  # the default of extract_feature.py
 
 
 def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: dict) -> list[Row]:
-    """Measure the features of a 581-patch subject in a cohort that is encoded location by location."""
+    """Time feature extraction per subject of 581 patches, in a cohort that is encoded location by location."""
     device, N = args.device, store.num_subjects
     encoder = make_encoder(device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(device)
@@ -50,7 +50,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
         error = float((freeze(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        one = store.num_locations / PUBLISHED_LOCATIONS  # patches of the literal job, relative to a published subject
+        one = store.num_locations / PUBLISHED_LOCATIONS  # share of a published subject that the literal job encodes
         row = compare(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"
         rows.append(row)

@@ -1,4 +1,4 @@
-"""Take timings in turns, and format them as a table."""
+"""Time several jobs in turns, and format the results as a table."""
 
 import platform
 import re
@@ -41,7 +41,7 @@ def time_seconds(work: Callable[[], object]) -> float:
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time the jobs in turns for several rounds, after one warm-up call of each. Return the seconds of each job."""
+    """Time the jobs in turns for several rounds, after a warm-up call of each job. Return the seconds of each job."""
     for work in jobs.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -62,15 +62,15 @@ def compare(
     rate: float = 0.0,
     **more,
 ) -> Row:
-    """Make a row from timings of the same rounds.
+    """Make a table row from timings of this package and, if given, of the literal version in the same rounds.
 
     Args:
         what: name of the row.
-        unit: a rate if it ends in '/s', otherwise a time per amount.
-        ours, literal: seconds per round.
-        amount, literal_amount: amount of work per round.
+        unit: unit of the row; a rate if the unit ends in '/s', otherwise a time per amount of work.
+        ours, literal: seconds per round of this package and of the literal version.
+        amount, literal_amount: amount of work per round of this package and of the literal version.
         gflop: GFLOP per unit of work.
-        rate: matrix rate of the machine in GFLOP/s, for the share that is reached.
+        rate: GFLOP/s of the machine in matrix products; the row shows which share of this rate is reached.
     """
     row = Row(what, unit, **more)
     middle = statistics.median(ours)
@@ -87,7 +87,7 @@ def compare(
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the GFLOP/s that the machine's library reaches in a large matrix product."""
+    """Return the GFLOP/s that torch reaches in a large matrix product on this machine."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = time_in_turns({"product": lambda: a @ b}, 5)["product"]
@@ -132,7 +132,7 @@ def describe(device: torch.device) -> dict[str, object]:
     }
     found["matrix_gflops_float32"] = measure_matrix_rate(device, torch.float32)
     found["fast_bf16"] = has_fast_bf16(device)
-    if found["fast_bf16"]:  # with emulation, the product alone takes minutes
+    if found["fast_bf16"]:  # with emulated bfloat16, the matrix product alone takes minutes
         found["matrix_gflops_bf16"] = measure_matrix_rate(device, torch.bfloat16)
     return found
 

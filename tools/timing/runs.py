@@ -1,4 +1,4 @@
-"""Measurements that need runs of train.py or several sizes."""
+"""Measure runs of train.py, and training steps of several sizes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str, object]) -> subprocess.Popen:
-    """Start train.py on the store in a new process group. A flag with the value None is a switch."""
+    """Start train.py on the store in a new process group. A flag with the value None is passed without a value."""
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), "--root-dir", str(store.layout.root)]

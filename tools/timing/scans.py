@@ -23,11 +23,11 @@ from preprocess.scan import AIR, limit_threads, load_scan
 from tools.timing.measure import Row, compare
 from tools.timing.runs import read_peak_gb
 
-LUNGMASK_CLASSES = 3  # classes of the R231 model
+LUNGMASK_CLASSES = 3  # number of classes of lungmask's R231 model
 
 
 def time_cores(work: Callable[[], object]) -> float:
-    """Return the core-seconds of some work, over all threads of this process."""
+    """Return the core-seconds that ``work`` takes, summed over all threads of this process."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -36,7 +36,7 @@ def time_cores(work: Callable[[], object]) -> float:
 def cut_literal_patches(
     scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray
 ) -> np.ndarray:
-    """Cut patches as in the publication: ITK's B-splines at every voxel of the new grid. Return (L, 32, 32, 32)."""
+    """Return patches (L, 32, 32, 32) cut as in the publication: with ITK's B-splines at every voxel of the new grid."""
     oriented = orient(scan, orientation_of(atlas))
     size, spacing = oriented.GetSize(), oriented.GetSpacing()
     wanted = [int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])]
@@ -51,7 +51,7 @@ def cut_literal_patches(
 
 
 def save_random_lungmask(folder: Path) -> str:
-    """Save random weights for lungmask's network, which then takes as long as with trained weights. Return the path."""
+    """Save random weights for lungmask's network and return their path. The weights do not affect the run time."""
     from lungmask.resunet import UNet
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def save_random_lungmask(folder: Path) -> str:
 
 
 def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
-    """Run the five stages once in this process, and send its peak memory in GB."""
+    """Run the five preprocessing stages once, and send the peak memory of this process in GB to ``pipe``."""
     limit_threads(1)
     scan, atlas = load_scan(image).image, load_atlas(atlas_mask)
     mask = lung_mask(scan, "threshold")
@@ -74,7 +74,7 @@ def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> Non
 
 
 def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
-    """Return the memory in GB that one worker needs for a scan."""
+    """Return the peak memory in GB that one preprocessing worker needs for a scan."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_all_stages, args=(image, atlas_mask, table, theirs))
@@ -86,9 +86,9 @@ def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> floa
 
 
 def measure_scan(args) -> list[Row]:
-    """Measure every part of preprocessing on ``args.scan``, with the atlas mask and location table of the flags."""
+    """Measure every part of preprocessing on ``args.scan`` with ``args.atlas_mask`` and ``args.atlas_patch_loc``."""
     limit_threads(1)
-    import ants  # noqa: F401 - importing it is not part of a registration
+    import ants  # noqa: F401 - imported before the timing of the registration
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)
@@ -127,7 +127,7 @@ def measure_scan(args) -> list[Row]:
         where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
         slices = scan.GetSize()[2]
         few = min(slices, load_lungmask(weights).batch_size)
-        # Only one batch, because a slice takes up to a second on a CPU.
+        # Time only one batch of slices, because a slice takes up to a second on a CPU.
         some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]
         start = time.perf_counter()
         segment_with_network(some, weights)

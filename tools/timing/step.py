@@ -19,7 +19,7 @@ from models.step import Descent, Done, Inputs, LocationTable, TrainingStep, Whol
 
 
 class TimedStep:
-    """Reading, views and a training step, with the functions that train.py calls, in the same order."""
+    """Read a batch, make its views and train for a step, with the functions that train.py calls and in their order."""
 
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ class TimedStep:
             epoch += 1
 
     def inputs(self, batch: PatchBatch) -> Inputs:
-        """Seed the views of a batch and move it to the device."""
+        """Seed the views of a batch, and move the batch to the device."""
         self.views.seed(batch.epoch, batch.location, batch.step)
         return Inputs(*self.carrier(batch))
 

@@ -8,11 +8,11 @@ import numpy as np
 from data.store import PatchStore
 from misc.files import save_array, write_text
 
-DISTINCT_FILES = 8  # number of different location files; the others are links to these
+DISTINCT_FILES = 8  # number of different location files; the others are hard links to these files
 
 
 def make_store(folder: Path, locations: int, subjects: int, seed: int = 0) -> PatchStore:
-    """Make a grouped store of smooth random patches. A few files are linked under the names of all locations."""
+    """Make a grouped store of smooth random patches. Most location files are links to the first few."""
     from scipy import ndimage
 
     rng = np.random.default_rng(seed)

@@ -12,8 +12,8 @@ from tools.dev.apart import LiteralProcess
 from tools.timing.measure import NO_BF16, Row, compare, list_precisions, synchronize, time_in_turns
 from tools.timing.step import TimedStep
 
-FORWARD_GFLOP = 0.194  # per patch, counting multiplications and additions
-STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # patch and two neighbours forward and backward, key forward
+FORWARD_GFLOP = 0.194  # encoding one patch, counting multiplications and additions
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # forward and backward of three patches, forward of the key
 
 
 def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
@@ -28,7 +28,7 @@ def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, floa
 
 
 def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, machine: dict, report: dict) -> list[Row]:
-    """Measure the encoder, and the whole step with reading and augmentation."""
+    """Time the encoder, and the whole training step with reading and augmentation."""
     device, B = args.device, args.batch
     kinds = list_precisions(machine)
     steps = {kind: TimedStep(store, B, K, device, bf16=kind == "bf16") for kind in kinds}

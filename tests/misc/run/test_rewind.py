@@ -1,4 +1,4 @@
-"""Rewinding a log and its curves to the step where a run resumes."""
+"""Test rewinding a log and its curves to the step where a run resumes."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_each_step_is_told_once(tmp_path):
     for step in (2, 4, 6, 8):
         curves.log_value("train/loss", 1.0, step)
     curves.log_value("epoch/loss", 1.0, 1)
-    with open(log, "a+") as stream:  # the mode that a run uses
+    with open(log, "a+") as stream:  # a run opens its log in this mode
         counts = rewind_log(stream, (1, 3), aside)
         stream.write("next\n")
     assert counts["step"] == 3 and counts["epoch"] == 1 and aside.read_text() == text
@@ -40,7 +40,7 @@ def test_each_step_is_told_once(tmp_path):
 
 
 def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
-    """For example, the neighbour curve begins when --beta is changed from 0."""
+    """For example, the curve of the neighbour loss begins when --beta is changed from 0."""
     curves = Logger(str(tmp_path))
     for step in range(1, 8):
         curves.log_value("train/loss", 1.0, step)

@@ -1,4 +1,4 @@
-"""Means of a run's statistics, and its log."""
+"""Test the means of a run's statistics, and the run's log."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from misc.run.runlog import Meters, RunLog
 
 def test_means_since_the_last_read_and_over_the_epoch():
     meters = Meters(("loss", "accuracy"), torch.device("cpu"))
-    meters.start_epoch(torch.tensor([6.0, 60.0], dtype=torch.float64))  # sums over two steps of a stopped run
+    meters.start_epoch(torch.tensor([6.0, 60.0], dtype=torch.float64))  # sums over two steps before a stop
     for loss in (1.0, 2.0, 5.0):
         meters.add(torch.tensor([loss, 10 * loss]))
         if loss == 2.0:

@@ -1,4 +1,4 @@
-"""When a run saves, and how it handles a failed save."""
+"""Test when a run saves, and how the run handles a failed save."""
 
 import errno
 import os
@@ -43,11 +43,11 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and all("warning: cannot save" in line and "c_0001" in line for line in told)
     with pytest.raises(UserError, match=r"cannot save \(.*No space left.*continue with --resume auto"):
-        saver.after_epoch(3)  # there is no later save
+        saver.after_epoch(3)  # the last of 3 epochs has no later save
 
 
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
-    """Training continues while a slow disk writes. The next save, a stop and the last epoch wait for the disk."""
+    """Training continues while a slow disk writes. The next save, a stop and the last epoch wait for this write."""
     state, free, done = {"step": 0}, threading.Event(), []
 
     def aside(path, *_):
@@ -76,7 +76,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
     assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
     assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
     free.clear()
-    saver.after_epoch(3)  # the last epoch is saved at once
+    saver.after_epoch(3)  # the last epoch is saved immediately
     assert done[-1] == "checkpoint_patch_0003.pth.tar"
     assert sorted(path.name[17:21] for path in tmp_path.iterdir()) == ["0002", "0003"]
     assert capsys.readouterr().out == ""
@@ -115,7 +115,7 @@ def test_the_step_that_diverged_is_named(tmp_path):
 
 
 def test_torchs_writer_reports_a_full_disk(tmp_path):
-    """A file-size limit simulates the full disk. The existing file is kept."""
+    """A file-size limit simulates a full disk. The existing checkpoint is kept."""
     code = (
         "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom models.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"

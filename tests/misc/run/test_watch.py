@@ -1,4 +1,4 @@
-"""Finding the hanging rank from the progress that each rank reports."""
+"""Test finding the hanging rank from the progress that each rank reports."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from misc.run.watch import Place, Watch, describe_hanging_ranks
 
 
 class Store(dict):
-    """An in-process replacement for torch's store."""
+    """A replacement for torch.distributed's key-value store within one process."""
 
     def set(self, key, text):
         self[key] = text
@@ -44,7 +44,7 @@ def test_a_silent_rank_is_reported(monkeypatch):
             rank.move(1, moment + 1)
             assert rank.look() == ""
         clock[0] += 3.0
-    for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report it
+    for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report rank 2
         clock[0] += 3.0
         said = [rank.look() for rank in ranks[:2]]
     assert all(text.startswith("rank 2 (") and text.endswith("its process does not respond") for text in said)

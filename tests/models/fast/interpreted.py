@@ -1,4 +1,4 @@
-"""Compare interpreted Triton kernels with the plain path. test_norm_elu_gpu.py runs this in a separate process."""
+"""Compare interpreted Triton kernels with the plain path. test_norm_elu_gpu.py runs this script separately."""
 
 import copy
 import json
@@ -17,9 +17,9 @@ from models.fast import norm_elu_gpu
 CASES = [  # shape, groups, blocks
     ((12, 8, 4, 4, 4), 1, 1),
     ((12, 8, 4, 4, 4), 2, 3),
-    ((12, 5, 2, 2, 2), 4, 1),  # channels do not fill a tile
+    ((12, 5, 2, 2, 2), 4, 1),  # 5 channels do not fill a tile
     ((24, 128, 1, 1, 1), 4, 3),
-    ((8, 8, 16, 16, 16), 2, 1),  # several tiles per program, the last one not full
+    ((8, 8, 16, 16, 16), 2, 1),  # several tiles per program; the last tile is not full
 ]
 
 
@@ -32,7 +32,7 @@ def results_of(norm: nn.BatchNorm3d, x: torch.Tensor, weights: torch.Tensor, gro
 
 
 def compare(shape, groups: int, blocks: int, dtype: torch.dtype) -> list[float]:
-    """Return each result's largest difference, relative to its largest value."""
+    """Return the largest difference of each result, relative to the result's largest value."""
     torch.manual_seed(0)
     x, weights = (torch.randn(shape) * 3 + 50).to(dtype), torch.randn(shape)
     norm = nn.BatchNorm3d(shape[1])
@@ -48,7 +48,7 @@ def compare(shape, groups: int, blocks: int, dtype: torch.dtype) -> list[float]:
 
 if __name__ == "__main__":
     norm_elu_gpu.is_faster = lambda *_: fast.enabled()
-    norm_elu_gpu.PROGRAMS = 3  # gives each program several tiles
+    norm_elu_gpu.PROGRAMS = 3  # with 3 programs, each has several tiles
     apart = [[*case, str(dtype), compare(*case, dtype)] for case in CASES for dtype in (torch.float32, torch.bfloat16)]
     norm = nn.BatchNorm3d(8)
     norm_elu(norm, [torch.randn(4, 8, 2, 2, 2)], track=False)

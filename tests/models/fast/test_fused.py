@@ -1,4 +1,4 @@
-"""Compare convolution and ELU in one pass with torch's two passes."""
+"""Compare one fused pass of convolution and ELU with torch's two passes."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +55,9 @@ def test_the_frozen_encoder_fuses_every_layer(dtype, one_thread):
     torch.manual_seed(0)
     frozen = freeze(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
     x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
-    frozen(x)  # compiles
+    frozen(x)  # compiles the fused code
     assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13
-    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # a remainder is not worth compiling
+    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # too few patches to be worth compiling
     first, second, rest = x.split(PATCHES_AT_ONCE)
     apart = torch.cat([frozen(first), frozen(second), frozen(rest)])
     assert torch.equal(frozen(x), apart)
@@ -76,7 +76,7 @@ def test_a_kernel_in_another_layout_is_fused_too(layouts):
 
 
 def test_all_calls_round_the_same():
-    """TorchScript runs the first call unfused. No caller may get that result."""
+    """TorchScript runs the first call unfused. No caller may get this unfused result."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
     fused._compile_one_pass.cache_clear()
     first = conv_elu(x, kernel, bias)
@@ -137,7 +137,7 @@ def test_cases_with_two_passes():
 
 @pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
 def test_parallel_threads_compile_once_and_restore_the_fuser(monkeypatch):
-    """If two threads switched the fuser on and off at once, it could stay on or leave one of them unfused."""
+    """If two threads switched the fuser at the same time, the fuser could stay on, or one thread could run unfused."""
     trace = torch.jit.trace
 
     def slow(*args, **flags):

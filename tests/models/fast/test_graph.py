@@ -1,4 +1,4 @@
-"""Recording a training step as a CUDA graph: its trace on the CPU, and the recording with a stand-in for CUDA."""
+"""Test recording a training step as a CUDA graph: the step's trace on the CPU, and recording without CUDA."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
 
 
 def begin(step: WholeStep, location: int, number: int) -> Inputs:
-    """Seed a step's noise and make its inputs."""
+    """Seed a step's noise and return the step's inputs."""
     generator = torch.Generator().manual_seed(number)
     hu = torch.randint(-1024, 241, (B, 1 + NEAR, 32, 32, 32), dtype=torch.int16, generator=generator)
     views = step.make_views
@@ -68,7 +68,7 @@ class Trace(TorchDispatchMode):
         return operation(*given, **(named or {}))
 
 
-READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # operations for which the host waits for a value
+READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # operations that make the host wait for a value
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "bincount")
 MOVED = ("pin_memory", "_copy_from", "to.device")
 
@@ -83,24 +83,24 @@ def trace_of(step: WholeStep, location: int, number: int) -> list:
 @pytest.mark.parametrize("variants", [{}, {"negatives": "batch"}, {"mask_own": True}, {"one_queue": True}])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_steps_have_the_same_operations(variants, optimizer):
-    """With another location, draws, subjects and step, operations, sizes and Python numbers stay the same."""
+    """Operations, sizes and Python numbers do not depend on the location, the draws, the subjects or the step."""
     step = build(optimizer=optimizer, **variants)
     with fast.plain():
         step(begin(step, 0, 0), 1.0)  # creates the optimiser's state
     first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
     apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
-    # On a CPU (not capturable), Adam's step count is a Python number, which differs.
+    # On a CPU, Adam's step count is a Python number, which differs between the two steps.
     assert len(first) == len(second) and (optimizer == "adamw" or not apart), apart[:3]
     words = READ_BACK + SIZED_BY_VALUES + MOVED
     if optimizer == "sgd":
         assert not [entry for entry in first if any(word in entry[0] for word in words)]
     indexed = [entry for entry in first if entry[0].startswith("aten.index.Tensor")]
-    # Indexing with a boolean mask gives a size that depends on values.
+    # An index that is a boolean mask would give a size that depends on values.
     assert indexed and not any("torch.bool" in str(entry) for entry in indexed)
 
 
 def test_the_trace_shows_differences():
-    """A CPU's sparse views have random sizes, so their sequence of operations differs every time."""
+    """Sparse views, as on a CPU, have random sizes, so the sequence of operations differs between two steps."""
     step = build("agc")
     step.make_views.dense = False
     first, second = trace_of(step, 1, 1), trace_of(step, 1, 2)
@@ -112,7 +112,7 @@ def test_the_trace_shows_differences():
 
 @pytest.mark.parametrize("letters", ["agc", "fag", "ecsi", ""])
 def test_dense_views_equal_sparse_views(letters):
-    """The noise is 0 here, because dense views draw it for every sample, not only for the chosen ones."""
+    """The noise is set to 0. Dense views draw noise for every sample, sparse views only for the chosen samples."""
     draws = StepDraws(Augmentation(letters, PUBLISHED._replace(noise_std=0.0)), 0, GROUPS)
     inputs = begin(build(letters), 2, 3)._replace(draws=draws(BatchIndex(0, 2, 3, np.arange(B)), True))
     results = [StepViews(draws, CPU, dense)(inputs.patches, inputs.neighbors, inputs.draws) for dense in (True, False)]
@@ -138,14 +138,14 @@ def test_dense_noise_depends_only_on_the_group():
             assert torch.equal(whole[rows], alone)
     query, key, _ = together
     assert not torch.equal(query[0], query[2]) and not torch.equal(query, key)
-    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # uniform from 0 to 50
+    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # noise SDs are drawn from 0 to 50
 
 
 # ---------------------------------------------------------------- the recording
 
 
 class Graph:
-    """Replace torch.cuda.CUDAGraph. A replay repeats the work on the recorded tensors."""
+    """Replace torch.cuda.CUDAGraph. A replay runs the recorded work again on the recorded tensors."""
 
     def register_generator_state(self, generator):
         pass
@@ -153,7 +153,7 @@ class Graph:
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Let graph.py record as on a GPU. Recording runs nothing, so it must leave the state unchanged."""
+    """Let graph.py record as on a GPU. Recording executes nothing, so the state must stay unchanged."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -184,7 +184,7 @@ def recording(monkeypatch):
 
 
 def test_a_recorded_run_equals_an_unrecorded_run(recording):
-    """Compare losses and weights over steps at several locations, with a change of the rate."""
+    """Compare losses and weights over steps at several locations, with a change of the learning rate."""
     results = []
     for wrap in (lambda step: step, lambda step: RecordedStep(step, step.make_views.generators)):
         whole = build()
@@ -213,7 +213,7 @@ def test_another_beta_needs_a_new_recording(recording):
 
 def test_a_failed_recording_suggests_a_solution(recording, monkeypatch):
     class Refused:
-        """Fails like torch's graph: after a failed step, the end of the recording fails, too."""
+        """Fail like torch's CUDA graph: after a failed step, ending the recording fails, too."""
 
         def __enter__(self):
             pass
@@ -246,7 +246,7 @@ def test_which_runs_are_recorded(monkeypatch):
         assert not can_record(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
     with fast.plain():
         assert not can_record(gpu, step, flags)
-    step.training_step = torch.nn.Module()  # a wrapper, such as DistributedDataParallel
+    step.training_step = torch.nn.Module()  # stands for a wrapper such as DistributedDataParallel
     assert not can_record(gpu, step, flags)
 
 

@@ -26,7 +26,7 @@ def make_norm(channels, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("channels,size", [(8, 6), (16, 4), (32, 2), (64, 2), (8, 5), (12, 4)])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
 def test_values_gradients_and_statistics(channels, size, layout):
-    """Some sizes use the fast path. Odd volumes and channel counts that do not divide 64 do not."""
+    """Only some sizes use the fast path. Odd volumes, and channel counts that do not divide 64, use torch's path."""
     fast = make_norm(channels)
     slow = copy.deepcopy(fast)
     for _step in range(2):
@@ -53,7 +53,7 @@ def test_the_fast_path_is_used_in_the_documented_cases():
 
 
 def test_large_mean_keeps_its_precision():
-    """Compare the float32 variance of values far from zero with float64."""
+    """Compare the float32 variance of values far from zero with the variance in float64."""
     x = (torch.randn(4, 8, 16, 16, 16) + 300).contiguous(memory_format=torch.channels_last_3d)
     norm = nn.BatchNorm3d(8, momentum=1.0)
     norm_elu(norm, [x])
@@ -78,7 +78,7 @@ def test_bfloat16_input_keeps_float32_statistics():
 
 
 def test_one_step_may_use_both_paths():
-    """The last layer's few values use torch's path for some batches and the fast path for others."""
+    """The last layer has few values per patch. Small batches use torch's path, larger batches the fast path."""
     norm = make_norm(8, dtype=torch.float32)
     x = torch.randn(4, 8, 1, 1, 1), torch.randn(8, 8, 1, 1, 1)
     x = [value.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for value in x]
@@ -111,7 +111,10 @@ class Layers(nn.Module):
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same_also_twice_in_a_step():
-    """Patches and neighbours pass through one encoder. The backward pass must not see changed statistics."""
+    """Patches and neighbours pass through one encoder.
+
+    The backward pass must not use statistics that the second call has changed.
+    """
     torch.manual_seed(0)
     plain = Layers().double().train()
     compiled = copy.deepcopy(plain)

@@ -1,4 +1,4 @@
-"""Kernels of norm_elu_gpu.py: interpreted on the CPU, compiled without a GPU, and run on a GPU if there is one."""
+"""Test norm_elu_gpu.py's kernels: interpreted on the CPU, compiled without a GPU, and run on a GPU if available."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def test_interpreted_kernels_equal_the_plain_path():
     found = json.loads(done.stdout)
     assert len(found["apart"]) == 10 and not any(found["untracked"])
     for *case, dtype, apart in found["apart"]:
-        # The mean is 17 standard deviations from 0. A variance from sums of squares would be off by 1e-4 in float32.
+        # The mean is 17 standard deviations from 0. A float32 variance from sums of squares would be off by 1e-4.
         assert max(apart) < (2e-5 if dtype == "torch.float32" else 2e-2), (case, dtype, apart)
 
 
@@ -48,7 +48,7 @@ def test_compiled_kernels_do_not_spill_registers(channels):
     [({}, 1), ({"momentum": None}, 2), ({"affine": False}, 2), ({"track_running_stats": False}, 2)],
 )
 def test_unsupported_cases_use_torch(monkeypatch, change, groups):
-    """Test the choice of the path for a GPU with a tensor that only claims to be on one."""
+    """Test the choice of the GPU path with a tensor that only claims to be on a GPU."""
 
     class There(torch.Tensor):
         device = torch.device("cuda")

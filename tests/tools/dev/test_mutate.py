@@ -1,4 +1,4 @@
-"""Mutation testing: the mutations drawn from the sources, and runs of a tiny project's tests on them."""
+"""Test mutation testing: the mutations drawn from the sources, and test runs on mutations of a tiny project."""
 
 import ast
 import contextlib
@@ -51,7 +51,7 @@ def run_suite(project, table, rows, **changes):
 def list_tokens(line):
     """Return the tokens of a line, which may be part of a longer statement."""
     texts = []
-    with contextlib.suppress(tokenize.TokenError):  # an open bracket
+    with contextlib.suppress(tokenize.TokenError):  # the line may end within brackets
         for token in tokenize.generate_tokens(io.StringIO(line.strip()).readline):
             texts.append(token.string)
     return [text for text in texts if text.strip()]
@@ -77,9 +77,9 @@ def test_each_mutation_changes_one_token_and_compiles(rows):
             before, after = before[1:], after[1:]
         while before and after and before[-1] == after[-1]:
             before, after = before[:-1], after[:-1]
-        if row["kind"] == "swapped axis":  # two numbers, a transpose or [::-1]
+        if row["kind"] == "swapped axis":  # swaps two numbers, changes an axis number, or drops a transpose or [::-1]
             assert sorted(before) == sorted(after) or min(len(before), len(after)) <= 1, row
-        elif row["kind"] == "dropped check":  # a whole condition, not, or an operator such as "not in"
+        elif row["kind"] == "dropped check":  # replaces a condition by False, drops "not", or negates an operator
             assert after == ["False"] or max(len(before), len(after)) <= 2, row
         else:
             assert max(len(before), len(after)) == 1, row
@@ -118,12 +118,12 @@ def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
     done = {row["before"]: row for row in run_suite(project, table, rows)}
     assert done["    return a + b"]["old"] == "caught" and done["    return a * 2"]["old"] == "missed"
     assert done["    return a + b"]["old_by"] == "tests/misc/test_numbers_of.py::test_add"
-    assert log.read_text() == "run " * 3  # one failure, its confirmation and one pass
+    assert log.read_text() == "run " * 3  # three test runs: one failure, its confirmation and one pass
     assert list(done.values()) == run_suite(project, table, mutate.read_table(table))
     assert log.read_text() == "run " * 3
     new = run_suite(project, table, mutate.read_table(table), suite="new", jobs=2)
     assert {row["before"]: row["new"] for row in new} == {"    return a + b": "caught", "    return a * 2": ""}
-    assert log.read_text() == "run " * 5  # only the caught mutation runs again
+    assert log.read_text() == "run " * 5  # the tests run again only for the caught mutation
     assert (project / "misc" / "numbers_of.py").read_text(encoding="utf-8") == SOURCE
 
 
@@ -140,4 +140,4 @@ def test_moved_and_removed_lines(tmp_path):
     row = dict.fromkeys(mutations.COLUMNS, "") | {"file": "data/numbers_of.py", "line": "7", "after": "    return )"}
     cases = [{**row, "before": text} for text in ("    return a + b", "    return a - b", "")]
     results = [case["old"] for case in run_suite(project, tmp_path / "table.csv", cases)]
-    assert results == ["invalid", "lost", "lost"]  # found in misc/; not found; found twice
+    assert results == ["invalid", "lost", "lost"]  # the text is found in misc/, not found, and found twice

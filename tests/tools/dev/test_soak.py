@@ -1,4 +1,4 @@
-"""A short soak test of the quick jobs; a job with other results after a kill is reported."""
+"""Run a short soak test of the quick jobs. A job whose results differ after a kill is reported."""
 
 import csv
 import random
@@ -53,7 +53,7 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
 
 @pytest.mark.slow
 def test_a_short_soak(cohort, tmp_path, run):
-    """Soak the grouping once. A second call has nothing to do."""
+    """Soak the grouping once. A second call of soak.py has nothing to do."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
     (prepared / "trained").mkdir()  # grouping does not need this folder's content

@@ -1,4 +1,4 @@
-"""Metrics compared with a library and closed forms; weights compared with repeated rows."""
+"""Compare metrics with a library and closed forms, and weights with repeated rows."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ from tools.evaluation.splits import draw_folds, draw_resamples, find_scans_of_on
 def test_groups_stay_together_and_folds_are_balanced(seed):
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(40), rng.integers(1, 4, 40))
-    strata = (groups % 8 == 0).astype(int)  # 5 groups, one per fold
+    strata = (groups % 8 == 0).astype(int)  # 5 groups of class 1, one per fold
     fold = draw_folds(strata, groups, 5, rng)
     for group in range(40):
         assert len(set(fold[groups == group])) == 1

@@ -1,4 +1,4 @@
-"""Cox regression and the C-index, compared with loops, a library and hazards with known coefficients."""
+"""Compare Cox regression and the C-index with loops, a library and hazards with known coefficients."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Patient vectors: they equal their definition and use no information about held-out subjects."""
+"""Test that patient vectors equal their definition and use no information about held-out subjects."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ N, L, D = 30, 7, 5
 def patches():
     rng = np.random.default_rng(0)
     found = rng.normal(size=(N, L, D)) * rng.uniform(0.1, 9, (L, D)) + rng.normal(size=(L, D)) * 50
-    found[:, :, 3] = 2.5  # constant, like the SD in a layer of one voxel
+    found[:, :, 3] = 2.5  # a constant feature, like the SD in a layer of one voxel
     return found.astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
     fitted = np.arange(N) % 3 > 0
     ours = PatientVectors("moments", patches, np.arange(N)).fitted_to(fitted)
     np.testing.assert_allclose(ours, literal_vectors(patches, fitted), rtol=1e-9, atol=1e-9)
-    some = np.array([4, 9, 11, 2])  # another order, as in a table
+    some = np.array([4, 9, 11, 2])  # rows in another order, as a label table may have
     part = PatientVectors("moments", patches, np.arange(N))[some]
     np.testing.assert_allclose(
         part.fitted_to(np.ones(4, dtype=bool)), literal_vectors(patches[some], np.ones(4, dtype=bool))
@@ -62,7 +62,7 @@ def test_held_out_subjects_do_not_change_the_standardisation(patches):
 
 
 def test_every_fold_is_standardised_separately(patches):
-    """Compare the cross-validation of a fold-dependent table with a loop."""
+    """Compare the cross-validation of a table that depends on the fold with a loop over the folds."""
     target, fold = patches[:, 2, 1].astype(float), np.arange(N) % 3
     table = join_tables(PatientVectors("moments", patches, np.arange(N)), np.arange(N, dtype=float)[:, None])
     assert isinstance(table, JoinedTable) and table.shape == (N, 2 * D + 1)
@@ -106,7 +106,7 @@ def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
         "tools.evaluation.learn._reduce_to_row_space", lambda fitted, asked, target: (fitted, target, asked)
     )
     wanted = predict_others(MODELS[kind], features, target, held)
-    tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models iterate to a tolerance
+    tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models are fitted by iteration
     np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -130,7 +130,7 @@ def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
 
 @pytest.fixture
 def extracted(tmp_path, patches):
-    """Write a folder like extract_feature.py --layers does, with a label that needs the spread between locations."""
+    """Write a folder as extract_feature.py --layers does, and a label that depends on the spread between locations."""
     rng = np.random.default_rng(3)
     spread = rng.uniform(0.2, 2, 40)
     h = rng.normal(size=(40, 9, 6)) * spread[:, None, None]
