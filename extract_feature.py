@@ -1,24 +1,25 @@
 """Compute the features of every patch and every subject in a patch store.
 
-On one GPU if there is one, otherwise on the CPU:
+Run on one GPU if there is one, otherwise on the CPU:
 
     python extract_feature.py --exp-name=ssl_exp/NAME --checkpoint-patch=checkpoint_patch_0020.pth.tar
 
-On four GPUs of one machine, with a table of labels to save next to the features:
+Run on four GPUs of one machine, and save a table of labels next to the features:
 
     python tools/launch.py --standalone --nproc-per-node 4 extract_feature.py --exp-name=ssl_exp/NAME \\
         --checkpoint-patch=checkpoint_patch_0020.pth.tar --labels labels.csv
 
-With the published weights on your own store (its atlas_patch_loc.npy must be the published table):
+Use the published weights on your own store, which must have the published atlas_patch_loc.npy:
 
     python extract_feature.py --exp-name=weights --checkpoint-patch=checkpoint_patch_0002.pth.tar \\
         --root-dir=/data/patches --out-dir=features
 
 The output goes to <exp-name>/patch_rep/<epoch>/ or to --out-dir: sid_arr_full.npy (N,), pred_arr_patch_full.npy
 (N, L, rep_dim), pred_arr_patient_full.npy (N, rep_dim), patient_features.csv, and features.json, which records the
-checkpoint and the store. --layers adds layer_arr_patch_full.npy (N, L, 1216). --labels adds
-feature_arr_patch_full.npy (N, P) and label_names.json. An extraction that was interrupted continues where it stopped
-when the same command runs again.
+checkpoint and the store. N is the number of subjects, and L is the number of locations. --layers adds
+layer_arr_patch_full.npy (N, L, 1216), the mean and SD of each of the encoder's 608 channels. --labels adds
+label_names.json with the names of the P labels, and their values in feature_arr_patch_full.npy (N, P). To continue an
+interrupted extraction, run the same command again.
 """
 
 import argparse
@@ -31,9 +32,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Set before torch loads OpenMP, so that waiting threads sleep. By default they spin and block a core that another
-# process could use. On 2 cores shared with one busy process, a training step took 262 ms when spinning and 228 ms when
-# sleeping. On idle cores it took 149 and 145 ms.
+# Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
+# By default, waiting threads spin and block a core that another process could use.
+# On 2 cores shared with one busy process, a training step took 262 ms with spinning and 228 ms with sleeping threads.
+# On idle cores, a training step took 149 ms with spinning and 145 ms with sleeping threads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -64,7 +66,7 @@ from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
 from models.frozen import FrozenLocations, layer_width
 
-MADE_BY = "features.json"  # written next to the features
+MADE_BY = "features.json"  # file that records the checkpoint, the store and the settings of the features
 LAYERS = "layer_arr_patch_full.npy"
 ASSEMBLY_BYTES = 64 * 2**20  # most bytes of features held in memory while the output files are written
 
@@ -75,7 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint-patch", required=True, help="name of a checkpoint in that folder, or a path")
     parser.add_argument("--sha256", help="expected SHA-256 of the checkpoint; give it to verify downloaded weights")
     parser.add_argument("--root-dir", help="patch store (default: the store named in the experiment's configs.json)")
-    text = "also write mean and SD of every channel, for --patient-vector layers; adds 2.8 MB per subject"
+    text = "also write the mean and SD of every encoder channel; --patient-vector layers needs them; 2.8 MB per subject"
     parser.add_argument("--layers", action="store_true", help=text)
     text = "CSV with a sid column and numeric label columns; the labels are saved next to the features"
     parser.add_argument("--labels", help=text)
@@ -103,7 +105,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
-    """Raise StoreError if the default folder has features of the training store and --root-dir is another store."""
+    """Raise StoreError if the default output folder has features of the training store, but --root-dir differs."""
     try:
         own = Path(experiment.root_dir())
     except (UserError, OSError):
@@ -117,7 +119,7 @@ def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store:
 
 
 def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say: Callable[[str], None]) -> PatchStore:
-    """Open the store and check that its table of locations is the checkpoint's. Raises StoreError, CheckpointError."""
+    """Open the store and check that it has the checkpoint's table of locations. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
     table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
     for text in (check_table(content, checkpoint, *table), *store.notes()):
@@ -129,7 +131,7 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
 def describe_origin(
     checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str, layers: bool
 ) -> dict[str, Any]:
-    """Return what MADE_BY records: the checkpoint, the store and the numerical settings behind the features."""
+    """Return the content of MADE_BY: the checkpoint, the store and the numerical settings of the extraction."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": hash_file(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
     return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
@@ -139,12 +141,15 @@ def describe_origin(
 
 
 def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Raise StoreError if the folder has features of another checkpoint; report any other features to be replaced."""
+    """Raise StoreError if the folder has features of another checkpoint.
+
+    Print a note if features of the same checkpoint will be replaced because the store version or --amp changed.
+    """
     try:
         theirs = json.loads((out_dir / MADE_BY).read_text(encoding="utf-8"))
         before = {name: theirs.get(name) for name in ("checkpoint_sha256", "store_version", "amp")}
     except (OSError, ValueError, AttributeError):
-        return  # no features yet, or features without a valid MADE_BY
+        return  # the folder has no features, or no valid MADE_BY file
     if before["checkpoint_sha256"] != ours["checkpoint_sha256"]:
         raise StoreError(
             f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')}: its SHA-256 starts with "
@@ -163,7 +168,7 @@ def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], 
 
 
 def refuse_nonfinite_features(features: np.ndarray, piece: Piece, store: PatchStore) -> np.ndarray:
-    """Return the features, (rows, locations, rep_dim), unchanged.
+    """Return the features (rows, locations, rep_dim) unchanged if they are all finite.
 
     Raises:
         StoreError: a feature is not finite; the message names its patch.
@@ -191,7 +196,7 @@ def hash_inputs(checkpoint: Path, store: PatchStore, amp: str, layers: bool = Fa
 
 
 def iterate_features(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
-    """Yield the features of the pieces, a few subjects at a time in row order: (n, L, width) float32."""
+    """Read the pieces and yield features of a few subjects at a time, in row order: (n, L, width) float32."""
     if not store.grouped:
         for piece in pieces:
             yield np.load(folder / piece.name)
@@ -208,7 +213,7 @@ def iterate_features(folder: Path, pieces: list[Piece], store: PatchStore, width
 def write_features(
     out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0
 ) -> None:
-    """Write the output files from the pieces, a few subjects at a time, with each subject's mean over locations."""
+    """Join the pieces into the output files, and also write the mean of each subject's features over locations."""
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
     shape = store.num_subjects, store.num_locations
 
@@ -227,7 +232,7 @@ def write_features(
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # nest the two writes, so that in the end both files exist or neither does
+    if width:  # nested, so that an error while writing leaves neither new file behind
         write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
     else:
         write_whole(patch_file, write_both)
@@ -244,7 +249,7 @@ def encode_share(
 ) -> None:
     """Encode this rank's pieces, except those that are already in the folder."""
     rank, world = process.rank(), process.world_size()
-    # Each rank gets consecutive pieces, because consecutive locations are frozen together.
+    # Each rank gets consecutive pieces, because one call freezes the encoder at several consecutive locations.
     share = pieces[len(pieces) * rank // world : len(pieces) * (rank + 1) // world]
     todo = [piece for piece in share if not (folder / piece.name).is_file()]
     locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)
@@ -308,7 +313,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         # ---------------------------------------------------- assemble
         if rank == 0:
             store.check_unchanged()
-            (out_dir / MADE_BY).unlink(missing_ok=True)  # written again once all files are complete
+            (out_dir / MADE_BY).unlink(missing_ok=True)  # rewritten below, after all other files are complete
             width = layer_width(encoder) if args.layers else 0
             write_features(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):

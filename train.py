@@ -1,20 +1,20 @@
 """Pre-train DrasCLR on a patch store.
 
-One process, on a GPU if there is one, otherwise on the CPU:
+Train in one process, on a GPU if there is one, otherwise on the CPU:
 
     python train.py --root-dir /data/patches --exp-name first
 
-Four GPUs on one machine, with the published hyper-parameters:
+Train on four GPUs of one machine, with the published hyper-parameters:
 
     torchrun --standalone --nproc-per-node 4 train.py --root-dir /data/patches --exp-name published
 
-Two machines with four GPUs each. Run this on both, with --node-rank 0 on the first and 1 on the second:
+Train on two machines with four GPUs each. Run this command on the first machine, and with --node-rank 1 on the second:
 
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node0:29500 \\
         train.py --root-dir /data/patches --exp-name published
 
 The output goes to ssl_exp/<exp-name>/: configs.json, checkpoint_patch_{epoch:04d}.pth.tar, TensorBoard curves
-and log.jsonl. If a signal stops the run, it saves a checkpoint first. --resume auto continues from that
+and log.jsonl. A run that is stopped by a signal saves a checkpoint first. --resume auto continues from that
 checkpoint and gives the same result as an uninterrupted run.
 """
 
@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Set before torch loads OpenMP, so that waiting threads sleep. By default they spin and block a core that another
-# process could use. On 2 cores shared with one busy process, a training step took 262 ms when spinning and 228 ms when
-# sleeping. On idle cores it took 149 and 145 ms.
+# Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
+# By default, waiting threads spin and block a core that another process could use.
+# On 2 cores shared with one busy process, a training step took 262 ms with spinning and 228 ms with sleeping threads.
+# On idle cores, a training step took 149 ms with spinning and 145 ms with sleeping threads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -88,7 +89,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
 
     Args:
         args: flags of the run.
-        device: where the batches are needed.
+        device: device that receives the batches.
         neighbors: neighbouring patches to read with each patch; 0 for none.
         draw: draws the random parameters of the augmentation.
 
@@ -156,7 +157,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     resume = experiment.find_resume_checkpoint(args.resume, intact, say)
 
     # -------------------------------------------------------- data
-    # The settings in the checkpoint decide whether neighbours are read, so read them before the data.
+    # Read the checkpoint's settings before opening the data, because they determine whether neighbours are read.
     neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
     draws = StepDraws(Augmentation(args.augmentation, collect_ranges(args)), args.seed, groups)
     data = open_data(args, device, args.k_neighbors if neighbor_pass else 0, draws)

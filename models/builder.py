@@ -1,8 +1,8 @@
 """DrasCLR: momentum contrast with one queue per anatomical location and two tasks.
 
-The patch task matches two views of the same patch. The neighbour task matches views of the k
-nearest patches of the same subject with the key of that patch. The method follows MoCo v2
-(He et al., CVPR 2020; Chen et al., 2020) and DrasCLR (Yu et al., Medical Image Analysis 2024).
+The patch task matches two views of the same patch. The neighbour task matches the key of a patch with views of
+its k nearest neighbours in the same subject. The method follows MoCo v2 (He et al., CVPR 2020; Chen et al., 2020)
+and DrasCLR (Yu et al., Medical Image Analysis 2024).
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +42,9 @@ class DrasCLR(KeyQueues):
         m: momentum of the key encoder.
         T: softmax temperature.
         mlp: put a hidden layer before the projection (MoCo v2).
-        bn_groups: groups of consecutive samples on this rank with separate BatchNorm statistics. The publication has
-            one group on each of its GPUs.
-        negatives, mask_own, one_queue: unpublished variants, see :meth:`KeyQueues.make_queues`.
+        bn_groups: groups of consecutive samples on this rank with separate BatchNorm statistics. The publication
+            used one group per GPU.
+        negatives, mask_own, one_queue: unpublished variants; see :meth:`KeyQueues.make_queues`.
 
     Raises:
         ValueError: num_coordinates is not 1, or ``negatives`` has an unknown value.
@@ -104,23 +104,24 @@ class DrasCLR(KeyQueues):
         subjects: torch.Tensor | None = None,
         move_keys: bool = True,
     ) -> Step:
-        """Run one step: encode, compare with the queue, update the queue and the key encoder.
+        """Encode the views, compare them with the queue, and update the queue and the key encoder.
 
-        ``eval()`` does not switch off any of these updates. Inputs are not modified.
+        ``eval()`` does not switch off the updates of the queue and the key encoder. Inputs are not modified.
 
         Args:
             patch_idx: index l of the location that the whole batch shares, as an int or as a (1,) tensor on the device.
-            pch_q: first view (B, 1, 32, 32, 32) and its locations, (1, 3) or (B, 3).
-            pch_k: second view of the same patches and its locations, with the same shapes.
-            ngb_q: one view of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3). None
-                leaves out the neighbour task. One row of locations for the whole batch is faster, because each
-                kernel is mixed only once.
+            pch_q: first view of the patches (B, 1, 32, 32, 32) and their locations, (1, 3) or (B, 3).
+            pch_k: second view of the same patches and their locations, with the shapes of ``pch_q``.
+            ngb_q: one view of each of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3).
+                Pass None to leave out the neighbour task. One row of locations for the whole batch is faster, because
+                each kernel is mixed only once.
             subjects: (B,) row numbers of the subjects, stored in the queue with their keys.
             move_keys: update the key encoder. Pass False if the query encoder has not changed since the last step.
 
         Raises:
             ValueError: a location tensor has neither 1 nor B rows, or K is not a multiple of the batch size over all
-                ranks. Also raised if bn_groups does not divide the batch, or mask_own is set without subjects.
+                ranks. ValueError is also raised if bn_groups does not divide the batch size, or if mask_own is set
+                without subjects.
         """
         (query_patch, query_loc), (key_patch, key_loc) = pch_q, pch_k
         batch = query_patch.shape[0]
@@ -137,10 +138,10 @@ class DrasCLR(KeyQueues):
         keys = self._encode_keys(key_patch, key_loc)  # (world * B, dim)
         own = process.rank() * batch + torch.arange(batch, device=z.device)  # (B,) rows of this rank's keys
 
-        # -------- logits, from the queue before this step's keys enter it
+        # -------- logits: compare with the queue before adding this step's keys
         with torch.autocast(z.device.type, enabled=False):
             if neighbors is not None:
-                queries.append(neighbors.sum(dim=1))  # (B, dim); sum_k (r_k . x) = (sum_k r_k) . x
+                queries.append(neighbors.sum(dim=1))  # (B, dim); its dot product with a key is a sum over neighbours
             logits = [similarity / self.T for similarity in self.compare(queries, keys, own, patch_idx, subjects)]
             statistics = observe(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
@@ -152,7 +153,7 @@ class DrasCLR(KeyQueues):
     def _encode_queries(
         self, patch: torch.Tensor, loc: torch.Tensor, ngb_q: Sequence[torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Encode the patches and, in a second BatchNorm pass, all their neighbours.
+        """Encode the patches, and then all their neighbours in a second pass with separate BatchNorm statistics.
 
         Returns:
             z (B, dim) and h (B, rep_dim) of the patches; z (B, k, dim) of the neighbours, or None.
@@ -161,10 +162,10 @@ class DrasCLR(KeyQueues):
             return *self.encoder_q(patch, loc), None
         neighbors, near = ngb_q  # (B, k, 32, 32, 32), (1 or B, k, 3)
         batch, k = neighbors.shape[:2]
-        shared = near.shape[0] == 1  # one location for the whole batch
+        shared = near.shape[0] == 1  # whether all samples have the same neighbour locations
         if shared:
             # Order the samples by location, so that the B samples of neighbour j form a block with one kernel.
-            # The order makes no difference to BatchNorm.
+            # The order of the samples makes no difference to BatchNorm.
             near, order = near[0], neighbors.transpose(0, 1)  # (k, 3), (k, B, 32, 32, 32)
         else:
             near, order = near.reshape(batch * k, 3), neighbors  # (B k, 3), (B, k, 32, 32, 32)
@@ -189,9 +190,9 @@ class DrasCLR(KeyQueues):
     def _encode_keys(self, patches: torch.Tensor, locs: torch.Tensor) -> torch.Tensor:
         """Encode the keys of all ranks: (B, 1, 32, 32, 32) on each rank -> (world * B, dim) in rank order.
 
-        Shuffled BatchNorm (MoCo, section 3.3): every group encodes a random share of the whole batch,
-        so that a query and its key do not share BatchNorm statistics. With one group the order does not
-        affect the statistics, so nothing is shuffled.
+        Shuffled BatchNorm (MoCo, section 3.3): every group encodes a random part of the whole batch,
+        so that a query and its key do not share BatchNorm statistics. With one group, nothing is shuffled, because the
+        order of the samples does not affect the statistics.
         """
         world, rank = process.world_size(), process.rank()
         batch = patches.shape[0]
@@ -203,7 +204,7 @@ class DrasCLR(KeyQueues):
             torch.distributed.broadcast(order, src=0)
         mine = order.view(world, batch)[rank]  # (B,) indices into the whole batch
         patches = process.all_gather_rows(patches)[mine]  # (B, 1, 32, 32, 32)
-        if locs.shape[0] == batch:  # with one location per sample, shuffle locations like patches
+        if locs.shape[0] == batch:  # with one location per sample, shuffle the locations with the patches
             locs = process.all_gather_rows(locs)[mine]  # (B, 3)
         keys = F.normalize(self.encoder_k(patches, locs)[0], dim=1)  # (B, dim)
         shuffled = process.all_gather_rows(keys)  # (world * B, dim), row i is sample order[i]
@@ -224,6 +225,8 @@ class DrasCLR(KeyQueues):
                 f"the queue size K = {self.K} is not a multiple of the batch of {total} samples over all ranks"
             )
         if batch % self.bn_groups:
-            raise ValueError(f"{self.bn_groups} BatchNorm groups do not divide a batch of {batch}")
+            raise ValueError(
+                f"a batch of {batch} samples cannot be divided into {self.bn_groups} equal BatchNorm groups"
+            )
         if self.mask_own and subjects is None:
             raise ValueError("mask_own is set, but no subjects are given; pass the subjects of the batch")

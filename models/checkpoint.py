@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, or a bare state dict, onto the CPU without running any code in it.
+    """Read a checkpoint, or a bare state dict, onto the CPU without running any code from the file.
 
     Args:
         path: path of the file.
@@ -85,7 +85,7 @@ def check_sum(path: Path, wanted: str | None) -> None:
 
 
 def progress(path: Path) -> tuple[int, int]:
-    """Return the finished epochs of a checkpoint and the finished steps of the next. Raises CheckpointError."""
+    """Read the numbers of finished epochs and of finished steps in the next epoch. Raises CheckpointError."""
     content = read_checkpoint(path, tensors=False)
     return position(content, path)
 
@@ -96,9 +96,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def intact(path: Path) -> tuple[int, int]:
-    """Verify the whole file and return its :func:`progress`. Raises CheckpointError if the file is damaged.
+    """Verify a checkpoint's checksums and return its :func:`progress`. Raises CheckpointError if the file is damaged.
 
-    torch does not compare checksums, so it would load changed tensor values without an error.
+    torch.load does not verify checksums, so it would load changed tensor values without an error.
     """
     place = progress(path)
     if zipfile.is_zipfile(path):
@@ -113,12 +113,12 @@ def intact(path: Path) -> tuple[int, int]:
 
 
 def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Return the finished epochs and the finished steps of the next epoch.
+    """Return a checkpoint's numbers of finished epochs and of finished steps in the next epoch.
 
-    For a bare state dict, the epoch is the first number in the file name, or 0 if there is none.
+    For a bare state dict, the epoch is the first number in the file name, or 0 if the name has no number.
 
     Raises:
-        CheckpointError: one of them is not a non-negative integer.
+        CheckpointError: the epoch or the step is not a non-negative integer.
     """
     number = re.search(r"(\d+)", Path(path).name)
     epoch = content["epoch"] if "epoch" in content else int(number[1]) if number else 0
@@ -130,10 +130,10 @@ def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
 
 
 def _explain_read_error(path: Path, error: Exception) -> str:
-    """Find out from the first bytes why torch cannot read a file. Its own messages describe only its readers."""
+    """Find out from the first bytes why torch cannot read a file. The messages of torch do not say why."""
     with open(path, "rb") as stream:
         start = stream.read(8)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip file, or a pickle from torch before 1.6
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # neither a zip file nor a pickle from torch before 1.6
         return f"torch.save did not write this file, which begins with {start!r}" if start else "it is empty"
     if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
         return "it holds objects other than tensors and plain values, which are not loaded because they can run code"
@@ -157,7 +157,7 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pat
     """Load a state dict that has exactly the keys and shapes of the model.
 
     Raises:
-        CheckpointError: a key is missing or unknown, or a shape differs. The message names the first such key.
+        CheckpointError: a key is missing or unknown, or a shape differs. The message names the first key that differs.
     """
     wanted = model.state_dict()
     for key, tensor in wanted.items():
@@ -180,18 +180,18 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pat
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimiser's state in the published format, without the implementation chosen for this machine."""
+    """Return the optimiser's state in the published format, with the settings foreach and fused set to None."""
     state = optimizer.state_dict()
     groups = [{**group, "foreach": None, "fused": None} for group in state["param_groups"]]
     return {"state": state["state"], "param_groups": groups}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: Path) -> None:
-    """Load the optimiser's state but keep the implementation chosen in this process. Raises CheckpointError."""
+    """Load the optimiser's state but keep this process's foreach and fused settings. Raises CheckpointError."""
     ours = optimizer.param_groups[0]
     implementation = {name: ours[name] for name in ("foreach", "fused", "capturable") if name in ours}
     try:
-        # Insert these settings before loading, because they decide on which device the step counts are kept.
+        # Insert these settings before loading, because they determine the device of the optimiser's step counts.
         optimizer.load_state_dict(
             {**state, "param_groups": [{**group, **implementation} for group in state["param_groups"]]}
         )
@@ -201,13 +201,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
 
 # ============================================================ checks before use
 
-LARGEST = 1e15  # largest valid value; BatchNorm squares its inputs, and float32 cannot hold squares of larger values
+LARGEST = 1e15  # largest valid value; sums of squares in BatchNorm must not overflow float32
 
 
 def first_unsound(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor with a value that is not finite or exceeds LARGEST, or None.
 
-    Synchronises with the device once.
+    The function synchronises with the device only once.
     """
     names = [name for name, value in tensors.items() if value.is_floating_point() and value.numel()]
     if not names:
@@ -237,7 +237,7 @@ def check_table(content: Mapping[str, Any], source: Path | str, count: int, fing
         root: folder of the store, for messages.
 
     Returns:
-        A note if the checkpoint does not record its table, otherwise "". The published weights do not record it.
+        A note if the checkpoint does not record its table, otherwise "". The published weights record no table.
 
     Raises:
         CheckpointError: the checkpoint was trained on another table.
@@ -266,7 +266,7 @@ def query_encoder_state(content: Mapping[str, Any], source: Path | str) -> dict[
     """Return the entries of ``encoder_q``, without this prefix in their keys.
 
     Raises:
-        CheckpointError: the checkpoint has no such entries.
+        CheckpointError: the checkpoint has no entry of ``encoder_q``.
     """
     state = strip_module(content["state_dict"])
     prefix = "encoder_q."
@@ -300,7 +300,7 @@ def encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict
 
 
 def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
-    """Build an encoder in eval mode with the sizes and weights of a checkpoint; return it and the sizes."""
+    """Build an encoder in eval mode with the sizes and weights of a checkpoint. Return the encoder and its sizes."""
     state = query_encoder_state(content, source)
     refuse_unsound(state, source)
     sizes = encoder_sizes(state, source)

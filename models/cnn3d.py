@@ -13,10 +13,11 @@ from models.condconv3d import CondConv3D, channels_last
 from models.fast.groups import encode_groups
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
-# The last three layers stay in float32 under autocast. Their outputs have only 8, 8 and 1 voxels per patch, and
-# BatchNorm amplifies the small differences between so few values. In bfloat16 the values can round to the same number.
-# The variance is then 0, and the gradient is multiplied by 1 / sqrt(eps). Batches of 3 collapsed within ten steps.
-# These layers account for 3 % of the arithmetic.
+# The last three layers stay in float32 under autocast, because their outputs have only 8, 8 and 1 voxels per patch.
+# BatchNorm amplifies small differences between so few values, and in bfloat16 the values can round to the same number.
+# If all values are equal, the variance is 0, and BatchNorm multiplies the gradient by 1 / sqrt(eps).
+# With these layers in bfloat16, training with batches of 3 patches collapsed within ten steps.
+# The last three layers account for 3 % of the arithmetic.
 FLOAT32_LAYERS = 3
 
 
@@ -32,8 +33,8 @@ def norm_elu(
 
     Args:
         norm: the BatchNorm layer.
-        blocks: blocks of the batch. Each block holds an equal share of every group, in consecutive samples.
-        groups: number of groups; must divide n.
+        blocks: consecutive parts of the batch. Each block contains n / groups consecutive samples of every group.
+        groups: number of BatchNorm groups; must divide n.
         track: whether group 0 updates the running statistics.
     """
     result = fast_norm_elu(norm, blocks, groups, track)
@@ -41,7 +42,7 @@ def norm_elu(
         return result
     if not norm.training:
         return [F.elu(norm(block), inplace=True) for block in blocks]
-    of_groups = zip(*(_split(block, groups) for block in blocks))  # for each group, its part of every block
+    of_groups = zip(*(_split(block, groups) for block in blocks))  # for each group, its samples in every block
     done = [
         _split(_norm_elu_in_training(norm, _join(parts), track and group == 0), len(blocks))
         for group, parts in enumerate(of_groups)
@@ -50,18 +51,18 @@ def norm_elu(
 
 
 def _split(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """Split a batch into equal consecutive parts. For one part, return the batch itself to save a backward pass."""
+    """Split a batch into ``count`` equal consecutive parts. A single part is the batch itself."""
     return (x,) if count == 1 else x.chunk(count)
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Invert :func:`_split`. The result is channels-last if the parts are."""
+    """Invert :func:`_split`. The result is channels-last if all parts are channels-last."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
     """Compute elu(norm(x)) for x (B, C, D, H, W), the samples of one group."""
-    if track and norm.momentum is None:  # running statistics are a plain mean over all passes; the layer keeps count
+    if track and norm.momentum is None:  # the layer averages its statistics over all passes
         return F.elu(norm(x), inplace=True)
     images = _as_images(x)
     running = (norm.running_mean, norm.running_var) if track else (None, None)
@@ -72,10 +73,10 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
 
 
 def _as_images(x: torch.Tensor) -> torch.Tensor:
-    """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, which has BatchNorm for channels-last images only.
+    """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, where channels-last BatchNorm supports only images.
 
-    On a CPU, return x itself, because BatchNorm is faster for volumes there. For 4 volumes with 8 channels at 32^3,
-    forward and backward with the ELU take 6.3 ms for volumes and 10.0 ms for images.
+    On a CPU, return x itself, because BatchNorm on a CPU is faster for volumes. For 4 volumes with 8 channels at 32^3,
+    a forward and backward pass with ELU takes 6.3 ms for volumes and 10.0 ms for images.
     """
     return x if x.device.type == "cpu" else x.flatten(2, 3)
 
@@ -83,7 +84,7 @@ def _as_images(x: torch.Tensor) -> torch.Tensor:
 def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
     """Return the number of blocks of consecutive samples that share a location.
 
-    It is G for kernels (G, ...), or 1 if every sample has its own location.
+    The number is G for kernels (G, ...), or 1 if every sample has its own location.
     """
     locations = len(kernels[0])
     if locations == 0 or len(x) % locations:
@@ -92,7 +93,7 @@ def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
 
 
 class Block(nn.Module):
-    """Three convolutions. The first doubles the channels, and the third halves the resolution."""
+    """Three convolutions: the first one doubles the channels, and the third one halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, num_experts: int, num_coordinates: int):
         super().__init__()
@@ -115,11 +116,11 @@ class Encoder(nn.Module):
         rep_dim: size of h.
         moco_dim: size of z.
         num_experts: number of kernels that every convolution mixes.
-        num_coordinates: 3-D points in one location; DrasCLR uses 1.
+        num_coordinates: 3-D points per location; DrasCLR uses 1.
 
     Attributes:
-        bn_groups: number of groups of consecutive samples with separate BatchNorm statistics in training. If the
-            batch has several blocks that each share a location, every block holds an equal share of every group.
+        bn_groups: number of groups of consecutive samples with separate BatchNorm statistics in training. If
+            the samples of a block share a location, each block must contain equally many samples of every group.
     """
 
     bn_groups = 1
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
         Args:
             x: (B, 1, 32, 32, 32), intensities in [-1, 1].
             loc: (G, 3) normalised locations, where G divides B; see :meth:`CondConv3D.forward`.
-            kernels: kernels of every layer at ``loc`` from :meth:`mix_kernels`. If omitted, they are mixed here.
+            kernels: kernels of every layer at ``loc`` from :meth:`mix_kernels`. If omitted, the kernels are mixed here.
 
         Returns:
             z (B, moco_dim) and h (B, rep_dim).
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
     def encode(
         self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, track: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run :meth:`forward` with mixed kernels. For ``groups`` and ``track`` see :func:`norm_elu`."""
+        """Run :meth:`forward` with mixed ``kernels``. For ``groups`` and ``track``, see :func:`norm_elu`."""
         layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels, strict=True)]
         blocks = channels_last(x).chunk(count_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
         for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:

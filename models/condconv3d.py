@@ -1,7 +1,7 @@
 """Location-conditioned 3-D convolution: one kernel per location, mixed from a few experts.
 
 See DrasCLR (Yu et al., Medical Image Analysis 2024), section on the conditional encoder. The layer follows
-CondConv (Yang et al., NeurIPS 2019), but the location of a patch drives the routing, not its content:
+CondConv (Yang et al., NeurIPS 2019), but the routing depends on the location of a patch and not on its content:
 kernel(loc) = sum_e sigmoid(W loc + b)_e * weight_e.
 """
 
@@ -28,11 +28,11 @@ class Routing(nn.Module):
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """Return x (B, C, D, H, W) with the channels of each voxel adjacent in memory, copied only if needed.
+    """Return x (B, C, D, H, W) with the channels of each voxel adjacent in memory; copy x only if needed.
 
-    With one channel, both layouts use the same memory, and ``contiguous`` does not change the strides. But a
-    convolution chooses the layout of its output from the strides. Without the strides set here, every layer would
-    run channels-first.
+    With one channel, channels-first and channels-last data are in the same order, and ``contiguous`` does not change
+    the strides. A convolution, however, chooses the layout of its output from the strides of its input. Without the
+    strides set here, every layer would run channels-first.
     """
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -52,7 +52,7 @@ def dense_conv3d(
 ) -> torch.Tensor:
     """Run F.conv3d in the memory layout of the inputs.
 
-    ``convolve`` replaces F.conv3d. It may also apply an elementwise function to the result, for example an activation.
+    ``convolve`` replaces F.conv3d, and may also apply an elementwise function such as an activation to the result.
     """
     fast = convolve_pairs(inputs, kernel, bias, (tuple(stride), padding, tuple(dilation), groups), convolve)
     if fast is not None:
@@ -66,7 +66,7 @@ class CondConv3D(_ConvNd):
     """3-D convolution with a kernel that depends on the location of the patch.
 
     The parameters are ``weight`` (experts, out, in / groups, k, k, k), one ``bias`` (out,) shared by the
-    experts, and ``_routing_fn.fc``. Their names match the published checkpoint. All arguments except
+    experts, and ``_routing_fn.fc``. The parameter names match the published checkpoint. All arguments except
     ``num_experts`` and ``num_coordinates`` work as in :class:`torch.nn.Conv3d`.
     """
 
@@ -100,8 +100,9 @@ class CondConv3D(_ConvNd):
         self.num_experts = num_experts
         self._routing_fn = Routing(num_coordinates, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, *self.weight.shape))
-        # As in the published code, the rule for a 5-D weight initialises the 6-D weight. Its fan-in then includes the
-        # output channels, so the initial kernels are small. This sets the effective step size.
+        # As in the published code, torch's initialisation for 5-D convolution weights is applied to the 6-D weight.
+        # The computed fan-in therefore includes the output channels, so the initial kernels are small.
+        # The size of the kernels determines the effective step size.
         self.reset_parameters()
 
     def mix_kernels(self, locs: torch.Tensor) -> torch.Tensor:
@@ -122,7 +123,8 @@ class CondConv3D(_ConvNd):
         Args:
             inputs: (B, in, D, H, W).
             locs: (G, 3 * num_coordinates), where G divides B. Block g of B / G consecutive samples
-                shares location g. G = B gives each sample its own location; G = 1 gives all samples the same one.
+                shares location g. With G = B, each sample has its own location. With G = 1, all samples share one
+                location.
 
         Returns:
             (B, out, D', H', W').
@@ -136,7 +138,7 @@ class CondConv3D(_ConvNd):
         """Run :meth:`forward` with mixed kernels (G, out, in / groups, k, k, k), where G divides B."""
         batch, blocks = inputs.shape[0], kernels.shape[0]
         if blocks == 0 or batch % blocks:
-            raise ValueError(f"{blocks} locations do not divide a batch of {batch} samples")
+            raise ValueError(f"a batch of {batch} samples cannot be divided evenly among {blocks} locations")
         if blocks == 1:
             return self._convolve(inputs, kernels[0])
         return torch.cat(self.convolve_blocks(inputs.chunk(blocks), kernels))
@@ -144,8 +146,8 @@ class CondConv3D(_ConvNd):
     def convolve_blocks(self, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
         """Convolve each of G blocks (b, in, D, H, W) with its kernel from (G, out, in / groups, k, k, k).
 
-        There is one dense convolution per location. One grouped convolution could do the same in a single call, but
-        few libraries have fast grouped convolutions in 3-D.
+        Each location takes one dense convolution. A grouped convolution could process all locations in a single call,
+        but few libraries have fast grouped convolutions in 3-D.
 
         Returns:
             G tensors (b, out, D', H', W').

@@ -11,9 +11,9 @@ from models.condconv3d import channels_last, dense_conv3d
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
-AT_ONCE = 64  # patches that encode_each encodes in one call; the first layer then takes 0.5 GB with 8 experts
-SUMMARIZED = 2**20  # values of a layer that are summarised in one call on the CPU, so that they stay in its cache
-LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; 33 MB of float32 kernels at the published sizes
+AT_ONCE = 64  # patches per call in encode_each; the result of the first layer then takes 0.5 GB with 8 experts
+SUMMARIZED = 2**20  # values per call of a summary on the CPU, so that the values stay in the CPU cache
+LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; their float32 kernels take 33 MB at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -97,11 +97,11 @@ def encode_each(
     layers: bool = False,
     at_once: int = AT_ONCE,
 ) -> torch.Tensor:
-    """Compute h of one patch at each location: apply every expert to every patch, then mix the results.
+    """Compute representations h of one patch per location: apply every expert to every patch, then mix the results.
 
     A convolution is linear in its kernel, so mixing the experts' results gives the result of the mixed kernel. The
-    arithmetic grows by a factor equal to the number of experts, but it takes only a few large calls. This is faster on
-    a GPU, where launching the layers for each location separately takes longer.
+    amount of arithmetic is multiplied by the number of experts, but only a few large calls are needed. On a GPU, these
+    calls are faster than launching the layers for each location separately.
 
     Args:
         encoder: encoder in eval mode, on the device.
@@ -131,7 +131,7 @@ def encode_each(
 
 @torch.no_grad()
 def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[FrozenEncoder]:
-    """Freeze the encoder at each location. The experts are read only once for all of them.
+    """Freeze the encoder at each location. The experts are read only once for all locations.
 
     Args:
         encoder: encoder to freeze; later changes to it have no effect on the result.
@@ -149,7 +149,7 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
 
 
 class FrozenLocations:
-    """Sequence of the encoder frozen at each location, created for LOCATIONS_AT_ONCE locations in one call.
+    """Sequence of frozen encoders, one per location; LOCATIONS_AT_ONCE of the encoders are created in one call.
 
     The same locations are always frozen together, so that a resumed extraction gives the same rounding errors.
 

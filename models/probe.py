@@ -1,6 +1,6 @@
-"""Statistics that monitor a training step. No gradient depends on them.
+"""Statistics that monitor a training step. No gradient depends on these statistics.
 
-The first three use only the keys of the current step, so old keys in the queue cannot make them look better.
+accuracy_fresh, alignment and uniformity use only the current step's keys, so old keys in the queue do not affect them.
 """
 
 import torch
@@ -27,12 +27,12 @@ def observe(
         queue_subject, queue_age: (K,) subject and age of each key in the location's queue; -1 if unknown.
 
     Returns:
-        accuracy_fresh: % of queries with their own key as the nearest of this step's keys. All these keys are
+        accuracy_fresh: % of queries for which the nearest of this step's keys is their own key. All keys of a step are
             equally old.
         alignment: mean squared distance between query and key.
         uniformity: log of the mean Gaussian potential over pairs of keys (Wang and Isola, 2020).
         queue_own: % of keys in the location's queue that belong to the query's own subject, averaged over queries.
-        queue_age: mean age in steps of the location's keys, over keys of known age.
+        queue_age: mean age, in steps, of the keys of known age in the location's queue.
     """
     total = keys.shape[0]
     nearest = (query @ keys.t()).argmax(dim=1)  # (B,)
@@ -56,12 +56,13 @@ def observe(
 def effective_rank(representations: torch.Tensor) -> float:
     """Return the effective number of dimensions of representations (n, rep_dim).
 
-    It is the effective rank of Roy and Vetterli (2007), computed from the covariance: the exponential of the entropy
-    of the normalised variances along the principal axes. It is 1 if all points lie on a line, and at most n - 1.
+    The result is the effective rank of Roy and Vetterli (2007), computed from the covariance: the exponential of the
+    entropy of the normalised variances along the principal axes. The effective rank is 1 if all points lie on a line,
+    and at most n - 1.
     """
     centred = representations.detach().float().cpu()
     if not torch.isfinite(centred).all():
-        return float("nan")  # an SVD would fail on such values; the check of the loss reports them
+        return float("nan")  # an SVD would fail on NaN or infinity; the check of the loss reports these
     centred = centred - centred.mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
     share = variances / variances.sum().clamp(min=1e-30)

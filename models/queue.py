@@ -13,7 +13,7 @@ from torch import nn
 
 
 class KeyQueues(nn.Module):
-    """The queues of all locations. A base class of DrasCLR, so that the buffers have the published names."""
+    """The queues of all locations. DrasCLR inherits from this class to give the buffers their published names."""
 
     def make_queues(
         self,
@@ -30,28 +30,29 @@ class KeyQueues(nn.Module):
             num_patch: L, the number of locations.
             K: keys in each location's queue; a multiple of the batch size over all ranks.
             dim: size of a key.
-            negatives: ``queue``, as published, or ``batch``: the keys of the other subjects in this step, over all
-                ranks.
+            negatives: ``queue`` (published) takes the keys in the location's queue. ``batch`` takes the keys of the
+                other subjects in this step, over all ranks.
             mask_own: do not use keys of the query's own subject as negatives from the queue.
             one_queue: put the keys of all locations into the first location's queue and take all negatives from it,
                 as in momentum contrast without locations.
 
         Raises:
-            ValueError: negatives has another value.
+            ValueError: ``negatives`` is neither ``queue`` nor ``batch``.
         """
         if negatives not in ("queue", "batch"):
             raise ValueError(f"negatives is {negatives!r}; it must be 'queue' or 'batch'")
         self.K, self.negatives, self.mask_own, self.one_queue = K, negatives, mask_own, one_queue
 
-        # A step uses one location, which is one contiguous block of (L, K, dim). The published layout on disk is
-        # (dim, K, L). _save_to_state_dict and _load_from_state_dict convert between the two.
+        # A step uses one location, which is one contiguous block of (L, K, dim).
+        # The published layout on disk is (dim, K, L).
+        # _save_to_state_dict and _load_from_state_dict convert between these two layouts.
         queue = torch.randn(num_patch, K, dim)  # (L, K, dim)
-        for keys in queue:  # in place, one location at a time: a copy would take 1.2 GB at the published sizes
+        for keys in queue:  # normalise in place, because a copy would take 1.2 GB at the published sizes
             F.normalize(keys, dim=1, out=keys)
         self.register_buffer("queue", queue)
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
-        # The subject and step of each key. Not in the published state dict; see queue_origin.
+        # The subject and step of each key are not part of the published state dict; see queue_origin.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int32), persistent=False)
         unknown = torch.full((num_patch, K), -1, dtype=torch.int32)  # (L, K)
         self.register_buffer("queue_subject", unknown, persistent=False)
@@ -67,7 +68,7 @@ class KeyQueues(nn.Module):
         patch_idx: int | torch.Tensor,
         subjects: torch.Tensor | None,
     ) -> list[torch.Tensor]:
-        """Compute the similarities [q . own key, q . negatives] for each tensor of queries.
+        """Compute the dot products of each query with its own key and with the negatives.
 
         Args:
             queries: tensors of shape (B, dim).
@@ -85,7 +86,7 @@ class KeyQueues(nn.Module):
             order = (own[:, None] + torch.arange(total, device=own.device)) % total  # (B, world * B), own key first
             return [(query @ keys.t()).gather(1, order) for query in queries]
         where = self._find_queue(patch_idx)  # (1,)
-        negatives = self.queue[where][0]  # (K, dim), a copy: the queue changes before the backward pass needs it
+        negatives = self.queue[where][0]  # (K, dim), a copy, because the queue changes before backward()
         similarities = []
         for query in queries:
             positive = (query * keys[own]).sum(dim=1, keepdim=True)  # (B, 1)
@@ -97,7 +98,7 @@ class KeyQueues(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor, patch_idx: int | torch.Tensor, subjects: torch.Tensor | None) -> None:
-        """Replace the oldest keys of one location.
+        """Replace the oldest keys in the queue of one location.
 
         Args:
             keys: (world * B, dim).
@@ -137,14 +138,14 @@ class KeyQueues(nn.Module):
         return {"subject": self.queue_subject, "step": self.queue_step, "steps": int(self.steps)}
 
     def load_queue_origin(self, origin: dict[str, Any]) -> None:
-        """Set the state that :meth:`queue_origin` returned."""
+        """Restore the subjects and steps of the keys from the result of :meth:`queue_origin`."""
         self.queue_subject.copy_(origin["subject"])
         self.queue_step.copy_(origin["step"])
         self.steps.fill_(int(origin["steps"]))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A view, like every other entry: a copy would take 1.2 GB at the published sizes.
+        # Save a view, because a copy of the queue would take 1.2 GB at the published sizes.
         destination[prefix + "queue"] = destination[prefix + "queue"].permute(2, 1, 0)  # (dim, K, L)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

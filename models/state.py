@@ -31,7 +31,7 @@ class Restored(NamedTuple):
 
     epoch: int  # finished epochs
     step: int  # finished steps of the current epoch
-    sums: Sums | None  # sums of the statistics over these steps
+    sums: Sums | None  # sums of the statistics over the finished steps of this epoch
     config: dict[str, Any]  # training settings
     note: str = ""  # note for the user, for example that the checkpoint does not record its table of locations
 
@@ -41,19 +41,19 @@ class Started(NamedTuple):
 
     epochs: int  # epochs that the encoder was trained for
     with_projection: bool  # whether the projection was loaded too
-    queue: tuple[int, int] | None  # number of locations and keys per location in the queue, which is not loaded
+    queue: tuple[int, int] | None  # size of the checkpoint's queue, which is not loaded: locations, keys per location
 
 
 class TrainingState:
     """Complete state of a run: weights, queue, optimiser, random number generators and position.
 
-    A run that restores it gives the same result as a run that did not stop.
+    A run that restores this state gives the same result as an uninterrupted run.
 
     Args:
         model: the DrasCLR model, without a DistributedDataParallel wrapper.
-        optimizer: optimiser of its parameters.
+        optimizer: optimiser of the model's parameters.
         device: device of the model and the optimiser.
-        arch: architecture name, an entry of the published format.
+        arch: name of the architecture, which the published format records.
         settings: settings to save in the checkpoint, so that a resumed run can report changes. ``location_table``,
             ``store_version`` and ``root_dir`` identify the data.
     """
@@ -79,7 +79,7 @@ class TrainingState:
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
-        """:meth:`save_aside` on a GPU; None on a CPU, where a copy of the queue would need another 1.2 GB of memory."""
+        """Return :meth:`save_aside` on a GPU, and None on a CPU, where a copy of the queue would take 1.2 GB more."""
         return self.save_aside if self.device.type == "cuda" else None
 
     def save_aside(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
@@ -113,7 +113,7 @@ class TrainingState:
         return checkpoint
 
     def restore(self, path: Path) -> Restored:
-        """Restore the state from a checkpoint. If it has only weights, everything else stays unchanged.
+        """Restore the state from a checkpoint. If the checkpoint has only weights, nothing else in the state changes.
 
         Raises:
             CheckpointError: the checkpoint is unreadable or not finite, or it belongs to another model or another
@@ -127,10 +127,10 @@ class TrainingState:
         refuse_unsound(self.model.state_dict(), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
-        if "queue_origin" in content:  # not in published checkpoints; without it the keys' subjects stay unknown
+        if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
             self.model.load_queue_origin(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
-                self.model.queue_subject.fill_(-1)  # the saved row numbers refer to another store
+                self.model.queue_subject.fill_(-1)  # the saved subjects are row numbers of another store
         if "rng_state" in content:
             torch.set_rng_state(content["rng_state"])
             if self.device.type == "cuda" and "cuda_rng_state" in content:
@@ -153,14 +153,14 @@ def on_host(value: Any) -> Any:
 
 
 def start_from(model: nn.Module, path: Path) -> Started:
-    """Load the query encoder of a checkpoint into both encoders. Queue, optimiser and position stay as in a new run.
+    """Load the query encoder of a checkpoint into both encoders. The queue and the optimiser do not change.
 
     The convolutions must have the same shapes. A projection (``fc``) of another size is not loaded, because it
     belongs to the loss and not to the representation.
 
     Raises:
         CheckpointError: the checkpoint is unreadable or not finite.
-        ResumeError: the checkpoint has another encoder. The message names the flag to change.
+        ResumeError: the encoder in the checkpoint has other sizes than the model. The message names the flag to change.
     """
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)

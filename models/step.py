@@ -1,4 +1,4 @@
-"""One training step: augmented views in, loss, logged statistics and updated weights out."""
+"""One training step, from raw patches to the loss, the logged statistics and the updated weights."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,10 @@ OF_NEIGHBORS = ("loss_neighbor", "accuracy_neighbor")
 
 
 def statistic_names(neighbors: bool) -> tuple[str, ...]:
-    """Return the names of a step's statistics in order. Without the neighbour task, its statistics are left out."""
+    """Return the names of a step's statistics in order.
+
+    If ``neighbors`` is False, the statistics of the neighbour task are left out.
+    """
     return tuple(name for name in STATISTICS if neighbors or name not in OF_NEIGHBORS)
 
 
@@ -69,7 +72,7 @@ class TrainingStep(nn.Module):
             location: index l of the location that the whole batch shares, as an int or as a (1,) tensor on the
                 model's device.
             views: query and key (B, 1, 32, 32, 32), neighbours (B, k, 32, 32, 32) or None.
-            beta: weight of the neighbour loss; 0 leaves it out, for example during the warm-up.
+            beta: weight of the neighbour loss; 0 leaves out this loss, for example during the warm-up.
             subjects: (B,) row numbers of the batch's subjects, on the model's device.
             move_keys: see :meth:`DrasCLR.step`.
         """
@@ -100,9 +103,9 @@ def accuracy(logits: torch.Tensor) -> torch.Tensor:
 def make_optimizer(
     model: nn.Module, lr: float, momentum: float, weight_decay: float, name: str = "sgd"
 ) -> torch.optim.Optimizer:
-    """Create one of OPTIMIZERS over all parameters.
+    """Create an optimiser of all parameters of the model.
 
-    They include those of the frozen key encoder, because the published checkpoints list all 164 parameters.
+    The frozen key encoder is included, because the published checkpoints list all 164 parameters of both encoders.
     ``momentum`` is the momentum of SGD, or the first beta of AdamW.
 
     Raises:
@@ -111,7 +114,8 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"the optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}")
     on_gpu = next(model.parameters()).device.type == "cuda"
-    # On a GPU, use the fused kernel. It reads the learning rate from the device, so a CUDA graph sees a changed rate.
+    # On a GPU, use the fused kernel, which reads the learning rate from the device.
+    # A CUDA graph that contains the fused kernel therefore uses the current learning rate.
     kind = {"fused": True} if on_gpu else {"foreach": True}
     if name == "adamw":
         betas = (momentum, 0.999)
@@ -174,7 +178,7 @@ class WholeStep:
         self._move_keys = True  # update the key encoder only after the optimiser has changed the query encoder
 
     def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
-        """Run one step. For ``beta`` see :class:`TrainingStep`, for ``last`` see :class:`Descent`."""
+        """Run one step. :class:`TrainingStep` describes ``beta``, and :class:`Descent` describes ``last``."""
         views = self.make_views(inputs.patches, inputs.neighbors, inputs.draws)
         outcome = self.training_step(inputs.location, views, beta, inputs.subjects, self._move_keys)
         stepped = self._move_keys = self.descend(outcome.loss, last)

@@ -43,21 +43,24 @@ def _load_atlas(path: str) -> sitk.Image:
 
 
 def atlas_fingerprint(mask: sitk.Image) -> str:
-    """Return a hash of an atlas mask's voxels and grid; it does not depend on the file name."""
+    """Return a hash of an atlas mask's voxels and grid; the file name has no effect."""
     digest = hashlib.sha256(np.ascontiguousarray(sitk.GetArrayViewFromImage(mask)).tobytes())
     digest.update(repr((mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())).encode())
     return digest.hexdigest()[:12]
 
 
 def read_affine(path: Path) -> sitk.Transform:
-    """Read an ITK affine from atlas points to scan points. Raises ScanError, or EarlierFailure if it is missing."""
+    """Read an ITK affine from atlas points to scan points.
+
+    Raises ScanError, or EarlierFailure if the file is missing.
+    """
     if not path.is_file():
         raise EarlierFailure(
             f"no transform at {path}; run preprocess/register.py and look up this subject in its report"
         )
     try:
         transform = sitk.ReadTransform(str(path))
-    except (RuntimeError, UnicodeDecodeError) as error:  # decoding fails if ITK's message quotes a binary file
+    except (RuntimeError, UnicodeDecodeError) as error:  # ITK's message may quote bytes that are not UTF-8
         raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
     if transform.GetDimension() != 3 or not transform.IsLinear():
         raise ScanError(f"{path} is not a 3-D affine transform; remove it and register again")

@@ -15,7 +15,7 @@ from preprocess.scan import AIR
 from preprocess.spline import resample_spline
 
 ISO_SPACING = 1.0  # mm
-SLAB = 1 << 24  # voxels converted to float32 at a time, because a whole scan would need 0.9 GB
+SLAB = 1 << 24  # number of voxels converted to float32 at a time; a whole scan would need 0.9 GB
 OPPOSITE = {(first, second) for pair in ("LR", "PA", "SI") for first in pair for second in pair}
 PADDING = 60  # voxels of air around the resampled scan, the published value
 
@@ -34,13 +34,13 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
     if own == orientation:
         return image
     if all(axes in OPPOSITE for axes in zip(own, orientation)):
-        # DICOMOrient makes an additional copy, even if the axes are already in order.
+        # DICOMOrient would make an additional copy, although these axes need only flips.
         return sitk.Flip(image, [first != second for first, second in zip(own, orientation)], False)
     return sitk.DICOMOrient(image, orientation)
 
 
 def iterate_slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield the first slice and the end (exclusive) of slabs of about SLAB voxels, at multiples of ``step``."""
+    """Yield the first and last slice (exclusive) of slabs of about SLAB voxels, starting at multiples of ``step``."""
     columns, rows, slices = image.GetSize()
     thickness = max(1, SLAB // (columns * rows * step)) * step
     for first in range(0, slices, thickness):
@@ -50,15 +50,16 @@ def iterate_slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]
 def average_blocks(
     image: sitk.Image, factors: Sequence[int], select: Callable[[sitk.Image], sitk.Image] = lambda slab: slab
 ) -> sitk.Image:
-    """Apply ``select`` and average blocks of ``factors`` (x, y, z) voxels to float32, one slab at a time.
+    """Apply ``select`` to each slab of an image and average blocks of ``factors`` (x, y, z) voxels to float32.
 
-    The result is the same as ITK's BinShrink of the whole image. Incomplete blocks at the end are left out.
+    The result is the same as ITK's BinShrink of the whole image. Incomplete blocks at the end of an axis are left out.
     """
     factors = [min(factor, count) for factor, count in zip(factors, image.GetSize())]
     made = []
     for first, last in iterate_slabs(image, factors[2]):
         if last - first >= factors[2]:
-            slab = sitk.RegionOfInterest(image, [*image.GetSize()[:2], last - first], [0, 0, first])  # faster than []
+            # RegionOfInterest is faster than slicing with [].
+            slab = sitk.RegionOfInterest(image, [*image.GetSize()[:2], last - first], [0, 0, first])
             made.append(sitk.BinShrink(sitk.Cast(select(slab), sitk.sitkFloat32), factors))
     whole = sitk.GetImageFromArray(np.concatenate([sitk.GetArrayViewFromImage(part) for part in made]))
     whole.SetOrigin(made[0].GetOrigin())
@@ -68,7 +69,10 @@ def average_blocks(
 
 
 def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int) -> np.ndarray:
-    """Resample an image linearly to slices ``first`` to ``last`` (exclusive) of ``grid``; (z, y, x), 0 outside."""
+    """Resample an image linearly to slices ``first`` to ``last`` (exclusive) of ``grid``.
+
+    Returns an array (z, y, x), which is 0 outside the image.
+    """
     size = [*grid.GetSize()[:2], last - first]
     origin = grid.TransformIndexToPhysicalPoint([0, 0, first])
     where = (origin, grid.GetSpacing(), grid.GetDirection())
@@ -76,9 +80,10 @@ def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Resample an image to 1 mm by cubic B-splines, along its own axes from its own origin; outside is -1024.
+    """Resample an image to 1 mm by cubic B-splines, along its own axes from its own origin; voxels outside are -1024.
 
-    The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz).
+    The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz) for nx, ny, nz voxels of sx,
+    sy, sz mm.
     """
     size, spacing = image.GetSize(), image.GetSpacing()
     wanted = int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])
@@ -91,7 +96,7 @@ def pad(image: sitk.Image) -> sitk.Image:
 
 
 def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
-    """Whether two images have the same voxel grid in physical space."""
+    """Return whether two images have the same voxel grid in physical space."""
     return (
         first.GetSize() == second.GetSize()
         and np.allclose(first.GetOrigin(), second.GetOrigin(), atol=1e-2)
@@ -103,7 +108,7 @@ def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
 def write_image(image: sitk.Image, path: Path) -> None:
     """Write a compressed NIfTI file and verify that it is complete.
 
-    ITK does not report a full disk, so the header is read again and the length of the data checked.
+    ITK does not report a full disk, so this function reads the header again and checks the length of the data.
 
     Raises:
         UserError: the file is incomplete.
@@ -117,7 +122,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
 
 def write_transform(transform: sitk.Transform, path: Path) -> None:
-    """Write a transform file and read it again. Raises UserError if it is incomplete."""
+    """Write a transform file and read it again. Raises UserError if the file is incomplete."""
     with open_aside(path) as aside:
         sitk.WriteTransform(transform, str(aside))
         try:
@@ -129,6 +134,6 @@ def write_transform(transform: sitk.Transform, path: Path) -> None:
 
 
 def make_incomplete_error(path: Path) -> UserError:
-    """Return the error for a file that a library wrote only in part."""
+    """Return the error for a file that was written incompletely."""
     free = shutil.disk_usage(path.parent).free
     return UserError(f"{path} could not be written completely; check the disk, which has {free / 1e6:.0f} MB free")

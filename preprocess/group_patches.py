@@ -2,9 +2,9 @@
 
     python preprocess/group_patches.py --root-dir /data/patches
 
-Reads <root-dir>/patch/{sid}_patch.npy. Writes one grouped_patch/patch_loc_{l}.npy per location, (N, 32, 32, 32), and
-subjects.csv. Row n of subjects.csv names the subject in row n of every grouped file. An interrupted run continues
-where it stopped. Run the script again after adding subjects.
+Reads <root-dir>/patch/{sid}_patch.npy. Writes subjects.csv and, for each location, grouped_patch/patch_loc_{l}.npy, an
+array (N, 32, 32, 32) for N subjects. Row n of subjects.csv names the subject in row n of every grouped file. An
+interrupted run continues where it stopped. Run the script again after adding subjects.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CHUNK_BYTES = 512 * 2**20  # size of the patches held in memory at a time
 
 
 def find_usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
-    """Find the subjects in patch/ that can be grouped, in the order of their files.
+    """Find the subjects in patch/ that can be grouped, sorted by file name.
 
     A file is usable if it has one patch for each of the ``count`` locations and the most common patch shape.
 
@@ -88,7 +88,7 @@ def convert_to_hu(patches: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
-    """Return a hash that changes if a subject is added, removed or cut again."""
+    """Return a hash that changes if a subject is added or removed, or if its patches are cut again."""
     digest = hashlib.sha256()
     for sid in sids:
         status = layout.patch(sid).stat()
@@ -116,7 +116,7 @@ class Grouping:
         self.state_file = layout.grouping / "state.json"
 
     def is_done(self) -> bool:
-        """Whether all grouped files exist, are complete and hold these subjects."""
+        """Return whether all grouped files exist, are complete and contain these subjects."""
         if not (self.done_file.is_file() and self.layout.subjects.is_file()):
             return False
         if json.loads(self.done_file.read_text()).get("key") != self.key:
@@ -137,7 +137,7 @@ class Grouping:
             The number of subjects already written, 0 for new files.
 
         Raises:
-            StoreError: the disk has no room.
+            StoreError: the disk has too little free space.
         """
         if self.state_file.is_file():
             state = json.loads(self.state_file.read_text())
@@ -172,10 +172,10 @@ class Grouping:
         return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
 
     def check(self) -> None:
-        """Verify the new files on the disk before the old ones are replaced.
+        """Verify the new files on the disk before they replace the old files.
 
-        This checks the size of every file. For each subject, it also compares the patch at one random location with
-        the subject's own file.
+        The check covers the size of every file. For each subject, the check also compares the patch at one random
+        location with the subject's own file.
 
         Raises:
             StoreError: a file differs from what was written; the next run makes all files again.
@@ -201,7 +201,7 @@ class Grouping:
     def finish(self) -> None:
         """Give the files their final names.
 
-        The table of rows is removed first and written last, so that the store counts as incomplete in between.
+        subjects.csv is removed first and written last, so that the store counts as incomplete in between.
         """
         self.check()
         self.layout.subjects.unlink(missing_ok=True)

@@ -18,12 +18,12 @@ from preprocess.scan import ScanError, check_extent
 
 MIN_LUNG_ML = 1.0  # smallest volume per lung in ml; a smaller label is not a lung
 SIDES = ("right", "left")
-DENSEST = -300  # HU; a lung with a higher median contains no air (even a half-consolidated lung stays below)
+DENSEST = -300  # HU; a lung with a higher median contains no air; even a half-consolidated lung has a lower one
 DENSE = -500  # HU; a lung with a higher median gets a warning
-AIR_HU, AIRY = -500, 0.85  # HU below which a voxel counts as air; a smaller share of such voxels gets a warning
+AIR_HU, AIRY = -500, 0.85  # HU below which a voxel is air; a lung mask with a smaller fraction of air gets a warning
 UNEVEN = 4.0  # ratio of the two lung volumes above which there is a warning
-CUT = 0.05  # share of a lung's largest cross-section that may lie on an edge of the scan without a warning
-SAMPLES = 500_000  # approximate number of voxels used for medians and shares
+CUT = 0.05  # fraction of a lung's largest cross-section that may lie on an edge of the scan without a warning
+SAMPLES = 500_000  # approximate number of voxels used for medians and fractions
 ENDS = (("right", "left"), ("front", "back"), ("bottom", "top"))  # names of the low and high end of each LPS axis
 
 
@@ -42,7 +42,7 @@ def load_lungmask(weights: str | None):
         "or use --method threshold, which needs no weights"
     )
     try:
-        # If there are GPUs, keep the network on the CPU until one is free. Otherwise all workers would use the first.
+        # With GPUs, keep the network on the CPU until a GPU is free. Otherwise all workers would use the first GPU.
         return LMInferer("R231", weights, force_cpu=torch.cuda.is_available(), tqdm_disable=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"the lungmask weights could not be downloaded ({error}); {choices}") from error
@@ -53,10 +53,10 @@ def load_lungmask(weights: str | None):
 
 @contextlib.contextmanager
 def reserve_gpu() -> Iterator[str | None]:
-    """Reserve one GPU for this process until the block ends; yield its name, or None if there is no GPU.
+    """Reserve one GPU for this process until the block ends; yield the GPU's name, or None without a GPU.
 
-    Without this, workers that segment at the same time would all share the first GPU and its memory. If every GPU is
-    taken, the worker waits for its turn.
+    Without a reservation, all workers that segment at the same time would share the first GPU and its memory. If every
+    GPU is in use, the worker waits for its turn.
     """
     import torch
 
@@ -84,7 +84,7 @@ def segment_with_network(scan: sitk.Image, weights: str | None) -> sitk.Image:
     """Segment a scan in HU with lungmask's network, on a GPU if there is one.
 
     Returns:
-        Mask on the scan's grid: uint8, 1 right, 2 left.
+        The lung mask on the scan's grid, uint8: 1 right lung, 2 left lung.
 
     Raises:
         UserError: the weights cannot be loaded.
@@ -100,12 +100,12 @@ def segment_with_network(scan: sitk.Image, weights: str | None) -> sitk.Image:
 
 
 def lung_mask(scan: sitk.Image, method: str, weights: str | None = None, name: Path | str = "the scan") -> sitk.Image:
-    """Segment both lungs on the scan's own grid: uint8, 1 right, 2 left (the subject's right and left).
+    """Segment both lungs on the scan's own grid, as uint8: 1 the subject's right lung, 2 the left lung.
 
     Args:
         scan: chest CT in HU.
         method: ``lungmask`` or ``threshold``.
-        weights: file with lungmask's state dict; None downloads it.
+        weights: file with lungmask's state dict; None downloads the file.
         name: name of the scan in error messages.
 
     Raises:
@@ -122,7 +122,7 @@ def lung_volumes(mask: sitk.Image, name: Path | str) -> dict[str, float]:
     labels = sitk.GetArrayViewFromImage(mask)
     if labels.max() > 2:
         raise ScanError(f"{name} has labels beyond 1 (right lung) and 2 (left lung); relabel the mask")
-    counts = np.array([np.count_nonzero(labels == label) for label in (1, 2)])  # bincount needs 8 bytes per voxel
+    counts = np.array([np.count_nonzero(labels == label) for label in (1, 2)])  # np.bincount needs 8 bytes/voxel
     millilitres = counts * np.prod(mask.GetSpacing()) / 1000
     if millilitres.min() < MIN_LUNG_ML:
         side = SIDES[int(millilitres.argmin())]
@@ -134,7 +134,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
     """Check that the labels of a mask match the lungs of a scan, no matter how the mask was made.
 
     Args:
-        mask: 1 right, 2 left, on the scan's grid.
+        mask: lung mask on the scan's grid, 1 right lung, 2 left lung.
         scan: chest CT in HU.
         name: name of the mask in error messages.
 
@@ -142,16 +142,16 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
         Warnings, one sentence each.
 
     Raises:
-        ScanError: right and left are exchanged, or a lung contains no air.
+        ScanError: the labels of right and left are swapped, or a lung contains no air.
     """
     labels, values = sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan)
     direction = np.array(mask.GetDirection()).reshape(3, 3)
-    extents = [_count_per_plane(labels == label) for label in (1, 2)]  # voxels per plane along x, y, z
+    extents = [_count_per_plane(labels == label) for label in (1, 2)]  # lung voxels per plane along x, y, z
     centres = [[np.average(np.arange(len(count)), weights=count) for count in extent] for extent in extents]
     right, left = (direction @ (np.array(centre) * mask.GetSpacing()) for centre in centres)
     if right[0] >= left[0]:
         raise ScanError(
-            f"{name} has right and left exchanged: label 1, the subject's right lung, lies to the left of label 2; "
+            f"{name} has right and left swapped: label 1, the subject's right lung, lies to the left of label 2; "
             "correct the mask"
         )
     said = []
@@ -161,7 +161,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
         median = float(np.median(inside)) if inside.size else DENSE
         if median > DENSEST:
             raise ScanError(
-                f"{name}: the {side} lung has a median of {median:.0f} HU, so it holds no air; correct the mask"
+                f"{name}: the {side} lung has a median of {median:.0f} HU, so it contains no air; correct the mask"
             )
         if median > DENSE:
             said.append(f"the {side} lung has a median of {median:.0f} HU, denser than a normal lung")
@@ -187,7 +187,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
 
 
 def measure_air_share(mask: sitk.Image, scan: sitk.Image) -> float:
-    """Return the share of lung voxels below AIR_HU: 0.97 in healthy lungs, 0.77 for a mask flipped front to back."""
+    """Return the fraction of lung voxels below AIR_HU: 0.97 in healthy lungs, 0.77 for a mask flipped front to back."""
     labels, hu = _sample_voxels(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
     inside = hu[labels > 0]
     return float(np.mean(inside < AIR_HU)) if inside.size else 0.0

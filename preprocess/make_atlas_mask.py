@@ -24,7 +24,7 @@ from preprocess.scan import ScanError, read_mask
 
 
 def make_atlas(mask: sitk.Image) -> sitk.Image:
-    """Resample a mask to 1 mm with the same origin and axes, labels 50 (right lung) and 100 (left lung).
+    """Resample a mask to 1 mm with the same origin and axes, and set the labels 50 (right lung) and 100 (left lung).
 
     Raises:
         ScanError: the labels are neither 0, 1, 2 nor 0, 50, 100.

@@ -1,11 +1,11 @@
 """Decide whether the existing output of a stage is kept or made again; all stages follow the same rule.
 
-An output without a row in the stage's report is the user's own. It is checked and kept regardless of its age; only
---overwrite replaces it.
+An output without a row in the stage's report belongs to the user. The stage checks a user's output and keeps it
+regardless of its age; only --overwrite replaces it.
 
-An output with a row in the report was made by the stage. It is kept if its stamps match the current inputs and
-settings, no input is newer, and it is complete. Otherwise it is removed and made again, so that a subject with inputs
-that have become bad does not continue with old output.
+An output with a row in the report was made by the stage. The stage keeps such an output if it is complete, its stamps
+match the current inputs and settings, and no input is newer. Otherwise the stage removes the output and makes it again.
+A subject whose inputs have become bad therefore does not continue with old output.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from data.layout import StoreLayout
 from preprocess.report import STAMPS, claim
 from preprocess.scan import EarlierFailure, ScanError
 
-FAILED_BEFORE = "failed_before"  # key added to a subject's last row: why an earlier stage of this run failed
+FAILED_BEFORE = "failed_before"  # key in a subject's previous row: the reason why an earlier stage of this run failed
 
 
 class Skip(Exception):
@@ -30,7 +30,7 @@ class Skip(Exception):
 
 
 def file_stamp(path: str, series: str = "") -> str:
-    """Return a stamp that identifies a version of a file or folder by size and modification time of its files.
+    """Return a stamp that identifies a version of a file or folder by the sizes and modification times of its files.
 
     The stamp also depends on ``series``, because another series in the same folder is another scan.
     """
@@ -39,7 +39,7 @@ def file_stamp(path: str, series: str = "") -> str:
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)
-        return f"{len(files)}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"  # names may not be valid UTF-8
+        return f"{len(files)}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"  # names can be invalid UTF-8
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -47,7 +47,8 @@ def file_stamp(path: str, series: str = "") -> str:
 def _read_change_time(path: Path) -> int:
     """Return when a file was last changed, in ns.
 
-    The change time limits the modification time, which lies in the future if a machine with a fast clock wrote it.
+    It is the earlier of the file's modification time and change time, because a machine with a fast clock can set a
+    modification time in the future.
     """
     status = path.stat()
     return min(status.st_mtime_ns, status.st_ctime_ns)
@@ -60,14 +61,14 @@ class Output:
         layout: paths of the store.
         script: name of the stage's script.
         sid: the subject.
-        previous: the subject's row in the last report; empty if there is none.
+        previous: the subject's row in the last report; empty if the report has no such row.
         targets: files that make up the output.
         stamps: report columns that identify what the output is made from.
         inputs: files that must not be newer than an output made by this stage.
         pictures: additional files that this stage makes; a user's own output may lack them.
 
     Raises:
-        ValueError: a stamp is not in STAMPS, so the report would not keep it.
+        ValueError: a stamp is not in STAMPS, so the report of a failed subject would lose this stamp.
     """
 
     def __init__(
@@ -89,23 +90,23 @@ class Output:
         self.ours = any(previous.get(name) for name in stamps)
 
     def _matches_inputs(self) -> bool:
-        """Whether an output made by this stage matches its inputs by stamps and age."""
+        """Return whether an output made by this stage matches its inputs in stamps and age."""
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
         return all(path.is_file() and _read_change_time(path) <= oldest for path in self.inputs)
 
     def keep(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
-        """Return if the output must be made, and raise Skip if it exists and can be kept.
+        """Return normally if the output must be made, and raise Skip if the existing output can be kept.
 
         Args:
-            verify: raises ScanError unless the output is complete; returns values for the report.
+            verify: function that raises ScanError if the output is incomplete, and returns values for the report.
             overwrite: make the output again in any case.
 
         Raises:
             Skip: the output is kept.
             ScanError: the user's own output is incomplete.
-            EarlierFailure: an earlier stage failed the subject; output made by this stage is removed.
+            EarlierFailure: the subject failed in an earlier stage; output made by this stage is removed.
         """
         if reason := self.previous.get(FAILED_BEFORE):
             self.begin()
@@ -123,12 +124,12 @@ class Output:
             raise Skip({**figures, **(self.stamps if self.ours else {})})
 
     def begin(self) -> None:
-        """Claim the output and remove the files that this stage made before."""
+        """Record that this stage makes the output, and remove the files that this stage made before."""
         claim(self.layout, self.script, self.sid)
         if self.ours:
             for path in (*self.targets, *self.pictures):
                 path.unlink(missing_ok=True)
 
     def earlier(self, *names: str) -> dict[str, str]:
-        """Return values from the last report, for an output that is kept."""
+        """Return the columns ``names`` of the last report, for an output that is kept."""
         return {name: self.previous[name] for name in names if name in self.previous}

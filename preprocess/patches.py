@@ -17,14 +17,14 @@ class Patches(NamedTuple):
     corners: np.ndarray  # (L, 3) int64, lowest corner (x, y, z) in ``volume``
     outside: np.ndarray  # (L,) number of voxels of each patch that lie outside the scan
     volume: sitk.Image  # the padded scan at 1 mm
-    values: np.ndarray  # its voxels, (z, y, x) int16 HU
+    values: np.ndarray  # voxels of ``volume``, (z, y, x) int16 HU
 
 
 def map_corners(table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform, volume: sitk.Image) -> np.ndarray:
-    """Map corners (L, 3) in atlas voxels to (L, 3) int64 in voxels of ``volume``, both (x, y, z).
+    """Map corners (L, 3), each (x, y, z), from atlas voxels to int64 voxels of ``volume``.
 
-    The atlas maps indices to points, the transform maps these to scan points, and the volume maps those to indices
-    with SimpleITK's rounding.
+    The atlas maps voxel indices to atlas points, and the transform maps atlas points to scan points. The volume maps
+    scan points to voxel indices, with SimpleITK's rounding.
     """
     corners = np.empty_like(table)
     for row, corner in enumerate(table):
@@ -34,7 +34,7 @@ def map_corners(table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform,
 
 
 def cut_patches(volume: np.ndarray, corners: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut patches from a volume; voxels outside it are -1024.
+    """Cut patches from a volume; patch voxels outside the volume are -1024.
 
     Args:
         volume: (z, y, x) int16.
@@ -78,7 +78,7 @@ def cut_scan(
     values = np.clip(values, HU_MIN, HU_MAX).astype(np.int16)
     corners = map_corners(table, atlas, transform, volume)
     patches, _ = cut_patches(values, corners, patch_size)
-    # The padding counts as outside the scan, too.
+    # Voxels of the padding also count as outside the scan.
     inner = values[PADDING:-PADDING, PADDING:-PADDING, PADDING:-PADDING]
     _, outside = cut_patches(inner, corners - PADDING, patch_size)
     return Patches(patches, corners, outside, volume, values)
@@ -91,7 +91,7 @@ def check_inside(cut: Patches, name: object) -> None:
 
 
 def measure_share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:
-    """Return the share of patch centres that lie in the mask; ``corners`` are voxels (x, y, z) of ``volume``."""
+    """Return the fraction of patch centres that lie in the mask; ``corners`` are voxels (x, y, z) of ``volume``."""
     labels = sitk.GetArrayViewFromImage(mask)
     size = np.array(mask.GetSize())
     inside = 0

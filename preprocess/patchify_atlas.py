@@ -3,12 +3,12 @@
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches
 
 This command lays a grid over the lung mask of the atlas and keeps the patches that contain enough lung. The published
-weights need their own table, because the mask alone does not reproduce it. To use those weights, pass that table:
+weights need their own table, which cannot be reproduced from the mask alone. To use those weights, pass that table:
 
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches \\
         --atlas-patch-loc atlas_patch_loc.npy
 
-Writes <root-dir>/atlas_patch_loc.npy, (L, 3) int64: lowest corner (x, y, z), atlas voxel index.
+Writes <root-dir>/atlas_patch_loc.npy, an int64 array (L, 3): the lowest corner (x, y, z) of each patch in atlas voxels.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from preprocess.atlas import load_atlas
 from preprocess.geometry import ISO_SPACING
 from preprocess.subjects import add_atlas, add_patch_size, add_store, parse_flags
 
-STEP_SIZE = 26  # voxels between corners, the published value
-MAX_PATCHES = 1000  # the threshold rises until fewer patches than this remain
+STEP_SIZE = 26  # distance between corners in voxels, the published value
+MAX_PATCHES = 1000  # the lung threshold rises until fewer patches remain
 
 
 def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
     """Return the corners of the grid patches that contain enough lung.
 
     A patch is kept if the lung fraction of its voxels is strictly above a threshold. The threshold starts at 0.1 and
-    rises by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest), and
-    stop before size - patch_size, as in the published code.
+    rises by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest). Each
+    coordinate is less than size - patch_size, as in the published code.
 
     Args:
         lung: (x, y, z) bool lung mask.
@@ -65,7 +65,7 @@ def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndar
         count += sign * total[x + upper[0] * patch_size, y + upper[1] * patch_size, z + upper[2] * patch_size]
     corners = np.stack([x, y, z], axis=-1)
     for tenths in range(1, 10):
-        # Compare integers, so that rounding cannot decide about a patch exactly at the threshold.
+        # Compare integers, so that rounding has no effect on a patch exactly at the threshold.
         kept = count * 10 > tenths * patch_size**3
         if kept.sum() < MAX_PATCHES:
             break
@@ -88,7 +88,7 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
 
 
 def make_table(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
-    """Return the corners (L, 3) for an atlas: the table ``adopted``, checked, if it is given, else a new grid.
+    """Return the corners (L, 3) for an atlas, from the table ``adopted`` or, without such a table, from a new grid.
 
     Raises StoreError.
     """

@@ -44,7 +44,7 @@ from preprocess.subjects import (
 )
 from preprocess.workers import Step, load_shared, run_steps
 
-LUNG_BELOW = -500  # HU; chest wall and heart are denser
+LUNG_BELOW = -500  # HU; upper limit of lung voxels, because chest wall and heart are denser
 FIGURES = (
     "patches",
     "patches_outside",
@@ -57,7 +57,7 @@ FIGURES = (
 
 
 def check_array(path: Path, shape: tuple[int, ...]) -> None:
-    """Raise ScanError unless a .npy file is complete and holds real numbers in the given shape."""
+    """Raise ScanError unless a .npy file is complete and contains real numbers in an array of this shape."""
     advice = "remove it or pass --overwrite"
     try:
         array = load_array(path, mapped=True)
@@ -86,7 +86,7 @@ def measure_lung_hu(patches: np.ndarray) -> float | str:
 
 
 def format_title(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> str:
-    """Write the title of a subject's picture; ``sides`` comes from overlap() and is empty without a mask."""
+    """Write the title of a subject's picture; ``sides`` comes from measure_overlap() and is empty without a mask."""
     inside, atlas = figures["centres_in_lungs"], figures["centres_in_atlas_lungs"]
     shares = "no mask" if inside == "" else f"{inside:.2f} of patch centres in the lungs (atlas: {atlas:.2f})"
     edge = f"outside the scan: {figures['patches_outside']}, partly outside: {figures['patches_partly_outside']}"
@@ -111,7 +111,7 @@ def patchify(
     transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
     patch_path, corner_path, picture_path = (path(subject.sid) for path in (layout.patch, layout.patch_loc, layout.qc))
     if not patch_path.is_file():
-        read_affine(transform_path)  # fail before changing any file
+        read_affine(transform_path)  # fails without a transform, before any file changes
     subject.check_image()
     stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]
@@ -172,7 +172,7 @@ def add_cutting(parser: Parser) -> None:
 
 
 def make_cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step:
-    """Build the stage from its flags. Raises UserError, also if the patches will not fit on the disk."""
+    """Build the stage from its flags. Raises UserError, for example if the patches will not fit on the disk."""
     layout = StoreLayout(args.root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
     atlas_mask = os.path.abspath(args.atlas_mask)

@@ -9,13 +9,13 @@ import SimpleITK as sitk
 
 from misc.sizes import HU_MAX, HU_MIN
 
-MARGIN = 20  # voxels shown around patches and lungs
+MARGIN = 20  # voxels; margin shown around the patches and lungs
 RIGHT_COLOR, LEFT_COLOR, PATCH_COLOR, UNCOVERED_COLOR = "#ff9f1c", "#7ae582", "#35c8ff", (1.0, 0.1, 0.3, 0.3)
 LETTERS = (("R", "L"), ("A", "P"), ("F", "H"))  # anatomical directions at the low and high end of x, y and z
 
 
 class Plane(NamedTuple):
-    """One panel of the picture. Axes are numbered 0 x, 1 y, 2 z."""
+    """One panel of the picture. The axis numbers are 0 (x), 1 (y) and 2 (z)."""
 
     name: str
     axis: int  # perpendicular to the plane
@@ -87,7 +87,7 @@ def _find_extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.n
 
 
 def _resample_slice(mask: sitk.Image, volume: sitk.Image, axis: int, position: int) -> np.ndarray:
-    """Resample the mask's labels to one plane of ``volume``; rows run along the later of its two axes."""
+    """Resample the mask's labels to one plane of ``volume``, as an array (z, y), (z, x) or (y, x)."""
     size, start = list(volume.GetSize()), [0, 0, 0]
     size[axis], start[axis] = 1, position
     origin = volume.TransformIndexToPhysicalPoint(start)
@@ -115,7 +115,7 @@ def _draw(
     from matplotlib.patches import Rectangle
 
     axis, across, up = plane[1:]
-    slice_of_scan = np.take(values, position, axis=2 - axis)  # rows run along the later axis
+    slice_of_scan = np.take(values, position, axis=2 - axis)  # (z, y), (z, x) or (y, x)
     panel.imshow(slice_of_scan, cmap="gray", vmin=HU_MIN, vmax=HU_MAX, origin="lower", interpolation="nearest")
     crossed = corners[(corners[:, axis] <= position) & (position < corners[:, axis] + patch_size)]
     if labels is not None:
@@ -142,7 +142,7 @@ def _set_view(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndar
     (low, high), direction = shown, np.array(volume.GetDirection()).reshape(3, 3)
     panel.set_xlim(low[across], high[across])
     panel.set_ylim(low[up], high[up])
-    # Show the head or the front at the top and the subject's right on the left, whatever the index axes are.
+    # For any orientation of the index axes, show the subject's right on the left, and the head or the front at the top.
     if (up == 2 and direction[2, 2] < 0) or (up == 1 and direction[1, 1] > 0):
         panel.invert_yaxis()
     if across == 0 and direction[0, 0] < 0:

@@ -1,4 +1,4 @@
-"""Write qc/index.html: one page with the reports of all subjects, sorted worst first, with reasons."""
+"""Write qc/index.html: one page with the reports of all subjects, the most unusual first, with reasons."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from preprocess.report import read_previous_rows
 
 STEPS = ("segment_lung", "register", "patchify_images")
 FEWEST = 8  # subjects needed to estimate the usual range
-STRANGE = 4.0  # robust standard deviations; about ten values each of 40 usual subjects normally stay below it
+STRANGE = 4.0  # robust standard deviations; 40 usual subjects with about ten values each normally stay below this
 
 
 class Figure(NamedTuple):
     """A report value that the page shows."""
 
-    name: str  # report column
+    name: str  # name of the report column
     title: str
     low_is_bad: bool
     high_is_bad: bool
@@ -44,7 +44,7 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
     """Merge the reports into one row per subject: status, message, warnings and values (NaN if missing).
 
     The status is ``failed`` if any stage failed, ``unfinished`` if a stage has no row, else ``ok``. The message joins
-    the messages of all failed stages, each after the name of its stage.
+    the messages of all failed stages, each preceded by the name of its stage.
     """
     reports = {step: read_previous_rows(layout, step) for step in STEPS}
     sids = sorted({sid for rows in reports.values() for sid in rows} | set(layout.patch_sids()))

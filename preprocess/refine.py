@@ -1,7 +1,8 @@
 """Refine an affine between lung masks by maximising the overlap of both lungs.
 
-ANTs compares intensities. With two label values, one lung would weigh more than the other; with one value, right and
-left would be indistinguishable. This module therefore starts from the ANTs transform and maximises the overlap itself.
+ANTs compares intensities. If the lungs had two label values, one lung would weigh more than the other. If both lungs
+had one value, right and left would be indistinguishable. This module therefore starts from the ANTs transform and
+maximises the overlap itself.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Points(NamedTuple):
 class Sampled(NamedTuple):
     """The lungs of a scan on a coarse grid."""
 
-    shares: np.ndarray  # (x, y, z, 2) share of right and left lung in each voxel, with a border of zeros
+    shares: np.ndarray  # (x, y, z, 2) fraction of right and left lung in each voxel, with a border of zeros
     to_index: np.ndarray  # (3, 4) affine from points in mm to indices
     volumes: np.ndarray  # (2,) volume of right and left lung, ml
 
@@ -36,13 +37,13 @@ def average_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) 
     """Average both lungs over coarse voxels of about ``spacing`` mm.
 
     Returns:
-        Share of right and left lung in each voxel, (x, y, z, 2) float64; and the grid as an image.
+        The fractions of right and left lung in each voxel, (x, y, z, 2) float64, and the grid as an image.
     """
     array = sitk.GetArrayViewFromImage(labels)
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
     box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
     labels = sitk.RegionOfInterest(labels, [side.stop - side.start for side in box], [side.start for side in box])
-    # Pad to whole coarse voxels, because incomplete ones are dropped. The border keeps the lungs off the edge.
+    # Pad to whole coarse voxels, because incomplete ones are dropped. The border keeps the lungs inside the grid.
     margin = [factor * 2 for factor in shrink]
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
     labels = sitk.ConstantPad(labels, margin, upper, 0)
@@ -80,10 +81,13 @@ def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sa
 
 
 def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate shares (P, 2) at points in mm, trilinear, 0 outside, with derivatives by the point (P, 2, 3)."""
+    """Interpolate the lung fractions (P, 2) at points in mm, and their derivatives (P, 2, 3) by the coordinates.
+
+    The interpolation is trilinear, and the fractions are 0 outside the grid.
+    """
     index = places @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
     size = np.array(sampled.shares.shape[:3])
-    index = np.clip(index, 0, size - 1.001)  # the border is zero, as is everything beyond it
+    index = np.clip(index, 0, size - 1.001)  # the border is 0, as are points beyond the border
     low = index.astype(np.int64)
     f = index - low  # (P, 3)
     strides = np.array([size[1] * size[2], size[2], 1])
@@ -102,10 +106,10 @@ def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray) -> tuple[float, np.ndarray]:
-    """Compute the negative sum of the Dice of the right, left and both lungs, and its gradient by 12 parameters.
+    """Compute the negative sum of the Dice of right, left and both lungs, and the gradient by the 12 parameters.
 
     Only the atlas points are evaluated. The volume of the scan's lungs in atlas space is therefore computed as their
-    own volume divided by the determinant of the matrix.
+    volume in the scan, divided by the determinant of the matrix.
     """
     matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
     from_centre = points.places - centre  # (P, 3)
@@ -117,10 +121,11 @@ def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: 
     both = 2 * (together * shares.sum(axis=1)).sum() / (sizes[0] + sizes[1]).sum()
 
     total = (sizes[0] + sizes[1]).sum()
-    pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total  # (P, 2), by share
+    # (P, 2) derivatives by the lung fractions
+    pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total
     by_place = (pull[:, :, None] * slopes).sum(axis=1)  # (P, 3)
     by_matrix = np.einsum("pi,pj->ij", by_place, from_centre)
-    # The volumes depend on the determinant; its derivative is the determinant times the transposed inverse.
+    # The volumes depend on the determinant, whose derivative is the determinant times the transposed inverse.
     by_size = (sides * sizes[1] / (sizes[0] + sizes[1])).sum() + both * sizes[1].sum() / total
     by_matrix += by_size * np.linalg.inv(matrix).T
     gradient = np.concatenate([by_matrix.ravel() / LENGTH, by_place.sum(axis=0)])

@@ -4,9 +4,9 @@
         --atlas-mask atlas_lung_mask.nii.gz --num-workers 4
 
 This command registers the lung masks of stage 2 to the atlas mask. First, ANTs (Avants et al., 2011) aligns both lungs
-as one shape at 8 mm. Then refine.py directly maximises the overlap of right with right and left with left at 3 mm.
-Coarse grids are enough because masks carry no detail below a few millimetres: the Dice coefficient is within 0.001 of
-the best that an affine can reach.
+as one shape on a grid of 8 mm. Then refine.py maximises the overlap of the right lungs and of the left lungs on a grid
+of 3 mm. Coarse grids are enough because masks carry no detail below a few millimetres: the Dice coefficient is within
+0.001 of the best that an affine can reach.
 
 Writes <root-dir>/transform/{sid}_Reg_Atlas_Affine_0GenericAffine.mat (ITK affine, atlas points to
 scan points). The report lists the overlap (Dice) with the atlas at 1 mm.
@@ -66,8 +66,8 @@ def register(
 def add_registration(parser: Parser) -> None:
     """Add the flags that only this stage has."""
     text = (
-        "smallest accepted Dice overlap, for both lungs together and for each lung; a subject below it fails. "
-        "Look at the masks before you lower it"
+        "smallest accepted Dice overlap, for both lungs together and for each lung; a subject with less overlap fails. "
+        "Look at the masks before you lower this limit"
     )
     parser.add_argument("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
 

@@ -15,11 +15,11 @@ from preprocess.scan import ScanError
 REGISTRATION_SPACING = 8.0  # mm; grid of the masks that ANTs compares
 REFINED_SPACING = 3.0  # mm; grid of the refinement that maximises the overlap
 SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proportionally finer grids
-ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # right lung, left lung
+ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # labels of the right lung and the left lung
 
 
 def average_lungs(mask: sitk.Image, spacing: float):
-    """Average the union of both lungs onto a coarse grid with a margin of zeros, as an ANTs image (1 inside)."""
+    """Average the union of both lungs (value 1) onto a coarse grid with a margin of zeros, as an ANTs image."""
     import ants
 
     image = average_blocks(mask, [max(1, round(spacing / own)) for own in mask.GetSpacing()], lambda slab: slab > 0)
@@ -55,7 +55,7 @@ def measure_overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transfo
 def check_overlap(figures: dict[str, float], least: float, source: Path | str) -> None:
     """Raise ScanError if the Dice of both lungs together, or of one lung, is less than ``least``.
 
-    The union alone would not reveal that the lungs are exchanged, or that one lung is stretched over both.
+    The Dice of both lungs together would not reveal swapped lungs, or one lung stretched over both lungs.
     """
     low = [name for name in ("dice", "dice_right", "dice_left") if figures[name] < least]
     if not low:
@@ -64,7 +64,7 @@ def check_overlap(figures: dict[str, float], least: float, source: Path | str) -
     if figures["dice"] >= least and len(low) == 2:
         raise ScanError(
             f"the lungs overlap the atlas with a Dice of {figures['dice']:.2f}, but each lung has less ({sides}): "
-            f"right (1) and left (2) are exchanged in {source}, or the scan is mirrored"
+            f"right (1) and left (2) are swapped in {source}, or the scan is mirrored"
         )
     raise ScanError(
         f"the registered lungs overlap the atlas with a Dice of {figures['dice']:.2f} ({sides}), less than --min-dice "
@@ -89,7 +89,8 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     scale = min(1.0, extent / SMALL_ATLAS)
     fixed, moving = (average_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
-    # ANTs compares randomly drawn voxels. antspyx 0.6 ignores its random_seed argument, but ANTs reads this variable.
+    # ANTs compares randomly drawn voxels. antspyx 0.6 ignores the argument random_seed, but ANTs reads this environment
+    # variable.
     os.environ["ANTS_RANDOM_SEED"] = "1"
     import ants
 

@@ -1,4 +1,4 @@
-"""Read and write the report of a stage, with one row per subject, and manage claims on unfinished outputs."""
+"""Read and write the report of a stage, with one row per subject, and mark unfinished outputs with claim files."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ STAMPS = ("method", "atlas", "image_stamp")  # report columns that identify what
 
 
 def read_previous_rows(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """Return the rows of the last report by sid; they show which settings made an output."""
+    """Return the rows of the last report by sid; the rows show which settings an output was made with."""
     path = layout.report(script)
     if not path.is_file():
         return {}
@@ -36,10 +36,10 @@ def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
 
 
 def claim(layout: StoreLayout, script: str, sid: str) -> None:
-    """Record that a subject's outputs belong to this stage and not to the user, before changing any file.
+    """Record that this stage, and not the user, makes a subject's outputs; call this before changing any file.
 
-    The next report update takes over this information. If a run is killed before that, the claim stays and the next
-    run makes the outputs again.
+    The record is an empty claim file, which the next update of the report replaces. If a run is killed before the
+    update, the claim file stays, and the next run makes the outputs again.
     """
     folder = layout.claims(script)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,20 +47,20 @@ def claim(layout: StoreLayout, script: str, sid: str) -> None:
 
 
 def unclaim(layout: StoreLayout, script: str, sids: list[str]) -> None:
-    """Remove the claims of subjects that are now in the report."""
+    """Remove the claim files of subjects that are now in the report."""
     for sid in sids:
         (layout.claims(script) / sid).unlink(missing_ok=True)
 
 
 def claimed(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """Return stamps that match no output, by sid, for the subjects with a claim from an interrupted run."""
+    """Return, by sid, stamps that match no output, for subjects with a claim file from an interrupted run."""
     folder = layout.claims(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
 def keep_stamps(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the stamps that a failed subject keeps from its last row; they mark leftover output as made here."""
+    """Return the stamps of a failed subject's last row; they show that this stage made any leftover output."""
     return {name: row[name] for name in STAMPS if row.get(name)}
 
 
@@ -69,7 +69,7 @@ def write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any
     path = layout.report(script)
     with locked(layout.report_lock(script)):  # two runs with different tables may share a store
         merged = {**read_previous_rows(layout, script), **rows}
-        table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # keeps integers as integers
+        table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # object keeps integers
         first = ["sid", "status", "seconds", "message"]
         table = table[first + [name for name in table.columns if name not in first]]
         write_text(path, table.to_csv(index=False, lineterminator="\n"))

@@ -3,9 +3,9 @@
     sh preprocess/run_preprocess.sh --input-csv dataset.csv --root-dir /data/patches \\
         --atlas-mask atlas_lung_mask.nii.gz --atlas-patch-loc atlas_patch_loc.npy --num-workers 4
 
-The script accepts the flags of all five stages. It skips finished work, so run the same command again after an
-interruption or after adding subjects. It checks the flags and the input table before it writes anything. Stages 2 to 4
-run for one subject before the next subject starts, so each scan is read only once.
+The script accepts the flags of all five stages. The script skips finished work, so run the same command again
+after an interruption or after adding subjects. The flags and the input table are checked before anything is written.
+Stages 2 to 4 run for one subject before the next subject starts, so each scan is read only once.
 """
 
 import argparse

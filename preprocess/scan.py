@@ -1,8 +1,8 @@
 """Read and check chest CT scans.
 
-All images are SimpleITK images with axes (x, y, z). Their values are Hounsfield units (HU), their lengths millimetres.
-Every stage keeps the physical coordinates (LPS: x to the subject's left, y to the back, z to the head). Other modules
-import scans from here; ``reading/`` has one module for each file format.
+All images are SimpleITK images with axes (x, y, z), values in Hounsfield units (HU) and lengths in millimetres. Every
+stage keeps the physical coordinates (LPS: x to the subject's left, y to the back, z to the head). Other modules read
+scans through this module; ``reading/`` has one module for each file format.
 """
 
 import os
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # report columns
-FRACTION = 0.01  # accepted distance of a label from a whole number; rescaling causes such errors
+FRACTION = 0.01  # largest accepted distance of a label from a whole number; rescaling causes small errors
 VOXEL = (0.05, 20.0)  # mm; accepted voxel sizes, because voxels of real scans are 0.3 to 10 mm long
 
 
@@ -45,7 +45,7 @@ class Scan(NamedTuple):
     """A chest CT and the facts about it that go into the report."""
 
     image: sitk.Image  # HU
-    facts: dict[str, str]  # keys: FACTS
+    facts: dict[str, str]  # the keys are FACTS
 
 
 def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
@@ -183,7 +183,7 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
 def limit_threads(threads: int) -> None:
     """Set the number of threads of ITK filters in this process.
 
-    This also turns off the filters' long warnings. Warnings of file readers are still collected.
+    This function also turns off the filters' long warnings. Warnings of file readers are still collected.
     """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(max(1, threads))

@@ -3,7 +3,7 @@
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches
 
 This command uses lungmask (Hofmanninger et al., 2020), which downloads its R231 weights on first use. If the machine
-cannot download them, copy the weights file to it and pass its path:
+cannot download the weights, copy their file to the machine and pass its path:
 
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches \\
         --lungmask-weights unet_r231-d5d2fc3d.pth --num-workers 4

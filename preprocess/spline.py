@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
-SLICES = 16  # slices converted to float32 at a time, because a float32 volume would double the memory
-COLUMNS = 1 << 14  # columns of the last matrix product computed at a time
+SLICES = 16  # number of slices converted to float32 at a time; a float32 volume would double the memory
+COLUMNS = 1 << 14  # number of columns of the last matrix product computed at a time
 SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 

@@ -16,7 +16,7 @@ class Subject(NamedTuple):
     """One row of the input table."""
 
     sid: str
-    image: str  # absolute path; empty if the table has none
+    image: str  # absolute path; empty if the table has no path
     series: str = ""  # the DICOM series to read if the path is a folder
 
     def check_image(self) -> None:
@@ -76,7 +76,7 @@ def add_subjects(parser: Parser) -> None:
     workers = at_least(int, 1, "a whole number, at least 1")
     parser.add_argument("--num-workers", type=workers, default=1, help=text)
     text = (
-        "process the subjects on the workers of this Dask scheduler instead; they need the same files and packages as "
+        "process the subjects on the workers of this Dask scheduler; the workers need the same files and packages as "
         "this machine"
     )
     parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help=text)

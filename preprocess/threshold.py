@@ -1,7 +1,8 @@
 """Segment lungs without a network: thresholding, airway tracking, and a left-right split.
 
 This is the classical method (Hu et al., IEEE TMI 2001; van Rikxoort et al., Medical Physics 2009) for machines without
-the lungmask weights. It is made for air-filled lungs. Unlike a network, it leaves dense consolidation out of the mask.
+the lungmask weights. The method suits air-filled lungs. Unlike a network, the
+method leaves dense consolidation out of the mask.
 """
 
 import numpy as np
@@ -14,10 +15,10 @@ from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
-GAS_BELOW = -975  # HU; bowel gas and air in a cushion have a median below this, but lungs contain vessels
-INSIDE = 0.05  # smallest uncut share of a lung that the field of view cuts; cushions have less
-AIRWAY_BELOW = -880  # HU; mean over a cross-section of the trachea
-ADULT_WIDTH = 320.0  # mm; width of an adult chest, for which the lengths below hold; they shrink with a smaller scan
+GAS_BELOW = -975  # HU; bowel gas and air in cushions have a lower median; lungs contain vessels and have a higher one
+INSIDE = 0.05  # smallest fraction of a cut lung's voxels not connected to the image's sides; cushions have less
+AIRWAY_BELOW = -880  # HU; the mean over a cross-section of the trachea is at most 80 HU above this value
+ADULT_WIDTH = 320.0  # mm; scan width for which the lengths below hold; a narrower scan gets smaller lengths
 
 WORKING_SPACING = 2.0  # mm
 CLOSING_RADIUS = 8.0  # mm; large enough to fill vessels and the hilum
@@ -29,7 +30,7 @@ MERGED_LENGTH = 12.0  # mm; longest stretch of the airway where its wall may be 
 
 
 def segment_lungs(scan: sitk.Image) -> sitk.Image:
-    """Segment both lungs on the scan's own grid: uint8, 1 right, 2 left (the subject's right and left).
+    """Segment both lungs on the scan's own grid, as uint8: 1 the subject's right lung, 2 the left lung.
 
     Args:
         scan: chest CT in HU, any orientation and spacing.
@@ -84,9 +85,9 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     """Find the air inside the body, without small pockets and bowel gas.
 
     Air counts as inside if it is not connected to the image's sides within its axial slice. The test runs slice by
-    slice, because in 3-D the trachea may lead outside: rotated or tilt-corrected scans end in slices of pure padding.
-    A lung that the field of view cuts does reach the image's side. It is kept because it is as dense as lung and lies
-    inside in other slices.
+    slice, because in 3-D the trachea may lead outside: rotated or tilt-corrected scans end in slices of pure padding. A
+    lung that the field of view cuts reaches the image's side. Such a lung is kept, because it has the density of lung
+    and lies inside in other slices.
     """
     air = volume < AIR_BELOW
     within_slice = np.zeros((3, 3, 3), dtype=bool)
@@ -101,7 +102,7 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     inside = ~outside[planes]
     labels, count = ndimage.label(inside | cut[planes])
     sizes = _count_voxels(labels, count)
-    if cut.any():  # drop cushions: they reach the image's side in every slice
+    if cut.any():  # drop cushions, which reach the image's side in every slice
         sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
     body = _find_body(volume)
@@ -122,7 +123,7 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
 
 
 def _find_body(volume: np.ndarray) -> np.ndarray:
-    """Find the tissue of the body: the largest piece without thin structures, for example a couch that touches it."""
+    """Find the tissue of the body: the largest piece without thin structures, such as a couch that touches the body."""
     tissue = volume >= AIR_BELOW
     labels, count = ndimage.label(ndimage.binary_erosion(tissue, iterations=THIN))
     if not count:
@@ -133,7 +134,7 @@ def _find_body(volume: np.ndarray) -> np.ndarray:
 
 
 def _is_in_body(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarray) -> bool:
-    """Whether the tissue around an air-filled space is mostly body; around a couch's foam, it is the couch's shell."""
+    """Return whether the tissue around an air-filled space is mostly body, unlike the shell around a couch's foam."""
     box = tuple(
         slice(max(0, part.start - RIM), part.stop + RIM)
         for part in ndimage.find_objects((labels == label).astype(np.uint8))[0]
@@ -168,9 +169,9 @@ def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: flo
 def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int) -> np.ndarray:
     """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
-    In some slices, the thin wall between the airway and a lung is invisible. There, the previous cross-section is
-    carried down for up to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus
-    enters its lung here, so these slices are removed from the airway.
+    In some slices, the thin wall between the airway and a lung is invisible. In such slices, the previous cross-section
+    is reused, for up to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus enters
+    its lung there, so these slices are removed from the airway.
     """
     airway = np.zeros_like(air)
     airway[top] = seed
@@ -239,7 +240,7 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
     margin = int(np.ceil(radius)) + 1
     for label, box in zip((RIGHT, LEFT), ndimage.find_objects(labels, LEFT)):
         own, part = labels[box], filled[box]  # closing never extends beyond the lung's bounding box
-        side = np.pad(own == label, margin)  # room for the ball beyond the box, cropped below
+        side = np.pad(own == label, margin)  # room for the ball outside the box; the margin is cropped below
         dilated = _squared_distance(side) <= radius**2 + ROUNDING
         closed = (_squared_distance(~dilated) > radius**2 + ROUNDING) | side
         closed = ndimage.binary_fill_holes(closed[margin:-margin, margin:-margin, margin:-margin])
@@ -250,9 +251,9 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
 def _squared_distance(mask: np.ndarray) -> np.ndarray:
     """Compute the squared distance in voxels from each voxel to the nearest voxel of ``mask``; float32, 0 inside.
 
-    This uses ITK, which needs a fifteenth of SciPy's time.
+    This function uses ITK, which is 15 times as fast as SciPy.
     """
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    # Keep a reference to the image, because a view does not keep it alive.
+    # Keep a reference to the image, because an array view does not keep the image alive.
     distances = sitk.SignedMaurerDistanceMap(image, False, True, False)
     return np.maximum(sitk.GetArrayViewFromImage(distances), 0)

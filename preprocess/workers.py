@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FAILURES_SHOWN = 20
 WORST_SHOWN = 5
 EARLIER = "failed in an earlier stage: "  # prefix of a message that an earlier stage has already reported
-NO_WORKER_SECONDS = (5.0, 30.0)  # first check for missing workers after the start; interval of later checks
-REPORT_SECONDS = 30  # interval of report updates, so that a crash does not lose the record of what made an output
+NO_WORKER_SECONDS = (5.0, 30.0)  # seconds until the first check for missing workers, and between later checks
+REPORT_SECONDS = 30  # seconds between report updates; updates record what made an output, in case of a crash
 
 Row = dict[str, Any]
 
@@ -34,8 +34,9 @@ Row = dict[str, Any]
 class Step(NamedTuple):
     """One preprocessing stage: the function that processes a subject, and its settings.
 
-    ``work(subject, previous, **settings)`` returns values for the report. It raises Skip if there is nothing to do, and
-    ScanError if the subject's files are bad. Workers import it, so it must be a function of a script in preprocess/.
+    ``work(subject, previous, **settings)`` returns values for the report. ``work`` raises Skip if the output exists,
+    and ScanError if the subject's files are bad. Workers import ``work``, so it must be a function of a script in
+    preprocess/.
     """
 
     script: str
@@ -49,7 +50,7 @@ class Step(NamedTuple):
 
 
 class Record:
-    """The report rows of one stage, from this run and from the last one."""
+    """The report rows of one stage, from this run and from the last run."""
 
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
@@ -72,7 +73,7 @@ class Record:
     def lost(self, sid: str, message: str) -> Row:
         """Return the row of a subject after its worker died.
 
-        Output that the worker had claimed belongs to this stage. Other output may be the user's own.
+        Output with a claim file was made by this stage. Other output may belong to the user.
         """
         stamps = claimed(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
@@ -138,7 +139,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
 
 
 def _list_worst(rows: list[Row]) -> str:
-    """List the subjects with the lowest Dice of the worse side; empty for a stage that does not measure it."""
+    """List the subjects with the lowest Dice of the worse side; empty for a stage that does not measure Dice."""
     told = []
     for row in rows:
         sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]
@@ -192,7 +193,7 @@ def attempt_steps(
 ) -> list[Row]:
     """Run the stages for one subject, reading its scan once, and return one row per stage.
 
-    Once a stage fails the subject, the later stages fail it too.
+    If the subject fails in one stage, it also fails in all later stages.
     """
     rows = []
     try:
@@ -209,7 +210,7 @@ def attempt_steps(
 def _run_subjects(
     steps: Sequence[Step], subjects: list[Subject], records: list[Record], args: argparse.Namespace
 ) -> Iterator[list[Row]]:
-    """Yield the report rows of one subject at a time, as they are finished."""
+    """Yield the report rows of one subject at a time, in the order in which subjects finish."""
     if args.num_workers > 1 or args.scheduler:
         yield from _run_distributed(steps, subjects, records, args)
         return
@@ -239,7 +240,7 @@ def _open_client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any,
         return
     workers = min(args.num_workers, max(1, subjects))
     # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
-    with _ignore_signal(signal.SIGINT):  # workers inherit this, so that only this process handles Ctrl-C
+    with _ignore_signal(signal.SIGINT):  # workers inherit this setting, so only this process handles Ctrl-C
         cluster = LocalCluster(
             # Use any free port (0): with its default port, Dask prints a warning if another run uses that port.
             n_workers=workers,
@@ -286,7 +287,7 @@ def _run_distributed(
     failed = find_earlier_failures(records[0].layout, records[0].script)
 
     def remote(subject_fields, previous, threads, failed):
-        # Dask sends nested functions by value, so this works before the worker has the project on its path.
+        # Dask sends nested functions by value, so ``remote`` works before the worker has the project on its path.
         import importlib
         import sys
 
@@ -329,7 +330,7 @@ def _ignore_signal(number: signal.Signals) -> Iterator[None]:
 
 # ============================================================ one scan for all stages
 
-_kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan: that of the current subject
+_kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan, that of the current subject
 
 
 def load_shared(subject: Subject) -> Scan:

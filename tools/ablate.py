@@ -43,7 +43,7 @@ from tools.evaluation.tables import choose_vector, read_features, read_held_out,
 from tools.evaluation.vectors import VECTORS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = ("--beta", "1", "--k-neighbors", "2")  # both tasks; the small recipe does not have both
+FULL = ("--beta", "1", "--k-neighbors", "2")  # train both tasks; the small recipe trains only one
 ARMS = {
     "full": FULL,
     "no-neighbours": (*FULL, "--beta", "0"),  # BatchNorm statistics also come from patches alone
@@ -51,7 +51,7 @@ ARMS = {
     # In the small recipe, the negatives of a step already share one location. These two arms differ in the queue only.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
-    "random": ("--lr", "0", "--epochs", "1"),  # one pass for the BatchNorm statistics
+    "random": ("--lr", "0", "--epochs", "1"),  # one epoch, to estimate the BatchNorm statistics
 }
 COHORT_COLUMNS = (
     *("centrilobular_fraction", "mild_centrilobular_fraction", "moderate_centrilobular_fraction"),

@@ -38,7 +38,7 @@ from preprocess.subjects import read_subjects
 
 SHOWN = 20  # problems printed per kind of check
 ROWS_AT_ONCE = 64
-TOLERANCE = 1  # HU, for a patch that is cut again
+TOLERANCE = 1  # allowed difference in HU between a stored patch and the patch cut again
 
 
 class Store:

@@ -155,7 +155,7 @@ def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     """
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
-            module.momentum = None  # the plain mean over all passes
+            module.momentum = None  # None: the running statistics are the plain mean over all passes
     encoder.train()
     with torch.no_grad():
         for place in range(len(data.locations)):
@@ -211,7 +211,7 @@ def main() -> None:
     arms, sizes = [], None
     for given in sorted(
         args.checkpoint, key=lambda given: given == "random"
-    ):  # random last: it takes the sizes of the checkpoints
+    ):  # "random" comes last, because it takes its sizes from the checkpoints
         arms.append(Arm(given, sizes, store, args.sha256 if given == args.checkpoint[0] else None))
         sizes = arms[-1].sizes
     data = Data(store, torch.from_numpy(normalize_locations(store.locations)).to(device))
@@ -230,7 +230,7 @@ def main() -> None:
             for (fraction, seed), split in sorted(splits.items(), key=lambda item: item[0][::-1]):
                 kept = out_dir / "fits" / f"{arm.name}-{fraction:g}-{seed}.json"
                 if not kept.is_file():
-                    drawn = seed if arm.random else 0  # a checkpoint is the same for every seed
+                    drawn = seed if arm.random else 0  # only random weights depend on the seed
                     if prepared is None or prepared[0] != drawn:
                         prepared = (drawn, *arm.prepare(drawn, data, task, args.patient_vector == "layers"))
                     given = (

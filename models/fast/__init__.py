@@ -1,6 +1,6 @@
-"""Fast paths: the same numbers as the plain code, computed faster. The method works without any of them.
+"""Fast paths: the same numbers as the plain code, computed faster. The fast paths are optional.
 
-Speed-ups, each measured alone on 2 cores with AVX2 and batches of 32:
+Speed-up factor of each fast path by itself, on 2 cores with AVX2 and with batches of 32:
 
 - norm_elu_cpu (BatchNorm with ELU): 1.24 in a training step.
 - pairs (voxel pairs): 1.31 in a step, 1.10 in extraction.
@@ -10,9 +10,9 @@ Speed-ups, each measured alone on 2 cores with AVX2 and batches of 32:
 
 The fast paths for GPUs (norm_elu_gpu, graph) are tested but have not been timed.
 
-Each function either does its work or returns None. In the second case the caller runs the plain code next to the call.
+If a fast path does not apply, its function returns None, and the caller runs the plain code instead.
 The environment variable DRASCLR_FAST=off switches all fast paths off, and :func:`plain` does so for a block of code.
-Use them to check whether a result depends on a fast path.
+Use either of these switches to check whether a result depends on a fast path.
 """
 
 import contextlib

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from models import fast
 
-# Compiling switches the fuser on and off for all threads. Only one thread may compile, or another's code is not fused.
+# Compiling switches the fuser on and off for all threads.
+# Only one thread may compile at a time, because another thread could switch the fuser off.
 _compiling = threading.Lock()
 
 
@@ -29,9 +30,9 @@ def conv_elu(
 ) -> torch.Tensor:
     """Compute F.elu(F.conv3d(...)) without gradients: (B, in, D, H, W) -> (B, out, D', H', W').
 
-    The first call for each combination of shapes compiles, which takes as long as about ten calls, so use few
-    different shapes. The one-pass code needs float32 or bfloat16 tensors on the CPU and a bias. All other inputs
-    take two passes.
+    The first call for each combination of shapes compiles the function, which takes as long as about ten calls.
+    Use few different shapes. The one-pass code needs float32 or bfloat16 tensors on the CPU and a bias. All other
+    inputs take two passes.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
     if fast.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
@@ -53,7 +54,7 @@ def _compile_one_pass(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """Return a compiled fused function for tensors of these shapes and layouts, or None if torch has no fuser.
 
-    The fuser compiles for the first inputs that it sees and does not fuse any others, so each combination of shapes
+    The fuser compiles for the shapes of the first inputs and fuses no other shapes, so each combination of shapes
     needs a separate function.
     """
     examples = [torch.zeros(shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
@@ -73,7 +74,7 @@ def _compile_one_pass(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but no replacement fuses ELU
             traced = torch.jit.trace(layer, examples, check_trace=False)
-            traced(*examples)  # records the shapes without fusing; the next call compiles
+            traced(*examples)  # the first call only records the shapes; the next call compiles
             fused = "oneDNNFusionGroup" in str(traced.graph_for(*examples))
         return traced if fused else None
     except RuntimeError:

@@ -1,7 +1,7 @@
 """A training step recorded as one CUDA graph, so that one call from Python launches all of its kernels.
 
-A step has about a thousand kernels of a few microseconds each. Python takes longer to launch them one by one than the
-GPU takes to run them.
+A step has about a thousand kernels of a few microseconds each. Python takes longer to launch these kernels one by one
+than the GPU takes to run them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from misc.command import UserError
 from models import fast
 from models.step import Done, Inputs, TrainingStep, WholeStep
 
-WARM_UP = 3  # steps before the recording, in which libraries choose algorithms and the optimiser creates its state
+WARM_UP = 3  # first steps, not recorded; libraries choose algorithms, and the optimiser creates its state
 
 
 class Recorded(NamedTuple):
@@ -31,11 +31,11 @@ class Recorded(NamedTuple):
 class RecordedStep:
     """A WholeStep that is recorded once for each combination of input shapes and beta, and then replayed.
 
-    A replay computes the same numbers as the step. It requires a single process and an optimiser update in every step.
+    A replay computes the same numbers as the step. Recording requires one process and an optimiser update in each step.
 
     Args:
         step: the step to record. The tensor sizes in its view function must not depend on random draws.
-        generators: random generators that the views use for noise. They may be seeded before every step.
+        generators: random generators that the views use for noise. Each generator may be seeded before every step.
     """
 
     def __init__(self, step: WholeStep, generators: Sequence[torch.Generator]):
@@ -43,7 +43,7 @@ class RecordedStep:
         self.optimizer = step.descend.optimizer
         self._rate: torch.Tensor | None = None
         self._kind: tuple = ()  # beta and input shapes of the recorded steps, or of the current warm-up
-        self._seen = 0  # number of steps of this kind so far
+        self._seen = 0  # number of steps so far with this beta and these input shapes
         self._recorded: Recorded | None = None
 
     def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
@@ -55,7 +55,7 @@ class RecordedStep:
         kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
         if kind != self._kind:  # keep only one graph, because two take too much memory; beta changes only once
             self._kind, self._seen, self._recorded = kind, 0, None
-        for group in self.optimizer.param_groups:  # round the rate to float32 in all steps, as in a graph
+        for group in self.optimizer.param_groups:  # round to float32, as in a graph
             group["lr"] = float(np.float32(group["lr"]))
         self._seen += 1
         if self._seen <= WARM_UP:
@@ -70,24 +70,24 @@ class RecordedStep:
         return self._recorded.done
 
     def _record(self, inputs: Inputs, beta: float) -> Recorded:
-        """Record the step as a graph without running it. Raises UserError if this fails."""
+        """Record the step as a graph without running it. Raises UserError if the recording fails."""
         kept = Inputs(*(None if value is None else value.clone() for value in inputs))
         self._rate = torch.zeros((), device=inputs.patches.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates new gradients
+        self.optimizer.zero_grad(set_to_none=True)  # remove the gradients, so that the graph allocates new ones
         torch.cuda.synchronize()
-        gc.collect()  # garbage collection of an older graph during the recording may break it
+        gc.collect()  # delete older graphs now, because deleting one during the recording may break the recording
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators:
                 register_generator(graph, generator)
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate  # a tensor, so that the rate can change between replays
-            # The data loader's thread pins memory during the recording. Only the mode "thread_local" allows that.
+                group["lr"] = self._rate  # a tensor, so that the learning rate can change between replays
+            # The data loader's thread pins memory during the recording, which only the mode "thread_local" allows.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            cause = error.__context__ or error  # closing the recording also fails, with a less specific error
+            cause = error.__context__ or error  # the first error is more specific than the one at the end of recording
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             # Do not continue: some torch versions leave streams, generators and memory in the recording state.
@@ -102,7 +102,7 @@ class RecordedStep:
 
 
 def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
-    """Register a generator with a graph, so that it can be seeded between replays. torch 2.14 does not need this."""
+    """Register a generator with a graph, so that it can be seeded between replays. torch 2.14 needs no registration."""
     if hasattr(graph, "register_generator_state"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated in torch 2.14
@@ -112,8 +112,9 @@ def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) 
 def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
     """Return whether the steps of a run with these flags can be recorded.
 
-    ``--accumulate`` rules it out, because its steps differ. The elastic transform rules it out, because its offsets
-    are too large to keep in memory twice. ``--compile`` and several processes rule it out too.
+    Recording is not possible with ``--accumulate``, because only some steps update the weights. Recording is not
+    possible with the elastic transform, because its offsets are too large to keep in memory twice. Recording is also
+    not possible with ``--compile`` or with several processes.
     """
     alone = isinstance(step.training_step, TrainingStep)  # not wrapped in DistributedDataParallel
     plain = args.accumulate == 1 and not args.compile and "e" not in args.augmentation

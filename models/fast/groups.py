@@ -1,4 +1,4 @@
-"""BatchNorm groups of a batch encoded in parallel on the CPU cores, as separate ranks would encode them."""
+"""Encode the BatchNorm groups of a batch in parallel on the CPU cores, as separate ranks would do."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,12 +16,13 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int) -> Pair | None:
     """Run ``encoder.encode`` on each group in parallel, because no data passes between groups.
 
-    Cores that share a layer wait for each other at its end. With one group per core they wait only twice in a pass,
-    and no layer splits and joins the batch. On 2 cores with AVX2, this makes a training step 1.26 times faster
-    (1.25 to 1.28) for 16 samples in 2 groups. For 32 samples in 4 groups, the factor is 1.28 (1.21 to 1.37).
+    Cores that work on the same layer wait for each other at the end of the layer. With one group per core, the cores
+    wait for each other only twice in a pass, and no layer splits and joins the batch. On 2 cores with AVX2, a training
+    step with 16 samples in 2 groups is 1.26 times faster (1.25 to 1.28) with parallel groups. With 32 samples in 4
+    groups, the speed-up factor is 1.28 (1.21 to 1.37).
 
     Args:
-        encoder: models.cnn3d.Encoder. Only group 0 updates its running statistics.
+        encoder: models.cnn3d.Encoder. Only group 0 updates the encoder's running statistics.
         x, kernels, groups: see :meth:`models.cnn3d.Encoder.encode`.
 
     Returns:
@@ -29,7 +30,7 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
     """
     if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.enabled():
         return None
-    own = len(kernels[0]) == len(x)  # with one kernel per sample, split the kernels like the samples
+    own = len(kernels[0]) == len(x)  # if each sample has its own kernel, the kernels are split into groups too
     blocks = 1 if own else len(kernels[0])
     if x.device.type != "cpu" or x.requires_grad or len(x) % (groups * blocks):
         return None
@@ -38,7 +39,7 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in encoder.parameters())
 
     def encode(group: int, kernels: Sequence[torch.Tensor]) -> Pair:
-        # No cache: a cast cached by another thread would connect the autograd graphs of the two groups.
+        # Do not cache casts, because a cast from another thread would connect the autograd graphs of two groups.
         casts = torch.autocast("cpu", autocast[1], enabled=autocast[0], cache_enabled=False)
         with torch.set_grad_enabled(needs_grad), casts:
             if own:
@@ -59,8 +60,8 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
 class _Encode(torch.autograd.Function):
     """Forward and backward pass of each group in a separate autograd graph, with all groups in parallel.
 
-    Its inputs are the mixed kernels, which all groups share, and the encoder's parameters. It returns z and h of the
-    first group, then z and h of the second group, and so on.
+    The inputs are the mixed kernels, which all groups share, and the encoder's parameters. The outputs are z and h of
+    the first group, z and h of the second group, and so on.
     """
 
     @staticmethod
@@ -87,9 +88,9 @@ class _Encode(torch.autograd.Function):
 
 
 def _sum_present(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Sum all tensors that are not None; return None if all are.
+    """Return the sum of all tensors that are not None, or None if there are none.
 
-    The gradients of the experts and their routing are None here, because the kernels are mixed outside.
+    The gradients of the experts and their routing are None, because the kernels are mixed outside :class:`_Encode`.
     """
     given = [value for value in values if value is not None]
     return functools.reduce(torch.add, given) if given else None

@@ -15,7 +15,7 @@ def norm_elu(
 ) -> list[torch.Tensor] | None:
     """Compute elu(norm(x)) for blocks (n, C, D, H, W), as in :func:`models.cnn3d.norm_elu`.
 
-    Under torch.compile, the version for it is used even if the fast paths are switched off.
+    Under torch.compile, the version for torch.compile is used even if the fast paths are switched off.
 
     Returns:
         The blocks of the result, or None if no fast path applies.
@@ -51,8 +51,8 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            # Write through .data, so that the version counters do not change. An earlier pass may have saved these
-            # tensors for its backward pass, which does not read their values but checks their versions.
+            # Write through .data, so that the version counters of the running statistics do not change.
+            # The backward pass of an earlier call checks these versions, although it does not read the values.
             norm.running_mean.data.lerp_(mean, norm.momentum)
             norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
@@ -61,9 +61,9 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
     """Compute elu(norm(x)) under torch.compile, and update the running statistics separately from the BatchNorm call.
 
-    A compiled graph saves the running statistics that it receives for its backward pass. Patches and neighbours pass
-    through a layer one after the other, so the second pass would change the statistics that the first one saved.
-    BatchNorm therefore gets no running statistics here.
+    A compiled graph saves its running statistics for the backward pass. Patches and neighbours pass through a layer
+    one after the other, so the second pass would change the statistics that the first pass saved. BatchNorm therefore
+    gets no running statistics here.
     """
     y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
     if track:

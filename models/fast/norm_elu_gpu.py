@@ -1,9 +1,10 @@
 """BatchNorm3d followed by ELU on a GPU: Triton kernels for all groups of a batch at once, channels last.
 
-torch processes one group after another. It reads the result of a layer five times in the forward pass (mean and
-variance, normalisation, ELU) and once more in the backward pass. Here two kernels read it in the forward pass and two
-in the backward pass, where they recompute the ELU. The mean and the sum of squares of successive tiles are merged
-(Chan, Golub and LeVeque, 1979). The order does not depend on timing, so the same input gives the same bits.
+torch processes one group after another, and reads the result of a layer five times in the forward pass (mean and
+variance, normalisation, ELU) and once more in the backward pass. In this module, two kernels read the result in the
+forward pass and two in the backward pass. The backward kernels recompute the ELU. The mean and the sum of squares of
+successive tiles are merged (Chan, Golub and LeVeque, 1979). The order of merging does not depend on timing, so the
+same input gives the same bits.
 """
 
 import functools
@@ -24,8 +25,8 @@ except ImportError:  # torch without CUDA
     triton = None
 
 TILE = 4096  # values per tile
-PROGRAMS = 1024  # most Triton programs per block, over all groups; an H100 runs them on 132 multiprocessors
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # data types of the blocks; sums are float32
+PROGRAMS = 1024  # largest number of Triton programs per block, over all groups; an H100 has 132 multiprocessors
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # supported data types of the blocks; sums are in float32
 
 
 def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
@@ -48,19 +49,19 @@ def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, tra
     running = None
     if track:
         norm.num_batches_tracked += 1
-        # Detach them: an earlier pass may have saved them for its backward pass, which does not read their values.
+        # Detach the statistics, because an earlier pass may have saved them; its backward pass does not use the values.
         running = norm.running_mean.detach(), norm.running_var.detach(), norm.momentum
     return list(_NormELU.apply(norm.weight, norm.bias, running, norm.eps, groups, *blocks))
 
 
 @functools.lru_cache
 def _can_compile(device: torch.device) -> bool:
-    """Return whether Triton can compile the kernels for a device. It needs a C compiler."""
+    """Return whether Triton can compile the kernels for a device. Triton needs a C compiler."""
     if triton is None:
         return False
     try:
         apply(nn.BatchNorm3d(8).to(device), [torch.zeros(2, 8, 2, 2, 2, device=device)], 1, True)
-    except Exception as error:  # from Triton, the compiler that it calls, or the driver
+    except Exception as error:  # raised by Triton, the C compiler or the GPU driver
         warnings.warn(f"Triton cannot compile here ({error}); using torch's slower BatchNorm", stacklevel=2)
         return False
     return True
@@ -130,7 +131,7 @@ if triton is not None:
 
     @triton.jit
     def _tile_moments(x, partial, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Compute count, mean and sum of squared deviations of every channel over a program's tiles in one group."""
+        """Compute count, mean and sum of squared deviations of every channel over the tiles of one program."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -169,7 +170,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         TRACK: tl.constexpr,
     ):
-        """Merge the parts of a group into its mean and 1 / SD. Group 0 updates the running statistics."""
+        """Merge the partial statistics of a group into its mean and 1 / SD. Group 0 updates the running statistics."""
         group, groups = tl.program_id(0), tl.num_programs(0)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -182,7 +183,7 @@ if triton is not None:
             source = partial + (part * groups + group)[:, None] * 3 * CHANNELS + column[None, :]
             counts = tl.load(source, mask=valid, other=0.0)
             means = tl.load(source + CHANNELS, mask=valid, other=0.0)
-            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # 1 for padding columns, to avoid a division by 0
+            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # use 1 for padding columns, to avoid a division by 0
             new_mean = tl.sum(counts * means, axis=0) / new
             away = means - new_mean[None, :]
             new_squares = tl.sum(tl.load(source + 2 * CHANNELS, mask=valid, other=0.0) + counts * away * away, axis=0)
@@ -195,7 +196,7 @@ if triton is not None:
         into = moments + group * 2 * CHANNELS + column
         tl.store(into, mean, mask=inside)
         tl.store(into + CHANNELS, 1.0 / tl.sqrt(variance + eps), mask=inside)
-        if TRACK:  # noqa: SIM102 (TRACK is a compile-time constant, but the group is known only at run time)
+        if TRACK:  # noqa: SIM102 (TRACK is a compile-time constant, and group is a run-time value)
             if group == 0:
                 before = tl.load(running_mean + column, mask=inside, other=0.0)
                 tl.store(running_mean + column, before + momentum * (mean - before), mask=inside)
@@ -253,7 +254,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Sum g and g x_hat over a program's tiles."""
+        """Sum g, the gradient at the ELU's input, and g * x_hat over the tiles of one program."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -286,7 +287,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Compute d loss / d x = weight / SD (g - mean(g) - x_hat mean(g x_hat)). ``share`` is 1 / count."""
+        """Compute d loss / d x = weight / SD * (g - mean(g) - x_hat * mean(g * x_hat)). ``share`` is 1 / count."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS

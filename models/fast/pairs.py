@@ -17,10 +17,10 @@ def convolve_pairs(
 ) -> torch.Tensor | None:
     """Run a 3 x 3 x 3 convolution of one channel with padding 1 on the CPU.
 
-    The output voxels 2 X and 2 X + 1 of a line form a pair. They depend on the four input voxels 2 X - 1 ... 2 X + 2.
-    With one voxel of padding at the front, these are two input pairs. A pair becomes one voxel with two channels in a
-    volume of half the width. The kernel over pairs has 2 x out output channels and a width of 2, and a quarter of its
-    taps are zero. oneDNN has fast code for two channels but not for one.
+    The output voxels 2 X and 2 X + 1 of a line form a pair. A pair depends on four input voxels, from 2 X - 1 to
+    2 X + 2. With one voxel of padding at the front, these four voxels are two input pairs. A pair becomes one voxel
+    with two channels in a volume of half the width. The kernel over pairs has 2 x out output channels and a width of 2,
+    and a quarter of its taps are zero. oneDNN has fast code for two channels but not for one.
 
     Args:
         inputs: (B, 1, D, H, W).

@@ -9,15 +9,16 @@ import torch
 
 from models import fast
 
-# Patches per piece. A piece of this size takes one pass per layer, and a smaller remainder takes two. The size is
-# fixed, because oneDNN compiles code for each size. It is small, so that the result of a layer takes only tens of MB.
+# Patches per piece. A layer takes one pass over a full piece (convolution with ELU) and two over a smaller last piece.
+# The size of a piece is fixed, because oneDNN compiles code for each size.
+# The size of a piece is small, so that the result of a layer takes only tens of MB.
 PATCHES_AT_ONCE = 32
 
 
 def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
     """Run ``encode`` on pieces of ``x`` (B, ...) in parallel, and join the results.
 
-    Each piece has a share of the cores, so that pieces never wait for each other within a layer. Returns None if ``x``
+    Pieces run on separate cores, so that they never wait for each other within a layer. Returns None if ``x``
     fits in one piece or is on a GPU.
     """
     if not fast.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
@@ -28,14 +29,14 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
 def side_by_side(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
     """Run ``work`` on each piece, in parallel on equal shares of this process's cores, and return the results in order.
 
-    Gradients are on and autocast is off in a new thread, whatever the caller's settings. ``work`` must set both.
+    In a new thread, gradients are on and autocast is off, whatever the caller's settings. ``work`` must set both modes.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(pieces))
     return list(map(work, pieces) if threads == 1 else _make_pool(threads, cores // threads).map(work, pieces))
 
 
-@functools.lru_cache(maxsize=2)  # one pool for full batches and one for the last batch
+@functools.lru_cache(maxsize=2)  # one pool for full batches and one for a smaller last batch
 def _make_pool(threads: int, cores: int) -> ThreadPoolExecutor:
     """Create a pool of threads that use ``cores`` cores each."""
     return ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(cores,))

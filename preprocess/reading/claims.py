@@ -1,6 +1,6 @@
 """Check that the data of a NRRD or MetaImage file are complete.
 
-ITK allocates as much memory as the header claims. It reads damaged compressed MetaImage data as zeros.
+ITK allocates as much memory as the header claims. ITK reads damaged compressed MetaImage data as zeros.
 """
 
 import re
@@ -34,7 +34,7 @@ class DataSpec(NamedTuple):
     bytes: int  # size of the unpacked data
     data: Path
     start: int  # offset of the data in the file, bytes
-    packed: bool | None  # compressed by zlib or gzip; None for text and for encodings left to ITK
+    packed: bool | None  # whether zlib or gzip is used; None for text and encodings that only ITK reads
 
 
 def check_data(path: Path, kind: str) -> None:
@@ -45,7 +45,7 @@ def check_data(path: Path, kind: str) -> None:
     if claim is None:
         return
     if not claim.data.is_file():
-        raise ScanError(f"{path}: its data file {claim.data} does not exist; put both files into one folder")
+        raise ScanError(f"{path}: its data file {claim.data} does not exist; put both files into the same folder")
     there = claim.data.stat().st_size - claim.start
     if claim.packed is False and there < claim.bytes:
         raise ScanError(f"{claim.data} is cut short: {there} of {claim.bytes} bytes of data; copy it again")
@@ -58,12 +58,12 @@ def check_data(path: Path, kind: str) -> None:
 ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
 UNPLACED = (
     "the header does not give the patient's orientation ({}), so LPS is assumed; check the picture, because right and "
-    "left or front and back may be exchanged"
+    "left or front and back may be swapped"
 )
 
 
 def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
-    """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes, which ITK then assumes."""
+    """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes; ITK then uses defaults."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     if kind == "NRRD":
@@ -87,8 +87,8 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
 
 
 def check_packed(claim: DataSpec) -> None:
-    """Unpack all of the data in blocks, which also checks their checksum. Raise ScanError if they are incomplete."""
-    found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
+    """Unpack the data in blocks and verify their checksum. Raise ScanError if the data are incomplete."""
+    found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts zlib and gzip
     try:
         with open(claim.data, "rb") as stream:
             stream.seek(claim.start)
@@ -101,7 +101,7 @@ def check_packed(claim: DataSpec) -> None:
 
 
 def count_bytes(words: str, each: int) -> int | None:
-    """Bytes of a volume with sizes like ``512 512 300``. None for an invalid text, which ITK reports better."""
+    """Return the size in bytes of a volume with sizes like ``512 512 300``, or None for invalid text."""
     sizes = words.split()
     if not sizes or not all(re.fullmatch(r"\d{1,12}", size) for size in sizes):
         return None
@@ -109,13 +109,13 @@ def count_bytes(words: str, each: int) -> int | None:
 
 
 def find_data_file(path: Path, name: str) -> Path | None:
-    """The data file that a header names, or None if it names a list or pattern of several files."""
+    """Return the data file that a header names, or None if the header names a list or pattern of several files."""
     name = name.strip()
     return None if not name or name.startswith("LIST") or "%" in name or " " in name else path.parent / name
 
 
 def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
-    """The fields of a NRRD header, and the offset of the data after it."""
+    """Return the fields of a NRRD header, and the offset of the data that follow the header."""
     end = re.search(rb"\r?\n\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+): ?([^\n]*)$", text, re.M)}
@@ -123,7 +123,7 @@ def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
 
 
 def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
-    """The data that a NRRD header describes, or None if only ITK can check them."""
+    """Return the data that a NRRD header describes, or None if only ITK can check the data."""
     fields, end = read_nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
     needed = count_bytes(fields.get("sizes", ""), each) if each else None
@@ -136,7 +136,7 @@ def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
 
 
 def read_meta_claim(path: Path, head: bytes) -> DataSpec | None:
-    """The data that a MetaImage header describes, or None if only ITK can check them."""
+    """Return the data that a MetaImage header describes, or None if only ITK can check the data."""
     end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
     if end is None:
         return None

@@ -1,8 +1,8 @@
 """Read a folder of DICOM slices, or a multi-frame file, as one volume in HU.
 
-pydicom reads the headers. They determine which slices are used, their order and their positions. ITK (GDCM)
-decodes only the pixels, in any transfer syntax. Its interpretation of the headers differs between versions and is not
-used.
+pydicom reads the headers, which determine the slices of the volume, their order and their positions. ITK (GDCM) decodes
+only the pixels, in any transfer syntax. ITK's interpretation of the headers is not used, because it differs between
+versions of ITK.
 """
 
 import re
@@ -27,7 +27,7 @@ from preprocess.reading.dicom_series import Candidate, Frame, choose_series, gro
 from preprocess.reading.itk import catch_itk_errors
 from preprocess.reading.values import fill_padding
 
-# Warnings of ITK that are dropped, because the headers are checked more strictly here, slice by slice
+# Drop ITK's warnings that match this pattern, because this package checks the header of every slice more strictly.
 CHECKED = re.compile(r"[Nn]on.?uniform|missing slices|SpacingBetweenSlices|[Nn]on.?orthogonal|spacing", re.IGNORECASE)
 
 
@@ -36,14 +36,14 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
 
     Args:
         path: a folder, or a DICOM file.
-        series: the series to read if there are several.
+        series: the series to read if the folder has several.
         warnings: list to which warnings for the report are appended.
 
     Returns:
         The image, and the report's columns about the series.
 
     Raises:
-        ScanError: there is no series, several match, a slice is damaged, or the slices do not form one volume.
+        ScanError: no series or several series match, a slice is damaged, or the slices do not form one volume.
     """
     if path.is_dir():
         slices, others, damaged = read_headers(path)
@@ -65,7 +65,7 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
 
 
 def describe_series(chosen: Candidate, others: Counter) -> dict[str, str]:
-    """The report's columns about a series."""
+    """Return the report's columns about a series."""
     parts = (chosen.trait("SeriesNumber"), chosen.trait("SeriesDescription"))
     return {
         "series": " ".join(part for part in parts if part) or chosen.uid,
@@ -79,7 +79,7 @@ VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 
 def explain_no_slices(folder: Path, others: Counter) -> str:
-    """The message for a folder without CT slices, with advice on which path to use."""
+    """Return the message for a folder without CT slices, with advice on which path to use."""
     if others:
         return f"{folder} has no CT slices, only " + ", ".join(f"{count} {what}" for what, count in others.items())
     below = find_slice_folders(folder)
@@ -94,7 +94,7 @@ def explain_no_slices(folder: Path, others: Counter) -> str:
 
 
 def read_multiframe_header(path: Path) -> tuple[Path, object]:
-    """Path and header of a multi-frame file. Raises ScanError for any other DICOM file, with advice."""
+    """Return the path and header of a multi-frame file. Raises ScanError with advice for other DICOM files."""
     try:
         header = read_header(path)
     except Damaged:
@@ -114,16 +114,17 @@ def read_multiframe_header(path: Path) -> tuple[Path, object]:
 
 
 def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
-    """Voxels (slices, rows, columns) in HU, with padding set to air."""
+    """Return the voxels (slices, rows, columns) in HU, with padding set to air."""
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
         raise ScanError(
-            f"{folder}: {lut} stores HU in a lookup table (ModalityLUTSequence), which is not read; convert the series"
+            f"{folder}: {lut} stores HU in a lookup table (ModalityLUTSequence), which cannot be read; "
+            "convert the series"
         )
     inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
-    if inverted:  # GDCM inverts the stored values, although they are already HU
+    if inverted:  # GDCM would invert the stored values, which are already HU
         raise ScanError(
-            f"{folder}: {inverted} is MONOCHROME1 (inverted grey values), which is not read; export it as MONOCHROME2"
+            f"{folder}: {inverted} is MONOCHROME1 (inverted grey), which cannot be read; export it as MONOCHROME2"
         )
     told: list[str] = []
     many = text(frames[0].header, "NumberOfFrames") not in ("", "1")
@@ -137,7 +138,7 @@ def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.nd
 
 
 def read_rescale(frame: Frame) -> tuple[float, float]:
-    """Slope and intercept that convert stored values to HU."""
+    """Return the slope and intercept that convert stored values to HU."""
     groups = (frame.header.get("PerFrameFunctionalGroupsSequence"), frame.header.get("SharedFunctionalGroupsSequence"))
     items = [group[frame.index if number == 0 else 0] for number, group in enumerate(groups) if group]
     found = [item.PixelValueTransformationSequence[0] for item in items if item.get("PixelValueTransformationSequence")]
@@ -148,12 +149,12 @@ def read_rescale(frame: Frame) -> tuple[float, float]:
 
 
 def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
-    """Voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
+    """Return the voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
     names = ("BitsAllocated", "BitsStored", "PixelRepresentation")
     kinds = {(read_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
-    if len(kinds) > 1:  # ITK uses the first slice's type for all slices and clips values outside it
+    if len(kinds) > 1:  # ITK would use the first slice's pixel type for all slices and clip their values
         reader.SetOutputPixelType(sitk.sitkFloat32)
     intercepts = [read_rescale(frame)[1] for frame in frames]
     other = next((frame for frame, value in zip(frames, intercepts) if value != intercepts[0]), None)
@@ -165,7 +166,7 @@ def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.n
 
 
 def read_frame_pixels(frames: list[Frame], told: list[str]) -> np.ndarray:
-    """Voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
+    """Return the voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
     path = frames[0].path
     scales = {read_rescale(frame) for frame in frames}
     if len(scales) > 1:  # ITK applies one slope and intercept to all frames
@@ -182,10 +183,10 @@ def read_frame_pixels(frames: list[Frame], told: list[str]) -> np.ndarray:
 
 
 def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
-    """Possible ranges of a slice's padding in HU, each (lowest, highest); empty if the slice declares no padding.
+    """Return the possible HU ranges (lowest, highest) of a slice's padding; empty if the slice declares no padding.
 
-    The padding element and the pixels may differ in sign, and ITK drops bits above those stored. So there can be
-    several ranges.
+    Several ranges are possible, because the padding element and the pixels may differ in signedness, and ITK drops the
+    bits above BitsStored.
     """
     first = read_numbers(frame.header, "PixelPaddingValue", 1, frame.path)
     if first is None:
@@ -198,6 +199,6 @@ def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
         read = [end % (1 << bits) for end in ends]
         if text(frame.header, "PixelRepresentation") == "1":
             read = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in read]
-        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # otherwise the range wraps around at the highest bit
+        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # unless the range wraps around at the highest bit
             found += [tuple(sorted(slope * end + intercept for end in read))]
     return tuple(sorted(set(found)))

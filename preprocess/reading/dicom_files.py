@@ -18,15 +18,15 @@ from preprocess.reading import ScanError
 from preprocess.reading.formats import is_dicom
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
-ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # and the legacy converted one
+ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # Enhanced CT, Legacy Converted Enhanced CT
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or slices from a careless converter
 DIRECTORY = "1.2.840.10008.1.3.10"
-# Values of ImageType (0008,0008) that mark files outside a volume. MIP, MinIP and similar are thick projections.
+# Values of ImageType (0008,0008) of files that are not slices of a volume. MIP and MinIP are projections.
 NO_SLICE = re.compile(
     r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVIEW|CT_SOM\d (TOP|PROT)|SCREEN ?(SAVE|SHOT)|DOSE.*|REPORT|PROTOCOL|M(AX|IN)?_?IP"
     r"|PROJECTION( IMAGE)?|BOLUS ?TRACK.*|MONITOR.*"
 )
-# RescaleType of maps, for example of iodine or atomic number. US means unspecified.
+# Values of RescaleType for maps without HU, for example of iodine or atomic number. US means unspecified.
 NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)
 TAGS = """
     SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
@@ -44,7 +44,7 @@ class Damaged(Exception):
 
 
 def text(dataset: Dataset, name: str) -> str:
-    """An element as text: ``""`` if it is missing, several values joined by backslashes."""
+    """Return an element as text, with backslashes between several values; ``""`` for a missing element."""
     try:
         value = dataset.get(name)
     except Exception:  # pydicom converts on access and fails on some values that scanners write
@@ -56,7 +56,10 @@ def text(dataset: Dataset, name: str) -> str:
 
 
 def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
-    """``count`` numbers of an element, or None if it is missing or empty. Raises ScanError for anything else."""
+    """Return ``count`` numbers of an element, or None if the element is missing or empty.
+
+    Raises ScanError for any other value.
+    """
     if name not in dataset:
         return None
     try:
@@ -64,7 +67,7 @@ def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndar
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
             return None
         found = np.array(value, dtype=float).reshape(count)
-    except Exception:  # see text()
+    except Exception:  # pydicom fails on some values that scanners write
         found = np.full(count, np.nan)
     if not np.isfinite(found).all():
         raise ScanError(
@@ -74,7 +77,7 @@ def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndar
 
 
 def find_exclusion_reason(dataset: Dataset) -> str:
-    """Why a file is not a slice of a CT volume, in a word or two; ``""`` if it may be one."""
+    """Return why a file is not a slice of a CT volume, in a word or two; ``""`` if the file may be a slice."""
     kind, modality = text(dataset, "SOPClassUID"), text(dataset, "Modality")
     if modality != "CT" and (modality or not kind.startswith(CT)):
         return modality or UID(kind).name
@@ -90,7 +93,7 @@ def find_exclusion_reason(dataset: Dataset) -> str:
 
 
 def is_capture(dataset: Dataset) -> bool:
-    """Whether the file has the class of screenshots, which some converters also give to slices."""
+    """Return whether a file has the SOP class of screenshots, which some converters also assign to slices."""
     return text(dataset, "SOPClassUID").startswith(CAPTURE)
 
 
@@ -120,7 +123,7 @@ def read_header(path: Path) -> Dataset | None:
         unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
         try:
             whole = not (unknown or not find_exclusion_reason(dataset)) or _has_pixels(stream, dataset)
-        except (ValueError, TypeError, OverflowError, struct.error) as error:  # sizes that are not numbers
+        except (ValueError, TypeError, OverflowError, struct.error) as error:  # a size is not a number
             raise Damaged from error
         if not whole:
             raise Damaged
@@ -128,9 +131,9 @@ def read_header(path: Path) -> Dataset | None:
 
 
 def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
-    """Whether the file contains all its pixels. ``stream`` is positioned at the pixel data."""
+    """Return whether a file contains all its pixels. ``stream`` is positioned at the pixel data."""
     syntax = UID(text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
-    if syntax.is_deflated:  # reading the header has unpacked the whole file, which fails if it is cut short
+    if syntax.is_deflated:  # reading the header unpacked the whole file, which fails for a truncated file
         return True
     order = "<" if syntax.is_little_endian else ">"
     head = stream.read(8)
@@ -150,7 +153,7 @@ def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
 
 
 def has_all_fragments(stream: BinaryIO) -> bool:
-    """Whether compressed pixels, stored in fragments, end with the end marker."""
+    """Return whether compressed pixels, stored in fragments, end with the end marker."""
     start = stream.tell()
     size = stream.seek(0, 2)
     while start + 8 <= size:
@@ -174,7 +177,7 @@ def catch_read_errors(path: Path) -> Iterator[None]:
 
 
 def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, list[str]]:
-    """Read the headers of a folder.
+    """Read the headers of the DICOM files in a folder.
 
     Returns:
         The CT slices, sorted by file name; the number of files left out, by reason; the names of damaged files.
@@ -199,7 +202,7 @@ def read_headers(folder: Path) -> tuple[list[tuple[Path, Dataset]], Counter, lis
 
 
 def find_slice_folders(folder: Path, most: int = 6) -> list[str]:
-    """The first subfolders, at most ``most``, that contain DICOM files, as paths relative to ``folder``."""
+    """Return up to ``most`` subfolders that contain DICOM files, as paths relative to ``folder``."""
     found = []
     with catch_read_errors(folder):
         for below in sorted(path for path in folder.rglob("*") if path.is_dir()):
@@ -211,7 +214,7 @@ def find_slice_folders(folder: Path, most: int = 6) -> list[str]:
 
 
 def _has_dicom(folder: Path) -> bool:
-    """Whether a folder itself contains a DICOM file."""
+    """Return whether a folder itself, not a subfolder, contains a DICOM file."""
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR":
             with open(path, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Position of DICOM slices: check that every slice lies within 0.1 mm of its position in one volume."""
+"""Sort DICOM slices, and check that every slice lies within 0.1 mm of its position in one volume."""
 
 from collections import Counter
 from collections.abc import Hashable
@@ -12,8 +12,8 @@ from preprocess.reading.dicom_files import text
 from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
-ONE_PLACE = 0.2  # share of the usual step; slices closer than this count as two slices at one position
-DIGITS = 5  # decimals of a spacing in mm; decimal strings turn a spacing of 1 into 0.9999999
+ONE_PLACE = 0.2  # fraction of the usual step; two closer slices count as slices at the same position
+DIGITS = 5  # number of decimals of a spacing in mm; decimal strings in files turn a spacing of 1 into 0.9999999
 
 
 class Grid(NamedTuple):
@@ -51,7 +51,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
 
 
 def compute_middle_offset(values: np.ndarray) -> float:
-    """Distance from the first value to the middle of their range; 0 if they differ only by decimal rounding."""
+    """Return the distance from the first value to the middle of the range; 0 if values differ only by rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
@@ -68,7 +68,7 @@ def check_elements(frames: list[Frame], folder: Path) -> None:
             which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
             what = "pixel spacing" if name == "spacing" else name
             raise ScanError(
-                f"{folder}: {which} no {what} ({tag}), {without[0].name} being the first, so {lost} unknown; "
+                f"{folder}: {which} no {what} ({tag}; the first is {without[0].name}), so {lost} unknown; "
                 "anonymise or export the series again and keep this element"
             )
     for frame in frames:
@@ -82,7 +82,7 @@ def check_elements(frames: list[Frame], folder: Path) -> None:
 
 
 def find_typical_slice(frames: list[Frame]) -> Frame:
-    """A slice with the most common shape, orientation and spacing, to which all others are compared."""
+    """Return a slice with the most common shape, orientation and spacing, to which all others are compared."""
 
     def kind(frame: Frame) -> Hashable:
         return (frame.shape, *np.round(frame.orientation, 3) + 0.0, *np.round(frame.spacing, 3))
@@ -92,7 +92,7 @@ def find_typical_slice(frames: list[Frame]) -> Frame:
 
 
 def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors along rows and columns. Raises ScanError unless they are at right angles."""
+    """Return unit vectors along rows and columns. Raises ScanError unless the vectors are at right angles."""
     row, column = usual.orientation[:3], usual.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > 0.01:
@@ -111,7 +111,7 @@ def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_extent(frame: Frame) -> np.ndarray:
-    """Distance in mm from the first voxel to the last, along columns, then along rows (the order of ``spacing``)."""
+    """Return the lengths in mm from first to last voxel along columns and rows, in the order of ``spacing``."""
     return (np.array(frame.shape) - 1) * frame.spacing
 
 
@@ -141,7 +141,7 @@ def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
 
 
 def advise_on_odd_slice(frame: Frame, usual: Frame) -> str:
-    """Advice for a slice that differs from the others."""
+    """Return the advice for a slice that differs from the others."""
     if frame.traits["Plane"] != usual.traits["Plane"]:
         return "it may be a localizer: remove it from the folder"
     return "keep only the slices of one reconstruction in the folder"
@@ -174,7 +174,7 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
         raise ScanError(f"{folder} has slices in uneven steps: {where}; {_EVEN}")
     away = np.abs(heights - compute_even_values(heights))
     if away.max() > PLACE:
-        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the step drifts slowly
+        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the step size drifts slowly
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
             f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name}"
@@ -186,9 +186,10 @@ _EVEN = "reconstruct the scan with even steps, or keep only slices with one step
 
 
 def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
-    """Start and length in mm of the evenly spaced values nearest to ``values``.
+    """Return the start and length in mm of the evenly spaced values nearest to ``values``.
 
-    Positions rounded to 0.1 mm may need a fit. For all others the ends are used, which keeps the digits in the file.
+    Uneven positions, for example after rounding to 0.1 mm, need a fit. Otherwise the first and last position are used,
+    which preserves the digits in the file.
     """
     along = np.linspace(0, 1, len(values))
     start, length = float(values[0]), float(values[-1] - values[0])
@@ -198,7 +199,7 @@ def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
 
 
 def compute_even_values(values: np.ndarray) -> np.ndarray:
-    """The evenly spaced values nearest to ``values``."""
+    """Return the evenly spaced values nearest to ``values``."""
     start, length = fit_even_steps(values)
     return start + length * np.linspace(0, 1, len(values))
 
@@ -220,7 +221,7 @@ def check_sideways_jumps(frames: list[Frame], places: np.ndarray, plane: np.ndar
 
 
 def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folder: Path) -> None:
-    """Raise ScanError unless the line through the slices is perpendicular to them; a tilted gantry shears the stack."""
+    """Raise ScanError unless the slices are stacked perpendicular to their plane; a tilted gantry shears the stack."""
     whole = (places[-1] - places[0]) @ axes  # along rows, columns, normal
     off = float(np.hypot(*whole[:2]))
     if off <= PLACE:
@@ -229,7 +230,7 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
-        f": from {frames[1].name} on, each is shifted from the one before, {off:.1f} mm by the last one. Use a copy "
+        f": from {frames[1].name} on, each is shifted from the previous slice, in total by {off:.1f} mm. Use a copy "
         "resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
     )
 

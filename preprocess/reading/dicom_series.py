@@ -1,4 +1,4 @@
-"""Group the slices of a folder into volumes: by series, and within a series UID that mixes several volumes."""
+"""Group the slices of a folder into volumes, by series UID and, if one UID mixes volumes, by further elements."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, t
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
-# DICOM element -> its name in messages. Under one SeriesInstanceUID, slices at the same position that differ in one of
-# these belong to different volumes. Acquisitions stacked along z, as from sequential scanners, are one volume.
+# DICOM element -> its name in messages. Slices with the same SeriesInstanceUID and position belong to different volumes
+# if they differ in one of these elements. Acquisitions stacked along z, as from sequential scanners, are one volume.
 MIXED = {
     "StudyInstanceUID": "study",
     "ConvolutionKernel": "kernel",
@@ -34,9 +34,9 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
-# Scanners may also change these between slices of one volume. They separate volumes only if each is evenly spaced.
+# Scanners may also change these elements within one volume. They separate volumes only if each is evenly spaced.
 LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
-NONE = "none"  # stands for a missing trait, in messages and in the table
+NONE = "none"  # name of a missing trait, in messages and in the input table
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Frame:
 
     path: Path
     index: int  # frame number in the file, from 0
-    header: Dataset  # of the file
+    header: Dataset  # header of the file
     position: np.ndarray | None  # centre of the first voxel, LPS in mm
     orientation: np.ndarray | None  # direction of the rows, then of the columns
     spacing: np.ndarray | None  # mm between rows, then between columns
@@ -54,18 +54,18 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """The slice's name in messages."""
+        """Return the slice's name in messages."""
         many = text(self.header, "NumberOfFrames") not in ("", "1")
         return f"{self.path.name}, frame {self.index + 1}" if many else self.path.name
 
     @property
     def normal(self) -> np.ndarray | None:
-        """Normal of the slice; None without an orientation."""
+        """Return the normal of the slice; None without an orientation."""
         return None if self.orientation is None else np.cross(self.orientation[:3], self.orientation[3:])
 
 
 def read_frames(path: Path, header: Dataset) -> list[Frame]:
-    """The slices of a file. Raises ScanError for values that are not numbers."""
+    """Return the slices of a file. Raises ScanError for values that are not numbers."""
     shape = tuple(int(text(header, name) or 0) for name in ("Rows", "Columns"))
     count = int(text(header, "NumberOfFrames") or 1)
     if text(header, "SOPClassUID") in ENHANCED or "PerFrameFunctionalGroupsSequence" in header:
@@ -78,7 +78,7 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
         groups = [(header,)] * count
 
     def inside(group: tuple[Dataset, ...], sequence: str) -> Dataset:
-        """The item with a value: the frame's, the one shared by all frames, or the file's header."""
+        """Return the item with a sequence's values: of the frame, shared by all frames, or the file's header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
@@ -112,7 +112,7 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
 
 
 def normalize_number(value: str) -> str:
-    """A number in its shortest form, so that 120.0 equals 120; other text unchanged."""
+    """Return a number in its shortest form, so that 120.0 equals 120; return other text unchanged."""
     try:
         return f"{float(value):g}"
     except ValueError:
@@ -124,32 +124,32 @@ class Candidate:
     """Slices that may be one volume."""
 
     frames: list[Frame]
-    apart: list[str] = field(default_factory=list)  # elements in MIXED that separate it from others of its series
+    apart: list[str] = field(default_factory=list)  # elements in MIXED by which the series was split
 
     def trait(self, name: str) -> str:
-        """The value of an element in MIXED, taken from the first slice; ``""`` if there is none."""
+        """Return the first slice's value of an element in MIXED; ``""`` for a missing element."""
         return self.frames[0].traits.get(name, "")
 
     @property
     def uid(self) -> str:
-        """The SeriesInstanceUID."""
+        """Return the SeriesInstanceUID."""
         return text(self.frames[0].header, "SeriesInstanceUID")
 
     @cached_property
     def extent(self) -> float:
-        """Length in mm along the slices' normal; 0 if a position is missing."""
+        """Return the length in mm along the slices' normal; 0 if a position is missing."""
         return float(np.ptp(compute_heights(self.frames))) if have_positions(self.frames) else 0.0
 
     @property
     def names(self) -> list[str]:
-        """The names that may select it in the table."""
+        """Return the names that may select this candidate in the input table."""
         own = [self.uid, self.trait("SeriesNumber"), self.trait("SeriesDescription"), self.trait("ConvolutionKernel")]
         for name in self.apart:
             own += [self.trait(name), f"{MIXED[name]} {self.trait(name) or NONE}"]
         return [name.strip().lower() for name in own if name]
 
     def matches_name(self, series: str) -> bool:
-        """Whether ``series`` is one of its names, or several of them separated by semicolons."""
+        """Return whether ``series`` is one name of this candidate, or several names separated by semicolons."""
         return all(part.strip().lower() in self.names for part in series.split(";")) or series.lower() in self.names
 
     def __str__(self) -> str:
@@ -168,21 +168,21 @@ class Candidate:
 
 
 def have_positions(frames: list[Frame]) -> bool:
-    """Whether every slice has a position and an orientation."""
+    """Return whether every slice has a position and an orientation."""
     return all(frame.position is not None and frame.normal is not None for frame in frames)
 
 
 def compute_heights(frames: list[Frame]) -> np.ndarray:
-    """Positions of the slices along the normal of the first one, in mm."""
+    """Return the positions of the slices along the normal of the first slice, in mm."""
     return np.array([frame.position @ frames[0].normal for frame in frames])
 
 
 def do_overlap(groups: list[list[Frame]]) -> bool:
-    """Whether two groups, each of at least two slices, overlap by more than half of the shorter one's length."""
+    """Return whether two groups of two or more slices overlap by more than half of the shorter group's length."""
     normal = groups[0][0].normal
     for first, second in combinations([group for group in groups if len(group) > 1], 2):
         if abs(first[0].normal @ second[0].normal) < 0.9:
-            return True  # axial and coronal, for example
+            return True  # for example an axial and a coronal group
         low, high = zip(*((min(at), max(at)) for at in ([f.position @ normal for f in g] for g in (first, second))))
         shorter = min(high[0] - low[0], high[1] - low[1])
         if min(high) - max(low) > 0.5 * shorter:
@@ -191,7 +191,7 @@ def do_overlap(groups: list[list[Frame]]) -> bool:
 
 
 def are_evenly_spaced(parts: list[list[Frame]]) -> bool:
-    """Whether each part by itself is evenly spaced."""
+    """Return whether the slices of each part are evenly spaced."""
     heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
@@ -226,12 +226,12 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
 
     Args:
         found: at least one candidate.
-        series: the name in the table; ``""`` if the table has none.
-        folder: the folder named in errors.
-        others: numbers of files left out, by reason; slices of further candidates are added.
+        series: the series named in the input table; ``""`` if the table names no series.
+        folder: the folder, for error messages.
+        others: numbers of files left out, by reason; this function adds the slices of the other candidates.
 
     Raises:
-        ScanError: several candidates match, or none has the name. The message lists them.
+        ScanError: several candidates match, or no candidate has this name. The message lists the candidates.
     """
     advice = (
         "select one in a column `series` of the table by its number, description, kernel or UID, or by several "
@@ -247,7 +247,7 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
             )
         return called[0]
     kept = found
-    for of_a_chest in (  # each is applied only if some candidates remain
+    for of_a_chest in (  # a condition applies only if some candidates meet it
         lambda one: not is_capture(one.frames[0].header),
         lambda one: one.extent >= MIN_EXTENT,
     ):
@@ -266,7 +266,7 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
 
 
 def describe_mixture(kept: list[Candidate]) -> str:
-    """Phrase for a message about several candidates: several series, or one series that mixes volumes."""
+    """Return how a message describes several candidates: as several series, or one series that mixes volumes."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"
     names = {name: [one.trait(name) or NONE for one in kept] for name in kept[0].apart}

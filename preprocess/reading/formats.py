@@ -8,7 +8,7 @@ from pathlib import Path
 from preprocess.reading import ScanError
 
 GZIP = b"\x1f\x8b"
-HEAD = 544  # bytes; the longest header that is inspected is NIfTI-2's, with its end marker
+HEAD = 544  # bytes read from a file; enough for the longest header, NIfTI-2 with its end marker
 
 NIFTI_NAME = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 NAMES = {  # file names by which ITK selects its reader
@@ -35,7 +35,7 @@ STRANGERS = {  # first bytes of files that are often mistaken for scans, and the
 
 
 def read_head(path: Path) -> tuple[bytes, bool]:
-    """The first bytes of a file after unpacking, or ``b""`` if unpacking fails, and whether the file is gzip."""
+    """Return the first bytes of a file after unpacking (``b""`` if this fails), and whether the file is gzip."""
     with open(path, "rb") as stream:
         head = stream.read(HEAD)
     if head[:2] != GZIP:
@@ -48,12 +48,12 @@ def read_head(path: Path) -> tuple[bytes, bool]:
 
 
 def detect_format(head: bytes) -> str:
-    """The format: ``DICOM``, ``NIfTI``, ``NRRD``, ``MetaImage``, or ``""`` for anything else."""
+    """Return the format: ``DICOM``, ``NIfTI``, ``NRRD``, ``MetaImage``, or ``""`` for any other format."""
     if is_dicom(head):
         return "DICOM"
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     if (348 in sizes and len(head) >= 348) or (540 in sizes and head[4:7] in (b"n+2", b"ni2")):
-        return "NIfTI"  # this includes ANALYZE 7.5, which has no marker
+        return "NIfTI"  # ANALYZE 7.5 has no marker and counts as NIfTI
     if head[:4] == b"NRRD":
         return "NRRD"
     if re.match(rb"\s*(ObjectType|NDims|Comment|AcquisitionDate)\s*=", head):
@@ -62,12 +62,12 @@ def detect_format(head: bytes) -> str:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether the bytes are DICOM: with a preamble, or, from older software, starting with group 0002 or 0008."""
+    """Return whether a file's first bytes are DICOM: a preamble or, from older software, group 0002 or 0008."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\x08\x00", b"\x02\x00") and head[3:4] == b"\x00")
 
 
 def check_name(path: Path, kind: str, packed: bool) -> None:
-    """Raise ScanError if ITK cannot select a reader by the file's name. The message gives a name that works."""
+    """Raise ScanError if ITK cannot select a reader by the file's name. The message suggests a name."""
     if not kind or kind == "DICOM":
         return
     suffix = SUFFIX[kind] + (".gz" if packed else "")
@@ -80,11 +80,11 @@ def check_name(path: Path, kind: str, packed: bool) -> None:
             raise ScanError(
                 f"{path} is compressed with gzip, but its name does not end in .gz; rename it to {path.name}.gz"
             )
-        raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not read; unpack it with gunzip")
+        raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not supported; unpack it with gunzip")
 
 
 def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:
-    """Raise ScanError with advice for a file that cannot be a scan. ITK may still read other unknown files."""
+    """Raise ScanError with advice for a file that cannot be a scan. Other unknown formats are left to ITK."""
     if not head and not packed:
         raise ScanError(f"{path} is empty (0 bytes); copy it again")
     for start, words in STRANGERS.items():
@@ -95,7 +95,9 @@ def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:
 
 
 def count_unpacked_bytes(path: Path) -> int:
-    """Bytes in a file. A gzip file is unpacked and its checksum is checked (about 5 ms/MB, once per stage).
+    """Return the size of a file in bytes, for a gzip file after unpacking it and verifying its checksum.
+
+    Unpacking takes about 5 ms/MB, once per stage.
 
     Raises:
         ScanError: the gzip stream is cut short or damaged.

@@ -31,7 +31,7 @@ class _Listener(sitk.LoggerBase):
 
 
 def shorten_warning(warning: str) -> str:
-    """ITK's warning without its prefix: source file, line and object address."""
+    """Return an ITK warning without its prefix (source file, line and object address)."""
     text = " ".join(warning.split())
     text = re.sub(r"^WARNING: In \S+, line \d+ ", "", text)
     return "ITK: " + re.sub(r"^\S+ \(0x[0-9a-f]+\): ", "", text)
@@ -39,9 +39,9 @@ def shorten_warning(warning: str) -> str:
 
 @contextlib.contextmanager
 def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
-    """Run a read with ITK. Its multi-line errors become one line with the file's name; its warnings go to ``warnings``.
+    """Reduce ITK's errors in this block to one line with the file's name, and add ITK's warnings to ``warnings``.
 
-    The logger and the warning switch belong to the whole process. Both are restored afterwards.
+    ITK's logger and warning switch are global to the process. This function restores them afterwards.
 
     Raises:
         ScanError: ITK cannot read the file.
@@ -51,7 +51,7 @@ def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[Non
     sitk.ProcessObject.SetGlobalWarningDisplay(True)
     try:
         yield
-    except (RuntimeError, UnicodeDecodeError) as error:  # UnicodeDecodeError if ITK's message quotes the file
+    except (RuntimeError, UnicodeDecodeError) as error:  # ITK's message may quote bytes that are not UTF-8
         reason = shorten_error(str(error)).replace(f"{path} ", "it ")
         raise ScanError(f"{path} cannot be read as {what}: {reason}") from error
     finally:
@@ -62,10 +62,10 @@ def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[Non
 
 
 def shorten_error(text: str) -> str:
-    """The reason in an error message of ITK, as one line."""
+    """Return the reason in an error message of ITK, as one line."""
     if "Unable to determine ImageIO reader" in text:
         return "its content is not NIfTI, NRRD or MetaImage; it is damaged or another kind of file"
-    # The last line of this message of ITK comes from errno and is unrelated to the cause.
+    # The last line of this ITK message comes from errno and is unrelated to the cause.
     if "MetaImageIO" in text and "File cannot be read" in text:
         return "its data are cut short, or the data file named in its header is missing; copy both again"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -77,35 +77,35 @@ def shorten_error(text: str) -> str:
 
 
 def compute_affine(image: sitk.Image) -> np.ndarray:
-    """The affine (3, 4) from voxel indices (x, y, z) to LPS in mm."""
+    """Return the affine (3, 4) from voxel indices (x, y, z) to LPS in mm."""
     directions = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     return np.column_stack([directions, image.GetOrigin()])
 
 
 def corners(size: tuple[int, ...]) -> np.ndarray:
-    """Homogeneous indices (8, 4), each (x, y, z, 1), of a volume's corner voxels."""
+    """Return the homogeneous indices (8, 4), each (x, y, z, 1), of a volume's corner voxels."""
     return np.array([(*index, 1.0) for index in product(*((0, count - 1) for count in size))])
 
 
 def apart(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
-    """Largest distance in mm between the positions that two affines (3, 4) give a voxel; it occurs at a corner."""
+    """Return the largest distance in mm between a voxel's positions under two affines (3, 4), found at a corner."""
     return float(np.linalg.norm(corners(size) @ (first - second).T, axis=1).max())
 
 
 def straighten_axes(affine: np.ndarray) -> np.ndarray:
-    """The nearest affine (3, 4) with axes at right angles and the same voxel sizes."""
+    """Return the nearest affine (3, 4) with axes at right angles and the same voxel sizes."""
     sizes = np.linalg.norm(affine[:, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:, :3] / sizes)
     return np.column_stack([left @ right * sizes, affine[:, 3]])
 
 
 def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> None:
-    """Raise ScanError unless the axes are at right angles, to 0.1 mm at the volume's corners.
+    """Raise ScanError unless the axes are at right angles, within 0.1 mm at the volume's corners.
 
     Args:
         affine: (3, 4), from voxel indices to mm.
         size: voxels along (x, y, z).
-        name: the header that contains the affine, for the error.
+        name: name of the header with the affine, for the error message.
     """
     axes = affine[:, :3]
     if not np.isfinite(affine).all() or (np.linalg.norm(axes, axis=0) == 0).any():
@@ -122,6 +122,6 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
     angle = np.rad2deg(np.arcsin(min(1.0, cosine)))
     raise ScanError(
         f"{name} has sheared axes ({'xyz'[pair[0]]} and {'xyz'[pair[1]]}, {angle:.1f} degrees off a right angle; "
-        f"tilted gantry?), so voxels would lie up to {off:.1f} mm off. Use a copy resampled to a rectangular "
+        f"tilted gantry?), so voxels would be displaced by up to {off:.1f} mm. Use a copy resampled to a rectangular "
         "grid (dcm2niix writes one whose name ends in _Tilt)"
     )

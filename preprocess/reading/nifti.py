@@ -1,8 +1,9 @@
 """Read and check NIfTI headers, which give the voxel positions twice and may contradict themselves.
 
 Two fields map voxel indices to RAS in mm (LPS with x and y negated). The sform is an affine; the qform is a rotation
-with the voxel sizes. Each has a code, and code 0 means that it is not set. ITK silently chooses one and exposes
-only the result, so the header is read here by the standard's offsets.
+with the voxel sizes. Each field has a code, and code 0 means that the
+field is not set. ITK silently chooses one of the two fields
+and exposes only the result. This module therefore reads the header itself, at the standard's offsets.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from preprocess.reading.itk import PLACE, apart, check_right_angles
 # certainly a contradiction.
 CONTRADICTION = 1.0  # mm
 LPS = np.diag([-1.0, -1.0, 1.0])  # converts RAS to LPS
-SINGLE_OFFSET = 352  # bytes: the header, and four that mark extensions
+SINGLE_OFFSET = 352  # 348 bytes of header, and 4 bytes that mark extensions
 UNITS = {1: "metres", 3: "micrometres"}  # xyzt_units; 2 means millimetres, and 0 (unknown) is read as millimetres
 
 FIELDS = {  # field name: offset in bytes, and type
@@ -44,18 +45,18 @@ class Header(NamedTuple):
     """The fields of a NIfTI header that are used here."""
 
     size: tuple[int, ...]  # voxels along (x, y, z)
-    sform: np.ndarray | None  # (3, 4) affine from voxel index to LPS in mm; None if its code is 0
+    sform: np.ndarray | None  # (3, 4) affine from voxel index to LPS in mm; None if the sform's code is 0
     qform: np.ndarray | None
     units: int
     bytes: float  # expected size of the data file
-    analyze: bool  # whether it is ANALYZE, which has neither form
+    analyze: bool  # whether the file is ANALYZE, which has neither sform nor qform
     voxel: tuple[float, ...]  # voxel sizes along (x, y, z), from pixdim
     offset: float  # offset of the voxels in the data file, from vox_offset
     single: bool  # whether header and voxels share one file
 
 
 def read_header(path: Path) -> Header | None:
-    """Read the header of a NIfTI-1 or ANALYZE file; None if there is none. Raises ScanError for NIfTI-2."""
+    """Read the header of a NIfTI-1 or ANALYZE file; return None for other files. Raises ScanError for NIfTI-2."""
     head, _ = read_head(path)
     orders = [order for order in "<>" if len(head) >= 348 and np.frombuffer(head, f"{order}i4", 1)[0] in (348, 540)]
     if not orders:
@@ -85,7 +86,7 @@ def read_header(path: Path) -> Header | None:
 
 
 def compute_qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray) -> np.ndarray:
-    """The affine (3, 4) from voxel index to RAS, as in the standard's nifti_quatern_to_mat44."""
+    """Return the qform's affine (3, 4) from voxel index to RAS, as nifti_quatern_to_mat44 of the standard does."""
     b, c, d = quaternion
     a = 1 - quaternion @ quaternion
     if a < 1e-7:
@@ -103,7 +104,7 @@ def compute_qform(quaternion: np.ndarray, offset: np.ndarray, pixdim: np.ndarray
 
 
 def find_header_file(path: Path) -> Path:
-    """The file with the header: ``path`` itself, or the .hdr next to ``path`` if ``path`` is an .img."""
+    """Return the file with the header: the .hdr file next to an .img file, else ``path`` itself."""
     pair = re.sub(r"\.img(\.gz)?$", ".hdr", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
@@ -115,8 +116,8 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 def alone(path: Path) -> Iterator[Path]:
     """Yield a path that makes ITK read exactly this file.
 
-    If ct.nii exists, ITK silently reads it in place of ct.nii.gz. A file with such a twin, or with capitals in its
-    suffix, is therefore read through a link in an empty folder.
+    If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If such a second file exists, or if the suffix has
+    capitals, the path is therefore a link in an empty folder.
     """
     ending = NIFTI_NAME.search(path.name) or ONE_PIECE.search(path.name)
     if not ending:
@@ -136,13 +137,13 @@ def alone(path: Path) -> Iterator[Path]:
 
 
 def find_data_file(path: Path) -> Path:
-    """The file with the voxels: ``path`` itself, or the .img next to ``path`` if ``path`` is a .hdr."""
+    """Return the file with the voxels: the .img file next to a .hdr file, else ``path`` itself."""
     pair = re.sub(r"\.hdr(\.gz)?$", ".img", path.name)
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
 
 def check_sizes(path: Path, header: Header) -> None:
-    """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or places the voxels inside itself."""
+    """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or if the voxels overlap the header."""
     if header.sform is None and not all(np.isfinite(size) and size > 0 for size in header.voxel):
         sizes = " x ".join(f"{size:g}" for size in header.voxel)
         raise ScanError(
@@ -151,15 +152,15 @@ def check_sizes(path: Path, header: Header) -> None:
         )
     if header.single and header.offset < SINGLE_OFFSET:
         begins = count_unpacked_bytes(path) - (header.bytes - header.offset)
-        if begins != 348:  # ITK starts reading at this byte
+        if begins != 348:  # ITK reads the voxels from byte 348
             raise ScanError(
-                f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header; they belong at byte "
-                f"{SINGLE_OFFSET} of a single file: export it again"
+                f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header, but must begin at "
+                f"byte {SINGLE_OFFSET} or later; export the scan again"
             )
 
 
 def check_data_size(path: Path, header: Header) -> None:
-    """Raise ScanError if a NIfTI's data are cut short, which ITK silently fills with a constant."""
+    """Raise ScanError if a NIfTI's data are cut short; ITK silently fills missing voxels with a constant."""
     data = find_data_file(path)
     found = count_unpacked_bytes(data)
     if found < header.bytes:
@@ -175,7 +176,7 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
     if header.sform is None and header.qform is None:
         kind = "ANALYZE" if header.analyze else "codes of sform and qform are 0"
         warnings.append(f"the header does not give the patient's orientation ({kind}), so LPS is assumed; check the "
-                        "picture, because right and left or front and back may be exchanged")  # fmt: skip
+                        "picture, because right and left or front and back may be swapped")  # fmt: skip
         return
     for name, form in (("sform", header.sform), ("qform", header.qform)):
         if form is not None:
@@ -192,7 +193,7 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
 
 
 def check_affine(path: Path, header: Header, affine: np.ndarray) -> None:
-    """Raise ScanError if ITK's affine (3, 4) matches neither of the header's forms to 0.1 mm."""
+    """Raise ScanError if ITK's affine (3, 4) matches neither the header's sform nor its qform within 0.1 mm."""
     if header.units in UNITS:
         raise ScanError(
             f"{path}: its header gives lengths in {UNITS[header.units]} (xyzt_units {header.units}), which no scanner "

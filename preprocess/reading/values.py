@@ -1,7 +1,7 @@
 """Check that values are HU of a chest, by the positions of air and soft tissue in the histogram without padding.
 
-Padding fills the image outside the field of view with one exact value that reaches the image's faces. It is found
-first, because it would otherwise count as air or bone.
+Padding fills the image outside the field of view with one exact value that reaches the image's faces. Padding is found
+first, because padding would otherwise count as air or bone.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones a
 LOWEST_AIR = -1100  # HU; lowest value of air, including a scanner's offset; lower values are padding
 BRIGHT = 1500  # HU; a large uniform area at an image's face above this value is not a body
 SATURATED = 3071  # HU; highest 12-bit value: lower values can be bone or metal, higher ones are padding or metal
-SAMPLE = 3_000_000  # voxels; enough to locate the peaks
+SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
 
 
 # ------------------------------------------------------------ padding
 
 
 def keep_edge_parts(mask: np.ndarray) -> np.ndarray:
-    """The parts of a mask (z, y, x) that touch an edge of their z plane: a ring around the field, not metal inside."""
+    """Return the parts of a mask (z, y, x) at an edge of their slice: a ring around the field, not metal inside."""
     kept = np.zeros_like(mask)
     for plane, target in zip(mask, kept):
         if plane.all():
@@ -53,7 +53,7 @@ def fill_padding(
         values: (slices, rows, columns) in HU; changed in place if their type can hold -1024, otherwise copied.
         ranges: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
         where: the slices with this padding.
-        warnings: list to which a line is appended if the padding lies within or above the values of a body.
+        warnings: list to which a warning is appended if the padding value is in or above the range of a body.
 
     Returns:
         The values with air in place of padding.
@@ -62,12 +62,12 @@ def fill_padding(
         values = values.astype(np.int32)
     for low, high in ranges:
         if low >= LOWEST_AIR and high <= AIR_BELOW:
-            continue  # already air
+            continue  # this padding already counts as air
         part = values[where]
         mask = (part >= low - 0.01) & (part <= high + 0.01)
         if not mask.any():
             continue
-        if high >= LOWEST_AIR and low <= SATURATED:  # tissue can have this value too
+        if high >= LOWEST_AIR and low <= SATURATED:  # tissue can also have these values
             mask = keep_edge_parts(mask)
             if mask.mean() < 0.001:
                 continue
@@ -81,12 +81,12 @@ def fill_padding(
 
 
 def collect_face_values(values: np.ndarray) -> np.ndarray:
-    """The values on the six faces of a volume, as one array."""
+    """Return the values on the six faces of a volume, as one array."""
     return np.concatenate([face.ravel() for axis in range(3) for face in (values.take(0, axis), values.take(-1, axis))])
 
 
 def find_frequent_values(values: np.ndarray, share: float) -> np.ndarray:
-    """The values that occur exactly in at least ``share`` of the voxels."""
+    """Return the exact values that occur in at least a fraction ``share`` of the voxels."""
     found, counts = np.unique(values, return_counts=True)
     return found[counts >= share * values.size]
 
@@ -98,16 +98,16 @@ def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list
     found = [value for value in even if value > BRIGHT]
     ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
     sides = (values.take(end, axis) for axis in range(3) for end in (0, -1))
-    # Zeros may surround the image, or fill it up to a size, for example a multiple of 32. Then some faces are all 0.
+    # Zeros may surround the image, or pad it to a size such as a multiple of 32, so that some faces are all 0.
     if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
         mask = keep_edge_parts(values == value)
         if mask.mean() < 0.001:
-            continue  # bone or metal at a face
+            continue  # probably bone or metal at a face
         rest = values[~mask]
         if not value and ((rest > -200) & (rest < 300)).mean() < 0.01:
-            continue  # a water phantom that reaches its faces
+            continue  # a water phantom that reaches the image's faces
         values = np.where(mask, np.array(AIR, dtype=np.result_type(values.dtype, np.int16)), values)
         warnings.append(
             f"{mask.mean():.1%} of the voxels, at the image's faces, are {value:g}: this padding is treated as air"
@@ -122,14 +122,14 @@ class Peaks(NamedTuple):
     """Peaks of a volume's histogram, without padding."""
 
     places: list[float]  # positions of the peaks, HU, ascending
-    heights: list[float]  # smoothed share of the voxels per 10 HU
-    low: float  # share of the voxels below -700 HU, which may be air in a lung
+    heights: list[float]  # smoothed fraction of voxels per 10 HU
+    low: float  # fraction of voxels below -700 HU, which may be air in a lung
     sharp: bool  # whether the lowest peak is narrow, like noise around air and unlike lung
     padding: list[float]  # values that were excluded
 
 
 def find_peaks(values: np.ndarray) -> Peaks:
-    """Find the peaks of a volume's histogram, without possible padding: uniform low values at the faces."""
+    """Find the peaks of a volume's histogram, without possible padding (uniform low values at the faces)."""
     step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
     sample = values[::step, ::step, ::step]
     aside = [value for value in find_frequent_values(collect_face_values(values), 0.05) if value < AIR_BELOW]
@@ -142,7 +142,7 @@ def find_peaks(values: np.ndarray) -> Peaks:
         aside += [value for value in constant if value not in aside]
         kept &= ~np.isin(sample, constant)
     if (most := sample == sample.max()).mean() > 0.001:
-        kept &= ~most  # clipped values
+        kept &= ~most  # values clipped at the maximum
     rest = sample[kept]
     if rest.size < 0.01 * sample.size:
         return Peaks([], [], 0.0, False, aside)
@@ -151,8 +151,8 @@ def find_peaks(values: np.ndarray) -> Peaks:
     smooth = ndimage.gaussian_filter1d(counts, 2.0)
     middle = np.arange(-4000, 4000, width) + width / 2
     found: dict[float, float] = {}
-    # A peak falls by a fifth on both sides before a higher value follows; noise without peaks does not. The distance
-    # does not matter: in a noisy scan, fat and muscle form one hill of 250 HU.
+    # A peak falls by a fifth on both sides before a higher value follows; noise does not. The width of the peak does
+    # not matter: in a noisy scan, fat and muscle form one peak 250 HU wide.
     for at in signal.find_peaks(smooth, distance=10)[0]:
         near = counts[max(0, at - 6) : at + 7].sum()
         prominence = signal.peak_prominences(smooth, [at])[0][0]
@@ -164,9 +164,10 @@ def find_peaks(values: np.ndarray) -> Peaks:
 
 
 def is_narrow_peak(values: np.ndarray, place: float) -> bool:
-    """Whether a peak is as narrow as noise around one value (spread below 28 HU); lungs spread over at least 35 HU.
+    """Return whether a peak is as narrow as noise around one value.
 
-    A single exact value comes from a phantom and allows no conclusion, so it does not count as sharp.
+    Such noise spreads over less than 28 HU, lungs over at least 35 HU. A single exact value comes from a phantom and
+    does not count as a narrow peak.
     """
     near = values[np.abs(values - place) < 25]
     wide = (np.abs(values - place) < 75).sum()
@@ -176,7 +177,7 @@ def is_narrow_peak(values: np.ndarray, place: float) -> bool:
 
 
 def describe_wrong_peaks(peaks: Peaks) -> str:
-    """What is wrong with the positions of air and tissue; ``""`` if nothing is."""
+    """Return what is wrong with the positions of air and tissue in the histogram; ``""`` if both are normal."""
     if not peaks.places:
         return ""
     lowest = peaks.places[0]
@@ -184,7 +185,8 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
     beside = f" next to padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
     air = f"air is at about {lowest:.0f}{beside} instead of -1000"
     body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
-    # Fat is at -100 and muscle at 45; at least one of these peaks is tall. Dense lungs reach -450; bone peaks are low.
+    # Fat is at -100 HU and muscle at 45 HU; at least one of these peaks is tall. Dense lungs reach -450 HU; bone peaks
+    # are low.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))
     main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
@@ -205,14 +207,14 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
 def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | None = None) -> sitk.Image:
     """Check that values can be HU of a chest, and return them as int16, or as float32 if they have fractions.
 
-    Padding becomes -1024, so that interpolation does not ring at its edge. Padding is every value below -1500 HU, NaN,
-    and uniform areas at the faces that no body has. Noise around air is kept here, because patches are clipped at -1024
-    after resampling.
+    Padding becomes -1024, so that interpolation does not ring at the edge of the padding. Padding is every value below
+    -1500 HU, NaN, and uniform areas at the image's faces that cannot be a body. This function keeps noise around air,
+    because patches are clipped at -1024 after resampling.
 
     Args:
         image: a volume.
-        path: the file named in errors.
-        warnings: list to which a line is appended for each value treated as padding.
+        path: the file, for error messages.
+        warnings: list to which a warning is appended for each value treated as padding.
 
     Raises:
         ScanError: the values cannot be HU. The message gives the positions of the peaks and the usual cause.
@@ -243,7 +245,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     if wrong := describe_wrong_peaks(find_peaks(values)):
         raise ScanError(f"{seen}: not HU, {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
-        return image  # most scans: a copy would double their memory
+        return image  # true for most scans; a copy would double the memory
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
     result = np.empty(values.shape, np.int16 if whole else np.float32)
     for plane, target in zip(values, result):

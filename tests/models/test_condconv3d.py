@@ -93,7 +93,7 @@ def test_initial_bound_counts_the_output_channels():
 
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_blocks_must_divide_the_batch(blocks):
-    with pytest.raises(ValueError, match=f"{blocks} locations do not divide a batch of 4"):
+    with pytest.raises(ValueError, match=f"a batch of 4 samples cannot be divided evenly among {blocks} locations"):
         CondConv3D(1, 1, 3, 2, 1)(torch.zeros(4, 1, 5, 5, 5), torch.zeros(blocks, 3))
 
 

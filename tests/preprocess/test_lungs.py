@@ -47,11 +47,11 @@ def test_correct_lungs_pass_and_exchanged_lungs_do_not(orientation):
     assert check_lungs(mask, scan, "m.nii.gz") == []
     labels = sitk.GetArrayFromImage(mask)
     swapped = replace_values(mask, np.where(labels > 0, 3 - labels, 0).astype(np.uint8))
-    with pytest.raises(ScanError, match=r"m.nii.gz has right and left exchanged"):
+    with pytest.raises(ScanError, match=r"m.nii.gz has right and left swapped"):
         check_lungs(swapped, scan, "m.nii.gz")
 
 
-@pytest.mark.parametrize(("hu", "words"), [(20, "the left lung has a median of 20 HU, so it holds no air"), (-400, "")])
+@pytest.mark.parametrize(("hu", "words"), [(20, "left lung has a median of 20 HU, so it contains no air"), (-400, "")])
 def test_an_airless_lung_is_refused_and_a_dense_lung_is_a_warning(hu, words):
     mask, scan = make_lungs()
     values = sitk.GetArrayFromImage(scan)

@@ -75,7 +75,7 @@ class Parenchyma:
         widths = sorted({width for texture in TEXTURES for width in (texture.fine_mm, texture.coarse_mm)})
         self._fields = {width: gaussian_field(shape, sampling, width, rng) for width in widths}
         one, two = (gaussian_field(shape, sampling, _VESSEL_MM, rng) for _ in range(2))
-        self._off_axis = one**2 + two**2  # 0 along curves; these are the vessels
+        self._off_axis = one**2 + two**2  # this field is 0 along curves, which become the vessels
         self._region = smooth_field(shape, sampling, _REGION_MM, rng)
 
     def render(self, kind: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:

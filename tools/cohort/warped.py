@@ -88,7 +88,7 @@ def make_warped(
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
     planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
     drawn = draw_acquisition(rng)  # drawn even if unused, so that the subjects are the same as with many scanners
-    # The scan already has a kernel.
+    # A real scan already has the blur of a reconstruction kernel.
     acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)
     scan(warped, spacing, acquisition, rng)
     position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)

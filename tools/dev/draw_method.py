@@ -27,7 +27,7 @@ QUERY, NEIGHBOR, KEY, INK = "#1f77b4", "#2a9d4a", "#d1622b", "#222222"
 def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and neighbours of one subject, at ``location`` or at the location that shows most lung."""
     patches = np.stack([store.read(index, np.array([row]))[0] for index in range(store.num_locations)])
-    middle = patches[:, patches.shape[1] // 2]  # the slice that is drawn
+    middle = patches[:, patches.shape[1] // 2]  # draw the middle slice of each patch
     lung = ((middle > -1000) & (middle < -500)).mean(axis=(1, 2))
     neighbors = neighbor_table(store.locations, 2)
     shown = np.minimum(lung, lung[neighbors].min(axis=1))

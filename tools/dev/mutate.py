@@ -118,7 +118,7 @@ class Runner:
                 time.sleep(0.1)
             status = process.poll()
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also processes that a failed test left behind
+                os.killpg(process.pid, signal.SIGKILL)  # also kill processes that a failed test left behind
             process.wait()
             output.seek(0)
             return status, output.read()
@@ -132,7 +132,7 @@ class Runner:
                 raise UserError(
                     f"pytest cannot collect {test} without a mutation; fix the test file. {output.strip()[-400:]}"
                 )
-            self.flaky[test] = status not in (0, 4, 5)  # 4: the test has this id only with the mutation
+            self.flaky[test] = status not in (0, 4, 5)  # exit status 4: no test has this id without the mutation
             if self.flaky[test]:
                 print(f"{test} fails without a mutation and is ignored", flush=True)
         return self.flaky[test]
@@ -158,7 +158,7 @@ class Runner:
                 status, output = self.run_pytest(tree, [*kept, *flags, *deselected], until - time.monotonic())
                 path.write_bytes(original)
                 failure = FAILURE.search(output)
-                if status in (0, 5):  # 5: no tests to run
+                if status in (0, 5):  # exit status 5: pytest found no tests to run
                     break
                 if status is None and failure is None:
                     return "missed (limit)", ""

@@ -50,7 +50,7 @@ class Lab(NamedTuple):
         return PRECISIONS if self.on_gpu else ("float32",)
 
     def run(self, precision: str | None = None, **choices: Any) -> Run:
-        gc.collect()  # free reference cycles of the last run, with its CUDA graph and workers
+        gc.collect()  # free the CUDA graph and workers of the last run, held by reference cycles
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
     def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
