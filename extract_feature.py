@@ -52,7 +52,7 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.experiment import Experiment, collect_environment, describe_running_code
 from misc.files import (
     hash_file,
-    held,
+    hold_lock_or_raise,
     make_array_header,
     resume_folder,
     save_array,
@@ -61,10 +61,10 @@ from misc.files import (
     write_whole,
 )
 from misc.progress import add_progress_flag, progress_bar
-from models.checkpoint import build_query_encoder, check_sum, check_table, position, read_checkpoint
+from models.checkpoint import build_query_encoder, check_sha256, check_table, position, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
-from models.frozen import FrozenLocations, layer_width
+from models.frozen import FrozenLocations, count_layer_features
 
 MADE_BY = "features.json"  # file that records the checkpoint, the store and the settings of the features
 LAYERS = "layer_arr_patch_full.npy"
@@ -244,7 +244,7 @@ def write_features(
 # ============================================================ script
 
 
-def encode_share(
+def encode_own_pieces(
     args: argparse.Namespace, encoder: Encoder, store: PatchStore, folder: Path, pieces: list[Piece]
 ) -> None:
     """Encode this rank's pieces, except those that are already in the folder."""
@@ -279,7 +279,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     # -------------------------------------------------------- inputs
     experiment = Experiment(args.exp_name)
     checkpoint = experiment.find_checkpoint(args.checkpoint_patch)
-    check_sum(checkpoint, args.sha256)
+    check_sha256(checkpoint, args.sha256)
     content = read_checkpoint(checkpoint)
     encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
     root_dir = args.root_dir or experiment.root_dir()
@@ -300,21 +300,21 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         )
     made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
     process.check_agreement({**vars(args), **made_by, **describe_running_code()})
-    with held(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
+    with hold_lock_or_raise(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode
         folder, pieces = out_dir / ".pieces", list_pieces(store)
         if rank == 0:
             refuse_features_of_other_checkpoint(out_dir, made_by, say)
             resume_folder(folder, hash_inputs(checkpoint, store, args.amp, args.layers))
         process.barrier()
-        encode_share(args, encoder.to(device), store, folder, pieces)
+        encode_own_pieces(args, encoder.to(device), store, folder, pieces)
         process.wait_for_all()
 
         # ---------------------------------------------------- assemble
         if rank == 0:
             store.check_unchanged()
             (out_dir / MADE_BY).unlink(missing_ok=True)  # rewritten below, after all other files are complete
-            width = layer_width(encoder) if args.layers else 0
+            width = count_layer_features(encoder) if args.layers else 0
             write_features(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
                 (out_dir / name).unlink(missing_ok=True)

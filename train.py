@@ -42,7 +42,7 @@ from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.similarity import read_similarity
 from data.store import PatchStore
-from data.views import StepDraws, StepViews, grid_of_views
+from data.views import StepDraws, StepViews, draw_view_grid
 from misc import process
 from misc.command import StopRequest, count_usable_cores, run
 from misc.experiment import Experiment, describe_running_code
@@ -54,7 +54,7 @@ from misc.run.saver import Saver
 from misc.run.watch import watch_steps
 from misc.sizes import choose_bn_groups, list_rank_groups
 from models.builder import DrasCLR
-from models.checkpoint import intact, read_config
+from models.checkpoint import verify_checkpoint, read_config
 from models.cnn3d import Encoder
 from models.fast.graph import RecordedStep, can_record
 from models.fast.memory import keep_freed_memory
@@ -154,7 +154,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     args.bn_groups = choose_bn_groups(args.bn_groups, args.batch_size, world)
     groups = list_rank_groups(args.bn_groups, rank, world)
     experiment = Experiment.named(args.exp_name)
-    resume = experiment.find_resume_checkpoint(args.resume, intact, say)
+    resume = experiment.find_resume_checkpoint(args.resume, verify_checkpoint, say)
 
     # -------------------------------------------------------- data
     # Read the checkpoint's settings before opening the data, because they determine whether neighbours are read.
@@ -236,7 +236,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
             step = advance(Inputs(*data.carrier(batch)), beta, last=done == len(sampler))
 
             meters.add(step.outcome.statistics)
-            log.advance(lambda step=step: grid_of_views(step.views))
+            log.advance(lambda step=step: draw_view_grid(step.views))
             if done % args.print_freq == 0 or done == len(sampler):
                 representation = process.all_gather_rows(step.outcome.representation)  # (world * B, rep_dim)
                 means = {**meters.read(), "effective_rank": effective_rank(representation)}

@@ -122,15 +122,15 @@ class PatchStore:
         grouped = set(self._stored)
         missing = [sid for sid in there if sid not in grouped]
         if missing:
-            yield f"{name_some(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
+            yield f"{summarize_sids(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
         gone = sorted(grouped.difference(there))
         if gone:
-            yield f"{name_some(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
+            yield f"{summarize_sids(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
         if self.layout.grouped_note.is_file():
             grouped_at = self.layout.grouped_note.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
             if newer and self.has_different_patch(newer[:COMPARED]):
-                changed = f"{name_some(newer)} in patch/ changed after grouping"
+                changed = f"{summarize_sids(newer)} in patch/ changed after grouping"
                 yield f"{changed}, but the old patches will be read; run {again}"
 
     def has_different_patch(self, sids: list[str]) -> bool:
@@ -215,7 +215,7 @@ class PatchStore:
         return np.stack([self._files[row].read_rows(np.array([location]))[0] for row in rows])
 
 
-def name_some(sids: list[str]) -> str:
+def summarize_sids(sids: list[str]) -> str:
     """Return the number of subjects and the first few names, for a message."""
     names = ", ".join(sids[:NAMED]) + (", ..." if len(sids) > NAMED else "")
     return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"

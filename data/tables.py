@@ -31,7 +31,7 @@ _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # number of columns that a message lists
 
 
-def list_some(columns: Sequence[str]) -> str:
+def summarize_columns(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else "")
 
 
@@ -76,7 +76,7 @@ def read_table(
     for name in required:
         if name not in table.columns:
             raise StoreError(
-                f"{path} has no column {name!r}; its columns are {list_some(table.columns)}"
+                f"{path} has no column {name!r}; its columns are {summarize_columns(table.columns)}"
                 f"{hint_missing_column(name, table.columns)}"
             )
     if table.empty:
@@ -104,7 +104,7 @@ def suggest_column(name: str, columns: Sequence[str]) -> str:
     """Return the end of a message on a missing column: the column with the most similar name, or a list of columns."""
     near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], 1, 0.5)
     meant = next((column for column in columns if near and column.lower() == near[0]), None)
-    return f"; did you mean {meant}?" if meant else f"; it has {list_some(columns)}"
+    return f"; did you mean {meant}?" if meant else f"; it has {summarize_columns(columns)}"
 
 
 def hint_missing_column(name: str, columns: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) ->
     return int(state[0] >> np.uint64(1)), int(state[1] >> np.uint64(1))
 
 
-def shift_to_zero(patches: torch.Tensor) -> torch.Tensor:
+def clip_and_shift_hu(patches: torch.Tensor) -> torch.Tensor:
     """Clip HU to [-1024, 240] and add 1024: the result is float32 in [0, 1264], the range used by augmentation."""
     return patches.to(torch.float32, copy=True).clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)  # the input stays unchanged
 
@@ -43,7 +43,7 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
     count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
     for out, piece in zip(x.split(count), patches.split(count)):
-        out.copy_(to_unit(shift_to_zero(piece)))
+        out.copy_(to_unit(clip_and_shift_hu(piece)))
     return x[:, None]
 
 
@@ -149,14 +149,14 @@ class StepViews:
             unpacked = self.augmentation.unpack(packed, size)
             return to_unit(self.augmentation.apply(volumes, unpacked, noise, self.dense))
 
-        shifted = shift_to_zero(patches)[:, None]  # (B, 1, 32, 32, 32)
+        shifted = clip_and_shift_hu(patches)[:, None]  # (B, 1, 32, 32, 32)
         views = augment(torch.cat([shifted, shifted]), draws[:2].flatten(0, 1))  # (2 B, 1, 32, 32, 32)
         if neighbors is not None:
-            neighbors = augment(shift_to_zero(neighbors), draws[2])  # (B, k, 32, 32, 32)
+            neighbors = augment(clip_and_shift_hu(neighbors), draws[2])  # (B, k, 32, 32, 32)
         return Views(views[:batch], views[batch:], neighbors)
 
 
-def grid_of_views(views: Views, subjects: int = 8) -> np.ndarray:
+def draw_view_grid(views: Views, subjects: int = 8) -> np.ndarray:
     """Draw the input of the encoders as a picture: one column per subject; rows are query, key and each neighbour.
 
     Args:

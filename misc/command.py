@@ -181,7 +181,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
             stream.reconfigure(errors="backslashreplace")
     if "RANK" not in os.environ:  # the launcher sends SIGTERM to a rank if another rank has failed and printed why
         for number in STOPPING:
-            if number != signal.SIGINT and heeded(number):
+            if number != signal.SIGINT and reacts_to_signal(number):
                 signal.signal(number, _stop)
     try:
         status = main() or 0
@@ -207,7 +207,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def heeded(number: int) -> bool:
+def reacts_to_signal(number: int) -> bool:
     """Return whether this process reacts to a signal. Under nohup, SIGHUP is ignored and must stay ignored."""
     return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
@@ -246,7 +246,7 @@ class StopRequest:
     def record_signals(self) -> None:
         """Start to record the signals."""
         for number in STOPPING:
-            if heeded(number):
+            if reacts_to_signal(number):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:

@@ -160,7 +160,7 @@ class Experiment:
             )
         return found
 
-    def set_aside_later(self, resumed: Path, epoch: int) -> list[str]:
+    def rename_later_checkpoints(self, resumed: Path, epoch: int) -> list[str]:
         """Rename the checkpoints in this folder with more training than ``resumed``, and return their old names.
 
         The resumed run will train these epochs again. --resume auto ignores the new names.

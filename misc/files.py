@@ -63,7 +63,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
 
 
 @contextlib.contextmanager
-def open_aside(path: str | os.PathLike) -> Iterator[Path]:
+def write_via_temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path with the same file name, for writers that open files themselves.
 
     The path is in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
@@ -226,7 +226,7 @@ def describe_process() -> str:
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def hold_lock_or_raise(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file during a block and remove it at the end.
 
     Args:
@@ -258,7 +258,7 @@ def held(path: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Wait for a lock file and hold it during a block. The file is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:

@@ -14,7 +14,7 @@ import numpy as np
 from misc.files import write_text
 
 
-def packed(array: np.ndarray) -> dict[str, Any]:
+def encode_array(array: np.ndarray) -> dict[str, Any]:
     """Encode an array for a page's script as base64 of little-endian numbers, a third of the size of JSON.
 
     ``unpack`` in misc/page.js decodes it to a typed array.

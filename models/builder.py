@@ -14,7 +14,7 @@ from torch import nn
 
 from misc import process
 from models.cnn3d import Encoder
-from models.probe import observe
+from models.probe import compute_step_statistics
 from models.queue import KeyQueues
 
 
@@ -25,7 +25,7 @@ class Step(NamedTuple):
     logits_ngb: torch.Tensor | None  # same shape as logits_pch; None without neighbours
     labels: torch.Tensor  # (B,), all zero: column 0 is the positive key
     representation: torch.Tensor  # (B, rep_dim), h of the patches, detached
-    statistics: dict[str, torch.Tensor]  # from models.probe.observe
+    statistics: dict[str, torch.Tensor]  # from models.probe.compute_step_statistics
 
 
 class DrasCLR(KeyQueues):
@@ -143,7 +143,7 @@ class DrasCLR(KeyQueues):
             if neighbors is not None:
                 queries.append(neighbors.sum(dim=1))  # (B, dim); its dot product with a key is a sum over neighbours
             logits = [similarity / self.T for similarity in self.compare(queries, keys, own, patch_idx, subjects)]
-            statistics = observe(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
+            statistics = compute_step_statistics(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
 
         self.enqueue(keys, patch_idx, None if subjects is None else process.all_gather_rows(subjects))

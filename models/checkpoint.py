@@ -69,7 +69,7 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     return content
 
 
-def check_sum(path: Path, wanted: str | None) -> None:
+def check_sha256(path: Path, wanted: str | None) -> None:
     """Raise CheckpointError if the SHA-256 of a file does not start with the digits in ``wanted``."""
     if not wanted:
         return
@@ -84,7 +84,7 @@ def check_sum(path: Path, wanted: str | None) -> None:
         )
 
 
-def progress(path: Path) -> tuple[int, int]:
+def read_progress(path: Path) -> tuple[int, int]:
     """Read the numbers of finished epochs and of finished steps in the next epoch. Raises CheckpointError."""
     content = read_checkpoint(path, tensors=False)
     return position(content, path)
@@ -95,12 +95,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_checkpoint(path, tensors=False).get("config") or {}
 
 
-def intact(path: Path) -> tuple[int, int]:
-    """Verify a checkpoint's checksums and return its :func:`progress`. Raises CheckpointError if the file is damaged.
+def verify_checkpoint(path: Path) -> tuple[int, int]:
+    """Verify a checkpoint's checksums and return its :func:`read_progress`. Raises CheckpointError if the file is damaged.
 
     torch.load does not verify checksums, so it would load changed tensor values without an error.
     """
-    place = progress(path)
+    place = read_progress(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             try:
@@ -204,7 +204,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
 LARGEST = 1e15  # largest valid value; sums of squares in BatchNorm must not overflow float32
 
 
-def first_unsound(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def find_unsound_tensor(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor with a value that is not finite or exceeds LARGEST, or None.
 
     The function synchronises with the device only once.
@@ -217,9 +217,9 @@ def first_unsound(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, good in zip(names, sound) if not good), None)
 
 
-def refuse_unsound(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
+def refuse_unsound_tensors(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
     """Raise CheckpointError if a tensor has a value that is not finite or exceeds LARGEST."""
-    unsound = first_unsound(tensors)
+    unsound = find_unsound_tensor(tensors)
     if unsound is not None:
         raise CheckpointError(
             f"{source} has values in {unsound} that are not finite or exceed {LARGEST:.0e}; use an earlier checkpoint"
@@ -302,7 +302,7 @@ def encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict
 def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
     """Build an encoder in eval mode with the sizes and weights of a checkpoint. Return the encoder and its sizes."""
     state = query_encoder_state(content, source)
-    refuse_unsound(state, source)
+    refuse_unsound_tensors(state, source)
     sizes = encoder_sizes(state, source)
     encoder = base_encoder(**{key: value for key, value in sizes.items() if key != "mlp"})
     if sizes["mlp"]:

@@ -50,7 +50,7 @@ class FrozenEncoder:
             layers: append the result of :func:`summarize` for every layer.
 
         Returns:
-            h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`layer_width`.
+            h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
         """
         encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare, layers), x)
         return self._encode(x, prepare, layers) if encoded is None else encoded
@@ -71,7 +71,7 @@ class FrozenEncoder:
         return torch.cat([x.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
 
 
-def layer_width(encoder: Encoder) -> int:
+def count_layer_features(encoder: Encoder) -> int:
     """Return W, the number of layer summaries per patch: a mean and an SD for each channel of each layer."""
     return sum(2 * conv.out_channels for conv, _ in encoder.layers())
 
@@ -89,7 +89,7 @@ def summarize(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_each(
+def encode_patch_per_location(
     encoder: Encoder,
     x: torch.Tensor,
     locs: torch.Tensor,

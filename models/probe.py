@@ -9,7 +9,7 @@ STATISTICS = ("accuracy_fresh", "alignment", "uniformity", "queue_own", "queue_a
 
 
 @torch.no_grad()
-def observe(
+def compute_step_statistics(
     query: torch.Tensor,
     keys: torch.Tensor,
     own: torch.Tensor,

@@ -13,14 +13,14 @@ from models.checkpoint import (
     add_module,
     check_table,
     encoder_sizes,
-    first_unsound,
+    find_unsound_tensor,
     load_optimizer,
     load_strict,
     optimizer_state,
     position,
     query_encoder_state,
     read_checkpoint,
-    refuse_unsound,
+    refuse_unsound_tensors,
     save_checkpoint,
     strip_module,
 )
@@ -84,14 +84,14 @@ class TrainingState:
 
     def save_aside(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
         """Copy the state to host memory and return a function that writes the copy. Raises DivergedError."""
-        copied = on_host(self._collect_content(epoch, step, sums))
+        copied = copy_to_host(self._collect_content(epoch, step, sums))
         return lambda: save_checkpoint(path, copied)
 
     def _collect_content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
         weights, optimizer = add_module(self.model.state_dict()), optimizer_state(self.optimizer)
         kept = {f"optimizer {i} {k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
         tensors = {name: value for name, value in {**weights, **kept}.items() if isinstance(value, torch.Tensor)}
-        unsound = first_unsound(tensors)
+        unsound = find_unsound_tensor(tensors)
         if unsound is not None:
             where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
             raise DivergedError(f"the state is not finite at {where} (in {unsound}), so it is not saved")
@@ -124,7 +124,7 @@ class TrainingState:
         table, root = settings.get("location_table", ""), settings.get("root_dir", "")
         note = check_table(content, path, self.model.num_locs, table, root)
         load_strict(self.model, state, path)
-        refuse_unsound(self.model.state_dict(), path)
+        refuse_unsound_tensors(self.model.state_dict(), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
         if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
@@ -143,13 +143,13 @@ class TrainingState:
         return Restored(epoch, step, sums, config, note)
 
 
-def on_host(value: Any) -> Any:
+def copy_to_host(value: Any) -> Any:
     """Copy nested lists and dicts of tensors and plain values to host memory. Tensors keep their strides."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: on_host(entry) for key, entry in value.items()}
-    return [on_host(entry) for entry in value] if isinstance(value, list) else value
+        return {key: copy_to_host(entry) for key, entry in value.items()}
+    return [copy_to_host(entry) for entry in value] if isinstance(value, list) else value
 
 
 def start_from(model: nn.Module, path: Path) -> Started:
@@ -164,7 +164,7 @@ def start_from(model: nn.Module, path: Path) -> Started:
     """
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)
-    refuse_unsound(state, path)
+    refuse_unsound_tensors(state, path)
     own = model.encoder_q.state_dict()
     refuse_other_encoder(path, encoder_sizes(state, path), encoder_sizes(own, "this run"))
     projection, own_projection = (

@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.command import UserError
-from misc.files import open_aside
+from misc.files import write_via_temporary_path
 from preprocess.reading import ScanError
 from preprocess.reading.nifti import check_data_size, read_header
 from preprocess.scan import AIR
@@ -113,7 +113,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
     Raises:
         UserError: the file is incomplete.
     """
-    with open_aside(path) as aside:
+    with write_via_temporary_path(path) as aside:
         sitk.WriteImage(image, str(aside), useCompression=True)
         try:
             check_data_size(aside, read_header(aside))
@@ -123,7 +123,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
 
 def write_transform(transform: sitk.Transform, path: Path) -> None:
     """Write a transform file and read it again. Raises UserError if the file is incomplete."""
-    with open_aside(path) as aside:
+    with write_via_temporary_path(path) as aside:
         sitk.WriteTransform(transform, str(aside))
         try:
             written = sitk.ReadTransform(str(aside)).GetParameters()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout, load_locations, to_hu
 from data.tables import read_table
 from misc.command import run
-from misc.files import held, load_array, make_array_header, write_text
+from misc.files import hold_lock_or_raise, load_array, make_array_header, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.report import find_earlier_failures
 from preprocess.subjects import add_store, parse_flags
@@ -218,7 +218,7 @@ def group_all(args: argparse.Namespace) -> int:
     """Run the stage with its flags and return the exit status."""
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
-    with held(layout.grouping_lock, f"{layout.grouped_dir}, the output folder of group_patches.py,"):
+    with hold_lock_or_raise(layout.grouping_lock, f"{layout.grouped_dir}, the output folder of group_patches.py,"):
         return _group(args, layout, count)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.command import UserError
-from misc.files import locked, try_lock
+from misc.files import wait_for_lock, try_lock
 from preprocess import threshold
 from preprocess.scan import ScanError, check_extent
 
@@ -71,7 +71,7 @@ def reserve_gpu() -> Iterator[str | None]:
                 yield f"cuda:{number}"
                 return
         number = os.getpid() % count
-        with locked(_gpu_lock(number)):
+        with wait_for_lock(_gpu_lock(number)):
             yield f"cuda:{number}"
 
 

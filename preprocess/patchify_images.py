@@ -42,7 +42,7 @@ from preprocess.subjects import (
     parse_flags,
     read_subjects,
 )
-from preprocess.workers import Step, load_shared, run_steps
+from preprocess.workers import Step, load_scan_once, run_steps
 
 LUNG_BELOW = -500  # HU; upper limit of lung voxels, because chest wall and heart are denser
 FIGURES = (
@@ -127,7 +127,7 @@ def patchify(
     output.begin()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
-    cut = cut_scan(load_shared(subject).image, transform, atlas_image, table, patch_size)
+    cut = cut_scan(load_scan_once(subject).image, transform, atlas_image, table, patch_size)
     check_inside(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreLayout
-from misc.page import make_link, packed, write_page
+from misc.page import make_link, encode_array, write_page
 from misc.sizes import PATCH_SIZE
 from preprocess.report import read_previous_rows
 
@@ -117,10 +117,10 @@ def write_qc_page(root_dir: str | Path) -> Path:
         "sids": table["sid"].tolist(),
         "status": table["status"].tolist(),
         "reasons": judged["reasons"].tolist(),
-        "scores": packed(judged["score"].to_numpy(dtype=np.float32)),
-        "pictures": {"known": packed(pictures), "folder": make_link(layout.qc("x").parent, page)},
+        "scores": encode_array(judged["score"].to_numpy(dtype=np.float32)),
+        "pictures": {"known": encode_array(pictures), "folder": make_link(layout.qc("x").parent, page)},
         "figures": [
-            {"title": figure.title, "values": packed(table[figure.name].to_numpy(dtype=np.float32))}
+            {"title": figure.title, "values": encode_array(table[figure.name].to_numpy(dtype=np.float32))}
             for figure in FIGURES
         ],
         "strange": STRANGE,

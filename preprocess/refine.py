@@ -60,7 +60,7 @@ def _make_index_to_point(grid: sitk.Image) -> np.ndarray:
     return np.column_stack([matrix, grid.GetOrigin()])
 
 
-def make_points(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
+def make_atlas_points(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
     """Convert the atlas lungs to points about ``spacing`` mm apart."""
     shares, grid = average_shares(atlas, values, spacing)
     index = np.argwhere(shares.any(axis=-1))  # (P, 3)
@@ -154,12 +154,12 @@ def refine_affine(
 
     sampled = sample_mask(mask, mask_values, spacing)
     start = sitk.AffineTransform(transform)
-    coarse = make_points(atlas, atlas_values, spacing * LEVELS[0][0])
+    coarse = make_atlas_points(atlas, atlas_values, spacing * LEVELS[0][0])
     centre = coarse.places.mean(axis=0)
     shift = np.array(start.TransformPoint(centre.tolist())) - centre
     parameters = np.concatenate([np.array(start.GetMatrix()) * LENGTH, shift])
     for scale, iterations in LEVELS:
-        points = make_points(atlas, atlas_values, spacing * scale)
+        points = make_atlas_points(atlas, atlas_values, spacing * scale)
         options = dict(maxiter=iterations, ftol=TOLERANCE)
         parameters = minimize(soft_dice, parameters, (points, sampled, centre), "L-BFGS-B", jac=True, options=options).x
     found = sitk.AffineTransform(3)

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from data.layout import StoreLayout
-from misc.files import locked, write_text
+from misc.files import wait_for_lock, write_text
 
 STAGES = ("segment_lung", "register", "patchify_images")  # stages with a report, in the order of processing
 STAMPS = ("method", "atlas", "image_stamp")  # report columns that identify what an output was made from
@@ -46,13 +46,13 @@ def claim(layout: StoreLayout, script: str, sid: str) -> None:
     (folder / sid).touch()
 
 
-def unclaim(layout: StoreLayout, script: str, sids: list[str]) -> None:
+def remove_claim_files(layout: StoreLayout, script: str, sids: list[str]) -> None:
     """Remove the claim files of subjects that are now in the report."""
     for sid in sids:
         (layout.claims(script) / sid).unlink(missing_ok=True)
 
 
-def claimed(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
+def read_claimed_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     """Return, by sid, stamps that match no output, for subjects with a claim file from an interrupted run."""
     folder = layout.claims(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
@@ -67,7 +67,7 @@ def keep_stamps(row: dict[str, Any]) -> dict[str, Any]:
 def write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any]]) -> None:
     """Merge the rows of this run into the report; subjects not processed in this run keep their old rows."""
     path = layout.report(script)
-    with locked(layout.report_lock(script)):  # two runs with different tables may share a store
+    with wait_for_lock(layout.report_lock(script)):  # two runs with different tables may share a store
         merged = {**read_previous_rows(layout, script), **rows}
         table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # object keeps integers
         first = ["sid", "status", "seconds", "message"]

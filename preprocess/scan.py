@@ -74,16 +74,16 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
         check_data(path, kind)
         check_frame(path, kind, warnings)
     told: list[str] = []
-    with catch_itk_errors(path, "an image", told), nifti.alone(path) as only:
+    with catch_itk_errors(path, "an image", told), nifti.isolate_file(path) as only:
         image = sitk.ReadImage(str(only))
     warnings += told
-    image = _one_volume(image, path)
+    image = _drop_extra_axes(image, path)
     if header:
         nifti.check_affine(path, header, compute_affine(image))
     return image, {}
 
 
-def _one_volume(image: sitk.Image, path: Path) -> sitk.Image:
+def _drop_extra_axes(image: sitk.Image, path: Path) -> sitk.Image:
     """Drop extra axes of length 1. Raise ScanError unless the result is a single 3-D volume of scalars."""
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = sitk.Extract(image, [*image.GetSize()[:-1], 0])

@@ -33,7 +33,7 @@ from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.outputs import Output, file_stamp
 from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
 from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
-from preprocess.workers import Step, load_shared, run_steps
+from preprocess.workers import Step, load_scan_once, run_steps
 
 
 def segment(
@@ -51,7 +51,7 @@ def segment(
         figures = lung_volumes(mask, target)
         if output.ours:
             return {**figures, **output.earlier("air", *FACTS)}
-        scan = load_shared(subject)
+        scan = load_scan_once(subject)
         if not same_grid(mask, scan.image):
             raise ScanError(
                 f"{target} was not made by this script and is not on the grid of {subject.image}; remove or resample it"
@@ -61,7 +61,7 @@ def segment(
 
     output.keep(verify, overwrite)
     output.begin()
-    scan = load_shared(subject)
+    scan = load_scan_once(subject)
     mask = lung_mask(scan.image, method, weights, subject.image)
     facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)

@@ -17,7 +17,14 @@ from misc.command import UserError, count_usable_cores
 from misc.files import remove_leftovers
 from misc.progress import progress_bar
 from preprocess.outputs import FAILED_BEFORE, Skip, file_stamp
-from preprocess.report import claimed, find_earlier_failures, keep_stamps, read_previous_rows, unclaim, write_report
+from preprocess.report import (
+    read_claimed_stamps,
+    find_earlier_failures,
+    keep_stamps,
+    read_previous_rows,
+    remove_claim_files,
+    write_report,
+)
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
 from preprocess.subjects import Subject
 
@@ -55,7 +62,7 @@ class Record:
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
         self.before = read_previous_rows(layout, script)
-        for sid, stamps in claimed(layout, script).items():
+        for sid, stamps in read_claimed_stamps(layout, script).items():
             self.before[sid] = {**self.before.get(sid, {}), **stamps}
         self.rows: dict[str, Row] = {}
         self._unwritten: list[str] = []
@@ -67,7 +74,7 @@ class Record:
     def write(self) -> None:
         if self.rows:
             write_report(self.layout, self.script, self.rows)
-            unclaim(self.layout, self.script, self._unwritten)
+            remove_claim_files(self.layout, self.script, self._unwritten)
             self._unwritten.clear()
 
     def lost(self, sid: str, message: str) -> Row:
@@ -75,7 +82,7 @@ class Record:
 
         Output with a claim file was made by this stage. Other output may belong to the user.
         """
-        stamps = claimed(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
+        stamps = read_claimed_stamps(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
 
 
@@ -148,7 +155,7 @@ def _list_worst(rows: list[Row]) -> str:
     return ", ".join(f"{sid} {dice:.2f}" for dice, sid in sorted(told)[:WORST_SHOWN])
 
 
-def attempt(
+def run_step_or_record_error(
     work: Callable[..., dict], subject: Subject, previous: dict, threads: int, settings: dict
 ) -> dict[str, Any]:
     """Run one stage for one subject and return its report row; any error fails only this subject."""
@@ -184,7 +191,7 @@ def attempt(
     }
 
 
-def attempt_steps(
+def run_steps_or_record_errors(
     works: Sequence[tuple[Callable[..., dict], dict]],
     subject: Subject,
     previous: Sequence[dict],
@@ -199,7 +206,7 @@ def attempt_steps(
     try:
         for (work, settings), before in zip(works, previous):
             given = {**before, FAILED_BEFORE: failed} if failed else before
-            rows.append(attempt(work, subject, given, threads, settings))
+            rows.append(run_step_or_record_error(work, subject, given, threads, settings))
             if rows[-1]["status"] == "failed":
                 failed = failed or rows[-1]["message"]
         return rows
@@ -218,7 +225,7 @@ def _run_subjects(
     failed = find_earlier_failures(records[0].layout, records[0].script)
     for subject in subjects:
         before = _previous_rows(records, subject.sid)
-        yield attempt_steps(works, subject, before, count_usable_cores(), failed.get(subject.sid, ""))
+        yield run_steps_or_record_errors(works, subject, before, count_usable_cores(), failed.get(subject.sid, ""))
 
 
 def _previous_rows(records: list[Record], sid: str) -> list[dict[str, str]]:
@@ -333,7 +340,7 @@ def _ignore_signal(number: signal.Signals) -> Iterator[None]:
 _kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan, that of the current subject
 
 
-def load_shared(subject: Subject) -> Scan:
+def load_scan_once(subject: Subject) -> Scan:
     """Load the subject's scan, or return the one in memory if its file is unchanged. Raises ScanError."""
     key = (subject.image, subject.series, file_stamp(subject.image, subject.series))
     if key not in _kept:

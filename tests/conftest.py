@@ -22,7 +22,7 @@ from torch import nn
 from data.sampler import BatchIndex
 from data.views import StepDraws, StepViews
 from misc.command import STOPPING
-from misc.files import locked
+from misc.files import wait_for_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -209,7 +209,7 @@ def cohort(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # parallel test processes share one cohort
     folder.mkdir(exist_ok=True)
-    with locked(folder / "lock"):
+    with wait_for_lock(folder / "lock"):
         if not (folder / "made").exists():
             run_process("tools/make_cohort.py", "--out-dir", folder / "cohort", "--num-subjects", 6, "--num-workers", 2)
             run_process(

@@ -48,13 +48,13 @@ def readers() -> dict:
     from data.layout import load_locations
     from data.tables import read_table
     from misc.experiment import Experiment
-    from models.checkpoint import build_query_encoder, intact, position, read_checkpoint
+    from models.checkpoint import build_query_encoder, verify_checkpoint, position, read_checkpoint
     from models.cnn3d import Encoder
     from preprocess.atlas import read_affine
     from preprocess.scan import load_scan, read_mask
 
     def checkpoint(path):
-        intact(path)
+        verify_checkpoint(path)
         content = read_checkpoint(path)
         position(content, path)
         build_query_encoder(Encoder, content, path)

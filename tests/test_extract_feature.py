@@ -22,10 +22,10 @@ from data.views import to_input
 from misc import process
 from misc.command import run as run_command
 from misc.experiment import Experiment
-from misc.files import held
+from misc.files import hold_lock_or_raise
 from models import fast, frozen
 from models.builder import DrasCLR
-from models.checkpoint import add_module, check_sum, position, save_checkpoint
+from models.checkpoint import add_module, check_sha256, position, save_checkpoint
 from models.cnn3d import Encoder
 from models.frozen import FrozenEncoder
 
@@ -411,7 +411,7 @@ def test_non_finite_features_are_refused(small, tmp_path, run_here, monkeypatch)
 
 
 def test_two_extractions_into_one_folder(small, tmp_path, run_here):
-    with held(tmp_path / "o" / ".lock", "x"):
+    with hold_lock_or_raise(tmp_path / "o" / ".lock", "x"):
         holder = subprocess.Popen(
             [sys.executable, str(ROOT / "extract_feature.py"), *map(str, small)], stderr=subprocess.PIPE, text=True
         )
@@ -447,4 +447,4 @@ def test_a_checkpoint_with_another_checksum_is_refused(small, tmp_path, run_here
     assert not (tmp_path / "sum").exists()
     nonsense = run_here("extract_feature.py", *flags, "latest", cwd=tmp_path)
     assert nonsense.returncode == 2 and "8 to 64 hexadecimal digits" in nonsense.stderr
-    check_sum(path, digest.upper())
+    check_sha256(path, digest.upper())

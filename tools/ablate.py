@@ -1,18 +1,18 @@
-"""Measure what a part of the method contributes: train with and without it, and compare on held-out subjects.
+"""Measure what a part of the method contributes: train with and without that part, and compare on held-out subjects.
 
     python tools/ablate.py --out-dir ablation
     python tools/ablate.py --out-dir ablation --root-dir /data/patches --labels labels.csv --held-out test --seeds 5 \\
         --arms full no-neighbours --arm "cold=--moco-t 0.1" --epochs 8
 
-Each arm is trained once per seed, with the same recipe and budget, on the subjects that are not held out. Features are
-then extracted for all subjects. A ridge regression is fitted to the training subjects and evaluated on the held-out
-ones. A random encoder and the density and histogram baselines are evaluated for comparison. Without --root-dir the
-script first makes a synthetic cohort.
+Each arm is trained once per seed, with the same recipe and budget, on the subjects that are not held out. After
+training, features are extracted for all subjects. A ridge regression is fitted to the training subjects and evaluated
+on the held-out subjects. A random encoder and the density and histogram baselines are evaluated for comparison.
+Without --root-dir the script first makes a synthetic cohort.
 
 Run the same command again to resume; finished runs are not repeated. The script writes to --out-dir
 
     rows/{arm}-{seed}.csv     results of one run: column, table, r2; the tables are the patient vectors (mean, moments,
-                              layers), each alone, and together with the mean and the histogram
+                              layers), each on its own, and joined with the mean and the histogram
     ablation.csv              the results of all runs
     ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
     ssl_exp/{arm}-{seed}/     the experiments
@@ -46,9 +46,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # train both tasks; the small recipe trains only one
 ARMS = {
     "full": FULL,
-    "no-neighbours": (*FULL, "--beta", "0"),  # BatchNorm statistics also come from patches alone
+    "no-neighbours": (*FULL, "--beta", "0"),  # also removes the neighbours from the BatchNorm statistics
     "one-expert": (*FULL, "--num-experts", "1"),
-    # In the small recipe, the negatives of a step already share one location. These two arms differ in the queue only.
+    # With --recipe small, all negatives of a step come from one location. The next two arms differ only in the queue.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
     "random": ("--lr", "0", "--epochs", "1"),  # one epoch, to estimate the BatchNorm statistics
@@ -80,11 +80,9 @@ def parse_arguments() -> argparse.Namespace:
         default=200,
         help="size of the synthetic cohort; more subjects give less noisy results",
     )
-    text = (
-        f"arms to run, of {', '.join(ARMS)}; give no name to run those of --arm alone. The first arm is the reference"
-    )
+    text = f"arms to run, from {', '.join(ARMS)}; with no name, only those of --arm run. The first arm is the reference"
     add("--arms", nargs="*", default=list(ARMS), help=text)
-    text = "additional arm: flags of train.py, added to the flags of full; can be repeated"
+    text = "additional arm: its name, and flags of train.py to add to the flags of the arm full; can be repeated"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
         "--seeds",
@@ -107,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
         name, sign, flags = text.partition("=")
         if not sign or not name.replace("-", "").isalnum():
             parser.error(f"--arm {text}: give NAME=FLAGS; the name may have letters, digits and -")
-        args.arms[name] = (*FULL, *shlex.split(flags))  # in train.py the later flag wins
+        args.arms[name] = (*FULL, *shlex.split(flags))  # train.py uses the last value of a repeated flag
     unknown = [name for name, flags in args.arms.items() if flags is None]
     if unknown:
         parser.error(f"--arms {unknown[0]} must be one of {', '.join(ARMS)}; define other arms by --arm NAME=FLAGS")
@@ -119,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def call(log: Path, *command: object, cwd: Path | None = None) -> None:
-    """Run a command and append its output to ``log``. On failure, raises UserError with the last line of the output."""
+    """Run a command and append its output to ``log``. If the command fails, raise UserError with its last line."""
     with open(log, "a", encoding="utf-8") as stream:
         done = subprocess.run(
             [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, check=False
@@ -132,7 +130,7 @@ def call(log: Path, *command: object, cwd: Path | None = None) -> None:
 
 
 def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
-    """Make a synthetic cohort and its patch store, unless they exist. Returns the paths of (store, labels)."""
+    """Make a synthetic cohort and its patch store, unless they exist. Return the paths of the store and the labels."""
     cohort, store, log = out_dir / "cohort", out_dir / "patches", out_dir / "cohort.log"
     if not (cohort / "labels.csv").is_file():
         flags = ("--num-subjects", subjects, "--num-workers", 2, "--no-progress")
@@ -145,7 +143,7 @@ def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
 
 
 class Study:
-    """The store, its labels, and the held-out subjects."""
+    """Data and settings of an ablation study: patch store, baselines, labels and held-out subjects."""
 
     def __init__(self, args: argparse.Namespace, out_dir: Path, store: Path, labels: Path):
         self.out_dir, self.root_dir = out_dir, store
@@ -177,7 +175,7 @@ class Study:
         return reason
 
     def judge(self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int) -> pd.DataFrame:
-        """Evaluate tables: one row per column and table, with arm, seed, column, table, r2."""
+        """Evaluate tables. Return one row per column and table, with arm, seed, column, table and r2."""
         rows = []
         for column in self.columns:
             target = self.labels[column].to_numpy()
@@ -188,7 +186,7 @@ class Study:
         return pd.DataFrame(rows)
 
     def run(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
-        """Train, extract and evaluate one run, or read the result if it exists."""
+        """Train, extract and evaluate one run, or read the result of the run if the file exists."""
         kept = self.out_dir / "rows" / f"{arm}-{seed}.csv"
         if kept.is_file():
             return pd.read_csv(kept)
@@ -205,7 +203,7 @@ class Study:
         return rows
 
     def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-        """Return the tables and column weights of a run: every patient vector alone, and with mean and histogram."""
+        """Return tables and column weights of a run: each patient vector, also joined with mean and histogram."""
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):
@@ -228,7 +226,7 @@ def main() -> None:
     rows = [study.judge(study.baselines, {}, "baseline", 0)]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
-        for seed in seeds:  # all arms of a seed first, so that a study that stops early has paired seeds
+        for seed in seeds:  # run all arms of a seed before the next seed, so that an interrupted study has paired seeds
             for arm, flags in args.arms.items():
                 rows.append(study.run(arm, flags, seed, common))
                 bar.update()

@@ -1,15 +1,16 @@
-"""Measure the speed of each part on this machine, and compare it with a literal implementation.
+"""Measure the speed of each part of the package, and compare it with a literal implementation of the method.
 
     python tools/benchmark.py --quick            under 2 minutes on 2 cores
     python tools/benchmark.py --json speed.json  the whole table, about 10 minutes on 2 cores
     python tools/benchmark.py --choices          what each option of train.py costs
     python tools/benchmark.py --scan thorax.nii.gz --atlas-mask M    preprocessing of a scan, part by part
-    python tools/dev/gpu.py --out-dir gpu        more about a GPU
+    python tools/dev/gpu.py --out-dir gpu        more measurements on a GPU
 
-Each row alternates between two timings in the same run: this code, and the literal implementation in dev/literal.py.
-The literal implementation runs in a separate process. It loops over samples in every convolution and over MONAI's
-transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at once. Both use one
-BatchNorm group. Compare machines by the ratio, which is the median over the rounds, with the smallest and the largest.
+For each row of the table, timings of this code alternate with timings of the literal implementation in dev/literal.py.
+The literal implementation runs in a separate process. It processes one sample at a time in every convolution and in
+MONAI's transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at once. Both
+implementations use one BatchNorm group. To compare machines, use the ratio. The table shows the median of the ratio
+over the rounds, and the smallest and largest ratio.
 
 Both implementations must give the same loss before anything is timed. Rows that this machine cannot measure are marked
 as unmeasured.
@@ -29,7 +30,7 @@ from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
 from models.fast.memory import keep_freed_memory
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
-from tools.timing.choices import format_choices, measure_choices
+from tools.timing.choices import format_choices, time_all_options
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
 from tools.timing.measure import describe, show
@@ -49,7 +50,9 @@ def parse_arguments() -> argparse.Namespace:
         help="measure only the cost of each option of train.py: about 10 minutes on 2 cores",
     )
     add(
-        "--scan", metavar="FILE", help="measure only preprocessing of this scan, in a minute or two; needs --atlas-mask"
+        "--scan",
+        metavar="FILE",
+        help="measure only the preprocessing of this scan, in 1 to 2 minutes; needs --atlas-mask",
     )
     add("--atlas-mask", metavar="FILE", help="lung mask of the atlas, for --scan")
     add("--atlas-patch-loc", metavar="FILE", help="table of locations, for --scan (default: a grid over the mask)")
@@ -61,7 +64,11 @@ def parse_arguments() -> argparse.Namespace:
         help="device to measure; auto uses a GPU if there is one",
     )
     add("--batch", type=at_least(int, 2), default=32, help="samples per step")
-    add("--rounds", type=at_least(int, 1), help="number of timings per job (default: 5, or 2 with --quick)")
+    add(
+        "--rounds",
+        type=at_least(int, 1),
+        help="number of times to repeat each measurement (default: 5, or 2 with --quick)",
+    )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
@@ -93,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
         if args.choices or args.scan:
-            rows = measure_scan(args) if args.scan else measure_choices(folder / "choices", args)
+            rows = measure_scan(args) if args.scan else time_all_options(folder / "choices", args)
             print(show(rows) if args.scan else format_choices(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})

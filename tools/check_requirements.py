@@ -1,9 +1,10 @@
-"""Check that this Python has every package of a requirements file, in an allowed version.
+"""Check that the packages of a requirements file are installed in allowed versions.
 
     python tools/check_requirements.py requirements.txt
 
-Prints one line per missing package and exits with 1. If nothing is missing, it prints nothing and exits with 0. It uses
-only the standard library and pip's copy of packaging, so it runs in an empty environment, without network access.
+The script prints one line per missing package and exits with status 1. If no package is missing, the script prints
+nothing and exits with status 0. It needs only the standard library and pip's copy of the package packaging, so it runs
+in an empty environment without network access.
 """
 
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 
 def find_unmet(path: Path) -> list[str]:
-    """Return one line per requirement in the file that the installed packages do not meet."""
+    """Return one line for each requirement of the file that is not met by the installed packages."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

@@ -3,15 +3,15 @@
     python tools/check_store.py --root-dir /data/patches
     python tools/check_store.py --root-dir /data/patches --input-csv dataset.csv --atlas-mask atlas_lung_mask.nii.gz
 
-The first command reads the whole store; stores of the published code work too. It checks
+The first command reads the whole store, which may also be a store made by the published code. The command checks
 
-- shape, dtype and range of every file
+- that every file has the right shape, dtype and range of values
 - that each subject's rows in grouped_patch/ equal its patches in patch/, at --locations random locations per subject
 - that no two subjects have the same patches
 
-The second command also cuts the patches of --scans subjects again from their scans, and compares every voxel.
+The second command also cuts the patches of some subjects (--scans) again from their scans, and compares every voxel.
 
-Prints one line per problem. The exit status is 1 if there is any.
+The script prints one line per problem, at most 20 of each kind. The exit status is 1 if the script finds a problem.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from preprocess.patches import cut_scan
 from preprocess.scan import read_scan
 from preprocess.subjects import read_subjects
 
-SHOWN = 20  # problems printed per kind of check
+SHOWN = 20  # maximum number of problems to print per kind of check
 ROWS_AT_ONCE = 64
 TOLERANCE = 1  # allowed difference in HU between a stored patch and the patch cut again
 
 
 class Store:
-    """The subjects, location table and files found in a root folder."""
+    """A patch store: the subjects, location table and patch files in a folder."""
 
     def __init__(self, root: str):
         self.layout = StoreLayout(root)
@@ -58,7 +58,7 @@ class Store:
         self._mapped: deque[PatchFile] = deque()
 
     def open(self, path: Path, rows: int | None) -> PatchFile:
-        """Open a file of patches. Raise StoreError if it is unreadable or its shape is not (rows, 32, 32, 32)."""
+        """Open a file of patches. Raise StoreError if unreadable or not of shape (rows, 32, 32, 32)."""
         file = PatchFile(path, self._mapped)
         wanted = (file.shape[0] if rows is None and file.shape else rows, *[PATCH_SIZE] * 3)
         if file.shape != wanted:
@@ -67,7 +67,7 @@ class Store:
 
 
 def check_values(file: PatchFile) -> Iterator[str]:
-    """Yield one message per problem with the values of a file."""
+    """Yield one message for each problem with the values in a file of patches."""
     low, high, bad = np.inf, -np.inf, 0
     constant: list[int] = []
     for start in range(0, file.shape[0], ROWS_AT_ONCE):
@@ -90,7 +90,7 @@ def check_values(file: PatchFile) -> Iterator[str]:
 
 
 def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
-    """Check every file of grouped_patch/. Return the files that can be read, by location."""
+    """Check every file of grouped_patch/. Return the readable files in a dictionary with the location as key."""
     files = {}
     rows = len(store.sids) or None
     for location in range(len(store.table)):
@@ -136,7 +136,7 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
 def _check_corners(store: Store, sid: str) -> None:
     path = store.layout.patch_loc(sid)
     if not path.is_file():
-        return  # the published code does not write this file
+        return  # the published code does not write files in patch_loc/
     try:
         shape = load_array(path, mapped=True).shape
     except (OSError, ValueError) as error:
@@ -146,7 +146,7 @@ def _check_corners(store: Store, sid: str) -> None:
 
 
 def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[int, PatchFile], tell) -> None:
-    """Report the first grouped file in which a subject's row is not its patch, and which row has that patch."""
+    """Report the first grouped file in which a subject's row holds another patch, and where the right patch is."""
     for location, grouped in files.items():
         own = file.read_rows(np.array([location]))[0]
         if np.array_equal(grouped.read_rows(np.array([row]))[0], own):
@@ -164,7 +164,7 @@ def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[i
 
 
 def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> int:
-    """Cut some subjects again from their scans and compare the patches. Return the number of subjects."""
+    """Cut the patches of some subjects again and compare them with the store. Return the number of these subjects."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
@@ -198,9 +198,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--root-dir", required=True, help="folder of the patch store")
-    text = "locations per subject at which patch/ and grouped_patch/ are compared; raise it after a crash"
+    text = "number of locations per subject at which patch/ and grouped_patch/ are compared; raise it after a crash"
     add("--locations", type=at_least(int, 1), default=5, help=text)
-    add("--input-csv", help="table of the scans; with --atlas-mask: cut some patches again and compare")
+    add(
+        "--input-csv",
+        help="table of the scans, to cut some patches again and compare them with the store; needs --atlas-mask",
+    )
     add("--atlas-mask", help="atlas lung mask that the store was made with")
     add("--scans", type=at_least(int, 1), default=5, help="number of scans whose patches are cut again for comparison")
     add("--seed", type=at_least(int, 0), default=0, help="random seed for the choice of locations and scans")

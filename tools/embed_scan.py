@@ -6,21 +6,22 @@
         --atlas-mask atlas_lung_mask.nii.gz --out features.csv
 
 Each SCAN is a NIfTI, NRRD or MetaImage file, or a folder of DICOM slices. --input-csv takes the same table as
-preprocessing. The script runs all preprocessing stages and the frozen encoder on each scan. The features are the
-same as from the five stages and extract_feature.py, up to float32 rounding: other batch sizes round sums differently.
+preprocessing. The script runs all preprocessing stages and the frozen encoder on each scan. The features equal those of
+the preprocessing scripts and extract_feature.py up to float32 rounding, because rounding depends on the batch size.
 
 The script writes
 
     OUT                sid, f000 ...: same columns as patient_features.csv; the sid is the name of the file or folder
     OUT.report.csv     one row per scan: status, a short verdict, the inputs, and the numbers of the preprocessing
-    OUT.qc/{sid}.png   the patches drawn over the scan and its lung mask; --no-qc turns it off
+    OUT.qc/{sid}.png   the patches drawn over the scan and its lung mask; not drawn with --no-qc
     --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
 
 By default the features are the mean over patches, as published. --patient-vector moments or layers computes the
-vectors of evaluate.py instead. They need a --standardization file that evaluate.py wrote for the same checkpoint.
+vectors of evaluate.py instead. These vectors need a --standardization file that
+evaluate.py wrote for the same checkpoint.
 
 If a scan cannot be used, the script reports it and continues with the next one. Run the same command again to resume.
-A scan that has changed since is computed again.
+The features of a scan are computed again if the scan has changed since the last run.
 """
 
 import argparse
@@ -47,12 +48,12 @@ from preprocess.outputs import file_stamp
 from preprocess.picture import picture_of_patches
 from preprocess.segment_lung import add_segmentation, check_segmentation
 from preprocess.subjects import Subject, read_subjects
-from preprocess.workers import attempt
+from preprocess.workers import run_step_or_record_error
 from tools.embedding.embed import Embedded, Embedder, name_scan
 from tools.evaluation.vectors import VECTORS
 
-SAVE_SECONDS = 20  # how often the tables are written
-FilesOf = Callable[[str], list[Path]]  # sid -> files that must exist in addition to its table rows
+SAVE_SECONDS = 20  # minimum time between two writes of the tables
+FilesOf = Callable[[str], list[Path]]  # from a sid to the files that its table rows need
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("scans", nargs="*", metavar="SCAN", help="image file or folder of DICOM slices; can be repeated")
     add(
         "--input-csv",
-        help="table with sid, image and optionally series (to choose one in a DICOM folder), instead of SCAN",
+        help="table with sid, image and optionally series (the DICOM series in a folder), instead of SCAN",
     )
     add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
@@ -71,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         help="table of locations; required for the published weights (default: the grid made from --atlas-mask)",
     )
     add_segmentation(parser)
-    text = "minimum Dice overlap with the atlas, for both lungs together and each lung; scans below it are refused"
+    text = "minimum Dice overlap with the atlas, for both lungs together and for each lung; other scans are refused"
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
     add("--out", required=True, help="table of features to write, such as features.csv")
     text = "features of a scan: mean (as published), moments or layers; the last two need --standardization"
@@ -95,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_scans(args: argparse.Namespace) -> list[Subject]:
-    """Return the scans to embed. Raises StoreError, or UserError if a name is invalid or used twice."""
+    """Return the scans to embed. Raises StoreError for an invalid table, UserError for an invalid or repeated name."""
     if args.input_csv:
         return read_subjects(args.input_csv)
     found: dict[str, Subject] = {}
@@ -104,37 +105,38 @@ def read_scans(args: argparse.Namespace) -> list[Subject]:
         try:
             check_sid(sid)
         except UserError as error:
-            raise UserError(f"{scan}: {error}; or give it a sid in an --input-csv") from None
+            raise UserError(f"{scan}: {error}; or give the scan another sid in --input-csv") from None
         if sid in found:
             raise UserError(
-                f"{scan} and {found[sid].image} are both called {sid!r}; give them different sids in an --input-csv"
+                f"{scan} and {found[sid].image} are both called {sid!r}; list them with different sids in --input-csv"
             )
         found[sid] = Subject(sid, os.path.abspath(scan))
     return list(found.values())
 
 
 def name_scan_files(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
-    """Return the paths of a scan's picture and of its patch features; None for those that are turned off."""
+    """Return the paths of a scan's picture and of its patch features, or None for a file that is not written."""
     out = Path(args.out)
     picture = None if args.no_qc else out.with_name(out.name + ".qc") / f"{sid}.png"
     return picture, Path(args.patch_dir) / f"{sid}.npy" if args.patch_dir else None
 
 
 class OutputTables:
-    """OUT and OUT.report.csv, including their rows from earlier runs.
+    """The tables OUT and OUT.report.csv, including their rows from earlier runs.
 
-    Rows of other scans are kept. Rows of the given scans are kept if scan, checkpoint and settings have not changed.
+    Rows of scans outside this run are kept. Rows of this run's scans are kept if scan, checkpoint and settings are
+    unchanged.
 
     Args:
         out: path of OUT.
         subjects: the scans of this run.
         columns: feature columns.
         made_by: checkpoint, atlas and settings, as text.
-        beside: sid -> files that must exist for a row to be kept.
+        beside: function that returns the files that must exist for the row of a sid to be kept.
 
     Raises:
-        UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Its rows would be
-            lost.
+        UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Writing
+            would delete the rows of OUT.
     """
 
     def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
@@ -148,7 +150,7 @@ class OutputTables:
         if not self.report.is_file():
             raise UserError(
                 f"--out {out} already exists, but without {self.report.name} its rows cannot be checked; give another "
-                "file name or remove it"
+                "file name or remove the table"
             )
         rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
         table = read_table(out)
@@ -170,7 +172,7 @@ class OutputTables:
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
     def stamp(self, subject: Subject) -> str:
-        """Return what a scan's features are made from, as text, or "" if the scan does not exist."""
+        """Return a text that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
         return f"{file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
 
@@ -180,7 +182,7 @@ class OutputTables:
             self.features[sid] = feature_text(features)
 
     def write(self) -> None:
-        """Write both tables completely: first the rows of other scans, then the given scans in their order."""
+        """Write both tables completely: first the rows of other scans, then the rows of this run's scans."""
         earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
         sids = [*earlier, *(subject.sid for subject in self.subjects)]
         table = pd.DataFrame(
@@ -201,7 +203,7 @@ def draw(path: Path, sid: str, found: Embedded) -> None:
 
 
 def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables, subject: Subject) -> str:
-    """Embed one scan and write its files. Returns the line to print."""
+    """Embed one scan and write its files. Return the line to print."""
     features: list[np.ndarray] = []
 
     def work(subject: Subject, _: dict) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables
         features.append(found.features)
         return {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
 
-    row = attempt(work, subject, {}, count_usable_cores(), {})
+    row = run_step_or_record_error(work, subject, {}, count_usable_cores(), {})
     row.setdefault("verdict", "refused")
     tables.add(subject.sid, features[0] if features else None, row)
     return f"{subject.sid}: {row['message'] or row['verdict']}"

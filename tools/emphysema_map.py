@@ -1,13 +1,13 @@
-"""Map a label over the lungs of each scan, as an image and a picture.
+"""Map the prediction of a label over the lungs of each scan, and write each map as an image and a picture.
 
     python tools/emphysema_map.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar \\
         --labels labels.csv --column emphysema_percent --input-csv some.csv --atlas-mask atlas_lung_mask.nii.gz \\
         --out-dir maps
 
-The script fits a linear model of each column to the subjects of the store. The model sees only the mean over the
-patches of a subject (weak labels). Because it is linear, its prediction for a subject is the mean of its predictions
-for the patches. With --patch-labels the model is fitted to single patches instead. Subjects to be mapped are not used
-for fitting.
+The script fits a linear model of each column to the subjects of the store. The model is fitted to the mean over
+the patches of each subject (weak labels). Because the model is linear, the prediction for a subject is the mean of the
+predictions for the patches. With --patch-labels, the model is fitted to single patches instead. The subjects to be
+mapped are not used for fitting.
 
 The model is then evaluated in windows over the lungs of each scan in --input-csv, one window every --stride voxels of
 1 mm. Each window uses the kernels of the nearest location, found with the registration in the store. The script writes
@@ -18,9 +18,9 @@ to --out-dir
     maps.csv                one row per map: seconds, windows, mean; with --truth also how well it matches the truth
     settings.json           the settings of the maps
 
---truth names a folder of label images {sid}.nii.gz, for example from make_cohort.py --class-maps. --truth-values says
-which of their values are positive. Maps of the histogram baseline and of the share below -950 HU are then evaluated for
-comparison.
+--truth names a folder of label images {sid}.nii.gz, for example from make_cohort.py --class-maps. --truth-values lists
+the positive values of the label images. With --truth, maps of the histogram baseline and of the fraction of voxels
+below -950 HU are evaluated for comparison.
 
 If a scan fails, the script reports it and continues with the next one. Run the same command again to resume.
 """
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--column",
         nargs="+",
         default=[],
-        help="label columns to map; if a column has two distinct words, the second is mapped",
+        help="label columns to map; for a column of two words such as no and yes, the map predicts the second word",
     )
     add_label_flags(parser)
     add(
@@ -91,12 +91,16 @@ def parse_arguments() -> argparse.Namespace:
         metavar="CSV",
         help="CSV with sid, patch, value: labels of single patches, instead of --labels",
     )
-    add("--input-csv", required=True, help="table with sid and image of the scans to map; they must be in the store")
+    add(
+        "--input-csv",
+        required=True,
+        help="table with sid and image of the scans to map; these scans must be in the store",
+    )
     add("--atlas-mask", required=True, help="atlas lung mask that the store was made with")
     text = "distance between windows in voxels of 1 mm; half the distance gives a finer map and takes 8 times as long"
     add("--stride", type=at_least(int, 1), default=8, help=text)
     add("--truth", metavar="DIR", help="folder of label images {sid}.nii.gz to evaluate the maps against")
-    add("--truth-values", nargs="+", type=int, default=[], help="values in the --truth images that are positive")
+    add("--truth-values", nargs="+", type=int, default=[], help="values in the --truth images that count as positive")
     add(
         "--device",
         type=OneOf("auto", "cpu", "cuda"),
@@ -116,11 +120,11 @@ def parse_arguments() -> argparse.Namespace:
 def fit_probes(
     args: argparse.Namespace, store: PatchStore, readers: Readers, mapped: set[str]
 ) -> tuple[dict, np.ndarray]:
-    """Fit a model for each column and reading.
+    """Fit a model for each column and each kind of reading, such as features or a baseline.
 
     Returns:
         {column: ({reading: predict function}, range of the fitted labels)}, and the mean readings at each location,
-        (L, ...). These must be subtracted from readings before prediction.
+        (L, ...). Subtract these means from readings before prediction.
     """
 
     def note(text: str) -> None:
@@ -132,10 +136,10 @@ def fit_probes(
         task = make_patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
-            raise UserError(f"{args.patch_labels} has too few labels: fewer than {FEWEST} subjects outside --input-csv")
+            raise UserError(f"{args.patch_labels} has labels for fewer than {FEWEST} subjects outside --input-csv")
         rows, places = task.rows[own], task.places[own]
         read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
-        usual = np.zeros((store.num_locations, read.shape[1]))  # not needed for models of single patches
+        usual = np.zeros((store.num_locations, read.shape[1]))  # models of single patches need no mean readings
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
         values, names, words = read_numbers_and_words(args.labels, store.sids, note, dict(args.order), args.missing)
@@ -176,7 +180,7 @@ def map_scan(
     fitted: tuple[dict, np.ndarray],
     atlas: sitk.Image,
 ) -> list[dict]:
-    """Write the maps of one scan, and return its rows of maps.csv. Raises ScanError."""
+    """Write the maps of one scan, and return the scan's rows of maps.csv. Raises ScanError."""
     start = time.perf_counter()
     probes, usual = fitted
     subject.check_image()

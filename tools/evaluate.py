@@ -7,30 +7,31 @@
 The script guesses what kind of label each column holds:
 
 - two values: classes (AUROC, balanced accuracy)
-- a few whole numbers: grades (quadratic kappa, exact, within one)
+- a few whole numbers: grades (quadratic kappa, exact agreement, agreement within one grade)
 - anything else: regression (R2, mean absolute error)
 
 --kind overrides the guess, for example --kind DLCO=log10. The models are ridge regression, logistic regression for
 classes and ridge Cox regression for survival (C-index, survival curves by predicted risk). If the labels also have
-columns FEV1pp... and FEV1_FVC..., a column GOLD or finalGold is predicted a second time through these two
-columns. That result is called GOLD_from_spirometry.
+columns whose names begin with FEV1pp and FEV1_FVC, a column GOLD or finalGold is predicted a second time from the
+predictions of these two columns. The second result is called GOLD_from_spirometry.
 
-The penalty and the scaling are chosen inside the folds. Intervals are 95 % bootstrap intervals over patients for a
-fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the same
-metric after the labels were shuffled.
+Penalty and scaling are chosen without the test fold. Intervals are 95 % bootstrap intervals over patients for a
+fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the
+value of the metric for shuffled labels.
 
 --compare NAME=FILE evaluates another table on the same folds, for example the features of an untrained encoder.
---baselines STORE evaluates baselines without a network: the share of lung below -950 HU, and HU histograms. It also
-evaluates features and histogram together, and reports what the features add. The combined prediction is the mean of
-two models: one of the histogram alone, one of the histogram, the features and their mean over locations.
+--baselines STORE evaluates baselines without a network: the fraction of lung below -950 HU, and HU histograms. This
+flag also evaluates features and histogram together, and reports what the features add. The combined prediction is the
+mean of two models. One model uses only the histogram. The other model uses the histogram, the features and the mean of
+the features over locations.
 --held-out COLUMN fits to the subjects with 0 in that column and reports on the subjects with 1.
 
---patient-vector selects the features. The default is `layers` if extract_feature.py --layers wrote them. The mean over
-locations, as published, is then evaluated as an additional table, `mean`.
+--patient-vector selects the features. The default is `layers` if extract_feature.py --layers wrote the file of layers.
+With `layers` or `moments`, the published mean over locations is evaluated as an additional table, `mean`.
 
 With --out-dir the script writes evaluation.json, evaluation.md and one PNG per label, and removes the files of an
-earlier evaluation. It also writes standardization.npz, from which embed_scan.py computes the same vector for a single
-scan. The result table is printed as well.
+earlier evaluation. The script also writes standardization.npz, which embed_scan.py needs to compute the same vector
+for a single scan. The script also prints the result table.
 """
 
 import argparse
@@ -162,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
 def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[str, pd.DataFrame]:
     """Read all tables of the command line, by name.
 
-    ``features`` comes first. It still holds the mean over locations; main() replaces it with the chosen vector.
+    The table ``features`` comes first. Its values are the mean over locations until main() replaces them.
     """
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
@@ -202,7 +203,7 @@ def save_standardization(path: Path, vectors: Table, features: str) -> None:
         made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
         checkpoint = str(made["checkpoint_sha256"])
     except (OSError, ValueError, TypeError, KeyError):
-        checkpoint = ""  # extract_feature.py did not write this table
+        checkpoint = ""  # the feature table is not from extract_feature.py
     Standardization.fit(vectors.kind, vectors.patches, vectors.rows).save(path, checkpoint)
 
 

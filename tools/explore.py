@@ -5,8 +5,8 @@
         --atlas-mask atlas_lung_mask.nii.gz --out page.html
 
 The page shows a map of the subjects (two principal components, or t-SNE) that can be coloured by any label, and the
-subjects nearest to a selected one. It also shows how well each location in the lungs predicts a label alone, and the
-locations where a subject differs most from the healthy subjects. Optional inputs add parts of the page:
+subjects nearest to a selected subject. The page also shows how well each single location in the lungs predicts a label,
+and the locations where a subject differs most from the healthy subjects. Optional inputs add parts of the page:
 
     --labels            colours; numbers, or text with at most twelve different values
     --patch-features    locations: how well each predicts a label, and which are unusual in a subject
@@ -31,7 +31,7 @@ from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
-from misc.page import make_link, packed, write_page
+from misc.page import make_link, encode_array, write_page
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
@@ -69,9 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--patch-features", metavar="NPY", help="pred_arr_patch_full.npy, with sid_arr_full.npy in the same folder")
     add("--root-dir", help="patch store of the features, for its table of locations and its qc/ pictures")
     add("--atlas-mask", help="atlas lung mask that the store was made with")
-    text = "label column with 1 for the healthy subjects, to which all are compared (default: compare to all subjects)"
+    text = "label column with 1 for the healthy subjects that all subjects are compared to (default: all subjects)"
     add("--healthy", metavar="COLUMN", help=text)
-    add("--neighbours", type=at_least(int, 1), default=6, help="number of nearest subjects to show for a selected one")
+    add("--neighbours", type=at_least(int, 1), default=6, help="number of nearest subjects to show for each subject")
     add(
         "--places",
         type=at_least(int, 1),
@@ -101,17 +101,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tuple[np.ndarray, list[str] | None]]:
-    """Read the columns to colour by.
+    """Read the label columns for the colours of the map.
 
     Columns with too many different texts are left out with a note.
 
     Returns:
-        For each column its values (N,) float32, NaN where unknown, and None. For a text column the values are indices
-        into the list of its texts, which comes second.
+        For each column, the values (N,) float32 and a list of texts. Missing values are NaN. Values of a text column
+        are indices into the list. The list of a numeric column is None.
 
     Raises:
         StoreError: the table cannot be read.
-        UserError: a wanted column does not exist, or the table has none of the subjects.
+        UserError: one of ``columns`` does not exist, or the table has none of the subjects.
     """
     table = read_table(path, file_names=False).set_index("sid")
     if not table.index.isin(sids).any():
@@ -146,7 +146,7 @@ def make_colour_data(name: str, values: np.ndarray, names: list[str] | None) -> 
     low, high = (float(np.quantile(known, q)) if len(known) else 0.0 for q in (0.02, 0.98))
     if low == high and len(known):
         low, high = float(known.min()), float(known.max())
-    return {"name": name, "values": packed(values), "names": names, "low": low, "high": high}
+    return {"name": name, "values": encode_array(values), "names": names, "low": low, "high": high}
 
 
 def make_location_data(
@@ -154,8 +154,8 @@ def make_location_data(
 ) -> dict[str, Any]:
     """Return the data of locations for the page.
 
-    ``importance`` is how well each location predicts each numeric label. ``telling`` are the unusual locations of each
-    subject.
+    ``importance`` is how well each location predicts each numeric label. ``telling`` lists the unusual locations of
+    each subject.
     """
     numbers = {name: values for name, (values, names) in colours.items() if names is None}
     told, count = [], min(args.places, features.shape[1])
@@ -163,14 +163,14 @@ def make_location_data(
         for name, values in numbers.items():
             own = compute_importance(features, values, bar.update)
             if not np.isnan(own).all():
-                told.append({"label": name, "values": packed(own.astype(np.float32))})
+                told.append({"label": name, "values": encode_array(own.astype(np.float32))})
     found: dict[str, Any] = {"importance": told, "telling": None}
     if healthy.sum() >= FEWEST:
         places, scores = find_unusual_locations(features, healthy, count)
         whom = "healthy subjects" if args.healthy else "the average subject"
         found["telling"] = {
-            "places": packed(places.astype(np.uint16)),
-            "scores": packed(scores.astype(np.float32)),
+            "places": encode_array(places.astype(np.uint16)),
+            "scores": encode_array(scores.astype(np.float32)),
             "healthy": whom,
         }
     else:
@@ -179,13 +179,13 @@ def make_location_data(
 
 
 def make_picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict[str, Any]:
-    """Return the folder of the preprocessing's pictures relative to the page, and which subjects have one."""
+    """Return the folder of the preprocessing pictures relative to the page, and which subjects have a picture."""
     known, folder = np.zeros(len(sids), dtype=np.uint8), ""
     if root_dir:
         layout = StoreLayout(root_dir)
         known[:] = [layout.qc(sid).is_file() for sid in sids]
         folder = make_link(layout.qc(sids[0]).parent, page)
-    return {"known": packed(known), "folder": folder}
+    return {"known": encode_array(known), "folder": folder}
 
 
 def main() -> None:
@@ -210,7 +210,7 @@ def main() -> None:
     if args.healthy:
         healthy, _ = read_healthy(args.labels, sids, args.healthy, FEWEST)
     if args.root_dir:
-        with contextlib.suppress(StoreError):  # a folder with only the table of locations is enough
+        with contextlib.suppress(StoreError):  # --root-dir may contain only the table of locations
             told = describe_other_store(args.features, PatchStore(args.root_dir), "--root-dir")
             if told:
                 print(f"note: {told}", file=sys.stderr)
@@ -236,11 +236,12 @@ def main() -> None:
         "about": f"{len(sids)} subjects, {values.shape[1]} features ({chosen.kind}, standardised, Euclidean distance) "
         f"from {args.features}",
         "maps": [
-            {"name": name, "places": packed(own)} for name, own in compute_maps(values, tsne=not args.no_tsne).items()
+            {"name": name, "places": encode_array(own)}
+            for name, own in compute_maps(values, tsne=not args.no_tsne).items()
         ],
         "labels": [make_colour_data(name, *one) for name, one in colours.items()],
-        "nearest": packed(find_nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),
-        "sides": [{**side, "places": packed(side["places"])} for side in sides],
+        "nearest": encode_array(find_nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),
+        "sides": [{**side, "places": encode_array(side["places"])} for side in sides],
         "pictures": make_picture_data(args.root_dir, sids, page),
         "without": without,
         **places,

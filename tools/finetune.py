@@ -1,16 +1,16 @@
-"""Fine-tune a checkpoint, or random weights, with a share of the labels, to measure label efficiency.
+"""Fine-tune a checkpoint, or random weights, on a fraction of the labels, to measure label efficiency.
 
     python tools/finetune.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar random \\
         --labels labels.csv --column GOLD --fractions 0.05 0.1 0.5 1 --out-dir finetuned
 
-The script learns one label column from the patches of each subject. Two values are learned as classes, a few whole
-numbers as grades, anything else as a number. With --patch-labels CSV (sid, patch, value) it learns from single
-patches instead.
+The script learns one label column from the patches of each subject. A column with two values is learned as
+classes, a few whole numbers as grades, and anything else as a number. With --patch-labels CSV (sid, patch, value), the
+script learns from single patches instead.
 
 --layers frozen trains a linear head on the features. --layers last also trains the last two convolutions, and
 --layers all trains everything. Every arm (a checkpoint or random weights) gets the same subjects. Each seed draws a
-test set and shuffles the other subjects; a fraction takes the first subjects of this list, and uses a quarter of them
-for early stopping.
+test set and shuffles the other subjects. A fraction of 0.1 takes the first 10 % of the shuffled subjects, and uses a
+quarter of these for early stopping.
 
 Run the same command again to resume; finished fits are not repeated. The script writes to --out-dir
 
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kind", type=OneOf(*kinds), help="kind of the label; set it if the guess from the values is wrong")
     text = "column of --labels, 1 for the test subjects (default: 30 %% of the subjects, drawn for each seed)"
     add("--held-out", metavar="COLUMN", help=text)
-    text = "shares of the labelled subjects outside the test set to learn from; each share is one point of the curve"
+    text = "fractions of the labelled subjects outside the test set to learn from; each one is a point of the curve"
     add("--fractions", nargs="+", type=between(float, 0, 1), default=[0.05, 0.1, 0.25, 0.5, 1.0], help=text)
     add(
         "--layers",
@@ -88,10 +88,10 @@ def parse_arguments() -> argparse.Namespace:
         default="frozen",
         help="encoder layers to train in addition to the head; use all if there are many labels",
     )
-    text = "how the patches of a subject are combined; use attention if only a few of them show the disease"
+    text = "how the patches of a subject are combined; use attention if only a few patches show the disease"
     add("--pooling", type=OneOf(*POOLINGS), default="mean", help=text)
-    text = "features of a frozen encoder: layers (mean and SD of every layer, standardised per location), moments (the "
-    text += "same for h) or mean (default: layers, but mean with --patch-labels or any other --layers or --pooling)"
+    text = "features of a frozen encoder: mean, moments (mean and SD of h, standardised per location) or layers "
+    text += "(moments of every layer) (default: layers; mean with --patch-labels or any other --layers or --pooling)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add(
         "--seeds",
@@ -124,7 +124,7 @@ class Arm:
 
     Args:
         given: path of a checkpoint, or "random".
-        sizes: sizes of the encoder for random weights (default: the default sizes).
+        sizes: sizes of the encoder for random weights, or None for the default sizes.
         store: the patch store.
         sha256: expected SHA-256 of the checkpoint.
     """
@@ -138,7 +138,7 @@ class Arm:
             self._encoder, self.sizes = load_encoder(given, store, sha256)
 
     def prepare(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
-        """Return the encoder and its representations of all patches, (N, L, D). The seed draws random weights."""
+        """Return the encoder and its representations of all patches, (N, L, D). ``seed`` sets random weights."""
         encoder = self._encoder
         if self.random:
             torch.manual_seed(seed)
@@ -151,7 +151,7 @@ class Arm:
 def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     """Compute BatchNorm statistics for random weights from the patches of a few subjects at every location.
 
-    Without them, h carries no information.
+    Without these statistics, h carries no information.
     """
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
@@ -164,7 +164,7 @@ def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
 
 
 def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
-    """Return the numbers of subjects, labels and rounds of a fit, and the metrics of the test labels."""
+    """Return the numbers of subjects, labels and rounds of a fit, and the metrics on the test labels."""
     learnt = np.concatenate([split.train, split.validation])
     truth, ones = task.target[split.test], np.ones((len(split.test), 1))
     found = {name: float(metric(truth, fitted.predicted, ones)[0]) for name, metric in METRICS[task.kind].items()}

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, end_with_parent, run
 from misc.experiment import read_git_commit
-from misc.files import hash_file, held, remove_leftovers, resume_folder, write_json, write_text
+from misc.files import hash_file, hold_lock_or_raise, remove_leftovers, resume_folder, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
@@ -45,7 +45,7 @@ from tools.cohort.disease import Disease, draw_disease, plant_disease
 from tools.cohort.phantom import LUNG_HU, Phantom
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import subject_name, write_subject
-from tools.cohort.warped import load_template, make_template_atlas, make_warped
+from tools.cohort.warped import load_template, make_template_atlas, make_warped_subject
 
 
 def make_phantom(
@@ -156,13 +156,16 @@ def main() -> None:
     args = parse_arguments()
     out_dir = Path(args.out_dir)
     made = out_dir / ".made"  # folder with the rows of finished subjects, deleted after the last subject
-    with held(out_dir / ".lock", str(out_dir)), tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir:
+    with (
+        hold_lock_or_raise(out_dir / ".lock", str(out_dir)),
+        tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as workdir,
+    ):
         if args.template:
             image, labels = load_template(args.template, args.template_mask)
             sitk.WriteImage(image, os.path.join(workdir, "scan.nii.gz"))
             sitk.WriteImage(labels, os.path.join(workdir, "mask.nii.gz"))
             make_template_atlas(image, labels, out_dir)
-            job, given = make_warped, Path(workdir)
+            job, given = make_warped_subject, Path(workdir)
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size

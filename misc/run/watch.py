@@ -82,7 +82,7 @@ class Watch:
         """Record that this rank has reached a step."""
         self.at, self.since = (epoch, step), time.monotonic()
 
-    def look(self) -> str:
+    def publish_and_find_hanging(self) -> str:
         """Publish the step of this rank, and read the steps of the other ranks.
 
         Return a description of what hangs, or an empty string.
@@ -108,7 +108,7 @@ class Watch:
         while True:
             time.sleep(self.pause)
             with contextlib.suppress(RuntimeError):  # the store no longer exists if the run is ending
-                if hangs := self.look():
+                if hangs := self.publish_and_find_hanging():
                     break
         if self.store.add("watch-told", 1) == 1:
             minutes = f"{self.seconds / 60:g}"

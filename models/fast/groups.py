@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models import fast
-from models.fast.pieces import side_by_side
+from models.fast.pieces import run_in_parallel
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 
@@ -51,7 +51,7 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
         encoded = _Encode.apply(encode, groups, len(kernels), *kernels, *parameters)
     else:
         encoded = [
-            value for pair in side_by_side(lambda group: encode(group, kernels), range(groups)) for value in pair
+            value for pair in run_in_parallel(lambda group: encode(group, kernels), range(groups)) for value in pair
         ]
     z, h = (torch.stack([value.unflatten(0, (blocks, -1)) for value in encoded[i::2]], dim=1) for i in (0, 1))
     return z.flatten(0, 2), h.flatten(0, 2)  # (B, dim) from (blocks, groups, b, dim)
@@ -68,7 +68,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, encode: Callable[..., Pair], groups: int, mixed: int, *inputs: torch.Tensor):
         kernels = [kernel.detach().requires_grad_(kernel.requires_grad) for kernel in inputs[:mixed]]
         ctx.inputs = [*kernels, *inputs[mixed:]]
-        ctx.encoded = side_by_side(lambda group: encode(group, kernels), range(groups))  # keeps the autograd graphs
+        ctx.encoded = run_in_parallel(lambda group: encode(group, kernels), range(groups))  # keeps the autograd graphs
         ctx.set_materialize_grads(False)
         return tuple(value.detach() for pair in ctx.encoded for value in pair)
 
@@ -82,7 +82,7 @@ class _Encode(torch.autograd.Function):
             outputs, incoming = zip(*(pair for pair in pairs if pair[1] is not None))
             return torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
 
-        sums = iter([_sum_present(values) for values in zip(*side_by_side(descend, range(len(ctx.encoded))))])
+        sums = iter([_sum_present(values) for values in zip(*run_in_parallel(descend, range(len(ctx.encoded))))])
         ctx.encoded = None  # frees the activations too
         return None, None, None, *(next(sums) if value.requires_grad else None for value in ctx.inputs)
 

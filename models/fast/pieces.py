@@ -23,10 +23,10 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
     """
     if not fast.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
-    return torch.cat(side_by_side(encode, x.split(PATCHES_AT_ONCE)))
+    return torch.cat(run_in_parallel(encode, x.split(PATCHES_AT_ONCE)))
 
 
-def side_by_side(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
+def run_in_parallel(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
     """Run ``work`` on each piece, in parallel on equal shares of this process's cores, and return the results in order.
 
     In a new thread, gradients are on and autocast is off, whatever the caller's settings. ``work`` must set both modes.

@@ -77,23 +77,28 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
     else:
         groups = [(header,)] * count
 
-    def inside(group: tuple[Dataset, ...], sequence: str) -> Dataset:
+    def find_sequence_item(group: tuple[Dataset, ...], sequence: str) -> Dataset:
         """Return the item with a sequence's values: of the frame, shared by all frames, or the file's header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
     for index, group in enumerate(groups):
-        place, turn = inside(group, "PlanePositionSequence"), inside(group, "PlaneOrientationSequence")
-        measures = inside(group, "PixelMeasuresSequence")
+        place, turn = (
+            find_sequence_item(group, "PlanePositionSequence"),
+            find_sequence_item(group, "PlaneOrientationSequence"),
+        )
+        measures = find_sequence_item(group, "PixelMeasuresSequence")
         where = {
-            "ConvolutionKernel": inside(group, "CTReconstructionSequence"),
-            "StackID": inside(group, "FrameContentSequence"),
-            "TemporalPositionIndex": inside(group, "FrameContentSequence"),
+            "ConvolutionKernel": find_sequence_item(group, "CTReconstructionSequence"),
+            "StackID": find_sequence_item(group, "FrameContentSequence"),
+            "TemporalPositionIndex": find_sequence_item(group, "FrameContentSequence"),
             "SliceThickness": measures,
         }
         traits = {name: text(where.get(name, header), name) for name in MIXED}
         traits |= {name: normalize_number(traits[name]) for name in ("KVP", "SliceThickness")}
-        traits["ImageType"] = text(inside(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
+        traits["ImageType"] = (
+            text(find_sequence_item(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
+        )
         traits["Matrix"] = "{} x {}".format(*shape)
         frame = Frame(
             path,
@@ -258,14 +263,14 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
             "own SeriesInstanceUID; anonymise the scan again, with one new UID per series"
         )
     if len(kept) > 1:
-        raise ScanError(f"{folder.name} has {describe_mixture(kept)}; {advice}: {list_series(kept)}")
+        raise ScanError(f"{folder.name} has {describe_candidates(kept)}; {advice}: {list_series(kept)}")
     for one in found:
         if one is not kept[0]:
             others["secondary capture" if is_capture(one.frames[0].header) else "CT of a few slices"] += len(one.frames)
     return kept[0]
 
 
-def describe_mixture(kept: list[Candidate]) -> str:
+def describe_candidates(kept: list[Candidate]) -> str:
     """Return how a message describes several candidates: as several series, or one series that mixes volumes."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"

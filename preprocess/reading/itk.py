@@ -82,14 +82,14 @@ def compute_affine(image: sitk.Image) -> np.ndarray:
     return np.column_stack([directions, image.GetOrigin()])
 
 
-def corners(size: tuple[int, ...]) -> np.ndarray:
+def list_corner_indices(size: tuple[int, ...]) -> np.ndarray:
     """Return the homogeneous indices (8, 4), each (x, y, z, 1), of a volume's corner voxels."""
     return np.array([(*index, 1.0) for index in product(*((0, count - 1) for count in size))])
 
 
-def apart(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
+def measure_affine_distance(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
     """Return the largest distance in mm between a voxel's positions under two affines (3, 4), found at a corner."""
-    return float(np.linalg.norm(corners(size) @ (first - second).T, axis=1).max())
+    return float(np.linalg.norm(list_corner_indices(size) @ (first - second).T, axis=1).max())
 
 
 def straighten_axes(affine: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
         raise ScanError(
             f"{name} gives voxel positions that are not finite, or an axis of length 0; export the scan again"
         )
-    off = apart(affine, straighten_axes(affine), size)
+    off = measure_affine_distance(affine, straighten_axes(affine), size)
     if off <= PLACE:
         return
     unit = axes / np.linalg.norm(axes, axis=0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from preprocess.reading import ScanError
 from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head
-from preprocess.reading.itk import PLACE, apart, check_right_angles
+from preprocess.reading.itk import PLACE, measure_affine_distance, check_right_angles
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm, so 1 mm is
 # certainly a contradiction.
@@ -113,7 +113,7 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[Path]:
+def isolate_file(path: Path) -> Iterator[Path]:
     """Yield a path that makes ITK read exactly this file.
 
     If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If such a second file exists, or if the suffix has
@@ -182,7 +182,7 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
         if form is not None:
             check_right_angles(form, header.size, f"{path}: its {name}")
     if header.sform is not None and header.qform is not None:
-        off = apart(header.sform, header.qform, header.size)
+        off = measure_affine_distance(header.sform, header.qform, header.size)
         if off > CONTRADICTION:
             raise ScanError(
                 f"{path}: its sform and its qform contradict each other and put a voxel up to {off:.1f} mm apart; "
@@ -200,7 +200,7 @@ def check_affine(path: Path, header: Header, affine: np.ndarray) -> None:
             "writes; export it again in millimetres (xyzt_units 2)"
         )
     forms = [form for form in (header.sform, header.qform) if form is not None]
-    off = min((apart(form, affine, header.size) for form in forms), default=0.0)
+    off = min((measure_affine_distance(form, affine, header.size) for form in forms), default=0.0)
     if off > PLACE:
         raise ScanError(
             f"{path}: its voxel sizes (pixdim) contradict its sform, by up to {off:.1f} mm at the volume's corners; "

@@ -23,7 +23,7 @@ from scipy.stats import ks_2samp
 from data import augment, resample
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import shift_to_zero, stream_seeds, to_input, to_unit
+from data.views import clip_and_shift_hu, stream_seeds, to_input, to_unit
 from misc.command import UserError
 from misc.run.augmentation import LETTERS
 
@@ -405,7 +405,7 @@ def test_views_are_independent_and_neighbors_share_one_draw():
 
 def test_intensities_without_augmentation():
     hu = torch.tensor([-2000, -1024, -392, 240, 3000], dtype=torch.int16)
-    torch.testing.assert_close(to_unit(shift_to_zero(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(to_unit(clip_and_shift_hu(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
     patches = hu[1:2, None, None, None].expand(2, *SIZE)
     batch = PatchBatch(0, 0, 0, patches, patches[:, None])
     query, key, around = step_views(batch, Augmentation(""), 0, range(1), CPU)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from misc.experiment import UNFINISHED, Experiment, ExperimentError, checkpoint_name
-from models.checkpoint import CheckpointError, intact, progress, read_checkpoint, save_checkpoint
+from models.checkpoint import CheckpointError, verify_checkpoint, read_progress, read_checkpoint, save_checkpoint
 
 
 def save(path, epoch, step=0, **more):
@@ -20,7 +20,7 @@ def test_progress_is_read_without_loading(tmp_path, monkeypatch):
     big = tmp_path / "big.pth.tar"
     save(big, 7, 31, queue=torch.zeros(100_000_000))
     start = time.perf_counter()
-    assert progress(big) == (7, 31)
+    assert read_progress(big) == (7, 31)
     quick = time.perf_counter() - start
     start = time.perf_counter()
     assert read_checkpoint(big)["queue"].shape == (100_000_000,)
@@ -29,24 +29,27 @@ def test_progress_is_read_without_loading(tmp_path, monkeypatch):
     assert torch.equal(content["state_dict"]["a"], torch.zeros(3))
     older = tmp_path / "older_0004.pth.tar"  # the checkpoint format before torch 1.6 cannot be memory-mapped
     torch.save({"epoch": 4, "state_dict": {}}, older, _use_new_zipfile_serialization=False)
-    assert progress(older) == (4, 0)
+    assert read_progress(older) == (4, 0)
     torch.save({"a": torch.zeros(2)}, tmp_path / "bare_0005.pth.tar")
-    assert progress(tmp_path / "bare_0005.pth.tar") == (5, 0)
+    assert read_progress(tmp_path / "bare_0005.pth.tar") == (5, 0)
     (tmp_path / "torn.pth.tar").write_bytes(big.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="cut short or damaged"):
-        progress(tmp_path / "torn.pth.tar")
+        read_progress(tmp_path / "torn.pth.tar")
 
 
 def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     experiment = Experiment(tmp_path / "e")
-    assert experiment.find_latest(progress) is None and experiment.find_resume_checkpoint("auto", progress) is None
+    assert (
+        experiment.find_latest(read_progress) is None
+        and experiment.find_resume_checkpoint("auto", read_progress) is None
+    )
     for epoch in (1, 2, 10):
         save(experiment.checkpoint(epoch), epoch)
-    assert experiment.find_latest(progress) == experiment.checkpoint(10)
+    assert experiment.find_latest(read_progress) == experiment.checkpoint(10)
     save(experiment.incomplete_file, 9, 3)
-    assert experiment.find_latest(progress) == experiment.checkpoint(10)
+    assert experiment.find_latest(read_progress) == experiment.checkpoint(10)
     save(experiment.incomplete_file, 10, 3)
-    assert experiment.find_resume_checkpoint("auto", progress) == experiment.incomplete_file
+    assert experiment.find_resume_checkpoint("auto", read_progress) == experiment.incomplete_file
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
@@ -54,13 +57,15 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch)
     save(experiment.incomplete_file, 3, 5)
-    moved = experiment.set_aside_later(experiment.checkpoint(1), 1)
+    moved = experiment.rename_later_checkpoints(experiment.checkpoint(1), 1)
     assert moved == [checkpoint_name(2), checkpoint_name(3), UNFINISHED]
     assert sorted(experiment.list_epoch_checkpoints()) == [1]
     assert len(list(experiment.folder.glob("superseded-*"))) == 3
     elsewhere = tmp_path / "other.pth.tar"
     save(elsewhere, 0)
-    assert experiment.set_aside_later(elsewhere, 0) == [] and sorted(experiment.list_epoch_checkpoints()) == [1]
+    assert experiment.rename_later_checkpoints(elsewhere, 0) == [] and sorted(experiment.list_epoch_checkpoints()) == [
+        1
+    ]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/../b"])
@@ -98,14 +103,14 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     at = damaged.find(torch.arange(1000.0).numpy().tobytes()[:4000][2000:2400])
     damaged[at] ^= 1  # damage a tensor's values, which torch would not notice
     path.write_bytes(damaged)
-    assert experiment.find_resume_checkpoint("auto", intact, notes.append) == experiment.checkpoint(2)
+    assert experiment.find_resume_checkpoint("auto", verify_checkpoint, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
     experiment.incomplete_file.write_bytes(b"")
-    assert experiment.find_latest(intact) == experiment.checkpoint(2)
+    assert experiment.find_latest(verify_checkpoint) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")
     with pytest.raises(ExperimentError, match="has no other checkpoint that can be read"):
-        experiment.find_latest(intact)
+        experiment.find_latest(verify_checkpoint)
 
 
 def test_keep_latest_removes_older_checkpoints(tmp_path):

@@ -16,10 +16,10 @@ from misc.files import (
     LEFTOVER_SECONDS,
     check_writable,
     hash_file,
-    held,
-    locked,
+    hold_lock_or_raise,
+    wait_for_lock,
     make_array_header,
-    open_aside,
+    write_via_temporary_path,
     remove_leftovers,
     save_array,
     try_lock,
@@ -54,7 +54,7 @@ def test_a_failure_keeps_only_the_old_file(tmp_path, error):
 
     with pytest.raises(type(error)):
         write_whole(target, fail)
-    with pytest.raises(type(error)), open_aside(target) as aside:
+    with pytest.raises(type(error)), write_via_temporary_path(target) as aside:
         aside.write_bytes(b"new")
         raise error
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
@@ -62,7 +62,7 @@ def test_a_failure_keeps_only_the_old_file(tmp_path, error):
 
 def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
     target = tmp_path / "deep" / "x.nii.gz"
-    with open_aside(target) as aside:
+    with write_via_temporary_path(target) as aside:
         assert aside.name == target.name and aside != target
         aside.write_bytes(b"content")
         assert not target.exists()
@@ -73,13 +73,13 @@ def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
 def test_a_full_disk_error_names_the_file(tmp_path, way):
     """A file-size limit simulates a full disk."""
     code = (
-        "import resource, signal, sys\nfrom misc.files import open_aside, write_whole\n"
+        "import resource, signal, sys\nfrom misc.files import write_via_temporary_path, write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "def big(stream):\n    stream.write(bytes(10000))\n    stream.flush()\n"
         "try:\n"
         "    if sys.argv[2] == 'stream':\n        write_whole(sys.argv[1], big)\n"
         "    else:\n"
-        "        with open_aside(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
+        "        with write_via_temporary_path(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
         "except OSError as error:\n    print(error)\n"
     )
     target = tmp_path / "f.bin"
@@ -127,7 +127,7 @@ def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path):
         holder.kill()
         holder.communicate()
         assert try_lock(stream)
-    with locked(tmp_path / "sub" / "other"):
+    with wait_for_lock(tmp_path / "sub" / "other"):
         assert (tmp_path / "sub" / "other").exists()
 
 
@@ -142,11 +142,11 @@ def test_a_held_lock_names_its_holder(tmp_path):
     )
     assert holder.stdout.readline() == "held\n"
     message = f"the folder is in use by process {holder.pid} on .*; wait until it ends"
-    with pytest.raises(UserError, match=message), held(path, "the folder"):
+    with pytest.raises(UserError, match=message), hold_lock_or_raise(path, "the folder"):
         pass
     holder.kill()
     holder.communicate()
-    with held(path, "the folder"):
+    with hold_lock_or_raise(path, "the folder"):
         assert str(os.getpid()) in path.read_text()
     assert not path.exists()
 

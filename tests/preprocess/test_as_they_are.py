@@ -267,7 +267,7 @@ def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     monkeypatch.setattr(files, "_noted", set())
-    with files.locked(tmp_path / "a"), files.held(tmp_path / "b", "it"):
+    with files.wait_for_lock(tmp_path / "a"), files.hold_lock_or_raise(tmp_path / "b", "it"):
         pass
     said = capsys.readouterr().err
     assert said.count("does not support file locks") == 1 and str(tmp_path) in said

@@ -17,7 +17,7 @@ import torch
 
 from data.layout import StoreError, StoreLayout
 from data.store import PatchStore
-from misc.files import held
+from misc.files import hold_lock_or_raise
 
 from ..conftest import ROOT
 
@@ -580,7 +580,7 @@ def test_grouping_is_verified_before_old_files_are_replaced(tmp_path, make_store
 
 def test_two_runs_cannot_group_one_store(tmp_path, make_store, grid, run, run_apart):
     make_store(tmp_path, 5, grid, grouped=False)
-    with held(StoreLayout(tmp_path).grouping_lock, "x"):
+    with hold_lock_or_raise(StoreLayout(tmp_path).grouping_lock, "x"):
         result = run_apart("preprocess/group_patches.py", "--root-dir", tmp_path, check=False)
     assert result.returncode == 2 and "the output folder of group_patches.py, is in use by process" in result.stderr
     assert not (tmp_path / "grouped_patch").exists()

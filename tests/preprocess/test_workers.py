@@ -14,7 +14,7 @@ from preprocess import workers
 from preprocess.report import claim
 from preprocess.scan import ScanError
 from preprocess.subjects import Subject
-from preprocess.workers import EARLIER, Record, Step, forget_scan, load_shared, run_steps
+from preprocess.workers import EARLIER, Record, Step, forget_scan, load_scan_once, run_steps
 
 from ..conftest import ROOT
 
@@ -75,7 +75,7 @@ def test_a_scan_is_read_once_for_all_stages(reads, tmp_path, capsys):
     found, subject = reads
 
     def step(subject, previous):
-        load_shared(subject)
+        load_scan_once(subject)
         return {}
 
     args = argparse.Namespace(root_dir=str(tmp_path), num_workers=1, scheduler=None, no_progress=True, strict=False)
@@ -86,11 +86,11 @@ def test_a_scan_is_read_once_for_all_stages(reads, tmp_path, capsys):
 
 def test_a_changed_file_or_series_is_read_again(reads, tmp_path):
     found, subject = reads
-    first = load_shared(subject)
-    assert load_shared(subject) is first
-    assert load_shared(subject._replace(series="2")) is not first
+    first = load_scan_once(subject)
+    assert load_scan_once(subject) is first
+    assert load_scan_once(subject._replace(series="2")) is not first
     (tmp_path / "a.nii").write_bytes(b"second, longer")
-    load_shared(subject)
+    load_scan_once(subject)
     assert len(found) == 3 and len(workers._kept) == 1
 
 

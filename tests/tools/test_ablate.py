@@ -9,7 +9,7 @@ import pytest
 from misc.run.flags import parse_arguments
 from tools import ablate
 from tools.evaluation.ablation import markdown, summary
-from tools.evaluation.learn import MODELS, make_joined_weights, predict_others, score_held_out
+from tools.evaluation.learn import MODELS, make_even_weights, predict_others, score_held_out
 
 
 def test_differences_are_paired_by_seed():
@@ -45,17 +45,17 @@ def test_joined_tables_average_two_models():
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
-    found = predict_others(model, both, target, held, make_joined_weights(60, 4))
+    found = predict_others(model, both, target, held, make_even_weights(60, 4))
     evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # both tables have a sum of squares of 4
     each = [predict_others(model, other, target, held), predict_others(model, both, target, held, evenly)]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
-    assert (predict_others(model, both, target, held, make_joined_weights(60, 4)) == found).all()
+    assert (predict_others(model, both, target, held, make_even_weights(60, 4)) == found).all()
 
 
 def test_a_wide_table_does_not_drown_a_narrow_one():
     """In a model of three tables, each table has the same sum of squares."""
-    weights = make_joined_weights(2000, 7, 30)
+    weights = make_even_weights(2000, 7, 30)
     assert weights.shape == (2, 2037) and (weights[0] == np.repeat([0, 0, 1], [2000, 7, 30])).all()
     shares = [float(part @ part) for part in np.split(weights[1], [2000, 2007])]
     assert shares == pytest.approx([30, 30, 30])
@@ -70,7 +70,7 @@ def test_gain_from_an_added_table():
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
     hidden = rng.normal(size=120)
     target = known.sum(axis=1) + hidden
-    alone, weights = score_held_out(known, target, held), make_joined_weights(60, 4)
+    alone, weights = score_held_out(known, target, held), make_even_weights(60, 4)
     telling, beside_noise = np.hstack([hidden[:, None] + 0.3 * noise, known]), np.hstack([noise, known])
     assert score_held_out(telling, target, held, weights) > alone + 0.1
     plainly = score_held_out(beside_noise, target, held)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from misc.page import packed, write_page
+from misc.page import encode_array, write_page
 from tests.browser import browse
 from tools.explore import FOLDER
 from tools.pages.numbers import compute_importance, find_nearest, find_unusual_locations, standardise
@@ -167,21 +167,23 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         "sids": [f"patient{n:06d}" for n in range(count)],
         "about": "",
         "without": "",
-        "maps": [{"name": name, "places": packed(rng.normal(size=(count, 2)).astype(np.float32))} for name in "ab"],
+        "maps": [
+            {"name": name, "places": encode_array(rng.normal(size=(count, 2)).astype(np.float32))} for name in "ab"
+        ],
         "labels": [
-            {"name": name, "values": packed(own), "names": None, "low": -2, "high": 2}
+            {"name": name, "values": encode_array(own), "names": None, "low": -2, "high": 2}
             for name, own in zip(named, values)
         ],
-        "nearest": packed(rng.integers(count, size=(count, 6)).astype(np.uint32)),
-        "pictures": {"known": packed(np.ones(count, dtype=np.uint8)), "folder": "qc"},
-        "importance": [{"label": name, "values": packed(rng.random(places, dtype=np.float32))} for name in named],
+        "nearest": encode_array(rng.integers(count, size=(count, 6)).astype(np.uint32)),
+        "pictures": {"known": encode_array(np.ones(count, dtype=np.uint8)), "folder": "qc"},
+        "importance": [{"label": name, "values": encode_array(rng.random(places, dtype=np.float32))} for name in named],
         "telling": {
-            "places": packed(rng.integers(places, size=(count, 10)).astype(np.uint16)),
-            "scores": packed(rng.random((count, 10), dtype=np.float32)),
+            "places": encode_array(rng.integers(places, size=(count, 10)).astype(np.uint16)),
+            "scores": encode_array(rng.random((count, 10), dtype=np.float32)),
             "healthy": "all",
         },
         "sides": [
-            {**side, "places": packed(side["places"])}
+            {**side, "places": encode_array(side["places"])}
             for side in make_sides(rng.integers(300, size=(places, 3)), 32, None)
         ],
     }

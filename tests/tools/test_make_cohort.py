@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from misc.files import resume_folder
 from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
-from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_shares, plant_disease
+from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_class_shares, plant_disease
 from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
 from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan
@@ -201,7 +201,7 @@ def test_reticulation_is_dense_and_lesions_are_round():
 
 def test_shares_match_a_smokers_cohort():
     rng = np.random.default_rng(0)
-    table = pd.DataFrame([draw_shares(rng) for _ in range(2000)], columns=CLASSES)
+    table = pd.DataFrame([draw_class_shares(rng) for _ in range(2000)], columns=CLASSES)
     np.testing.assert_allclose(table.sum(axis=1), 1)
     assert (table >= 0).all().all()
     quantiles = table.quantile([0.05, 0.25, 0.5, 0.75, 0.95])

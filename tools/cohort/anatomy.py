@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult's thorax
-# Variation between subjects, relative to the variation between adults. The 32 mm patches of a small phantom show mostly
-# edges of the lung, those of an adult mostly lung. With full variation, small patches would show little but shape.
+# Variation between subjects, relative to the variation between adults. Small phantoms vary less, because their 32 mm
+# patches contain mostly edges of the lung. With full variation, these patches would mainly show the shape of the lung.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-# Range of the voxel spacing over subjects, in mm: the same at every size, because texture is always at adult scale.
+# Range of the voxel spacing in mm. The range does not depend on the phantom size, because texture has adult scale.
 SPACING = (0.65, 0.9)  # in the axial plane
 SLICES = (0.8, 1.5)  # between slices
 
@@ -17,8 +17,8 @@ SLICES = (0.8, 1.5)  # between slices
 class Anatomy:
     """Geometry of one subject. Angles are in radians.
 
-    Lengths are in mm of an adult and are multiplied by ``scale``, except ``fat``. With a scaled chest wall, patches at
-    the pleura of a small phantom would reach into the room and show how thin the wall is.
+    Lengths are those of an adult in mm. All lengths except ``fat`` are multiplied by ``scale``. If the fat in the chest
+    wall were scaled, patches at the pleura of a small phantom would contain air outside the body.
     """
 
     scale: float
@@ -29,9 +29,9 @@ class Anatomy:
     heart: float = 50.0
     diaphragm: float = 62.0  # height of the domes
     notch: float = 1.0
-    fat: float = 24.0  # thickness in the chest wall, in mm at every scale
+    fat: float = 24.0  # thickness of the fat in the chest wall in mm; not multiplied by scale
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    inflation: float = 0.0  # shift of lung density by inspiration, in HU below the average
+    inflation: float = 0.0  # decrease of the lung density by deeper inspiration, in HU
 
 
 def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:

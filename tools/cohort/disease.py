@@ -21,7 +21,7 @@ from tools.cohort.texture import (
     smooth_field,
 )
 
-# Share of a smoker's lung in each class: quantiles over 2,500 subjects of a cohort of 9,330 (Chest Imaging Platform).
+# Fraction of a smoker's lung in each class: quantiles over 2,500 of 9,330 subjects (Chest Imaging Platform).
 QUANTILES_AT = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARE_QUANTILES = {
     PARASEPTAL: (0.02, 0.05, 0.08, 0.11, 0.14, 0.18, 0.24),
@@ -30,7 +30,7 @@ SHARE_QUANTILES = {
     MODERATE: (0.0, 0.007, 0.03, 0.09, 0.28, 0.51, 0.65),
     SEVERE: (0.0, 0.0, 0.0, 0.002, 0.02, 0.17, 0.5),
 }
-# Correlation of the shares' normal scores, in the same order. The source lacks the last four pairs, which are guesses.
+# Correlation between the normal scores of these fractions. The last four pairs are guesses; the source lacks them.
 SHARE_CORRELATION = np.array(
     [
         [1.00, 0.55, 0.35, 0.84, 0.60],
@@ -41,7 +41,7 @@ SHARE_CORRELATION = np.array(
     ]
 )
 RETICULAR_HU = -450.0
-BASAL_BELOW = 0.5  # fraction of the lung's height
+BASAL_BELOW = 0.5  # fraction of the lung's height below which a voxel is in the lower lung
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Disease:
     """The disease that is planted in a subject.
 
     Attributes:
-        shares: share of the lung in each of CLASSES; they sum to 1.
-        upper: preference of centrilobular emphysema for the apex; negative values prefer the base.
+        shares: fraction of the lung in each of CLASSES; the fractions sum to 1.
+        upper: preference of centrilobular emphysema for the apex; with a negative value it prefers the base.
         cluster_mm: Gaussian width of the clusters of centrilobular emphysema.
-        reticulation: share of the lung with thickened septa.
+        reticulation: fraction of the lung with thickened septa.
         lesion_mm: diameter of the lesion, 0 for none.
     """
 
@@ -63,8 +63,8 @@ class Disease:
     lesion_mm: float = 0.0
 
 
-def draw_shares(rng: np.random.Generator) -> tuple[float, ...]:
-    """Draw the shares of CLASSES with the quantiles and rank correlations of the smokers' cohort."""
+def draw_class_shares(rng: np.random.Generator) -> tuple[float, ...]:
+    """Draw the fraction of the lung in each of CLASSES, with quantiles and correlations as in a cohort of smokers."""
     scores = rng.multivariate_normal(np.zeros(len(SHARE_CORRELATION)), SHARE_CORRELATION)
     shares = np.zeros(len(CLASSES))
     for (kind, quantiles), probability in zip(SHARE_QUANTILES.items(), ndtr(scores)):
@@ -76,9 +76,9 @@ def draw_shares(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def draw_disease(rng: np.random.Generator) -> Disease:
-    """Draw a subject of the smokers' cohort. Three in ten have reticulation, three in ten have a lesion."""
+    """Draw the disease of one smoker. Reticulation and a lesion each occur with a probability of 0.3."""
     return Disease(
-        shares=draw_shares(rng),
+        shares=draw_class_shares(rng),
         upper=rng.normal(0.8, 0.8),
         cluster_mm=rng.uniform(4, 14),
         reticulation=0.3 * rng.beta(1.5, 2.5) if rng.random() < 0.3 else 0.0,
@@ -87,7 +87,7 @@ def draw_disease(rng: np.random.Generator) -> Disease:
 
 
 class Lungs:
-    """Positions of the n lung voxels of a scan: ``height`` and ``depth`` are (n,)."""
+    """Positions of the n lung voxels of a scan: ``height`` (0 base, 1 apex) and ``depth`` below the surface in mm."""
 
     def __init__(self, lung: np.ndarray, sampling: np.ndarray):
         self.mask, self.sampling = lung > 0, sampling
@@ -102,10 +102,10 @@ class Lungs:
 
 
 def draw_class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
-    """Return the class of every lung voxel, (n,) uint8, with the shares of ``disease``.
+    """Return the class of every lung voxel, (n,) uint8. The classes have the fractions in ``disease``.
 
     Each subtype lies where it is found in patients. Centrilobular emphysema prefers the apex (by ``disease.upper``) and
-    is worst in the middle of its clusters. Panlobular emphysema prefers the base, paraseptal emphysema the pleura.
+    is most severe inside its clusters. Panlobular emphysema prefers the base, paraseptal emphysema the pleura.
     """
     height = 2 * lungs.height - 1  # -1 base, 1 apex
     clusters = disease.upper * height + lungs.field(disease.cluster_mm, rng)
@@ -134,19 +134,19 @@ def plant_disease(
     keep_normal: bool = False,
     base: np.ndarray | float = 0.0,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Plant emphysema, reticulation and a lesion in ``hu``. Textures have adult scale whatever the size of the lungs.
+    """Plant emphysema, reticulation and a lesion in ``hu``. Textures have adult scale in lungs of every size.
 
     Args:
-        hu: (z, y, x) float32, modified in place; z points to the head. Lung above -800 HU (vessels) is not changed.
-        lung: (z, y, x), 0 outside, 1 right, 2 left.
-        spacing: mm (x, y, z).
+        hu: (z, y, x) float32, modified in place; z points to the head. Lung above -800 HU (vessels) gets no texture.
+        lung: labels (z, y, x): 0 outside the lungs, 1 right lung, 2 left lung.
+        spacing: voxel spacing in mm, (x, y, z).
         disease: disease to plant.
-        keep_normal: leave normal lung unchanged, for a real scan; otherwise it also gets a texture.
-        base: HU to add to the textures, a number or (z, y, x): the effects of inspiration and gravity on density.
+        keep_normal: leave normal lung unchanged, for a real scan; if False, normal lung also gets a texture.
+        base: HU to add to the textures for the effects of inspiration and gravity, a number or (z, y, x).
 
     Returns:
-        The strengths of the planted disease, measured on the voxels, and the class of each lung voxel plus 1, (z, y, x)
-        uint8, 0 outside the lungs.
+        The strengths of the planted disease, measured on the voxels, and the class map (z, y, x) uint8. The class map
+        is 0 outside the lungs, and the class plus 1 inside.
     """
     sampling = spacing[::-1]
     lungs = Lungs(lung, sampling)
@@ -179,7 +179,7 @@ def plant_disease(
 
 
 def _reticulate(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """Thicken septa at the base and the rim in ``hu``, densest where a smooth field is 0. Return their share."""
+    """Thicken septa near the base and the surface of the lungs in ``hu``. Return the affected fraction of the lungs."""
     if wanted <= 0:
         return 0.0
     score = -1.5 * (2 * lungs.height - 1) - lungs.depth / 8 + 0.7 * lungs.field(10.0, rng)
@@ -193,7 +193,7 @@ def _reticulate(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Gene
 
 
 def _plant_lesion(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """Add a bumpy solid nodule away from the pleura to ``hu``. Return its diameter in mm, 0 if none fits."""
+    """Add a bumpy solid nodule away from the pleura to ``hu``. Return the diameter in mm, or 0 if no nodule fits."""
     inner = np.flatnonzero(lungs.mask.ravel())[lungs.depth > 0.6 * wanted] if wanted else ()
     if not len(inner):
         return 0.0

@@ -2,23 +2,23 @@
 
 import numpy as np
 
-# Thresholds of the visual grades. Emphysema: none, trace, mild, moderate, confluent, advanced. Paraseptal: none, mild,
+# Thresholds between visual grades. Emphysema: none, trace, mild, moderate, confluent, advanced. Paraseptal: none, mild,
 # substantial.
 GRADES_AT = (0.07, 0.12, 0.20, 0.34, 0.55)
 PARASEPTAL_AT = (0.09, 0.14)
-GOLD_AT = (80.0, 50.0, 30.0)  # thresholds of FEV1 in % of predicted
+GOLD_AT = (80.0, 50.0, 30.0)  # thresholds between the stages 1 to 4: FEV1 in % of predicted
 
 
 def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dict[str, float]:
     """Draw the labels of a subject, each with measurement noise.
 
-    Labels depend on subtype and location, not only on density. Severe and panlobular destruction costs more lung
-    function than its share. The same moderate emphysema costs three times as much at the base as at the apex.
-    Reticulation reduces lung function and survival without low density. Mild emphysema, which density does not show,
-    causes exacerbations.
+    Labels depend on the subtype and location of disease, not only on density. Severe and panlobular emphysema reduce
+    lung function more than moderate emphysema of the same extent. Moderate emphysema reduces lung function three times
+    as much in the lower half of the lungs as in the upper half. Reticulation reduces lung function and survival without
+    lowering density. Mild emphysema causes exacerbations, although it does not lower the mean density.
 
     Args:
-        rng: source of the noise.
+        rng: random generator for the noise.
         planted: strengths returned by tools.cohort.disease.plant_disease.
     """
     mild, severe = planted["mild_centrilobular_fraction"], planted["severe_centrilobular_fraction"]

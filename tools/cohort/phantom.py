@@ -4,7 +4,7 @@ import numpy as np
 
 from tools.cohort.anatomy import Anatomy
 
-AIR = -1000.0  # HU, like the values below
+AIR = -1000.0  # in HU, like the values on the next line
 LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 450.0, 45.0, -300.0
 
 
@@ -18,13 +18,13 @@ class Phantom:
     """A healthy thorax on a voxel grid: HU and lung labels.
 
     Coordinates are patient coordinates in mm: x to the left, y to the back, z to the head. The origin is in the middle
-    of the cavity's base. Every structure is a formula of these coordinates. Arrays are (z, y, x).
+    of the base of the thoracic cavity. Every structure is computed from the coordinates. Arrays are (z, y, x).
     """
 
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat_adult = a.fat / s  # in mm of an adult, as in the formulas below
+        self.fat_adult = a.fat / s  # at adult scale, like the lengths in _build
         half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
@@ -35,7 +35,7 @@ class Phantom:
         turn = rotation_matrix(a.rotation)
         centre = np.array([0, 0, 130 * s])
         points = [x - centre[0], y - centre[1], z - centre[2]]
-        # Rotating the coordinates rotates the patient. From here on, lengths are in mm of an adult.
+        # Rotating the coordinates rotates the patient. These coordinates are in mm at adult scale.
         self.x, self.y, self.z = (
             ((turn[i, 0] * points[0] + turn[i, 1] * points[1] + turn[i, 2] * points[2] + centre[i]) / s).astype(
                 np.float32
@@ -52,7 +52,7 @@ class Phantom:
         cavity = (np.abs(x) / wide) ** 2.3 + (np.abs(y) / deep) ** 2.3
         in_height = (t > -0.02) & (t < 1.01)
 
-        # Domes of the diaphragm: the right one is higher. The lungs extend down around them.
+        # The right dome of the diaphragm is higher than the left dome. The lungs extend downwards around the domes.
         right_dome = (
             a.diaphragm
             * 1.12
@@ -75,7 +75,7 @@ class Phantom:
         spine = ((x / 20) ** 2 + ((y - a.depth * 0.92) / 26) ** 2) < 1
 
         inside = (cavity < 1) & in_height & (z > floor) & (heart > 1.06) & (np.abs(x) > gap) & ~spine
-        # The lungs are asymmetric: the left one is narrower and makes room for the heart.
+        # The left lung is narrower than the right lung, which leaves room for the heart.
         inside &= ~((x > 0) & (heart < 1.35) & (y < heart_y + 15))
         self.lung = np.zeros(inside.shape, dtype=np.uint8)
         self.lung[inside & (x < 0)] = 1  # x increases to the patient's left
@@ -90,7 +90,7 @@ class Phantom:
         hu[np.broadcast_to(muscle, hu.shape)] = TISSUE_HU
         hu[np.broadcast_to(heart < 1, hu.shape) & (hu > -500)] = BLOOD_HU
 
-        # Ribs slope down to the front. Each is a band in a shell around the cavity.
+        # Ribs slope down to the front. Each rib is a band in a shell around the thoracic cavity.
         phase = (z - 0.35 * y + 200) % 27
         shell = (cavity > 1.06) & (cavity < 1.26) & (t > 0.02) & (t < 0.97) & (np.abs(x) > 16)
         hu[shell & (phase < 9)] = BONE_HU
@@ -104,12 +104,14 @@ class Phantom:
             LUNG_HU - self.anatomy.inflation + 0.25 * np.broadcast_to(y, hu.shape)[inside]
         )  # denser at the back
         self.hu = hu
-        self._vessels()
-        self._airways()
+        self._draw_vessels()
+        self._draw_airways()
 
     # Each tube is computed only in the box around its segment.
-    def _tube(self, start: np.ndarray, end: np.ndarray, radius: float) -> tuple[tuple[slice, ...], np.ndarray]:
-        """Return the box of the grid around a segment, and the distance to the segment's axis divided by the radius."""
+    def _measure_tube_distance(
+        self, start: np.ndarray, end: np.ndarray, radius: float
+    ) -> tuple[tuple[slice, ...], np.ndarray]:
+        """Return the grid box around a tube segment, and the distance of its voxels to the axis in radii."""
         a = self.anatomy
         turn, centre = rotation_matrix(a.rotation), np.array([0, 0, 130.0])
         reach = radius + 3 * self.spacing.max() / a.scale
@@ -126,7 +128,7 @@ class Phantom:
         distance = np.sqrt(((offset - share * along) ** 2).sum(0))
         return box, distance / radius
 
-    def _vessels(self) -> None:
+    def _draw_vessels(self) -> None:
         """Draw vessel trees that branch from each hilum and taper towards the pleura."""
         a, rng = self.anatomy, self.rng
         voxel = float(self.spacing.mean()) / a.scale
@@ -139,8 +141,8 @@ class Phantom:
             while queue:
                 start, direction, radius, depth = queue.pop()
                 end = start + direction * rng.uniform(14, 26)
-                box, ratio = self._tube(start, end, radius)
-                # A vessel thinner than a voxel fills only part of it.
+                box, ratio = self._measure_tube_distance(start, end, radius)
+                # A vessel thinner than a voxel fills only part of the voxel.
                 share = np.clip(1.0 - (ratio - 1) * radius / voxel, 0, 1) * min(1.0, (radius / voxel) ** 2 * 2)
                 lung = self.lung[box] > 0
                 self.hu[box] = np.where(
@@ -151,7 +153,7 @@ class Phantom:
                         turned = direction + rng.normal(0, 0.45, 3) + (side * 0.12, 0, 0)
                         queue.append((end, turned / np.linalg.norm(turned), radius * rng.uniform(0.62, 0.8), depth + 1))
 
-    def _airways(self) -> None:
+    def _draw_airways(self) -> None:
         """Draw the trachea and main bronchi: air inside a wall, not labelled as lung."""
         a = self.anatomy
         carina = np.array([0.0, 5.0, 0.60 * a.height])
@@ -160,7 +162,7 @@ class Phantom:
             tubes.append((carina, np.array([side * (a.mediastinum + 16), 2.0, 0.50 * a.height]), 7.0))
         for wall in (True, False):
             for start, end, radius in tubes:
-                box, ratio = self._tube(start, end, radius)
+                box, ratio = self._measure_tube_distance(start, end, radius)
                 if wall:
                     thick = (ratio < 1 + 2.6 / radius) & (self.hu[box] > -990)
                     self.hu[box][thick] = TISSUE_HU

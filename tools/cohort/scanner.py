@@ -11,15 +11,15 @@ ATLAS_ORIENTATION = "LAS"  # orientation of the published atlas
 
 
 class Acquisition(NamedTuple):
-    """Scanner settings of a scan. They disturb density measurements."""
+    """Scanner settings of a scan, which affect density measurements."""
 
-    noise_hu: float  # SD in lung, set by the dose
-    kernel_mm: float  # Gaussian blur of the reconstruction kernel
+    noise_hu: float  # SD of the noise in HU, which depends on the dose
+    kernel_mm: float  # SD of the Gaussian blur of the reconstruction kernel
     sharpness: float  # edge enhancement by the kernel, 0 for none
     slice_mm: float  # slice thickness
 
 
-# For --scanners one: full dose and a standard kernel.
+# Settings for --scanners one: full dose and a standard kernel.
 ONE_SCANNER = Acquisition(noise_hu=14.0, kernel_mm=0.5, sharpness=0.0, slice_mm=1.25)
 
 
@@ -38,7 +38,7 @@ def scan(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.
     """Apply slice thickness, kernel and noise to ``hu`` in place: (z, y, x) float32. ``spacing`` is (x, y, z) in mm."""
     sampling = spacing[::-1]
     slices = acquisition.slice_mm / sampling[0]
-    if slices > 1:  # box filter of the slice, minus the box that a voxel already averages over
+    if slices > 1:  # blur by the slice thickness, minus the blur that the voxels already have
         hu[:] = ndimage.gaussian_filter1d(hu, np.sqrt((slices**2 - 1) / 12), axis=0)
     noise = rng.standard_normal(hu.shape, dtype=np.float32)
     for volume in (hu, noise):

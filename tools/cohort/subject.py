@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from preprocess.geometry import write_image
 from tools.cohort.patient import simulate_patient
 
-HELD_OUT = 0.3  # share of subjects that are held out
+HELD_OUT = 0.3  # fraction of subjects that are held out
 
 
 def subject_name(index: int) -> str:
@@ -28,9 +28,9 @@ def write_subject(
     """Write image/{sid}.nii.gz and class/{sid}.nii.gz. Return the rows of labels.csv and scans.csv.
 
     Args:
-        seed: seed of the cohort.
+        seed: random seed of the cohort.
         index: index of the subject.
-        images: the scan, and the class of each voxel or None.
+        images: the scan, and the class map or None to write no class map.
         planted: strengths of the planted disease.
         scanned: scanner settings of the scan.
     """

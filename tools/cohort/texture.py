@@ -2,8 +2,8 @@
 
 The textures reproduce measurements on 1,337 patches labelled by radiologists, from the public data of the Chest
 Imaging Platform (full dose, inspiration; 31 x 31 pixels of about 0.6 mm). The measurements are mean and spread in HU,
-shares of voxels below thresholds, and autocorrelation. Mild centrilobular emphysema has the mean of normal lung: only
-its texture differs.
+fractions of voxels below thresholds, and autocorrelation. Mild centrilobular emphysema has the mean of normal lung.
+Only its texture differs.
 """
 
 from typing import NamedTuple
@@ -19,24 +19,24 @@ NORMAL, MILD, MODERATE, SEVERE, PANLOBULAR, PARASEPTAL = range(len(CLASSES))
 
 MEASURED_SPACING = 0.6  # mm
 VESSEL_HU = 40.0
-_VESSEL_MM = 1.8  # Gaussian width of the two fields; both are 0 along a vessel
-_VESSEL_EDGE = (0.3, 0.7)  # values of a vessel's profile at its outer and inner edge
-_REGION_MM = 12.0  # Gaussian width of the field that sets the mean of a region
-_AT = np.linspace(-3.0, 3.0, 7)  # values of the field, in SD, at which Texture.hu is given
+_VESSEL_MM = 1.8  # width of the two Gaussian fields, which are both 0 along the axis of a vessel
+_VESSEL_EDGE = (0.3, 0.7)  # profile values at the outer and at the inner edge of a vessel's boundary
+_REGION_MM = 12.0  # width of the Gaussian field that shifts the mean HU of a region
+_AT = np.linspace(-3.0, 3.0, 7)  # field values, in SD, for which Texture.hu lists the HU
 
 
 class Texture(NamedTuple):
-    """Texture of a class of lung: a Gaussian field of two widths, mapped to HU voxel by voxel, and vessels."""
+    """Texture of one class of lung: vessels, and a Gaussian random field with two widths that is mapped to HU."""
 
     hu: tuple[float, ...]  # HU at field values of -3, -2, ... 3 SD
-    fine_mm: float  # Gaussian widths of the field's two parts
+    fine_mm: float  # Gaussian widths of the fine and the coarse part of the field
     coarse_mm: float
-    coarse: float  # share of the coarse part in the field's variance
-    vessels: float  # share of voxels above -700 HU
+    coarse: float  # fraction of the field's variance that comes from the coarse part
+    vessels: float  # fraction of voxels above -700 HU
     region: float  # SD of the mean between regions, in HU
 
 
-# Fitted to the measurements; tests/tools/test_texture.py renders the textures and measures them again.
+# Fitted to the measurements above. tests/tools/test_texture.py renders these textures and measures the result.
 TEXTURES = (
     Texture((-988, -941, -919, -898, -866, -793, -699), 0.68, 1.6, 0.25, 0.06, 15),  # normal
     Texture((-987, -958, -928, -900, -862, -752, -685), 0.68, 1.0, 0.35, 0.05, 20),  # mild centrilobular
@@ -52,10 +52,10 @@ TEXTURES = (
 def gaussian_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
     """Return smooth noise with mean 0 and SD 1, (z, y, x) float32.
 
-    The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. A voxel wider than 0.6 mm
-    averages the field. This widens the field and lowers its SD below 1.
+    The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. Averaging over
+    voxels larger than 0.6 mm widens the field and lowers its SD below 1.
     """
-    # Variance of the voxel's box in excess of that of the measured spacing.
+    # Variance that averaging over a voxel adds, beyond the averaging at the spacing of the measurements.
     box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12
     wide = np.sqrt(width**2 + box)
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), wide / sampling, mode="wrap")
@@ -63,12 +63,12 @@ def gaussian_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, r
 
 
 class Parenchyma:
-    """The random fields from which a subject's textures are made. They take the memory of six float32 volumes.
+    """Random fields for the textures of one subject. The fields take as much memory as six float32 volumes.
 
     Args:
-        shape: (z, y, x).
-        sampling: mm (z, y, x).
-        rng: source of the fields.
+        shape: shape of the volume, (z, y, x).
+        sampling: voxel spacing in mm, (z, y, x).
+        rng: random generator for the fields.
     """
 
     def __init__(self, shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator):
@@ -84,7 +84,7 @@ class Parenchyma:
         fine, coarse = (self._fields[width][where] for width in (texture.fine_mm, texture.coarse_mm))
         field = np.sqrt(1 - texture.coarse) * fine + np.sqrt(texture.coarse) * coarse
         hu = np.interp(field, _AT, texture.hu) + texture.region * self._region[where]
-        # P(off axis < r) = 1 - exp(-r / 2). The profile crosses -700 HU a fifth of the way from the edge to the middle.
+        # P(off_axis < r) = 1 - exp(-r / 2). HU exceeds -700 if the vessel fraction of a voxel exceeds about 0.2.
         low, high = _VESSEL_EDGE
         breadth = np.log1p(-texture.vessels) / np.log(low + 0.2 * (high - low))
         share = np.clip((np.exp(-self._off_axis[where] / (2 * breadth)) - low) / (high - low), 0, 1)
@@ -92,18 +92,18 @@ class Parenchyma:
 
 
 def smooth_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
-    """Like :func:`gaussian_field`, for widths of many voxels: draw on a coarse grid and interpolate."""
+    """Return noise as in :func:`gaussian_field` for widths of many voxels: draw on a coarse grid and interpolate."""
     step = np.maximum(1, np.floor(width / 2 / sampling)).astype(int)
     coarse = tuple(int(np.ceil(n / k)) + 1 for n, k in zip(shape, step))
     field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (sampling * step))
-    # Divide by the SD of the process, not of this draw: its few regions may all be on one side of the mean.
+    # Divide by the theoretical SD, not by the SD of this draw, because a draw may have few independent regions.
     field /= np.sqrt(np.prod([np.sum(_kernel(width / (k * d)) ** 2) for k, d in zip(step, sampling)]))
     at = np.ix_(*[np.arange(n, dtype=np.float32) / k for n, k in zip(shape, step)])
     return ndimage.map_coordinates(field, np.broadcast_arrays(*at), order=1).astype(np.float32)
 
 
 def _kernel(sigma: float) -> np.ndarray:
-    """Return the one-dimensional Gaussian kernel that scipy uses."""
+    """Return the one-dimensional Gaussian kernel that scipy.ndimage uses."""
     reach = int(4 * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return weights / weights.sum()

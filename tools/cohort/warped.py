@@ -15,13 +15,13 @@ from tools.cohort.phantom import rotation_matrix
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 
-NORMAL_HU = -893.0  # median of the normal lung texture
+NORMAL_HU = -893.0  # median of the texture of normal lung
 
 
 def draw_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a smooth, invertible displacement in mm, (3, z, y, x): the exponential of a random velocity field.
 
-    It is computed by scaling and squaring (Arsigny et al., 2006) on a grid of about 8 mm, on which it is smooth.
+    The displacement is computed by scaling and squaring (Arsigny et al., 2006) on a coarse grid of about 8 mm.
     """
     step = np.maximum(1, np.round(8 / sampling)).astype(int)
     coarse = [int(np.ceil(n / k)) + 1 for n, k in zip(shape, step)]
@@ -39,7 +39,7 @@ def draw_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.ra
 
 
 def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
-    """Return the scan and its lung mask (1 right, 2 left), both in LPS. Without a mask, thresholding makes one.
+    """Return the scan and its lung mask (1 right, 2 left), both in LPS. By default, thresholding makes the mask.
 
     Raises:
         UserError: the scan or mask cannot be used; the message names the flag.
@@ -57,10 +57,10 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
     return orient(image, "LPS"), orient(labels, "LPS")
 
 
-def make_warped(
+def make_warped_subject(
     seed: int, index: int, template: Path, one_scanner: bool, class_maps: bool, out_dir: Path
 ) -> tuple[dict, dict]:
-    """Deform the template, plant disease and write subject ``index``. Return its rows of labels.csv and scans.csv."""
+    """Deform the template, plant disease and write subject ``index``. Return rows of labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
     hu = sitk.GetArrayFromImage(image).astype(np.float32)
@@ -83,11 +83,11 @@ def make_warped(
     ]
     warped = ndimage.map_coordinates(hu, where, order=1, mode="constant", cval=-1024.0)
     labels = ndimage.map_coordinates(lung, where, order=0, mode="constant", cval=0)
-    # Normal lung has a mean of -889 HU in the textures and another one in this scan; shift the textures to the scan.
+    # The median HU of normal lung differs between the textures and this scan. Shift the textures to the scan.
     parenchyma = warped[(labels > 0) & (warped < -800)]
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
     planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)
-    drawn = draw_acquisition(rng)  # drawn even if unused, so that the subjects are the same as with many scanners
+    drawn = draw_acquisition(rng)  # drawn even with --scanners one, so that --scanners does not change the subjects
     # A real scan already has the blur of a reconstruction kernel.
     acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)
     scan(warped, spacing, acquisition, rng)
@@ -98,7 +98,7 @@ def make_warped(
 
 
 def make_template_atlas(image: sitk.Image, labels: sitk.Image, out_dir: Path) -> None:
-    """Write the template at 1 mm and its lung mask as the atlas."""
+    """Resample the template and its lung mask to 1 mm, and write them as the atlas."""
     size = [round(n * s) for n, s in zip(image.GetSize(), image.GetSpacing())]
     for source, interpolator, fill, name in (
         (image, sitk.sitkLinear, -1024, "atlas.nii.gz"),

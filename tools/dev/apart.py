@@ -1,4 +1,4 @@
-"""Run the literal versions in a separate process, with the system's default memory allocation."""
+"""Run the literal implementation in a separate process, with the system's default memory allocation."""
 
 import multiprocessing
 
@@ -14,7 +14,7 @@ PUBLISHED_LOCATIONS = 581
 
 
 def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
-    """Receive names of literal jobs, run them and send the results, with the default memory allocation."""
+    """Receive names of jobs from ``pipe``, run each job with the literal implementation, and send back the result."""
     fast = TimedStep(
         PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
     )  # weights and batches
@@ -51,7 +51,7 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
 
 
 class LiteralProcess:
-    """The process of the literal versions. Calling it with the name of a job runs that job."""
+    """A process that runs the literal implementation. Call the object with the name of a job to run that job."""
 
     def __init__(self, store: PatchStore, K: int, args):
         context = multiprocessing.get_context("spawn")
@@ -59,7 +59,7 @@ class LiteralProcess:
         inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
         self.process = context.Process(target=run_literal_jobs, args=inputs, daemon=True)
         self.process.start()
-        theirs.close()  # so that a crash of the process raises an error here instead of blocking
+        theirs.close()  # otherwise recv() would wait forever if the other process crashed
 
     def __call__(self, name: str):
         self.pipe.send(name)

@@ -86,7 +86,7 @@ class Canvas:
 
 
 def draw_inputs(canvas: Canvas, views: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scan: Path) -> None:
-    """Draw the left half: the picture of the scan, and the views."""
+    """Draw the left half of the figure: the picture of the scan, and the views."""
     query, key, neighbors = (view[0].numpy() for view in views)
     if scan.is_file():
         from matplotlib.image import imread
@@ -107,7 +107,7 @@ def draw_inputs(canvas: Canvas, views: tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def draw_method(canvas: Canvas) -> None:
-    """Draw the right half: encoders, queues and tasks."""
+    """Draw the right half of the figure: encoders, queues and tasks."""
     rows = ((38, QUERY, "q"), (21, NEIGHBOR, "r$_1$ ... r$_k$"), (4, KEY, "key"))
     for height, color, name in rows:
         canvas.arrow((29, 26), (31 if color == NEIGHBOR else 35, height + 4.3), color)
@@ -136,7 +136,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--store", required=True, help="folder of the patch store")
     parser.add_argument("--sid", help="subject to show (default: the first)")
-    text = "location to show (default: the one that shows most lung, including its neighbours)"
+    text = "location to show (default: the location whose patch and neighbours show most lung)"
     parser.add_argument("--location", type=int, help=text)
     parser.add_argument("--out", required=True, help="PNG to write")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Measure training and extraction on a GPU, part by part, and compare them with an old commit.
+"""Measure training and extraction on a GPU, part by part, and compare the speed with an old commit.
 
     python tools/dev/gpu.py --out-dir gpu --old-commit 4eccfb9          all sections, 5 minutes
     python tools/dev/gpu.py --out-dir gpu --quick                       fewer rounds, 2 minutes
     python tools/dev/gpu.py --out-dir gpu --quick --device cpu          tiny sizes, to check that it runs
 
-It needs torch, NumPy and SciPy only. Each section writes OUT/<section>.json when it ends, so an interruption loses only
-the running section. --sections selects sections. --old TREE uses an exported commit if the git history is missing.
+The script needs only torch, NumPy and SciPy. Each section writes <out-dir>/<section>.json when it ends, so an
+interruption loses only the running section. --sections selects sections. Without the git history, use --old TREE with
+the exported files of a commit.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from tools.dev.gpu_lab.store import FileStore
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out-dir", required=True, help="folder for the results and for the random patches to read")
+    add("--out-dir", required=True, help="folder for the results and for the random patches that are used as input")
     add("--quick", action="store_true", help="use fewer rounds and locations")
     add(
         "--device",
@@ -37,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="device to measure; auto uses a GPU if there is one; cpu uses tiny sizes, to check that the script runs",
     )
-    add("--old-commit", help="commit to compare with; exported by git archive")
-    add("--old", metavar="TREE", help="folder with the exported commit to compare with")
+    add("--old-commit", help="commit to compare with; the script exports its files with git archive")
+    add("--old", metavar="TREE", help="folder with the exported files of the commit to compare with")
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help=", ".join(SECTIONS))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import ELASTIC_SIGMA, PUBLISHED
-from data.views import shift_to_zero, to_unit
+from data.views import clip_and_shift_hu, to_unit
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.condconv3d import CondConv3D
@@ -30,7 +30,7 @@ def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tup
 
 
 class LiteralStep:
-    """The training step with the published queue, (moco_dim, K, L), and the published loops."""
+    """The training step with a queue of shape (moco_dim, K, L) and loops over samples and neighbours."""
 
     def __init__(self, model: DrasCLR):
         self.encoder_q, self.encoder_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
@@ -71,7 +71,7 @@ class LiteralStep:
 
 
 class LiteralAugmentation:
-    """MONAI's transforms, applied to one sample after the other."""
+    """MONAI's transforms, applied to one sample at a time."""
 
     def __init__(self, letters: str):
         from monai import transforms
@@ -102,9 +102,9 @@ class LiteralAugmentation:
 
 
 def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
-    """Return the three views of a step, made sample by sample."""
-    shifted = shift_to_zero(patches)[:, None]
-    shifted_neighbors = shift_to_zero(neighbors)
+    """Return the three views of a step (query, key, neighbours), augmented one sample at a time."""
+    shifted = clip_and_shift_hu(patches)[:, None]
+    shifted_neighbors = clip_and_shift_hu(neighbors)
     query = torch.stack([augment(volume) for volume in shifted])
     key = torch.stack([augment(volume) for volume in shifted])
     return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in shifted_neighbors]))

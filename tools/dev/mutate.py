@@ -1,7 +1,8 @@
-"""Check that a new test suite catches the mutations that the old one caught.
+"""Check that a new test suite catches the mutations that the old suite caught.
 
 A mutation changes one line of the sources: a wrong sign, an off-by-one, a swapped axis or a dropped check. First draw
-60 mutations, spread over folders and kinds. Then test them in order until 30 are caught, at least 4 in each folder:
+60 mutations, spread over folders and kinds. Then test the mutations in order until 30 of them are caught,
+at least 4 in each folder:
 
     python tools/dev/mutate.py draw --table tests/mutations.csv --seed 1 --count 60
     python tools/dev/mutate.py run --table tests/mutations.csv --suite old
@@ -10,16 +11,16 @@ After changing the tests, run the mutations that the old suite caught, two at a 
 
     python tools/dev/mutate.py run --table tests/mutations.csv --suite new --jobs 2
 
-Mutations are made in temporary copies of the tracked files. The tests of the mutated module run first. A row ends at
-the first failure that does not also occur without the mutation. The results are
+Mutations are made in temporary copies of the tracked files. The tests of the mutated module run first. The test
+of a mutation ends at the first failure that does not also occur without the mutation. The results are
 
     caught      a test failed
     missed      no test failed; "missed (limit)" if --limit was reached
     invalid     the mutated file does not compile
     lost        the line does not exist any more, or is not unique
 
-The same command resumes an interrupted run. The exit status is 1 if the new suite missed a mutation that the old one
-caught.
+The same command resumes an interrupted run. The exit status is 1 if the new suite missed a mutation that the old
+suite caught.
 """
 
 import argparse
@@ -54,9 +55,10 @@ ROW = "{id} {file}:{line} {kind}"
 
 
 def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
-    """Return the file and line index of a mutation, or None if it is not found.
+    """Return the file and line index of a mutation, or None if the line is not found or not unique.
 
-    The line is where it was drawn, or else where it is unique: in that file, in files of the same name, or anywhere.
+    The search order is the drawn line number, the drawn file, files of the same name, and all files. The line must be
+    unique in the first of these that contains it.
     """
     paths = [path for path in sorted(tree.rglob("*.py")) if not path.is_relative_to(tree / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
@@ -69,10 +71,11 @@ def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
 
 
 def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the test files and flags of each stage for a mutated file.
+    """Yield the test files and the pytest flags of each stage for a mutated file.
 
-    The stages are quick tests of the same name, of importers, of the same folder and of the top level; then slow tests
-    of the first two; then, with ``whole``, all others.
+    The first stages are quick tests: tests named after the file, tests that import the file, tests in the same folder,
+    and tests at the top level. The next stage is the slow tests that are named after the file or import it. With
+    ``whole``, the last stages are all other tests.
     """
     tests = [str(path.relative_to(tree)) for path in sorted(tree.glob("tests/**/test_*.py"))]
     parts = Path(name.removesuffix("/__init__.py")).with_suffix("").parts
@@ -100,15 +103,18 @@ def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str],
 
 
 class Runner:
-    """Test mutations in scratch copies. ``stop`` ends tests; ``flaky`` has tests that fail without a mutation."""
+    """Test mutations in temporary copies of the checkout.
+
+    Setting ``stop`` ends all tests. ``flaky`` stores for a test whether the test fails without a mutation.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.stop, self.flaky = args, threading.Event(), dict[str, bool]()
 
     def run_pytest(self, tree: Path, flags: list[str], seconds: float) -> tuple[int | None, str]:
-        """Run pytest. Return its exit status (None at the time limit) and its output."""
+        """Run pytest. Return the exit status of pytest (None at the time limit) and the output."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc could outlive its mutation
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc may outlive the mutated line
         command = [self.args.python, *PYTEST, f"--rootdir={tree}", f"--basetemp={tree.parent / 'temporary'}", *flags]
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
@@ -124,11 +130,11 @@ class Runner:
             return status, output.read()
 
     def is_flaky(self, tree: Path, test: str) -> bool:
-        """Whether a test, or the collection of a test file, fails without a mutation."""
+        """Return whether a test, or the collection of a test file, fails without a mutation."""
         if test not in self.flaky:
             flags = () if "::" in test else ("--collect-only",)
             status, output = self.run_pytest(tree, [test, *flags], self.args.limit)
-            if "::" not in test and status not in (0, 2, 5):  # 2: an error in this file, not in pytest or conftest.py
+            if "::" not in test and status not in (0, 2, 5):  # 2: an error in the test file itself
                 raise UserError(
                     f"pytest cannot collect {test} without a mutation; fix the test file. {output.strip()[-400:]}"
                 )
@@ -152,7 +158,7 @@ class Runner:
         except (SyntaxError, ValueError):
             return "invalid", ""
         for files, flags in list_stages(tree, str(path.relative_to(tree)), self.args.whole):
-            while kept := [test for test in files if not self.flaky.get(test)]:  # run again without flaky tests
+            while kept := [test for test in files if not self.flaky.get(test)]:  # repeat without the flaky tests
                 deselected = [f"--deselect={test}" for test, is_flaky in self.flaky.copy().items() if is_flaky]
                 path.write_bytes(mutated)
                 status, output = self.run_pytest(tree, [*kept, *flags, *deselected], until - time.monotonic())
@@ -169,7 +175,7 @@ class Runner:
 
 
 def copy_checkout(checkout: Path, folder: Path) -> Path:
-    """Copy the tracked files. Tests look for the folder ``shared`` next to the checkout."""
+    """Copy the tracked files, and link the folder ``shared`` beside the copy, because some tests read this folder."""
     for name in list_files(checkout):
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(checkout / name, folder / "tree" / name, follow_symlinks=False)
@@ -179,7 +185,7 @@ def copy_checkout(checkout: Path, folder: Path) -> Path:
 
 
 def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
-    """Return whether a row has still to be run."""
+    """Return whether the mutation of a row must still be tested."""
     if row[args.suite] or args.suite == "new":
         return not row[args.suite] and row["old"] == "caught"
     caught = Counter(other["folder"] for other in rows if other["old"] == "caught")
@@ -187,7 +193,7 @@ def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
 
 
 def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
-    """Run the wanted rows, and write the table after each row."""
+    """Test the mutations that must still be tested, and write the table after each test."""
     runner, lock, copies = Runner(args), threading.Lock(), list[Path]()
 
     def work(row: Row) -> None:
@@ -223,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{draw,run}")
     draw = commands.add_parser("draw", help="draw mutations; a larger --count adds rows to the same table")
-    test = commands.add_parser("run", help="test the mutations; the same command resumes")
+    test = commands.add_parser("run", help="test the mutations; run the same command again to resume")
     for command in (draw, test):
         command.add_argument("--table", required=True, help="CSV with one row per mutation")
         command.add_argument(
@@ -236,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
         "--suite",
         type=OneOf("old", "new"),
         required=True,
-        help="test suite to run; new runs only the mutations that old caught",
+        help="test suite to run; new tests only the mutations that the old suite caught",
     )
     add("--wanted", type=at_least(int, 1), default=30, help="number of caught mutations after which --suite old stops")
     text = "minimum number of caught mutations in each folder before --suite old stops"

@@ -20,7 +20,7 @@ OPERATORS |= {"<": ("<=", BOUND), "<=": ("<", BOUND), ">": (">=", BOUND), ">=": 
 OPPOSITES = [("<", ">="), (">", "<="), ("==", "!="), ("in", "not in"), ("is", "is not")]
 NEGATIONS = {sign: (other, CHECK) for pair in OPPOSITES for sign, other in (pair, pair[::-1])}
 REDUCE = rb"\.(?:all|any|arg\w+|a?max|a?min|cat|flatten|flip|gather|index_\w+|mean|median|stack|std|sum|unbind|var)\("
-RULES = (  # swapped axis: nodes, pattern, and the replacement of its first group
+RULES = (  # swapped axes: node types, pattern, and replacement of the pattern's first group
     (ast.keyword, rb"^(?:dim|axis)=(0)$", rb"1"),
     (ast.keyword, rb"^(?:dim|axis)=(-?[1-9])$", rb"0"),
     (ast.Call, REDUCE + rb"(?:\w+, )?(0)[,)]", rb"1"),
@@ -37,12 +37,12 @@ Row = dict[str, str]  # keys are COLUMNS
 
 
 def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
-    """Whether a node must not be mutated: texts, messages, flags, annotations, decorators, __main__ blocks."""
+    """Return whether a node is not mutated, such as a text, message, flag, annotation, decorator or __main__ block."""
     match node:
         case ast.Call():
             is_flag = any(ast.unparse(argument).startswith("'--") for argument in node.args)
             return is_flag or ast.unparse(node.func).endswith(("add_argument", "sys.path.insert"))
-        case ast.BinOp(left=left, right=right):  # + and * with texts and lists, % with texts
+        case ast.BinOp(left=left, right=right):  # do not mutate + and * on strings and lists, or % on strings
             return any(isinstance(x, (ast.JoinedStr, ast.List)) or ast.unparse(x)[0] in "'\"" for x in (left, right))
         case ast.If():
             return "__name__" in ast.unparse(node.test)
@@ -61,7 +61,7 @@ def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[as
 
 
 def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[str, str]]) -> Iterator[Edit]:
-    """Replace each operator in ``signs`` that is on the same line as its operands."""
+    """Yield edits that replace an operator in ``signs``, if the operator is on the same line as its operands."""
     if not isinstance(node, (ast.AugAssign, ast.BinOp, ast.Compare)):
         return
     operands = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
@@ -74,7 +74,7 @@ def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[
             yield right.lineno, start, start + len(sign), other.encode(), kind
 
 
-def swap_axes(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
+def apply_rules(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
     """Yield the edits that RULES make to a node on a single line."""
     if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
         return
@@ -89,7 +89,7 @@ def swap_axes(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iter
 
 
 def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
-    """Make a condition that leads to ``raise`` never true, or negate a part of it."""
+    """Yield edits that make a condition before ``raise`` always false, or that negate a part of the condition."""
     if not isinstance(node, ast.If) or not isinstance(node.body[0], ast.Raise):
         return
     if node.test.lineno == node.test.end_lineno:
@@ -102,10 +102,10 @@ def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
 
 
 def find_edits(source: bytes) -> list[Edit]:
-    """Return all mutations of a file. Integers that are an axis do not also get an off-by-one."""
+    """Return all mutations of a file. An integer that is an axis gets no off-by-one mutation."""
     lines, edits = source.split(b"\n"), []
     for node, parent in walk_code(ast.parse(source)):
-        edits += [*drop_checks(lines, node), *swap_axes(lines, node, parent)]
+        edits += [*drop_checks(lines, node), *apply_rules(lines, node, parent)]
         edits += replace_operators(lines, node, OPERATORS)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             edits.append((node.lineno, node.col_offset, node.col_offset + 1, b"", SIGN))
@@ -115,14 +115,14 @@ def find_edits(source: bytes) -> list[Edit]:
     return sorted({edit for edit in edits if edit[4] != BOUND or edit[:3] not in axes})
 
 
-def take_turns(streams: Iterable[Iterable]) -> Iterator:
+def interleave_streams(streams: Iterable[Iterable]) -> Iterator:
     """Yield one item of each stream in turn until all streams end."""
     for items in itertools.zip_longest(*streams):
         yield from (item for item in items if item is not None)
 
 
 def list_files(checkout: Path) -> list[str]:
-    """Return the tracked files that exist."""
+    """Return the names of the tracked files that exist in the checkout."""
     git = subprocess.run(["git", "-C", checkout, "ls-files", "-z"], capture_output=True, encoding="utf-8", check=False)
     if git.returncode:
         raise UserError(f"--checkout {checkout} is not a git checkout; give the folder that has .git")
@@ -130,14 +130,16 @@ def list_files(checkout: Path) -> list[str]:
 
 
 def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield file, line, kind, before and after in random order, cycling through the kinds.
+    """Yield mutations (file, line, kind, before, after) in random order, cycling through the kinds.
 
     Only lines that are unique in their file are used.
     """
     candidates = [(name, edit) for name, source in sources.items() for edit in find_edits(source)]
     random.Random(seed).shuffle(candidates)
     drawn = set()
-    for name, (line, start, end, text, kind) in take_turns([c for c in candidates if c[1][4] == k] for k in KINDS):
+    for name, (line, start, end, text, kind) in interleave_streams(
+        [c for c in candidates if c[1][4] == k] for k in KINDS
+    ):
         lines = sources[name].split(b"\n")
         before = lines[line - 1]
         after = before[:start] + text + before[end:]
@@ -155,7 +157,7 @@ def draw_rows(checkout: Path, seed: int, count: int) -> list[Row]:
             sources[folder][name] = (checkout / name).read_bytes()
     streams = [zip(itertools.repeat(folder), draw_folder(sources[folder], seed)) for folder in FOLDERS]
     rows = []
-    for folder, values in itertools.islice(take_turns(streams), count):
+    for folder, values in itertools.islice(interleave_streams(streams), count):
         values = (f"m{len(rows) + 1:03d}", folder, *values)
         rows.append(dict(itertools.zip_longest(COLUMNS, values, fillvalue="")))
     return rows

@@ -2,13 +2,14 @@
 
     python tools/dev/soak.py --work-dir soak --trials 20
 
-The jobs are training on one and two ranks, each stage of preprocessing, grouping and extraction. Each job runs once
-undisturbed. Each trial starts the job in a new folder and sends a random signal to one or all of its processes at a
-random moment, once or twice. It then restarts the job until it ends by itself. The results must have the bytes of the
-undisturbed run, and no process may remain. 20 trials of all jobs take at least an hour on two cores.
+The jobs are training on one rank, training on two ranks, each stage of preprocessing, grouping of patches, and feature
+extraction. Each job runs once undisturbed. Each trial starts the job in a new folder and sends a random signal to one
+or all of its processes at a random moment, once or twice. The trial then restarts the job until the job ends by itself.
+The results must be identical to those of the undisturbed run, and no process may remain. 20 trials of all jobs take at
+least an hour on two cores.
 
-Prints one line per job. The exit status is 1 if a trial failed. <work-dir>/trials.csv lists every trial with its
-result. The same command resumes after the finished trials. Failed trials keep their folders.
+The script prints one line per job. The exit status is 1 if a trial failed. <work-dir>/trials.csv lists every trial with
+its result. Run the same command again to resume after the finished trials. Folders of failed trials are not deleted.
 """
 
 import argparse
@@ -32,23 +33,23 @@ from misc.command import Parser, UserError, at_least, run
 from misc.progress import add_progress_flag, progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL is listed twice because no process can prepare for it
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL is listed twice because no process can catch it
 TRAINING = (
     *("--epochs", "2", "--batch-size", "4", "--moco-k", "8", "--rep-dim", "8", "--moco-dim", "4", "--num-experts", "2"),
     *("--print-freq", "3", "--workers", "1", "--device", "cpu", "--save-minutes", "0.02", "--no-progress"),
 )
 TIME_LIMIT = 300.0  # seconds per start
-LINGER = 20.0  # seconds in which processes must end
-STARTS = 8  # starts per trial, including the last, undisturbed one
+LINGER = 20.0  # seconds within which all other processes of a job must end after its main process
+STARTS = 8  # maximum number of starts per trial, including the undisturbed last start
 
 
 class Job(NamedTuple):
-    """A job that is killed in trials.
+    """A command that is started and killed in trials.
 
     Attributes:
         command: command line, run in the folder of the trial.
-        needs: parts of the prepared folder that it reads.
-        made: function that returns the results in a folder: name -> fingerprint.
+        needs: parts of the prepared folder that the job reads.
+        made: function that returns the fingerprints of the results in a folder, by name.
     """
 
     command: tuple[str, ...]
@@ -60,7 +61,7 @@ class Job(NamedTuple):
 
 
 def fingerprint_files(*patterns: str) -> Callable[[Path], dict[str, str]]:
-    """Return a function that computes fingerprints of the files that match."""
+    """Return a function that computes fingerprints of the files that match the patterns."""
 
     def made(folder: Path) -> dict[str, str]:
         paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
@@ -145,7 +146,7 @@ def list_jobs() -> dict[str, Job]:
 
 
 def prepare(folder: Path, subjects: int) -> None:
-    """Make the inputs of the jobs, undisturbed: a cohort, its store and a trained experiment."""
+    """Make the inputs of the jobs without sending signals: a cohort, its store and a trained experiment."""
     if (folder / "trained").is_dir():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -164,7 +165,7 @@ def prepare(folder: Path, subjects: int) -> None:
 
 
 def copy_inputs(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
-    """Copy the inputs of a job to a new folder. Modification times are kept, because jobs compare them."""
+    """Copy the inputs of a job to a new folder. Preserve modification times, because jobs compare these times."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in needs:
         source, target = prepared / name, folder / name
@@ -191,7 +192,7 @@ def list_processes(session: int) -> list:
 
 def start(job: Job, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the process keeps it open)
+    log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the started process writes to this file)
     with log:
         return subprocess.Popen(
             job.command,
@@ -205,7 +206,7 @@ def start(job: Job, folder: Path) -> subprocess.Popen:
 
 
 def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
-    """Send a signal after ``moment`` seconds if the process is still running. Return what was sent, or ``""``."""
+    """Send a signal after ``moment`` seconds if the process still runs. Return the signal and targets, or ``""``."""
     try:
         process.wait(moment)
         return ""
@@ -227,7 +228,7 @@ def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) ->
 
 
 def leave(process: subprocess.Popen) -> str:
-    """Wait until a start ends and no process is left. Return what went wrong, or ``""``."""
+    """Wait until all processes of a job have ended, or kill them. Return a description of the problem, or ``""``."""
     try:
         process.wait(TIME_LIMIT)
     except subprocess.TimeoutExpired:
@@ -310,7 +311,7 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
     began = time.monotonic()
     process = start(job, plain)
     if leave(process) or process.returncode:
-        raise UserError(f"undisturbed {name} failed with {process.returncode}; see {plain / 'output.txt'}")
+        raise UserError(f"{name} failed undisturbed with exit status {process.returncode}; see {plain / 'output.txt'}")
     seconds, wanted = time.monotonic() - began, job.made(plain)
     for number in missing:
         rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"

@@ -16,10 +16,10 @@ from data.views import to_input
 from misc.command import UserError
 from misc.files import hash_file
 from misc.sizes import PATCH_SIZE
-from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
+from models.checkpoint import build_query_encoder, check_sha256, check_table, read_checkpoint
 from models.cnn3d import Encoder
-from models.fast.pieces import side_by_side
-from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, encode_each, layer_width
+from models.fast.pieces import run_in_parallel
+from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, encode_patch_per_location, count_layer_features
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
@@ -29,8 +29,8 @@ from preprocess.registration import check_overlap, measure_overlap, register_mas
 from preprocess.scan import ScanError, load_scan, with_warnings
 from tools.evaluation.vectors import Standardization
 
-OUTSIDE = 0.1  # the verdict warns if a larger share of the patch voxels lies outside the scan
-OFF = 0.7  # the verdict warns if the share of patch centres in the lungs, relative to the atlas, is smaller
+OUTSIDE = 0.1  # the verdict warns if a larger fraction of the patch voxels lies outside the scan
+OFF = 0.7  # the verdict warns if fewer patch centres lie in the lungs than this fraction of those in the atlas
 
 
 class Embedded(NamedTuple):
@@ -38,7 +38,7 @@ class Embedded(NamedTuple):
 
     features: np.ndarray  # (rep_dim,) float32: mean over patches, or (width,) for another patient vector
     patches: np.ndarray  # (L, rep_dim) float32
-    figures: dict[str, Any]  # same numbers as in the reports of the preprocessing
+    figures: dict[str, Any]  # the same numbers as in the preprocessing reports
     verdict: str  # one line
     cut: Patches
     mask: sitk.Image
@@ -52,7 +52,7 @@ class Embedder:
         atlas_mask: lung mask of the atlas, 50 right lung, 100 left lung.
         atlas_patch_loc: table of patch corners (default: made from the mask).
         method: ``lungmask`` or ``threshold``.
-        lungmask_weights: state dict of lungmask.
+        lungmask_weights: file with the weights of the lungmask network.
         min_dice: minimum Dice overlap with the atlas; scans below it are refused.
         sha256: expected SHA-256 of the checkpoint.
         device: device of the encoder.
@@ -78,11 +78,11 @@ class Embedder:
     ):
         self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
         if method == "lungmask":
-            load_lungmask(lungmask_weights)  # fails once for missing weights, not for every scan
+            load_lungmask(lungmask_weights)  # raises here if weights are missing, instead of for every scan
         self.atlas = read_atlas_mask(atlas_mask)
         self.table = make_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
-        check_sum(Path(checkpoint), sha256)
+        check_sha256(Path(checkpoint), sha256)
         content = read_checkpoint(Path(checkpoint))
         self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
         encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
@@ -90,7 +90,7 @@ class Embedder:
         self.standardization = read_standardization(patient_vector, standardization, hash_file(Path(checkpoint)))
         self.width = self.rep_dim
         if self.standardization is not None:
-            patch_width = layer_width(encoder) if patient_vector == "layers" else self.rep_dim
+            patch_width = count_layer_features(encoder) if patient_vector == "layers" else self.rep_dim
             shape, self.width = (len(self.table), patch_width), 2 * patch_width
             if (there := self.standardization.mean.shape) != shape:
                 raise UserError(
@@ -104,20 +104,20 @@ class Embedder:
     def encode(self, patches: np.ndarray) -> np.ndarray:
         """Encode patches: (L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32.
 
-        The numbers are the same as from extract_feature.py for a store with one subject. With the vector ``layers``,
-        the summaries of all layers follow in the same rows, as in models.frozen.
+        The result equals that of extract_feature.py for a store with one subject. With the patient vector ``layers``, h
+        is followed by the summaries of all layers in each row, as in models.frozen.
         """
         layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
             hu = hu.to(self.locations.device)
-            return encode_each(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
+            return encode_patch_per_location(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
         frozen = FrozenLocations(self.encoder, self.locations)
         encoded = []
-        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # frozen together, then encoded in parallel
+        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # freeze the locations in one call, encode in parallel
             pairs = [
                 (frozen[index], hu[index : index + 1]) for index in range(len(hu))[first : first + LOCATIONS_AT_ONCE]
             ]
-            encoded += side_by_side(lambda pair: pair[0](pair[1], to_input, layers), pairs)
+            encoded += run_in_parallel(lambda pair: pair[0](pair[1], to_input, layers), pairs)
         return torch.cat(encoded).numpy()
 
     def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
@@ -161,7 +161,7 @@ class Embedder:
 
 
 def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: str) -> Standardization | None:
-    """Read the standardisation that a patient vector needs; None for the mean. Raises UserError."""
+    """Read the standardisation for a patient vector. Return None for the mean, which needs none. Raises UserError."""
     if kind == "mean":
         if path:
             raise UserError(

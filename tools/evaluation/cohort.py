@@ -43,13 +43,13 @@ class EvaluatedSubjects:
         asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
         told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
 
-        def hear(text: str) -> None:
+        def pass_relevant_note(text: str) -> None:
             if args.group_column and f"column {args.group_column!r}" in text:
                 return  # problems of the patient column do not matter, because it is not a label
             if "column" not in text or any(name in text for name in told):
                 note(text)
 
-        labels = read_numbers_and_words(args.labels, sids, hear, dict(args.order), args.missing)
+        labels = read_numbers_and_words(args.labels, sids, pass_relevant_note, dict(args.order), args.missing)
         self.names, self.words = labels.names, labels.classes
         self.order = set(dict(args.order))
         self.values = labels.values.astype(np.float64)

@@ -17,7 +17,7 @@ INNER_FOLDS = 3
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # features, labels, new features -> predictions
 
 
-def make_joined_weights(*widths: int) -> np.ndarray:
+def make_even_weights(*widths: int) -> np.ndarray:
     """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
     Each row is a model: the first model uses only the last table, and the second model uses all tables. In the second
@@ -30,8 +30,8 @@ def make_joined_weights(*widths: int) -> np.ndarray:
 
 
 def join_evenly(*tables: Table) -> tuple[Table, np.ndarray]:
-    """Join tables, and return the result with the weights of :func:`make_joined_weights`."""
-    return join_tables(*tables), make_joined_weights(*(table.shape[1] for table in tables))
+    """Join tables, and return the result with the weights of :func:`make_even_weights`."""
+    return join_tables(*tables), make_even_weights(*(table.shape[1] for table in tables))
 
 
 def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ class HealthyDensity:
 
         _, locations, width = features.shape
         self.mean = np.zeros((locations, width))  # (L, D)
-        for part in parts(locations):
+        for part in split_locations(locations):
             self.mean[part] = np.asarray(features[rows, part], dtype=np.float64).mean(axis=0)
         pairs = np.arange(len(rows) * locations)
         if len(pairs) > ENOUGH:
@@ -39,13 +39,13 @@ class HealthyDensity:
     def score(self, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Score some rows by squared Mahalanobis distance / D, about 1 for usual patches: (N, L, D), (n,) -> (n, L)."""
         scores = np.zeros((len(rows), features.shape[1]))
-        for part in parts(features.shape[1]):
+        for part in split_locations(features.shape[1]):
             deviations = np.asarray(features[rows, part], dtype=np.float64) - self.mean[part]
             scores[:, part] = np.square(deviations * self.factor @ self.root).mean(axis=2)
         return scores
 
 
-def parts(locations: int) -> list[slice]:
+def split_locations(locations: int) -> list[slice]:
     """Split the locations into slices of LOCATIONS_AT_ONCE."""
     return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
 

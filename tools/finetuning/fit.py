@@ -11,7 +11,7 @@ from torch import nn
 
 from data.store import PatchStore
 from data.views import to_input
-from models.frozen import FrozenLocations, layer_width
+from models.frozen import FrozenLocations, count_layer_features
 from tools.evaluation.vectors import Standardization
 from tools.finetuning.network import Head, trainable
 from tools.finetuning.tasks import Split, Task
@@ -46,7 +46,7 @@ class Data:
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
             encoded = frozen[location](patches, to_input, layers)
-            found.append((encoded[:, -layer_width(encoder) :] if layers else encoded).cpu())
+            found.append((encoded[:, -count_layer_features(encoder) :] if layers else encoded).cpu())
         return torch.stack(found, dim=1)
 
     def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Scaled(NamedTuple):
             return F.cross_entropy(outputs, wanted, self.weights.to(outputs.device))
         return F.mse_loss(outputs[:, 0], wanted)
 
-    def natural(self, outputs: torch.Tensor) -> np.ndarray:
+    def to_label_unit(self, outputs: torch.Tensor) -> np.ndarray:
         """Convert outputs (n, outputs) to the unit of the label, (n,), or to probabilities (n, classes)."""
         if self.weights is not None:
             return torch.softmax(outputs, dim=1).double().numpy()
@@ -143,7 +143,7 @@ def fit(
     head.to(device)
     validation_h = represent(split.validation, fresh=False)
 
-    def judged(h: torch.Tensor) -> float:
+    def compute_validation_loss(h: torch.Tensor) -> float:
         with torch.no_grad():
             return float(scaled.loss(head(h.to(device)), split.validation))
 
@@ -153,7 +153,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         scaled.loss(head(train_h.to(device)), split.train).backward()
         optimizer.step()
-        return judged(validation_h)
+        return compute_validation_loss(validation_h)
 
     best_loss, rounds = _train_until_no_better(train_head_round, (head,), "frozen", float("inf"))
     if parameters:
@@ -163,7 +163,7 @@ def fit(
 
         def train_encoder_round() -> float:
             _train_encoder_round(task, split.train, data, encoder, head, scaled, descent, rng)
-            return judged(represent(split.validation, fresh=True))
+            return compute_validation_loss(represent(split.validation, fresh=True))
 
         best_loss, rounds = _train_until_no_better(train_encoder_round, (head, encoder), layers, best_loss)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.locations import table_fingerprint
 from data.store import PatchStore
-from models.checkpoint import build_query_encoder, check_sum, check_table, read_checkpoint
+from models.checkpoint import build_query_encoder, check_sha256, check_table, read_checkpoint
 from models.cnn3d import Encoder
 
 POOLINGS = ("mean", "attention")
@@ -22,7 +22,7 @@ def load_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tup
         CheckpointError: the file cannot be read, its SHA-256 is not ``sha256``, or the encoder was trained on another
             table of locations.
     """
-    check_sum(Path(path), sha256)
+    check_sha256(Path(path), sha256)
     content = read_checkpoint(Path(path))
     encoder, sizes = build_query_encoder(Encoder, content, path)
     note = check_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.evaluation.metrics import r2
-from tools.evaluation.normal import parts, score_patches
+from tools.evaluation.normal import split_locations, score_patches
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties for features with SD 1, per fitted subject
@@ -70,7 +70,7 @@ def compute_importance(
         return found[0]
     y = target[known].astype(np.float64)
     folds = np.array_split(np.random.default_rng(seed).permutation(len(known)), FOLDS)
-    for part in parts(features.shape[1]):
+    for part in split_locations(features.shape[1]):
         block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
             predicted = _predict_out_of_fold(standardise(x), y, folds)  # (penalties, n)

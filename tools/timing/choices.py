@@ -45,7 +45,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
     return args.batch / statistics.median(rates[1:]), peak
 
 
-def measure_choices(folder: Path, args) -> list[Row]:
+def time_all_options(folder: Path, args) -> list[Row]:
     """Return one row per option: ms per step, ratio to the published options in the same round, and memory."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}

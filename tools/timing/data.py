@@ -62,7 +62,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
     total = sum(path.stat().st_size for path in paths)
     order = np.random.default_rng(0).permutation(store.num_subjects)
 
-    def forget() -> None:
+    def drop_page_cache() -> None:
         """Drop the files from the page cache."""
         for path in paths:
             with open(path, "rb") as stream:
@@ -87,7 +87,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
             jobs = {"ours": (lambda: batches(request_files)) if ahead else batches, "dd": dd}
             for name, work in jobs.items():
                 if cold:
-                    forget()
+                    drop_page_cache()
                 else:
                     work()
                 times[name].append(time_seconds(work))

@@ -1,8 +1,8 @@
 """Three equivalent implementations of the first two convolutions, which are 59 % of a step's arithmetic.
 
-Tensor cores multiply blocks of 8 or 16 channels, but the first layers have 1 and 8. Padding adds channels of zeros.
-Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into channels of one voxel. That is more arithmetic, in a faster
-shape.
+Tensor cores multiply blocks of 8 or 16 channels, but these layers have inputs with 1 and 8 channels. Padding adds
+channels of zeros. Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into channels of one voxel. Space to depth
+needs more arithmetic, but the larger number of channels suits tensor cores.
 """
 
 import torch
@@ -12,19 +12,22 @@ from models.condconv3d import channels_last
 
 
 def plain(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Convolve directly: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16), padding 1, then padding 1 and stride 2."""
+    """Apply both convolutions directly: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16). Only the second has stride 2."""
     return F.conv3d(F.conv3d(x, first, padding=1), second, padding=1, stride=2)
 
 
 def convolve_padded(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, channels: int = 8) -> torch.Tensor:
-    """Compute :func:`plain` with the input channel padded to ``channels``."""
+    """Compute :func:`plain` after padding the input with zeros to ``channels`` channels."""
     more = channels - x.shape[1]
     x = channels_last(F.pad(x, (0, 0) * 3 + (0, more)))
     return plain(x, channels_last(F.pad(first, (0, 0) * 3 + (0, more))), second)
 
 
 def space_to_depth(x: torch.Tensor) -> torch.Tensor:
-    """Turn cubes into channels: (B, C, D, H, W) -> (B, 8 C, D / 2, H / 2, W / 2); order z, y, x in a cube, then C."""
+    """Turn 2 x 2 x 2 cubes into channels: (B, C, D, H, W) -> (B, 8 C, D / 2, H / 2, W / 2).
+
+    The new channels are ordered by z, y, x in the cube, then by C.
+    """
     batch, channels, depth, height, width = x.shape
     x = x.view(batch, channels, depth // 2, 2, height // 2, 2, width // 2, 2)
     x = x.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(batch, 8 * channels, depth // 2, height // 2, width // 2)
@@ -32,9 +35,10 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
-    """Convert a kernel between volumes to one between their cubes: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
+    """Convert a kernel for volumes to a kernel for their cubes: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
 
-    Voxel 2 t + p of the input contributes to voxel a of an output cube through tap 2 t + p - a, if it is -1, 0 or 1.
+    Along each axis, voxel p of the input cube at offset t contributes to voxel a of the output cube. The kernel element
+    is 2 t + p - a, which must be -1, 0 or 1.
     """
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(2, 2, 2, out, 2, 2, 2, channels, 3, 3, 3)
@@ -48,10 +52,10 @@ def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def to_halved(kernel: torch.Tensor) -> torch.Tensor:
-    """Convert a kernel with stride 2 to one that reads cubes: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
+    """Convert a kernel with stride 2 to a kernel for cubes: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(out, 2, 2, 2, channels, 3, 3, 3)
-    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # (voxel in the cube, cube, tap)
+    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # (voxel in the cube, offset of the cube, kernel element)
     for pz, tz, kz in taps:
         for py, ty, ky in taps:
             for px, tx, kx in taps:
@@ -60,7 +64,7 @@ def to_halved(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def convolve_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Compute :func:`plain` on cubes with 8 times the channels: 8 to 64, then 64 to 8, both at 16^3."""
+    """Compute :func:`plain` on cubes: from 8 to 64 channels, then from 64 to 8 channels, both on 16^3 cubes."""
     x = F.conv3d(space_to_depth(x), channels_last(to_cubes(first)), padding=1)
     return F.conv3d(x, channels_last(to_halved(second)), padding=1)
 

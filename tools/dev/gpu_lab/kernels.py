@@ -9,7 +9,7 @@ from pathlib import Path
 from models.fast import norm_elu_gpu
 
 KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_descend")
-TENSORS = ("x", "y", "grad", "result")  # pointers to activations; all others point to float32
+TENSORS = ("x", "y", "grad", "result")  # arguments that point to activations; all other pointers are to float32
 COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")
 
@@ -29,7 +29,7 @@ def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") ->
     """Return registers per thread and spilled bytes of each kernel. No GPU is needed.
 
     Args:
-        channels: channels of the layer.
+        channels: number of channels of the layer.
         capability: compute capability of the GPU; 90 is an H100 or H200.
         dtype: type of the activations, as Triton names it.
     """

@@ -1,8 +1,8 @@
-"""Time the training step of an old commit, in a process that imports from its exported files.
+"""Time the training step of an old commit, in a process that imports the exported files of the commit.
 
     python tools/dev/gpu_lab/old.py TREE FOLDER SIZES DEVICE PRECISION STEPS_OF_CURVE OUT
 
-It uses the names of commit 4eccfb9. Another commit may need changes here.
+The script calls the functions of commit 4eccfb9. For another commit, the script may need changes.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import torch
 
 
 def stand_in_for_pandas() -> None:
-    """Replace pandas if it is not installed. The old code imports it even if it reads no table."""
+    """Replace pandas by a stub if pandas is not installed. The old code imports pandas even if it reads no table."""
     if importlib.util.find_spec("pandas") is None:
         module = types.ModuleType("pandas")
         module.DataFrame = module.Series = object

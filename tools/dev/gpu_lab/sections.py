@@ -21,7 +21,7 @@ from data.views import to_input
 from models import condconv3d, fast, frozen
 from models.cnn3d import norm_elu
 from models.fast import norm_elu_gpu
-from models.frozen import FrozenLocations, encode_each
+from models.frozen import FrozenLocations, encode_patch_per_location
 from tools.dev.gpu_lab.convolutions import WAYS
 from tools.dev.gpu_lab.kernels import compile_kernels
 from tools.dev.gpu_lab.setting import PRECISIONS, Run, Sizes, convert_to_rates, synchronize, time_in_turns
@@ -29,7 +29,7 @@ from tools.dev.gpu_lab.store import FileStore
 from tools.timing.step import make_encoder
 
 ROOT = Path(__file__).resolve().parents[3]
-LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # channels, side of the output in voxels
+LAYERS = ((8, 32), (8, 16), (16, 8), (32, 4), (64, 2), (128, 2), (128, 1))  # (channels, side length in voxels)
 
 
 class Lab(NamedTuple):
@@ -39,7 +39,7 @@ class Lab(NamedTuple):
     device: torch.device
     store: FileStore
     out: Path
-    old: Path | None  # exported files of an old commit
+    old: Path | None  # folder with the exported files of an old commit
 
     @property
     def on_gpu(self) -> bool:
@@ -59,7 +59,7 @@ class Lab(NamedTuple):
 
 @contextlib.contextmanager
 def channels_first() -> Iterator[None]:
-    """Change layouts with ``contiguous`` alone, which leaves one-channel tensors channels-first."""
+    """Replace ``channels_last`` by ``contiguous``, which leaves tensors with one channel in channels-first layout."""
 
     def as_before(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -114,7 +114,7 @@ def layouts(lab: Lab) -> dict:
 
 
 def correctness(lab: Lab) -> dict:
-    """Compare recorded with eager steps and fast with plain paths, and run the GPU tests."""
+    """Compare recorded steps with eager steps, compare fast paths with plain paths, and run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
         wanted = torch.stack(lab.run(precision, recorded=False).advance(steps))
@@ -190,7 +190,7 @@ def norms(lab: Lab) -> dict:
 
 
 def ablation(lab: Lab) -> dict:
-    """Measure samples per second as is, with files on the GPU, with one fast path switched off, and with none."""
+    """Measure samples per second: unchanged, with the files on the GPU, without one of the fast paths, without all."""
     if not lab.on_gpu:
         ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.plain)}
     else:
@@ -241,7 +241,7 @@ def training(lab: Lab) -> dict:
 
 
 def profile_work(work: Callable[[], object]) -> dict:
-    """Profile some work on a GPU: busy time, number of launches, and kernels sorted by time."""
+    """Profile a function on a GPU: busy time, number of launches, and kernels sorted by time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
@@ -262,7 +262,7 @@ def profile_work(work: Callable[[], object]) -> dict:
 
 
 def profile(lab: Lab) -> dict:
-    """Profile a step: wall time, busy time of the GPU, and kernels."""
+    """Profile a training step: wall time, busy time of the GPU, and kernels."""
     if not lab.on_gpu:
         return {"skipped": "no GPU"}
     found = {}
@@ -293,7 +293,7 @@ def loader(lab: Lab) -> dict:
 
 
 def extraction(lab: Lab) -> dict:
-    """Measure subjects of 581 patches per second, as in extract_feature.py, and the seconds for one scan."""
+    """Measure feature extraction: subjects (581 patches each) per second, and the seconds for a single scan."""
     store, encoder = lab.store, make_encoder(lab.device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(lab.device)
     pieces = list_pieces(store)
@@ -307,11 +307,11 @@ def extraction(lab: Lab) -> dict:
     count = 581 if lab.on_gpu else 8
     hu = torch.from_numpy(store.read(0, np.arange(count) % store.num_subjects))
     hu, places = hu.to(lab.device), torch.rand(count, 3, device=lab.device) * 2 - 1
-    one = lab.time({"one scan": lambda: encode_each(encoder, hu, places, to_input)})["one scan"]
+    one = lab.time({"one scan": lambda: encode_patch_per_location(encoder, hu, places, to_input)})["one scan"]
     at = FrozenLocations(encoder, places)
     few = range(min(count, 16))
     wanted = torch.cat([at[index](hu[index : index + 1], to_input) for index in few])
-    ours = encode_each(encoder, hu[: len(few)], places[: len(few)], to_input)
+    ours = encode_patch_per_location(encoder, hu[: len(few)], places[: len(few)], to_input)
     synchronize(lab.device)
     return {"subjects_per_s": found, "one_scan_s": one, "one_scan_apart": float((ours - wanted).norm() / wanted.norm())}
 

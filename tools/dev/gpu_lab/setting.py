@@ -1,4 +1,4 @@
-"""The training step of train.py with sizes of your choice, and alternating timings."""
+"""Build the training step of train.py with any sizes, and time several jobs in turns."""
 
 import json
 import statistics
@@ -46,10 +46,10 @@ TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # to check on a CPU that the script 
 
 
 class Run:
-    """Training at one precision, composed as in train.py: loader, device, views, step, optimiser."""
+    """A training at one precision, with the same parts as in train.py: loader, device, views, step, optimiser."""
 
     def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **choices: Any):
-        """``choices`` are ``recorded`` (default: on a GPU), ``resident`` (default: no) and ``dense`` of StepViews."""
+        """Set up. ``choices``: ``recorded`` (default: if on a GPU), ``resident`` (False), ``dense`` of StepViews."""
         on_gpu = device.type == "cuda"
         process.set_arithmetic(precision == "tf32", deterministic=False)
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ class Run:
         return Inputs(*self.carrier(batch))
 
     def advance(self, steps: int) -> list[torch.Tensor]:
-        """Run some steps. Return the statistics of each, on the device."""
+        """Run some steps. Return the statistics of each step, on the device."""
         found = []
         for _ in range(steps):
             found.append(self.step(self.inputs(next(self.batches)), 1.0).outcome.statistics.clone())
@@ -105,7 +105,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
-    """Time the jobs in turns. Return the median, smallest and largest seconds of each."""
+    """Time the jobs in turns. Return the median, smallest and largest time of each job in seconds."""
     for work in jobs.values():
         for _ in range(warm_up):
             work()
@@ -122,7 +122,7 @@ def summarize(values: Sequence[float], digits: int = 7) -> dict[str, float]:
 
 
 def convert_to_rates(times: dict[str, dict[str, float]], amount: float) -> dict[str, dict[str, float]]:
-    """Convert seconds to amounts per second."""
+    """Convert times in seconds for ``amount`` items to items per second."""
     return {
         name: {
             "median": round(amount / value["median"], 1),

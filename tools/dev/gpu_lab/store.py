@@ -1,4 +1,4 @@
-"""Location files for the measurements. The old code reads them too, so this module imports nothing from the project."""
+"""Files of random patches for the measurements. Old commits use this module, so it imports nothing of the project."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class FileStore:
-    """Location files in a folder, with the interface of data.store.PatchStore.
+    """A folder with one file of random patches per location, with the interface of data.store.PatchStore.
 
     Args:
         folder: folder of the files; missing files are created.
@@ -28,7 +28,10 @@ class FileStore:
         self._mapped = [np.load(path, mmap_mode="r") for path in paths]
 
     def _fill(self, paths: list[Path], rng: np.random.Generator) -> None:
-        """Write smooth noise of -700 +- 200 HU. Files are separate, because hard links would share the page cache."""
+        """Write smooth noise with mean -700 HU and SD 200 HU to each file.
+
+        The files are not hard links to one file, because hard links would share the page cache.
+        """
         from scipy import ndimage
 
         pool = ndimage.gaussian_filter(rng.normal(size=(32, 32, 2048)).astype(np.float32), 2)
@@ -39,5 +42,5 @@ class FileStore:
             np.save(path, np.stack([pool[:, :, start : start + 32] for start in starts]))
 
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
-        """Return the patches of some rows, (n, 32, 32, 32) int16."""
+        """Return the patches in some rows of a location's file, (n, 32, 32, 32) int16."""
         return np.asarray(self._mapped[location][rows])
