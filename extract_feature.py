@@ -74,7 +74,9 @@ ASSEMBLY_BYTES = 64 * 2**20  # most bytes of features held in memory while the o
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--exp-name", required=True, help="folder of the experiment, for example ssl_exp/NAME")
-    parser.add_argument("--checkpoint-patch", required=True, help="name of a checkpoint in that folder, or a path")
+    parser.add_argument(
+        "--checkpoint-patch", required=True, help="name of a checkpoint in the --exp-name folder, or a path"
+    )
     parser.add_argument("--sha256", help="expected SHA-256 of the checkpoint; give it to verify downloaded weights")
     parser.add_argument("--root-dir", help="patch store (default: the store named in the experiment's configs.json)")
     text = "also write the mean and SD of every encoder channel; --patient-vector layers needs them; 2.8 MB per subject"

@@ -54,7 +54,7 @@ from misc.run.saver import Saver
 from misc.run.watch import watch_steps
 from misc.sizes import choose_bn_groups, list_rank_groups
 from models.builder import DrasCLR
-from models.checkpoint import verify_checkpoint, read_config
+from models.checkpoint import read_config, verify_checkpoint
 from models.cnn3d import Encoder
 from models.fast.graph import RecordedStep, can_record
 from models.fast.memory import keep_freed_memory
@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     stream = experiment.claim() if rank == 0 else None
     if resume is not None:
         process.barrier()  # wait until every rank has read the checkpoint
-        for name in experiment.set_aside_later(resume, start) if rank == 0 else ():
+        for name in experiment.rename_later_checkpoints(resume, start) if rank == 0 else ():
             say(f"note: {name} is later than the checkpoint to resume from; it is kept as superseded-*-{name}")
 
     # -------------------------------------------------------- ready

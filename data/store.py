@@ -122,10 +122,12 @@ class PatchStore:
         grouped = set(self._stored)
         missing = [sid for sid in there if sid not in grouped]
         if missing:
-            yield f"{summarize_sids(missing)} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
+            names = summarize_sids(missing)
+            yield f"{names} in patch/ but not in grouped_patch/ will not be read; run {again} to add them"
         gone = sorted(grouped.difference(there))
         if gone:
-            yield f"{summarize_sids(gone)} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
+            names = summarize_sids(gone)
+            yield f"{names} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
         if self.layout.grouped_note.is_file():
             grouped_at = self.layout.grouped_note.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]

@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(path: Path) -> tuple[int, int]:
-    """Verify a checkpoint's checksums and return its :func:`read_progress`. Raises CheckpointError if the file is damaged.
+    """Verify a checkpoint's checksums and return what :func:`read_progress` returns. Raises CheckpointError.
 
     torch.load does not verify checksums, so it would load changed tensor values without an error.
     """

@@ -11,7 +11,9 @@ from models.condconv3d import channels_last, dense_conv3d
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
-AT_ONCE = 64  # patches per call in encode_each; the result of the first layer then takes 0.5 GB with 8 experts
+AT_ONCE = (
+    64  # patches per call in encode_patch_per_location; the result of the first layer then takes 0.5 GB with 8 experts
+)
 SUMMARIZED = 2**20  # values per call of a summary on the CPU, so that the values stay in the CPU cache
 LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; their float32 kernels take 33 MB at the published sizes
 

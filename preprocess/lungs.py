@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.command import UserError
-from misc.files import wait_for_lock, try_lock
+from misc.files import try_lock, wait_for_lock
 from preprocess import threshold
 from preprocess.scan import ScanError, check_extent
 

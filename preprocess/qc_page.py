@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreLayout
-from misc.page import make_link, encode_array, write_page
+from misc.page import encode_array, make_link, write_page
 from misc.sizes import PATCH_SIZE
 from preprocess.report import read_previous_rows
 

@@ -18,9 +18,9 @@ from misc.files import remove_leftovers
 from misc.progress import progress_bar
 from preprocess.outputs import FAILED_BEFORE, Skip, file_stamp
 from preprocess.report import (
-    read_claimed_stamps,
     find_earlier_failures,
     keep_stamps,
+    read_claimed_stamps,
     read_previous_rows,
     remove_claim_files,
     write_report,
@@ -302,7 +302,7 @@ def _run_distributed(
             sys.path.insert(0, root)
         runner = importlib.import_module("preprocess.workers")
         works = [(getattr(importlib.import_module(module), name), settings) for module, name, settings in places]
-        return runner.attempt_steps(works, runner.Subject(*subject_fields), previous, threads, failed)
+        return runner.run_steps_or_record_errors(works, runner.Subject(*subject_fields), previous, threads, failed)
 
     with _open_client(args, len(subjects)) as (client, threads):
         futures = {

@@ -31,7 +31,7 @@ from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
-from misc.page import make_link, encode_array, write_page
+from misc.page import encode_array, make_link, write_page
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask

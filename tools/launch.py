@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser, main, parse_args
 
-from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, reacts_to_signal, print_error
+from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, print_error, reacts_to_signal
 
 SAVE_SECONDS = 600  # time limit for ranks to stop: enough for one step and for saving 1.2 GB to a slow disk
 MEET_SECONDS = 600  # time limit for reaching the first machine

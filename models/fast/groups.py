@@ -88,7 +88,7 @@ class _Encode(torch.autograd.Function):
 
 
 def _sum_present(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the sum of all tensors that are not None, or None if there are none.
+    """Return the sum of the tensors that are not None. Return None if every entry is None.
 
     The gradients of the experts and their routing are None, because the kernels are mixed outside :class:`_Encode`.
     """

@@ -18,7 +18,7 @@ import numpy as np
 
 from preprocess.reading import ScanError
 from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head
-from preprocess.reading.itk import PLACE, measure_affine_distance, check_right_angles
+from preprocess.reading.itk import PLACE, check_right_angles, measure_affine_distance
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm, so 1 mm is
 # certainly a contradiction.

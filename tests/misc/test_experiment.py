@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from misc.experiment import UNFINISHED, Experiment, ExperimentError, checkpoint_name
-from models.checkpoint import CheckpointError, verify_checkpoint, read_progress, read_checkpoint, save_checkpoint
+from models.checkpoint import CheckpointError, read_checkpoint, read_progress, save_checkpoint, verify_checkpoint
 
 
 def save(path, epoch, step=0, **more):

@@ -17,14 +17,14 @@ from misc.files import (
     check_writable,
     hash_file,
     hold_lock_or_raise,
-    wait_for_lock,
     make_array_header,
-    write_via_temporary_path,
     remove_leftovers,
     save_array,
     try_lock,
+    wait_for_lock,
     write_json,
     write_text,
+    write_via_temporary_path,
     write_whole,
 )
 
@@ -79,7 +79,8 @@ def test_a_full_disk_error_names_the_file(tmp_path, way):
         "try:\n"
         "    if sys.argv[2] == 'stream':\n        write_whole(sys.argv[1], big)\n"
         "    else:\n"
-        "        with write_via_temporary_path(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n            big(stream)\n"
+        "        with write_via_temporary_path(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n"
+        "            big(stream)\n"
         "except OSError as error:\n    print(error)\n"
     )
     target = tmp_path / "f.bin"

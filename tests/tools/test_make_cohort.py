@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from misc.files import resume_folder
 from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
-from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_disease, draw_class_shares, plant_disease
+from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_class_shares, draw_disease, plant_disease
 from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
 from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan

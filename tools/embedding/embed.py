@@ -19,7 +19,7 @@ from misc.sizes import PATCH_SIZE
 from models.checkpoint import build_query_encoder, check_sha256, check_table, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.pieces import run_in_parallel
-from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, encode_patch_per_location, count_layer_features
+from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, count_layer_features, encode_patch_per_location
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside

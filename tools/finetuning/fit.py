@@ -168,7 +168,7 @@ def fit(
         best_loss, rounds = _train_until_no_better(train_encoder_round, (head, encoder), layers, best_loss)
     with torch.no_grad():
         outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
-    return Fitted(head, encoder, scaled.natural(outputs), rounds, best_loss, standardization)
+    return Fitted(head, encoder, scaled.to_label_unit(outputs), rounds, best_loss, standardization)
 
 
 def _train_until_no_better(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.evaluation.metrics import r2
-from tools.evaluation.normal import split_locations, score_patches
+from tools.evaluation.normal import score_patches, split_locations
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties for features with SD 1, per fitted subject

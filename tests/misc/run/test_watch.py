@@ -46,7 +46,7 @@ def test_a_silent_rank_is_reported(monkeypatch):
         clock[0] += 3.0
     for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report rank 2
         clock[0] += 3.0
-        said = [rank.look() for rank in ranks[:2]]
+        said = [rank.publish_and_find_hanging() for rank in ranks[:2]]
     assert all(text.startswith("rank 2 (") and text.endswith("its process does not respond") for text in said)
     ranks[0].move(1, 5)
     assert ranks[0].publish_and_find_hanging() == ""
