@@ -112,7 +112,7 @@ def test_old_leftovers_are_removed(tmp_path):
 
 
 HOLD = (
-    "import sys\nfrom misc.files import locked, try_lock\n"
+    "import sys\nfrom misc.files import try_lock\n"
     "with open(sys.argv[1], 'a') as stream:\n    print(try_lock(stream), flush=True)\n    sys.stdin.read()\n"
 )
 
@@ -134,8 +134,8 @@ def test_a_lock_belongs_to_one_process_and_ends_with_it(tmp_path):
 
 def test_a_held_lock_names_its_holder(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom misc.files import held\n"
-        "with held(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom pathlib import Path\nfrom misc.files import hold_lock_or_raise\n"
+        "with hold_lock_or_raise(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     path = tmp_path / "new" / ".lock"
     holder = subprocess.Popen(
