@@ -68,7 +68,7 @@ def check_elements(frames: list[Frame], folder: Path) -> None:
             which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
             what = "pixel spacing" if name == "spacing" else name
             raise ScanError(
-                f"{folder}: {which} no {what} ({tag}; the first is {without[0].name}), so {lost} unknown; "
+                f"{folder}: {which} no {what} ({tag}), first in {without[0].name}, so {lost} unknown; "
                 "anonymise or export the series again and keep this element"
             )
     for frame in frames:

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--sid", help="subject to show (default: the first)")
     text = "location to show (default: the location whose patch and neighbours show most lung)"
     parser.add_argument("--location", type=int, help=text)
-    parser.add_argument("--out", required=True, help="PNG to write")
+    parser.add_argument("--out", required=True, help="path of the PNG file to write")
     args = parser.parse_args()
     store = PatchStore(args.store)
     row = store.sids.index(args.sid) if args.sid in store.sids else 0
