@@ -90,10 +90,8 @@ def read_numbers_and_words(
             if other is not None:
                 raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
-        else:  # no is 0 and yes is 1, even if alphabetical order differs
-            lower = {word.lower(): word for word in found}
-            pair = next((pair for pair in NO_AND_YES if set(pair) == set(lower) and len(found) == 2), list(lower))
-            found = [lower[word] for word in pair] if len(lower) == len(found) else found
+        elif are_no_and_yes(found[::-1]):  # no is 0 and yes is 1, even if alphabetical order differs
+            found.reverse()
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
         told = ", ".join(f"{number} is {word}" for number, word in enumerate(found))

@@ -146,7 +146,7 @@ def _check_corners(store: Store, sid: str) -> None:
 
 
 def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[int, PatchFile], tell) -> None:
-    """Report the first grouped file in which a subject's row holds another patch, and where the right patch is."""
+    """Report the first grouped file in which a subject's row is not the subject's patch, and where that patch is."""
     for location, grouped in files.items():
         own = file.read_rows(np.array([location]))[0]
         if np.array_equal(grouped.read_rows(np.array([row]))[0], own):
