@@ -34,8 +34,8 @@ from typing import Any
 
 # Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
 # By default, waiting threads spin and block a core that another process could use.
-# On 2 cores shared with one busy process, a training step took 262 ms with spinning and 228 ms with sleeping threads.
-# On idle cores, a training step took 149 ms with spinning and 145 ms with sleeping threads.
+# On 2 cores shared with one busy process, a training step took 262 ms if threads spin and 228 ms if they sleep.
+# On idle cores, a training step took 149 ms if threads spin and 145 ms if they sleep.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -68,7 +68,7 @@ from models.frozen import FrozenLocations, count_layer_features
 
 MADE_BY = "features.json"  # file that records the checkpoint, the store and the settings of the features
 LAYERS = "layer_arr_patch_full.npy"
-ASSEMBLY_BYTES = 64 * 2**20  # most bytes of features held in memory while the output files are written
+ASSEMBLY_BYTES = 64 * 2**20  # maximum bytes of features held in memory while the output files are written
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +79,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sha256", help="expected SHA-256 of the checkpoint; give it to verify downloaded weights")
     parser.add_argument("--root-dir", help="patch store (default: the store named in the experiment's configs.json)")
-    text = "also write the mean and SD of every encoder channel; --patient-vector layers needs them; 2.8 MB per subject"
+    text = (
+        "also write the mean and SD of every encoder channel (2.8 MB per subject), which --patient-vector layers needs"
+    )
     parser.add_argument("--layers", action="store_true", help=text)
     text = "CSV with a sid column and numeric label columns; the labels are saved next to the features"
     parser.add_argument("--labels", help=text)
@@ -88,13 +90,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size",
         type=at_least(int, 1),
         default=256,
-        help="patches to read at a time; a GPU encodes them in one batch; lower it if GPU memory runs out",
+        help="number of patches to read and encode at a time; lower it if GPU memory runs out",
     )
     parser.add_argument(
         "--amp",
         type=OneOf("off", "bf16"),
         default="off",
-        help="off: float32; bf16: faster, features are within 1 %% of the float32 ones",
+        help="off: float32; bf16: faster, with features within 1 %% of those in float32",
     )
     parser.add_argument(
         "--device", type=OneOf("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one, else the CPU"
@@ -107,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
-    """Raise StoreError if the default output folder has features of the training store, but --root-dir differs."""
+    """Raise StoreError if --out-dir is not given, but its default has features of another store."""
     try:
         own = Path(experiment.root_dir())
     except (UserError, OSError):
@@ -234,7 +236,7 @@ def write_features(
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # nested, so that an error while writing leaves neither new file behind
+    if width:  # the calls are nested, so that an error in ``write_both`` leaves neither file behind
         write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
     else:
         write_whole(patch_file, write_both)
@@ -251,7 +253,7 @@ def encode_own_pieces(
 ) -> None:
     """Encode this rank's pieces, except those that are already in the folder."""
     rank, world = process.rank(), process.world_size()
-    # Each rank gets consecutive pieces, because one call freezes the encoder at several consecutive locations.
+    # Each rank gets consecutive locations, because one call freezes the encoder at several consecutive locations.
     share = pieces[len(pieces) * rank // world : len(pieces) * (rank + 1) // world]
     todo = [piece for piece in share if not (folder / piece.name).is_file()]
     locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)

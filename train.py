@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 # Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
 # By default, waiting threads spin and block a core that another process could use.
-# On 2 cores shared with one busy process, a training step took 262 ms with spinning and 228 ms with sleeping threads.
-# On idle cores, a training step took 149 ms with spinning and 145 ms with sleeping threads.
+# On 2 cores shared with one busy process, a training step took 262 ms if threads spin and 228 ms if they sleep.
+# On idle cores, a training step took 149 ms if threads spin and 145 ms if they sleep.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -64,9 +64,9 @@ from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep,
 
 
 def compute_learning_rate(epoch: int, args: argparse.Namespace) -> float:
-    """Return the learning rate of epoch e, counted from 0. The rate is constant within an epoch.
+    """Return the learning rate of epoch e, counted from 0. The learning rate is constant within an epoch.
 
-    cosine: lr / 2 (1 + cos(pi e / epochs)). step: lr is divided by 10 at each milestone that e has reached.
+    cosine: lr (1 + cos(pi e / epochs)) / 2. step: lr is divided by 10 for each milestone that epoch e has reached.
     """
     if args.lr_schedule == "cosine":
         return args.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / args.epochs))

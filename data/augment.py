@@ -51,7 +51,7 @@ def apply_to_chosen(
     """Apply ``work(volumes, *parameters)`` to the samples in ``chosen``, (n,) bool, and leave other samples unchanged.
 
     With ``dense``, all samples are computed, so that tensor sizes do not depend on the random draws. A CUDA graph needs
-    such constant sizes. Without ``dense``, only the chosen samples are computed, which is faster on a CPU.
+    constant tensor sizes. Without ``dense``, only the samples in ``chosen`` are computed, which is faster on a CPU.
     """
     if dense:
         return torch.where(broadcast_to_volumes(chosen), work(volumes, *parameters), volumes)
@@ -139,7 +139,10 @@ def draw_flip(count: int, size: Sequence[int], generator: torch.Generator, range
 
 
 def apply_flip(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Reproduce monai.transforms.RandFlip, independently on each axis. Unpublished."""
+    """Reproduce monai.transforms.RandFlip, independently on each axis.
+
+    This transform is not in the published method.
+    """
     for axis, chosen in enumerate(parameters["flip"].bool().unbind(dim=1), start=2):
         volumes = apply_to_chosen(chosen, lambda some, axis=axis: some.flip(axis), volumes, dense=dense)
     return volumes
@@ -171,7 +174,7 @@ def draw_contrast(
 
 
 def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Reproduce monai.transforms.RandAdjustContrast: gamma correction between the extremes over all channels."""
+    """Reproduce monai.transforms.RandAdjustContrast: gamma correction between minimum and maximum of all channels."""
 
     def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         low, high = some.flatten(1).aminmax(dim=1)
@@ -206,7 +209,10 @@ def prepare_smooth(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Reproduce monai.transforms.RandGaussianSmooth, with one sigma per axis, to imitate other scans. Unpublished."""
+    """Reproduce monai.transforms.RandGaussianSmooth, with one sigma per axis, to imitate smoother scans.
+
+    This transform is not in the published method.
+    """
     return smooth_along_axes(volumes, parameters)
 
 
@@ -215,7 +221,9 @@ def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, rang
 
 
 def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Reproduce monai.transforms.RandShiftIntensity: add the same HU to all voxels. Unpublished.
+    """Reproduce monai.transforms.RandShiftIntensity: add the same HU to all voxels.
+
+    This transform is not in the published method.
 
     A deeper breath lowers the HU of the lung.
     """
@@ -230,7 +238,10 @@ def draw_breath(count: int, size: Sequence[int], generator: torch.Generator, ran
 
 
 def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Expand the lung by a factor and reduce its density to keep its mass; tissue keeps its density. Unpublished."""
+    """Expand the lung by a factor and reduce its density to keep its mass; tissue keeps its density.
+
+    This transform is not in the published method.
+    """
     growth = parameters["growth"]
     zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
     volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
@@ -249,7 +260,10 @@ def prepare_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
 
 
 def apply_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Sharpen or soften fine detail in the axial plane, including noise. Unpublished."""
+    """Sharpen or soften fine detail in the axial plane, including noise.
+
+    This transform is not in the published method.
+    """
     return volumes + broadcast_to_volumes(parameters["amount"]) * (
         volumes - smooth_along_axes(volumes, parameters, axes=(1, 2))
     )
@@ -266,7 +280,10 @@ def prepare_thickness(parameters: Parameters, size: Sequence[int]) -> Parameters
 
 
 def apply_thickness(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Smooth along z only, to imitate thicker slices. Unpublished."""
+    """Smooth along z only, to imitate thicker slices.
+
+    This transform is not in the published method.
+    """
     return smooth_along_axes(volumes, parameters, axes=(0,))
 
 
@@ -299,7 +316,7 @@ class Augmentation:
     """A sequence of transforms, given by letters of TRANSFORMS, with parameters drawn from ``ranges``.
 
     Raises:
-        UserError: a letter is unknown.
+        UserError: a letter does not stand for a transform.
     """
 
     def __init__(self, letters: str, ranges: Ranges = PUBLISHED):
@@ -330,7 +347,7 @@ class Augmentation:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process makes only one or two Augmentation objects
     def prepare_example(self, size: tuple[int, ...]) -> list[Parameters]:
-        """Prepare the parameters of one example sample, because :meth:`unpack` needs their shapes."""
+        """Prepare the parameters of one sample, from which :meth:`unpack` gets the shapes of all parameters."""
         return self.prepare(self.draw(1, size, torch.Generator()), size)
 
     def apply(

@@ -24,7 +24,7 @@ class Copier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return the tensors on the device. Pinned tensors are copied without waiting, and None stays None."""
+        """Return the tensors on the device. Copying pinned tensors does not block. None is returned as None."""
         if self._stream is None:
             return [None if tensor is None else tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self._stream):
@@ -38,14 +38,14 @@ class Copier:
 
 
 class LateCopies:
-    """Copies results from a device to the host. It waits for a copy only after the next copy has started."""
+    """Copies results from a device to the host, and waits for a copy only after the next copy has started."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._waiting: list[tuple[Any, torch.Tensor, Any]] = []
 
     def add(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
-        """Start to copy a result, and yield the earlier results with their names."""
+        """Start copying a result to the host, and yield earlier results with their names."""
         if not self._on_gpu:
             yield name, result.numpy()
             return

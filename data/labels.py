@@ -14,7 +14,7 @@ NO_AND_YES = (  # pairs of words for 0 and 1, in lower case
     *(["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"], ["nein", "ja"], ["nee", "ja"], ["nej", "ja"]),
     *(["non", "oui"], ["no", "si"], ["no", "sí"], ["não", "sim"]),
 )
-MOST_WORDS = 10  # a column with more distinct words is taken to hold names, not classes
+MOST_WORDS = 10  # a column with more distinct words is assumed to contain names, not classes
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
@@ -41,7 +41,7 @@ def explain_missing_column(path: str | os.PathLike, column: str, names: list[str
 
 
 def are_no_and_yes(words: Sequence[str]) -> bool:
-    """Return whether the words, in this order, stand for no and yes."""
+    """Return whether ``words`` are a known word for no and a known word for yes, in this order."""
     return [word.lower() for word in words] in NO_AND_YES
 
 

@@ -1,4 +1,4 @@
-"""File names of a patch store, and the checks on its arrays. Other modules import both from this module."""
+"""File names of a patch store, and checks of its arrays, for all modules that use the store."""
 
 import os
 from pathlib import Path
@@ -68,7 +68,7 @@ class StoreLayout:
         return self.root / "report" / f".{script}.lock"
 
     def claims(self, script: str) -> Path:
-        """Return the folder with one file per subject in progress; the file exists until the report has the subject."""
+        """Return the folder that holds one file per subject until the subject is in the report."""
         return self.root / "report" / f".claims-{script}"
 
     def qc(self, sid: str) -> Path:
@@ -115,7 +115,7 @@ class StoreLayout:
         """Find the location table: atlas_patch_loc.npy, or the only ``*_patch_loc.npy`` of the published layout.
 
         Raises:
-            StoreError: neither file exists, or there are several files of the published layout.
+            StoreError: the store has no location table, or several tables of the published layout.
         """
         if self.atlas_patch_loc.is_file():
             return self.atlas_patch_loc
@@ -157,7 +157,7 @@ def load_locations(path: Path) -> np.ndarray:
 
 
 def to_hu(patches: np.ndarray) -> np.ndarray:
-    """Return int16 patches unchanged; clip other real dtypes to the HU range, and replace NaN by the lowest HU."""
+    """Return int16 patches unchanged; clip other real dtypes to the HU range, and replace NaN with the lowest HU."""
     if patches.dtype == np.int16 and patches.dtype.isnative:
         return patches
     if patches.dtype.kind == "f":

@@ -41,8 +41,8 @@ class SharedBatches(Dataset):
 def share_batch(batch: PatchBatch) -> PatchBatch:
     """Move a batch to shared memory, or convert it to arrays for a pipe if shared memory is full.
 
-    A container has 64 MB of shared memory by default. torch itself would share batches in a
-    separate thread. If /dev/shm is full, that thread loses the batch and training waits forever.
+    A Docker container has 64 MB of shared memory by default. By default, torch shares batches in a
+    separate thread. If /dev/shm is full, torch's thread loses the batch and training waits forever.
     """
     try:
         return PatchBatch(*(x.share_memory_() if isinstance(x, torch.Tensor) else x for x in batch))
@@ -90,18 +90,18 @@ def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[
 def forward_signals_to_trainer(worker: int) -> None:
     """Forward a stop signal from a data-loader worker to the trainer, which saves before it stops.
 
-    The worker ends STOP_SECONDS after the signal in any case, so that a failing trainer does not wait for the
-    worker. The worker ends at once if the trainer itself sent the signal or if the trainer ends.
+    The worker ends at most STOP_SECONDS after the signal, so that a failing trainer does not wait for the worker.
+    The worker ends at once if the trainer itself sent the signal or if the trainer ends.
     """
     end_with_parent(signal.SIGKILL)
     trainer = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends SIGINT to the trainer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C, which also sends SIGINT to the workers
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender of a signal
         for number in heard:
             signal.signal(number, signal.SIG_IGN)
         return
-    # The signals are blocked in all threads, and listen() waits for them, because a handler does not know the sender.
+    # Block the signals in all threads. listen() waits for them, because a signal handler does not know the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
 
     def listen() -> None:
@@ -125,7 +125,7 @@ def end_workers() -> None:
 
 
 def return_unchanged(batch: object) -> object:
-    """Return a batch unchanged. torch's default would turn arrays into tensors, which need shared memory again."""
+    """Return a batch unchanged. torch's default_collate would turn arrays into tensors, which need shared memory."""
     return batch
 
 

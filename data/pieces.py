@@ -15,7 +15,7 @@ PIECE_SUBJECTS = 64  # subjects per piece if the store has only patch/
 
 
 class Piece(NamedTuple):
-    """Work that makes one file in .pieces: all subjects at one location, or all locations of some subjects."""
+    """A part of the extraction, saved as one file: all subjects at one location, or all locations of some subjects."""
 
     name: str
     locations: range
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 def list_pieces(store: PatchStore) -> list[Piece]:
-    """List one piece per location or, for patch/, per PIECE_SUBJECTS subjects, so that a file is in only one piece."""
+    """List one piece per location or, for patch/, per PIECE_SUBJECTS subjects, so that only one piece reads a file."""
     if store.grouped:
         return [
             Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))
@@ -37,13 +37,13 @@ def list_pieces(store: PatchStore) -> list[Piece]:
 
 
 class Batch(NamedTuple):
-    """Patches of some rows of a piece at one of its locations."""
+    """Some subjects of a piece at one location, which are encoded together."""
 
     piece: Piece
     column: int  # index into the piece's locations
     start: int  # index of the first row within the piece's rows
     rows: np.ndarray
-    last: bool  # whether it is the last batch of the piece
+    last: bool  # whether this batch is the last of its piece
 
 
 def list_batches(pieces: list[Piece], batch_size: int) -> Iterator[Batch]:
@@ -65,7 +65,7 @@ def encode_pieces(
     device: torch.device,
     layers: bool = False,
 ) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yield the pieces in order with their representations, (rows, locations, rep_dim) float32.
+    """Yield the pieces in order, each with its representations, (rows, locations, rep_dim) float32.
 
     Args:
         frozen: maps each location to its encoder, for example a models.frozen.FrozenLocations.
@@ -73,7 +73,7 @@ def encode_pieces(
         pieces: pieces from :func:`list_pieces`.
         batch_size: number of patches to encode together.
         device: device of the encoder.
-        layers: append W summaries of all layers; the result is (rows, locations, rep_dim + W).
+        layers: append W summary values of all layers; the result is (rows, locations, rep_dim + W).
     """
 
     def read(batch: Batch) -> torch.Tensor:
@@ -84,7 +84,7 @@ def encode_pieces(
     for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
         piece = batch.piece
         h = frozen[piece.locations[batch.column]](*copy(patches), to_input, layers)  # (b, rep_dim [+ W])
-        if result is None:  # collect on the device, because copying each batch would wait for the device
+        if result is None:  # collect features on the device, because copying each batch would wait for the device
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:

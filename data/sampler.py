@@ -10,11 +10,14 @@ import numpy as np
 from data.layout import StoreError
 
 JITTER = 0.5  # standard deviation of the noise added to each subject's score, so that batches vary
-VISIT_STEPS = 4  # steps at a location before the next location, with --location-order interleaved
+VISIT_STEPS = 4  # number of consecutive steps at a location, with --location-order interleaved
 
 
 class BatchIndex(NamedTuple):
-    """One step of one rank. The location is included, so that any data-loader worker can read the patches."""
+    """Identifies the batch of one rank in one step.
+
+    The index includes the location, so that any data-loader worker can read the patches.
+    """
 
     epoch: int
     location: int
@@ -34,14 +37,14 @@ class LocationBatchSampler:
         batch_size: B, the number of subjects per step over all ranks.
         seed: seed of the shuffle.
         rank, world_size: number of this process, and number of processes.
-        similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. With ``similarity``, the
-            subjects of a step are close along a random direction, drawn for each epoch and location. With None,
-            subjects are drawn at random.
+        similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. The subjects
+            of a step then have similar projections onto a random direction, which is drawn for each epoch and location.
+            If ``similarity`` is None, the subjects of a step are drawn at random.
         order: ``sequential``, as published, takes all steps at a location before the next location. ``interleaved``
-            takes a few steps at each location in turn, so that each queue holds keys of a more recent encoder.
+            takes a few steps at each location in turn, so that the keys in each queue are less outdated.
 
     Raises:
-        StoreError: B exceeds N, is not a multiple of the ranks, or leaves a rank with fewer than 2
+        StoreError: B exceeds N, is not a multiple of the number of ranks, or leaves a rank with fewer than 2
             samples, which is too few for BatchNorm statistics.
     """
 
@@ -59,12 +62,12 @@ class LocationBatchSampler:
         if batch_size < 1 or batch_size % world_size:
             raise StoreError(
                 f"--batch-size {batch_size} counts samples over all ranks and must be a multiple of the "
-                f"{world_size} ranks"
+                f"number of ranks, {world_size}"
             )
         if batch_size // world_size < 2:
             raise StoreError(
-                f"--batch-size {batch_size} leaves {batch_size // world_size} sample on each of {world_size} ranks, "
-                "but BatchNorm needs at least 2; use a larger batch or fewer ranks"
+                f"--batch-size {batch_size} on {world_size} rank(s) gives a batch of {batch_size // world_size} per "
+                "rank, but BatchNorm needs at least 2 samples; use a larger batch or fewer ranks"
             )
         if batch_size > num_subjects:
             most = num_subjects // world_size * world_size
@@ -74,8 +77,8 @@ class LocationBatchSampler:
                 else f"{world_size} ranks need at least {2 * world_size} subjects"
             )
             raise StoreError(
-                f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store, but the subjects of a "
-                f"step must differ; {advice}"
+                f"--batch-size {batch_size} exceeds the {num_subjects} subjects of the store, but no subject may "
+                f"occur twice in a step; {advice}"
             )
         self.num_subjects = num_subjects
         self.num_locations = num_locations
@@ -125,7 +128,7 @@ class LocationBatchSampler:
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
-        # The remaining subjects are left out at random, independent of their scores.
+        # The remaining subjects are left out at random, independently of their scores.
         used = self.steps_per_location * self.batch_size
         batches = order[:used][np.argsort(self.draw_scores(rng)[order[:used]], kind="stable")].reshape(
             -1, self.batch_size

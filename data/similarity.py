@@ -1,8 +1,8 @@
 """Describe with numbers how scans were acquired, so that batches can contain similar scans.
 
-The network can distinguish negatives from another scanner or breath-hold level without looking at the disease. If all
-scans in a batch are similar, the network cannot use these differences. Such batches are not part of the published
-method; the idea follows BatchSampler (Yang et al., KDD 2023), which selects hard negatives.
+If negatives come from another scanner or breath-hold level, the network can distinguish them without looking at the
+disease. If all scans in a batch are similar, the network cannot use differences in acquisition. Such batches are not
+part of the published method; the idea follows BatchSampler (Yang et al., KDD 2023), which selects hard negatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from data.layout import StoreError, StoreLayout
 from data.tables import read_table, suggest_column
 
 REPORT = "report"  # value of --batch-by that selects columns of the store's reports
-MOST_WORDS = 20  # a column with more distinct texts is taken to hold names, not categories
+MOST_WORDS = 20  # a column with more distinct texts is assumed to contain names, not categories
 
 
 def read_similarity(
@@ -57,7 +57,7 @@ def read_similarity(
 
 
 def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
-    """Read lung volume, mean lung density, slice thickness and kernel by sid, as far as the reports have them."""
+    """Read lung volume, mean lung density, slice thickness and kernel by sid, if the reports have these columns."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}
     if {"right_ml", "left_ml"} <= set(masks):

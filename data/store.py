@@ -1,7 +1,7 @@
 """Read a patch store that this package or the published implementation has made.
 
-A store must not change while it is open. If one of its files changes, the next read fails with an error, so rows of
-two different groupings are never mixed.
+A store must not change while it is open. If a file of an open store changes, the next read fails with an error, so rows
+of two different groupings are never mixed.
 """
 
 import functools
@@ -19,14 +19,14 @@ from data.tables import read_table
 from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
-SAMPLE_BYTES = 4096  # bytes at the start and at the end of each file's data that are hashed for the version
+SAMPLE_BYTES = 4096  # number of bytes at each end of a file's data that the hash of the store includes
 COMPARED = 20  # largest number of subjects with newer files in patch/ to compare with grouped_patch/
-NAMED = 3  # number of subjects that a message names
+NAMED = 3  # maximum number of subjects that a message names
 MAX_OPEN = 128  # largest number of mapped files; each needs a file descriptor, and a process may have only 1024
 
 
 class PatchStore:
-    """Patches of N subjects at L locations. Each read returns many subjects at one location.
+    """Patches of N subjects at L locations. Each read returns the patches of many subjects at one location.
 
     Attributes:
         locations: (L, 3) int64 corners, atlas voxel index (x, y, z).
@@ -86,8 +86,8 @@ class PatchStore:
     def version(self) -> str:
         """Sixteen hexadecimal digits that identify the content of this store, independent of its path.
 
-        The digits are a hash of the location table, the stored and the selected subjects, the grouping note, and each
-        file's shape and first and last SAMPLE_BYTES. A store made by the published code has no grouping note.
+        The version is a hash of the location table, the stored and the selected subjects, grouped.json, and the shape
+        and the first and last SAMPLE_BYTES of each file. A store made by the published code has no grouped.json.
         """
         digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
         if self.grouped and self.layout.grouped_note.is_file():
@@ -98,9 +98,10 @@ class PatchStore:
         return digest.hexdigest()[:16]
 
     def facts(self) -> dict[str, object]:
-        """Return the facts that identify the data of a run.
+        """Return the properties of the store that identify the data of a run.
 
-        Outputs record these facts. A resumed run compares them with the facts of its checkpoint.
+        Outputs record these properties, and a resumed run compares the properties of its store with those in its
+        checkpoint.
         """
         table = {"location_table": table_fingerprint(self.locations)}
         return {"num_subjects": self.num_subjects, "store_version": self.version, **table}
@@ -208,8 +209,8 @@ class PatchStore:
     def read(self, location: int, rows: np.ndarray) -> np.ndarray:
         """Read patches of some subjects at one location: (n, 32, 32, 32), each (z, y, x), in HU.
 
-        int16 values are returned as stored. The published implementation also allowed other dtypes. Their
-        values are clipped to the HU range, and NaN becomes -1024. Integers are returned as int16, floats as float32.
+        int16 values are returned as stored. Values of other dtypes, which the published implementation allows, are
+        clipped to the HU range, and NaN becomes -1024. Integers are returned as int16, floats as float32.
         """
         rows = self._rows[rows]
         if self.grouped:
@@ -245,7 +246,8 @@ def describe_change(path: Path) -> str:
 class PatchFile:
     """One .npy file of patches, memory-mapped at the first read, so that each data-loader worker makes its own mapping.
 
-    ``mapped`` lists the mapped files of the store. With more than MAX_OPEN files, the oldest mapping is closed.
+    ``mapped`` lists all memory-mapped files of the store. With more than MAX_OPEN of these, the oldest mapping is
+    closed.
     """
 
     def __init__(self, path: Path, mapped: "deque[PatchFile]"):
@@ -287,7 +289,7 @@ class PatchFile:
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
         """Read rows in the stored dtype."""
-        array = self._array  # local reference, because another thread may close the mapping
+        array = self._array  # keep a local reference, because another thread may close the mapping
         self.check_unchanged()  # check before reading, because reading a truncated mapped file kills the process
         if array is None:
             order = "F" if self.fortran else "C"

@@ -19,7 +19,7 @@ from data.layout import StoreError
 if TYPE_CHECKING:
     import pandas as pd
 
-# A sid becomes part of a file name. Characters that leave a folder, hide a file or break a line are not allowed.
+# A sid becomes part of a file name. Path separators, line breaks and leading dots are therefore not allowed.
 _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 
 
@@ -28,7 +28,7 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", r
 _NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
 # The form in which Excel shows a name of many digits, for example 1.23457E+15.
 _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
-SHOWN = 8  # number of columns that a message lists
+SHOWN = 8  # maximum number of columns that a message lists
 
 
 def summarize_columns(columns: Sequence[str]) -> str:
@@ -36,7 +36,7 @@ def summarize_columns(columns: Sequence[str]) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Return a name in composed Unicode, because macOS writes decomposed Unicode, and without zero-width characters."""
+    """Return a name without zero-width characters, in composed Unicode, because macOS writes decomposed Unicode."""
     return "".join(_NO_WIDTH.split(unicodedata.normalize("NFC", text))).strip()
 
 
@@ -44,7 +44,8 @@ def check_sid(sid: str) -> None:
     """Raise StoreError unless ``sid`` is safe as a part of a file name."""
     if not _SAFE_SID.fullmatch(sid) or ".." in sid or len(sid) > 128:
         raise StoreError(
-            f"sid {sid!r} cannot be a file name; start with a letter or digit, and use only letters, digits and . _ -"
+            f"sid {sid!r} cannot be a file name; use at most 128 letters, digits, spaces and ._+=@,- only. Begin with "
+            "a letter or digit, do not end with a period or comma, and use no two periods in a row"
         )
 
 

@@ -18,8 +18,8 @@ INPUT_CHUNK = 16  # patches to convert together, so that these patches stay in t
 def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
     """Return two seeds for one step of one BatchNorm group: for the transform parameters and for the noise.
 
-    Each combination of the five arguments has a separate random stream. A resumed run therefore draws the same
-    numbers as an uninterrupted one, with any number of ranks.
+    Each combination of the arguments has a separate random stream. A resumed run therefore draws the same numbers as an
+    uninterrupted one, with any number of ranks.
     """
     state = np.random.SeedSequence([seed, epoch, location, step, group]).generate_state(2, np.uint64)
     return int(state[0] >> np.uint64(1)), int(state[1] >> np.uint64(1))
@@ -68,7 +68,7 @@ class StepDraws(NamedTuple):
             seed, _ = stream_seeds(self.seed, index.epoch, index.location, index.step, group)
             generator = torch.Generator().manual_seed(seed)
             views = list(self._draw(2 * count, size, generator).chunk(2))  # query and key
-            if neighbors:  # the k neighbours of a subject form one volume, with the same parameters
+            if neighbors:  # one draw per subject, because its k neighbours form one volume
                 views.append(self._draw(count, size, generator))
             drawn.append(torch.stack(views))
         return torch.cat(drawn, dim=1)
@@ -94,13 +94,13 @@ class StepViews:
         device: device that computes the views.
         dense: if True, process all groups at once, with tensor sizes that do not depend on the random draws, so that a
             CUDA graph can record the kernels. If False, process group by group, and compute each transform only for
-            the samples that use the transform. The default is True on a GPU.
+            the samples that use the transform. By default, dense is True on a GPU.
     """
 
     def __init__(self, draws: StepDraws, device: torch.device, dense: bool | None = None):
         self.augmentation, self.draws = draws.augmentation, draws
         self.dense = device.type != "cpu" if dense is None else dense
-        self.generators = [torch.Generator(device) for _ in draws.groups]  # random noise of each group
+        self.generators = [torch.Generator(device) for _ in draws.groups]  # one generator of random noise per group
 
     def seed(self, epoch: int, location: int, step: int) -> None:
         """Seed the noise stream of each group for a step."""
@@ -108,7 +108,7 @@ class StepViews:
             generator.manual_seed(stream_seeds(self.draws.seed, epoch, location, step, group)[1])
 
     def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, draws: torch.Tensor) -> Views:
-        """Make the views of a step; call :meth:`seed` first. All tensors must be on the device.
+        """Make the views of a step; call :meth:`seed` first. All tensors must be on the device of the views.
 
         Args:
             patches: (B, 32, 32, 32) HU.

@@ -35,18 +35,18 @@ LATER_SECONDS = 5  # time for the launcher to end the other ranks; the launcher 
 
 
 class UserError(ValueError):
-    """An error that the user can fix. Scripts print only its message: what is wrong, where, and what to do."""
+    """An error that the user can fix. Scripts print only the error's message: what is wrong, where, and what to do."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to stop. The only argument is the number of the signal."""
+    """A signal asked this process to stop. The only argument of the exception is the number of the signal."""
 
 
 # ============================================================ flags
 
 
 class Bounded:
-    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and reports the flag.
+    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and names the flag in errors.
 
     Args:
         kind: int or float.
@@ -69,7 +69,7 @@ class Bounded:
             raise
 
     def complaint(self, value: Any) -> str | None:
-        """Return the words of an error message after the flag and its value, or None if the value is allowed."""
+        """Return the part of an error message that follows the flag and its value, or None if the value is allowed."""
         fits = not isinstance(value, str) and self.low <= value <= self.high and abs(value) < math.inf
         return None if fits else f" must be {self.words}{'' if self.complete else '; see --help'}"
 
@@ -149,8 +149,8 @@ class Parser(argparse.ArgumentParser):
 def print_error(message: object) -> None:
     """Print one line on standard error.
 
-    All ranks usually fail for the same reason. Ranks other than 0 therefore wait before they print. Meanwhile, rank 0
-    prints the error, and the launcher can end the waiting ranks.
+    All ranks usually fail for the same reason, so rank 0 prints its error first. The other ranks wait LATER_SECONDS
+    before they print an error, and the launcher usually ends these ranks first.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -169,7 +169,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
     - Status 0, or the value that main returns.
     - Status 2 with a one-line message after a UserError or a system error (a full disk, a folder without
       write permission), or if memory runs out.
-    - Status 128 + the signal's number after one of the signals in STOPPING.
+    - Status 128 plus the signal's number after a signal in STOPPING.
     - Status 1 with a traceback after any other error, without waiting for other processes.
 
     Args:
@@ -244,7 +244,7 @@ class StopRequest:
         self.number = 0
 
     def record_signals(self) -> None:
-        """Start to record the signals."""
+        """Start to record the signals in STOPPING."""
         for number in STOPPING:
             if reacts_to_signal(number):
                 signal.signal(number, self._note)

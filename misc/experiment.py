@@ -1,4 +1,4 @@
-"""File names and rules of an experiment folder, ssl_exp/NAME. data/layout.py has the file names of a store."""
+"""File names and rules of an experiment folder, ssl_exp/NAME. The file names of a store are in data/layout.py."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ class Experiment:
         return self.folder / "configs.json"
 
     def features(self, epoch: int, step: int = 0) -> Path:
-        """Return the folder of features. Features of a checkpoint within an epoch get a separate folder."""
+        """Return the folder of features. Features of a checkpoint saved within an epoch get a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
     def is_own_file(self, path: Path) -> bool:
@@ -82,13 +82,13 @@ class Experiment:
     def find_latest(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
-        """Return the checkpoint after the most training: in the unfinished epoch, or with the highest number.
+        """Return the checkpoint with the most training: that of an unfinished epoch, or that with the highest number.
 
         An unreadable checkpoint is reported, and the previous checkpoint is used.
 
         Args:
-            progress: function that returns a checkpoint's finished epochs and its steps in the next epoch. The function
-                raises UserError if the checkpoint is damaged.
+            progress: function that returns the number of finished epochs of a checkpoint and the number of steps in the
+                next epoch. The function raises UserError if the checkpoint is damaged.
             say: prints a line.
 
         Raises:
@@ -105,7 +105,7 @@ class Experiment:
                 damaged.append(str(error))
                 continue
             if path != self.incomplete_file:
-                break  # earlier checkpoints have less training
+                break  # all earlier checkpoints have fewer training steps
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
         # If progress is equal, max returns the first item, which is the checkpoint of the unfinished epoch.
@@ -161,9 +161,10 @@ class Experiment:
         return found
 
     def rename_later_checkpoints(self, resumed: Path, epoch: int) -> list[str]:
-        """Rename the checkpoints in this folder with more training than ``resumed``, and return their old names.
+        """Rename the checkpoints in this folder that are later than ``resumed``, and return their old names.
 
-        The resumed run will train these epochs again. --resume auto ignores the new names.
+        The resumed run will train the epochs of the renamed checkpoints again. --resume auto ignores the renamed
+        checkpoints.
         """
         if not self.is_own_file(resumed):
             return []
@@ -224,11 +225,11 @@ class Experiment:
     def find_checkpoint(self, name: str) -> Path:
         """Find a checkpoint by its name in the folder or by its path.
 
-        If neither exists, return the path in the folder. Reading this path fails with a message that lists the existing
-        checkpoints.
+        If there is no such file, return the path in the folder; reading that path later fails with a message that lists
+        the existing checkpoints.
 
         Raises:
-            ExperimentError: the folder was given without ssl_exp/, which only training allows.
+            ExperimentError: the name lacks the folder ssl_exp/, which only train.py adds to a name.
         """
         inside = self.folder / name
         for path in (inside, Path(name)):
@@ -240,7 +241,7 @@ class Experiment:
         return inside
 
     def root_dir(self) -> str:
-        """Return the patch store that the experiment was trained on. Raises ExperimentError if none is recorded."""
+        """Return the patch store of the training. Raises ExperimentError if configs.json does not record the store."""
         try:
             root = self.read_config().get("root_dir")
         except ExperimentError as error:

@@ -46,7 +46,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     After a crash there is either the old or the new file, never a partial one. An error leaves no temporary file.
 
     Raises:
-        OSError: names ``path`` even if the system's error does not, for example if the disk is full.
+        OSError: the file cannot be written. The error always has the file name ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
 def write_via_temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path with the same file name, for writers that open files themselves.
 
-    The path is in a temporary folder next to ``path``. When the block ends, the file is moved to ``path``; after an
-    error, the file is removed.
+    The path is in a temporary folder next to ``path``. When the ``with`` block ends, the file is moved to ``path``;
+    after an error, the file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     Error messages complete a sentence that begins with "the file is".
 
     Raises:
-        ValueError: the file is not a .npy file, holds Python objects, or has fewer bytes than its header says. Loading
-            Python objects may run code, and loading a short file may allocate too much memory.
+        ValueError: the file is not a .npy file, holds Python objects, or has fewer bytes than its header says. np.load
+            could run code stored in Python objects, or allocate memory for data that a truncated file lacks.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -135,17 +135,17 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     except Exception as error:  # NumPy evaluates the header as Python text and may raise any error
         raise ValueError("not a complete .npy file") from error
     if dtype.hasobject:
-        raise ValueError("an array of Python objects, not of numbers")
+        raise ValueError("an array of Python objects instead of numbers")
     start = stream.tell()
     there, wanted = stream.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
     stream.seek(start)
     if min(shape, default=0) < 0 or there < wanted:
-        raise ValueError(f"truncated: it has {start + there} of {start + wanted} bytes")
+        raise ValueError(f"truncated: the file has {start + there} of {start + wanted} bytes")
     return shape, fortran, dtype
 
 
 def load_array(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
-    """Load a .npy file of numbers or text; ``mapped`` leaves the values on disk.
+    """Load a .npy file of numbers or text; ``mapped`` memory-maps the file.
 
     Raises:
         OSError: the file cannot be read.
@@ -166,7 +166,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def resume_folder(folder: Path, key: str) -> None:
-    """Prepare a folder for partial results. Existing results are kept if an interrupted run had the same ``key``."""
+    """Make or empty a folder for partial results, but keep the results of an interrupted run with the same ``key``."""
     note = folder / "key.txt"
     if note.is_file() and note.read_text(encoding="utf-8") == key:
         return
@@ -176,7 +176,7 @@ def resume_folder(folder: Path, key: str) -> None:
 
 
 def is_utf8(path: str | os.PathLike) -> bool:
-    """Return whether a path is valid UTF-8. On Linux, file names may be any bytes, for example from old archives."""
+    """Return whether a path is valid UTF-8. On Linux, names of files from old archives may contain other bytes."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -202,7 +202,7 @@ _noted: set[str] = set()  # reasons that have already been printed
 
 
 def note_missing_locks(path: str, error: OSError) -> None:
-    """Print one note that a file system lacks locks, for example NFS mounted with nolock. Work continues."""
+    """Print a note once if a file system does not support locks, for example NFS mounted with nolock."""
     reason = error.strerror or str(error)
     if reason not in _noted:
         _noted.add(reason)
@@ -259,7 +259,7 @@ def hold_lock_or_raise(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Wait for a lock file and hold it during a block. The file is created if missing."""
+    """Wait for a lock on a file, and hold the lock during a ``with`` block. The file is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:
         try:

@@ -17,7 +17,7 @@ from misc.files import write_text
 def encode_array(array: np.ndarray) -> dict[str, Any]:
     """Encode an array for a page's script as base64 of little-endian numbers, a third of the size of JSON.
 
-    ``unpack`` in misc/page.js decodes it to a typed array.
+    ``unpack`` in misc/page.js decodes the result to a typed array.
     """
     kind = array.dtype.newbyteorder("<")
     data = base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")

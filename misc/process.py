@@ -33,7 +33,7 @@ MAY_DIFFER = (
     "subjects",
     "batch_table",
     "no_progress",
-)  # paths may differ between machines if their contents are the same
+)  # paths may differ between ranks if the files have the same contents
 _waits: list[str] = []  # one name for each call of wait_for_all so far
 _control: list = []  # the CPU process group for short messages between ranks; empty for a single process
 
@@ -48,7 +48,7 @@ class DeviceError(UserError):
 def start_process(device: str, patience: float = PATIENCE) -> torch.device:
     """Choose the device of this process, set float32 arithmetic and, under torchrun, join the process group.
 
-    The group uses NCCL on GPUs and Gloo on CPUs. A single process without torchrun does not need a group.
+    The group uses NCCL on GPUs and Gloo on CPUs. A single process without torchrun does not need a process group.
 
     Args:
         device: ``auto`` (a GPU if available), ``cuda`` or ``cpu``.
@@ -68,7 +68,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
     use_gpu = gpus > 0 and device != "cpu"
     if use_gpu and local_world_size() > gpus:
         raise DeviceError(
-            f"{local_world_size()} processes were started on this machine with {gpus} GPUs; start one process per GPU"
+            f"{local_world_size()} processes were started on this machine, which has {gpus} GPUs; start one per GPU"
         )
     if use_gpu:
         torch.cuda.set_device(local_rank)
@@ -100,7 +100,7 @@ def start_process(device: str, patience: float = PATIENCE) -> torch.device:
 def set_arithmetic(tf32: bool, deterministic: bool) -> None:
     """Set precision and reproducibility of GPU computations. Results on a CPU are always reproducible to the byte.
 
-    torch itself enables TF32 for convolutions by default.
+    By default, torch enables TF32 for convolutions.
 
     Args:
         tf32: compute float32 products in TF32.
@@ -122,8 +122,8 @@ def read_precision() -> str:
 def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    Return 0 on a GPU, or if the factor is at most SLOWER. CPUs without bfloat16 arithmetic emulate it. The
-    measurement takes about 0.2 s.
+    Return 0 on a GPU, or if bfloat16 is at most SLOWER times as slow as float32. CPUs without bfloat16 arithmetic
+    emulate it. Measuring the slowdown takes about 0.2 s.
     """
     if device.type != "cpu":
         return 0.0
@@ -156,15 +156,15 @@ def find_local_rank(gpus: int) -> int:
         if several:
             raise DeviceError(
                 f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set, so each process would "
-                "train alone; start python tools/launch.py once on each machine instead"
+                "train alone; run python tools/launch.py once on each machine instead"
             )
         return 0
     missing = [name for name in names if not given[name]]
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         raise DeviceError(
-            f"{there} is set without {', '.join(missing)}, so this process cannot find the others. Set the missing "
-            "variables, start with tools/launch.py, or unset RANK and WORLD_SIZE to train alone"
+            f"{there} is set without {', '.join(missing)}, so this process cannot find the other ranks. Set the "
+            "missing variables, start with tools/launch.py, or unset RANK and WORLD_SIZE to train alone"
         )
     rank, world = read_number("RANK", -1), read_number("WORLD_SIZE", -1)
     if not 0 <= rank < world or not 0 < read_number("MASTER_PORT", -1) < 65536:
@@ -189,7 +189,7 @@ def end_process() -> None:
 
 @contextlib.contextmanager
 def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
-    """Call :func:`start_process`, and :func:`end_process` at the end of the block.
+    """Call :func:`start_process`, and :func:`end_process` at the end of the ``with`` block.
 
     If another rank is lost, this process exits at once with status LOST; the launcher reports the reason.
     """
@@ -202,7 +202,7 @@ def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
             print_error(f"another rank was lost; see the output of that rank ({str(error).splitlines()[0][:200]})")
         leave(LOST)
     finally:
-        with contextlib.suppress(RuntimeError, ValueError):  # another rank may already be gone
+        with contextlib.suppress(RuntimeError, ValueError):  # another rank may already have exited
             end_process()
 
 
@@ -234,7 +234,7 @@ def local_world_size() -> int:
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate the rows of all ranks in rank order: (n, ...) on each rank -> (world * n, ...).
 
-    No gradient flows through this function. All ranks must pass the same shape.
+    No gradient flows through this function. All ranks must pass tensors of the same shape.
     """
     world = world_size()
     if world == 1:
@@ -288,7 +288,8 @@ def check_agreement(facts: Mapping[str, object]) -> None:
     """Check that ``facts`` are equal on all ranks, before the ranks compute anything together.
 
     Raises:
-        UserError: facts differ; all ranks raise the error, which names up to three of the facts.
+        UserError: an entry of ``facts`` differs between ranks. Every rank raises an error that names up to three
+            differing entries.
     """
     if not _control:
         return
@@ -318,9 +319,9 @@ def barrier() -> None:
 def wrap_data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a model in DistributedDataParallel if there is a process group; otherwise return it unchanged.
 
-    This function makes the buffers equal on all ranks, once. Training steps exchange only gradients: each rank keeps
-    its own BatchNorm statistics, and the queues stay equal because every rank enqueues the same gathered keys. By
-    default, torch would broadcast the queue's 1.2 GB at every forward pass.
+    This function copies the model's buffers from rank 0 to all other ranks, once. Training steps exchange only
+    gradients: each rank keeps its own BatchNorm statistics, and the queues stay equal because every rank enqueues the
+    same gathered keys. By default, torch would broadcast the queue's 1.2 GB at every forward pass.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model

@@ -12,17 +12,17 @@ OPTIMIZERS = ("sgd", "adamw")
 def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     """Choose the number of BatchNorm groups. The global batch is split into groups of consecutive samples.
 
-    Each group has separate BatchNorm statistics. Every rank holds whole groups, so 1, 2 or 4 ranks compute the
-    same run.
+    Each group has separate BatchNorm statistics. Every rank holds whole groups, so a run gives the same results on 1, 2
+    or 4 ranks.
 
     Args:
-        given: the user's choice. None selects the larger of 4 and the number of ranks, or the next smaller
-            number that fits.
+        given: number of groups that the user chose. None selects the larger of 4 and the number of ranks, or a smaller
+            number if the ranks or the batch size require it.
         batch_size: samples per step over all ranks.
         ranks: number of ranks.
 
     Raises:
-        UserError: the user's choice does not fit.
+        UserError: ``given`` does not suit the batch size and the number of ranks.
     """
 
     def complaint(groups: int) -> str:

@@ -38,7 +38,7 @@ class DrasCLR(KeyQueues):
         rep_dim, moco_dim: sizes of the representation and of its projection.
         num_experts: experts per convolution.
         num_coordinates: 3-D points per location; must be 1.
-        K: keys in each location's queue; a multiple of the batch size over all ranks.
+        K: number of keys in each location's queue; a multiple of the batch size over all ranks.
         m: momentum of the key encoder.
         T: softmax temperature.
         mlp: put a hidden layer before the projection (MoCo v2).
@@ -113,10 +113,11 @@ class DrasCLR(KeyQueues):
             pch_q: first view of the patches (B, 1, 32, 32, 32) and their locations, (1, 3) or (B, 3).
             pch_k: second view of the same patches and their locations, with the shapes of ``pch_q``.
             ngb_q: one view of each of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3).
-                Pass None to leave out the neighbour task. One row of locations for the whole batch is faster, because
-                each kernel is mixed only once.
+                None leaves out the neighbour task. A location tensor with one row for the whole batch is faster,
+                because each kernel is mixed only once.
             subjects: (B,) row numbers of the subjects, stored in the queue with their keys.
-            move_keys: update the key encoder. Pass False if the query encoder has not changed since the last step.
+            move_keys: whether to update the key encoder; False if the query encoder has not changed since the last
+                step.
 
         Raises:
             ValueError: a location tensor has neither 1 nor B rows, or K is not a multiple of the batch size over all
@@ -164,14 +165,14 @@ class DrasCLR(KeyQueues):
         batch, k = neighbors.shape[:2]
         shared = near.shape[0] == 1  # whether all samples have the same neighbour locations
         if shared:
-            # Order the samples by location, so that the B samples of neighbour j form a block with one kernel.
-            # The order of the samples makes no difference to BatchNorm.
+            # Order the patches by location, so that the B patches of a neighbour location form a block with one kernel.
+            # The order of the patches makes no difference to BatchNorm.
             near, order = near[0], neighbors.transpose(0, 1)  # (k, 3), (k, B, 32, 32, 32)
         else:
             near, order = near.reshape(batch * k, 3), neighbors  # (B k, 3), (B, k, 32, 32, 32)
         flat = order.reshape(batch * k, 1, *order.shape[2:])  # (k B or B k, 1, 32, 32, 32)
         kernels = near_kernels = ()
-        if isinstance(self.encoder_q, Encoder):  # mix the kernels of both passes in one call
+        if isinstance(self.encoder_q, Encoder):  # compute the mixed kernels of both passes in one call
             mixed = self.encoder_q.mix_kernels(torch.cat([loc, near]))
             kernels, near_kernels = zip(*(kernel.split([len(loc), len(near)]) for kernel in mixed))
         z, h = self.encoder_q(patch, loc, *kernels)  # (B, dim), (B, rep_dim)
@@ -213,7 +214,7 @@ class DrasCLR(KeyQueues):
     def _check_inputs(
         self, batch: int, views: dict[str, Sequence[torch.Tensor] | None], subjects: torch.Tensor | None
     ) -> None:
-        """Raise ValueError if the inputs of a step do not fit together."""
+        """Raise ValueError if the sizes of a step's inputs are inconsistent, or if required subjects are missing."""
         for name, view in views.items():
             if view is not None and view[1].shape[0] not in (1, batch):
                 raise ValueError(

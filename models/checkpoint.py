@@ -18,7 +18,7 @@ from misc.files import hash_file, write_whole
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, unreadable or does not fit the model. The message says what to do."""
+    """A checkpoint is missing or unreadable, or does not fit the model; the message says what to do."""
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -31,8 +31,8 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
 
     Args:
         path: path of the file.
-        tensors: False leaves the tensors on the disk until their values are used. All other entries are then
-            read in milliseconds, whatever the file size. Files from torch before 1.6 are always read completely.
+        tensors: False leaves the tensors on the disk until their values are used, and reads only the other
+            entries, which takes milliseconds for any file size. Files from torch before 1.6 are always read completely.
 
     Returns:
         The entries of the checkpoint. A bare state dict is returned as {'state_dict': ...}.
@@ -118,7 +118,7 @@ def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     For a bare state dict, the epoch is the first number in the file name, or 0 if the name has no number.
 
     Raises:
-        CheckpointError: the epoch or the step is not a non-negative integer.
+        CheckpointError: the epoch or the step is negative or not an integer.
     """
     number = re.search(r"(\d+)", Path(path).name)
     epoch = content["epoch"] if "epoch" in content else int(number[1]) if number else 0
@@ -130,7 +130,7 @@ def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
 
 
 def _explain_read_error(path: Path, error: Exception) -> str:
-    """Find out from the first bytes why torch cannot read a file. The messages of torch do not say why."""
+    """Return the probable reason why torch cannot read a file, based on its first bytes and torch's error."""
     with open(path, "rb") as stream:
         start = stream.read(8)
     if not start.startswith((b"PK\x03\x04", b"\x80")):  # neither a zip file nor a pickle from torch before 1.6
@@ -191,7 +191,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
     ours = optimizer.param_groups[0]
     implementation = {name: ours[name] for name in ("foreach", "fused", "capturable") if name in ours}
     try:
-        # Insert these settings before loading, because they determine the device of the optimiser's step counts.
+        # Set foreach, fused and capturable before loading, because they determine the device of the step counts.
         optimizer.load_state_dict(
             {**state, "param_groups": [{**group, **implementation} for group in state["param_groups"]]}
         )
@@ -237,10 +237,11 @@ def check_table(content: Mapping[str, Any], source: Path | str, count: int, fing
         root: folder of the store, for messages.
 
     Returns:
-        A note if the checkpoint does not record its table, otherwise "". The published weights record no table.
+        A note if the checkpoint does not record its table, otherwise "". The published weights do not record
+        their location table.
 
     Raises:
-        CheckpointError: the checkpoint was trained on another table.
+        CheckpointError: the checkpoint was trained on another location table.
     """
     queue = strip_module(content["state_dict"]).get("queue")
     advice = "cut the patches at the locations that the checkpoint was trained on (its atlas_patch_loc.npy)"

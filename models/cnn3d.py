@@ -29,7 +29,7 @@ def conv3x3x3(in_channels: int, out_channels: int, num_experts: int, num_coordin
 def norm_elu(
     norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int = 1, track: bool = True
 ) -> list[torch.Tensor]:
-    """Compute elu(norm(x)) for a batch in blocks (n, C, D, H, W). In training, each group has separate statistics.
+    """Compute elu(norm(x)) for a batch in blocks (n, C, D, H, W). In training, each group has its own statistics.
 
     Args:
         norm: the BatchNorm layer.
@@ -51,7 +51,7 @@ def norm_elu(
 
 
 def _split(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """Split a batch into ``count`` equal consecutive parts. A single part is the batch itself."""
+    """Split a batch into ``count`` equal consecutive parts. If ``count`` is 1, the only part is the batch itself."""
     return (x,) if count == 1 else x.chunk(count)
 
 
@@ -84,7 +84,7 @@ def _as_images(x: torch.Tensor) -> torch.Tensor:
 def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
     """Return the number of blocks of consecutive samples that share a location.
 
-    The number is G for kernels (G, ...), or 1 if every sample has its own location.
+    Return G for kernels (G, ...), or 1 if every sample has its own location.
     """
     locations = len(kernels[0])
     if locations == 0 or len(x) % locations:
@@ -120,7 +120,8 @@ class Encoder(nn.Module):
 
     Attributes:
         bn_groups: number of groups of consecutive samples with separate BatchNorm statistics in training. If
-            the samples of a block share a location, each block must contain equally many samples of every group.
+            the batch consists of several blocks with one location each, every block must contain equally many samples
+            of every group.
     """
 
     bn_groups = 1
@@ -143,11 +144,11 @@ class Encoder(nn.Module):
 
     def layers(self) -> Iterator[tuple[CondConv3D, nn.BatchNorm3d]]:
         """Yield the convolutions in order, each with its normalisation. An ELU follows each normalisation."""
-        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2))  # 8 x 32^3, 8 x 16^3
-        yield from self.downsample1.layers()  # 16 x 8^3
-        yield from self.downsample2.layers()  # 32 x 4^3
-        yield from self.downsample3.layers()  # 64 x 2^3
-        yield from ((self.conv3, self.bn3), (self.conv4, self.bn4))  # 128 x 2^3, rep_dim x 1^3
+        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2))  # outputs: 8 x 32^3, 8 x 16^3
+        yield from self.downsample1.layers()  # output: 16 x 8^3
+        yield from self.downsample2.layers()  # output: 32 x 4^3
+        yield from self.downsample3.layers()  # output: 64 x 2^3
+        yield from ((self.conv3, self.bn3), (self.conv4, self.bn4))  # outputs: 128 x 2^3, rep_dim x 1^3
 
     def forward(self, x: torch.Tensor, loc: torch.Tensor, *kernels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch of patches.
@@ -155,7 +156,7 @@ class Encoder(nn.Module):
         Args:
             x: (B, 1, 32, 32, 32), intensities in [-1, 1].
             loc: (G, 3) normalised locations, where G divides B; see :meth:`CondConv3D.forward`.
-            kernels: kernels of every layer at ``loc`` from :meth:`mix_kernels`. If omitted, the kernels are mixed here.
+            kernels: kernels of every layer at ``loc`` from :meth:`mix_kernels` (default: mix them from ``loc``).
 
         Returns:
             z (B, moco_dim) and h (B, rep_dim).
@@ -174,7 +175,10 @@ class Encoder(nn.Module):
     def encode(
         self, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int = 1, track: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run :meth:`forward` with mixed ``kernels``. For ``groups`` and ``track``, see :func:`norm_elu`."""
+        """Run :meth:`forward` with the ``kernels`` of :meth:`mix_kernels`.
+
+        For ``groups`` and ``track``, see :func:`norm_elu`.
+        """
         layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels, strict=True)]
         blocks = channels_last(x).chunk(count_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
         for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:
@@ -188,5 +192,8 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _convolve(conv: CondConv3D, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
-        """Convolve each block with the kernel of its location. A single block may have one kernel per sample."""
+        """Convolve each block with the kernel of its location.
+
+        If there is only one block, each sample may have its own kernel.
+        """
         return [conv.convolve(blocks[0], kernels)] if len(blocks) == 1 else conv.convolve_blocks(blocks, kernels)

@@ -31,8 +31,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     """Return x (B, C, D, H, W) with the channels of each voxel adjacent in memory; copy x only if needed.
 
     With one channel, channels-first and channels-last data are in the same order, and ``contiguous`` does not change
-    the strides. A convolution, however, chooses the layout of its output from the strides of its input. Without the
-    strides set here, every layer would run channels-first.
+    the strides. A convolution chooses the layout of its output from the strides of its input. Without the strides that
+    this function sets, every layer would run channels-first.
     """
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -102,7 +102,7 @@ class CondConv3D(_ConvNd):
         self.weight = nn.Parameter(torch.empty(num_experts, *self.weight.shape))
         # As in the published code, torch's initialisation for 5-D convolution weights is applied to the 6-D weight.
         # The computed fan-in therefore includes the output channels, so the initial kernels are small.
-        # The size of the kernels determines the effective step size.
+        # With BatchNorm, the magnitude of the initial weights determines the effective learning rate.
         self.reset_parameters()
 
     def mix_kernels(self, locs: torch.Tensor) -> torch.Tensor:
@@ -123,8 +123,8 @@ class CondConv3D(_ConvNd):
         Args:
             inputs: (B, in, D, H, W).
             locs: (G, 3 * num_coordinates), where G divides B. Block g of B / G consecutive samples
-                shares location g. With G = B, each sample has its own location. With G = 1, all samples share one
-                location.
+                shares location g. With one row per sample (G = B), each sample has its own location. With G = 1, all
+                samples share one location.
 
         Returns:
             (B, out, D', H', W').
@@ -146,8 +146,8 @@ class CondConv3D(_ConvNd):
     def convolve_blocks(self, blocks: Sequence[torch.Tensor], kernels: torch.Tensor) -> list[torch.Tensor]:
         """Convolve each of G blocks (b, in, D, H, W) with its kernel from (G, out, in / groups, k, k, k).
 
-        Each location takes one dense convolution. A grouped convolution could process all locations in a single call,
-        but few libraries have fast grouped convolutions in 3-D.
+        A separate dense convolution is run for each location. A grouped convolution could process all locations in a
+        single call, but few libraries have fast grouped convolutions in 3-D.
 
         Returns:
             G tensors (b, out, D', H', W').

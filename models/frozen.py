@@ -11,9 +11,7 @@ from models.condconv3d import channels_last, dense_conv3d
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
-AT_ONCE = (
-    64  # patches per call in encode_patch_per_location; the result of the first layer then takes 0.5 GB with 8 experts
-)
+AT_ONCE = 64  # patches per call in encode_patch_per_location; with 8 experts, the first layer then takes 0.5 GB
 SUMMARIZED = 2**20  # values per call of a summary on the CPU, so that the values stay in the CPU cache
 LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; their float32 kernels take 33 MB at the published sizes
 
@@ -47,9 +45,9 @@ class FrozenEncoder:
         """Encode a batch of patches.
 
         Args:
-            x: (B, 1, 32, 32, 32), intensities in [-1, 1], or a tensor that ``prepare`` converts to this.
+            x: patches (B, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to such patches.
             prepare: called as ``prepare(x, dtype)`` on each piece of the batch before it is encoded.
-            layers: append the result of :func:`summarize` for every layer.
+            layers: whether to append the result of :func:`summarize` for every layer.
 
         Returns:
             h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
@@ -102,12 +100,12 @@ def encode_patch_per_location(
     """Compute representations h of one patch per location: apply every expert to every patch, then mix the results.
 
     A convolution is linear in its kernel, so mixing the experts' results gives the result of the mixed kernel. The
-    amount of arithmetic is multiplied by the number of experts, but only a few large calls are needed. On a GPU, these
-    calls are faster than launching the layers for each location separately.
+    amount of arithmetic is multiplied by the number of experts, but only a few large calls are needed. On a GPU, a few
+    large calls are faster than launching the layers for each location separately.
 
     Args:
         encoder: encoder in eval mode, on the device.
-        x: (L, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to this.
+        x: patches (L, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to such patches.
         locs: (L, 3) normalised locations.
         prepare, layers: see :class:`FrozenEncoder`.
         at_once: patches to encode in one call.
@@ -133,7 +131,7 @@ def encode_patch_per_location(
 
 @torch.no_grad()
 def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[FrozenEncoder]:
-    """Freeze the encoder at each location. The experts are read only once for all locations.
+    """Freeze the encoder at each location. The kernels of the experts are read from memory once for all locations.
 
     Args:
         encoder: encoder to freeze; later changes to it have no effect on the result.
@@ -151,9 +149,9 @@ def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.floa
 
 
 class FrozenLocations:
-    """Sequence of frozen encoders, one per location; LOCATIONS_AT_ONCE of the encoders are created in one call.
+    """Sequence of frozen encoders, one per location. LOCATIONS_AT_ONCE encoders are created at a time.
 
-    The same locations are always frozen together, so that a resumed extraction gives the same rounding errors.
+    The grouping of locations into calls is fixed, so that a resumed extraction gives the same rounding errors.
 
     Args:
         encoder, dtype: see :func:`freeze`.

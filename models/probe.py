@@ -17,7 +17,7 @@ def compute_step_statistics(
     queue_subject: torch.Tensor,
     queue_age: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Compute the statistics of one step, each a () tensor on the device.
+    """Compute the statistics of one step, each as a tensor of shape () on the device.
 
     Args:
         query: (B, dim), normalised.
@@ -27,8 +27,8 @@ def compute_step_statistics(
         queue_subject, queue_age: (K,) subject and age of each key in the location's queue; -1 if unknown.
 
     Returns:
-        accuracy_fresh: % of queries for which the nearest of this step's keys is their own key. All keys of a step are
-            equally old.
+        accuracy_fresh: % of queries for which the nearest of this step's keys is their own key. Unlike the keys in the
+            queue, all keys of a step have the same age.
         alignment: mean squared distance between query and key.
         uniformity: log of the mean Gaussian potential over pairs of keys (Wang and Isola, 2020).
         queue_own: % of keys in the location's queue that belong to the query's own subject, averaged over queries.
@@ -62,7 +62,7 @@ def effective_rank(representations: torch.Tensor) -> float:
     """
     centred = representations.detach().float().cpu()
     if not torch.isfinite(centred).all():
-        return float("nan")  # an SVD would fail on NaN or infinity; the check of the loss reports these
+        return float("nan")  # an SVD would fail on NaN or infinity; the check of the loss reports such values
     centred = centred - centred.mean(dim=0)
     variances = torch.linalg.svdvals(centred).square()
     share = variances / variances.sum().clamp(min=1e-30)

@@ -28,7 +28,7 @@ class KeyQueues(nn.Module):
 
         Args:
             num_patch: L, the number of locations.
-            K: keys in each location's queue; a multiple of the batch size over all ranks.
+            K: number of keys in each location's queue; a multiple of the batch size over all ranks.
             dim: size of a key.
             negatives: ``queue`` (published) takes the keys in the location's queue. ``batch`` takes the keys of the
                 other subjects in this step, over all ranks.
@@ -45,7 +45,7 @@ class KeyQueues(nn.Module):
 
         # A step uses one location, which is one contiguous block of (L, K, dim).
         # The published layout on disk is (dim, K, L).
-        # _save_to_state_dict and _load_from_state_dict convert between these two layouts.
+        # _save_to_state_dict and _load_from_state_dict convert between the layouts in memory and on disk.
         queue = torch.randn(num_patch, K, dim)  # (L, K, dim)
         for keys in queue:  # normalise in place, because a copy would take 1.2 GB at the published sizes
             F.normalize(keys, dim=1, out=keys)
@@ -109,7 +109,7 @@ class KeyQueues(nn.Module):
         count = keys.shape[0]
         pointer = self.queue_ptr[where]  # (1,)
         # Compute the indices on the device. Reading the pointer would make the CPU wait for the device at every step.
-        rows = (pointer + torch.arange(count, device=keys.device)) % self.K + where * self.K  # (world * B,) in 0..L*K-1
+        rows = (pointer + torch.arange(count, device=keys.device)) % self.K + where * self.K  # (world * B,) row indices
         self.queue.flatten(0, 1).index_copy_(0, rows, keys.to(self.queue.dtype))
         self.queue_ptr.index_copy_(0, where, (pointer + count) % self.K)
         self.steps += 1

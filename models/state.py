@@ -94,7 +94,9 @@ class TrainingState:
         unsound = find_unsound_tensor(tensors)
         if unsound is not None:
             where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
-            raise DivergedError(f"the state is not finite at {where} (in {unsound}), so it is not saved")
+            raise DivergedError(
+                f"the state has values in {unsound} that are not finite or too large at {where}, so it is not saved"
+            )
         checkpoint = {
             "epoch": epoch,
             "arch": self.arch,
@@ -130,7 +132,7 @@ class TrainingState:
         if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
             self.model.load_queue_origin(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
-                self.model.queue_subject.fill_(-1)  # the saved subjects are row numbers of another store
+                self.model.queue_subject.fill_(-1)  # the saved row numbers of subjects belong to another store
         if "rng_state" in content:
             torch.set_rng_state(content["rng_state"])
             if self.device.type == "cuda" and "cuda_rng_state" in content:
@@ -153,14 +155,16 @@ def copy_to_host(value: Any) -> Any:
 
 
 def start_from(model: nn.Module, path: Path) -> Started:
-    """Load the query encoder of a checkpoint into both encoders. The queue and the optimiser do not change.
+    """Load the query encoder of a checkpoint into both encoders of ``model``.
+
+    The queue, the optimiser and the position (epoch, step) stay as in a new run.
 
     The convolutions must have the same shapes. A projection (``fc``) of another size is not loaded, because it
     belongs to the loss and not to the representation.
 
     Raises:
-        CheckpointError: the checkpoint is unreadable or not finite.
-        ResumeError: the encoder in the checkpoint has other sizes than the model. The message names the flag to change.
+        CheckpointError: the checkpoint is unreadable or has values that are not finite.
+        ResumeError: the encoder in the checkpoint has other sizes than the model; the message names a flag to change.
     """
     content = read_checkpoint(path)
     state = query_encoder_state(content, path)

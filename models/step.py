@@ -32,7 +32,7 @@ class LocationTable(NamedTuple):
 
     @classmethod
     def of(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
-        """Build the table from (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
+        """Build a location table from (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
         locations = torch.from_numpy(normalized).to(device)  # (L, 3)
         return cls(locations, locations[torch.from_numpy(neighbors).to(device)])  # (L, k, 3)
 
@@ -103,7 +103,7 @@ def accuracy(logits: torch.Tensor) -> torch.Tensor:
 def make_optimizer(
     model: nn.Module, lr: float, momentum: float, weight_decay: float, name: str = "sgd"
 ) -> torch.optim.Optimizer:
-    """Create an optimiser of all parameters of the model.
+    """Create an optimiser for all parameters of the model.
 
     The frozen key encoder is included, because the published checkpoints list all 164 parameters of both encoders.
     ``momentum`` is the momentum of SGD, or the first beta of AdamW.
@@ -115,7 +115,7 @@ def make_optimizer(
         raise ValueError(f"the optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}")
     on_gpu = next(model.parameters()).device.type == "cuda"
     # On a GPU, use the fused kernel, which reads the learning rate from the device.
-    # A CUDA graph that contains the fused kernel therefore uses the current learning rate.
+    # Every replay of a CUDA graph with the fused kernel uses the current learning rate.
     kind = {"fused": True} if on_gpu else {"foreach": True}
     if name == "adamw":
         betas = (momentum, 0.999)
@@ -168,9 +168,9 @@ class WholeStep:
     """One step from raw patches to new weights: make views, compute the loss, back-propagate, update.
 
     Args:
-        make_views: turns patches, neighbours and draws into views.
+        make_views: turns patches, neighbours and random parameters into views.
         training_step: a TrainingStep, possibly wrapped in DistributedDataParallel.
-        descend: updates the parameters of ``training_step``.
+        descend: back-propagates the loss and updates the parameters of ``training_step``.
     """
 
     def __init__(self, make_views: Callable[..., tuple], training_step: nn.Module, descend: Descent):

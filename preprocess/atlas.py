@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from preprocess.scan import EarlierFailure, ScanError, read_mask
 
-SMALLEST = 1e-3  # smallest accepted volume ratio of scan to atlas; a child's lungs have 1/20 of an adult's volume
+SMALLEST = 1e-3  # smallest accepted volume scaling of a transform; a child's lungs have 1/20 of an adult's volume
 
 
 def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:

@@ -34,7 +34,7 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
     if own == orientation:
         return image
     if all(axes in OPPOSITE for axes in zip(own, orientation)):
-        # DICOMOrient would make an additional copy, although these axes need only flips.
+        # These axes need only flips. DICOMOrient would make an additional copy.
         return sitk.Flip(image, [first != second for first, second in zip(own, orientation)], False)
     return sitk.DICOMOrient(image, orientation)
 
@@ -80,7 +80,7 @@ def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Resample an image to 1 mm by cubic B-splines, along its own axes from its own origin; voxels outside are -1024.
+    """Resample an image to 1 mm by cubic B-splines, with unchanged axes and origin; voxels outside are -1024 HU.
 
     The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz) for nx, ny, nz voxels of sx,
     sy, sz mm.

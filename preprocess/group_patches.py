@@ -29,7 +29,7 @@ from misc.progress import add_progress_flag, progress_bar
 from preprocess.report import find_earlier_failures
 from preprocess.subjects import add_store, parse_flags
 
-CHUNK_BYTES = 512 * 2**20  # size of the patches held in memory at a time
+CHUNK_BYTES = 512 * 2**20  # maximum bytes of patches held in memory at a time
 
 
 def find_usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
@@ -97,7 +97,7 @@ def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
 
 
 class Grouping:
-    """The grouped files of a list of subjects, with the progress of writing them.
+    """Write the grouped files of a list of subjects, and continue an interrupted run.
 
     Args:
         layout: paths of the store.
@@ -116,7 +116,7 @@ class Grouping:
         self.state_file = layout.grouping / "state.json"
 
     def is_done(self) -> bool:
-        """Return whether all grouped files exist, are complete and contain these subjects."""
+        """Return whether all grouped files exist, are complete and contain exactly the subjects of this store."""
         if not (self.done_file.is_file() and self.layout.subjects.is_file()):
             return False
         if json.loads(self.done_file.read_text()).get("key") != self.key:
@@ -134,7 +134,7 @@ class Grouping:
         """Continue an interrupted run, or create the temporary files anew.
 
         Returns:
-            The number of subjects already written, 0 for new files.
+            The number of subjects that are already written; 0 if the files are new.
 
         Raises:
             StoreError: the disk has too little free space.
@@ -168,14 +168,14 @@ class Grouping:
         return len(sids)
 
     def _current_path(self, index: int) -> Path:
-        """Return the current path of a location's file: temporary, or final if a run stopped while renaming."""
+        """Return the path of a location's new file: temporary, or final if a run stopped while it renamed the files."""
         return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
 
     def check(self) -> None:
         """Verify the new files on the disk before they replace the old files.
 
-        The check covers the size of every file. For each subject, the check also compares the patch at one random
-        location with the subject's own file.
+        The size of every file is checked. For each subject, the patch at one random location is also compared with
+        the subject's own file.
 
         Raises:
             StoreError: a file differs from what was written; the next run makes all files again.
@@ -207,7 +207,7 @@ class Grouping:
         self.layout.subjects.unlink(missing_ok=True)
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
-            with contextlib.suppress(FileNotFoundError):  # an interrupted run has already moved this file
+            with contextlib.suppress(FileNotFoundError):  # an interrupted run may have moved this file already
                 os.replace(self.aside(index), self.layout.grouped(index))
         write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
         _write_note(self.done_file, {"key": self.key})

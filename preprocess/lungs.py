@@ -16,9 +16,9 @@ from misc.files import try_lock, wait_for_lock
 from preprocess import threshold
 from preprocess.scan import ScanError, check_extent
 
-MIN_LUNG_ML = 1.0  # smallest volume per lung in ml; a smaller label is not a lung
+MIN_LUNG_ML = 1.0  # smallest volume per lung in ml; a smaller labelled region is not a lung
 SIDES = ("right", "left")
-DENSEST = -300  # HU; a lung with a higher median contains no air; even a half-consolidated lung has a lower one
+DENSEST = -300  # HU; a lung with a higher median contains no air; even a half-consolidated lung has a lower median
 DENSE = -500  # HU; a lung with a higher median gets a warning
 AIR_HU, AIRY = -500, 0.85  # HU below which a voxel is air; a lung mask with a smaller fraction of air gets a warning
 UNEVEN = 4.0  # ratio of the two lung volumes above which there is a warning
@@ -53,7 +53,7 @@ def load_lungmask(weights: str | None):
 
 @contextlib.contextmanager
 def reserve_gpu() -> Iterator[str | None]:
-    """Reserve one GPU for this process until the block ends; yield the GPU's name, or None without a GPU.
+    """Reserve one GPU for this process until the ``with`` block ends; yield the GPU's name, or None without a GPU.
 
     Without a reservation, all workers that segment at the same time would share the first GPU and its memory. If every
     GPU is in use, the worker waits for its turn.

@@ -5,7 +5,7 @@
         --output atlas_lung_mask.nii.gz
 
 Choose a scan in deep inspiration of a chest without deformity, and look at its mask first. The script resamples the
-mask to 1 mm. It changes the labels that stage 2 writes, 1 (right lung) and 2 (left lung), to 50 and 100. If the mask
+mask to 1 mm. The script changes label 1 (right lung) to 50, and label 2 (left lung) to 100. If the mask
 already has labels 50 and 100, the script only resamples it.
 """
 

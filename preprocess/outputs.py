@@ -1,11 +1,11 @@
 """Decide whether the existing output of a stage is kept or made again; all stages follow the same rule.
 
-An output without a row in the stage's report belongs to the user. The stage checks a user's output and keeps it
+An output without a row in the stage's report counts as the user's own. The stage checks a user's output and keeps it
 regardless of its age; only --overwrite replaces it.
 
-An output with a row in the report was made by the stage. The stage keeps such an output if it is complete, its stamps
-match the current inputs and settings, and no input is newer. Otherwise the stage removes the output and makes it again.
-A subject whose inputs have become bad therefore does not continue with old output.
+An output with a row in the report was made by the stage. The stage keeps its own output if the output is complete, the
+stamps match the current inputs and settings, and no input is newer. An output that fails one of these checks is removed
+and made again. If a subject's inputs become invalid, later stages therefore do not use old output.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from data.layout import StoreLayout
 from preprocess.report import STAMPS, claim
 from preprocess.scan import EarlierFailure, ScanError
 
-FAILED_BEFORE = "failed_before"  # key in a subject's previous row: the reason why an earlier stage of this run failed
+FAILED_BEFORE = "failed_before"  # key in a subject's row: why an earlier stage of this run failed
 
 
 class Skip(Exception):
@@ -39,7 +39,7 @@ def file_stamp(path: str, series: str = "") -> str:
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)
-        return f"{len(files)}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"  # names can be invalid UTF-8
+        return f"{len(files)}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}"  # file names may be invalid UTF-8
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -47,8 +47,8 @@ def file_stamp(path: str, series: str = "") -> str:
 def _read_change_time(path: Path) -> int:
     """Return when a file was last changed, in ns.
 
-    It is the earlier of the file's modification time and change time, because a machine with a fast clock can set a
-    modification time in the future.
+    The result is the earlier of the file's modification time and change time, because a machine with a fast clock can
+    set a modification time in the future.
     """
     status = path.stat()
     return min(status.st_mtime_ns, status.st_ctime_ns)
@@ -68,7 +68,7 @@ class Output:
         pictures: additional files that this stage makes; a user's own output may lack them.
 
     Raises:
-        ValueError: a stamp is not in STAMPS, so the report of a failed subject would lose this stamp.
+        ValueError: a stamp is not in STAMPS. If the subject failed, its row in the report would lack this stamp.
     """
 
     def __init__(
@@ -86,11 +86,13 @@ class Output:
         self.previous, self.targets, self.stamps = previous, targets, stamps
         self.inputs, self.pictures = inputs, pictures
         if unknown := set(stamps) - set(STAMPS):
-            raise ValueError(f"stamps {sorted(unknown)} would be lost after a failure; add them to STAMPS in report.py")
+            raise ValueError(
+                f"report columns {sorted(unknown)} would be lost after a failure; add the names to STAMPS in report.py"
+            )
         self.ours = any(previous.get(name) for name in stamps)
 
     def _matches_inputs(self) -> bool:
-        """Return whether an output made by this stage matches its inputs in stamps and age."""
+        """Return whether the stamps of an output made by this stage are current and no input is newer."""
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)

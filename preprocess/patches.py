@@ -78,7 +78,7 @@ def cut_scan(
     values = np.clip(values, HU_MIN, HU_MAX).astype(np.int16)
     corners = map_corners(table, atlas, transform, volume)
     patches, _ = cut_patches(values, corners, patch_size)
-    # Voxels of the padding also count as outside the scan.
+    # Voxels in the padding also count as outside the scan.
     inner = values[PADDING:-PADDING, PADDING:-PADDING, PADDING:-PADDING]
     _, outside = cut_patches(inner, corners - PADDING, patch_size)
     return Patches(patches, corners, outside, volume, values)
@@ -87,7 +87,9 @@ def cut_scan(
 def check_inside(cut: Patches, name: object) -> None:
     """Raise ScanError if every patch lies outside the scan."""
     if len(cut.patches) and (cut.outside == cut.patches[0].size).all():
-        raise ScanError(f"every patch lies outside {name}; its transform belongs to another scan, so register it again")
+        raise ScanError(
+            f"every patch lies outside {name}, so the transform belongs to another scan; register this scan again"
+        )
 
 
 def measure_share_inside(corners: np.ndarray, patch_size: int, volume: sitk.Image, mask: sitk.Image) -> float:

@@ -3,7 +3,7 @@
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches
 
 This command lays a grid over the lung mask of the atlas and keeps the patches that contain enough lung. The published
-weights need their own table, which cannot be reproduced from the mask alone. To use those weights, pass that table:
+weights need the published table, which cannot be reproduced from the mask alone. To use these weights, pass this table:
 
     python preprocess/patchify_atlas.py --atlas-mask atlas_lung_mask.nii.gz --root-dir /data/patches \\
         --atlas-patch-loc atlas_patch_loc.npy
@@ -35,13 +35,13 @@ MAX_PATCHES = 1000  # the lung threshold rises until fewer patches remain
 def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
     """Return the corners of the grid patches that contain enough lung.
 
-    A patch is kept if the lung fraction of its voxels is strictly above a threshold. The threshold starts at 0.1 and
-    rises by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest). Each
+    A patch is kept if the fraction of lung voxels is strictly above a threshold. The threshold starts at 0.1 and rises
+    by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest). Each
     coordinate is less than size - patch_size, as in the published code.
 
     Args:
         lung: (x, y, z) bool lung mask.
-        patch_size: patch edge in voxels.
+        patch_size: edge length of a patch in voxels.
         step_size: distance between corners in voxels.
 
     Returns:
@@ -82,7 +82,7 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
         raise StoreError(
-            f"{source}: the patch in row {row}, corner {table[row].tolist()}, leaves the atlas of {size} voxels; "
+            f"{source}: the patch in row {row}, corner {table[row].tolist()}, is outside the atlas of {size} voxels; "
             "pass the table that belongs to this atlas mask"
         )
 

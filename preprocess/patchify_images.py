@@ -111,7 +111,7 @@ def patchify(
     transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
     patch_path, corner_path, picture_path = (path(subject.sid) for path in (layout.patch, layout.patch_loc, layout.qc))
     if not patch_path.is_file():
-        read_affine(transform_path)  # fails without a transform, before any file changes
+        read_affine(transform_path)  # raises if there is no transform, before any file changes
     subject.check_image()
     stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]

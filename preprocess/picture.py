@@ -48,7 +48,7 @@ def figure_of_patches(
         values: voxels of ``volume``, (z, y, x) HU.
         mask: the scan's lung mask, 1 right, 2 left, on any grid; None draws no outlines.
         corners: (L, 3) lowest corners (x, y, z) in ``volume``.
-        patch_size: patch edge in voxels.
+        patch_size: edge length of a patch in voxels.
         title: title above the three panels.
 
     Returns:
@@ -75,7 +75,7 @@ def figure_of_patches(
 
 
 def _find_extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest and highest index (x, y, z) of ``volume`` that the labels of a mask reach."""
+    """Return the lowest and highest index (x, y, z) in ``volume`` of the labelled voxels of a mask."""
     labels = sitk.GetArrayViewFromImage(mask)
     ends = []
     for axis in (2, 1, 0):  # x, y, z

@@ -12,8 +12,8 @@ from misc.sizes import PATCH_SIZE
 from preprocess.report import read_previous_rows
 
 STEPS = ("segment_lung", "register", "patchify_images")
-FEWEST = 8  # subjects needed to estimate the usual range
-STRANGE = 4.0  # robust standard deviations; 40 usual subjects with about ten values each normally stay below this
+FEWEST = 8  # minimum number of subjects for estimating the normal range
+STRANGE = 4.0  # robust SDs from the median; 40 normal subjects with about ten values each usually stay below this limit
 
 
 class Figure(NamedTuple):
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
     title: str
     low_is_bad: bool
     high_is_bad: bool
-    floor: float  # smallest spread used for the score, in the unit of the value; smaller differences do not matter
+    floor: float  # lower limit of the spread, in the unit of the value; tiny differences then do not raise the score
 
 
 FIGURES = (
@@ -75,10 +75,10 @@ def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``score``: the largest deviation of the subject's values towards the bad side, in robust standard deviations
-        (distance from the median, divided by 1.4826 times the median absolute deviation). A failed stage adds 1,000,
-        a missing stage 500.
-        ``reasons``: the subject's message, its warnings, and each value that deviates by more than 4, together with
-        the usual value.
+        (distance from the median, divided by 1.4826 times the median absolute deviation). A failed stage adds 1,000 to
+        the score, and a missing stage adds 500.
+        ``reasons``: the subject's message, its warnings, and each value that deviates by more than 4 robust standard
+        deviations, together with the usual value.
     """
     score, reasons = np.zeros(len(table)), [[] for _ in range(len(table))]
     for figure in FIGURES:
@@ -104,7 +104,7 @@ def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
 def write_qc_page(root_dir: str | Path) -> Path:
     """Write qc/index.html of a store, worst subjects first, and return its path.
 
-    The page links to the pictures by relative paths. It therefore stays small and keeps working if the store is moved.
+    The page links to the pictures by relative paths, so the page stays small and keeps working if the store is moved.
     """
     layout = StoreLayout(root_dir)
     page = layout.qc_page

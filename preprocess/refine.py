@@ -1,8 +1,8 @@
 """Refine an affine between lung masks by maximising the overlap of both lungs.
 
-ANTs compares intensities. If the lungs had two label values, one lung would weigh more than the other. If both lungs
-had one value, right and left would be indistinguishable. This module therefore starts from the ANTs transform and
-maximises the overlap itself.
+ANTs compares intensities. If each lung had its own label value, one lung would weigh more than the other. If both lungs
+had the same value, ANTs could not distinguish right from left. This module therefore starts from the ANTs transform and
+maximises the overlap of the lungs.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from scipy import ndimage
 
 from preprocess.geometry import average_blocks
 
-LEVELS = ((2.5, 30), (1.5, 12))  # per level: spacing of atlas points as a multiple of ``spacing``; iterations
-LENGTH = 100.0  # mm; scale of the matrix parameters: a step of 1 moves a point at this distance by 1 mm
-TOLERANCE = 1e-5  # relative tolerance of the objective between iterations
+LEVELS = ((2.5, 30), (1.5, 12))  # per level: atlas point spacing as a multiple of ``spacing``, and maximum iterations
+LENGTH = 100.0  # mm; a change of 1 in a matrix parameter moves a point at this distance from the centre by 1 mm
+TOLERANCE = 1e-5  # relative change of the objective below which the iterations stop
 
 
 class Points(NamedTuple):
-    """The atlas lungs as points."""
+    """Sample points in the lungs of the atlas."""
 
     places: np.ndarray  # (P, 3) coordinates, mm
     weights: np.ndarray  # (P, 2) volume of right and left lung around each point, ml
@@ -43,7 +43,7 @@ def average_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) 
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
     box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
     labels = sitk.RegionOfInterest(labels, [side.stop - side.start for side in box], [side.start for side in box])
-    # Pad to whole coarse voxels, because incomplete ones are dropped. The border keeps the lungs inside the grid.
+    # Pad to whole coarse voxels, because incomplete coarse voxels are dropped. A border keeps the lungs inside.
     margin = [factor * 2 for factor in shrink]
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
     labels = sitk.ConstantPad(labels, margin, upper, 0)
@@ -81,13 +81,13 @@ def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sa
 
 
 def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate the lung fractions (P, 2) at points in mm, and their derivatives (P, 2, 3) by the coordinates.
+    """Interpolate the lung fractions (P, 2) at points in mm, and their derivatives with respect to x, y, z (P, 2, 3).
 
     The interpolation is trilinear, and the fractions are 0 outside the grid.
     """
     index = places @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
     size = np.array(sampled.shares.shape[:3])
-    index = np.clip(index, 0, size - 1.001)  # the border is 0, as are points beyond the border
+    index = np.clip(index, 0, size - 1.001)  # move points outside the grid to its border, where the fractions are 0
     low = index.astype(np.int64)
     f = index - low  # (P, 3)
     strides = np.array([size[1] * size[2], size[2], 1])
@@ -106,10 +106,10 @@ def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray) -> tuple[float, np.ndarray]:
-    """Compute the negative sum of the Dice of right, left and both lungs, and the gradient by the 12 parameters.
+    """Return the negative sum of three Dice values (right, left, both lungs), and the derivatives by the 12 parameters.
 
-    Only the atlas points are evaluated. The volume of the scan's lungs in atlas space is therefore computed as their
-    volume in the scan, divided by the determinant of the matrix.
+    The overlap is evaluated only at the atlas points. The volume of the scan's lungs in atlas space is therefore
+    computed as their volume in the scan, divided by the determinant of the matrix.
     """
     matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
     from_centre = points.places - centre  # (P, 3)
@@ -121,7 +121,7 @@ def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: 
     both = 2 * (together * shares.sum(axis=1)).sum() / (sizes[0] + sizes[1]).sum()
 
     total = (sizes[0] + sizes[1]).sum()
-    # (P, 2) derivatives by the lung fractions
+    # (P, 2) derivatives with respect to the lung fractions
     pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total
     by_place = (pull[:, :, None] * slopes).sum(axis=1)  # (P, 3)
     by_matrix = np.einsum("pi,pj->ij", by_place, from_centre)
@@ -147,7 +147,7 @@ def refine_affine(
         atlas_values: labels of the right and left lung in the atlas.
         mask: lung mask of the scan.
         mask_values: labels of the right and left lung in the scan.
-        transform: affine from atlas points to scan points, the starting value.
+        transform: affine from atlas points to scan points, from which the optimisation starts.
         spacing: spacing in mm of the coarse grid that the scan's mask is averaged to.
     """
     from scipy.optimize import minimize

@@ -12,8 +12,8 @@ from preprocess.geometry import average_blocks
 from preprocess.refine import refine_affine
 from preprocess.scan import ScanError
 
-REGISTRATION_SPACING = 8.0  # mm; grid of the masks that ANTs compares
-REFINED_SPACING = 3.0  # mm; grid of the refinement that maximises the overlap
+REGISTRATION_SPACING = 8.0  # mm; voxel spacing of the masks that ANTs compares
+REFINED_SPACING = 3.0  # mm; grid spacing of the refinement, which maximises the overlap
 SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proportionally finer grids
 ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # labels of the right lung and the left lung
 
@@ -55,7 +55,7 @@ def measure_overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transfo
 def check_overlap(figures: dict[str, float], least: float, source: Path | str) -> None:
     """Raise ScanError if the Dice of both lungs together, or of one lung, is less than ``least``.
 
-    The Dice of both lungs together would not reveal swapped lungs, or one lung stretched over both lungs.
+    The Dice coefficient of both lungs together does not reveal swapped lungs, or one lung stretched over both lungs.
     """
     low = [name for name in ("dice", "dice_right", "dice_left") if figures[name] < least]
     if not low:
@@ -89,8 +89,8 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     scale = min(1.0, extent / SMALL_ATLAS)
     fixed, moving = (average_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
-    # ANTs compares randomly drawn voxels. antspyx 0.6 ignores the argument random_seed, but ANTs reads this environment
-    # variable.
+    # ANTs compares randomly drawn voxels and reads the random seed from this environment variable.
+    # The argument random_seed has no effect in antspyx 0.6.
     os.environ["ANTS_RANDOM_SEED"] = "1"
     import ants
 

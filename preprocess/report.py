@@ -38,8 +38,8 @@ def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
 def claim(layout: StoreLayout, script: str, sid: str) -> None:
     """Record that this stage, and not the user, makes a subject's outputs; call this before changing any file.
 
-    The record is an empty claim file, which the next update of the report replaces. If a run is killed before the
-    update, the claim file stays, and the next run makes the outputs again.
+    The record is an empty file (claim file) that is removed after the report has been updated. If a run is killed
+    before that update, the claim file stays, and the next run makes the outputs again.
     """
     folder = layout.claims(script)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,17 @@ def remove_claim_files(layout: StoreLayout, script: str, sids: list[str]) -> Non
 
 
 def read_claimed_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """Return, by sid, stamps that match no output, for subjects with a claim file from an interrupted run."""
+    """For each subject with a claim file from an interrupted run, return stamps that do not match any output."""
     folder = layout.claims(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
 def keep_stamps(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the stamps of a failed subject's last row; they show that this stage made any leftover output."""
+    """Return the stamps in a failed subject's last report row.
+
+    With these stamps, a leftover output counts as made by this stage, and not by the user.
+    """
     return {name: row[name] for name in STAMPS if row.get(name)}
 
 

@@ -38,7 +38,7 @@ __all__ = [
 
 FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # report columns
 FRACTION = 0.01  # largest accepted distance of a label from a whole number; rescaling causes small errors
-VOXEL = (0.05, 20.0)  # mm; accepted voxel sizes, because voxels of real scans are 0.3 to 10 mm long
+VOXEL = (0.05, 20.0)  # mm; accepted range of voxel sizes; real scans have voxels of 0.3 to 10 mm
 
 
 class Scan(NamedTuple):
@@ -151,7 +151,7 @@ def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
 
 
 def with_warnings(facts: dict[str, str], more: list[str]) -> dict[str, str]:
-    """Return the facts of a scan with more warnings added."""
+    """Return a copy of a scan's ``facts`` with additional warnings."""
     return {**facts, "warnings": "; ".join(filter(None, [facts["warnings"], *more]))}
 
 
@@ -183,7 +183,8 @@ def read_mask(path: str | os.PathLike) -> sitk.Image:
 def limit_threads(threads: int) -> None:
     """Set the number of threads of ITK filters in this process.
 
-    This function also turns off the filters' long warnings. Warnings of file readers are still collected.
+    This function also turns off the long warnings that ITK filters print, but not the collection of warnings from file
+    readers.
     """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(max(1, threads))

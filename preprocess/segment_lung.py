@@ -13,7 +13,7 @@ The classical method needs no weights (its limits are described in preprocess/th
     python preprocess/segment_lung.py --input-csv dataset.csv --root-dir /data/patches --method threshold
 
 Writes <root-dir>/lung_mask/{sid}.nii.gz, uint8 on the scan's own grid: 1 right lung, 2 left lung (the subject's right
-and left). If you put your own mask under that name, the script checks it and keeps it.
+and left). If lung_mask/{sid}.nii.gz is your own mask, the script checks the mask and keeps it.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def segment(
 
 
 def add_segmentation(parser: Parser) -> None:
-    """Add the flags that only this stage has."""
+    """Add the flags that only segment_lung.py has."""
     text = (
         "segmentation method: lungmask is a network and handles consolidated lungs; threshold needs no weights and "
         "suits air-filled lungs, including emphysema"
@@ -90,7 +90,9 @@ def add_segmentation(parser: Parser) -> None:
 def check_segmentation(args: argparse.Namespace) -> None:
     """Raise StoreError if the flags contradict each other or if the weights file is missing."""
     if args.lungmask_weights and args.method != "lungmask":
-        raise StoreError("--lungmask-weights works only with --method lungmask; change --method or drop the weights")
+        raise StoreError(
+            "--lungmask-weights works only with --method lungmask; change --method or leave out the weights"
+        )
     if args.lungmask_weights and not os.path.isfile(args.lungmask_weights):
         raise StoreError(f"--lungmask-weights {args.lungmask_weights} does not exist")
 

@@ -1,8 +1,8 @@
 """Resample a volume by cubic B-splines along its own axes.
 
 ITK evaluates 64 spline weights at every voxel of the new grid. If both grids have the same axes, each weight is a
-product of three one-dimensional weights. Three matrix products then give the same result (Unser, Aldroubi and Eden,
-1993) in a sixth of the time. As in ITK, boundaries are mirrored and integer values are truncated.
+product of three one-dimensional weights. Three matrix products therefore give ITK's result in a sixth of ITK's time
+(Unser, Aldroubi and Eden, 1993). As in ITK, boundaries are mirrored and integer values are truncated.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ def spline_weights(count: int, spacing: float, wanted: int, step: float) -> tupl
 def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, outside: float) -> sitk.Image:
     """Resample a volume by cubic B-splines to an isotropic grid with the same axes and origin.
 
-    The result has the same bytes for any number of threads.
+    The result is byte-identical for any number of threads.
 
     Args:
         image: int16 or float32 volume; the result has the same type.

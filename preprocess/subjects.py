@@ -57,7 +57,7 @@ def add_atlas(parser: Parser) -> None:
 
 
 def add_patch_size(parser: Parser) -> None:
-    """Add the flag for the patch size, which stages 1 and 4 share."""
+    """Add the flag --patch-size of patchify_atlas.py and patchify_images.py."""
     text = "patch edge in voxels; keep 32, because the encoder accepts no other size"
     parser.add_argument("--patch-size", type=at_least(int, 1), default=PATCH_SIZE, help=text)
 

@@ -1,8 +1,8 @@
 """Segment lungs without a network: thresholding, airway tracking, and a left-right split.
 
 This is the classical method (Hu et al., IEEE TMI 2001; van Rikxoort et al., Medical Physics 2009) for machines without
-the lungmask weights. The method suits air-filled lungs. Unlike a network, the
-method leaves dense consolidation out of the mask.
+the lungmask weights. Thresholding finds only air-filled lung. Unlike a
+network, thresholding leaves dense consolidation out of the mask.
 """
 
 import numpy as np
@@ -15,22 +15,22 @@ from preprocess.scan import AIR, ScanError
 
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
-GAS_BELOW = -975  # HU; bowel gas and air in cushions have a lower median; lungs contain vessels and have a higher one
-INSIDE = 0.05  # smallest fraction of a cut lung's voxels not connected to the image's sides; cushions have less
+GAS_BELOW = -975  # HU; bowel gas and air in cushions have a lower median; lungs have a higher median because of vessels
+INSIDE = 0.05  # minimum fraction of a lung's voxels that are not connected to the image's sides; lower in cushions
 AIRWAY_BELOW = -880  # HU; the mean over a cross-section of the trachea is at most 80 HU above this value
-ADULT_WIDTH = 320.0  # mm; scan width for which the lengths below hold; a narrower scan gets smaller lengths
+ADULT_WIDTH = 320.0  # mm; the lengths below are for scans of this width and are reduced for narrower scans
 
 WORKING_SPACING = 2.0  # mm
 CLOSING_RADIUS = 8.0  # mm; large enough to fill vessels and the hilum
-TRACHEA_AREA = (40.0, 900.0)  # mm2; smallest and largest cross-section
+TRACHEA_AREA = (40.0, 900.0)  # mm2; smallest and largest accepted cross-section of the trachea
 TRACHEA_LENGTH = 20.0  # mm; shortest accepted trachea
 ROUNDING = 1e-3  # tolerance for squared distances between voxels, which are whole numbers
-THIN, RIM = 2, 3  # working voxels: erosion that removes walls outside the body; width of the rim around an air space
+THIN, RIM = 2, 3  # voxels of WORKING_SPACING; erosion that removes thin structures, rim around an air space
 MERGED_LENGTH = 12.0  # mm; longest stretch of the airway where its wall may be invisible
 
 
 def segment_lungs(scan: sitk.Image) -> sitk.Image:
-    """Segment both lungs on the scan's own grid, as uint8: 1 the subject's right lung, 2 the left lung.
+    """Segment both lungs on the scan's own grid, as uint8: 1 for the subject's right lung, 2 for the left lung.
 
     Args:
         scan: chest CT in HU, any orientation and spacing.
@@ -43,7 +43,7 @@ def segment_lungs(scan: sitk.Image) -> sitk.Image:
     scale = float(np.clip(width / ADULT_WIDTH, 0.2, 1.0))
     spacing = max(WORKING_SPACING * scale, min(working.GetSpacing()))
     working = _resample(working, spacing)
-    volume = sitk.GetArrayFromImage(working)  # (z, y, x): z to the head, y to the back, x to the left
+    volume = sitk.GetArrayFromImage(working)  # axes (z, y, x): z points to the head, y to the back, x to the left
     air = _find_air_in_body(volume)
     airway = _find_airway(volume, air, spacing, scale)
     labels = _split_sides(air & ~airway)
@@ -70,7 +70,7 @@ def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     """Make an isotropic working copy; finer voxels are averaged, not dropped."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
     image = average_blocks(image, factors)
-    # Stop at the last voxel, because a slice of air above the trachea would connect the lungs to the outside.
+    # Do not go beyond the last voxel: a slice of air above the trachea would connect the lungs to the outside.
     size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), AIR
@@ -84,10 +84,10 @@ def _count_voxels(labels: np.ndarray, count: int) -> np.ndarray:
 def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     """Find the air inside the body, without small pockets and bowel gas.
 
-    Air counts as inside if it is not connected to the image's sides within its axial slice. The test runs slice by
-    slice, because in 3-D the trachea may lead outside: rotated or tilt-corrected scans end in slices of pure padding. A
-    lung that the field of view cuts reaches the image's side. Such a lung is kept, because it has the density of lung
-    and lies inside in other slices.
+    Air counts as inside if it is not connected to the image's sides within its axial slice. Each slice is checked
+    separately, because in 3-D the trachea may connect the lungs to outside air: rotated or tilt-corrected scans end in
+    slices of pure padding. A lung that is cut by the field of view reaches the image's side, but is kept
+    because of its density and because the lung lies inside the body in other slices.
     """
     air = volume < AIR_BELOW
     within_slice = np.zeros((3, 3, 3), dtype=bool)
@@ -102,7 +102,7 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     inside = ~outside[planes]
     labels, count = ndimage.label(inside | cut[planes])
     sizes = _count_voxels(labels, count)
-    if cut.any():  # drop cushions, which reach the image's side in every slice
+    if cut.any():  # drop air in cushions, which reaches the image's sides in every slice
         sizes[np.bincount(labels[inside], minlength=count + 1) < INSIDE * sizes] = 0
     sizes[0] = 0
     body = _find_body(volume)
@@ -111,8 +111,8 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
             sizes[label] = 0
     if sizes.max(initial=0) < 0.002 * volume.size:
         raise ScanError(
-            "no lungs found: the scan has no air-filled space inside the body; check that it shows the whole chest "
-            "with a margin"
+            "no lungs found: the scan has no air-filled space inside the body; check that the scan shows the whole "
+            "chest, not only the lungs"
         )
     largest = int(sizes.argmax())
     kept = [largest]
@@ -145,7 +145,7 @@ def _is_in_body(labels: np.ndarray, label: int, air: np.ndarray, body: np.ndarra
 
 
 def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: float) -> np.ndarray:
-    """Find the trachea and main bronchi with their walls by tracking them down, slice by slice, into the lungs."""
+    """Find the trachea and main bronchi with their walls, by following them downwards slice by slice into the lungs."""
     low, high = (area * scale**2 / spacing**2 for area in TRACHEA_AREA)  # voxels
     columns = np.flatnonzero(air.any(axis=(0, 1)))
     middle = (columns[0] + columns[-1]) / 2
@@ -169,9 +169,9 @@ def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: flo
 def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int) -> np.ndarray:
     """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
-    In some slices, the thin wall between the airway and a lung is invisible. In such slices, the previous cross-section
-    is reused, for up to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus enters
-    its lung there, so these slices are removed from the airway.
+    If the thin wall between the airway and a lung is invisible in a slice, the previous cross-section is reused, for up
+    to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus has entered the lung. The
+    last slices with a reused cross-section are then removed from the airway.
     """
     airway = np.zeros_like(air)
     airway[top] = seed
@@ -223,7 +223,7 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
         raise ScanError("found one air-filled space, not two lungs side by side; check the scan, or use another method")
     split = watershed(-depth, markers, mask=lungs).astype(np.int8)
 
-    # Assign pieces that no marker reached to the nearer lung, unless they are small.
+    # Each large region that no marker reached becomes part of the nearer lung.
     rest, count = ndimage.label(lungs & (split == 0))
     sizes = _count_voxels(rest, count)
     sizes[0] = 0
@@ -240,7 +240,7 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
     margin = int(np.ceil(radius)) + 1
     for label, box in zip((RIGHT, LEFT), ndimage.find_objects(labels, LEFT)):
         own, part = labels[box], filled[box]  # closing never extends beyond the lung's bounding box
-        side = np.pad(own == label, margin)  # room for the ball outside the box; the margin is cropped below
+        side = np.pad(own == label, margin)  # pad, because the ball extends beyond the box; the margin is cropped below
         dilated = _squared_distance(side) <= radius**2 + ROUNDING
         closed = (_squared_distance(~dilated) > radius**2 + ROUNDING) | side
         closed = ndimage.binary_fill_holes(closed[margin:-margin, margin:-margin, margin:-margin])
@@ -251,7 +251,7 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
 def _squared_distance(mask: np.ndarray) -> np.ndarray:
     """Compute the squared distance in voxels from each voxel to the nearest voxel of ``mask``; float32, 0 inside.
 
-    This function uses ITK, which is 15 times as fast as SciPy.
+    The distance transform of ITK is 15 times as fast as the one of SciPy.
     """
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     # Keep a reference to the image, because an array view does not keep the image alive.

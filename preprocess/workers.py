@@ -33,7 +33,7 @@ FAILURES_SHOWN = 20
 WORST_SHOWN = 5
 EARLIER = "failed in an earlier stage: "  # prefix of a message that an earlier stage has already reported
 NO_WORKER_SECONDS = (5.0, 30.0)  # seconds until the first check for missing workers, and between later checks
-REPORT_SECONDS = 30  # seconds between report updates; updates record what made an output, in case of a crash
+REPORT_SECONDS = 30  # seconds between report updates, so that a crash loses only the newest rows
 
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ class Record:
     def lost(self, sid: str, message: str) -> Row:
         """Return the row of a subject after its worker died.
 
-        Output with a claim file was made by this stage. Other output may belong to the user.
+        Output with a claim file was made by this stage. Output without a claim file may belong to the user.
         """
         stamps = read_claimed_stamps(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
@@ -146,7 +146,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
 
 
 def _list_worst(rows: list[Row]) -> str:
-    """List the subjects with the lowest Dice of the worse side; empty for a stage that does not measure Dice."""
+    """List the subjects with the lowest Dice of their worse lung; empty for a stage that does not measure Dice."""
     told = []
     for row in rows:
         sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]
@@ -335,9 +335,9 @@ def _ignore_signal(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-# ============================================================ one scan for all stages
+# ============================================================ load a scan once for all stages
 
-_kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan, that of the current subject
+_kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan: the current subject's scan
 
 
 def load_scan_once(subject: Subject) -> Scan:

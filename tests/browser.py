@@ -17,7 +17,7 @@ def browse(page: Path, script: str, milliseconds: int = 8000) -> dict:
 
     ``script`` is the body of an async function that runs after the page has loaded.
 
-    The test is skipped if Chromium is not installed. Errors in the page or in the script fail the test.
+    The test is skipped if Chromium is not installed. Errors in the page or in the script make the test fail.
     """
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:

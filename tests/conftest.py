@@ -27,8 +27,8 @@ from misc.files import wait_for_lock
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Parallel test processes (pytest -n) get one thread each, because more would slow each other down. Both sides of a
-# comparison use the same number of threads.
+# Parallel test processes (pytest -n) get one thread each, because more threads would slow the processes down.
+# Both sides of a comparison use the same number of threads.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -129,7 +129,7 @@ def run_here():
 
 @pytest.fixture
 def one_thread():
-    """Limit torch to one thread, as in parallel encoding. torch's profiler would not see other threads."""
+    """Limit torch to one thread, as in parallel encoding. torch's profiler does not record work in other threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -151,8 +151,8 @@ def rel():
 def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
     """Give every BatchNorm realistic statistics, so that outputs in eval mode differ between patches.
 
-    A new network's BatchNorm layers have mean 0 and variance 1. With these statistics, the network's small kernels
-    give every patch nearly the same output, and a comparison would not notice swapped patches.
+    In a new network, every BatchNorm layer has running mean 0 and running variance 1. With mean 0 and variance 1, the
+    network's small kernels give every patch nearly the same output, and a comparison would not notice swapped patches.
     """
     generator = torch.Generator().manual_seed(5)
     patches = torch.randn(batch, 1, 32, 32, 32, generator=generator)
@@ -205,7 +205,7 @@ def grid():
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """Return (cohort folder, store folder) of a synthetic cohort of six subjects. Tests must not change the folders."""
+    """Return (cohort folder, store folder) of a synthetic cohort of six subjects, which tests must not change."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if THREADS == 2 else base.parent) / "cohort with a space"  # parallel test processes share one cohort
     folder.mkdir(exist_ok=True)

@@ -298,7 +298,7 @@ IMAGES = [
         "image",
         "a.nii",
         nifti(at80=struct.pack("<f", 0.0)),
-        "its sform and its qform contradict each other and put a voxel up to 82.0",
+        "its sform and its qform contradict each other by up to 82.0",
     ),
     Bad("image", "a.nii", cut(nifti(), 0.01), "is cut short: 860 of 86032 bytes"),
     Bad("image", "a.nii", cut(nifti(), 0.6), "is cut short: 51619 of 86032 bytes"),
@@ -333,7 +333,7 @@ IMAGES = [
         "image",
         "a.nii",
         volume(np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)),
-        "has values from 0.000108007 to 0.999997: not HU",
+        "has values from 0.000108007 to 0.999997; these are not HU",
     ),
     Bad(
         "mask",
@@ -343,12 +343,17 @@ IMAGES = [
     ),
     Bad("mask", "m.nii", volume(np.full((20, 20, 20), 700, np.int16)), "has values from 700 to 700"),
     Bad("image", "a.dcm", HEX("00" * 128) + b"DICM", "is DICOM, but cut short or damaged"),
-    Bad("dicom", "d/a.dcm", b"hello", "copy it again, because DICOM slices are cut short or damaged: a.dcm"),
+    Bad(
+        "dicom",
+        "d/a.dcm",
+        b"hello",
+        "copy the folder again, because these DICOM slices are cut short or damaged: a.dcm",
+    ),
     Bad(
         "dicom",
         "d/a.dcm",
         HEX("00" * 128) + b"DICM",
-        "copy it again, because DICOM slices are cut short or damaged: a.dcm",
+        "copy the folder again, because these DICOM slices are cut short or damaged: a.dcm",
     ),
 ]
 CHECKPOINTS = [

@@ -1,4 +1,4 @@
-"""Compare several Gloo ranks with one: losses, gradients, queues, shuffled BatchNorm and the trainer."""
+"""Compare several Gloo ranks with a single rank: losses, gradients, queues, shuffled BatchNorm and the trainer."""
 
 import json
 import subprocess
@@ -103,7 +103,7 @@ def torchrun(ranks, script, *flags, cwd):
     ]
     result = subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr, result.stderr  # each rank would print a warning at every start
+    assert "Warning" not in result.stderr, result.stderr  # users would see a warning once per rank at every start
     return result.stdout
 
 
@@ -130,7 +130,7 @@ def test_two_ranks_by_command_line(tmp_path, make_store, grid):
     folder = tmp_path / "ssl_exp" / "two"
     assert json.loads((folder / "configs.json").read_text())["world_size"] == 2
     content = torch.load(folder / "checkpoint_patch_0001.pth.tar", weights_only=True)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps of 4 keys fill the 8 rows once
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps with 4 keys each fill the 8 rows
     start = torch.load(folder / "checkpoint_patch_0000.pth.tar", weights_only=True)
     assert not torch.equal(content["state_dict"]["module.queue"], start["state_dict"]["module.queue"])
 

@@ -124,7 +124,7 @@ def test_flags_exist(path):
 
 @pytest.mark.parametrize("path", PYTHON)
 def test_names_in_docstrings_exist(path):
-    """Check the names of files, and the targets of :func:, :class: and :meth:."""
+    """Check that files, and targets of :func:, :class: and :meth:, exist."""
     for text in docstrings(path):
         for target in re.findall(r":(?:func|class|meth|attr|data):`[~.]?([\w.]+)`", text):
             assert target.split(".")[-1] in WORDS, f"{path} refers to {target}"

@@ -147,7 +147,7 @@ def test_sigterm_prints_how_to_resume(tmp_path, make_store, grid, monkeypatch, c
 
 
 def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
-    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # the extraction stops within a block
+    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # the extraction stops within a block of locations
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (
@@ -187,7 +187,7 @@ def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
     np.testing.assert_array_equal(first, second)
     assert not (tmp_path / "a" / ".pieces").exists()
 
-    # Pieces made from other patches or with another checkpoint are not reused.
+    # Partial results of other patches or of another checkpoint are not reused.
     key = extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
     assert key != extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
@@ -298,7 +298,7 @@ def test_bad_arguments_are_refused(tmp_path, make_store, grid, run_here, monkeyp
 
 @pytest.mark.reference
 def test_published_checkpoint_works_unchanged(reference, tmp_path, make_store, run):
-    """The published experiment has no configs.json, a read-only folder and five locations."""
+    """The published experiment folder is read-only and has no configs.json. Its atlas has five locations."""
     table = np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [0, 0, 26], [26, 26, 26]])
     make_store(tmp_path / "store", 3, table)
     run(
@@ -360,12 +360,13 @@ def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, gr
     )
     assert made.dtype == np.float32 and made.shape == (5, len(grid), wanted.shape[1])
     assert rel(made[:, 3], wanted.numpy()) < 1e-4 and len(hooks) == 13
-    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")  # without --layers, the old file is removed
+    # Without --layers, the extraction removes an old layer file.
+    extract(*flags, "--out-dir", tmp_path / "layers", "--device", "cpu")
     assert not (tmp_path / "layers" / "layer_arr_patch_full.npy").exists()
 
 
 def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeypatch):
-    """By default, torch uses TF32 for convolutions on a GPU, which changes the features by 6e-5."""
+    """By default, torch uses TF32 for convolutions on a GPU. The resulting error of the features is 6e-5."""
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(

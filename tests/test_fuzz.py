@@ -41,7 +41,7 @@ BRIEF = settings(
 
 @pytest.fixture(scope="module")
 def intact_files(tmp_path_factory):
-    """Write an intact file of each kind; return their folder."""
+    """Write an intact file of each kind, and return the folder."""
     folder = tmp_path_factory.mktemp("sound")
     image = chest()
     for name in ("a.nii", "a.nii.gz", "a.nrrd", "a.mha"):
@@ -145,7 +145,7 @@ def test_any_array_header(tmp_path, header, data, version):
     st.sampled_from(["<i8", ">f4", "|O", "|u1", "<U9", "<c16", "|V0", "[('a', '<i4')]", "nothing"]),
 )
 def test_any_claimed_array_shape(tmp_path, shape, kind):
-    """Only the bytes in the file are read, and no memory is allocated for the others that its header claims."""
+    """Only the bytes in the file are read. No memory is allocated for missing bytes that the file's header claims."""
     described = kind if kind.startswith("[") else repr(kind)
     text = f"{{'descr': {described}, 'fortran_order': False, 'shape': {tuple(shape)!r}}}\n".encode()
     path = tmp_path / "a.npy"
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_code_is_not_executed(tmp_path):
 
 
 def test_a_decompression_bomb_as_checkpoint(tmp_path):
-    """torch does not compress a checkpoint's records, so torch did not write a record compressed a thousandfold."""
+    """torch never compresses a checkpoint, so a file with a strongly compressed record is refused."""
     with zipfile.ZipFile(tmp_path / "c.pth.tar", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("c/data.pkl", b"\x80\x02}q\x00." + bytes(50 << 20))
         archive.writestr("c/version", "3\n")

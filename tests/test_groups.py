@@ -39,7 +39,7 @@ def relative_difference(ours, wanted):
 
 @pytest.fixture(scope="module")
 def learning(store, tmp_path_factory):
-    """Run three steps at learning rate 0.01 on 1, 2 and 4 ranks. Gradients and state are those of the first step."""
+    """Run three steps at learning rate 0.01 on 1, 2 and 4 ranks; save gradients and state after the first step."""
     folder = tmp_path_factory.mktemp("learning")
     return {world: results_of(store, folder / str(world), world, 3, 0.01, 2)[0] for world in (1, 2, 4)}
 
@@ -54,7 +54,7 @@ def standing(store, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_step_is_the_same_on_any_number_of_ranks(learning, world):
-    """Statistics, gradients, BatchNorm buffers and the queue with its subjects and steps agree within 1e-5."""
+    """Statistics, gradients, BatchNorm buffers and the queue differ by less than 1e-5 from those of one rank."""
     one, several = learning[1], learning[world]
     torch.testing.assert_close(several["means"][0], one["means"][0], rtol=1e-5, atol=1e-4)
     assert one["gradients"].keys() == several["gradients"].keys() and len(one["gradients"]) == 82
@@ -89,7 +89,7 @@ def test_the_first_learning_steps_agree(learning, world):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("channels", [8, 64])
 def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
-    """Compare values and gradients with separate BatchNorms per group. The running statistics are those of group 0."""
+    """Compare values and gradients with one BatchNorm layer per group. Only group 0 updates the running statistics."""
     torch.manual_seed(0)
     norm, singles = nn.BatchNorm3d(channels).double(), [nn.BatchNorm3d(channels).double() for _ in range(groups)]
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Compare a tiny seeded run with the numbers in guard.json, so that unintended changes are noticed.
 
-These tests need nothing outside the repository. The numbers come from torch 2.14 and from code that reproduced the
-publication's recorded steps (tests/models/test_reference.py). A commit that changes these numbers on purpose updates
-guard.json and explains why.
+The tests in this file need no files from outside the repository. The expected numbers were computed with torch 2.14 and
+with code that reproduced the publication's recorded steps (tests/models/test_reference.py). A commit that changes these
+numbers on purpose updates guard.json and explains why.
 """
 
 import json
@@ -26,8 +26,8 @@ def test_five_losses_of_a_seeded_run(tmp_path, make_store, grid, run):
     run("train.py", *flags, *sizes, "--augmentation", "fagc", "--bn-groups", 1, cwd=tmp_path)
     lines = map(json.loads, (tmp_path / "ssl_exp" / "g" / "log.jsonl").read_text(encoding="utf-8").splitlines())
     steps = [line for line in lines if line["kind"] == "step"][:5]
-    # CPUs round differently, and each step doubles the difference. Between a CPU
-    # with AVX2 and an Intel CPU with AVX-512, the difference is 4e-4 at the fifth step.
+    # CPUs round differently, and each step doubles the difference.
+    # The difference between a CPU with AVX2 and an Intel CPU with AVX-512 is 4e-4 at the fifth step.
     for name in ("loss_patch", "loss_neighbor"):
         np.testing.assert_allclose([step[name] for step in steps], GUARD[name], rtol=1e-3, atol=1e-3, err_msg=name)
 

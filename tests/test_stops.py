@@ -136,7 +136,7 @@ def test_a_signal_to_a_worker_saves_and_nohup_is_obeyed(store, tmp_path):
 
 @pytest.mark.slow
 def test_a_non_finite_state_is_never_saved(store, run, tmp_path):
-    """A non-finite state is also found between printed steps.
+    """A non-finite loss is also detected between printed steps.
 
     A run with a lower learning rate resumes from the last good state.
     """
@@ -146,7 +146,7 @@ def test_a_non_finite_state_is_never_saved(store, run, tmp_path):
     bad = run("train.py", *flags, "--epochs", 3, "--save-minutes", 1e-4, "--lr", 1e30, cwd=tmp_path, check=False)
     assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1
     for words in (
-        "is not finite at epoch 2, step",
+        "not finite or too large at epoch 2, step",
         "the last good checkpoint is",
         "checkpoint_patch_0001",
         "a lower --lr",

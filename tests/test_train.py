@@ -1,4 +1,4 @@
-"""Test the trainer: schedule, loop, resuming and refused arguments. Most tests use the command line."""
+"""Test the trainer: schedule, loop, resuming and refused arguments. Most tests run train.py from the command line."""
 
 import json
 import math
@@ -166,7 +166,7 @@ def test_files_of_a_finished_run(trained, store):
     content = torch.load(experiment / "checkpoint_patch_0002.pth.tar", weights_only=True)
     assert content["epoch"] == 2 and content["arch"] == "custom"
     assert content["state_dict"]["module.queue"].shape == (4, 6, 6)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 x 2 steps of 3 keys fill the 6 rows twice
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 4 steps with 3 keys each fill 6 rows twice
     assert len(content["optimizer"]["param_groups"][0]["params"]) == 164
     assert "epoch 2/2" in output and "samples/s" in output
 
@@ -301,9 +301,9 @@ def test_a_run_with_every_option_resumes(store, run, tmp_path):
 
 
 def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
-    """A run that began with the neighbour pass continues with this pass.
+    """A run that encoded neighbours still encodes them after a resume with --beta 0.
 
-    The pass changes BatchNorm's running statistics, but not the weights.
+    Encoding neighbours changes BatchNorm's running statistics, but not the weights.
     """
     flags = ("--root-dir", store, "--exp-name", "a", "--epochs", 2, "--beta", 0, *SMALL, "--workers", 0)
     shown = run("train.py", *flags, "--print-freq", 4, cwd=tmp_path).stdout
@@ -326,11 +326,11 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
     assert found["config"]["neighbor_pass"] is True
     for name, value in wanted["state_dict"].items():
         if "encoder_q" in name and "num_batches" in name:
-            assert found["state_dict"][name] == 1.5 * value, name  # the second epoch has one more pass per step
+            assert found["state_dict"][name] == 1.5 * value, name  # epoch 1 has one pass per step, and epoch 2 has two
         elif not ("encoder_q" in name and ".running_" in name):
             torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
-    # Adding the neighbour pass within an epoch is refused, because the statistics have other names.
+    # Adding the neighbour pass within an epoch is refused, because this pass has statistics of its own.
     # A refused run writes nothing.
     first["config"]["neighbor_pass"], first["step"] = False, 4
     torch.save(first, folder / UNFINISHED)
@@ -383,7 +383,7 @@ def test_resume_by_name_and_by_path(trained, store, run, tmp_path):
     ("flags", "message"),
     [
         (("--batch-size", 8, "--moco-k", 8), "--batch-size 8 exceeds the 7 subjects"),
-        (("--batch-size", 1), "leaves 1 sample"),
+        (("--batch-size", 1), "gives a batch of 1 per rank"),
         (("--moco-k", 7), "--moco-k 7 is not a multiple of --batch-size 3"),
         (("--augmentation", "ax"), "unknown letter 'x'"),
         (("--k-neighbors", 6), "--k-neighbors 6 must be below the number of locations"),
@@ -512,7 +512,7 @@ def test_resuming_within_an_epoch_of_other_steps_is_refused(trained, store, run,
     refused = run("train.py", *flags, "--batch-size", 6, cwd=tmp_path, check=False)
     assert (
         refused.returncode == 2
-        and "saved partway through an epoch with batch_size 3, but now it is 6" in refused.stderr
+        and "saved partway through an epoch with batch_size 3; with the new value 6" in refused.stderr
     )
     run("train.py", *flags, "--batch-size", 6, "--start-epoch", 1, cwd=tmp_path)
     (epoch,) = read_records(tmp_path / "ssl_exp" / "u", "epoch")
@@ -538,7 +538,7 @@ def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
 def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     """At each of twelve steps of a float32 run, compute the bfloat16 losses from the same state.
 
-    Two independent runs cannot be compared step by step. BatchNorm over a batch's few values makes training
+    Two independent runs cannot be compared step by step, because BatchNorm over a batch's few values makes training
     chaotic: even two float32 runs that differ by one rounding error diverge.
     """
     patches = PatchStore(cohort[1])

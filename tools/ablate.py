@@ -4,10 +4,11 @@
     python tools/ablate.py --out-dir ablation --root-dir /data/patches --labels labels.csv --held-out test --seeds 5 \\
         --arms full no-neighbours --arm "cold=--moco-t 0.1" --epochs 8
 
-Each arm is trained once per seed, with the same recipe and budget, on the subjects that are not held out. After
-training, features are extracted for all subjects. A ridge regression is fitted to the training subjects and evaluated
-on the held-out subjects. A random encoder and the density and histogram baselines are evaluated for comparison.
-Without --root-dir the script first makes a synthetic cohort.
+Each arm is trained once per seed, with the same recipe and number of epochs, on the subjects that are not held out.
+After training, features are extracted for all subjects. A ridge regression is fitted to the training subjects and
+evaluated on the held-out subjects. For comparison, the arm `random` runs one epoch at learning rate 0, which only
+estimates BatchNorm statistics. The density and histogram baselines are also evaluated. Without --root-dir the script
+first makes a synthetic cohort.
 
 Run the same command again to resume; finished runs are not repeated. The script writes to --out-dir
 
@@ -43,12 +44,13 @@ from tools.evaluation.tables import choose_vector, read_features, read_held_out,
 from tools.evaluation.vectors import VECTORS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = ("--beta", "1", "--k-neighbors", "2")  # train both tasks; the small recipe trains only one
+FULL = ("--beta", "1", "--k-neighbors", "2")  # train both tasks; the small recipe trains only the patch task
 ARMS = {
     "full": FULL,
-    "no-neighbours": (*FULL, "--beta", "0"),  # also removes the neighbours from the BatchNorm statistics
+    "no-neighbours": (*FULL, "--beta", "0"),  # neighbours then do not affect the BatchNorm statistics either
     "one-expert": (*FULL, "--num-experts", "1"),
-    # With --recipe small, all negatives of a step come from one location. The next two arms differ only in the queue.
+    # With --recipe small, all negatives of a step come from one location.
+    # The arms queues and one-queue differ only in the queue: one queue per location, or one queue for all locations.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
     "random": ("--lr", "0", "--epochs", "1"),  # one epoch, to estimate the BatchNorm statistics
@@ -72,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--columns",
         nargs="+",
-        help="label columns to predict (default: all numeric columns, or the labels of the cohort)",
+        help="label columns to predict (default: all numeric columns, or the labels of the synthetic cohort)",
     )
     add(
         "--num-subjects",
@@ -80,9 +82,12 @@ def parse_arguments() -> argparse.Namespace:
         default=200,
         help="size of the synthetic cohort; more subjects give less noisy results",
     )
-    text = f"arms to run, from {', '.join(ARMS)}; with no name, only those of --arm run. The first arm is the reference"
+    text = (
+        f"arms to run: {', '.join(ARMS)}; give no name to run only the arms that --arm defines. "
+        "The first arm is the reference"
+    )
     add("--arms", nargs="*", default=list(ARMS), help=text)
-    text = "additional arm: its name, and flags of train.py to add to the flags of the arm full; can be repeated"
+    text = "additional arm: a name, and flags of train.py to add to those of the arm 'full'; can be repeated"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
         "--seeds",
@@ -117,7 +122,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def call(log: Path, *command: object, cwd: Path | None = None) -> None:
-    """Run a command and append its output to ``log``. If the command fails, raise UserError with its last line."""
+    """Run a command and append its output to ``log``.
+
+    If the command fails, raise UserError with the last line of the log.
+    """
     with open(log, "a", encoding="utf-8") as stream:
         done = subprocess.run(
             [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, check=False
@@ -186,7 +194,7 @@ class Study:
         return pd.DataFrame(rows)
 
     def run(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
-        """Train, extract and evaluate one run, or read the result of the run if the file exists."""
+        """Train, extract and evaluate one run, or read the run's result if its CSV exists."""
         kept = self.out_dir / "rows" / f"{arm}-{seed}.csv"
         if kept.is_file():
             return pd.read_csv(kept)
@@ -203,7 +211,7 @@ class Study:
         return rows
 
     def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-        """Return tables and column weights of a run: each patient vector, also joined with mean and histogram."""
+        """Return tables and column weights of a run: each patient vector, alone and joined with mean and histogram."""
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):

@@ -7,10 +7,10 @@
     python tools/dev/gpu.py --out-dir gpu        more measurements on a GPU
 
 For each row of the table, timings of this code alternate with timings of the literal implementation in dev/literal.py.
-The literal implementation runs in a separate process. It processes one sample at a time in every convolution and in
-MONAI's transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at once. Both
-implementations use one BatchNorm group. To compare machines, use the ratio. The table shows the median of the ratio
-over the rounds, and the smallest and largest ratio.
+The literal implementation runs in a separate process. The literal code processes one sample at a time in every
+convolution and in MONAI's transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at
+once. This package and the literal implementation both use one BatchNorm group. To compare machines, use the ratio of
+the two timings. The table shows the median of the ratio over the rounds, and the smallest and largest ratio.
 
 Both implementations must give the same loss before anything is timed. Rows that this machine cannot measure are marked
 as unmeasured.
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="device to measure; auto uses a GPU if there is one",
     )
-    add("--batch", type=at_least(int, 2), default=32, help="samples per step")
+    add("--batch", type=at_least(int, 2), default=32, help="number of samples per training step")
     add(
         "--rounds",
         type=at_least(int, 1),
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "cuda" and not gpu:
         parser.error("--device cuda: this machine has no usable GPU; use --device cpu")
     if bool(args.scan) != bool(args.atlas_mask) or (args.atlas_patch_loc and not args.scan):
-        parser.error("--scan and --atlas-mask need each other, and --atlas-patch-loc needs both")
+        parser.error("--scan and --atlas-mask need each other, and --atlas-patch-loc needs both flags")
     for name in ("scan", "atlas_mask", "atlas_patch_loc"):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not exist")

@@ -3,8 +3,8 @@
     python tools/check_requirements.py requirements.txt
 
 The script prints one line per missing package and exits with status 1. If no package is missing, the script prints
-nothing and exits with status 0. It needs only the standard library and pip's copy of the package packaging, so it runs
-in an empty environment without network access.
+nothing and exits with status 0. The script needs only the standard library and pip's copy of the package packaging, so
+it runs in an empty environment without network access.
 """
 
 import sys

@@ -58,7 +58,7 @@ class Store:
         self._mapped: deque[PatchFile] = deque()
 
     def open(self, path: Path, rows: int | None) -> PatchFile:
-        """Open a file of patches. Raise StoreError if unreadable or not of shape (rows, 32, 32, 32)."""
+        """Open a file of patches. Raise StoreError if the file is unreadable or its shape is not (rows, 32, 32, 32)."""
         file = PatchFile(path, self._mapped)
         wanted = (file.shape[0] if rows is None and file.shape else rows, *[PATCH_SIZE] * 3)
         if file.shape != wanted:
@@ -164,7 +164,7 @@ def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[i
 
 
 def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> int:
-    """Cut the patches of some subjects again and compare them with the store. Return the number of these subjects."""
+    """Cut the patches of some subjects again and compare them with the store. Return how many were compared."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
@@ -202,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--locations", type=at_least(int, 1), default=5, help=text)
     add(
         "--input-csv",
-        help="table of the scans, to cut some patches again and compare them with the store; needs --atlas-mask",
+        help="table of scans; some of their patches are cut again and compared with the store; needs --atlas-mask",
     )
     add("--atlas-mask", help="atlas lung mask that the store was made with")
     add("--scans", type=at_least(int, 1), default=5, help="number of scans whose patches are cut again for comparison")

@@ -16,9 +16,8 @@ The script writes
     OUT.qc/{sid}.png   the patches drawn over the scan and its lung mask; not drawn with --no-qc
     --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
 
-By default the features are the mean over patches, as published. --patient-vector moments or layers computes the
-vectors of evaluate.py instead. These vectors need a --standardization file that
-evaluate.py wrote for the same checkpoint.
+By default the features are the mean over patches, as published. --patient-vector moments or layers computes the vectors
+of evaluate.py. Both settings need a --standardization file that evaluate.py wrote for the same checkpoint.
 
 If a scan cannot be used, the script reports it and continues with the next one. Run the same command again to resume.
 The features of a scan are computed again if the scan has changed since the last run.
@@ -53,7 +52,7 @@ from tools.embedding.embed import Embedded, Embedder, name_scan
 from tools.evaluation.vectors import VECTORS
 
 SAVE_SECONDS = 20  # minimum time between two writes of the tables
-FilesOf = Callable[[str], list[Path]]  # from a sid to the files that its table rows need
+FilesOf = Callable[[str], list[Path]]  # takes a sid and returns the files that the subject's table rows need
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,7 +104,9 @@ def read_scans(args: argparse.Namespace) -> list[Subject]:
         try:
             check_sid(sid)
         except UserError as error:
-            raise UserError(f"{scan}: {error}; or give the scan another sid in --input-csv") from None
+            raise UserError(
+                f"{scan}: {error}. Rename the file or folder, or list the scan with another sid in --input-csv"
+            ) from None
         if sid in found:
             raise UserError(
                 f"{scan} and {found[sid].image} are both called {sid!r}; list them with different sids in --input-csv"
@@ -122,21 +123,21 @@ def name_scan_files(args: argparse.Namespace, sid: str) -> tuple[Path | None, Pa
 
 
 class OutputTables:
-    """The tables OUT and OUT.report.csv, including their rows from earlier runs.
+    """The output tables OUT and OUT.report.csv, including rows from earlier runs.
 
-    Rows of scans outside this run are kept. Rows of this run's scans are kept if scan, checkpoint and settings are
-    unchanged.
+    Rows of scans that are not part of this run are kept. Rows of this run's scans are kept if scan, checkpoint and
+    settings are unchanged.
 
     Args:
-        out: path of OUT.
+        out: path of the feature table OUT.
         subjects: the scans of this run.
         columns: feature columns.
         made_by: checkpoint, atlas and settings, as text.
-        beside: function that returns the files that must exist for the row of a sid to be kept.
+        beside: function that takes a sid and returns its other output files. If one is missing, the row is not kept.
 
     Raises:
         UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Writing
-            would delete the rows of OUT.
+            the new features to OUT would delete its rows.
     """
 
     def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
@@ -172,7 +173,7 @@ class OutputTables:
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
     def stamp(self, subject: Subject) -> str:
-        """Return a text that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
+        """Return a string that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
         return f"{file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
 
@@ -182,7 +183,7 @@ class OutputTables:
             self.features[sid] = feature_text(features)
 
     def write(self) -> None:
-        """Write both tables completely: first the rows of other scans, then the rows of this run's scans."""
+        """Write the features and the report: first the rows of other scans, then the rows of this run's scans."""
         earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
         sids = [*earlier, *(subject.sid for subject in self.subjects)]
         table = pd.DataFrame(
@@ -203,7 +204,7 @@ def draw(path: Path, sid: str, found: Embedded) -> None:
 
 
 def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables, subject: Subject) -> str:
-    """Embed one scan and write its files. Return the line to print."""
+    """Embed one scan, write its files, and return a one-line summary to print."""
     features: list[np.ndarray] = []
 
     def work(subject: Subject, _: dict) -> dict[str, Any]:

@@ -4,10 +4,10 @@
         --labels labels.csv --column emphysema_percent --input-csv some.csv --atlas-mask atlas_lung_mask.nii.gz \\
         --out-dir maps
 
-The script fits a linear model of each column to the subjects of the store. The model is fitted to the mean over
-the patches of each subject (weak labels). Because the model is linear, the prediction for a subject is the mean of the
-predictions for the patches. With --patch-labels, the model is fitted to single patches instead. The subjects to be
-mapped are not used for fitting.
+The script fits a linear model of each column to the subjects of the store. Labels of whole subjects are weak labels, so
+the model is fitted to the mean over the patches of each subject. Because the model is linear, the prediction for a
+subject is the mean of the predictions for the patches. With --patch-labels, the model is fitted to single patches. The
+subjects to be mapped are not used for fitting.
 
 The model is then evaluated in windows over the lungs of each scan in --input-csv, one window every --stride voxels of
 1 mm. Each window uses the kernels of the nearest location, found with the registration in the store. The script writes
@@ -19,8 +19,8 @@ to --out-dir
     settings.json           the settings of the maps
 
 --truth names a folder of label images {sid}.nii.gz, for example from make_cohort.py --class-maps. --truth-values lists
-the positive values of the label images. With --truth, maps of the histogram baseline and of the fraction of voxels
-below -950 HU are evaluated for comparison.
+the values of the label images that count as positive. With --truth, maps of the histogram baseline and of the fraction
+of voxels below -950 HU are evaluated for comparison.
 
 If a scan fails, the script reports it and continues with the next one. Run the same command again to resume.
 """
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--root-dir",
         required=True,
-        help="grouped patch store; it must also have the masks and transforms of the scans to map",
+        help="patch store with grouped patches, and with the masks and transforms of the scans to map",
     )
     add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--patch-labels",
         metavar="CSV",
-        help="CSV with sid, patch, value: labels of single patches, instead of --labels",
+        help="CSV with the columns sid, patch and value, one labelled patch per row; replaces --labels",
     )
     add(
         "--input-csv",
@@ -120,11 +120,11 @@ def parse_arguments() -> argparse.Namespace:
 def fit_probes(
     args: argparse.Namespace, store: PatchStore, readers: Readers, mapped: set[str]
 ) -> tuple[dict, np.ndarray]:
-    """Fit a model for each column and each kind of reading, such as features or a baseline.
+    """Fit a model for each column and each kind of features (from the encoder or a baseline).
 
     Returns:
-        {column: ({reading: predict function}, range of the fitted labels)}, and the mean readings at each location,
-        (L, ...). Subtract these means from readings before prediction.
+        {column: ({kind: predict function}, range of the fitted labels)}, and the mean features at each location, (L,
+        ...). Before prediction, subtract the mean features of a patch's location from the features of the patch.
     """
 
     def note(text: str) -> None:
@@ -139,7 +139,7 @@ def fit_probes(
             raise UserError(f"{args.patch_labels} has labels for fewer than {FEWEST} subjects outside --input-csv")
         rows, places = task.rows[own], task.places[own]
         read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
-        usual = np.zeros((store.num_locations, read.shape[1]))  # models of single patches need no mean readings
+        usual = np.zeros((store.num_locations, read.shape[1]))  # models for patch labels do not subtract mean readings
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
         values, names, words = read_numbers_and_words(args.labels, store.sids, note, dict(args.order), args.missing)
@@ -156,8 +156,8 @@ def fit_probes(
             known = np.flatnonzero(~np.isnan(target))
             if len(known) < FEWEST or np.ptp(target[known]) == 0:
                 raise UserError(
-                    f"column {column!r} has {len(known)} subjects outside --input-csv; fitting needs at least {FEWEST} "
-                    "with different values"
+                    f"column {column!r} has values of {len(known)} subjects outside --input-csv; fitting needs at "
+                    f"least {FEWEST} subjects, and values that differ"
                 )
             targets[column] = (known, target[known])
         read, usual = compute_subject_means(readers, store, np.flatnonzero(others), args.no_progress)

@@ -13,20 +13,20 @@ The script guesses what kind of label each column holds:
 --kind overrides the guess, for example --kind DLCO=log10. The models are ridge regression, logistic regression for
 classes and ridge Cox regression for survival (C-index, survival curves by predicted risk). If the labels also have
 columns whose names begin with FEV1pp and FEV1_FVC, a column GOLD or finalGold is predicted a second time from the
-predictions of these two columns. The second result is called GOLD_from_spirometry.
+predictions of these two columns. The result of the second prediction is called GOLD_from_spirometry.
 
 Penalty and scaling are chosen without the test fold. Intervals are 95 % bootstrap intervals over patients for a
 fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the
 value of the metric for shuffled labels.
 
 --compare NAME=FILE evaluates another table on the same folds, for example the features of an untrained encoder.
---baselines STORE evaluates baselines without a network: the fraction of lung below -950 HU, and HU histograms. This
-flag also evaluates features and histogram together, and reports what the features add. The combined prediction is the
-mean of two models. One model uses only the histogram. The other model uses the histogram, the features and the mean of
-the features over locations.
---held-out COLUMN fits to the subjects with 0 in that column and reports on the subjects with 1.
+--baselines STORE evaluates baselines without a network: the fraction of lung below -950 HU, and HU histograms.
+--baselines also evaluates the features together with the histogram, and reports what the features add. The combined
+prediction is the
+mean of two models: one uses only the histogram, the other uses the histogram, the features and the mean over locations.
+--held-out COLUMN fits the models to the subjects with 0 in that column and evaluates them on the subjects with 1.
 
---patient-vector selects the features. The default is `layers` if extract_feature.py --layers wrote the file of layers.
+--patient-vector selects the features. The default is `layers` if the file from extract_feature.py --layers exists.
 With `layers` or `moments`, the published mean over locations is evaluated as an additional table, `mean`.
 
 With --out-dir the script writes evaluation.json, evaluation.md and one PNG per label, and removes the files of an
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"set the kind of a column if the guess is wrong: {', '.join(KINDS)}; can be repeated",
     )
     add_label_flags(parser)
-    text = "numeric columns to use as covariates, such as age: inputs of every model, and also evaluated on their own"
+    text = "numeric covariates, such as age; every model uses the covariates, and one model uses only the covariates"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
     text = "label column with the patient of each scan; all scans of a patient then share a fold"
     add("--group-column", metavar="COLUMN", help=text)
@@ -116,11 +116,13 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--event-column",
         metavar="COLUMN",
-        help="label column with 1 or yes if the event was observed, 0 or no if censored; other words with --order",
+        help="label column with 1 or yes if the event was observed, 0 or no if censored; give other words with --order",
     )
-    text = "patch store of the same subjects; adds density and histogram baselines, and what the features add to them"
+    text = (
+        "patch store of the same subjects; also evaluates density and histogram baselines, and features with histogram"
+    )
     add("--baselines", metavar="STORE", help=text)
-    text = "label column of 0 and 1: fit to the subjects with 0, report on the subjects with 1"
+    text = "label column: models are fitted to the subjects with 0 and evaluated on the subjects with 1"
     add("--held-out", metavar="COLUMN", help=text)
     add(
         "--folds",
@@ -132,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=at_least(int, 0), default=0, help="random seed for the folds, the bootstrap and the permutations"
     )
     add("--out-dir", help="output folder for evaluation.json, evaluation.md, standardization.npz and pictures")
-    add("--json", help="additional file for the metrics, same content as evaluation.json")
+    add("--json", help="additional file for the metrics, with the same content as evaluation.json")
     add_progress_flag(parser)
     args = parser.parse_args()
     if bool(args.time_column) != bool(args.event_column):
@@ -161,9 +163,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[str, pd.DataFrame]:
-    """Read all tables of the command line, by name.
+    """Read all tables named on the command line, and return them by name.
 
-    The table ``features`` comes first. Its values are the mean over locations until main() replaces them.
+    The first table of the result is ``features``. It contains the means over locations; main() replaces them if needed.
     """
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
@@ -193,7 +195,7 @@ def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[st
 
 
 def save_standardization(path: Path, vectors: Table, features: str) -> None:
-    """Save the standardisation over all subjects for embed_scan.py, or delete the file if the vector is the mean."""
+    """Save the standardisation over all subjects for embed_scan.py, or delete the file if mean vectors are used."""
     if isinstance(vectors, JoinedTable):  # the covariates come first
         vectors = vectors.tables[-1]
     if isinstance(vectors, np.ndarray):
@@ -222,7 +224,7 @@ def main() -> None:
     args = parse_arguments()
     if os.getloadavg()[0] > count_usable_cores():
         threadpool_limits(1)  # on a busy machine, BLAS threads that wait for each other take ten times as long
-    notes: list[str] = []  # printed after all checks have passed
+    notes: list[str] = []  # notes to print after all checks have passed
     chosen = choose_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = read_named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)

@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         help="label columns to use (default: all); fewer columns make the page smaller and faster",
     )
     add("--patch-features", metavar="NPY", help="pred_arr_patch_full.npy, with sid_arr_full.npy in the same folder")
-    add("--root-dir", help="patch store of the features, for its table of locations and its qc/ pictures")
+    add("--root-dir", help="patch store of the same subjects; the page shows its locations and its qc/ pictures")
     add("--atlas-mask", help="atlas lung mask that the store was made with")
     text = "label column with 1 for the healthy subjects that all subjects are compared to (default: all subjects)"
     add("--healthy", metavar="COLUMN", help=text)
@@ -103,11 +103,11 @@ def parse_arguments() -> argparse.Namespace:
 def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tuple[np.ndarray, list[str] | None]]:
     """Read the label columns for the colours of the map.
 
-    Columns with too many different texts are left out with a note.
+    Text columns with too many different values are left out with a note.
 
     Returns:
-        For each column, the values (N,) float32 and a list of texts. Missing values are NaN. Values of a text column
-        are indices into the list. The list of a numeric column is None.
+        For each column, the values (N,) float32, NaN if missing, and a list of texts. Each value of a text column is
+        an index into the column's list of texts. A numeric column has None instead of a list.
 
     Raises:
         StoreError: the table cannot be read.
@@ -138,7 +138,7 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
 
 
 def make_colour_data(name: str, values: np.ndarray, names: list[str] | None) -> dict[str, Any]:
-    """Return the data of a label for the page.
+    """Return the data about a label that the page shows.
 
     The colour range is the 2nd to the 98th percentile, so that a single subject does not determine it.
     """
@@ -152,7 +152,7 @@ def make_colour_data(name: str, values: np.ndarray, names: list[str] | None) -> 
 def make_location_data(
     args: argparse.Namespace, features: np.ndarray, colours: dict, healthy: np.ndarray
 ) -> dict[str, Any]:
-    """Return the data of locations for the page.
+    """Return the data about locations that the page shows.
 
     ``importance`` is how well each location predicts each numeric label. ``telling`` lists the unusual locations of
     each subject.

@@ -3,14 +3,14 @@
     python tools/finetune.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar random \\
         --labels labels.csv --column GOLD --fractions 0.05 0.1 0.5 1 --out-dir finetuned
 
-The script learns one label column from the patches of each subject. A column with two values is learned as
-classes, a few whole numbers as grades, and anything else as a number. With --patch-labels CSV (sid, patch, value), the
-script learns from single patches instead.
+The script learns one label column from the patches of each subject. A column with two values is learned as classes, a
+column with a few whole numbers as grades, and any other column by regression. With --patch-labels CSV (sid, patch,
+value), the script learns from the labels of single patches.
 
---layers frozen trains a linear head on the features. --layers last also trains the last two convolutions, and
---layers all trains everything. Every arm (a checkpoint or random weights) gets the same subjects. Each seed draws a
-test set and shuffles the other subjects. A fraction of 0.1 takes the first 10 % of the shuffled subjects, and uses a
-quarter of these for early stopping.
+--layers frozen trains a linear head on the features. --layers last also trains the last two convolutions, and --layers
+all trains everything. Every arm (a checkpoint or random weights) gets the same subjects. Each seed selects a test set
+and the order of the other subjects. A fraction of 0.1 takes the first 10 % of the shuffled subjects, and uses a quarter
+of these for early stopping.
 
 Run the same command again to resume; finished fits are not repeated. The script writes to --out-dir
 
@@ -56,13 +56,13 @@ from tools.finetuning.tasks import Split, Task, draw_split, make_patch_task, mak
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--root-dir", required=True, help="grouped patch store")
+    add("--root-dir", required=True, help="patch store, grouped by preprocess/group_patches.py")
     add(
         "--checkpoint",
         required=True,
         nargs="+",
         metavar="PATH|random",
-        help="checkpoints to start from, one arm each; random stands for untrained weights",
+        help="checkpoints to fine-tune and compare; random stands for untrained weights",
     )
     add("--sha256", help="expected SHA-256 of the first checkpoint; set it to verify downloaded weights")
     add(
@@ -74,13 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--patch-labels",
         metavar="CSV",
-        help="CSV with sid, patch, value: labels of single patches, instead of --labels",
+        help="CSV with the columns sid, patch and value, one labelled patch per row; replaces --labels",
     )
     kinds = tuple(kind for kind in KINDS if kind != "log10")
     add("--kind", type=OneOf(*kinds), help="kind of the label; set it if the guess from the values is wrong")
     text = "column of --labels, 1 for the test subjects (default: 30 %% of the subjects, drawn for each seed)"
     add("--held-out", metavar="COLUMN", help=text)
-    text = "fractions of the labelled subjects outside the test set to learn from; each one is a point of the curve"
+    text = "fractions of the labelled non-test subjects to learn from; each fraction is one point of the learning curve"
     add("--fractions", nargs="+", type=between(float, 0, 1), default=[0.05, 0.1, 0.25, 0.5, 1.0], help=text)
     add(
         "--layers",
@@ -90,14 +90,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     text = "how the patches of a subject are combined; use attention if only a few patches show the disease"
     add("--pooling", type=OneOf(*POOLINGS), default="mean", help=text)
-    text = "features of a frozen encoder: mean, moments (mean and SD of h, standardised per location) or layers "
-    text += "(moments of every layer) (default: layers; mean with --patch-labels or any other --layers or --pooling)"
+    text = "features of a frozen encoder: mean, moments (mean and SD over patches, standardised per location) or layers"
+    text += " (moments of every layer) (default: layers; mean with --patch-labels or any other --layers or --pooling)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add(
         "--seeds",
         type=at_least(int, 1),
         default=3,
-        help="number of seeds for split, order and random weights; raise it if results vary a lot between seeds",
+        help="number of seeds; each seed gives another split and other random weights; raise it if results vary a lot",
     )
     add(
         "--device",
@@ -151,7 +151,7 @@ class Arm:
 def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     """Compute BatchNorm statistics for random weights from the patches of a few subjects at every location.
 
-    Without these statistics, h carries no information.
+    Without these BatchNorm statistics, the representations carry no information.
     """
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
@@ -164,7 +164,7 @@ def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
 
 
 def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
-    """Return the numbers of subjects, labels and rounds of a fit, and the metrics on the test labels."""
+    """Return the numbers of subjects, labels and training rounds, and the metrics on the test labels."""
     learnt = np.concatenate([split.train, split.validation])
     truth, ones = task.target[split.test], np.ones((len(split.test), 1))
     found = {name: float(metric(truth, fitted.predicted, ones)[0]) for name, metric in METRICS[task.kind].items()}
@@ -211,7 +211,7 @@ def main() -> None:
     arms, sizes = [], None
     for given in sorted(
         args.checkpoint, key=lambda given: given == "random"
-    ):  # "random" comes last, because it takes its sizes from the checkpoints
+    ):  # "random" comes last, because a random encoder takes its sizes from the checkpoints
         arms.append(Arm(given, sizes, store, args.sha256 if given == args.checkpoint[0] else None))
         sizes = arms[-1].sizes
     data = Data(store, torch.from_numpy(normalize_locations(store.locations)).to(device))

@@ -1,4 +1,4 @@
-"""Run torchrun, and replace its 30-line report by one line for errors that the user can fix.
+"""Run torchrun, and replace its 30-line report with one line for errors that the user can fix.
 
     python tools/launch.py --standalone --nproc-per-node 4 train.py --root-dir /data/patches --exp-name mine
 
@@ -9,7 +9,8 @@ The script accepts torchrun's flags. The exit status is
     75              a rank on another machine was lost
     other           any other failure, with torchrun's own report
 
-SIGTERM, SIGINT and SIGUSR1 stop all ranks. SIGHUP stops them too, unless nohup makes them ignore SIGHUP.
+SIGTERM, SIGINT and SIGUSR1 stop all ranks. SIGHUP also stops all ranks, unless nohup makes the ranks ignore
+SIGHUP.
 """
 
 import logging
@@ -41,7 +42,7 @@ def is_kept(record: logging.LogRecord) -> bool:
 
 
 def share_cores(arguments: list[str] | None = None) -> None:
-    """Divide this machine's cores among its ranks. torchrun would use one thread per rank, with a five-line warning."""
+    """Divide this machine's cores among its ranks. By default, torchrun uses one thread per rank and warns about it."""
     ranks = parse_args(arguments or sys.argv[1:]).nproc_per_node
     if ranks.isdigit() and int(ranks) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_usable_cores() // int(ranks))))
@@ -63,10 +64,12 @@ def add_defaults(arguments: list[str]) -> list[str]:
 def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
     """Open the rendezvous store if the job uses several machines, and check that it belongs to this job.
 
-    The first launcher hosts the store and writes the job's id to it. The other launchers compare their own id with it.
+    The first launcher hosts the rendezvous store and writes its job id to the store. The other launchers compare their
+    own job id with the id in the rendezvous store.
 
     Returns:
-        The flags for torchrun, and the store or None. Keep a reference to the store until torchrun ends.
+        The flags for torchrun, and the rendezvous store or None. Keep a reference to the rendezvous store until
+        torchrun ends.
 
     Raises:
         SystemExit: the endpoint is in use, belongs to another job, or cannot be reached; one line is printed first.
@@ -102,7 +105,7 @@ def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
 def explain_failures(failures: dict) -> int | None:
     """Return the exit status for failed ranks, or None to leave the report to torchrun.
 
-    Print the cause in one line if the ranks have not printed the cause themselves.
+    Print the cause of the failure in one line, unless a rank has already printed the cause.
     """
     by_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
     statuses = {failure.exitcode for failure in failures.values()}

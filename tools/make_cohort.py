@@ -1,10 +1,10 @@
-"""Make a cohort of synthetic chest CTs with planted disease, to try the whole pipeline without patient data.
+"""Make a cohort of synthetic chest CTs with simulated disease, to try the whole pipeline without patient data.
 
     python tools/make_cohort.py --out-dir ssl_exp/cohort --num-subjects 24 --size tiny
     python tools/make_cohort.py --out-dir ssl_exp/warped --num-subjects 12 --template thorax_ct.nii.gz
 
-The first command makes procedural phantoms. The second command makes deformed copies of one real scan. Both commands
-plant disease: emphysema of five subtypes with the texture of real lungs, reticulation, and lesions. The same flags give
+The first command makes procedural phantoms. The second command makes deformed copies of one real scan. The simulated
+diseases are emphysema of five subtypes with the texture of real lungs, reticulation, and lesions. The same flags give
 byte-identical files. Run an interrupted command again to make only the missing subjects. The script writes
 
     image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices vary
@@ -54,7 +54,7 @@ def make_phantom(
     """Write the files of subject ``index``, and return the rows of this subject in labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
-    if one_scanner:  # replaced after all draws, so that the subjects are the same as with --scanners varied
+    if one_scanner:  # replace the scanner after all draws, so that subjects equal those of --scanners varied
         acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
@@ -94,7 +94,7 @@ def make_subject(
 
 
 def fingerprint_work(args: argparse.Namespace) -> str:
-    """Return a text that changes with every flag that affects the subjects, and with the code."""
+    """Return a string that changes with every flag that affects the subjects, and with the code."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
     }
@@ -112,7 +112,8 @@ def parse_arguments() -> argparse.Namespace:
         "--size",
         type=OneOf(*SIZES),
         default="tiny",
-        help="tiny: 0.38 of an adult's size, 4 to 9 core-seconds per subject; full: an adult's size, about a minute",
+        help="size relative to an adult: tiny 0.38, small 0.62, full 1. One core makes a tiny subject in 4 to 9 s, and "
+        "a full one in about a minute",
     )
     add("--template", metavar="SCAN", help="deform this CT scan instead of making phantoms, and ignore --size")
     add(

@@ -2,8 +2,8 @@
 
     python tools/qc_page.py --root-dir /data/patches
 
-run_preprocess.sh runs this script at the end. Run the script again after a single step of preprocessing. The page opens
-in any browser without a network connection.
+run_preprocess.sh runs this script at the end. After running a single stage of preprocessing, run this script again to
+update the page. The page opens in any browser without a network connection.
 """
 
 import argparse

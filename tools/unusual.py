@@ -5,13 +5,13 @@
 
 The script fits a density to the patch features of the subjects with 1 in the column --healthy. The density has one
 mean per location and one covariance for all locations. The score of a patch is its squared Mahalanobis distance divided
-by the number of features, which is about 1 for usual patches. The score of a subject is the mean over its patches. A
+by the number of features, which is about 1 for usual patches. A subject's score is the mean of its patch scores. A
 healthy subject is scored by a density that was fitted without this subject. The script writes
 
     unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
     patch_scores.csv    sid, patch, value: input for emphysema_map.py --patch-labels, which maps scores over a scan
-    unusual.json        AUROC of the score for separating subjects with 0 from healthy subjects (1), with its 95 %
-                        interval; with --baselines STORE also the AUROC of a density of patch histograms
+    unusual.json        AUROC of the score for separating healthy subjects from all others, with its 95 % interval;
+                        with --baselines STORE also the AUROC of a density of patch histograms
 """
 
 import argparse
@@ -41,7 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--features-dir", required=True, help="output folder of extract_feature.py")
-    text = "patch features to score: layers (mean and SD of the channels of every layer), or h (mean or moments)"
+    text = (
+        "patch features to score; layers: mean and SD of every layer's channels; mean or moments: the encoder output h"
+    )
     text += " (default: layers if extract_feature.py --layers wrote the file, else h)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add("--labels", required=True, help="CSV with a sid column and the column of --healthy")
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--healthy",
         required=True,
         metavar="COLUMN",
-        help="label column: 1 for healthy subjects, which the density is fitted to, 0 for all others",
+        help="label column: 1 for the healthy subjects that the density is fitted to, 0 for all others",
     )
     add(
         "--baselines",

@@ -1,1 +1,1 @@
-"""Parts of a training run: flags, recipes, checkpoints, logs, the watch for hanging ranks, and resuming."""
+"""Parts of a training run: flags, recipes, checkpoints, logs, detection of hanging ranks, and resuming."""

@@ -26,16 +26,16 @@ class Ranges(NamedTuple):
     rotate: float = 10.0  # ± degrees about each axis
     translate: float = 12.0  # ± voxels along each axis
     scale: float = 0.1  # zoom factor 1 ± scale on each axis
-    elastic: float = float(HU_MAX - HU_MIN)  # largest offset in voxels before smoothing, as published
+    elastic: float = float(HU_MAX - HU_MIN)  # largest offset in voxels before smoothing, as in the published code
     noise_prob: float = 0.25
     noise_std: float = 50.0  # largest standard deviation, HU
     contrast_prob: float = 0.25
     gamma: tuple[float, float] = (0.5, 4.5)
-    smooth: float = 2.0  # largest sigma, voxels; unpublished
+    smooth: float = 2.0  # largest sigma of the blur, voxels; unpublished
     shift: float = 30.0  # ± HU; unpublished
     breath: float = 0.2  # lung volume changes by a factor of 1 ± breath; unpublished
     kernel: float = 0.6  # largest fraction of fine detail to add or remove; unpublished
-    thickness: float = 1.0  # largest sigma along z, voxels; unpublished
+    thickness: float = 1.0  # largest sigma of the blur along z, voxels; unpublished
 
 
 PUBLISHED = Ranges()
@@ -73,7 +73,7 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "translate",
         amount,
-        "largest shift along each axis, voxels; 12 is a third of a patch; lower it for more overlap",
+        "largest shift along each axis, voxels (a patch has 32); lower it to make the two views overlap more",
     )
     add("scale", between(float, 0, 0.9), "largest relative change of size; lower it if size matters")
     add("noise_std", amount, "largest standard deviation of the noise g, HU; raise it if doses vary widely")

@@ -22,7 +22,8 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     add_recipe(parser, argv)
     add_output(parser)
     args = parser.parse_args(argv)
-    args.root_dir = os.path.abspath(args.root_dir)  # a script in another folder may read configs.json
+    # The paths are absolute, because a script started in another folder may read configs.json.
+    args.root_dir = os.path.abspath(args.root_dir)
     for name in ("subjects", "init_from", "batch_table"):
         setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
     try:
@@ -37,7 +38,9 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Raise UserError for invalid values and contradicting flags that the bounds of a single flag cannot catch."""
     if args.init_from and args.resume not in ("", "auto"):
-        raise UserError("--init-from starts a new run but --resume continues one; give only one, or use --resume auto")
+        raise UserError(
+            "--init-from starts a new run, but --resume continues an earlier run; drop one flag, or use --resume auto"
+        )
     if args.batch_by and (args.batch_by == ["report"]) == bool(args.batch_table):
         raise UserError("--batch-by takes either the word report alone, or column names together with --batch-table")
     if args.batch_table and not args.batch_by:
@@ -82,8 +85,19 @@ def add_run(parser: Parser) -> None:
     add("--exp-name", str, None, "name of the experiment folder, ssl_exp/<exp-name>", required=True)
     add("--subjects", str, None, "CSV with a column sid; train only on these subjects, for example to hold out others")
     add("--resume", str, "", "auto (latest checkpoint, or a new run), a checkpoint name in the experiment, or a path")
-    add("--init-from", str, None, "start from this checkpoint's encoder; its store may differ", metavar="CHECKPOINT")
-    add("--start-epoch", at_least(int, 0), None, "number of finished epochs to assume, instead of the checkpoint's")
+    add(
+        "--init-from",
+        str,
+        None,
+        "start from the encoder of this checkpoint, which may come from another store",
+        metavar="CHECKPOINT",
+    )
+    add(
+        "--start-epoch",
+        at_least(int, 0),
+        None,
+        "number of finished epochs to assume, instead of the number in the checkpoint",
+    )
     add("--epochs", at_least(int, 1), 20, "passes over all locations; raise it if there are few subjects")
     add(
         "--seed",
@@ -110,7 +124,8 @@ def add_run(parser: Parser) -> None:
         "--deterministic", "make GPU results reproducible to the byte, as CPU results always are; slower convolutions"
     )
     switch(
-        "--compile", "apply torch.compile to the encoders; for long GPU runs, slower on CPUs (41 against 49 samples/s)"
+        "--compile",
+        "apply torch.compile to the encoders, for long GPU runs; slower on CPUs (41 instead of 49 samples/s)",
     )
 
 
@@ -165,7 +180,7 @@ def add_method(parser: Parser) -> None:
         "--negatives",
         OneOf("queue", "batch"),
         "queue",
-        "source of negatives; batch uses this step's keys, for few subjects",
+        "source of negatives; batch uses the keys of the same step and suits small cohorts",
     )
     add(
         "--bn-groups",
@@ -173,8 +188,8 @@ def add_method(parser: Parser) -> None:
         None,
         "groups with separate BatchNorm statistics (default: 4, or as the ranks and the batch size require)",
     )
-    text = "put subjects with similar scans in a batch, so that scanner and breath-hold do not identify the key: "
-    text += "report (volume, density, slices and kernel from the store's reports), or columns of --batch-table"
+    text = "put subjects with similar scans in a batch, so that scanner and breath-hold do not reveal the positive key"
+    text += "; report uses volume, density, slices and kernel in the store's reports; columns are in --batch-table"
     add("--batch-by", str, None, text, nargs="+", metavar="COLUMN")
     add("--batch-table", str, None, "CSV with sid and the scan parameters that --batch-by names", metavar="CSV")
     add(

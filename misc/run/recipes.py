@@ -10,11 +10,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "published": {},  # the flags' own defaults
     # This recipe is for about a hundred subjects and for training in minutes on a CPU.
     # Negatives come from the same step as the key, and the two views share most of a patch.
-    # The neighbour task is off. With so few subjects, the network does not learn this task,
-    # because neighbouring patches mainly share the subject and the scanner.
-    # Without the neighbour task, a step takes less than half the time.
+    # The neighbour task is off, because a network does not learn this task from so few subjects.
+    # Neighbouring patches have little in common except the subject and the scanner.
+    # Without the neighbour task, a training step takes less than half as long.
     # The views differ in sharpness and noise, because sharpness and noise identify the scanner settings.
-    # These settings would solve the patch task without any information on disease (README, Results; misc/results).
+    # With the scanner settings alone, a network could solve the patch task without learning anything about disease.
+    # The measurements are in README.md (Results) and misc/results.
     "small": {
         "epochs": 10,
         "beta": 0.0,
@@ -34,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def add_recipe(parser: Parser, argv: Sequence[str] | None) -> None:
-    """Add the flag --recipe and set the chosen recipe as the parser's defaults."""
+    """Add the flag --recipe, and make the settings of the chosen recipe the parser's defaults."""
     small = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["small"].items())
     text = f"set of defaults: published suits thousands of subjects; small suits fewer than about 500 and sets {small}"
     parser.add_argument("--recipe", type=OneOf(*RECIPES), default="published", help=text)

@@ -24,7 +24,7 @@ NOT_FLAGS = {
     "location_table": "location table",
     "world_size": "number of ranks",
 }
-CONSEQUENCES = {  # effects of changes that the name of a setting does not show
+CONSEQUENCES = {  # effects of a changed setting that are not clear from the name of the setting
     "epochs": "so the learning rates of the cosine schedule change",
     "store_version": "so the run continues with different patches or subjects",
     "world_size": "which gives the same results up to rounding",
@@ -37,9 +37,9 @@ class ResumeError(UserError):
 
 
 def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
-    """Return whether the run of a checkpoint encoded neighbours.
+    """Return whether the run that wrote a checkpoint encoded neighbours.
 
-    Runs of checkpoints without the entry neighbor_pass, such as published ones, encoded neighbours.
+    Checkpoints without the entry neighbor_pass, such as the published ones, are from runs that encoded neighbours.
     """
     return before.get("neighbor_pass", True)
 
@@ -71,12 +71,12 @@ def note_changes(
         before: settings of the checkpoint.
         settings: settings of the resumed run.
         source: the checkpoint.
-        place: finished epochs of the checkpoint, and its steps in the next epoch.
+        place: numbers of finished epochs and of finished steps in the next epoch, when the checkpoint was saved.
         begins_anew: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
         say: prints a line.
 
     Raises:
-        ResumeError: the steps of the unfinished epoch or the optimiser would differ.
+        ResumeError: a changed setting would alter the steps of the unfinished epoch, or --optimizer differs.
     """
     epoch, step = place
     changed = [name for name in before if settings.get(name, before[name]) != before[name]]
@@ -105,14 +105,14 @@ def note_changes(
     for name in SETS_STEPS:
         if name in changed and step and not begins_anew:
             raise ResumeError(
-                f"{source} was saved partway through an epoch with {name} {before[name]}, but now it is "
-                f"{settings[name]}, which changes the steps; use the same value, or --start-epoch {epoch} to start "
-                "that epoch again"
+                f"{source} was saved partway through an epoch with {name} {before[name]}; with the new value "
+                f"{settings[name]}, the remaining steps would differ; use the old value, or --start-epoch {epoch} to "
+                "start that epoch again"
             )
 
 
 def refuse_other_encoder(source: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ResumeError if the sizes of another encoder differ from this run's; the message names the flag."""
+    """Raise ResumeError if the encoder in ``source`` has other sizes than this run's; the message names the flag."""
     for name in ("rep_dim", "num_experts"):
         if theirs[name] != ours[name]:
             flag = f"--{name.replace('_', '-')}"

@@ -15,9 +15,9 @@ from misc.files import write_text, write_whole
 
 
 def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
-    """Return kind and position of a line of log.jsonl, or None for a partial line.
+    """Return the kind and the position of a line of log.jsonl, or None for a partial line.
 
-    The position of an epoch's line is after the positions of its steps.
+    The position consists of the number of finished epochs and the number of steps in the next epoch.
     """
     try:
         record: dict[str, Any] = json.loads(line)
@@ -33,10 +33,10 @@ def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str,
     """Remove the lines of log.jsonl after a position. If any line is removed, the whole file is copied first.
 
     Args:
-        log: the file, open for reading and appending. This function reads through the stream, because a
-            process loses its lock on a file when it closes another stream of the same file.
-        position: finished epochs, and steps of the next epoch.
-        aside: path of the copy.
+        log: the file, open for reading and appending. This function does not open the file again,
+            because a process loses its lock on a file when it closes another stream of the same file.
+        position: numbers of finished epochs and of finished steps in the next epoch.
+        aside: path for the copy of the whole file.
 
     Returns:
         The number of remaining lines of each kind.
@@ -74,11 +74,12 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Read the complete records of a TensorBoard file. A killed run may have left a partial record at the end."""
+    """Read the complete records of a TensorBoard file. A killed run may leave an incomplete record at its end."""
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     data, offset = path.read_bytes(), 0
-    while offset + 12 <= len(data):  # a record has: length, checksum of the length, event, checksum of the event
+    # A record has a length, a checksum of the length, an event and a checksum of the event.
+    while offset + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, offset)
         record = data[offset : offset + 16 + length]
         if len(record) < 16 + length:
@@ -95,14 +96,14 @@ def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
     Args:
         folder: folder with the events.out.tfevents.* files.
         counts: number of points to keep in the longest ``train/`` curve (step) and the longest ``epoch/`` curve
-            (epoch). Curves that started later have fewer points; all curves are cut at the same step.
+            (epoch). All other curves are cut at the same step as the longest curve.
 
     Returns:
-        The last remaining step of the ``train/`` curves; 0 if there is none.
+        The last step that remains in the ``train/`` curves; 0 if no step remains.
     """
     paths = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     files = {path: list(read_records(path)) for path in paths}
-    curves: dict[str, list[int]] = {}  # steps of each curve, in increasing order
+    curves: dict[str, list[int]] = {}  # step numbers of each curve, in increasing order
     for record in itertools.chain(*files.values()):
         for tag in record.tags:
             points = curves.setdefault(tag, [])

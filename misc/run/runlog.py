@@ -16,7 +16,7 @@ from misc.command import UserError
 from misc.progress import progress_bar
 from misc.run.rewind import rewind_curves, rewind_log
 
-NEAR_CHANCE = 1.2  # multiple of chance level; a lower accuracy against fresh keys means that nothing is learnt
+NEAR_CHANCE = 1.2  # multiple of chance level; a lower accuracy against the current keys means that nothing is learnt
 
 
 class DivergedError(UserError):
@@ -24,38 +24,39 @@ class DivergedError(UserError):
 
 
 class Sums(NamedTuple):
-    """Sums that a run needs to resume within an epoch, averaged over ranks, so that the number of ranks may change."""
+    """Sums of statistics, for resuming within an epoch. The mean over ranks is stored, so their number may change."""
 
     totals: torch.Tensor  # (n,) float64, sums over the steps of the epoch so far
-    since: torch.Tensor  # (n,) float32, sums over the steps since the last reading
-    steps: int  # number of steps since the last reading
+    since: torch.Tensor  # (n,) float32, sums over the steps since the last call of Meters.read
+    steps: int  # number of steps since the last call of Meters.read
 
 
 class Meters:
-    """Averages of training statistics over all ranks, since the last reading and over an epoch.
+    """Averages training statistics over all ranks, both since the last call of ``read`` and over an epoch.
 
     The statistics stay on the device until they are read, so that a step does not wait for the device. The
     number of steps before the first non-finite statistic is also counted on the device.
 
     Args:
         names: names of the statistics, in order.
-        device: the device that computes them.
+        device: device that computes the statistics.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = tuple(names)
         self._since = torch.zeros(len(names), device=device)
-        self._finite = torch.zeros(2, device=device)  # two numbers: whether all steps were finite, and how many were
-        self.steps = 0  # steps since the last reading
-        self.last_count = 0  # steps in the last reading
-        self.finite_steps = 0  # steps in the last reading before the first non-finite one
+        # whether all steps were finite (1 or 0), and the number of steps before the first non-finite step
+        self._finite = torch.zeros(2, device=device)
+        self.steps = 0  # number of steps since the last call of read()
+        self.last_count = 0  # number of steps that the last call of read() averaged
+        self.finite_steps = 0  # number of averaged steps before the first non-finite step
         self._epoch = torch.zeros(len(names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | Sums | None = None) -> None:
         """Start an epoch, optionally with the sums from an interrupted run.
 
         Raises:
-            UserError: the sums belong to a different set of statistics.
+            UserError: the number of sums differs from the number of statistics.
         """
         sums = totals if isinstance(totals, Sums) or totals is None else Sums(totals, torch.zeros_like(totals), 0)
         if sums is not None and sums.totals.shape != self._epoch.shape:
@@ -84,7 +85,10 @@ class Meters:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the means since the last reading. Every rank must call this method, which waits for the device."""
+        """Return the mean of each statistic since the last call.
+
+        Every rank must call this method, which waits for the device.
+        """
         reduced = process.all_reduce_mean(self._since.clone()).cpu()  # (n,)
         self._epoch = self._epoch + reduced
         mean = (reduced / self.steps).tolist()
@@ -94,7 +98,7 @@ class Meters:
         return dict(zip(self.names, mean))
 
     def sums(self) -> Sums:
-        """Return the sums for a checkpoint within an epoch.
+        """Return the sums that a checkpoint within an epoch contains.
 
         Every rank must call this method, which waits for the device.
         """
@@ -106,12 +110,15 @@ class Meters:
         return self.sums().totals
 
     def epoch_means(self, steps: int) -> dict[str, float]:
-        """Return the means over an epoch of ``steps`` steps."""
+        """Return the mean of each statistic over an epoch of ``steps`` steps."""
         return dict(zip(self.names, (self._epoch / steps).tolist()))
 
 
 def make_curves(folder: str) -> Any:
-    """Return a tensorboard_logger Logger that can write pictures. The original calls a removed SciPy function."""
+    """Return a tensorboard_logger Logger that can write pictures.
+
+    The package's own Logger calls a function that SciPy has removed.
+    """
     from PIL import Image
     from tensorboard_logger import Logger
     from tensorboard_logger.tf_protobuf import summary_pb2
@@ -138,7 +145,7 @@ class RunLog:
         epochs: number of epochs in the run.
         steps: number of steps per epoch.
         batch_size: samples per step over all ranks, to compute samples per second.
-        no_progress: print a line at every reading instead of drawing a progress bar.
+        no_progress: print lines of statistics instead of drawing a progress bar.
     """
 
     def __init__(self, stream: TextIO | None, folder: Any, epochs: int, steps: int, batch_size: int, no_progress: bool):
@@ -156,7 +163,7 @@ class RunLog:
         """Remove from the logs what an earlier run wrote after the position where this run continues.
 
         Args:
-            epoch, step: finished epochs, and finished steps of the next epoch.
+            epoch, step: numbers of finished epochs and of finished steps in the next epoch.
             source: the checkpoint in this folder that the run resumes from; None for a new run, which empties the logs.
         """
         if not self.speaks:
@@ -164,7 +171,7 @@ class RunLog:
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
         told = rewind_curves(self._folder, counts)
-        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps than now
+        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps
         if source:
             self._write({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
 
@@ -186,7 +193,7 @@ class RunLog:
     def advance(self, picture: Callable[[], np.ndarray] | None = None) -> None:
         """Record that a step is done.
 
-        ``picture`` returns the step's input as an image, (H, W, 3) uint8. Only the first image is logged.
+        ``picture`` returns the step's input as an image, (H, W, 3) uint8. A run logs only its first image.
         """
         self._bar.update()
         if self._pictured or picture is None or not self.speaks:
@@ -253,14 +260,14 @@ class RunLog:
             self._stream.close()
 
     def add_point(self, name: str, value: float, step: int) -> None:
-        """Add a point to a curve. The point is lost if the disk is full."""
+        """Add a point to a curve. If the disk is full, the curve lacks this point."""
         try:
             self._curves.log_value(name, value, step)
         except OSError as error:
             self.warn_disk_full(error)
 
     def _write(self, record: dict[str, Any]) -> None:
-        """Write one JSON line with six significant digits. If the disk is full, the line waits until there is space."""
+        """Write one JSON line with six significant digits. If the disk is full, the line is kept in memory."""
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
         self._unwritten += json.dumps(rounded).encode() + b"\n"
         try:

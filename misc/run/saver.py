@@ -22,14 +22,15 @@ class Saver:
     All ranks must call the methods of their Saver at the same steps.
 
     Args:
-        state: object that writes the state of the run. ``state.save`` takes the path, the finished epochs, the steps
-            of the next epoch and the sums over these steps. ``state.aside`` is None, or takes the same arguments,
-            copies the state and returns a function that writes the copy. A thread calls the returned function while
-            training continues. Without the thread, a slow disk would stall a step for seconds, because the queue of
-            the published sizes has 1.2 GB. After a stop signal and after the last epoch, no thread is used.
+        state: object that writes the state of the run. ``state.save`` takes the path, the number of finished epochs,
+            the number of finished steps in the next epoch, and the sums of the statistics over these steps.
+            ``state.aside`` is None, or copies the state for the same arguments and returns a function that writes the
+            copy. A thread calls the returned function while training continues. Without this thread, a slow disk would
+            stall training for seconds, because a queue of the published size takes 1.2 GB. After a stop signal and
+            after the last epoch, the checkpoint is written without a thread.
         experiment: the experiment folder to save to.
         stop: records the stop signals that this rank receives.
-        epochs: number of epochs of the run; the last one is always saved.
+        epochs: number of epochs of the run; the last epoch is always saved.
         every: epochs between checkpoints.
         minutes: minutes between saves within an epoch; 0 for none.
         keep: number of latest epoch checkpoints to keep; 0 for all.
@@ -68,7 +69,9 @@ class Saver:
             self.end_all_ranks(f"stopped by {self.stop.name}; {told}, continue with --resume auto")
 
     def after_epoch(self, finished: int) -> None:
-        """Save after ``finished`` epochs, if a save is due, at the end of the run, or after a signal.
+        """Save after an epoch if a checkpoint is due, if it was the last epoch, or if a rank received a stop signal.
+
+        ``finished`` is the number of finished epochs.
 
         Raises:
             UserError: the disk is full after the last epoch.
@@ -86,7 +89,7 @@ class Saver:
             )
 
     def leave_if_asked(self) -> None:
-        """End this process after a stop signal. The state is already saved; the message names the checkpoint."""
+        """End this process after a stop signal, with a message that names the last checkpoint."""
         if self.agreed:
             self.stop.number = self.agreed
             self.end_all_ranks(
@@ -94,7 +97,7 @@ class Saver:
             )
 
     def check(self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters) -> None:
-        """Raise DivergedError on every rank if a statistic of the last reading is not finite."""
+        """Raise DivergedError on every rank if one of the ``statistics`` is not finite."""
         if all(map(math.isfinite, statistics.values())):
             return
         self.wait_for_writing()
@@ -114,8 +117,8 @@ class Saver:
     ) -> bool:
         """Save on rank 0. Return whether the checkpoint exists or a thread is writing it.
 
-        If the disk is full, print a warning and continue, unless the checkpoint ``must`` be saved. ``then`` is called
-        once the checkpoint exists.
+        If the disk is full, print a warning and continue, unless ``must`` is set. ``then`` is called after the
+        checkpoint has been written.
         """
         self.saved_at = time.monotonic()
         if process.rank():
@@ -155,7 +158,7 @@ class Saver:
         thread.start()
 
     def wait_for_writing(self) -> None:
-        """Wait for the writing thread. Raise an OSError of this thread, unless the disk was full."""
+        """Wait for the thread that writes a checkpoint. Raise an OSError of this thread, unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None

@@ -1,9 +1,9 @@
 """Detect hanging ranks and report their numbers.
 
 Ranks wait for each other in every step, so one hanging rank blocks all ranks, and no rank can report the problem from
-within the step. A thread of each rank therefore publishes the rank's current step, as a sign of life. If a rank gives
-no signs of life, its process no longer responds. If a rank gives signs of life but has not reached the step of
-the other ranks, it hangs, usually while it reads from its disk.
+within the step. A thread of each rank therefore publishes the rank's current step at regular intervals, as a sign of
+life. If a rank stops publishing, its process no longer responds. A rank that gives signs of life but stays behind the
+other ranks hangs, usually while it reads from its disk.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from misc import process
 from misc.command import LOST, USER_ERROR, leave
 
 Item = TypeVar("Item")
-BEATS = 20  # signs of life (beats) that a rank sends during --patience
-LONGEST_BEAT = 10.0  # longest time between beats, seconds
-SILENT_BEATS = 4  # a rank counts as dead after this many missed beats
+BEATS = 20  # number of heartbeats that a rank sends during --patience
+LONGEST_BEAT = 10.0  # longest time between two heartbeats, in seconds
+SILENT_BEATS = 4  # a rank counts as dead after this many missed heartbeats
 
 
 class Place(NamedTuple):
-    """The step at which a rank last gave a sign of life."""
+    """The step of a rank at its last sign of life."""
 
     epoch: int  # counted from 1
     step: int
     host: str
-    beat: int  # number of signs of life so far
+    beat: int  # number of heartbeats so far
 
 
 NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
@@ -44,7 +44,7 @@ def describe_hanging_ranks(places: Mapping[int, Place], silent: set[int]) -> str
 
     Args:
         places: the last known step of each rank.
-        silent: ranks without recent signs of life.
+        silent: ranks that have not given a sign of life recently.
     """
     furthest = max((place.epoch, place.step) for place in places.values())
     behind = {rank for rank, place in places.items() if (place.epoch, place.step) < furthest}
@@ -63,7 +63,7 @@ def describe_hanging_ranks(places: Mapping[int, Place], silent: set[int]) -> str
 
 
 class Watch:
-    """The watching thread of one rank.
+    """The thread of one rank that watches all ranks.
 
     Args:
         store: key-value store shared by the ranks, with the methods set, get, check and add.
@@ -76,7 +76,7 @@ class Watch:
         self.pause = min(seconds / BEATS, LONGEST_BEAT)
         self.began = self.since = time.monotonic()
         self.at, self.beats = (0, 0), 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> latest beat and the time of its arrival
+        self._heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its latest heartbeat, time of arrival)
 
     def move(self, epoch: int, step: int) -> None:
         """Record that this rank has reached a step."""
@@ -107,7 +107,7 @@ class Watch:
         """Watch until a rank hangs, let one rank print the reason, and end this process."""
         while True:
             time.sleep(self.pause)
-            with contextlib.suppress(RuntimeError):  # the store no longer exists if the run is ending
+            with contextlib.suppress(RuntimeError):  # the key-value store no longer exists if the run is ending
                 if hangs := self.publish_and_find_hanging():
                     break
         if self.store.add("watch-told", 1) == 1:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from models import fast
 
-# Compiling switches the fuser on and off for all threads.
-# Only one thread may compile at a time, because another thread could switch the fuser off.
+# Compiling switches torch's fuser on and off for all threads.
+# Only one thread may compile at a time, because a second thread could switch torch's fuser off too early.
 _compiling = threading.Lock()
 
 
@@ -31,8 +31,8 @@ def conv_elu(
     """Compute F.elu(F.conv3d(...)) without gradients: (B, in, D, H, W) -> (B, out, D', H', W').
 
     The first call for each combination of shapes compiles the function, which takes as long as about ten calls.
-    Use few different shapes. The one-pass code needs float32 or bfloat16 tensors on the CPU and a bias. All other
-    inputs take two passes.
+    Use few different shapes. A single pass is possible only for float32 or bfloat16 tensors on the CPU and with a bias.
+    For all other inputs, convolution and ELU are two separate passes.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
     if fast.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
@@ -54,8 +54,8 @@ def _compile_one_pass(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """Return a compiled fused function for tensors of these shapes and layouts, or None if torch has no fuser.
 
-    The fuser compiles for the shapes of the first inputs and fuses no other shapes, so each combination of shapes
-    needs a separate function.
+    torch's fuser compiles for the shapes of the first inputs and does not fuse other shapes, so each combination of
+    shapes needs a separate function.
     """
     examples = [torch.zeros(shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
     for index, last in enumerate(channels_last):

@@ -1,7 +1,7 @@
 """A training step recorded as one CUDA graph, so that one call from Python launches all of its kernels.
 
-A step has about a thousand kernels of a few microseconds each. Python takes longer to launch these kernels one by one
-than the GPU takes to run them.
+A step has about a thousand kernels of a few microseconds each. Python takes longer to launch the kernels of a step one
+by one than the GPU takes to run them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from misc.command import UserError
 from models import fast
 from models.step import Done, Inputs, TrainingStep, WholeStep
 
-WARM_UP = 3  # first steps, not recorded; libraries choose algorithms, and the optimiser creates its state
+WARM_UP = 3  # steps before recording, in which libraries choose algorithms and the optimiser creates its state
 
 
 class Recorded(NamedTuple):
@@ -34,8 +34,8 @@ class RecordedStep:
     A replay computes the same numbers as the step. Recording requires one process and an optimiser update in each step.
 
     Args:
-        step: the step to record. The tensor sizes in its view function must not depend on random draws.
-        generators: random generators that the views use for noise. Each generator may be seeded before every step.
+        step: the step to record. The tensor sizes in ``step.make_views`` must not depend on random draws.
+        generators: random generators that the views use for noise. The caller may seed them before every step.
     """
 
     def __init__(self, step: WholeStep, generators: Sequence[torch.Generator]):
@@ -55,7 +55,7 @@ class RecordedStep:
         kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
         if kind != self._kind:  # keep only one graph, because two take too much memory; beta changes only once
             self._kind, self._seen, self._recorded = kind, 0, None
-        for group in self.optimizer.param_groups:  # round to float32, as in a graph
+        for group in self.optimizer.param_groups:  # round the learning rate to float32, as in a recorded step
             group["lr"] = float(np.float32(group["lr"]))
         self._seen += 1
         if self._seen <= WARM_UP:
@@ -87,10 +87,10 @@ class RecordedStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the first error is more specific than the one at the end of recording
+            cause = error.__context__ or error  # the first error is more specific than the later error of the recording
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            # Do not continue: some torch versions leave streams, generators and memory in the recording state.
+            # Do not continue without a graph, because some torch versions leave streams and memory in recording mode.
             raise UserError(
                 f"the training step cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}); set the "
                 "environment variable DRASCLR_FAST=off and continue with --resume auto"
@@ -102,7 +102,7 @@ class RecordedStep:
 
 
 def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
-    """Register a generator with a graph, so that it can be seeded between replays. torch 2.14 needs no registration."""
+    """Register a random generator with a CUDA graph, so that replays can use new seeds. Unnecessary with torch 2.14."""
     if hasattr(graph, "register_generator_state"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated in torch 2.14
@@ -112,9 +112,9 @@ def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) 
 def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
     """Return whether the steps of a run with these flags can be recorded.
 
-    Recording is not possible with ``--accumulate``, because only some steps update the weights. Recording is not
-    possible with the elastic transform, because its offsets are too large to keep in memory twice. Recording is also
-    not possible with ``--compile`` or with several processes.
+    Steps cannot be recorded as a CUDA graph with ``--accumulate``, because only some steps update the weights.
+    Recording is not possible with the elastic transform, because its offsets are too large to keep in memory twice.
+    Recording is also not possible with ``--compile`` or with several processes.
     """
     alone = isinstance(step.training_step, TrainingStep)  # not wrapped in DistributedDataParallel
     plain = args.accumulate == 1 and not args.compile and "e" not in args.augmentation

@@ -52,7 +52,7 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
         with torch.no_grad():
             norm.num_batches_tracked += 1
             # Write through .data, so that the version counters of the running statistics do not change.
-            # The backward pass of an earlier call checks these versions, although it does not read the values.
+            # The backward pass of an earlier call checks version counters, although it does not read the statistics.
             norm.running_mean.data.lerp_(mean, norm.momentum)
             norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y
@@ -61,9 +61,9 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
     """Compute elu(norm(x)) under torch.compile, and update the running statistics separately from the BatchNorm call.
 
-    A compiled graph saves its running statistics for the backward pass. Patches and neighbours pass through a layer
-    one after the other, so the second pass would change the statistics that the first pass saved. BatchNorm therefore
-    gets no running statistics here.
+    A compiled graph saves BatchNorm's running statistics for the backward pass. Patches and then neighbours pass
+    through each layer, so the neighbours would change the statistics that were saved for the patches. No running
+    statistics are therefore passed to the BatchNorm function.
     """
     y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
     if track:

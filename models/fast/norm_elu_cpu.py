@@ -40,7 +40,7 @@ def elu_(x: torch.Tensor) -> torch.Tensor:
 
     torch's ELU spends most of its time in expm1. Measured for 64 volumes with 8 channels at 32^3, on 2 cores with AVX2:
     a forward and backward pass through BatchNorm and ELU takes 47 ms with torch's ELU and 35 ms with this function.
-    The absolute error is below 2e-7. If x is not float32, this function calls torch's ELU.
+    The absolute error of this function is below 2e-7. If x is not float32, this function calls torch's ELU.
     """
     if x.dtype != torch.float32:
         return F.elu_(x)
@@ -65,17 +65,17 @@ def _iterate_chunks(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 class _NormELU(torch.autograd.Function):
-    """BatchNorm in training mode and ELU over (rows, VECTOR). All columns of a channel share their statistics."""
+    """BatchNorm in training mode and ELU over (rows, VECTOR). Columns of the same channel share one mean and SD."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         rows, channels = _view_as_rows(x), weight.numel()
         repeat = VECTOR // channels
-        columns = weight.new_zeros(VECTOR), weight.new_ones(VECTOR)  # values unused; they set the dtype of the results
+        columns = weight.new_zeros(VECTOR), weight.new_ones(VECTOR)  # the values are unused; only their dtype matters
         means, variances = torch.ops.aten.batch_norm_update_stats(rows, *columns, 0.0)
         means, variances = means.view(repeat, channels), variances.view(repeat, channels)
         mean = means.mean(0)
-        variance = variances.mean(0) + means.var(0, correction=0)  # variance within plus variance between columns
+        variance = variances.mean(0) + means.var(0, correction=0)  # mean column variance + variance of column means
 
         tiled = [value.repeat(repeat) for value in (weight.detach(), bias.detach(), mean, variance)]
         y = torch.empty_like(rows)

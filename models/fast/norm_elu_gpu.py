@@ -1,10 +1,10 @@
 """BatchNorm3d followed by ELU on a GPU: Triton kernels for all groups of a batch at once, channels last.
 
 torch processes one group after another, and reads the result of a layer five times in the forward pass (mean and
-variance, normalisation, ELU) and once more in the backward pass. In this module, two kernels read the result in the
-forward pass and two in the backward pass. The backward kernels recompute the ELU. The mean and the sum of squares of
-successive tiles are merged (Chan, Golub and LeVeque, 1979). The order of merging does not depend on timing, so the
-same input gives the same bits.
+variance, normalisation, ELU) and once more in the backward pass. This module reads the result of a layer twice in the
+forward pass and twice in the backward pass. The backward kernels recompute the ELU. The mean and the sum of squares of
+successive tiles are merged (Chan, Golub and LeVeque, 1979). The order of merging is fixed, so the result is
+reproducible to the bit.
 """
 
 import functools
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # supported data types 
 
 
 def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
-    """Return whether blocks (n, C, D, H, W) are on a GPU on which the kernels compile.
+    """Return whether the blocks (n, C, D, H, W) are on a GPU for which Triton can compile the kernels.
 
     Each group must also have more than one value per channel, because one value has no variance.
     """
@@ -49,7 +49,7 @@ def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, tra
     running = None
     if track:
         norm.num_batches_tracked += 1
-        # Detach the statistics, because an earlier pass may have saved them; its backward pass does not use the values.
+        # Detach the statistics. An earlier forward pass may have saved them, but no backward pass uses their values.
         running = norm.running_mean.detach(), norm.running_var.detach(), norm.momentum
     return list(_NormELU.apply(norm.weight, norm.bias, running, norm.eps, groups, *blocks))
 
@@ -234,7 +234,7 @@ if triton is not None:
 
     @triton.jit
     def _load_gradient(x, grad, offset, valid, mean, inverse, scale, shift):
-        """Compute x_hat = (x - mean) / SD and g, the gradient at the ELU's input. g is 0 outside ``valid``."""
+        """Compute x_hat = (x - mean) / SD and the gradient g at the ELU's input; g is 0 where ``valid`` is False."""
         x_hat = (tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
         g = tl.load(grad + offset, mask=valid, other=0.0).to(tl.float32)
         z = x_hat * scale[None, :] + shift[None, :]
@@ -287,7 +287,10 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Compute d loss / d x = weight / SD * (g - mean(g) - x_hat * mean(g * x_hat)). ``share`` is 1 / count."""
+        """Compute d loss / d x = weight / SD * (g - mean(g) - x_hat * mean(g * x_hat)).
+
+        ``share`` is 1 / (number of values per channel and group).
+        """
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS

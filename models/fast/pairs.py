@@ -17,10 +17,11 @@ def convolve_pairs(
 ) -> torch.Tensor | None:
     """Run a 3 x 3 x 3 convolution of one channel with padding 1 on the CPU.
 
-    The output voxels 2 X and 2 X + 1 of a line form a pair. A pair depends on four input voxels, from 2 X - 1 to
-    2 X + 2. With one voxel of padding at the front, these four voxels are two input pairs. A pair becomes one voxel
-    with two channels in a volume of half the width. The kernel over pairs has 2 x out output channels and a width of 2,
-    and a quarter of its taps are zero. oneDNN has fast code for two channels but not for one.
+    The output voxels 2 X and 2 X + 1 of a line form a pair. Along this line, the pair depends on the four input voxels
+    2 X - 1 to 2 X + 2. If the line is padded with one voxel at both ends, the four input voxels form two input pairs.
+    Each input pair becomes one voxel with two channels, which halves the width. The kernel over pairs has 2 x out
+    output channels and a width of 2, and a quarter of its taps are zero. oneDNN has fast code for two channels but not
+    for one.
 
     Args:
         inputs: (B, 1, D, H, W).
@@ -30,7 +31,7 @@ def convolve_pairs(
         convolve: F.conv3d, or a function that also applies an elementwise operation to the result.
 
     Returns:
-        (B, out, D, H, W), channels last, or None for any other convolution or device.
+        (B, out, D, H, W), channels last, or None if this fast path does not apply.
     """
     one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.shape[-1] % 2 == 0 and inputs.is_contiguous()
     if not (fast.enabled() and inputs.device.type == "cpu" and one_channel):

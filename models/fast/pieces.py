@@ -9,17 +9,17 @@ import torch
 
 from models import fast
 
-# Patches per piece. A layer takes one pass over a full piece (convolution with ELU) and two over a smaller last piece.
-# The size of a piece is fixed, because oneDNN compiles code for each size.
-# The size of a piece is small, so that the result of a layer takes only tens of MB.
+# Number of patches per piece. The result of a layer for this many patches takes at most tens of MB.
+# The number is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
+# In a smaller last piece, the convolution and the ELU are two separate passes.
 PATCHES_AT_ONCE = 32
 
 
 def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
     """Run ``encode`` on pieces of ``x`` (B, ...) in parallel, and join the results.
 
-    Pieces run on separate cores, so that they never wait for each other within a layer. Returns None if ``x``
-    fits in one piece or is on a GPU.
+    Each piece runs on a separate core, so that cores do not wait for each other after every layer. Returns None if
+    ``x`` fits in one piece or is on a GPU.
     """
     if not fast.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
@@ -29,7 +29,7 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
 def run_in_parallel(work: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
     """Run ``work`` on each piece, in parallel on equal shares of this process's cores, and return the results in order.
 
-    In a new thread, gradients are on and autocast is off, whatever the caller's settings. ``work`` must set both modes.
+    In a new thread, gradients are on and autocast is off, whatever the caller's settings. ``work`` must set both.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(pieces))

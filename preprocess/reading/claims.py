@@ -29,16 +29,16 @@ META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 
 
 
 class DataSpec(NamedTuple):
-    """The data that a header describes."""
+    """Size, file and compression of the voxel data that a header describes."""
 
     bytes: int  # size of the unpacked data
     data: Path
     start: int  # offset of the data in the file, bytes
-    packed: bool | None  # whether zlib or gzip is used; None for text and encodings that only ITK reads
+    packed: bool | None  # whether zlib or gzip compresses the data; None for text and for encodings that only ITK reads
 
 
 def check_data(path: Path, kind: str) -> None:
-    """Raise ScanError if the data of a NRRD or MetaImage are missing, cut short or damaged."""
+    """Raise ScanError if the data of an NRRD or MetaImage file are missing, cut short or damaged."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     claim = (read_nrrd_claim if kind == "NRRD" else read_meta_claim)(path, head)
@@ -115,7 +115,7 @@ def find_data_file(path: Path, name: str) -> Path | None:
 
 
 def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
-    """Return the fields of a NRRD header, and the offset of the data that follow the header."""
+    """Return the fields of an NRRD header, and the offset of the data that follow the header."""
     end = re.search(rb"\r?\n\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+): ?([^\n]*)$", text, re.M)}
@@ -123,7 +123,7 @@ def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
 
 
 def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
-    """Return the data that a NRRD header describes, or None if only ITK can check the data."""
+    """Find the data that an NRRD header describes; return None if this module cannot check the data."""
     fields, end = read_nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
     needed = count_bytes(fields.get("sizes", ""), each) if each else None

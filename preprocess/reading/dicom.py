@@ -53,7 +53,9 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
         slices, others, damaged = [read_multiframe_header(path)], Counter(), []
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise ScanError(f"{path}: copy it again, because DICOM slices are cut short or damaged: {damaged[0]}{more}")
+        raise ScanError(
+            f"{path}: copy the folder again, because these DICOM slices are cut short or damaged: {damaged[0]}{more}"
+        )
     chosen = choose_series(group_slices(slices), series, path, others)
     frames, place = sort_slices(chosen.frames, path)
     values = read_pixels(frames, path, warnings)
@@ -94,7 +96,7 @@ def explain_no_slices(folder: Path, others: Counter) -> str:
 
 
 def read_multiframe_header(path: Path) -> tuple[Path, object]:
-    """Return the path and header of a multi-frame file. Raises ScanError with advice for other DICOM files."""
+    """Return the path and header of a multi-frame file. Raises ScanError with advice if the file is not multi-frame."""
     try:
         header = read_header(path)
     except Damaged:
@@ -118,8 +120,8 @@ def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.nd
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
         raise ScanError(
-            f"{folder}: {lut} stores HU in a lookup table (ModalityLUTSequence), which cannot be read; "
-            "convert the series"
+            f"{folder}: slice {lut} maps values to HU by a lookup table (ModalityLUTSequence), which cannot be read; "
+            "export the series with a rescale slope and intercept"
         )
     inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
     if inverted:  # GDCM would invert the stored values, which are already HU
@@ -199,6 +201,6 @@ def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
         read = [end % (1 << bits) for end in ends]
         if text(frame.header, "PixelRepresentation") == "1":
             read = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in read]
-        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # unless the range wraps around at the highest bit
+        if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # ignore a range that wraps around at the highest bit
             found += [tuple(sorted(slope * end + intercept for end in read))]
     return tuple(sorted(set(found)))

@@ -19,7 +19,7 @@ from preprocess.reading.formats import is_dicom
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # Enhanced CT, Legacy Converted Enhanced CT
-CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or slices from a careless converter
+CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture: a screenshot, or slices to which a converter gave this class
 DIRECTORY = "1.2.840.10008.1.3.10"
 # Values of ImageType (0008,0008) of files that are not slices of a volume. MIP and MinIP are projections.
 NO_SLICE = re.compile(
@@ -58,7 +58,7 @@ def text(dataset: Dataset, name: str) -> str:
 def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
     """Return ``count`` numbers of an element, or None if the element is missing or empty.
 
-    Raises ScanError for any other value.
+    Raises ScanError if the element has any other content.
     """
     if name not in dataset:
         return None
@@ -123,7 +123,7 @@ def read_header(path: Path) -> Dataset | None:
         unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
         try:
             whole = not (unknown or not find_exclusion_reason(dataset)) or _has_pixels(stream, dataset)
-        except (ValueError, TypeError, OverflowError, struct.error) as error:  # a size is not a number
+        except (ValueError, TypeError, OverflowError, struct.error) as error:  # a size in the header is not a number
             raise Damaged from error
         if not whole:
             raise Damaged
@@ -133,7 +133,7 @@ def read_header(path: Path) -> Dataset | None:
 def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
     """Return whether a file contains all its pixels. ``stream`` is positioned at the pixel data."""
     syntax = UID(text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
-    if syntax.is_deflated:  # reading the header unpacked the whole file, which fails for a truncated file
+    if syntax.is_deflated:  # pydicom has already unpacked the whole file, which fails if the file is truncated
         return True
     order = "<" if syntax.is_little_endian else ">"
     head = stream.read(8)

@@ -12,8 +12,8 @@ from preprocess.reading.dicom_files import text
 from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
-ONE_PLACE = 0.2  # fraction of the usual step; two closer slices count as slices at the same position
-DIGITS = 5  # number of decimals of a spacing in mm; decimal strings in files turn a spacing of 1 into 0.9999999
+ONE_PLACE = 0.2  # slices closer together than this fraction of the usual step count as slices at the same position
+DIGITS = 5  # number of decimals of a spacing in mm; a file may contain 0.9999999 mm instead of 1 mm
 
 
 class Grid(NamedTuple):
@@ -28,7 +28,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     """Sort slices along their normal, and compute the grid that they form.
 
     Raises:
-        ScanError: the slices do not form a grid. The message names the first slice at fault along the normal.
+        ScanError: the slices do not form a grid. The message names the first wrong slice along the normal.
     """
     check_elements(frames, folder)
     usual = find_typical_slice(frames)
@@ -51,7 +51,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
 
 
 def compute_middle_offset(values: np.ndarray) -> float:
-    """Return the distance from the first value to the middle of the range; 0 if values differ only by rounding."""
+    """Return the distance from the first value to the midpoint of the range; 0 if values differ only by rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
@@ -92,7 +92,7 @@ def find_typical_slice(frames: list[Frame]) -> Frame:
 
 
 def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return unit vectors along rows and columns. Raises ScanError unless the vectors are at right angles."""
+    """Return unit vectors along rows and columns. Raises ScanError unless rows and columns are at right angles."""
     row, column = usual.orientation[:3], usual.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > 0.01:
@@ -186,10 +186,10 @@ _EVEN = "reconstruct the scan with even steps, or keep only slices with one step
 
 
 def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
-    """Return the start and length in mm of the evenly spaced values nearest to ``values``.
+    """Fit evenly spaced positions to ``values``; return the first position, and the last minus the first, in mm.
 
-    Uneven positions, for example after rounding to 0.1 mm, need a fit. Otherwise the first and last position are used,
-    which preserves the digits in the file.
+    A line is fitted to uneven positions, for example after rounding to 0.1 mm. For even positions, the first and last
+    position are used, because a fit would change their last digits.
     """
     along = np.linspace(0, 1, len(values))
     start, length = float(values[0]), float(values[-1] - values[0])
@@ -205,7 +205,7 @@ def compute_even_values(values: np.ndarray) -> np.ndarray:
 
 
 def check_sideways_jumps(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
-    """Raise ScanError unless the slices lie on a straight line, without a jump within the slice plane."""
+    """Raise ScanError unless the slices lie on a straight line, without sideways jumps."""
     sideways = places @ plane.T  # (n, 2)
     away = np.linalg.norm(sideways - np.column_stack([compute_even_values(values) for values in sideways.T]), axis=1)
     if away.max() <= PLACE:
@@ -230,13 +230,13 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
-        f": from {frames[1].name} on, each is shifted from the previous slice, in total by {off:.1f} mm. Use a copy "
-        "resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
+        f": from {frames[1].name} on, each slice is shifted from the previous one, in total by {off:.1f} mm. Use a "
+        "copy resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
     )
 
 
 def check_corners(frames: list[Frame], place: Grid, folder: Path) -> None:
-    """Raise ScanError unless the corners of every slice are at their positions in the volume (the final check)."""
+    """Raise ScanError unless the corners of every slice are at their positions in the volume."""
     axes = np.array(place.direction).reshape(3, 3) * place.spacing
     for number, frame in enumerate(frames):
         rows, columns = frame.shape

@@ -14,8 +14,9 @@ from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, t
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
-# DICOM element -> its name in messages. Slices with the same SeriesInstanceUID and position belong to different volumes
-# if they differ in one of these elements. Acquisitions stacked along z, as from sequential scanners, are one volume.
+# DICOM element -> its name in messages.
+# Slices of a series at the same position belong to different volumes if they differ in one of these elements.
+# Acquisitions stacked along z, as from sequential scanners, are one volume.
 MIXED = {
     "StudyInstanceUID": "study",
     "ConvolutionKernel": "kernel",
@@ -34,9 +35,9 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
-# Scanners may also change these elements within one volume. They separate volumes only if each is evenly spaced.
+# These elements may also change within one volume, so they split a series only if every part is evenly spaced.
 LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
-NONE = "none"  # name of a missing trait, in messages and in the input table
+NONE = "none"  # stands for a missing DICOM element in messages and in the input table
 
 
 @dataclass
@@ -50,35 +51,35 @@ class Frame:
     orientation: np.ndarray | None  # direction of the rows, then of the columns
     spacing: np.ndarray | None  # mm between rows, then between columns
     shape: tuple[int, int]  # rows, columns
-    traits: dict[str, str] = field(default_factory=dict)  # values of the elements in MIXED
+    traits: dict[str, str] = field(default_factory=dict)  # values of the DICOM elements that MIXED lists
 
     @property
     def name(self) -> str:
-        """Return the slice's name in messages."""
+        """Return the name of the slice for messages."""
         many = text(self.header, "NumberOfFrames") not in ("", "1")
         return f"{self.path.name}, frame {self.index + 1}" if many else self.path.name
 
     @property
     def normal(self) -> np.ndarray | None:
-        """Return the normal of the slice; None without an orientation."""
+        """Return the normal of the slice, or None if the slice has no orientation."""
         return None if self.orientation is None else np.cross(self.orientation[:3], self.orientation[3:])
 
 
 def read_frames(path: Path, header: Dataset) -> list[Frame]:
-    """Return the slices of a file. Raises ScanError for values that are not numbers."""
+    """Return the slices of a DICOM file. Raises ScanError for values that are not numbers."""
     shape = tuple(int(text(header, name) or 0) for name in ("Rows", "Columns"))
     count = int(text(header, "NumberOfFrames") or 1)
     if text(header, "SOPClassUID") in ENHANCED or "PerFrameFunctionalGroupsSequence" in header:
         own = header.get("PerFrameFunctionalGroupsSequence") or []
         shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         if len(own) != count:
-            raise ScanError(f"{path} has {count} frames, but positions for {len(own)}; export the series again")
+            raise ScanError(f"{path} has {count} frames, but positions for {len(own)} frames; export the series again")
         groups = [(frame, shared) for frame in own]
     else:
         groups = [(header,)] * count
 
     def find_sequence_item(group: tuple[Dataset, ...], sequence: str) -> Dataset:
-        """Return the item with a sequence's values: of the frame, shared by all frames, or the file's header."""
+        """Return the first item of a sequence, of the frame or of all frames; if missing, the file's header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
@@ -126,10 +127,10 @@ def normalize_number(value: str) -> str:
 
 @dataclass
 class Candidate:
-    """Slices that may be one volume."""
+    """A group of slices that may form one volume."""
 
     frames: list[Frame]
-    apart: list[str] = field(default_factory=list)  # elements in MIXED by which the series was split
+    apart: list[str] = field(default_factory=list)  # names of the DICOM elements by which the series was split
 
     def trait(self, name: str) -> str:
         """Return the first slice's value of an element in MIXED; ``""`` for a missing element."""
@@ -142,19 +143,19 @@ class Candidate:
 
     @cached_property
     def extent(self) -> float:
-        """Return the length in mm along the slices' normal; 0 if a position is missing."""
+        """Return the length of the slice stack in mm, or 0 if a position is missing."""
         return float(np.ptp(compute_heights(self.frames))) if have_positions(self.frames) else 0.0
 
     @property
     def names(self) -> list[str]:
-        """Return the names that may select this candidate in the input table."""
+        """Return the names by which the input table can select this group of slices."""
         own = [self.uid, self.trait("SeriesNumber"), self.trait("SeriesDescription"), self.trait("ConvolutionKernel")]
         for name in self.apart:
             own += [self.trait(name), f"{MIXED[name]} {self.trait(name) or NONE}"]
         return [name.strip().lower() for name in own if name]
 
     def matches_name(self, series: str) -> bool:
-        """Return whether ``series`` is one name of this candidate, or several names separated by semicolons."""
+        """Return whether ``series`` is a name of this group of slices, or several names separated by semicolons."""
         return all(part.strip().lower() in self.names for part in series.split(";")) or series.lower() in self.names
 
     def __str__(self) -> str:
@@ -187,7 +188,7 @@ def do_overlap(groups: list[list[Frame]]) -> bool:
     normal = groups[0][0].normal
     for first, second in combinations([group for group in groups if len(group) > 1], 2):
         if abs(first[0].normal @ second[0].normal) < 0.9:
-            return True  # for example an axial and a coronal group
+            return True  # the orientations differ, for example axial and coronal
         low, high = zip(*((min(at), max(at)) for at in ([f.position @ normal for f in g] for g in (first, second))))
         shorter = min(high[0] - low[0], high[1] - low[1])
         if min(high) - max(low) > 0.5 * shorter:
@@ -227,16 +228,16 @@ def group_slices(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
 
 
 def choose_series(found: list[Candidate], series: str, folder: Path, others: Counter) -> Candidate:
-    """Choose the one volume to read.
+    """Choose the one DICOM series to read.
 
     Args:
-        found: at least one candidate.
+        found: the candidate volumes, at least one.
         series: the series named in the input table; ``""`` if the table names no series.
         folder: the folder, for error messages.
         others: numbers of files left out, by reason; this function adds the slices of the other candidates.
 
     Raises:
-        ScanError: several candidates match, or no candidate has this name. The message lists the candidates.
+        ScanError: several candidates match, or no candidate matches ``series``. The error lists the candidates.
     """
     advice = (
         "select one in a column `series` of the table by its number, description, kernel or UID, or by several "
@@ -252,7 +253,7 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
             )
         return called[0]
     kept = found
-    for of_a_chest in (  # a condition applies only if some candidates meet it
+    for of_a_chest in (  # ignore a condition that no candidate meets
         lambda one: not is_capture(one.frames[0].header),
         lambda one: one.extent >= MIN_EXTENT,
     ):
@@ -271,7 +272,7 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
 
 
 def describe_candidates(kept: list[Candidate]) -> str:
-    """Return how a message describes several candidates: as several series, or one series that mixes volumes."""
+    """Describe several candidates for an error message: several series, or one series in which volumes are mixed."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"
     names = {name: [one.trait(name) or NONE for one in kept] for name in kept[0].apart}

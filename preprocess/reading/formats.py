@@ -67,7 +67,7 @@ def is_dicom(head: bytes) -> bool:
 
 
 def check_name(path: Path, kind: str, packed: bool) -> None:
-    """Raise ScanError if ITK cannot select a reader by the file's name. The message suggests a name."""
+    """Raise ScanError, with a suggested file name, if ITK cannot select a reader by the file's name."""
     if not kind or kind == "DICOM":
         return
     suffix = SUFFIX[kind] + (".gz" if packed else "")
@@ -84,7 +84,7 @@ def check_name(path: Path, kind: str, packed: bool) -> None:
 
 
 def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:
-    """Raise ScanError with advice for a file that cannot be a scan. Other unknown formats are left to ITK."""
+    """Raise ScanError with advice for a file that cannot be a scan. ITK decides later about all other files."""
     if not head and not packed:
         raise ScanError(f"{path} is empty (0 bytes); copy it again")
     for start, words in STRANGERS.items():

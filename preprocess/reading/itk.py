@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from preprocess.reading import ScanError
 
-PLACE = 0.1  # mm; largest accepted distance between a voxel's position in the image and in the file
+PLACE = 0.1  # mm; largest accepted error of a voxel position, for example due to sheared axes or uneven slice spacing
 
 
 class _Listener(sitk.LoggerBase):
@@ -41,7 +41,7 @@ def shorten_warning(warning: str) -> str:
 def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
     """Reduce ITK's errors in this block to one line with the file's name, and add ITK's warnings to ``warnings``.
 
-    ITK's logger and warning switch are global to the process. This function restores them afterwards.
+    ITK's logger and warning switch are global to the process, so both are restored after the block.
 
     Raises:
         ScanError: ITK cannot read the file.
@@ -67,7 +67,7 @@ def shorten_error(text: str) -> str:
         return "its content is not NIfTI, NRRD or MetaImage; it is damaged or another kind of file"
     # The last line of this ITK message comes from errno and is unrelated to the cause.
     if "MetaImageIO" in text and "File cannot be read" in text:
-        return "its data are cut short, or the data file named in its header is missing; copy both again"
+        return "its data are cut short, or the data file named in its header is missing; copy header and data again"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if "Error" not in line[:9]), lines[-1] if lines else "")
     return re.sub(r"^ITK ERROR: (\S+\(0x[0-9a-f]+\): )?", "", told)[:200]
@@ -88,7 +88,7 @@ def list_corner_indices(size: tuple[int, ...]) -> np.ndarray:
 
 
 def measure_affine_distance(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
-    """Return the largest distance in mm between a voxel's positions under two affines (3, 4), found at a corner."""
+    """Return the largest distance in mm between the positions that two affines (3, 4) give to a corner voxel."""
     return float(np.linalg.norm(list_corner_indices(size) @ (first - second).T, axis=1).max())
 
 
@@ -104,8 +104,8 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
 
     Args:
         affine: (3, 4), from voxel indices to mm.
-        size: voxels along (x, y, z).
-        name: name of the header with the affine, for the error message.
+        size: number of voxels along (x, y, z).
+        name: file and header field that contain the affine, for the error message.
     """
     axes = affine[:, :3]
     if not np.isfinite(affine).all() or (np.linalg.norm(axes, axis=0) == 0).any():

@@ -1,9 +1,9 @@
 """Read and check NIfTI headers, which give the voxel positions twice and may contradict themselves.
 
-Two fields map voxel indices to RAS in mm (LPS with x and y negated). The sform is an affine; the qform is a rotation
-with the voxel sizes. Each field has a code, and code 0 means that the
-field is not set. ITK silently chooses one of the two fields
-and exposes only the result. This module therefore reads the header itself, at the standard's offsets.
+Two header fields map voxel indices to RAS in mm (LPS with x and y negated). The sform is an affine; the qform is a
+rotation with the voxel sizes. The sform and the qform each have a code, and code 0 means that the field is not set. ITK
+silently chooses either the sform or the qform, and exposes only the result. This module therefore reads the header
+itself, at the offsets that the NIfTI standard defines.
 """
 
 import contextlib
@@ -20,9 +20,8 @@ from preprocess.reading import ScanError
 from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head
 from preprocess.reading.itk import PLACE, check_right_angles, measure_affine_distance
 
-# A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm, so 1 mm is
-# certainly a contradiction.
-CONTRADICTION = 1.0  # mm
+# A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm.
+CONTRADICTION = 1.0  # mm; an sform and a qform that differ by more contradict each other
 LPS = np.diag([-1.0, -1.0, 1.0])  # converts RAS to LPS
 SINGLE_OFFSET = 352  # 348 bytes of header, and 4 bytes that mark extensions
 UNITS = {1: "metres", 3: "micrometres"}  # xyzt_units; 2 means millimetres, and 0 (unknown) is read as millimetres
@@ -42,9 +41,9 @@ FIELDS = {  # field name: offset in bytes, and type
 
 
 class Header(NamedTuple):
-    """The fields of a NIfTI header that are used here."""
+    """The fields of a NIfTI header that this module checks."""
 
-    size: tuple[int, ...]  # voxels along (x, y, z)
+    size: tuple[int, ...]  # number of voxels along (x, y, z)
     sform: np.ndarray | None  # (3, 4) affine from voxel index to LPS in mm; None if the sform's code is 0
     qform: np.ndarray | None
     units: int
@@ -114,10 +113,10 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 @contextlib.contextmanager
 def isolate_file(path: Path) -> Iterator[Path]:
-    """Yield a path that makes ITK read exactly this file.
+    """Yield a path from which ITK reads exactly this file.
 
-    If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If such a second file exists, or if the suffix has
-    capitals, the path is therefore a link in an empty folder.
+    If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If another NIfTI file has the same name apart from
+    the suffix, or if the suffix has capitals, the path is a link in a temporary folder.
     """
     ending = NIFTI_NAME.search(path.name) or ONE_PIECE.search(path.name)
     if not ending:
@@ -152,7 +151,7 @@ def check_sizes(path: Path, header: Header) -> None:
         )
     if header.single and header.offset < SINGLE_OFFSET:
         begins = count_unpacked_bytes(path) - (header.bytes - header.offset)
-        if begins != 348:  # ITK reads the voxels from byte 348
+        if begins != 348:  # with this vox_offset, ITK reads the voxels from byte 348
             raise ScanError(
                 f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header, but must begin at "
                 f"byte {SINGLE_OFFSET} or later; export the scan again"
@@ -171,7 +170,7 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
     """Check that a header is consistent about the voxel positions. Appends to ``warnings``.
 
     Raises:
-        ScanError: a form is sheared, or sform and qform contradict each other.
+        ScanError: the sform or the qform is sheared, or the two contradict each other.
     """
     if header.sform is None and header.qform is None:
         kind = "ANALYZE" if header.analyze else "codes of sform and qform are 0"
@@ -185,11 +184,11 @@ def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
         off = measure_affine_distance(header.sform, header.qform, header.size)
         if off > CONTRADICTION:
             raise ScanError(
-                f"{path}: its sform and its qform contradict each other and put a voxel up to {off:.1f} mm apart; "
+                f"{path}: its sform and its qform contradict each other by up to {off:.1f} mm; "
                 "export it again from the original scan with only one of them"
             )
         if off > CONTRADICTION / 2:
-            warnings.append(f"sform and qform put a voxel up to {off:.2f} mm apart")
+            warnings.append(f"sform and qform place the same voxel up to {off:.2f} mm apart")
 
 
 def check_affine(path: Path, header: Header, affine: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Check that values are HU of a chest, by the positions of air and soft tissue in the histogram without padding.
+"""Check that voxel values are HU of a chest: find the peaks of air and soft tissue in a histogram without padding.
 
 Padding fills the image outside the field of view with one exact value that reaches the image's faces. Padding is found
 first, because padding would otherwise count as air or bone.
@@ -18,10 +18,10 @@ AIR = -1024  # HU; value outside a scan
 MIN_EXTENT = 50.0  # mm; shortest accepted length of a scan along each axis
 MAX_HU = 32767
 AIR_BELOW = -850  # HU; air and much of a lung lie below this, but not if the values are halved or shifted
-PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher ones are noise around air
+PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher values are noise around air
 LOWEST_AIR = -1100  # HU; lowest value of air, including a scanner's offset; lower values are padding
-BRIGHT = 1500  # HU; a large uniform area at an image's face above this value is not a body
-SATURATED = 3071  # HU; highest 12-bit value: lower values can be bone or metal, higher ones are padding or metal
+BRIGHT = 1500  # HU; a large uniform area above this value at a face of the image cannot be part of the body
+SATURATED = 3071  # HU; highest 12-bit value; lower values can be bone or metal, higher values are padding or metal
 SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
 
 
@@ -29,7 +29,10 @@ SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
 
 
 def keep_edge_parts(mask: np.ndarray) -> np.ndarray:
-    """Return the parts of a mask (z, y, x) at an edge of their slice: a ring around the field, not metal inside."""
+    """Return the connected parts of a mask (z, y, x) that touch an edge of their slice.
+
+    A ring around the field of view touches the edge, but metal inside the body does not.
+    """
     kept = np.zeros_like(mask)
     for plane, target in zip(mask, kept):
         if plane.all():
@@ -52,7 +55,7 @@ def fill_padding(
     Args:
         values: (slices, rows, columns) in HU; changed in place if their type can hold -1024, otherwise copied.
         ranges: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
-        where: the slices with this padding.
+        where: indices of the slices to change.
         warnings: list to which a warning is appended if the padding value is in or above the range of a body.
 
     Returns:
@@ -67,7 +70,8 @@ def fill_padding(
         mask = (part >= low - 0.01) & (part <= high + 0.01)
         if not mask.any():
             continue
-        if high >= LOWEST_AIR and low <= SATURATED:  # tissue can also have these values
+        # Tissue may have the padding value, so fill only parts at the edge of a slice.
+        if high >= LOWEST_AIR and low <= SATURATED:
             mask = keep_edge_parts(mask)
             if mask.mean() < 0.001:
                 continue
@@ -104,7 +108,7 @@ def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list
     for value in found:
         mask = keep_edge_parts(values == value)
         if mask.mean() < 0.001:
-            continue  # probably bone or metal at a face
+            continue  # probably bone or metal at a face of the image
         rest = values[~mask]
         if not value and ((rest > -200) & (rest < 300)).mean() < 0.01:
             continue  # a water phantom that reaches the image's faces
@@ -122,9 +126,9 @@ class Peaks(NamedTuple):
     """Peaks of a volume's histogram, without padding."""
 
     places: list[float]  # positions of the peaks, HU, ascending
-    heights: list[float]  # smoothed fraction of voxels per 10 HU
+    heights: list[float]  # heights of the peaks: smoothed fraction of voxels per 10 HU
     low: float  # fraction of voxels below -700 HU, which may be air in a lung
-    sharp: bool  # whether the lowest peak is narrow, like noise around air and unlike lung
+    sharp: bool  # whether the lowest peak is as narrow as noise around air; a peak of lung tissue is wider
     padding: list[float]  # values that were excluded
 
 
@@ -142,7 +146,7 @@ def find_peaks(values: np.ndarray) -> Peaks:
         aside += [value for value in constant if value not in aside]
         kept &= ~np.isin(sample, constant)
     if (most := sample == sample.max()).mean() > 0.001:
-        kept &= ~most  # values clipped at the maximum
+        kept &= ~most  # exclude values that are clipped at the maximum
     rest = sample[kept]
     if rest.size < 0.01 * sample.size:
         return Peaks([], [], 0.0, False, aside)
@@ -151,8 +155,8 @@ def find_peaks(values: np.ndarray) -> Peaks:
     smooth = ndimage.gaussian_filter1d(counts, 2.0)
     middle = np.arange(-4000, 4000, width) + width / 2
     found: dict[float, float] = {}
-    # A peak falls by a fifth on both sides before a higher value follows; noise does not. The width of the peak does
-    # not matter: in a noisy scan, fat and muscle form one peak 250 HU wide.
+    # The prominence of a true peak is more than a fifth of its height. Noise peaks have a lower prominence.
+    # The width of a peak does not matter, because fat and muscle form one peak 250 HU wide in a noisy scan.
     for at in signal.find_peaks(smooth, distance=10)[0]:
         near = counts[max(0, at - 6) : at + 7].sum()
         prominence = signal.peak_prominences(smooth, [at])[0][0]
@@ -166,8 +170,8 @@ def find_peaks(values: np.ndarray) -> Peaks:
 def is_narrow_peak(values: np.ndarray, place: float) -> bool:
     """Return whether a peak is as narrow as noise around one value.
 
-    Such noise spreads over less than 28 HU, lungs over at least 35 HU. A single exact value comes from a phantom and
-    does not count as a narrow peak.
+    Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. A peak of one exact value
+    comes from a phantom and does not count as narrow.
     """
     near = values[np.abs(values - place) < 25]
     wide = (np.abs(values - place) < 75).sum()
@@ -185,8 +189,8 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
     beside = f" next to padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
     air = f"air is at about {lowest:.0f}{beside} instead of -1000"
     body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
-    # Fat is at -100 HU and muscle at 45 HU; at least one of these peaks is tall. Dense lungs reach -450 HU; bone peaks
-    # are low.
+    # The peaks of fat (-100 HU) and muscle (45 HU) are the main tissue peaks, and at least one of them is tall.
+    # Dense lungs reach -450 HU, and the peaks of bone are low.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))
     main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
@@ -207,9 +211,9 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
 def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | None = None) -> sitk.Image:
     """Check that values can be HU of a chest, and return them as int16, or as float32 if they have fractions.
 
-    Padding becomes -1024, so that interpolation does not ring at the edge of the padding. Padding is every value below
-    -1500 HU, NaN, and uniform areas at the image's faces that cannot be a body. This function keeps noise around air,
-    because patches are clipped at -1024 after resampling.
+    Padding becomes -1024, so that interpolation does not ring at the edge of the padding. Padding means values below
+    -1500 HU, NaN, and uniform areas at the image's faces that cannot be part of the body. This function keeps noise
+    around air, because patches are clipped at -1024 after resampling.
 
     Args:
         image: a volume.
@@ -228,10 +232,11 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     if low == high:
         raise ScanError(f"{seen}: the image is empty; copy or export it again")
     if high <= 5:
-        raise ScanError(f"{seen}: not HU, intensities look rescaled; use the original CT")
+        raise ScanError(f"{seen}; these are not HU but look rescaled; use the original CT")
     if low >= 0:
         raise ScanError(
-            f"{seen}: not HU, air should be about -1000; the rescale intercept (often -1024) was not applied"
+            f"{seen}; these are not HU, because air should be about -1000; the rescale intercept (often -1024) was "
+            "not applied"
         )
     if high > BRIGHT or low < AIR_BELOW:
         values = fill_undeclared_padding(values, path, warnings)
@@ -239,13 +244,13 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     tissue = float(((values > -200) & (values < 300)).mean())
     if air < 0.01 or tissue < 0.01:
         raise ScanError(
-            f"{seen}: not HU of a chest; {air:.1%} of the voxels are air (below {AIR_BELOW}) and {tissue:.1%} are soft "
-            "tissue (-200 to 300), but at least 1% of each is expected"
+            f"{seen}; these are not HU of a chest: {air:.1%} of the voxels are air (below {AIR_BELOW}) and "
+            f"{tissue:.1%} are soft tissue (-200 to 300), but at least 1% of each is expected"
         )
     if wrong := describe_wrong_peaks(find_peaks(values)):
-        raise ScanError(f"{seen}: not HU, {wrong}; use the original CT")
+        raise ScanError(f"{seen}; these are not HU: {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
-        return image  # true for most scans; a copy would double the memory
+        return image  # most scans need no change, and a copy would double the memory
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())
     result = np.empty(values.shape, np.int16 if whole else np.float32)
     for plane, target in zip(values, result):

@@ -83,7 +83,9 @@ def test_affine_is_monais(dtype, size):
 
 
 def test_affine_conventions_in_closed_form():
-    """Check on a linear ramp that output voxel x reads the input at R (s x + t), relative to the centre."""
+    """Check on a linear ramp that output voxel x reads the input at R (s x + t), measured from the centre.
+
+    R is the rotation, s the scale and t the translation."""
     z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
     ramp = torch.from_numpy(2.0 * z - 3.0 * y + 5.0 * x)[None, None]
     a, b, c = 0.10, -0.07, 0.05
@@ -116,7 +118,7 @@ def test_scale_above_one_zooms_out():
 def test_elastic_equals_monais(dtype):
     inputs = volumes(3, 2, dtype)
     drawn = augment.draw_elastic(3, SIZE, generator(3))
-    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # one kernel's cut-off is rounded down, the other's up
+    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs of 24.5001 and 28.5 voxels, both rounded up
     # A smaller magnitude than in training keeps most sampled positions inside the volume.
     drawn["magnitude"] = drawn["magnitude"] / 8
     ours = apply("elastic", inputs, drawn)
@@ -175,7 +177,7 @@ def test_noise_is_normal_with_the_drawn_deviation():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_contrast_equals_monais_over_all_channels(dtype):
     inputs = volumes(3, 2, dtype)
-    inputs[:, 1] *= 0.3  # the channels have different ranges
+    inputs[:, 1] *= 0.3  # give the channels different ranges
     drawn = {"chosen": torch.tensor([True, False, True]), "gamma": torch.tensor([0.5, 2.0, 4.5])}
     ours = apply("contrast", inputs, drawn)
     assert torch.equal(ours[1], inputs[1])
@@ -203,7 +205,7 @@ def test_flip_equals_monais():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
 def test_smoothing_equals_monais_and_keeps_the_rim(dtype, size):
-    """MONAI pads with zeros. Dividing by MONAI's result for a volume of ones gives a mean over the voxels inside."""
+    """MONAI pads with zeros. Dividing MONAI's result by that for a volume of ones removes the effect of the padding."""
     inputs = volumes(4, 2, dtype, size)
     before = inputs.clone()
     drawn = augment.draw_smooth(4, size, generator(5))
@@ -437,7 +439,8 @@ def test_slice_by_slice_sampling_is_trilinear(size, channels):
     torch.testing.assert_close(resample.sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
     single = resample.sample(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
-    whole = resample.sample(noise.float()[:1], voxels.float()[:1])  # sampling on voxels returns their values
+    # At whole-number positions, sampling returns the voxel values.
+    whole = resample.sample(noise.float()[:1], voxels.float()[:1])
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])
 

@@ -46,7 +46,7 @@ def test_published_table(reference):
     distances = ((table[:, None] - table[None]) ** 2).sum(-1)
     ties = sum(np.partition(row, 3)[3] == np.partition(row, 2)[2] for row in distances)
     assert ties > 500  # equal distances are common, so their order must be defined
-    # Location 0: its corner (26, 130, 26) is divided by half the table's maximum (312, 286, 286), minus 1.
+    # The corner of location 0 is (26, 130, 26), and half the table's maximum is (156, 143, 143).
     np.testing.assert_allclose(normalize_locations(table)[0], [26 / 156 - 1, 130 / 143 - 1, 26 / 143 - 1], atol=1e-6)
 
 

@@ -65,9 +65,9 @@ def test_skipping_resumes_where_a_run_stopped(skip):
     ("subjects", "batch", "world", "message"),
     [
         (5, 6, 1, "exceeds the 5 subjects"),
-        (9, 5, 2, "multiple of the 2 ranks"),
-        (9, 4, 4, "leaves 1 sample on each of 4 ranks"),
-        (9, 1, 1, "leaves 1 sample"),
+        (9, 5, 2, "multiple of the number of ranks, 2"),
+        (9, 4, 4, "gives a batch of 1 per rank"),
+        (9, 1, 1, "gives a batch of 1 per rank"),
         (9, 0, 1, "--batch-size 0"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_worker_ended_by_its_trainer_ends_at_once():
 def test_interleaved_visits_are_short_and_cover_all():
     """Every (location, subject) pair occurs as often as in the published order.
 
-    Each step of a location has the same subjects in both orders.
+    Each step at a location has the same subjects in the interleaved order as in the published order.
     """
     sequential = LocationBatchSampler(35, 3, 3, seed=4)
     interleaved = LocationBatchSampler(35, 3, 3, seed=4, order="interleaved")

@@ -33,9 +33,8 @@ def test_similarity_from_table_columns(table):
     assert found.shape == (N, 3) and np.isnan(found[:2]).all() and np.isnan(found[20, 0]) and not np.isnan(found[20, 1])
     kernel = (frame["kernel"] == "B30f").to_numpy()[2:]
     assert (found[2:, 1][kernel] > 0).all() and (found[2:, 1][~kernel] < 0).all()
-    np.testing.assert_allclose(
-        np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1
-    )  # total variance of 1, as for a number
+    # The two columns made from a text column have a total variance of 1, like one numeric column.
+    np.testing.assert_allclose(np.nanvar(found[:, 1]) + np.nanvar(found[:, 2]), 1)
     assert len(notes) == 2 and "22 different texts" in notes[0] and "has no values for 2 of 24" in notes[1]
 
 

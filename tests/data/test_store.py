@@ -207,7 +207,7 @@ def test_selected_subjects_keep_the_stores_order(make_store, tmp_path, grid, gro
 
 
 def regrouped(path):
-    """Replace the file by a new file of the same name, as grouping does."""
+    """Replace the file with a new file of the same name, as grouping does."""
     np.save(path.with_name("new.npy"), np.load(path)[::-1])
     path.with_name("new.npy").rename(path)
 

@@ -14,16 +14,20 @@ from ..conftest import ROOT
 
 def parser():
     made = Parser("A command.\n\n    python it.py --count 3\n")
-    made.add_argument("--count", type=at_least(int, 1), default=3, help="the number of repetitions; higher is slower")
-    made.add_argument("--rate", type=at_least(float, 0), default=0.0, help="the learning rate, in %%")
-    made.add_argument("--share", type=between(float, 0, 1), default=0.5, help="the share of subjects that are used")
     made.add_argument(
-        "--workers", type=at_least(int, 1, "a whole number, at least 1"), default=1, help="worker processes"
+        "--count", type=at_least(int, 1), default=3, help="number of repetitions; more repetitions take longer"
     )
-    made.add_argument("--kind", type=OneOf("new", "old"), default="new", help="the kind of table")
-    made.add_argument("--place", type=OneOf("a", "b", "c"), help="the place in the list")
-    made.add_argument("--marks", type=at_least(int, 0), nargs="*", default=[1, 2], help="the marks to draw")
-    made.add_argument("--off", action="store_true", help="switch the marks off")
+    made.add_argument("--rate", type=at_least(float, 0), default=0.0, help="dropout rate, in %%")
+    made.add_argument("--share", type=between(float, 0, 1), default=0.5, help="fraction of the subjects to use")
+    made.add_argument(
+        "--workers", type=at_least(int, 1, "a whole number, at least 1"), default=1, help="number of worker processes"
+    )
+    made.add_argument("--kind", type=OneOf("new", "old"), default="new", help="table format to write")
+    made.add_argument("--place", type=OneOf("a", "b", "c"), help="column to sort the table by")
+    made.add_argument(
+        "--marks", type=at_least(int, 0), nargs="*", default=[1, 2], help="positions of the axis ticks to draw"
+    )
+    made.add_argument("--off", action="store_true", help="draw no axis ticks")
     return made
 
 
@@ -149,7 +153,7 @@ def test_a_stop_request_keeps_the_first_signal():
 
 
 def test_a_low_hard_file_limit_is_refused_and_a_soft_one_raised():
-    """Often only the soft limit of `ulimit -n` is low. A process may raise this limit, so no message is needed."""
+    """Often only the soft limit of open files is low. A process may raise its soft limit, so no message is needed."""
     code = (
         "import resource, sys\nfrom misc.command import run\nfrom misc.process import start_process\n"
         "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"

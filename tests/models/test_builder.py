@@ -221,7 +221,7 @@ def step(model, index, inputs, subjects=None):
 
 @torch.no_grad()
 def test_negatives_from_the_batch():
-    """In both tasks, the negatives are the keys of the step's other subjects. The queue is still filled."""
+    """Negatives of patches and of neighbours are the keys of the step's other subjects. Keys still enter the queue."""
     model, inputs = calibrated(negatives="batch"), draw_inputs()
     q, r, keys = encoded(model, 1, inputs)
     patch, neighbor, labels = step(model, 1, inputs)[:3]
@@ -297,7 +297,7 @@ def test_statistics_equal_loops():
     )
     pairs = [math.exp(-2 * float((keys[i] - keys[j]).square().sum())) for i in range(B) for j in range(B) if i != j]
     assert probe["uniformity"] == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-3, abs=1e-4)
-    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # the queue's initial noise has no subjects or age
+    assert probe["queue_own"] == 0 and probe["queue_age"] == 0  # the initial keys are noise, without subject or age
     assert first.representation.shape == (B, 8)
     step(model, 0, draw_inputs(3), torch.arange(B))  # a step at another location makes the keys older
     third = step(model, 1, draw_inputs(4), torch.tensor([2, 2, 6, 7])).statistics

@@ -9,7 +9,7 @@ from models.cnn3d import Encoder
 def test_sizes_of_the_published_encoder():
     encoder = Encoder(rep_dim=128, moco_dim=128, num_experts=8, num_coordinates=1)
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(8.25e6, rel=0.01)
-    assert len(list(encoder.parameters())) == 80  # the MLP has two more
+    assert len(list(encoder.parameters())) == 80  # an MLP projection would add two tensors
 
 
 def test_output_shapes_and_projection():

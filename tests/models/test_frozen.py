@@ -59,7 +59,7 @@ def test_several_locations_at_once():
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_parallel_pieces(threads):
-    """Encoding a batch in several pieces keeps the order and number of patches, and converts every input."""
+    """Encoding a batch in pieces keeps the order and number of patches, and applies ``prepare`` to every piece."""
     encoder, count = trained_encoder(), 2 * PATCHES_AT_ONCE + 5
     loc, raw = torch.tensor([[0.5, -0.7, 0.1]]), torch.randint(0, 9, (count, 32, 32, 32), dtype=torch.int16)
     x = raw[:, None].float() / 8

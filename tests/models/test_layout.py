@@ -1,4 +1,4 @@
-"""Test that every layer runs channels-last. With one channel, only the strides show the layout."""
+"""Test that every layer runs channels-last. In a tensor with one channel, only the strides show the layout."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ..conftest import calibrate
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Check every stride, including those of axes with one element."""
+    """Return whether all strides are channels-last, including the strides of axes with one element."""
     _, channels, depth, height, width = x.shape
     wanted = (channels * depth * height * width, 1, channels * height * width, channels * width, channels)
     return x.stride() == wanted or (x.shape[2:] == (1, 1, 1) and x.is_contiguous())
@@ -26,7 +26,7 @@ def test_channels_last(channels):
     for given in (x, x[1:3], x.transpose(2, 4)):
         found = channels_last(given)
         assert torch.equal(found, given) and is_channels_last(found)
-    assert channels > 1 or channels_last(x).data_ptr() == x.data_ptr()  # the result is a view of x
+    assert channels > 1 or channels_last(x).data_ptr() == x.data_ptr()  # with one channel, the result is a view of x
 
 
 def test_strides_of_one_channel_decide_the_output_layout():

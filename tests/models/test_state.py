@@ -1,4 +1,4 @@
-"""Test a start from another run's encoder: matching parts are copied and reported; errors name a flag."""
+"""Test that a run can start from another run's encoder, and that errors name the flag to change."""
 
 import pytest
 import torch

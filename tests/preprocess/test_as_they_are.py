@@ -116,7 +116,7 @@ def test_a_nifti_without_a_voxel_size_is_refused(tmp_path, edits):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 348.0])
 def test_a_voxel_offset_within_the_header_is_refused(tmp_path, offset):
-    """ITK then reads voxels from byte 348. Only the file's length shows whether the voxels start at that byte."""
+    """For a voxel offset below 352, ITK reads voxels from byte 348; the file's length shows whether that is right."""
     path = nifti(tmp_path / "a.nii", [(108, "<f", offset)])
     with pytest.raises(ScanError, match=rf"begin at byte {offset:g} \(vox_offset\), within the header"):
         load_scan(path)
@@ -171,7 +171,7 @@ def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
     images = pd.read_csv(folder / "dataset.csv", dtype=str).set_index("sid")["image"]
     table.write_text("sid,image\n" + "".join(f"{sid},{folder / images[sid]}\n" for sid in ("0001", "0002")))
     mask = sitk.ReadImage(str(store / "lung_mask" / "0001.nii.gz"))
-    shutil.rmtree(store / "report")  # without reports, every output counts as the user's own
+    shutil.rmtree(store / "report")  # without reports, every output counts as the user's own file
     sitk.WriteImage(mask * 3, str(store / "lung_mask" / "0001.nii.gz"))
     flags = ("--input-csv", table, "--root-dir", store, "--no-progress")
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")

@@ -39,7 +39,7 @@ def tilted(image, degrees, about="x"):
 
 
 def thick_then_thin(image):
-    """Keep every second slice of the first 16, and all later slices. Most slice spacings are small."""
+    """Keep every second slice of the first 16, and all later slices. Most spacings between slices stay unchanged."""
     return [d for k, d in enumerate(slices(image)) if k > 15 or k % 2 == 0]
 
 
@@ -204,7 +204,7 @@ def other_intercepts(image):
 
 
 def extra_slices(**tags):
-    """Add files of another kind to the CT slices, within the same series."""
+    """Return a function that makes CT slices and, in the same series, further slices with other DICOM tags."""
 
     def make(image):
         return slices(image) + slices(image + 50, **tags)
@@ -226,7 +226,7 @@ def implicit_without_preamble(image):
 
 
 def sequential(image):
-    """Use one acquisition number per three slices, as sequential scanners do."""
+    """Give every three slices a new acquisition number, as sequential scanners do."""
     made = slices(image)
     for k, d in enumerate(made):
         d.AcquisitionNumber = k // 3
@@ -234,7 +234,7 @@ def sequential(image):
 
 
 def monitor(image):
-    """Add a bolus-tracking series, which stays at one table position."""
+    """Add a bolus-tracking series, for which the scanner table does not move."""
     return slices(image) + slices(image, series="1.2.3.9")[5:6] * 1
 
 
@@ -292,7 +292,7 @@ def test_file_names_and_other_files_are_ignored(image, tmp_path):
     (folder / "sub").mkdir()
     assert_same_image(read_scan(folder), image)
     shutil.copytree(folder, tmp_path / "bare")
-    for path in (tmp_path / "bare").iterdir():  # older software writes no preamble and no file meta
+    for path in (tmp_path / "bare").iterdir():  # older software writes no preamble and no file meta information
         if path.is_file() and path.name[0].isdigit():
             d = pydicom.dcmread(path)
             del d.file_meta, d.preamble
@@ -429,7 +429,7 @@ def test_padding_of_any_value_becomes_air(image, tmp_path, sign, stored, tag):
         d.PixelData = values.astype("<i2" if sign else "<u2").tobytes()
         d.add_new(0x00280120, "SS" if sign else "US", tag)
     found = array(read_scan(save(made, tmp_path / "scan")))
-    assert (found == wanted).mean() > 0.995  # a few scan voxels next to the padding may have its value
+    assert (found == wanted).mean() > 0.995  # a few scan voxels next to the padding may have the padding's value
     np.testing.assert_array_equal(found[:, outside], -1024)
 
 

@@ -47,7 +47,7 @@ def test_patches_and_features_of_one_scan(cohort, run, tmp_path):
 
 
 def test_the_functions_do_not_import_store_code(cohort):
-    """Importing the functions loads no code for reports, workers or stores."""
+    """Importing the preprocessing functions loads no code for reports, workers or stores."""
     import subprocess
     import sys
 

@@ -1,6 +1,6 @@
 """Test that peak memory is a small multiple of a scan's 430 MB.
 
-Data of float32 and wider types are processed in slabs, with the same results."""
+Processing float32 and wider types in slabs gives the same results as processing whole arrays."""
 
 import json
 import subprocess

@@ -122,7 +122,7 @@ def scaled(image, folder):
 
 
 def oblique(image, folder):
-    """Shift the sform's origin by 0.004 mm, so that sform and qform only differ by rounding."""
+    """Write a file whose sform and qform differ by 0.004 mm, as after rounding."""
     return nifti(image, folder / "scan.nii", srow=srow(image, {(0, 3): 0.004}))
 
 

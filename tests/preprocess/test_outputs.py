@@ -11,7 +11,7 @@ from preprocess.scan import ScanError
 
 @pytest.fixture
 def files(tmp_path):
-    """Make an output's two files, its input and its picture. The input is older than the output."""
+    """Make the two files of an output, its input file and its picture. The input file is older than the output."""
     paths = {name: tmp_path / name for name in ("first", "second", "source", "picture")}
     for age, path in zip((1000, 1000, 500, 1000), paths.values()):
         path.write_text(path.name)
@@ -73,7 +73,7 @@ def test_a_missing_file_remakes_the_output(tmp_path, files):
 
 @pytest.mark.parametrize("change", ["", "newer input", "no input", "no picture"])
 def test_the_users_own_file_is_kept_at_any_age(tmp_path, files, change):
-    """An output without recorded stamps is the user's own file, and this package never replaces such a file."""
+    """An output without stamps in the report is the user's own file and is kept, whatever its age."""
     if change == "newer input":
         os.utime(files["source"], (2000, 2000))
     elif change:
@@ -93,11 +93,14 @@ def test_overwrite_keeps_the_users_file_until_the_new_one_exists(tmp_path, files
 
 
 def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
-    previous = {"atlas": "a"}  # the report row of a failed subject keeps its stamps
+    previous = {"atlas": "a"}  # the report row of a failed subject keeps the columns STAMPS
     assert keep_output(make_output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
 
 
 def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
-    """A failed or killed stage would lose such a stamp. Without the stamp, its output would count as the user's own."""
-    with pytest.raises(ValueError, match=r"stamps \['threshold'\] would be lost after a failure"):
+    """A stamp without a report column would be lost if the stage failed.
+
+    Without a stamp, an output counts as the user's own file.
+    """
+    with pytest.raises(ValueError, match=r"report columns \['threshold'\] would be lost after a failure"):
         make_output(tmp_path, files, {}, threshold="-950")

@@ -109,7 +109,7 @@ def test_the_command_writes_or_adopts_a_table_and_never_overwrites(tmp_path, run
         other,
         check=False,
     )
-    assert outside.returncode == 2 and "leaves the atlas" in outside.stderr
+    assert outside.returncode == 2 and "is outside the atlas" in outside.stderr
 
 
 def test_the_table_of_an_older_store_is_kept(tmp_path, run, atlas):
@@ -132,7 +132,7 @@ def test_atlas_with_other_labels(tmp_path, run):
 
 
 def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
-    """An ellipsoid of two halves with 2 x 2 x 3 mm voxels becomes the same ellipsoid at 1 mm with atlas labels."""
+    """Resampling a mask of two half-ellipsoids to 1 mm keeps their shape and sets the labels of the atlas."""
     z, y, x = np.meshgrid(np.arange(30) * 3.0, np.arange(50) * 2.0, np.arange(60) * 2.0, indexing="ij")
     body = ((z - 43) / 40) ** 2 + ((y - 49) / 45) ** 2 + ((x - 59) / 55) ** 2 < 1
     mask = sitk.GetImageFromArray((body * np.where(x < 59, 1, 2)).astype(np.uint8))

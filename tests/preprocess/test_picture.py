@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from preprocess.picture import UNCOVERED_COLOR, figure_of_patches
 
 SIDES = {"R": (-1, 0, 0), "L": (1, 0, 0), "A": (0, -1, 0), "P": (0, 1, 0), "F": (0, 0, -1), "H": (0, 0, 1)}  # LPS
-# (axis, patient's side at the left, patient's side at the top); for None, the atlas's orientation decides
+# (slice axis, subject's side at the left, subject's side at the top); None if the side depends on the orientation
 PLANES = ((1, "R", "H"), (0, None, "H"), (2, "R", "A"))
 
 
@@ -33,7 +33,7 @@ def test_side_letters_match_the_patients_sides(orientation):
         found = {text.get_text(): text.get_position() for text in panel.texts}
         assert len(found) == 4
         for letter, place in found.items():
-            # The panel's limits map a letter to an index direction; the image's direction matrix maps this to a side.
+            # The axis limits give the index direction of a letter. The direction matrix maps index directions to sides.
             horizontal = place[0] != 0.5
             limits, index = (panel.get_xlim(), across) if horizontal else (panel.get_ylim(), up)
             towards = np.sign(place[0 if horizontal else 1] - 0.5) * np.sign(limits[1] - limits[0])

@@ -18,7 +18,7 @@ FAILED = "007"
 
 
 def write_reports(root, count, spoiled=SPOILED, failed=FAILED):
-    """Write the reports of the three stages for subjects with realistic values."""
+    """Write the reports of the three stages, with realistic values for ``count`` subjects."""
     rng = np.random.default_rng(0)
     sids = [f"{n:03d}" for n in range(count)]
     right = rng.normal(2800, 450, count).round(1)

@@ -221,7 +221,7 @@ def test_share_of_centres_inside():
     assert measure_share_inside(corners, 4, mask, mask) == 0.5
 
 
-# ------------------------------------------------------------ patches of the reference
+# ------------------------------------------------------------ comparison with reference patches
 
 
 class Thorax:
@@ -261,7 +261,7 @@ def as_offset_uint16(image, path):
 @pytest.mark.reference
 @pytest.mark.parametrize("code", ["LPS", pytest.param("SPL", marks=pytest.mark.slow)])
 def test_reference_patches(thorax, tmp_path, code):
-    """Compare patches voxel by voxel, for the unchanged scan and for a scan with permuted and flipped axes."""
+    """Compare patches with reference patches, for the unchanged scan and a scan with permuted and flipped axes."""
     path = tmp_path / "scan.nii"
     sitk.WriteImage(sitk.DICOMOrient(thorax.raw, code), str(path))
     thorax.check(path)
@@ -284,7 +284,7 @@ def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
 
 @pytest.mark.reference
 def test_every_orientation_gives_the_same_volume(thorax):
-    """Compare the volumes of all 48 orientations. test_reference_patches covers the later stages."""
+    """Compare the volumes of all 48 orientations. test_reference_patches tests the later preprocessing stages."""
     wanted_code = orientation_of(thorax.atlas)
     raw = thorax.raw[::5, ::4, ::3]
     wanted = orient(raw, wanted_code)

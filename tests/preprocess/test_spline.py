@@ -34,7 +34,7 @@ SPACINGS = [(0.7, 0.7, 1.25), (1.0, 1.0, 1.0), (0.98, 0.98, 3.0), (1.5, 1.5, 1.5
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("more", [0, 9])
 def test_equals_itk(spacing, more):
-    """The results also agree for white noise and outside the volume."""
+    """The result equals ITK's, also for white noise and outside the volume."""
     image = sitk.DICOMOrient(volume(spacing), "LAS")
     size = [int(n * s) + more for n, s in zip(image.GetSize(), image.GetSpacing())]
     found = sitk.GetArrayFromImage(resample_spline(image, tuple(size), 1.0, AIR)).astype(int)

@@ -73,7 +73,8 @@ def test_patches_equal_the_scan_at_their_positions(cohort):
                 if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
                     value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
                     differences.append(abs(value - patch[z, y, x]))
-        assert np.median(differences) < 60 and len(differences) > 30  # due to noise and to rounding by half a voxel
+        # Noise and rounding by half a voxel cause differences.
+        assert np.median(differences) < 60 and len(differences) > 30
 
 
 def test_finished_work_is_skipped(cohort, run):
@@ -90,7 +91,7 @@ def test_finished_work_is_skipped(cohort, run):
 
 
 def test_registration_is_reproducible(cohort, run, tmp_path):
-    """ANTs compares a random half of the voxels. The choice of voxels must not depend on the clock."""
+    """ANTs compares a random half of the voxels, which must be the same voxels in every run."""
     folder, store = cohort
     name = "0001_Reg_Atlas_Affine_0GenericAffine.mat"
     again = tmp_path / "s" / "lung_mask"
@@ -168,7 +169,7 @@ def two_subjects(folder, tmp_path):
 
 @pytest.mark.slow
 def test_outputs_of_a_killed_run_are_made_again(cohort, tmp_path, run):
-    """A transform that was written just before a kill, and is not in the report, does not count as the user's own."""
+    """A transform that a killed run wrote but did not report does not count as the user's own file."""
     folder, store = cohort
     atlas = ("--atlas-mask", folder / "atlas_lung_mask.nii.gz")
     flags = two_subjects(folder, tmp_path)
@@ -241,7 +242,8 @@ def test_registration_without_a_transform_fails_in_that_stage(cohort, tmp_path, 
     flags = dict(root_dir=str(tmp_path), overwrite=False, atlas="x", min_dice=0.5)
     with pytest.raises(ScanError, match="wrote no transform") as caught:
         register.register(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
-    assert not isinstance(caught.value, EarlierFailure)  # the summary would only count an EarlierFailure
+    # The summary counts each EarlierFailure, but does not list it.
+    assert not isinstance(caught.value, EarlierFailure)
     assert not list((tmp_path / "transform").glob("*"))
 
 
@@ -449,7 +451,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     image = sitk.ReadImage(str(folder / "image" / "0002.nii.gz"))
     image = sitk.DICOMOrient(image, "RAI")
     middle = image.GetSize()[2] // 2
-    some = image[:, :, middle : middle + 3]  # the network takes seconds per slice
+    some = image[:, :, middle : middle + 3]  # only three slices, because the network takes seconds per slice
     some.SetSpacing((*some.GetSpacing()[:2], 20.0))
     sitk.WriteImage(some, str(tmp_path / "a.nii.gz"))
     (tmp_path / "t.csv").write_text("sid,image\na,a.nii.gz\n")
@@ -670,7 +672,7 @@ def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     from preprocess.subjects import Subject
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
-    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # needs 2 x 33 MB
+    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # one subject needs 2 x 33 MB
     with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
         check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 

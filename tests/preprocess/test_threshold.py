@@ -29,7 +29,7 @@ def make_phantom(index):
 
 
 def phantom(index, orientation="LPS"):
-    """Return the scan and its true lungs."""
+    """Return the scan of a phantom and its true lung mask."""
     hu, lung, origin, spacing = make_phantom(index)
     return to_image(hu, origin, spacing, orientation), to_image(lung, origin, spacing, orientation)
 
@@ -125,7 +125,7 @@ def test_real_scan(reference):
 
 
 def test_distances_equal_scipys():
-    """Compute many large distance transforms in a row. An array that outlived its ITK image would change or crash."""
+    """Compute all distance maps before comparing: an array in the memory of a deleted ITK image could change."""
     rng = np.random.default_rng(0)
     masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
     found = [threshold._squared_distance(mask) for mask in masks]

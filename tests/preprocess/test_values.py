@@ -22,7 +22,7 @@ def outside_mask(values, radius=1.0):
 
 
 def body_mask(values):
-    """Return a mask of the body, without the table and the surrounding air."""
+    """Return a mask of the body, without the scanner table and the surrounding air."""
     y, x = (np.linspace(-1, 1, n) for n in values.shape[1:])
     return ((x / 0.85) ** 2 + (y[:, None] / 0.8) ** 2 < 1)[None].repeat(len(values), 0)
 
@@ -49,7 +49,7 @@ def test_what_padding_hides(values, kind, padding):
 
 
 def test_an_offset_hidden_by_padding_is_refused(values):
-    """Test padding at both ends, as resampling of a tilted scan leaves it, and padding around the body."""
+    """Test padding at both ends of a volume, as resampling of a tilted scan creates, and padding around the body."""
     wrong = values + 1024
     wrong[:6], wrong[-6:] = -1024, -1024
     cut = np.where(body_mask(values), values + 1024, -1024)
@@ -73,7 +73,7 @@ def test_padding_with_impossible_values_becomes_air(values, kind, radius, code):
     dtype, padding = BRIGHT[kind]
     where = outside_mask(values, radius)
     scan = values.copy()
-    scan[20, 22, 26] = padding  # one voxel inside the body has the padding value, as metal may have
+    scan[20, 22, 26] = padding  # one voxel inside the body has the padding value, which metal can also have
     warnings = []
     image = sitk.DICOMOrient(image_of(np.where(where, padding, scan).astype(dtype)), code)
     found = array(sitk.DICOMOrient(check_hounsfield(image, "x", warnings), "LPS"))

@@ -29,7 +29,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_held_out_subjects_are_not_used_for_fitting():
-    """Fitting noise does not raise the score. A signal in fitted subjects is also found in held-out subjects."""
+    """Random labels get a low score. A relation in the fitted subjects predicts the held-out subjects."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
     assert score_held_out(features, rng.normal(size=80), held) < 0.2
@@ -40,13 +40,13 @@ def test_held_out_subjects_are_not_used_for_fitting():
 
 
 def test_joined_tables_average_two_models():
-    """One model uses the second table, the other model both tables. Neither model sees labels of held-out subjects."""
+    """One model uses the second table; the other uses both tables. Neither model sees labels of held-out subjects."""
     rng, model = np.random.default_rng(0), MODELS["regression"]
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
     found = predict_others(model, both, target, held, make_even_weights(60, 4))
-    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # both tables have a sum of squares of 4
+    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # with these weights, both tables have a sum of squares of 4
     each = [predict_others(model, other, target, held), predict_others(model, both, target, held, evenly)]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
@@ -64,7 +64,7 @@ def test_a_wide_table_does_not_drown_a_narrow_one():
 def test_gain_from_an_added_table():
     """A table with new information improves the prediction.
 
-    A table of noise harms the prediction less than in a plain joint model.
+    With an added table of noise, the average of two models predicts better than one model of both tables.
     """
     rng = np.random.default_rng(0)
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60

@@ -14,7 +14,7 @@ from tools.evaluation.tables import describe_other_store
 
 @pytest.fixture
 def store(tmp_path, grid):
-    """Write three subjects with a quarter, half and none of the lung below -950 HU. The last location is chest wall."""
+    """Write three subjects with a quarter, half and none of the lung below -950 HU. The last location has no lung."""
     (tmp_path / "grouped_patch").mkdir(parents=True)
     np.save(tmp_path / "atlas_patch_loc.npy", grid)
     patches = np.full((3, len(grid), 32, 32, 32), -850, dtype=np.int16)
@@ -55,13 +55,13 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
     assert smoothed.max() > 2 * plain.max()
     sigma = np.sqrt(1 + 1 / 12)  # plus 1/12, because the tested kernel is integrated over each voxel
     values = np.stack([gaussian_filter(patch.astype(float), sigma, mode="constant") for patch in noise[0]])
-    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # ignores scipy's zeros outside a patch
+    values /= gaussian_filter(np.ones((32, 32, 32)), sigma, mode="constant")  # correct for scipy's zero padding
     wanted = np.histogram(values, np.linspace(-1024, 240, BINS + 1))[0] / values.size
     assert smoothed[0] == pytest.approx(wanted, abs=0.002)
 
 
 def test_command(tmp_path, make_store, grid, run):
-    """The density predicts a density label. Features of noise predict this label only together with the histogram."""
+    """The density predicts a label of density. Random features predict this label only together with the histogram."""
     rng = np.random.default_rng(0)
     patches = make_store(tmp_path / "s", 24, grid)
     for location in range(len(grid)):
@@ -83,7 +83,8 @@ def test_command(tmp_path, make_store, grid, run):
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
     assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    assert row.count(" to ") == 3  # intervals of the metric and of its differences from features and histogram
+    # There are three intervals: of the metric, of the gain over features, and of the gain over the histogram.
+    assert row.count(" to ") == 3
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
     names = ("density", "density_by_location", "histogram", "histogram_smoothed", "histogram_by_location")

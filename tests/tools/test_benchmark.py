@@ -92,7 +92,7 @@ def test_rows_of_data_and_memory(tmp_path, args):
 
 @pytest.mark.slow
 def test_times_of_the_parts_of_a_scan(tmp_path, run, cohort, monkeypatch):
-    """lungmask's network is left out, because it takes half a minute and another test covers it."""
+    """The test skips segmentation with lungmask's network, which takes half a minute and is covered by another test."""
     folder, _ = cohort
     monkeypatch.setattr(scans, "segment_with_network", lambda image, weights: image)
     flags = ("--scan", folder / "image" / "0002.nii.gz", "--atlas-mask", folder / "atlas_lung_mask.nii.gz")

@@ -32,9 +32,9 @@ def test_an_intact_store(store, run_here):
 
 
 def test_a_store_of_the_published_code(store, run_here):
-    """A store of the published code can be read.
+    """check_store.py can read a store that the published code made.
 
-    Its location table has another name, its patches are floats with NaN, and subjects.csv is missing.
+    The published code uses another table name, may write float patches with NaN, and writes no subjects.csv.
     """
     (store / "atlas_patch_loc.npy").rename(store / "its_patch_loc.npy")
     (store / "subjects.csv").unlink()

@@ -1,4 +1,4 @@
-"""Test that embed_scan.py gives the features of the five stages and the extraction, also if another scan is bad."""
+"""Test that embed_scan.py gives the same features as the five stages and the extraction, even after a bad scan."""
 
 import shutil
 
@@ -111,7 +111,7 @@ def test_a_foreign_table_is_not_overwritten(study, run_here, tmp_path):
 
 @pytest.mark.parametrize("kind", ["moments", "layers"])
 def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kind):
-    """A scan's vectors equal those from the store, and need a standardisation of the same checkpoint and kind."""
+    """Vectors of a scan and of the store are equal. A standardisation of another checkpoint or kind is refused."""
     root, folder = study
     patches = np.load(root / "features" / FILES[kind])
     rng = np.random.default_rng(0)

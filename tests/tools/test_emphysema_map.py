@@ -1,4 +1,4 @@
-"""Test that maps of a planted label are high where the disease is, and have the geometry of their scan."""
+"""Test that maps of a simulated label are high where the disease is, and have the geometry of the scan."""
 
 import numpy as np
 import pandas as pd
@@ -105,7 +105,7 @@ def world(tmp_path_factory):
         height = int(rng.integers(0, 40))
         box = LUNGS[100 if number % 2 else 50]
         dark[64 - height if number % 3 else 16 : 64 if number % 3 else 16 + height, box[1], box[2]] = True
-        noise = rng.uniform(-40, 40, SHAPE)  # the checks would take a narrower peak for air
+        noise = rng.uniform(-40, 40, SHAPE)  # with narrower noise, the checks would mistake the peak for air
         values[2:-2, 2:-2, 2:-2] = (-850 + noise)[2:-2, 2:-2, 2:-2]
         values[dark] = (-930 + noise)[dark]
         sitk.WriteImage(image_of(values), folder / f"{sid}.nii.gz")
@@ -153,7 +153,7 @@ def test_planted_disease_is_located(world, run, tmp_path):
         image = sitk.ReadImage(tmp_path / f"{sid}_dark.nii.gz")
         assert image.GetSize() == SHAPE[::-1] and (tmp_path / f"{sid}_dark.png").stat().st_size > 5000
 
-    before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second call only makes missing maps
+    before = (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns  # a second call makes only the missing maps
     again = run("tools/emphysema_map.py", *flags, cwd=world)
     assert again.stdout == result.stdout and (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns == before
     other = run("tools/emphysema_map.py", *flags, "--stride", 16, cwd=world, check=False)
@@ -187,7 +187,7 @@ def test_bad_arguments_are_refused(world, run_here, tmp_path, flags, message):
 
 
 def test_a_label_in_words(world, run_here, tmp_path):
-    """A label of two words counts as 0 and 1. A label of three words needs an order."""
+    """A label column with two different words is read as 0 and 1. A column with three words needs --order."""
     dark = pd.read_csv(world / "labels.csv", dtype={"sid": str})
     third = np.digitize(dark["dark"], dark["dark"].quantile([1 / 3, 2 / 3]))
     words = dark.assign(grade=np.array(["mild", "light", "severe"])[third], much=np.where(third > 1, "yes", "no"))

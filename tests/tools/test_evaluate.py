@@ -46,7 +46,7 @@ def test_covariates_are_hardly_penalised(kind):
 
 
 def test_the_gain_from_a_table_is_paired():
-    """Two tables share an error. The interval of their difference is therefore narrower, and the sign is right."""
+    """Predictions from two tables share the label's noise, so the interval of the difference of metrics is narrower."""
     rng = np.random.default_rng(2)
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
@@ -69,7 +69,7 @@ def test_r2_does_not_depend_on_the_unit():
 
 
 def test_two_models_together_predict_a_whole_stage():
-    """The mean of two models' spirometry gives a whole stage. The mean of their predicted stages may be a fraction."""
+    """Averaging the spirometry of two models gives a whole stage. Averaging predicted stages may give a fraction."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(150, 4))
     values = x[:, :2] + x[:, 2:] + 0.3 * rng.normal(size=(150, 2))
@@ -79,7 +79,7 @@ def test_two_models_together_predict_a_whole_stage():
     found = predict_others(MODELS["stage"], x, target, others, weights)
     assert set(found) <= {0.0, 1.0, 2.0, 3.0} and np.abs(found - target[others, 0]).mean() < 0.6
     single = [predict_others(MODELS["stage"], x, target, others, row) for row in weights]
-    assert not np.array_equal(*single)  # so the mean of both models' stages is not always whole
+    assert not np.array_equal(*single)  # the models differ, so the mean of their stages is not always a whole number
 
 
 def test_row_order_is_irrelevant_and_constant_features_are_reported(run_here, tmp_path):
@@ -189,7 +189,7 @@ def test_covariates_are_added_to_every_model_and_tested_alone(study, run, tmp_pa
 
 
 def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
-    """Features that only identify the patient predict any label, unless a patient's scans are in one fold."""
+    """Features that only identify the patient predict any label, unless all scans of a patient are in the same fold."""
     rng, folder = np.random.default_rng(1), tmp_path
     patients = np.repeat(np.arange(40), 3)
     sids = [f"s{patient:02d}_{scan}" for patient, scan in zip(patients, [1, 2, 3] * 40)]
@@ -235,7 +235,7 @@ def test_missing_codes_and_left_out_subjects_are_reported(tmp_path, run):
     said = run("tools/evaluate.py", *flags, cwd=tmp_path).stderr
     assert "30 of 40 subjects with features and labels are in every table" in said
     assert "column 'FEV1' has -999 for 3 subjects; if that means missing" in said
-    assert "FutureWarning" not in said  # a label with two values is treated as a class
+    assert "FutureWarning" not in said  # scikit-learn's warnings for the class label are hidden
 
 
 def write_features(path, sids, value="0.5"):
@@ -245,7 +245,7 @@ def write_features(path, sids, value="0.5"):
 def write_labels(path, sids):
     """Write labels: `age` is known for all subjects, `few` for three; `same` is constant, `far` has an infinite cell.
 
-    The other columns test classes and survival.
+    The other columns are for tests of classes and survival.
     """
     count = len(sids)
     table = pd.DataFrame({"sid": sids, "age": range(count), "same": 7, "far": range(count), "one": "p"})
@@ -343,7 +343,7 @@ def test_subjects_without_a_covariate_are_left_out_with_a_note(study, run, tmp_p
 def held_out_tables(folder, count=60):
     """Write a table with two scans per patient.
 
-    `died` and `cls` vary on one side only, `sex` is text, and `odd/name` cannot be a file name.
+    `died` and `cls` vary only where `side` is 1, `sex` is text, and `odd/name` cannot be a file name.
     """
     rng = np.random.default_rng(4)
     sids = [f"{number:04d}" for number in range(count)]
@@ -426,7 +426,7 @@ def test_subjects_missing_from_one_table_are_reported(tmp_path, run_here):
 
 
 def test_row_numbers_are_not_features(tmp_path, run_here):
-    """pandas saves row numbers as a column without a name. A second save names this column 'Unnamed: 0'."""
+    """pandas saves row numbers as a column without a name. If saved again, the column is called 'Unnamed: 0'."""
     features, _ = held_out_tables(tmp_path)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
     without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout

@@ -73,7 +73,7 @@ def test_an_informative_location_is_found(study):
 
 
 def test_importance_equals_ridge_regression():
-    """Compare the importance with scikit-learn's ridge regression on the same folds, with the best penalty."""
+    """Compare a location's importance with scikit-learn's ridge regression on the same folds, at the best penalty."""
     from sklearn.linear_model import Ridge
 
     rng = np.random.default_rng(1)

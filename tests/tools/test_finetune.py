@@ -1,4 +1,4 @@
-"""Fine-tuning learns planted labels, also from few subjects, and refuses bad arguments."""
+"""Test that fine-tuning learns planted labels, even from few subjects, and that bad arguments are refused."""
 
 import argparse
 import json
@@ -187,7 +187,7 @@ def test_training_keeps_the_best_model(monkeypatch, losses, start, best, kept, r
         return next(following)
 
     assert fitting._train_until_no_better(one_round, (model,), "last", start) == (best, rounds)
-    assert model.weight.item() == kept  # the weight counts the rounds up to the best round
+    assert model.weight.item() == kept  # the weight is the number of rounds up to the best round
 
 
 def test_ordered_words_are_grades(tmp_path):

@@ -93,9 +93,8 @@ def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
 
 
 def test_flags_override_the_defaults(monkeypatch):
-    monkeypatch.setattr(
-        launch, "reacts_to_signal", lambda number: True
-    )  # even under nohup, pretend that no signal is ignored
+    # Pretend that no signal is ignored, even if the tests run under nohup.
+    monkeypatch.setattr(launch, "reacts_to_signal", lambda number: True)
     flags = launch.add_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
     assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
     assert launch.add_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]

@@ -18,7 +18,7 @@ from tools.make_cohort import make_phantom, make_subject
 
 @pytest.fixture
 def phantoms(tmp_path):
-    """Make subject 5 twice with seed 3, once with seed 4 and once with one scanner; return (folder, rows) of each."""
+    """Make subject 5 with seed 3 (twice), with seed 4, and with fixed scanner settings; return each (folder, rows)."""
     how = {"first": (3, False, True), "again": (3, False, False), "other": (4, True, False), "one": (3, True, True)}
     return {
         name: (tmp_path / name, make_phantom(seed, 4, "tiny", one, maps, tmp_path / name))

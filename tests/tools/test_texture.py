@@ -1,12 +1,14 @@
-"""Render every class of lung at 0.6 mm and compare its texture with measurements of real patches."""
+"""Render every class of lung tissue at 0.6 mm and compare its texture with measurements of real patches."""
 
 import numpy as np
 import pytest
 
 from tools.cohort.texture import CLASSES, Parenchyma
 
-# Columns: mean and SD of the pixels below -700 HU; shares of all pixels below -950, below -910 and above -700 HU;
-# autocorrelation at 1, 2, 3, 4, 6 and 8 pixels. Source: 1,337 patches of the Chest Imaging Platform's public data.
+# Columns 1 and 2: mean and SD of the pixels below -700 HU.
+# Columns 3 to 5: fractions of all pixels below -950, below -910 and above -700 HU.
+# Column 6: autocorrelation at distances of 1, 2, 3, 4, 6 and 8 pixels.
+# Source: 1,337 patches of the Chest Imaging Platform's public data.
 MEASURED = {
     "normal": (-889, 37, 0.01, 0.26, 0.06, (0.79, 0.46, 0.24, 0.14, 0.07, 0.05)),
     "mild_centrilobular": (-889, 44, 0.04, 0.32, 0.05, (0.80, 0.46, 0.23, 0.10, 0.01, 0.0)),
@@ -36,7 +38,7 @@ def measure(patch):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Return the measured patches (n, 11) of each class, from a block of 150 mm."""
+    """Return the 11 measurements of each patch, (n, 11), for each class of synthetic lung tissue."""
     shape = (96, 248, 248)
     parenchyma = Parenchyma(shape, np.full(3, 0.6), np.random.default_rng(0))
     found = {}

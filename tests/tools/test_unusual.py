@@ -23,7 +23,7 @@ def test_scores_are_mahalanobis_distances():
 
 
 def test_healthy_subjects_are_scored_without_themselves():
-    """With few subjects and many features, a density would score the subjects in its fit lower than new subjects."""
+    """With many features, a density fitted to few subjects would give these subjects lower scores than new subjects."""
     rng = np.random.default_rng(1)
     features = rng.normal(size=(60, 3, 40)) @ rng.normal(size=(40, 40))
     healthy = np.arange(60) < 30

@@ -1,1 +1,1 @@
-"""Synthetic chest CTs with planted disease."""
+"""Synthetic chest CTs with simulated disease."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult's thorax
-# Variation between subjects, relative to the variation between adults. Small phantoms vary less, because their 32 mm
-# patches contain mostly edges of the lung. With full variation, these patches would mainly show the shape of the lung.
+# Variation between subjects, relative to the variation between adults. Small phantoms vary less than large phantoms.
+# The 32 mm patches of small phantoms contain mostly edges of the lung.
+# With full variation, patches of small phantoms would mainly show the shape of the lung.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-# Range of the voxel spacing in mm. The range does not depend on the phantom size, because texture has adult scale.
+# Range of the voxel spacing in mm. The range is the same for all phantom sizes, because texture has adult scale.
 SPACING = (0.65, 0.9)  # in the axial plane
 SLICES = (0.8, 1.5)  # between slices
 
@@ -22,8 +23,8 @@ class Anatomy:
     """
 
     scale: float
-    width: float = 130.0  # half-widths of the thoracic cavity
-    depth: float = 88.0
+    width: float = 130.0  # half of the thoracic cavity's width
+    depth: float = 88.0  # half of the thoracic cavity's depth
     height: float = 260.0  # base to apex
     mediastinum: float = 22.0
     heart: float = 50.0
@@ -31,7 +32,7 @@ class Anatomy:
     notch: float = 1.0
     fat: float = 24.0  # thickness of the fat in the chest wall in mm; not multiplied by scale
     rotation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    inflation: float = 0.0  # decrease of the lung density by deeper inspiration, in HU
+    inflation: float = 0.0  # decrease of the lung density due to deeper inspiration, in HU
 
 
 def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:

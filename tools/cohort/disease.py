@@ -1,4 +1,4 @@
-"""Plant emphysema of five subtypes, reticulation and lesions in a scan."""
+"""Add emphysema of five subtypes, reticulation and lesions to a scan."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ SHARE_QUANTILES = {
     MODERATE: (0.0, 0.007, 0.03, 0.09, 0.28, 0.51, 0.65),
     SEVERE: (0.0, 0.0, 0.0, 0.002, 0.02, 0.17, 0.5),
 }
-# Correlation between the normal scores of these fractions. The last four pairs are guesses; the source lacks them.
+# Correlations between the normal scores of these fractions. Some pairs are guesses, because the source lacks them.
 SHARE_CORRELATION = np.array(
     [
         [1.00, 0.55, 0.35, 0.84, 0.60],
@@ -46,11 +46,11 @@ BASAL_BELOW = 0.5  # fraction of the lung's height below which a voxel is in the
 
 @dataclass
 class Disease:
-    """The disease that is planted in a subject.
+    """The disease that is simulated in a subject.
 
     Attributes:
         shares: fraction of the lung in each of CLASSES; the fractions sum to 1.
-        upper: preference of centrilobular emphysema for the apex; with a negative value it prefers the base.
+        upper: preference of centrilobular emphysema for the apex; negative for a preference for the base.
         cluster_mm: Gaussian width of the clusters of centrilobular emphysema.
         reticulation: fraction of the lung with thickened septa.
         lesion_mm: diameter of the lesion, 0 for none.
@@ -102,10 +102,11 @@ class Lungs:
 
 
 def draw_class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
-    """Return the class of every lung voxel, (n,) uint8. The classes have the fractions in ``disease``.
+    """Return the class of every lung voxel, (n,) uint8. ``disease.shares`` gives the fraction of each class.
 
-    Each subtype lies where it is found in patients. Centrilobular emphysema prefers the apex (by ``disease.upper``) and
-    is most severe inside its clusters. Panlobular emphysema prefers the base, paraseptal emphysema the pleura.
+    Each subtype of emphysema is placed where it usually occurs in patients. Centrilobular emphysema lies mainly near
+    the apex, more so for a large ``disease.upper``, and is most severe inside its clusters. Panlobular emphysema lies
+    mainly near the base, and paraseptal emphysema near the pleura.
     """
     height = 2 * lungs.height - 1  # -1 base, 1 apex
     clusters = disease.upper * height + lungs.field(disease.cluster_mm, rng)
@@ -134,19 +135,19 @@ def plant_disease(
     keep_normal: bool = False,
     base: np.ndarray | float = 0.0,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Plant emphysema, reticulation and a lesion in ``hu``. Textures have adult scale in lungs of every size.
+    """Add emphysema, reticulation and a lesion to ``hu``. The textures are not scaled with the lungs.
 
     Args:
         hu: (z, y, x) float32, modified in place; z points to the head. Lung above -800 HU (vessels) gets no texture.
         lung: labels (z, y, x): 0 outside the lungs, 1 right lung, 2 left lung.
         spacing: voxel spacing in mm, (x, y, z).
-        disease: disease to plant.
+        disease: disease to add.
         keep_normal: leave normal lung unchanged, for a real scan; if False, normal lung also gets a texture.
-        base: HU to add to the textures for the effects of inspiration and gravity, a number or (z, y, x).
+        base: HU added to the textures to model inspiration and gravity; a number or an array (z, y, x).
 
     Returns:
-        The strengths of the planted disease, measured on the voxels, and the class map (z, y, x) uint8. The class map
-        is 0 outside the lungs, and the class plus 1 inside.
+        The strengths of the simulated disease, measured on the voxels, and the class map (z, y, x) uint8. The class map
+        is 0 outside the lungs, and the index into CLASSES plus 1 inside.
     """
     sampling = spacing[::-1]
     lungs = Lungs(lung, sampling)

@@ -1,21 +1,22 @@
-"""Simulate labels from the planted disease: grades, spirometry, exacerbations, survival."""
+"""Simulate a subject's labels from its simulated disease: grades, spirometry, exacerbations, survival."""
 
 import numpy as np
 
-# Thresholds between visual grades. Emphysema: none, trace, mild, moderate, confluent, advanced. Paraseptal: none, mild,
-# substantial.
+# Thresholds between the visual grades of emphysema: none, trace, mild, moderate, confluent, advanced.
 GRADES_AT = (0.07, 0.12, 0.20, 0.34, 0.55)
+# Thresholds between the visual grades of paraseptal emphysema: none, mild, substantial.
 PARASEPTAL_AT = (0.09, 0.14)
-GOLD_AT = (80.0, 50.0, 30.0)  # thresholds between the stages 1 to 4: FEV1 in % of predicted
+GOLD_AT = (80.0, 50.0, 30.0)  # FEV1 in % of the predicted value; thresholds between the GOLD stages 1 to 4
 
 
 def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dict[str, float]:
     """Draw the labels of a subject, each with measurement noise.
 
-    Labels depend on the subtype and location of disease, not only on density. Severe and panlobular emphysema reduce
-    lung function more than moderate emphysema of the same extent. Moderate emphysema reduces lung function three times
-    as much in the lower half of the lungs as in the upper half. Reticulation reduces lung function and survival without
-    lowering density. Mild emphysema causes exacerbations, although it does not lower the mean density.
+    Labels depend on the subtype and location of disease, not only on density. In the simulation, severe and panlobular
+    emphysema reduce lung function more than moderate emphysema of the same extent. Moderate emphysema is simulated to
+    reduce lung function three times as much in the lower half of the lungs as in the upper half. Simulated reticulation
+    reduces lung function and survival without lowering density. Simulated mild emphysema causes exacerbations, although
+    the mean density is not lower.
 
     Args:
         rng: random generator for the noise.

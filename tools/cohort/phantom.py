@@ -18,13 +18,14 @@ class Phantom:
     """A healthy thorax on a voxel grid: HU and lung labels.
 
     Coordinates are patient coordinates in mm: x to the left, y to the back, z to the head. The origin is in the middle
-    of the base of the thoracic cavity. Every structure is computed from the coordinates. Arrays are (z, y, x).
+    of the base of the thoracic cavity. Every anatomical structure is a function of the coordinates. Arrays are
+    (z, y, x).
     """
 
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat_adult = a.fat / s  # at adult scale, like the lengths in _build
+        self.fat_adult = a.fat / s  # thickness of the fat at adult scale, like the lengths in _build
         half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
@@ -107,7 +108,7 @@ class Phantom:
         self._draw_vessels()
         self._draw_airways()
 
-    # Each tube is computed only in the box around its segment.
+    # Compute each tube only inside the bounding box of its segment.
     def _measure_tube_distance(
         self, start: np.ndarray, end: np.ndarray, radius: float
     ) -> tuple[tuple[slice, ...], np.ndarray]:

@@ -15,7 +15,7 @@ class Acquisition(NamedTuple):
 
     noise_hu: float  # SD of the noise in HU, which depends on the dose
     kernel_mm: float  # SD of the Gaussian blur of the reconstruction kernel
-    sharpness: float  # edge enhancement by the kernel, 0 for none
+    sharpness: float  # edge enhancement by the reconstruction kernel, 0 for none
     slice_mm: float  # slice thickness
 
 

@@ -31,7 +31,7 @@ def write_subject(
         seed: random seed of the cohort.
         index: index of the subject.
         images: the scan, and the class map or None to write no class map.
-        planted: strengths of the planted disease.
+        planted: strengths of the simulated disease.
         scanned: scanner settings of the scan.
     """
     sid, rng = subject_name(index), np.random.default_rng([seed, index, 1])

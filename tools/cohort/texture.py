@@ -2,8 +2,8 @@
 
 The textures reproduce measurements on 1,337 patches labelled by radiologists, from the public data of the Chest
 Imaging Platform (full dose, inspiration; 31 x 31 pixels of about 0.6 mm). The measurements are mean and spread in HU,
-fractions of voxels below thresholds, and autocorrelation. Mild centrilobular emphysema has the mean of normal lung.
-Only its texture differs.
+fractions of voxels below thresholds, and autocorrelation. Mild centrilobular emphysema has the same mean HU as normal
+lung and differs only in texture.
 """
 
 from typing import NamedTuple
@@ -19,24 +19,24 @@ NORMAL, MILD, MODERATE, SEVERE, PANLOBULAR, PARASEPTAL = range(len(CLASSES))
 
 MEASURED_SPACING = 0.6  # mm
 VESSEL_HU = 40.0
-_VESSEL_MM = 1.8  # width of the two Gaussian fields, which are both 0 along the axis of a vessel
-_VESSEL_EDGE = (0.3, 0.7)  # profile values at the outer and at the inner edge of a vessel's boundary
-_REGION_MM = 12.0  # width of the Gaussian field that shifts the mean HU of a region
+_VESSEL_MM = 1.8  # width of two Gaussian fields; vessels run along the lines where both fields are 0
+_VESSEL_EDGE = (0.3, 0.7)  # values of the vessel profile at which the vessel fraction of a voxel is 0 and 1
+_REGION_MM = 12.0  # width of the Gaussian field that shifts the mean HU of each region
 _AT = np.linspace(-3.0, 3.0, 7)  # field values, in SD, for which Texture.hu lists the HU
 
 
 class Texture(NamedTuple):
-    """Texture of one class of lung: vessels, and a Gaussian random field with two widths that is mapped to HU."""
+    """Texture of one class of lung tissue: vessels, and a Gaussian random field of two widths, converted to HU."""
 
     hu: tuple[float, ...]  # HU at field values of -3, -2, ... 3 SD
     fine_mm: float  # Gaussian widths of the fine and the coarse part of the field
     coarse_mm: float
     coarse: float  # fraction of the field's variance that comes from the coarse part
     vessels: float  # fraction of voxels above -700 HU
-    region: float  # SD of the mean between regions, in HU
+    region: float  # SD of the mean HU between regions
 
 
-# Fitted to the measurements above. tests/tools/test_texture.py renders these textures and measures the result.
+# These values are fitted to the measurements. tests/tools/test_texture.py renders the textures and measures the result.
 TEXTURES = (
     Texture((-988, -941, -919, -898, -866, -793, -699), 0.68, 1.6, 0.25, 0.06, 15),  # normal
     Texture((-987, -958, -928, -900, -862, -752, -685), 0.68, 1.0, 0.35, 0.05, 20),  # mild centrilobular
@@ -55,7 +55,7 @@ def gaussian_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, r
     The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. Averaging over
     voxels larger than 0.6 mm widens the field and lowers its SD below 1.
     """
-    # Variance that averaging over a voxel adds, beyond the averaging at the spacing of the measurements.
+    # Averaging over a voxel blurs the field. This is the blur's variance, beyond the blur at MEASURED_SPACING.
     box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12
     wide = np.sqrt(width**2 + box)
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), wide / sampling, mode="wrap")
@@ -92,7 +92,7 @@ class Parenchyma:
 
 
 def smooth_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
-    """Return noise as in :func:`gaussian_field` for widths of many voxels: draw on a coarse grid and interpolate."""
+    """Return noise like :func:`gaussian_field`, but drawn on a coarse grid and interpolated, for large widths."""
     step = np.maximum(1, np.floor(width / 2 / sampling)).astype(int)
     coarse = tuple(int(np.ceil(n / k)) + 1 for n, k in zip(shape, step))
     field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (sampling * step))

@@ -1,4 +1,4 @@
-"""Make a cohort from one real scan: deformed copies with planted disease."""
+"""Make a cohort from one real scan: deformed copies with simulated disease."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tools.cohort.phantom import rotation_matrix
 from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
 from tools.cohort.subject import write_subject
 
-NORMAL_HU = -893.0  # median of the texture of normal lung
+NORMAL_HU = -893.0  # median HU of the texture of normal lung
 
 
 def draw_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -60,7 +60,7 @@ def load_template(scan: str, mask: str | None) -> tuple[sitk.Image, sitk.Image]:
 def make_warped_subject(
     seed: int, index: int, template: Path, one_scanner: bool, class_maps: bool, out_dir: Path
 ) -> tuple[dict, dict]:
-    """Deform the template, plant disease and write subject ``index``. Return rows of labels.csv and scans.csv."""
+    """Deform the template, add disease and write subject ``index``. Return rows of labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     image = sitk.ReadImage(str(template / "scan.nii.gz"))
     hu = sitk.GetArrayFromImage(image).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Run the literal implementation in a separate process, with the system's default memory allocation."""
+"""Run the literal implementation of the method in a separate process, with the system's default memory allocation."""
 
 import multiprocessing
 
@@ -51,7 +51,7 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
 
 
 class LiteralProcess:
-    """A process that runs the literal implementation. Call the object with the name of a job to run that job."""
+    """A process that runs the slow reference implementation. Call the object with a job's name to run the job."""
 
     def __init__(self, store: PatchStore, K: int, args):
         context = multiprocessing.get_context("spawn")

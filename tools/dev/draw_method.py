@@ -25,7 +25,7 @@ QUERY, NEIGHBOR, KEY, INK = "#1f77b4", "#2a9d4a", "#d1622b", "#222222"
 
 
 def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query, key and neighbours of one subject, at ``location`` or at the location that shows most lung."""
+    """Return query, key and neighbours of one subject, at ``location`` or at the location that shows the most lung."""
     patches = np.stack([store.read(index, np.array([row]))[0] for index in range(store.num_locations)])
     middle = patches[:, patches.shape[1] // 2]  # draw the middle slice of each patch
     lung = ((middle > -1000) & (middle < -500)).mean(axis=(1, 2))
@@ -136,7 +136,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--store", required=True, help="folder of the patch store")
     parser.add_argument("--sid", help="subject to show (default: the first)")
-    text = "location to show (default: the location whose patch and neighbours show most lung)"
+    text = "location to show (default: the location whose patch and neighbours show the most lung)"
     parser.add_argument("--location", type=int, help=text)
     parser.add_argument("--out", required=True, help="path of the PNG file to write")
     args = parser.parse_args()

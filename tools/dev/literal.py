@@ -1,4 +1,4 @@
-"""A slow, literal implementation of the published method, as the reference of the benchmark."""
+"""A slow, literal implementation of the published method, as the reference for the benchmark."""
 
 import copy
 import math

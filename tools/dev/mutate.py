@@ -57,8 +57,8 @@ ROW = "{id} {file}:{line} {kind}"
 def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
     """Return the file and line index of a mutation, or None if the line is not found or not unique.
 
-    The search order is the drawn line number, the drawn file, files of the same name, and all files. The line must be
-    unique in the first of these that contains it.
+    The line is searched for at its original line number, in its original file, in files of the same name, and in all
+    files. The first of these searches that finds the line must find it only once.
     """
     paths = [path for path in sorted(tree.rglob("*.py")) if not path.is_relative_to(tree / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
@@ -73,9 +73,9 @@ def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
 def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the test files and the pytest flags of each stage for a mutated file.
 
-    The first stages are quick tests: tests named after the file, tests that import the file, tests in the same folder,
-    and tests at the top level. The next stage is the slow tests that are named after the file or import it. With
-    ``whole``, the last stages are all other tests.
+    The first four stages run quick tests: tests named after the file, tests that import the file, tests in the same
+    folder, and tests at the top level. The next stage runs the slow tests that are named after the file or import the
+    file. With ``whole``, the last stages run all remaining tests.
     """
     tests = [str(path.relative_to(tree)) for path in sorted(tree.glob("tests/**/test_*.py"))]
     parts = Path(name.removesuffix("/__init__.py")).with_suffix("").parts
@@ -105,16 +105,16 @@ def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str],
 class Runner:
     """Test mutations in temporary copies of the checkout.
 
-    Setting ``stop`` ends all tests. ``flaky`` stores for a test whether the test fails without a mutation.
+    Setting the event ``stop`` ends all tests. ``flaky`` stores for a test whether the test fails without a mutation.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.stop, self.flaky = args, threading.Event(), dict[str, bool]()
 
     def run_pytest(self, tree: Path, flags: list[str], seconds: float) -> tuple[int | None, str]:
-        """Run pytest. Return the exit status of pytest (None at the time limit) and the output."""
+        """Run pytest. Return the exit status (None if pytest exceeded the time limit) and the output."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc may outlive the mutated line
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc file could keep a mutation
         command = [self.args.python, *PYTEST, f"--rootdir={tree}", f"--basetemp={tree.parent / 'temporary'}", *flags]
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
@@ -134,17 +134,17 @@ class Runner:
         if test not in self.flaky:
             flags = () if "::" in test else ("--collect-only",)
             status, output = self.run_pytest(tree, [test, *flags], self.args.limit)
-            if "::" not in test and status not in (0, 2, 5):  # 2: an error in the test file itself
+            if "::" not in test and status not in (0, 2, 5):  # exit status 2: an error in the test file itself
                 raise UserError(
-                    f"pytest cannot collect {test} without a mutation; fix the test file. {output.strip()[-400:]}"
+                    f"pytest cannot collect {test} even without a mutation; fix the test file. {output.strip()[-400:]}"
                 )
-            self.flaky[test] = status not in (0, 4, 5)  # exit status 4: no test has this id without the mutation
+            self.flaky[test] = status not in (0, 4, 5)  # pytest exits with 4 if the original code has no such test
             if self.flaky[test]:
                 print(f"{test} fails without a mutation and is ignored", flush=True)
         return self.flaky[test]
 
     def run_row(self, tree: Path, row: Row) -> tuple[str, str]:
-        """Test one mutation. Return the result and the failing test."""
+        """Test one mutation. Return the result, for example "caught", and the name of the failing test."""
         place = find_line(tree, row)
         if place is None:
             return "lost", ""
@@ -193,7 +193,7 @@ def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
 
 
 def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
-    """Test the mutations that must still be tested, and write the table after each test."""
+    """Test each mutation for which :func:`is_wanted` is true, and write the table after each test."""
     runner, lock, copies = Runner(args), threading.Lock(), list[Path]()
 
     def work(row: Row) -> None:
@@ -235,17 +235,27 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument(
             "--checkout", type=Path, default=ROOT, help="git checkout with the sources and tests to run"
         )
-    draw.add_argument("--seed", type=at_least(int, 0), default=1, help="random seed of the draw")
-    draw.add_argument("--count", type=at_least(int, 1), default=60, help="number of mutations; about twice --wanted")
+    draw.add_argument("--seed", type=at_least(int, 0), default=1, help="random seed for drawing the mutations")
+    draw.add_argument(
+        "--count",
+        type=at_least(int, 1),
+        default=60,
+        help="number of mutations to draw; use about twice the number of mutations to catch (--wanted)",
+    )
     add = test.add_argument
     add(
         "--suite",
         type=OneOf("old", "new"),
         required=True,
-        help="test suite to run; new tests only the mutations that the old suite caught",
+        help="old: test mutations with the old suite; new: test only the mutations that the old suite caught",
     )
-    add("--wanted", type=at_least(int, 1), default=30, help="number of caught mutations after which --suite old stops")
-    text = "minimum number of caught mutations in each folder before --suite old stops"
+    add(
+        "--wanted",
+        type=at_least(int, 1),
+        default=30,
+        help="with --suite old, number of caught mutations at which testing stops",
+    )
+    text = "with --suite old, number of caught mutations that each folder needs before testing stops"
     add("--least", type=at_least(int, 0), default=4, help=text)
     add("--python", type=os.path.abspath, default=sys.executable, help="Python interpreter that runs the tests")
     add(
@@ -266,7 +276,9 @@ def main() -> int:
         rows = draw_rows(args.checkout, args.seed, args.count)
         kept = read_table(args.table) if Path(args.table).exists() else []
         if any(old[name] != new[name] for old, new in itertools.zip_longest(kept, rows[: len(kept)]) for name in DRAWN):
-            raise UserError(f"--table {args.table} has rows from another draw; choose another file")
+            raise UserError(
+                f"--table {args.table} has mutations from another --seed or other sources; choose another file"
+            )
         write_table(args.table, kept + rows[len(kept) :])
         return 0
     rows = read_table(args.table)

@@ -20,7 +20,7 @@ OPERATORS |= {"<": ("<=", BOUND), "<=": ("<", BOUND), ">": (">=", BOUND), ">=": 
 OPPOSITES = [("<", ">="), (">", "<="), ("==", "!="), ("in", "not in"), ("is", "is not")]
 NEGATIONS = {sign: (other, CHECK) for pair in OPPOSITES for sign, other in (pair, pair[::-1])}
 REDUCE = rb"\.(?:all|any|arg\w+|a?max|a?min|cat|flatten|flip|gather|index_\w+|mean|median|stack|std|sum|unbind|var)\("
-RULES = (  # swapped axes: node types, pattern, and replacement of the pattern's first group
+RULES = (  # swapped axes: node type, pattern, and replacement for the pattern's first group
     (ast.keyword, rb"^(?:dim|axis)=(0)$", rb"1"),
     (ast.keyword, rb"^(?:dim|axis)=(-?[1-9])$", rb"0"),
     (ast.Call, REDUCE + rb"(?:\w+, )?(0)[,)]", rb"1"),
@@ -37,7 +37,7 @@ Row = dict[str, str]  # keys are COLUMNS
 
 
 def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
-    """Return whether a node is not mutated, such as a text, message, flag, annotation, decorator or __main__ block."""
+    """Return whether a node must not be mutated, for example a text, flag, annotation, decorator or __main__ block."""
     match node:
         case ast.Call():
             is_flag = any(ast.unparse(argument).startswith("'--") for argument in node.args)
@@ -75,7 +75,7 @@ def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[
 
 
 def apply_rules(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
-    """Yield the edits that RULES make to a node on a single line."""
+    """Yield the edits that RULES make to a syntax node, if the node lies on a single line."""
     if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
         return
     text = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
@@ -132,7 +132,7 @@ def list_files(checkout: Path) -> list[str]:
 def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
     """Yield mutations (file, line, kind, before, after) in random order, cycling through the kinds.
 
-    Only lines that are unique in their file are used.
+    Only lines that occur once in their file are mutated.
     """
     candidates = [(name, edit) for name, source in sources.items() for edit in find_edits(source)]
     random.Random(seed).shuffle(candidates)
@@ -149,7 +149,7 @@ def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str
 
 
 def draw_rows(checkout: Path, seed: int, count: int) -> list[Row]:
-    """Draw mutations, cycling through the folders. The same seed and sources give the same rows."""
+    """Draw mutations from each folder in turn. The same seed and sources give the same rows."""
     sources: dict[str, dict[str, bytes]] = {folder: {} for folder in FOLDERS}
     for name in list_files(checkout):
         folder = name.split("/")[0] if "/" in name else "."

@@ -4,9 +4,9 @@
 
 The jobs are training on one rank, training on two ranks, each stage of preprocessing, grouping of patches, and feature
 extraction. Each job runs once undisturbed. Each trial starts the job in a new folder and sends a random signal to one
-or all of its processes at a random moment, once or twice. The trial then restarts the job until the job ends by itself.
-The results must be identical to those of the undisturbed run, and no process may remain. 20 trials of all jobs take at
-least an hour on two cores.
+or all of its processes at a random moment, once or twice. After the signals, the trial restarts the job until the job
+ends by itself. The results must be identical to those of the undisturbed run, and no process may remain. 20 trials of
+all jobs take at least an hour on two cores.
 
 The script prints one line per job. The exit status is 1 if a trial failed. <work-dir>/trials.csv lists every trial with
 its result. Run the same command again to resume after the finished trials. Folders of failed trials are not deleted.
@@ -33,18 +33,19 @@ from misc.command import Parser, UserError, at_least, run
 from misc.progress import add_progress_flag, progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")  # KILL is listed twice because no process can catch it
+# KILL is drawn twice as often as the other signals, because no process can catch it.
+SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")
 TRAINING = (
     *("--epochs", "2", "--batch-size", "4", "--moco-k", "8", "--rep-dim", "8", "--moco-dim", "4", "--num-experts", "2"),
     *("--print-freq", "3", "--workers", "1", "--device", "cpu", "--save-minutes", "0.02", "--no-progress"),
 )
 TIME_LIMIT = 300.0  # seconds per start
-LINGER = 20.0  # seconds within which all other processes of a job must end after its main process
+LINGER = 20.0  # all other processes of a job must end within this many seconds after the main process
 STARTS = 8  # maximum number of starts per trial, including the undisturbed last start
 
 
 class Job(NamedTuple):
-    """A command that is started and killed in trials.
+    """A command that the soak test starts and interrupts with signals.
 
     Attributes:
         command: command line, run in the folder of the trial.
@@ -96,7 +97,7 @@ def fingerprint_training(folder: Path) -> dict[str, str]:
 
 
 def list_jobs() -> dict[str, Job]:
-    """Return all jobs, in the order from scans to features."""
+    """Return all jobs in the order of the pipeline, from scans to features."""
     python, store = sys.executable, ("--root-dir", "store")
     scans = ("--input-csv", "cohort/dataset.csv", "--num-workers", "2", "--no-progress")
     atlas = ("--atlas-mask", "cohort/atlas_lung_mask.nii.gz")
@@ -206,7 +207,10 @@ def start(job: Job, folder: Path) -> subprocess.Popen:
 
 
 def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
-    """Send a signal after ``moment`` seconds if the process still runs. Return the signal and targets, or ``""``."""
+    """Send a signal after ``moment`` seconds if the process still runs.
+
+    Return a text that names the signal and its targets, or ``""`` if the process has already ended.
+    """
     try:
         process.wait(moment)
         return ""
@@ -228,7 +232,7 @@ def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) ->
 
 
 def leave(process: subprocess.Popen) -> str:
-    """Wait until all processes of a job have ended, or kill them. Return a description of the problem, or ``""``."""
+    """Wait for the end of all processes of a job, and kill those that do not end. Return the problem, if any."""
     try:
         process.wait(TIME_LIMIT)
     except subprocess.TimeoutExpired:
@@ -247,7 +251,7 @@ def leave(process: subprocess.Popen) -> str:
 def run_trial(
     job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random
 ) -> tuple[list[str], str]:
-    """Run one trial. Return the signals that were sent, and what is wrong with the result (``""`` if nothing)."""
+    """Run one trial. Return the signals that were sent, and how the result is wrong (``""`` if it is correct)."""
     sent = []
     for number in range(STARTS):
         process = start(job, folder)
@@ -284,7 +288,7 @@ def parse_arguments() -> argparse.Namespace:
         default=5,
         help="size of the synthetic cohort; larger cohorts take longer",
     )
-    add("--seed", type=at_least(int, 0), default=0, help="random seed; a different seed kills jobs at different times")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed for when and how jobs are killed")
     add_progress_flag(parser)
     args = parser.parse_args()
     unknown = [name for name in args.jobs if name not in list_jobs()]
@@ -311,7 +315,9 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
     began = time.monotonic()
     process = start(job, plain)
     if leave(process) or process.returncode:
-        raise UserError(f"{name} failed undisturbed with exit status {process.returncode}; see {plain / 'output.txt'}")
+        raise UserError(
+            f"{name} failed in the undisturbed run with exit status {process.returncode}; see {plain / 'output.txt'}"
+        )
     seconds, wanted = time.monotonic() - began, job.made(plain)
     for number in missing:
         rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"

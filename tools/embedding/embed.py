@@ -29,8 +29,8 @@ from preprocess.registration import check_overlap, measure_overlap, register_mas
 from preprocess.scan import ScanError, load_scan, with_warnings
 from tools.evaluation.vectors import Standardization
 
-OUTSIDE = 0.1  # the verdict warns if a larger fraction of the patch voxels lies outside the scan
-OFF = 0.7  # the verdict warns if fewer patch centres lie in the lungs than this fraction of those in the atlas
+OUTSIDE = 0.1  # the verdict warns if more than 10 % of the patch voxels lie outside the scan
+OFF = 0.7  # the verdict warns if fewer patch centres lie in the lungs than 0.7 times the number in the atlas
 
 
 class Embedded(NamedTuple):
@@ -94,7 +94,7 @@ class Embedder:
             shape, self.width = (len(self.table), patch_width), 2 * patch_width
             if (there := self.standardization.mean.shape) != shape:
                 raise UserError(
-                    f"--standardization {standardization} has (locations, features) {there} but this checkpoint has "
+                    f"--standardization {standardization} has (locations, features) = {there}, but this checkpoint has "
                     f"{shape}; make it from features of this checkpoint"
                 )
         self.encoder = encoder.to(device)
@@ -104,8 +104,8 @@ class Embedder:
     def encode(self, patches: np.ndarray) -> np.ndarray:
         """Encode patches: (L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32.
 
-        The result equals that of extract_feature.py for a store with one subject. With the patient vector ``layers``, h
-        is followed by the summaries of all layers in each row, as in models.frozen.
+        The result equals that of extract_feature.py for a store with one subject. With the patient vector ``layers``,
+        each row also contains the summaries of all layers after h, as in models.frozen.
         """
         layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
@@ -113,7 +113,7 @@ class Embedder:
             return encode_patch_per_location(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
         frozen = FrozenLocations(self.encoder, self.locations)
         encoded = []
-        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # freeze the locations in one call, encode in parallel
+        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # freeze several locations per call, then encode in parallel
             pairs = [
                 (frozen[index], hu[index : index + 1]) for index in range(len(hu))[first : first + LOCATIONS_AT_ONCE]
             ]
@@ -161,7 +161,10 @@ class Embedder:
 
 
 def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: str) -> Standardization | None:
-    """Read the standardisation for a patient vector. Return None for the mean, which needs none. Raises UserError."""
+    """Read the standardisation for a patient vector. Raises UserError.
+
+    Return None for the vector ``mean``, which needs no standardisation.
+    """
     if kind == "mean":
         if path:
             raise UserError(

@@ -11,11 +11,11 @@ def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     Args:
         rows: table with arm, seed, column, table, r2; the arm ``baseline`` has one row per column and table.
-        reference: the arm that is subtracted.
+        reference: the arm that is subtracted from the other arms.
 
     Returns:
-        One row per column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the
-        reference also have difference and difference_sd, over the seeds that an arm shares with the reference. An
+        One row per column, arm and table, with mean, sd and seeds. Other arms than ``baseline`` and the reference also
+        have the mean and SD of their difference to the reference over shared seeds (difference, difference_sd). An
         undefined number is NaN, for example the SD of one seed.
     """
     found = []

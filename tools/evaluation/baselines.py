@@ -13,8 +13,8 @@ from misc.sizes import HU_MAX, HU_MIN
 
 BINS = 32  # histogram bins of equal width over [-1024, 240] HU
 EMPHYSEMA_HU = -950  # the clinical threshold for emphysema
-PARENCHYMA_HU = -500  # lung tissue has fewer HU, chest wall and heart have more HU
-SMOOTHING = 1.0  # sigma in voxels, against the noise of low doses; on phantoms, 2 and 3 gave worse predictions
+PARENCHYMA_HU = -500  # HU; lung tissue lies below this value, chest wall and heart above
+SMOOTHING = 1.0  # sigma in voxels, to reduce the noise of low-dose scans; on phantoms, 2 and 3 gave worse predictions
 ROWS_AT_ONCE = 64
 
 
@@ -29,7 +29,7 @@ def count_voxels(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
 
 
 def smooth(patches: np.ndarray) -> np.ndarray:
-    """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SMOOTHING voxels, as augmentation ``s`` does."""
+    """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SD SMOOTHING voxels, as augmentation ``s`` does."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))
     sigma = torch.full((1, 3), SMOOTHING, dtype=torch.float64)
     (bands,) = Augmentation("s").prepare([{"sigma": sigma}], volumes.shape[1:])
@@ -43,12 +43,12 @@ class Counts(NamedTuple):
 
     histogram: np.ndarray  # (N, L, BINS)
     smoothed: np.ndarray  # (N, BINS) histogram over all patches after smoothing
-    low: np.ndarray  # (N, L) voxels below -950 HU
-    lung: np.ndarray  # (N, L) voxels below -500 HU
+    low: np.ndarray  # (N, L) number of voxels below -950 HU
+    lung: np.ndarray  # (N, L) number of voxels below -500 HU
 
 
 def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
-    """Count the voxels of every patch of a store.
+    """Count the voxels of every patch of a store by their HU.
 
     Smoothing takes most of the time. Without ``smoothed``, the patches are not smoothed and ``Counts.smoothed`` is 0.
     """
@@ -79,7 +79,7 @@ def make_baseline_tables(
         density: share of the lung below -950 HU, one number per subject.
         density_by_location: share of the lung below -950 HU in each patch.
         histogram: 32 bins over all patches of a subject.
-        histogram_smoothed: histogram after smoothing with a Gaussian of 1 voxel; only with ``smoothed``.
+        histogram_smoothed: histogram after smoothing with a Gaussian of SD 1 voxel; only with ``smoothed``.
         histogram_by_location: 32 bins for each patch.
     """
     histogram, of_smoothed, low, lung = count_store_voxels(store, no_progress, smoothed)

@@ -90,8 +90,9 @@ class EvaluatedSubjects:
         """Split the k rows that are ``known`` into the part that models are fitted to and the held-out part.
 
         Returns:
-            One part without --held-out, else two parts. Each part has the beginning of an error message, its rows (k,)
-            bool, the number of folds for :func:`find_label_problem`, and the minimum number of patients.
+            With --held-out, the training part and the held-out part; otherwise one part with all rows. Each part is
+            a tuple: the beginning of an error message, a mask (k,) bool of the part's rows, the number of folds for
+            :func:`find_label_problem`, and the minimum number of patients.
         """
         if self.held_out is None:
             return [("", np.ones(known.sum(), dtype=bool), folds, folds)]
@@ -100,7 +101,7 @@ class EvaluatedSubjects:
 
 
 def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
-    """Return the labels to predict, each with the rows (N,) bool that have a value. Raises StoreError."""
+    """Return the labels to predict, each with the subjects (N,) bool that have a value. Raises StoreError."""
     taken = {args.held_out, args.group_column, args.time_column, args.event_column, *args.covariates}
     unknown = next((name for name in args.kind if name not in cohort.names), None)
     if unknown:
@@ -179,7 +180,7 @@ def find_reason_to_skip(name: str, values: np.ndarray) -> str:
 def find_problem_in_parts(
     cohort: EvaluatedSubjects, values: np.ndarray, known: np.ndarray, kind: str, folds: int
 ) -> str:
-    """Return why labels (N, ...) cannot be predicted, or "" if they can. With --held-out, check both parts.
+    """Return why labels (N, ...) cannot be predicted, or "" if they can; check fitted and held-out subjects.
 
     Args:
         known: (N,) bool, rows that have a value.

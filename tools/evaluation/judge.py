@@ -24,8 +24,8 @@ class Label(NamedTuple):
     Attributes:
         name: name of the label column; for survival, of the event column.
         kind: regression, log10, grade, class, survival or stage.
-        target: (N,) numbers, or class numbers 0, 1, ... for classes. Survival has (N, 2) times and events. A stage has
-            (N, 3) columns: the stage and the two values that define a stage.
+        target: (N,) numbers, or class numbers 0, 1, ... for classes. For survival, (N, 2): times and events. For a
+            stage, (N, 3): the stage and the two values that define a stage.
         classes: the original value of each class number.
         time: name of the column of follow-up times; only for survival.
     """
@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
 
 
 def select_metrics(kind: str) -> dict[str, Metric]:
-    """Return the metrics of a kind of label, by name. The first one is used to compare tables."""
+    """Return the metrics of a kind of label, by name. The first metric is used to compare tables."""
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
@@ -67,25 +67,26 @@ def evaluate_label(
     seed: int = 0,
     added_to: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Evaluate tables by nested, repeated cross-validation: penalty, scaling and decision tree are fitted in each fold.
+    """Evaluate tables by nested, repeated cross-validation; every fold chooses its own penalty and scaling.
 
-    All tables share folds and resamples. In each repeat, every subject is predicted once by a model that has not seen
-    any scan of this patient. A metric is computed from all N predictions of a repeat and averaged over the repeats.
+    All tables use the same folds and bootstrap resamples. In each repeat, every subject is predicted once by a model
+    that has not seen any scan of the same patient. A metric is computed from all N predictions of a repeat and averaged
+    over the repeats.
 
     Args:
         label: a label with a value for each of the N subjects.
-        tables: features (N, D), or objects that compute features for each fold. The first table is compared to each
-            other table.
+        tables: features (N, D), or objects that compute features for each fold. The first table is compared with
+            every other table.
         groups: (N,) patient numbers.
         folds: number of folds in each repeat.
         weights: column weights of a table, (D,), or (models, D) to average several models (default: ones).
         held_out: (N,) bool, test subjects for a model that is fitted to all others; None for cross-validation.
         seed: random seed of folds, bootstrap and permutations.
-        added_to: maps the name of a joined table to the name of one of its parts.
+        added_to: maps the name of a joined table to the name of the part that other columns were added to.
 
     Returns:
-        Metrics and predictions. The first metric of a table also has paired differences with intervals:
-        ``{first}_minus_this`` and, for a table in ``added_to``, ``this_minus_{other}``.
+        Metrics and predictions. For the first metric, each further table also has its paired difference to the first
+        table, ``{first}_minus_this``, with an interval. A table in ``added_to`` also has ``this_minus_{other}``.
     """
     metrics, repeats = select_metrics(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
@@ -95,7 +96,7 @@ def evaluate_label(
     stratum = make_strata(by_fold, "class" if target.ndim == 2 else label.kind)
 
     def predict(name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
-        """Predict the reported subjects, (reported, ...)."""
+        """Return predictions for the subjects to report on, one row per subject."""
         table, of_columns = tables[name], (weights or {}).get(name)
         if held_out is not None:
             return predict_others(MODELS[label.kind], table, truth, held_out, of_columns)
@@ -106,7 +107,7 @@ def evaluate_label(
     permuted = [target[rng.permutation(len(groups))] for _ in range(PERMUTATIONS)]
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     predictions: dict[str, np.ndarray] = {}
-    samples: dict[str, np.ndarray] = {}  # table -> first metric of all subjects and of each resample
+    samples: dict[str, np.ndarray] = {}  # table -> the first metric, for all subjects and for each resample
     for name in tables:
         given = [predict(name, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)

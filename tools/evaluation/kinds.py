@@ -5,17 +5,17 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 KINDS = ("regression", "log10", "grade", "class")
-MOST_GRADES = 10  # maximum number of different values of a grade or a class
+MOST_GRADES = 10  # maximum number of different values of a grade or class label
 MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
 EXCEL_DATES = (20000, 60000)  # Excel's day numbers for 1954 to 2064; follow-up times of so many days are implausible
-FEWEST = 5  # minimum number of patients in the held-out part, and of events in each part of --held-out
+FEWEST = 5  # minimum number of patients in the held-out part, and of events in the training and the held-out part
 
 
 def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
     """Return the kind of a column of words, or "" for a column of numbers.
 
-    The kind is ``grade`` if --order gives three or more words, else ``class``.
+    A column of words is a ``grade`` if --order gives three or more words for the column, else a ``class``.
     """
     if name not in words:
         return ""
@@ -25,7 +25,7 @@ def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Co
 def guess_kind(values: np.ndarray) -> str:
     """Guess the kind of a label from its known values (n,).
 
-    Two different values are classes, a few whole numbers close together are grades, and anything else is regression.
+    A label with two values has classes, a few whole numbers close together are grades, and the rest is regression.
     """
     distinct = np.unique(values)
     if len(distinct) == 2:
@@ -56,7 +56,7 @@ def find_label_problem(values: np.ndarray, kind: str, folds: int) -> str:
 def find_missing_code(values: np.ndarray) -> float | None:
     """Return the lowest or highest of known values (n,) if it looks like a code for missing values, else None.
 
-    Such a code is a number that is often used for missing values and is far from all other values.
+    A code for missing values is a number that is often used for this purpose and is far from all other values.
     """
     if len(values) < 2:
         return None
@@ -75,7 +75,7 @@ def recognize_date(values: np.ndarray) -> str:
     if not len(values) or np.any(values != np.rint(values)):
         return ""
     year, month, day = values // 10000, values // 100 % 100, values % 100
-    # Days may be off by one: labels are float32, which cannot represent odd numbers of eight digits.
+    # The day may be off by one, because labels are float32, which cannot represent odd numbers of eight digits.
     if np.all((year >= 1900) & (year <= 2100) & (month >= 1) & (month <= 12) & (day <= 32)):
         return "dates (year, month, day)"
     if np.all((values >= EXCEL_DATES[0]) & (values <= EXCEL_DATES[1])):
@@ -92,7 +92,7 @@ def find_survival_problem(time: np.ndarray, event: np.ndarray, fewest: int, a_si
         time: (n,) follow-up times.
         event: (n,) events, 0 or 1.
         fewest: minimum number of events.
-        a_side: True if --held-out is used, which has no folds.
+        a_side: True if the subjects are one side of a --held-out split, so that there are no folds.
     """
     if kind := recognize_date(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"

@@ -22,8 +22,8 @@ def make_even_weights(*widths: int) -> np.ndarray:
 
     Each row is a model: the first model uses only the last table, and the second model uses all tables. In the second
     model, all tables have the same sum of squares, so that a table with many columns does not dominate the others. The
-    predictions of the two models are averaged. Choosing one of two models on a few hundred subjects is noisier (the
-    forecast combination puzzle: Stock and Watson, 2004).
+    predictions of the two models are averaged. With a few hundred subjects, choosing the better model is noisier than
+    averaging both (the forecast combination puzzle: Stock and Watson, 2004).
     """
     alone = np.repeat([*np.zeros(len(widths) - 1), 1.0], widths)
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
@@ -69,7 +69,7 @@ def predict_grade(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
 def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Predict probabilities (n, classes) of classes 0, 1, ... by logistic regression.
 
-    A class that no fitted subject has gets probability 0.
+    A class that is missing from the training subjects gets probability 0.
     """
     from sklearn.linear_model import LogisticRegressionCV
 
@@ -80,7 +80,8 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
         return probabilities
     settings = dict(Cs=np.logspace(-5, 1, 7), cv=min(INNER_FOLDS, counts.min()), scoring="neg_log_loss")
     if len(present) == 2:
-        settings["solver"] = "newton-cholesky"  # several times faster; more classes require scikit-learn 1.6
+        # This solver is several times faster than the default. With more classes, it requires scikit-learn 1.6.
+        settings["solver"] = "newton-cholesky"
     if settings["cv"] < 2:
         from sklearn.linear_model import LogisticRegression
 
@@ -88,7 +89,7 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
     else:
         model = LogisticRegressionCV(**settings, class_weight="balanced", max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about defaults that change in scikit-learn 1.10
+        warnings.simplefilter("ignore", FutureWarning)  # warnings about defaults that change in scikit-learn 1.10
         probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
     return probabilities
 
@@ -117,7 +118,7 @@ def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
 def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
     """Predict a stage like predict_stage, but from several tables.
 
-    The two predicted spirometry values are averaged over the tables, because a mean of stages is not a stage.
+    Predicted spirometry is averaged over the tables, because a mean of predicted stages may be a fraction.
     """
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
@@ -153,7 +154,7 @@ def predict_others(
         model: one of MODELS.
         features: (N, D), or an object that computes features (N, D) for a set of fitted rows.
         target: (N, ...).
-        others: (N,) bool, the rows to predict. Model and scaling are fitted to all other rows.
+        others: (N,) bool, the rows to predict. The model and the scaling are fitted to the remaining rows.
         weights: column weights (D,), or (models, D) to average the predictions of several models.
 
     Returns:
@@ -176,8 +177,8 @@ def _reduce_to_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarr
     """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
     If a model penalises its squared weights, the weights lie in the row space of ``fitted``. An orthogonal rotation
-    maps this space to the first r columns. The rotation is computed from the inner products of the rows, (n, n), which
-    is about five times faster than a QR decomposition of 4,096 columns.
+    maps this row space to the first r columns. The rotation matrix is computed from the inner products of the rows, (n,
+    n). For 4,096 columns, this is about five times faster than a QR decomposition.
     """
     if fitted.shape[1] <= len(fitted):
         return fitted, target, asked

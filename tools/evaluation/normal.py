@@ -3,7 +3,7 @@
 import numpy as np
 
 FOLDS = 5
-ENOUGH = 20000  # maximum number of deviations from the mean for estimating the covariance
+ENOUGH = 20000  # maximum number of patches from which the covariance is estimated
 FEWEST = 10  # minimum number of healthy subjects
 LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file may exceed the memory
 
@@ -16,7 +16,7 @@ class HealthyDensity:
     Args:
         features: (N, L, D) patch features, in memory or memory-mapped.
         rows: (n,) rows of the healthy subjects that the density is fitted to.
-        seed: random seed for drawing ENOUGH deviations from the mean, if there are more.
+        seed: random seed for drawing ENOUGH patches, if there are more.
     """
 
     def __init__(self, features: np.ndarray, rows: np.ndarray, seed: int = 0):
@@ -46,16 +46,16 @@ class HealthyDensity:
 
 
 def split_locations(locations: int) -> list[slice]:
-    """Split the locations into slices of LOCATIONS_AT_ONCE."""
+    """Split the locations into slices of LOCATIONS_AT_ONCE locations."""
     return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
 
 
 def score_patches(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
     """Score every patch: features (N, L, D) and healthy (N,) bool -> (N, L).
 
-    A healthy subject is scored by a density of other healthy subjects, because a density that was fitted to a subject
-    gives this subject a lower score. All other subjects get the mean score over these densities. Each density is
-    fitted to about the same number of healthy subjects.
+    The density that scores a healthy subject is fitted to other healthy subjects, because a density gives lower scores
+    to the subjects it was fitted to. Subjects who are not healthy get the mean score over the densities of all folds.
+    Each density is fitted to about the same number of healthy subjects.
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(healthy))
     others = np.flatnonzero(~healthy)

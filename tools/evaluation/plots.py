@@ -17,10 +17,10 @@ def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, pat
     curves by predicted risk.
 
     Args:
-        label: the label, for N subjects.
-        judged: its evaluation.
-        table: name of the table.
-        reported: (N,) bool, the subjects that were predicted.
+        label: the label, with the true values of N subjects.
+        judged: evaluation of the label.
+        table: name of the table of features.
+        reported: (N,) bool, the subjects to plot.
         path: PNG file to write.
     """
     import matplotlib
@@ -30,7 +30,7 @@ def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, pat
 
     label = label._replace(
         name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$")
-    )  # a $ would start a formula in matplotlib
+    )  # matplotlib would treat a $ as the start of a formula
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     truth, predicted = label.target[reported], judged.predictions[table]
     main, figures = next(iter(judged.figures[table].items()))
@@ -79,7 +79,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = split_by_risk(predicted, number)
-    there = np.unique(group)  # has only one group if all predicted risks are equal
+    there = np.unique(group)  # only one group if all predicted risks are equal
     for position, index in enumerate(there):
         rows = group == index
         times, share = kaplan_meier(time[rows], event[rows])
@@ -93,7 +93,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
         _numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    text = f"{label.time or 'time'} (above: number at risk; ticks: censored)"
+    text = f"{label.time or 'time'} (numbers above: at risk; ticks: censored)"
     panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
     title = f"log-rank p = {compute_log_rank(time, event, group):.2g}" if len(there) > 1 else "all risks are equal"

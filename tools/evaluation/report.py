@@ -22,8 +22,8 @@ def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
 def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return one row per label, metric and table: value, 95 % interval, permuted labels, and paired differences.
 
-    One difference is the metric of the features minus the metric of the table. If the table includes another table, the
-    other difference is the metric of the table minus the metric of the included table.
+    The column "features minus this" is the metric of the features minus the metric of the table. If the table includes
+    another table, the column "gain" is the metric of the table minus the metric of the included table.
     """
     lines = [
         "| label | metric | table | value (95 %) | permuted | features minus this (95 %) | gain (95 %) |",
@@ -60,7 +60,7 @@ CHANCE = {"r2": 0.0, "kappa": 0.0, "auroc": 0.5, "c_index": 0.5}
 
 
 def explain_results(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
-    """Return lines that explain surprising results."""
+    """Return lines of the report that explain surprising results."""
     negative, chance = [], []
     for label, tables in results.items():
         metric, figures = next(iter(tables["features"].items()))
@@ -83,7 +83,7 @@ def explain_results(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) ->
 
 
 def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
-    """Return a line on whether the features improve predictions from the histogram, which matters for clinical use."""
+    """Return a line that states whether adding the features to the histogram improves the predictions."""
     added, useless = {}, []
     for label, tables in results.items():
         metric, figures = next(iter(tables.get("features+histogram", {"": {}}).items()))

@@ -1,4 +1,4 @@
-"""Folds that keep all scans of a patient together and are balanced in the label."""
+"""Cross-validation folds that keep all scans of a patient together and are balanced by the label."""
 
 import re
 
@@ -11,7 +11,7 @@ _SCAN = re.compile(
 
 
 def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the fold of every subject, (n,). Groups stay together, and strata are spread evenly over the folds.
+    """Draw the fold of every subject, (n,). Each group is in one fold, and strata are spread evenly over the folds.
 
     Args:
         strata: (n,) numbers, such as the class or the rank of the label. The first subject of a group determines the
@@ -21,7 +21,7 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
         rng: random generator.
     """
     _, first, inverse, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
-    # Sort groups by stratum, then by size (large first), then at random, and assign them to the emptiest folds.
+    # Sort groups by stratum, then by size (largest first), then at random. Fill the emptiest folds first.
     order = np.lexsort((rng.random(len(first)), -sizes, strata[first]))
     fold_of_group, filled = np.empty(len(first), dtype=int), np.zeros(folds)
     offset = rng.permutation(folds)
@@ -51,7 +51,11 @@ def draw_resamples(groups: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 
 def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tuple[int, int] | None:
-    """Find a patient with scans in both parts. Return one row that is not held out and one held-out row, or None."""
+    """Find a patient with scans inside and outside the held-out part.
+
+    Return the rows of two scans of this patient, first the scan that is not held out. Return None if no patient
+    has both kinds of scans.
+    """
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):
         return None
@@ -62,13 +66,13 @@ def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tupl
 def find_scans_of_one_patient(sids: list[str]) -> list[str]:
     """Return two or more sids that look like scans of one patient, or an empty list if there are none.
 
-    These sids differ only in a suffix for the scan. Names that only count subjects, such as 001 and 002, do not match:
-    the part before the suffix must contain a digit and must differ between patients.
+    Sids of one patient differ only in the suffix that identifies the scan. Plain subject numbers, such as 001 and 002,
+    do not match: the part before the suffix must contain a digit and must differ between patients.
     """
     of_patient: dict[str, list[str]] = {}
     for sid in sids:
         stem = _SCAN.sub("", sid)
-        within_a_number = sid[len(stem) :].isdigit() and stem[-1:].isdigit()  # 0001 is not scan 01 of patient 00
+        within_a_number = sid[len(stem) :].isdigit() and stem[-1:].isdigit()  # sid 0001 is not scan 01 of patient 00
         if stem != sid and re.search(r"\d", stem) and not within_a_number:
             of_patient.setdefault(stem, []).append(sid)
     several = [names for names in of_patient.values() if len(names) > 1]

@@ -41,7 +41,7 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     last = _find_last_ties(time[order])
     events = max(1.0, event.sum())
     # With descending times, every risk set is a prefix of the subjects, so sums over risk sets are cumulative sums.
-    # In a sum over all events, a subject gets the summed weight of all events up to the subject's own time.
+    # A subject is in the risk sets of all events up to its own time, so sums over these events are cumulative sums too.
     beta = np.zeros(x.shape[1])
 
     def value(beta: np.ndarray) -> float:
@@ -93,7 +93,7 @@ def choose_penalty(features: np.ndarray, time: np.ndarray, event: np.ndarray, fo
 def c_index(truth: np.ndarray, risk: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return Harrell's C-index: among comparable pairs, the share in which the earlier event had the higher risk.
 
-    Equal risks count as one half. A pair is comparable if it is known which subject had the event first.
+    A pair with equal risks counts as one half. A pair is comparable if it is known which subject had the event first.
 
     Args:
         truth: (n, 2) time and event.

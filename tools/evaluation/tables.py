@@ -79,7 +79,7 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{path} lacks subject {lacking!r} of the patient features; take both files from one extraction"
+            f"{path} lacks subject {lacking!r} of the patient features; use features of one extraction only"
         )
     return features[[rows[sid] for sid in sids]]
 
@@ -92,13 +92,13 @@ class ChosenVector(NamedTuple):
 
 
 def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> ChosenVector:
-    """Resolve --patient-vector. The default is the first of layers, moments and mean with a file next to the features.
+    """Resolve --patient-vector. The default is layers if its file is next to ``features``, else moments, else mean.
 
     Args:
         kind: value of --patient-vector, or None.
         features: path of patient_features.csv.
         patches: value of --patch-features, or None for the file next to ``features``.
-        note: function that prints a line of text; called if the default is not ``layers``.
+        note: function that prints a line of text; called if ``kind`` is None and moments or the mean are chosen.
 
     Raises:
         StoreError: the file of patch features does not exist.
@@ -120,7 +120,7 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
                     f"(extract_feature.py --layers): using --patient-vector moments"
                 )
             return ChosenVector(best, path)
-    note(f"no patch features next to {features}; using --patient-vector mean, the table itself")
+    note(f"no patch features next to {features}; using --patient-vector mean, which is the table itself")
     return ChosenVector("mean", None)
 
 
@@ -141,8 +141,8 @@ def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[st
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{chosen.patches} lacks subject {lacking!r} of the patient features; take both files from "
-            "one extraction, or --patient-vector mean"
+            f"{chosen.patches} lacks subject {lacking!r} of the patient features; use features of one "
+            "extraction only, or --patient-vector mean"
         )
     return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
 
@@ -156,13 +156,15 @@ def add_vector_flags(parser: Parser, patches: bool = True) -> None:
     text += " (default: layers, else moments, if the file is next to --features, else mean)"
     parser.add_argument("--patient-vector", type=OneOf(*VECTORS), help=text)
     if patches:
-        text = "patch features for --patient-vector (default: the .npy file next to --features that fits the vector)"
+        text = (
+            "file of patch features (default: layer_arr_patch_full.npy or pred_arr_patch_full.npy next to --features)"
+        )
         parser.add_argument("--patch-features", metavar="NPY", help=text)
 
 
 def add_label_flags(parser: Parser) -> None:
     """Add --order (pairs of a column and its words) and --missing (numbers) for label tables."""
-    text = "use words as grades in this order, such as Overall.Stage=I,II,IIIa; without --order, words are classes"
+    text = "treat the words of a column as ordered grades, such as Stage=I,II,IIIa; without --order, words are classes"
     parser.add_argument("--order", action="append", default=[], metavar="COLUMN=A,B,C", type=_parse_order, help=text)
     text = "numbers that stand for missing values in all label columns, such as 999"
     parser.add_argument("--missing", nargs="+", type=float, default=[], metavar="NUMBER", help=text)
@@ -190,7 +192,9 @@ def read_patch_sids(path: Path) -> list[str]:
 
 
 def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read a column of 0 and 1. Return which subjects are healthy (1), and which subjects have a value, (N,) bool each.
+    """Read a column of zeros and ones.
+
+    Return which subjects are healthy (1), and which subjects have a value, (N,) bool each.
 
     Raises:
         StoreError: the column is missing, has other values, or has fewer healthy subjects than ``fewest``.
@@ -321,7 +325,11 @@ def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
 
     others = {bare(sid): sid for sid in there if sid}
     alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
-    return f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must be spelt the same in both" if alike else ""
+    return (
+        f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must have the same spelling in both tables"
+        if alike
+        else ""
+    )
 
 
 def report_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:

@@ -1,11 +1,11 @@
 """Patient vectors: one vector per subject, computed from the features of its patches.
 
-- `mean` is the mean over locations, as published. The mean mixes differences between locations with differences
-  between subjects.
-- `moments` first standardises each location with its mean and SD over the subjects that a model is fitted to. The
-  vector is the mean and the SD of the standardised features over locations.
+- `mean` is the mean over locations, as published.
+- `moments` first standardises each location by mean and SD over the subjects that a model is fitted to, because
+  features differ more between locations than between subjects. The vector is the mean and the SD of the standardised
+  features over locations.
 - `layers` is computed like `moments`, but from the mean and SD of every layer's channels within each patch, which
-  extract_feature.py --layers writes. These features contain finer scales than h, and the spread within a patch.
+  extract_feature.py --layers writes. These features describe finer scales than h, and the variation within a patch.
 """
 
 import os
@@ -20,7 +20,7 @@ from misc.files import write_whole
 
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
-LEAST_SD = 1e-6  # a feature with a smaller SD at a location becomes 0, such as the SD within a layer of one voxel
+LEAST_SD = 1e-6  # a feature with a smaller SD at a location is set to 0, for example the SD of a single voxel
 KEPT_BYTES = 2**29  # size of the cache for the vectors of several folds
 BYTES_AT_ONCE = 2**26  # bytes of patch features read at once, so that a memory-mapped file may exceed the memory
 
@@ -38,7 +38,7 @@ class Standardization(NamedTuple):
         total = squares = 0.0
         origin = np.asarray(
             patches[rows[0]], dtype=np.float64
-        )  # (L, D): subtracting one subject from all keeps the sums of squares accurate
+        )  # (L, D); subtracting one subject's features from all features keeps the sums of squares accurate
         for some in _parts(patches, rows):
             apart = np.asarray(patches[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)
@@ -70,7 +70,10 @@ class Standardization(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
-        """Read a file that :meth:`save` wrote. Return the content and the checkpoint's SHA-256. Raises UserError."""
+        """Read a file that :meth:`save` wrote. Return the standardisation and the checkpoint's SHA-256.
+
+        Raises UserError if the file is not valid.
+        """
         try:
             with np.load(path, allow_pickle=False) as content:
                 found = cls(str(content["kind"]), content["mean"], content["factor"])
@@ -93,22 +96,21 @@ def _parts(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 
 
 class PatientVectors:
-    """Patient vectors of N subjects, which depend on the subjects that a model is fitted to.
+    """Patient vectors of N subjects, standardised over the subjects that a model is fitted to.
 
     PatientVectors can replace a table (N, 2 D): learn.py calls ``fitted_to`` for each set of fitted subjects.
 
     Args:
         kind: moments or layers.
         patches: (N', L, D) patch features.
-        rows: (N,) rows of ``patches``, in the order of the table.
+        rows: (N,) row of each subject in ``patches``.
     """
 
     def __init__(self, kind: str, patches: np.ndarray, rows: np.ndarray):
         self.kind, self.patches, self.rows = kind, patches, rows
         self.shape = len(rows), 2 * patches.shape[2]
-        self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = (
-            OrderedDict()
-        )  # cache, shared with the results of __getitem__
+        # The objects that __getitem__ returns share this cache.
+        self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = OrderedDict()
 
     def __getitem__(self, known: np.ndarray) -> "PatientVectors":
         """Select some rows."""
@@ -132,7 +134,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Tables joined by columns; at least one table depends on the subjects that a model is fitted to."""
+    """Feature tables joined by columns. At least one table depends on the subjects that a model is fitted to."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables

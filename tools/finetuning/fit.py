@@ -18,12 +18,12 @@ from tools.finetuning.tasks import Split, Task
 
 HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
 ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # maximum number of passes over the training labels
-PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss before stopping
-PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # subjects, and patches of each, per step that trains the encoder
+PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss, after which training stops
+PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # subjects per step that trains the encoder, and patches per subject
 
 
 class Fitted(NamedTuple):
-    """The head and encoder of the best training round, and their predictions."""
+    """The head and encoder after the best pass over the training labels, and their predictions."""
 
     head: Head
     encoder: nn.Module
@@ -41,7 +41,7 @@ class Data:
 
     @torch.no_grad()
     def encode(self, encoder: nn.Module, rows: np.ndarray, layers: bool = False) -> torch.Tensor:
-        """Encode all patches of some subjects. Return h (n, L, rep_dim), or summaries of the layers (n, L, W)."""
+        """Encode all patches of some subjects. Return h (n, L, rep_dim), or layer features (n, L, W)."""
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
@@ -116,9 +116,9 @@ def fit(
         pooling: one of POOLINGS in tools.finetuning.network.
         seed: random seed for the weights of the head and for the order of the training labels.
         known: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them. If ``vector`` is
-            "layers", ``known`` has the summaries of the encoder's layers instead, (N, L, W).
-        vector: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require ``known``, and also
-            "frozen" for ``layers`` and "mean" for ``pooling``.
+            "layers", ``known`` contains the summaries of the encoder's layers, (N, L, W).
+        vector: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require ``known``,
+            ``layers`` = "frozen" and ``pooling`` = "mean".
     """
     torch.manual_seed(seed)
     parameters = trainable(encoder, layers)
@@ -213,7 +213,7 @@ def _train_encoder_round(
     encoder.eval()
     if task.places is None:
         steps = np.array_split(rng.permutation(train), -(-len(train) // PATIENTS_AT_ONCE))
-    else:  # patch labels: a step uses one location, because all its patches share the same kernels
+    else:  # patch labels: each step uses patches of one location, so that they share the same kernels
         steps = []
         for place in np.unique(task.places[train]):
             own = rng.permutation(train[task.places[train] == place])

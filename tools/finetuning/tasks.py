@@ -10,7 +10,7 @@ from tools.evaluation.kinds import find_label_problem, guess_kind
 
 FEWEST = 10  # minimum number of labelled subjects
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.25
-FEWEST_DRAWN = 4  # minimum number of subjects in a fraction: two per class if there are two classes
+FEWEST_DRAWN = 4  # minimum number of subjects to learn from: two per class if there are two classes
 FEWEST_OF_CLASS = 4  # minimum number of labels per class
 
 
@@ -19,8 +19,8 @@ class Task(NamedTuple):
 
     Attributes:
         kind: regression, grade or class.
-        rows: (n,) the subject of each label, as row of the store.
-        places: (n,) the location of each patch label; None if the labels are of subjects.
+        rows: (n,) the subject of each label, as a row of the store.
+        places: (n,) the location of each patch label; None if the labels belong to whole subjects.
         target: (n,) the value of each label; for classes, the class number 0, 1, ...
         classes: the original value of each class number.
     """
@@ -39,7 +39,7 @@ def make_subject_task(sids: list[str], values: np.ndarray, column: str, kind: st
 
 
 def make_patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
-    """Make a task from a CSV with columns sid, patch and value. Raises StoreError with the number of the wrong line."""
+    """Make a task from a CSV with columns sid, patch and value. Raises StoreError and names an invalid line."""
     table = read_table(path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
     rows, places, values = [], [], []
@@ -82,7 +82,7 @@ def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, 
 
 
 class Split(NamedTuple):
-    """Indices of the labels of a task in each part. No subject is in more than one part."""
+    """Indices of a task's training, validation and test labels. No subject is in more than one of the three sets."""
 
     train: np.ndarray
     validation: np.ndarray

@@ -8,7 +8,7 @@ import SimpleITK as sitk
 from preprocess.geometry import orient
 
 GREY = (-1024, 240)  # HU shown as black and as white
-LONGEST = 320  # maximum pixels along a side of a panel; larger slices show every n-th voxel
+LONGEST = 320  # maximum number of pixels along a side of a panel; larger slices show every n-th voxel
 
 
 def draw_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tuple[float, float], title: str):

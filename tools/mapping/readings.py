@@ -1,4 +1,4 @@
-"""Readings (features) of patches and windows, and linear models that predict a label from readings."""
+"""Features of patches and windows, and linear models that predict a label from these features."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,7 +19,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one l
 
 
 class Readers:
-    """Compute readings of patches: h of the encoder, and with ``compare`` a histogram and the share below -950 HU.
+    """Compute features of patches: h of the encoder and, with ``compare``, a histogram and the fraction below -950 HU.
 
     In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``compare``.
     """
@@ -32,7 +32,7 @@ class Readers:
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
     def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
-        """Yield each location of ``places`` with a function that computes the readings of its patches, (n, D)."""
+        """Yield each location of ``places`` with a function that computes the features of its patches, (n, D)."""
         places = list(places)
         for start in range(0, len(places), LOCATIONS_AT_ONCE):
             some = places[start : start + LOCATIONS_AT_ONCE]
@@ -49,7 +49,7 @@ class Readers:
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
     def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
-        """Split readings (..., D) into a dictionary: features and, with ``compare``, histogram and density."""
+        """Split features (..., D) by source: the encoder's features and, with ``compare``, histogram and density."""
         found = {"features": readings[..., : self.rep_dim]}
         if self.compare:
             found |= {"histogram": readings[..., self.rep_dim : -1], "density": readings[..., -1:]}
@@ -59,7 +59,7 @@ class Readers:
 def compute_subject_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return readings of some subjects of the store, averaged over locations (n, D) and over subjects (L, D)."""
+    """Return the mean features of some subjects of the store: over locations (n, D), and over subjects (L, D)."""
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
@@ -74,11 +74,11 @@ def compute_subject_means(
 def compute_patch_readings(
     readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Compute readings (n, D) of patches at several locations, one location at a time to save memory.
+    """Compute features (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
         readers: computes the readings.
-        places: (n,) location of each patch, as row of the location table.
+        places: (n,) location of each patch, as a row of the location table.
         read: function that takes a location and the indices (m,) of its patches in ``places``, and returns these
             patches, (m, 32, 32, 32) in HU.
     """
@@ -94,16 +94,16 @@ def compute_patch_readings(
 def compute_window_readings(
     readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray
 ) -> np.ndarray:
-    """Compute readings of windows minus the mean readings at their locations: (n, D).
+    """Compute the features of each window, minus the mean features at its location: (n, D).
 
     Args:
         readers: computes the readings.
         cut: the resampled scan.
         windows: the windows.
         patch_size: edge length of a window in voxels.
-        usual: (L, D), mean readings of the fitted subjects at each location. Readings differ more between locations
+        usual: (L, D), mean features of the fitted subjects at each location. Features differ more between locations
             than between subjects, because each location has its own kernels. The linear model is therefore fitted to
-            deviations from this mean.
+            deviations from the mean of each location.
     """
     found = compute_patch_readings(
         readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
@@ -119,7 +119,7 @@ def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
     prediction for a patch therefore shows how much the patch contributes to the prediction for the subject.
 
     Args:
-        readings: (n, D), minus the mean readings as in :func:`compute_window_readings`.
+        readings: (n, D) features, after subtracting mean features as in :func:`compute_window_readings`.
         target: (n,) label values.
     """
     from sklearn.pipeline import make_pipeline

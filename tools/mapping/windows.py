@@ -9,13 +9,13 @@ from preprocess.patches import Patches
 
 
 class Windows(NamedTuple):
-    """Windows over the lungs, one every ``stride`` voxels, each of the size of a patch.
+    """Windows over the lungs, one every ``stride`` voxels, each as large as a patch.
 
     Attributes:
         corners: (n, 3) lowest corners (x, y, z) in the padded volume.
-        places: (n,) the nearest location of each window, as row of the location table.
+        places: (n,) the nearest location of each window, as a row of the location table.
         cells: (n,) flat index of each window in ``grid``.
-        grid: number of cells (z, y, x). A cell has an edge of ``stride`` voxels and the same centre as its window.
+        grid: number of cells (z, y, x). Each cell is a cube of ``stride`` voxels with the same centre as its window.
         origin: (x, y, z) of the lowest voxel of the first cell in the padded volume.
         stride: edge length of a cell in voxels.
     """
@@ -37,10 +37,10 @@ def lay_windows(
     stride: int,
     patch_size: int,
 ) -> Windows | None:
-    """Lay windows over all cells that contain lung. Returns None if the volume contains no lung.
+    """Place a window at each cell of the grid that contains lung. Returns None if the volume contains no lung.
 
-    The network was only trained at the locations of the table. The inverse of the registration therefore maps each
-    window to the atlas, and the window uses the nearest location there.
+    The network was only trained at the locations in ``table``. The inverse of the registration therefore maps each
+    window to the atlas, and the window uses the table's nearest location.
 
     Args:
         cut: result of preprocess.patches.cut_scan.
@@ -86,13 +86,13 @@ def resample_to_scan(
 ) -> sitk.Image:
     """Interpolate one value per window (n,) linearly on the grid of the scan; the result is 0 outside the mask.
 
-    Only cells with a window are used, so that values at the border of the lung are not mixed with 0.
+    The interpolation uses only cells with a window, so that values at the border of the lung are not mixed with 0.
     """
     cells, known = (np.zeros(int(np.prod(windows.grid)), dtype=np.float32) for _ in range(2))
     cells[windows.cells], known[windows.cells] = values, 1
     first = (
         windows.origin + windows.stride // 2 - 0.5
-    ).tolist()  # the centre of a window with an even edge lies between two voxels
+    ).tolist()  # the centre of a window with an even number of voxels lies between two voxels
     origin = volume.TransformContinuousIndexToPhysicalPoint(first)
     images = []
     for array in (cells, known):

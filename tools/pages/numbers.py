@@ -52,8 +52,8 @@ def compute_importance(
 ) -> np.ndarray:
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
-    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Choosing
-    the penalty therefore hardly raises the R² of a single location.
+    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Because
+    the penalty is not chosen for each location, the choice hardly raises the R² of a single location.
 
     Args:
         features: (N, L, D).
@@ -98,7 +98,7 @@ def _predict_out_of_fold(x: np.ndarray, y: np.ndarray, folds: list[np.ndarray]) 
 
 
 def find_unusual_locations(features: np.ndarray, healthy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the locations where each subject differs most from the healthy ones.
+    """Find the locations where each subject differs most from the healthy subjects.
 
     Args:
         features: (N, L, D).

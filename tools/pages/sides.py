@@ -68,12 +68,12 @@ def make_sides(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None)
 
 
 def _draw_shadow(mask: np.ndarray, side: Side) -> str:
-    """Draw the thickness of the lungs along the viewing direction, as the data URL of a PNG."""
+    """Draw the thickness of the lungs along the viewing direction, and return a PNG as a data URL."""
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = mask.sum(axis=depth).astype(float)  # (across, up), because across < up in every view
-    picture = thickness.T  # (up, across): the rows of a picture are its vertical axis
+    thickness = mask.sum(axis=depth).astype(float)  # axes (across, up), in this order because across < up in every view
+    picture = thickness.T  # (up, across), because the first axis of a picture is vertical
     if side.upwards:
         picture = picture[::-1]
     grey = 1 - 0.45 * np.sqrt(picture / max(1, picture.max()))

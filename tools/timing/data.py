@@ -17,7 +17,7 @@ from tools.timing.store import DISTINCT_FILES, make_store
 
 
 def measure_augmentation(args) -> list[Row]:
-    """Measure the augmentation of one view of one patch on one core."""
+    """Time the augmentation of one view of one patch on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []

@@ -50,7 +50,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
         error = float((freeze(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        one = store.num_locations / PUBLISHED_LOCATIONS  # share of a published subject that the literal job encodes
+        one = store.num_locations / PUBLISHED_LOCATIONS  # fraction of the published locations that "literal" encodes
         row = compare(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"
         rows.append(row)

@@ -1,4 +1,4 @@
-"""Time several jobs in turns, and format the results as a table."""
+"""Time several jobs alternately, and format the results as a table."""
 
 import platform
 import re
@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Row:
-    """One row of the table. Values are None if they were not measured."""
+    """One row of the benchmark table. Values are None if they were not measured."""
 
     what: str
     unit: str
@@ -41,7 +41,7 @@ def time_seconds(work: Callable[[], object]) -> float:
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time the jobs in turns for several rounds, after a warm-up call of each job. Return the seconds of each job."""
+    """Call each job once to warm up, then time each job once per round. Return the seconds of each job."""
     for work in jobs.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -62,13 +62,13 @@ def compare(
     rate: float = 0.0,
     **more,
 ) -> Row:
-    """Make a table row from timings of this package and, if given, of the literal version in the same rounds.
+    """Make a table row from the times of this package and, if given, of the literal implementation in the same rounds.
 
     Args:
         what: name of the row.
         unit: unit of the row; a rate if the unit ends in '/s', otherwise a time per amount of work.
-        ours, literal: seconds per round of this package and of the literal version.
-        amount, literal_amount: amount of work per round of this package and of the literal version.
+        ours, literal: seconds per round of this package and of the literal implementation.
+        amount, literal_amount: amount of work per round of this package and of the literal implementation.
         gflop: GFLOP per unit of work.
         rate: GFLOP/s of the machine in matrix products; the row shows which share of this rate is reached.
     """
@@ -108,12 +108,12 @@ NO_BF16 = "unmeasured: the processor has no bf16 arithmetic"
 
 
 def list_precisions(machine: dict) -> list[str]:
-    """Return the number formats to time. Emulated bfloat16 is left out, because its speed is not representative."""
+    """Return the dtypes to time. Emulated bfloat16 is left out, because its speed is not representative."""
     return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """Describe the machine: processor, torch version, device and matrix rates."""
+    """Describe the machine: processor, torch version, device and the speed of matrix products."""
     name = platform.processor() or platform.machine()
     flags = ""
     try:
@@ -132,7 +132,7 @@ def describe(device: torch.device) -> dict[str, object]:
     }
     found["matrix_gflops_float32"] = measure_matrix_rate(device, torch.float32)
     found["fast_bf16"] = has_fast_bf16(device)
-    if found["fast_bf16"]:  # with emulated bfloat16, the matrix product alone takes minutes
+    if found["fast_bf16"]:  # with emulated bfloat16, this measurement would take minutes
         found["matrix_gflops_bf16"] = measure_matrix_rate(device, torch.bfloat16)
     return found
 

@@ -44,12 +44,12 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def read_peak_gb(pid: int) -> float:
-    """Return the peak resident memory of a process so far, in GB, as counted by the kernel."""
+    """Return the peak resident memory of a process so far, in GB, as counted by the operating system."""
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e9
 
 
 def measure_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
-    """Measure the peak memory of train.py, as counted by the kernel."""
+    """Measure the peak memory of train.py, as counted by the operating system."""
     row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
     if not Path("/proc/self/status").exists():
         row.note = "unmeasured: this system does not report the peak memory of a process"

@@ -1,4 +1,4 @@
-"""Measure preprocessing of one scan, in core-seconds and memory, and return the rows for the benchmark table."""
+"""Measure core-seconds and memory of preprocessing a scan, and return the rows for the benchmark table."""
 
 import multiprocessing
 import os
@@ -88,7 +88,7 @@ def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> floa
 def measure_scan(args) -> list[Row]:
     """Measure every part of preprocessing on ``args.scan`` with ``args.atlas_mask`` and ``args.atlas_patch_loc``."""
     limit_threads(1)
-    import ants  # noqa: F401 - imported before the timing of the registration
+    import ants  # noqa: F401 - imported now, so that the time of the registration excludes the import
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)

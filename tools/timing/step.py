@@ -44,7 +44,7 @@ class TimedStep:
             epoch += 1
 
     def inputs(self, batch: PatchBatch) -> Inputs:
-        """Seed the views of a batch, and move the batch to the device."""
+        """Seed the augmentation of a batch, and move the batch to the device."""
         self.views.seed(batch.epoch, batch.location, batch.step)
         return Inputs(*self.carrier(batch))
 

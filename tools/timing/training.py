@@ -13,7 +13,7 @@ from tools.timing.measure import NO_BF16, Row, compare, list_precisions, synchro
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # encoding one patch, counting multiplications and additions
-STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # forward and backward of three patches, forward of the key
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # three patches forward and backward, and the key only forward
 
 
 def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
@@ -22,7 +22,7 @@ def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, floa
     ours, slow = float(fast.loss(fast.inputs(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
         raise RuntimeError(
-            f"the losses differ ({ours} here, {slow} in the literal version), so the timings are not comparable"
+            f"the losses differ (fast path: {ours}, literal version: {slow}), so the timings are not comparable"
         )
     return {"ours": ours, "literal": slow}
 

@@ -30,7 +30,7 @@ def test_sums_of_other_statistics_are_refused():
 
 
 def test_sums_survive_a_stop():
-    """A resumed run has the same means over windows and over the epoch as an uninterrupted run."""
+    """A resumed run logs the same means over steps and over the epoch as an uninterrupted run."""
     figures = torch.rand(7, 2)
     whole, first, second = (Meters(("loss", "accuracy"), torch.device("cpu")) for _ in range(3))
     whole.start_epoch()

@@ -43,11 +43,14 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and all("warning: cannot save" in line and "c_0001" in line for line in told)
     with pytest.raises(UserError, match=r"cannot save \(.*No space left.*continue with --resume auto"):
-        saver.after_epoch(3)  # the last of 3 epochs has no later save
+        saver.after_epoch(3)  # an error, because no save follows the last of 3 epochs
 
 
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
-    """Training continues while a slow disk writes. The next save, a stop and the last epoch wait for this write."""
+    """Training continues while a slow disk writes a checkpoint.
+
+    The next save, a stop and the last epoch wait until the write in the background has finished.
+    """
     state, free, done = {"step": 0}, threading.Event(), []
 
     def aside(path, *_):
@@ -99,7 +102,7 @@ def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
 
 def test_a_non_finite_state_names_the_last_good_one(tmp_path):
     def unsound(*_):
-        raise DivergedError("the state is not finite at epoch 2, step 3")
+        raise DivergedError("the state has values in w that are not finite or too large at epoch 2, step 3")
 
     with pytest.raises(DivergedError, match=r"step 3; the last good checkpoint is .*c_0001. Continue .* a lower --lr"):
         saver_of(tmp_path, unsound, good=tmp_path / "c_0001").after_step(1, 3, meters())

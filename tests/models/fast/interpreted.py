@@ -1,4 +1,4 @@
-"""Compare interpreted Triton kernels with the plain path. test_norm_elu_gpu.py runs this script separately."""
+"""Compare interpreted Triton kernels with the plain path. test_norm_elu_gpu.py runs this script in its own process."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ CASES = [  # shape, groups, blocks
     ((12, 8, 4, 4, 4), 2, 3),
     ((12, 5, 2, 2, 2), 4, 1),  # 5 channels do not fill a tile
     ((24, 128, 1, 1, 1), 4, 3),
-    ((8, 8, 16, 16, 16), 2, 1),  # several tiles per program; the last tile is not full
+    ((8, 8, 16, 16, 16), 2, 1),  # each program has several tiles, and the last tile is only partly full
 ]
 
 

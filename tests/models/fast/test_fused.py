@@ -76,7 +76,7 @@ def test_a_kernel_in_another_layout_is_fused_too(layouts):
 
 
 def test_all_calls_round_the_same():
-    """TorchScript runs the first call unfused. No caller may get this unfused result."""
+    """TorchScript runs the first call unfused. All calls must nevertheless return the fused result."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
     fused._compile_one_pass.cache_clear()
     first = conv_elu(x, kernel, bias)

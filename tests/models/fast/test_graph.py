@@ -1,4 +1,4 @@
-"""Test recording a training step as a CUDA graph: the step's trace on the CPU, and recording without CUDA."""
+"""Test the recording of a training step as a CUDA graph, without a GPU: traced operations and simulated recordings."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ GROUPS = range(2)
 
 
 def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
-    """Build a complete training step with dense views, as on a GPU."""
+    """Build a complete training step. As on a GPU, tensor sizes do not depend on the random draws."""
     torch.manual_seed(0)
     model = DrasCLR(Encoder, L, 16, 8, 2, 1, 2 * B, 0.9, 0.2, True, bn_groups=len(GROUPS), **variants).train()
     neighbors = np.array([[1, 2], [2, 3], [3, 4], [4, 0], [0, 1]])
@@ -83,24 +83,24 @@ def trace_of(step: WholeStep, location: int, number: int) -> list:
 @pytest.mark.parametrize("variants", [{}, {"negatives": "batch"}, {"mask_own": True}, {"one_queue": True}])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_steps_have_the_same_operations(variants, optimizer):
-    """Operations, sizes and Python numbers do not depend on the location, the draws, the subjects or the step."""
+    """All steps have the same operations, tensor sizes and Python numbers, so that a CUDA graph can replay a step."""
     step = build(optimizer=optimizer, **variants)
     with fast.plain():
         step(begin(step, 0, 0), 1.0)  # creates the optimiser's state
     first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
     apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
-    # On a CPU, Adam's step count is a Python number, which differs between the two steps.
+    # On a CPU, AdamW passes the step count as a Python number, so the traces of two steps differ.
     assert len(first) == len(second) and (optimizer == "adamw" or not apart), apart[:3]
     words = READ_BACK + SIZED_BY_VALUES + MOVED
     if optimizer == "sgd":
         assert not [entry for entry in first if any(word in entry[0] for word in words)]
     indexed = [entry for entry in first if entry[0].startswith("aten.index.Tensor")]
-    # An index that is a boolean mask would give a size that depends on values.
+    # With a boolean mask as an index, the size of the result would depend on values.
     assert indexed and not any("torch.bool" in str(entry) for entry in indexed)
 
 
 def test_the_trace_shows_differences():
-    """Sparse views, as on a CPU, have random sizes, so the sequence of operations differs between two steps."""
+    """Without ``dense``, as on a CPU, tensor sizes are random, so the sequence of operations differs between steps."""
     step = build("agc")
     step.make_views.dense = False
     first, second = trace_of(step, 1, 1), trace_of(step, 1, 2)
@@ -112,7 +112,7 @@ def test_the_trace_shows_differences():
 
 @pytest.mark.parametrize("letters", ["agc", "fag", "ecsi", ""])
 def test_dense_views_equal_sparse_views(letters):
-    """The noise is set to 0. Dense views draw noise for every sample, sparse views only for the chosen samples."""
+    """The noise is 0 here, because sparse views do not draw noise for every sample as dense views do."""
     draws = StepDraws(Augmentation(letters, PUBLISHED._replace(noise_std=0.0)), 0, GROUPS)
     inputs = begin(build(letters), 2, 3)._replace(draws=draws(BatchIndex(0, 2, 3, np.arange(B)), True))
     results = [StepViews(draws, CPU, dense)(inputs.patches, inputs.neighbors, inputs.draws) for dense in (True, False)]
@@ -153,7 +153,7 @@ class Graph:
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Let graph.py record as on a GPU. Recording executes nothing, so the state must stay unchanged."""
+    """Let graph.py record as on a GPU. Recording a CUDA graph executes no kernel, so the state must stay unchanged."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -184,7 +184,7 @@ def recording(monkeypatch):
 
 
 def test_a_recorded_run_equals_an_unrecorded_run(recording):
-    """Compare losses and weights over steps at several locations, with a change of the learning rate."""
+    """Recorded and unrecorded steps give the same losses and weights, even if the learning rate changes."""
     results = []
     for wrap in (lambda step: step, lambda step: RecordedStep(step, step.make_views.generators)):
         whole = build()

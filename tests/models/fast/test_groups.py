@@ -20,7 +20,7 @@ def threads():
 
 @pytest.mark.parametrize(("count", "locations"), [(2, 1), (1, 3), (3, 12)])
 def test_parallel_groups_equal_a_single_pass(monkeypatch, threads, count, locations):
-    """Compare values, gradients and statistics for one location in all, one per block and one per sample."""
+    """Compare values, gradients and statistics for batches of 12 samples at 1, 3 or 12 locations."""
     threads(count)
     torch.manual_seed(0)
     fast = Encoder(16, 8, 2, 1).double().train()

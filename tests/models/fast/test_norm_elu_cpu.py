@@ -26,7 +26,7 @@ def make_norm(channels, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("channels,size", [(8, 6), (16, 4), (32, 2), (64, 2), (8, 5), (12, 4)])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
 def test_values_gradients_and_statistics(channels, size, layout):
-    """Only some sizes use the fast path. Odd volumes, and channel counts that do not divide 64, use torch's path."""
+    """Volumes of odd size, and channel counts that do not divide 64, use torch's path instead of the fast path."""
     fast = make_norm(channels)
     slow = copy.deepcopy(fast)
     for _step in range(2):
@@ -78,7 +78,7 @@ def test_bfloat16_input_keeps_float32_statistics():
 
 
 def test_one_step_may_use_both_paths():
-    """The last layer has few values per patch. Small batches use torch's path, larger batches the fast path."""
+    """In the last layer, small batches have too few values for the fast path and therefore use torch's path."""
     norm = make_norm(8, dtype=torch.float32)
     x = torch.randn(4, 8, 1, 1, 1), torch.randn(8, 8, 1, 1, 1)
     x = [value.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for value in x]

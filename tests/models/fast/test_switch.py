@@ -41,7 +41,7 @@ def test_fast_paths_can_be_switched_off():
 
 
 def test_a_training_step_both_ways(monkeypatch, rel):
-    """Compare losses, weights, statistics and queue over two steps."""
+    """Train two steps with and without the fast paths, and compare losses, weights, statistics and queue."""
     torch.manual_seed(0)
     fast = DrasCLR(Encoder, 4, 16, 8, 2, 1, 12, 0.9, 0.2, True).train()
     plain = copy.deepcopy(fast)
@@ -69,7 +69,7 @@ def test_a_training_step_both_ways(monkeypatch, rel):
         wanted = steps(plain)
     assert all(value is None for value in taken)
     assert rel(ours[0, :3], wanted[0, :3]) < 1e-5
-    assert rel(ours[1, :3], wanted[1, :3]) < 1e-4  # a step amplifies rounding; the observed error is 1.6e-5
+    assert rel(ours[1, :3], wanted[1, :3]) < 1e-4  # a step amplifies rounding errors; the observed error is 1.6e-5
     for (name, value), other in zip(fast.state_dict().items(), plain.state_dict().values()):
         assert not other.is_floating_point() or float((value - other).norm()) < 1e-3 * float(other.norm()) + 1e-6, name
 

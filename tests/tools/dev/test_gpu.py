@@ -28,7 +28,7 @@ def test_space_to_depth_convolution_is_exact():
 
 
 def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
-    """On a GPU, BatchNorm treats volumes as images. This test does the same on a CPU."""
+    """On a GPU, BatchNorm gets the volumes reshaped to images. Compare the results of both shapes on a CPU."""
     norms, results = [torch.nn.BatchNorm3d(8).double() for _ in range(2)], []
     x = torch.randn(4, 8, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
     for norm, way in zip(norms, (cnn3d._as_images, lambda x: x.flatten(2, 3))):

@@ -77,9 +77,11 @@ def test_each_mutation_changes_one_token_and_compiles(rows):
             before, after = before[1:], after[1:]
         while before and after and before[-1] == after[-1]:
             before, after = before[:-1], after[:-1]
-        if row["kind"] == "swapped axis":  # swaps two numbers, changes an axis number, or drops a transpose or [::-1]
+        if row["kind"] == "swapped axis":
+            # A "swapped axis" mutation swaps two numbers, changes an axis, or drops a transpose or [::-1].
             assert sorted(before) == sorted(after) or min(len(before), len(after)) <= 1, row
-        elif row["kind"] == "dropped check":  # replaces a condition by False, drops "not", or negates an operator
+        elif row["kind"] == "dropped check":
+            # A "dropped check" mutation replaces a condition with False, drops "not", or negates an operator.
             assert after == ["False"] or max(len(before), len(after)) <= 2, row
         else:
             assert max(len(before), len(after)) == 1, row
@@ -140,4 +142,4 @@ def test_moved_and_removed_lines(tmp_path):
     row = dict.fromkeys(mutations.COLUMNS, "") | {"file": "data/numbers_of.py", "line": "7", "after": "    return )"}
     cases = [{**row, "before": text} for text in ("    return a + b", "    return a - b", "")]
     results = [case["old"] for case in run_suite(project, tmp_path / "table.csv", cases)]
-    assert results == ["invalid", "lost", "lost"]  # the text is found in misc/, not found, and found twice
+    assert results == ["invalid", "lost", "lost"]  # the three lines are moved to misc/, missing, and present twice

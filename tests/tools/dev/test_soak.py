@@ -53,7 +53,7 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
 
 @pytest.mark.slow
 def test_a_short_soak(cohort, tmp_path, run):
-    """Soak the grouping once. A second call of soak.py has nothing to do."""
+    """Run one trial of the grouping. A second call of soak.py must not run the finished trial again."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
     (prepared / "trained").mkdir()  # grouping does not need this folder's content

@@ -1,4 +1,4 @@
-"""Compare Cox regression and the C-index with loops, a library and hazards with known coefficients."""
+"""Test Cox regression and the C-index against loops, a library, and data simulated with known coefficients."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_c_index_equals_a_loop():
 
 
 def test_c_index_of_simulated_hazards_equals_the_closed_form():
-    """Of two exponential times with rates a and b, the first is shorter with probability a / (a + b)."""
+    """Of two exponential survival times with rates a and b, the first is shorter with probability a / (a + b)."""
     x, _time, event = simulate(3000, np.array([1.0]), seed=5, censored=0.0)
     event[:] = 1
     rng = np.random.default_rng(1)

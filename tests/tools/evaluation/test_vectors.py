@@ -19,7 +19,7 @@ N, L, D = 30, 7, 5
 def patches():
     rng = np.random.default_rng(0)
     found = rng.normal(size=(N, L, D)) * rng.uniform(0.1, 9, (L, D)) + rng.normal(size=(L, D)) * 50
-    found[:, :, 3] = 2.5  # a constant feature, like the SD in a layer of one voxel
+    found[:, :, 3] = 2.5  # a constant feature, such as the SD of a single voxel
     return found.astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
     fitted = np.arange(N) % 3 > 0
     ours = PatientVectors("moments", patches, np.arange(N)).fitted_to(fitted)
     np.testing.assert_allclose(ours, literal_vectors(patches, fitted), rtol=1e-9, atol=1e-9)
-    some = np.array([4, 9, 11, 2])  # rows in another order, as a label table may have
+    some = np.array([4, 9, 11, 2])  # some rows in another order, because a label table may have another order
     part = PatientVectors("moments", patches, np.arange(N))[some]
     np.testing.assert_allclose(
         part.fitted_to(np.ones(4, dtype=bool)), literal_vectors(patches[some], np.ones(4, dtype=bool))
@@ -171,7 +171,9 @@ def test_evaluate_uses_the_best_available_vector(extracted, run_here):
     elsewhere = extracted.parent / "p.npy"
     (extracted / "pred_arr_patch_full.npy").rename(elsewhere)
     done, found = evaluate(run_here, extracted)
-    assert "using --patient-vector mean, the table itself" in done.stderr and list(found["spread"]) == ["features"]
+    assert "using --patient-vector mean, which is the table itself" in done.stderr and list(found["spread"]) == [
+        "features"
+    ]
 
 
 def test_explore_and_unusual_use_the_layer_features(extracted, run_here):

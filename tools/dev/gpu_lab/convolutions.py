@@ -1,8 +1,8 @@
-"""Three equivalent implementations of the first two convolutions, which are 59 % of a step's arithmetic.
+"""Three equivalent implementations of the first two convolutions, which need 59 % of a step's arithmetic.
 
-Tensor cores multiply blocks of 8 or 16 channels, but these layers have inputs with 1 and 8 channels. Padding adds
-channels of zeros. Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into channels of one voxel. Space to depth
-needs more arithmetic, but the larger number of channels suits tensor cores.
+Tensor cores multiply blocks of 8 or 16 channels, but these layers have inputs with 1 and 8 channels. The padded
+implementation adds input channels that contain zeros. Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into
+channels of one voxel. Space to depth needs more arithmetic, but the larger number of channels suits tensor cores.
 """
 
 import torch
@@ -12,7 +12,7 @@ from models.condconv3d import channels_last
 
 
 def plain(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Apply both convolutions directly: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16). Only the second has stride 2."""
+    """Apply both convolutions, the second with stride 2: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16)."""
     return F.conv3d(F.conv3d(x, first, padding=1), second, padding=1, stride=2)
 
 
@@ -35,10 +35,10 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
-    """Convert a kernel for volumes to a kernel for their cubes: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
+    """Convert a kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
 
-    Along each axis, voxel p of the input cube at offset t contributes to voxel a of the output cube. The kernel element
-    is 2 t + p - a, which must be -1, 0 or 1.
+    Along each axis, voxel a of an output cube depends on voxel p of the input cube at offset t (a and p are 0 or 1).
+    The weight is the kernel element at 2 t + p - a from the kernel's centre, or 0 if this distance exceeds 1.
     """
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(2, 2, 2, out, 2, 2, 2, channels, 3, 3, 3)
@@ -52,7 +52,7 @@ def to_cubes(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def to_halved(kernel: torch.Tensor) -> torch.Tensor:
-    """Convert a kernel with stride 2 to a kernel for cubes: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
+    """Convert a stride-2 kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(out, 2, 2, 2, channels, 3, 3, 3)
     taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # (voxel in the cube, offset of the cube, kernel element)
@@ -64,7 +64,7 @@ def to_halved(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def convolve_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Compute :func:`plain` on cubes: from 8 to 64 channels, then from 64 to 8 channels, both on 16^3 cubes."""
+    """Compute :func:`plain` after :func:`space_to_depth`: from 8 to 64 to 8 channels, at 16^3 voxels."""
     x = F.conv3d(space_to_depth(x), channels_last(to_cubes(first)), padding=1)
     return F.conv3d(x, channels_last(to_halved(second)), padding=1)
 

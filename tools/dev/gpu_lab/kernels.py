@@ -9,7 +9,7 @@ from pathlib import Path
 from models.fast import norm_elu_gpu
 
 KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_descend")
-TENSORS = ("x", "y", "grad", "result")  # arguments that point to activations; all other pointers are to float32
+TENSORS = ("x", "y", "grad", "result")  # arguments that point to activations; all other pointers point to float32
 COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")
 

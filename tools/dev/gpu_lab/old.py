@@ -2,7 +2,7 @@
 
     python tools/dev/gpu_lab/old.py TREE FOLDER SIZES DEVICE PRECISION STEPS_OF_CURVE OUT
 
-The script calls the functions of commit 4eccfb9. For another commit, the script may need changes.
+The script calls the functions of commit 4eccfb9. To time another commit, change the script if needed.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import torch
 
 
 def stand_in_for_pandas() -> None:
-    """Replace pandas by a stub if pandas is not installed. The old code imports pandas even if it reads no table."""
+    """Replace pandas with a stub if pandas is not installed. Old commits import pandas even if no table is read."""
     if importlib.util.find_spec("pandas") is None:
         module = types.ModuleType("pandas")
         module.DataFrame = module.Series = object

@@ -50,7 +50,7 @@ class Lab(NamedTuple):
         return PRECISIONS if self.on_gpu else ("float32",)
 
     def run(self, precision: str | None = None, **choices: Any) -> Run:
-        gc.collect()  # free the CUDA graph and workers of the last run, held by reference cycles
+        gc.collect()  # free the last run's CUDA graph and workers, which reference cycles keep alive
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
     def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
@@ -59,7 +59,7 @@ class Lab(NamedTuple):
 
 @contextlib.contextmanager
 def channels_first() -> Iterator[None]:
-    """Replace ``channels_last`` by ``contiguous``, which leaves tensors with one channel in channels-first layout."""
+    """Replace ``channels_last`` with ``contiguous``, which leaves tensors with one channel in channels-first layout."""
 
     def as_before(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -114,7 +114,7 @@ def layouts(lab: Lab) -> dict:
 
 
 def correctness(lab: Lab) -> dict:
-    """Compare recorded steps with eager steps, compare fast paths with plain paths, and run the GPU tests."""
+    """Compare steps recorded as CUDA graphs with eager steps, and fast paths with plain paths; run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
         wanted = torch.stack(lab.run(precision, recorded=False).advance(steps))
@@ -190,7 +190,7 @@ def norms(lab: Lab) -> dict:
 
 
 def ablation(lab: Lab) -> dict:
-    """Measure samples per second: unchanged, with the files on the GPU, without one of the fast paths, without all."""
+    """Measure samples per second with all fast paths, with files on the GPU, without one fast path, and without any."""
     if not lab.on_gpu:
         ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.plain)}
     else:

@@ -1,4 +1,4 @@
-"""Build the training step of train.py with any sizes, and time several jobs in turns."""
+"""Build the training step of train.py with any sizes, and time several jobs alternately."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ PRECISIONS = ("bf16", "tf32", "float32")
 
 
 class Sizes(NamedTuple):
-    """Sizes of the measurements. The defaults are the published hyper-parameters on one GPU."""
+    """Sizes of the measurements. Batch, groups, K and neighbors have the published values by default."""
 
     batch: int = 128
     groups: int = 4
@@ -42,14 +42,18 @@ class Sizes(NamedTuple):
 
 
 QUICK = Sizes(steps=15, rounds=3, curve=60, locations=24)
-TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # to check on a CPU that the script runs
+TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a check on a CPU that the script runs
 
 
 class Run:
-    """A training at one precision, with the same parts as in train.py: loader, device, views, step, optimiser."""
+    """A training run at one precision, with the same parts as in train.py: loader, device, views, step, optimiser."""
 
     def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **choices: Any):
-        """Set up. ``choices``: ``recorded`` (default: if on a GPU), ``resident`` (False), ``dense`` of StepViews."""
+        """Build all parts.
+
+        ``choices`` may contain ``recorded`` (replay the step as a CUDA graph; default on a GPU), ``resident`` (keep the
+        patches on the device; off by default) and ``dense`` (see StepViews).
+        """
         on_gpu = device.type == "cuda"
         process.set_arithmetic(precision == "tf32", deterministic=False)
         torch.manual_seed(0)
@@ -105,7 +109,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict:
-    """Time the jobs in turns. Return the median, smallest and largest time of each job in seconds."""
+    """Time every job once per round. Return the median, smallest and largest time of each job in seconds."""
     for work in jobs.values():
         for _ in range(warm_up):
             work()

@@ -1,4 +1,4 @@
-"""Files of random patches for the measurements. Old commits use this module, so it imports nothing of the project."""
+"""Files of random patches for the measurements. Old commits use this module too, so it imports no project code."""
 
 from pathlib import Path
 from types import SimpleNamespace
