@@ -44,9 +44,9 @@ import torch
 from data.labels import read_labels
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
-from data.pieces import PIECE_SUBJECTS, Piece, encode_pieces, list_pieces
+from data.pieces import PIECE_SUBJECTS, Piece, encode_pieces, split_store_into_pieces
 from data.store import PatchStore
-from data.tables import feature_table
+from data.tables import format_feature_table
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.experiment import Experiment, collect_environment, describe_running_code
@@ -54,14 +54,14 @@ from misc.files import (
     hash_file,
     hold_lock_or_raise,
     make_array_header,
-    resume_folder,
+    prepare_resumable_folder,
     save_array,
+    write_atomically,
     write_json,
     write_text,
-    write_whole,
 )
 from misc.progress import add_progress_flag, progress_bar
-from models.checkpoint import build_query_encoder, check_sha256, check_table, position, read_checkpoint
+from models.checkpoint import build_query_encoder, check_same_table, check_sha256, find_position, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
 from models.frozen import FrozenLocations, count_layer_features
@@ -126,7 +126,7 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
     """Open the store and check that it has the checkpoint's table of locations. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
     table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
-    for text in (check_table(content, checkpoint, *table), *store.notes()):
+    for text in (check_same_table(content, checkpoint, *table), *store.describe_differences()):
         if text:
             say(f"note: {text}")
     return store
@@ -138,7 +138,13 @@ def describe_origin(
     """Return the content of MADE_BY: the checkpoint, the store and the numerical settings of the extraction."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": hash_file(checkpoint)}
     where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
-    return {**where, **store.facts(), "num_locations": store.num_locations, "amp": amp, "dtype": "float32"} | {
+    return {
+        **where,
+        **store.collect_identity(),
+        "num_locations": store.num_locations,
+        "amp": amp,
+        "dtype": "float32",
+    } | {
         "precision": "bf16" if amp == "bf16" else process.read_precision(),
         "layers": layers,
     }
@@ -221,7 +227,7 @@ def write_features(
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
     shape = store.num_subjects, store.num_locations
 
-    def write_both(patches, layers=None) -> None:
+    def write_patches_and_layers(patches, layers=None) -> None:
         patches.write(make_array_header((*shape, rep_dim), np.dtype("<f4")))
         if layers is not None:
             layers.write(make_array_header((*shape, width), np.dtype("<f4")))
@@ -236,13 +242,16 @@ def write_features(
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # the calls are nested, so that an error in ``write_both`` leaves neither file behind
-        write_whole(patch_file, lambda patches: write_whole(layer_file, lambda layers: write_both(patches, layers)))
+    if width:  # the calls are nested, so that an error in ``write_patches_and_layers`` leaves neither file behind
+        write_atomically(
+            patch_file,
+            lambda patches: write_atomically(layer_file, lambda layers: write_patches_and_layers(patches, layers)),
+        )
     else:
-        write_whole(patch_file, write_both)
+        write_atomically(patch_file, write_patches_and_layers)
     save_array(out_dir / "pred_arr_patient_full.npy", means)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
-    write_text(out_dir / "patient_features.csv", feature_table(store.sids, means))
+    write_text(out_dir / "patient_features.csv", format_feature_table(store.sids, means))
 
 
 # ============================================================ script
@@ -273,7 +282,7 @@ def encode_own_pieces(
             bar.update()
 
 
-def extract(args: argparse.Namespace, device: torch.device) -> None:
+def extract_features(args: argparse.Namespace, device: torch.device) -> None:
     """Run the whole extraction on this rank."""
     rank = process.rank()
     say = print if rank == 0 else (lambda _: None)
@@ -288,7 +297,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
     root_dir = args.root_dir or experiment.root_dir()
     store = open_store(root_dir, content, checkpoint, say)
-    place = position(content, checkpoint)
+    place = find_position(content, checkpoint)
     out_dir = Path(args.out_dir or experiment.features(*place))
     if out_dir.exists() and not out_dir.is_dir():
         raise StoreError(f"--out-dir {out_dir} is a file; give a folder")
@@ -303,16 +312,16 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             "float32; use --amp off"
         )
     made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
-    process.check_agreement({**vars(args), **made_by, **describe_running_code()})
+    process.check_ranks_agree({**vars(args), **made_by, **describe_running_code()})
     with hold_lock_or_raise(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode
-        folder, pieces = out_dir / ".pieces", list_pieces(store)
+        folder, pieces = out_dir / ".pieces", split_store_into_pieces(store)
         if rank == 0:
             refuse_features_of_other_checkpoint(out_dir, made_by, say)
-            resume_folder(folder, hash_inputs(checkpoint, store, args.amp, args.layers))
+            prepare_resumable_folder(folder, hash_inputs(checkpoint, store, args.amp, args.layers))
         process.barrier()
         encode_own_pieces(args, encoder.to(device), store, folder, pieces)
-        process.wait_for_all()
+        process.wait_for_slow_ranks()
 
         # ---------------------------------------------------- assemble
         if rank == 0:
@@ -335,8 +344,8 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    with process.joined(args.device) as device:
-        extract(args, device)
+    with process.join_process_group(args.device) as device:
+        extract_features(args, device)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from data.augment import Augmentation
 from data.dataset import Draw, PatchDataset
 from data.device import BatchCarrier, ResidentPatches
-from data.loader import batches, make_loader
+from data.loader import iterate_batches, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.similarity import read_similarity
@@ -48,7 +48,7 @@ from misc.command import StopRequest, count_usable_cores, run
 from misc.experiment import Experiment, describe_running_code
 from misc.run.augmentation import collect_ranges
 from misc.run.flags import parse_arguments
-from misc.run.resume import describe_start, has_neighbor_pass, note_changes
+from misc.run.resume import describe_initialization, needs_neighbors, note_changes
 from misc.run.runlog import Meters, RunLog
 from misc.run.saver import Saver
 from misc.run.watch import watch_steps
@@ -59,7 +59,7 @@ from models.cnn3d import Encoder
 from models.fast.graph import RecordedStep, can_record
 from models.fast.memory import keep_freed_memory
 from models.probe import effective_rank
-from models.state import TrainingState, start_from
+from models.state import TrainingState, load_initial_weights
 from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer, statistic_names
 
 
@@ -99,7 +99,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
     rank, world = process.rank(), process.world_size()
     store = PatchStore(args.root_dir, require_grouped=True, subjects=args.subjects)
     dataset = PatchDataset(store, neighbors, draw)
-    resident = ResidentPatches.make_if_fitting(store, dataset.neighbors, device)
+    resident = ResidentPatches.make_if_memory_allows(store, dataset.neighbors, device)
     dataset.read = resident is None
     sizes = (store.num_subjects, store.num_locations, args.batch_size, args.seed)
     similarity = None
@@ -109,13 +109,13 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
     sampler = LocationBatchSampler(*sizes, rank, world, args.location_order, similarity)
     workers = math.ceil(min(args.workers, count_usable_cores()) / process.local_world_size())
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
-    table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+    table = LocationTable.from_arrays(normalize_locations(store.locations), dataset.neighbors, device)
     return Data(store, sampler, loader, workers, table, BatchCarrier(device, resident))
 
 
 def describe_store(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
     """Yield notes about the store that the user should read before training."""
-    yield from store.notes()
+    yield from store.describe_differences()
     if args.moco_k > store.num_subjects:
         yield (
             f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue holds several keys of each "
@@ -153,17 +153,17 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     process.set_arithmetic(args.tf32, args.deterministic)
     args.bn_groups = choose_bn_groups(args.bn_groups, args.batch_size, world)
     groups = list_rank_groups(args.bn_groups, rank, world)
-    experiment = Experiment.named(args.exp_name)
+    experiment = Experiment.from_name(args.exp_name)
     resume = experiment.find_resume_checkpoint(args.resume, verify_checkpoint, say)
 
     # -------------------------------------------------------- data
     # Read the checkpoint's settings before opening the data, because they determine whether neighbours are read.
-    neighbor_pass = has_neighbor_pass(args.beta, None if resume is None else read_config(resume))
+    neighbor_pass = needs_neighbors(args.beta, None if resume is None else read_config(resume))
     draws = StepDraws(Augmentation(args.augmentation, collect_ranges(args)), args.seed, groups)
     data = open_data(args, device, args.k_neighbors if neighbor_pass else 0, draws)
     store, sampler = data.store, data.sampler
-    settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.facts()}
-    process.check_agreement({**settings, "resumed checkpoint": resume, **describe_running_code()})
+    settings = {**vars(args), "neighbor_pass": neighbor_pass, "world_size": world, **store.collect_identity()}
+    process.check_ranks_agree({**settings, "resumed checkpoint": resume, **describe_running_code()})
     if args.amp == "bf16" and (factor := process.measure_bf16_slowdown(device)):
         say(
             f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
@@ -188,11 +188,11 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         if not begins_anew:
             start, skip, sums = restored.epoch, restored.step, restored.sums
     elif args.init_from:
-        say(describe_start(args.init_from, *start_from(model, Path(args.init_from))))
+        say(describe_initialization(args.init_from, *load_initial_weights(model, Path(args.init_from))))
     if start >= args.epochs:
         say(f"nothing to do: {start} of {args.epochs} epochs are done")
         return
-    stream = experiment.claim() if rank == 0 else None
+    stream = experiment.claim_folder() if rank == 0 else None
     if resume is not None:
         process.barrier()  # wait until every rank has read the checkpoint
         for name in experiment.rename_later_checkpoints(resume, start) if rank == 0 else ():
@@ -230,29 +230,29 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         sampler.set_epoch(epoch, skip)
         meters.start_epoch(sums)
         log.start_epoch(epoch, skip)
-        reader = watch_steps(batches(data.loader, say), epoch, skip, args.patience)
+        reader = watch_steps(iterate_batches(data.loader, say), epoch, skip, args.patience)
         for done, batch in enumerate(reader, start=skip + 1):
-            views.seed(batch.epoch, batch.location, batch.step)
+            views.seed_noise(batch.epoch, batch.location, batch.step)
             step = advance(Inputs(*data.carrier(batch)), beta, last=done == len(sampler))
 
-            meters.add(step.outcome.statistics)
-            log.advance(lambda step=step: draw_view_grid(step.views))
+            meters.add_statistics(step.outcome.statistics)
+            log.record_step(lambda step=step: draw_view_grid(step.views))
             if done % args.print_freq == 0 or done == len(sampler):
                 representation = process.all_gather_rows(step.outcome.representation)  # (world * B, rep_dim)
-                means = {**meters.read(), "effective_rank": effective_rank(representation)}
-                saver.check(epoch, done, batch.location, means, meters)
-                log.step(epoch, done, batch.location, meters.last_count, means, rate)
+                means = {**meters.read_means(), "effective_rank": effective_rank(representation)}
+                saver.check_finite(epoch, done, batch.location, means, meters)
+                log.log_step(epoch, done, batch.location, meters.last_count, means, rate)
             if step.stepped and done < len(sampler):
-                saver.after_step(epoch, done, meters)
-        saver.after_epoch(epoch + 1)
-        log.end_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # log an epoch only after it is saved
-        saver.leave_if_asked()
+                saver.save_after_step(epoch, done, meters)
+        saver.save_after_epoch(epoch + 1)
+        log.log_epoch(epoch, meters.epoch_means(len(sampler)), rate)  # log an epoch only after it is saved
+        saver.exit_if_stopped()
     log.close()
 
 
 def main() -> None:
     args = parse_arguments(__doc__)
-    with process.joined(args.device, args.patience) as device:
+    with process.join_process_group(args.device, args.patience) as device:
         train(args, device, StopRequest())
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data.resample import Parameters, affine_matrix, sample, voxel_coordinates
+from data.resample import Parameters, affine_matrix, sample_trilinearly, voxel_coordinates
 from misc.run.augmentation import PUBLISHED, Ranges, refuse_unknown_letters
 from misc.sizes import HU_MIN
 
@@ -82,7 +82,7 @@ def apply_affine(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
 
     A scale above 1 zooms out.
     """
-    return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:]))
+    return sample_trilinearly(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:]))
 
 
 def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
@@ -94,7 +94,7 @@ def draw_elastic(count: int, size: Sequence[int], generator: torch.Generator, ra
     }
 
 
-def gaussian_band(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF) -> torch.Tensor:
+def make_gaussian_bands(sigma: torch.Tensor, size: int, cutoff: float = ELASTIC_CUTOFF) -> torch.Tensor:
     """Return the matrix that smooths a zero-padded axis with a Gaussian: sigma (n,) -> (n, size, size).
 
     The kernel is MONAI's: the difference of error functions over each voxel, cut off at int(cutoff * sigma + 0.5)
@@ -118,7 +118,7 @@ def smooth_along_axes(volumes: torch.Tensor, parameters: Parameters, axes: Seque
 
 
 def prepare_elastic(parameters: Parameters, size: Sequence[int]) -> Parameters:
-    bands = {f"band{axis}": gaussian_band(parameters["sigma"], length) for axis, length in enumerate(size)}
+    bands = {f"band{axis}": make_gaussian_bands(parameters["sigma"], length) for axis, length in enumerate(size)}
     offset = {"offset": parameters["offset"], "magnitude": parameters["magnitude"]}
     return offset | bands | prepare_affine(parameters, size)
 
@@ -128,7 +128,7 @@ def apply_elastic(volumes: torch.Tensor, parameters: Parameters, noise: Noise, d
     offset = smooth_along_axes(parameters["offset"], parameters) * broadcast_to_volumes(
         parameters["magnitude"]
     )  # (n, 3, *size)
-    return sample(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:], offset))
+    return sample_trilinearly(volumes, voxel_coordinates(parameters["matrix"], volumes.shape[2:], offset))
 
 
 # ---------------------------------------------------------------- flip, noise, contrast
@@ -158,10 +158,10 @@ def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, rang
 def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Reproduce monai.transforms.RandGaussianNoise, with a random standard deviation."""
 
-    def work(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    def add_scaled_noise(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         return some + noise(some) * broadcast_to_volumes(std)
 
-    return apply_to_chosen(parameters["chosen"].bool(), work, volumes, parameters["std"], dense=dense)
+    return apply_to_chosen(parameters["chosen"].bool(), add_scaled_noise, volumes, parameters["std"], dense=dense)
 
 
 def draw_contrast(
@@ -199,7 +199,7 @@ def make_normalized_bands(sigma: torch.Tensor, size: Sequence[int], axes: Sequen
     """
     bands = {}
     for column, axis in enumerate(axes):
-        band = gaussian_band(sigma[:, column].clamp(min=SMOOTH_LEAST), size[axis], SMOOTH_CUTOFF)
+        band = make_gaussian_bands(sigma[:, column].clamp(min=SMOOTH_LEAST), size[axis], SMOOTH_CUTOFF)
         bands[f"band{axis}"] = band / band.sum(dim=2, keepdim=True)  # (n, length, length)
     return bands
 
@@ -244,22 +244,24 @@ def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
     """
     growth = parameters["growth"]
     zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
-    volumes = sample(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
+    volumes = sample_trilinearly(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
     vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes hold HU - HU_MIN
     share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # fraction of each voxel that expands with breath
     return volumes + share * (volumes - vacuum) * (1 / broadcast_to_volumes(growth) - 1)
 
 
-def draw_kernel(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+def draw_recon_kernel(
+    count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
+) -> Parameters:
     return {"amount": draw_uniform((count,), -ranges.kernel, ranges.kernel, generator)}
 
 
-def prepare_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
+def prepare_recon_kernel(parameters: Parameters, size: Sequence[int]) -> Parameters:
     sigma = torch.full((len(parameters["amount"]), 2), DETAIL_SIGMA)
     return parameters | make_normalized_bands(sigma, size, axes=(1, 2))
 
 
-def apply_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+def apply_recon_kernel(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Sharpen or soften fine detail in the axial plane, including noise.
 
     This transform is not in the published method.
@@ -304,7 +306,7 @@ TRANSFORMS = {  # the names and ranges of the transforms are in misc/run/augment
     "s": Transform(draw_smooth, apply_smooth, prepare_smooth),
     "i": Transform(draw_shift, apply_shift),
     "b": Transform(draw_breath, apply_breath),
-    "k": Transform(draw_kernel, apply_kernel, prepare_kernel),
+    "k": Transform(draw_recon_kernel, apply_recon_kernel, prepare_recon_kernel),
     "t": Transform(draw_thickness, apply_thickness, prepare_thickness),
 }
 
@@ -340,13 +342,16 @@ class Augmentation:
 
     def unpack(self, packed: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
         """Invert :meth:`pack`; the returned tensors are views of ``packed``."""
-        shapes = [{name: value.shape[1:] for name, value in some.items()} for some in self.prepare_example(tuple(size))]
+        shapes = [
+            {name: value.shape[1:] for name, value in some.items()}
+            for some in self.prepare_example_parameters(tuple(size))
+        ]
         values = iter(packed.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
         count = len(packed)
         return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process makes only one or two Augmentation objects
-    def prepare_example(self, size: tuple[int, ...]) -> list[Parameters]:
+    def prepare_example_parameters(self, size: tuple[int, ...]) -> list[Parameters]:
         """Prepare the parameters of one sample, from which :meth:`unpack` gets the shapes of all parameters."""
         return self.prepare(self.draw(1, size, torch.Generator()), size)
 

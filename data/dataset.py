@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.locations import neighbor_table
-from data.prefetch import request_files
+from data.prefetch import prefetch_files
 from data.sampler import BatchIndex
 from data.store import PatchStore
 
@@ -47,7 +47,7 @@ class PatchDataset(Dataset):
         following = location + 1
         if location != self._location and following < self.store.num_locations:
             needed = (following, *self.neighbors[following])
-            request_files(self.store.layout.grouped(int(index)) for index in needed)
+            prefetch_files(self.store.layout.grouped(int(index)) for index in needed)
         self._location = location
 
     def __getitem__(self, index: BatchIndex) -> PatchBatch:

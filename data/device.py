@@ -44,7 +44,7 @@ class LateCopies:
         self._on_gpu = device.type == "cuda"
         self._waiting: list[tuple[Any, torch.Tensor, Any]] = []
 
-    def add(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
+    def start_copy(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
         """Start copying a result to the host, and yield earlier results with their names."""
         if not self._on_gpu:
             yield name, result.numpy()
@@ -53,10 +53,10 @@ class LateCopies:
         on_host.copy_(result, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        yield from self.rest()
+        yield from self.yield_remaining()
         self._waiting.append((name, on_host, copied))
 
-    def rest(self) -> Iterator[tuple[Any, np.ndarray]]:
+    def yield_remaining(self) -> Iterator[tuple[Any, np.ndarray]]:
         """Yield all results that have been added but not yet returned."""
         while self._waiting:
             name, on_host, copied = self._waiting.pop(0)
@@ -82,7 +82,7 @@ class ResidentPatches:
         self._reader = ThreadPoolExecutor(1, "resident")
 
     @classmethod
-    def make_if_fitting(
+    def make_if_memory_allows(
         cls, store: PatchStore, neighbors: np.ndarray, device: torch.device
     ) -> "ResidentPatches | None":
         """Return an instance, or None if two locations' files exceed the fraction SHARE of the free GPU memory."""
@@ -92,29 +92,29 @@ class ResidentPatches:
         files = int(SHARE * torch.cuda.mem_get_info(device)[0]) // bytes_each
         return cls(store, neighbors, device, files) if files >= 2 * (1 + neighbors.shape[1]) else None
 
-    def gather(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def gather_batch(self, location: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gather patches (B, 32, 32, 32) and neighbours (B, k, 32, 32, 32) for ``rows`` (B,), all on the device."""
-        patches, *near = (self.load_file(index)[rows] for index in self.list_needed_files(location))
+        patches, *near = (self.load_location(index)[rows] for index in self.list_location_and_neighbors(location))
         if location + 1 < len(self.neighbors):  # training usually continues with location + 1
-            wanted = [index for index in self.list_needed_files(location + 1) if index not in self._kept]
+            wanted = [index for index in self.list_location_and_neighbors(location + 1) if index not in self._kept]
             coming = self._coming
-            self._coming = {i: coming.get(i) or self._reader.submit(self._read, i) for i in wanted}
+            self._coming = {i: coming.get(i) or self._reader.submit(self._read_location, i) for i in wanted}
         return patches, torch.stack(near, dim=1) if near else None
 
-    def list_needed_files(self, location: int) -> Sequence[int]:
+    def list_location_and_neighbors(self, location: int) -> Sequence[int]:
         return [location, *map(int, self.neighbors[location])]
 
-    def _read(self, index: int) -> torch.Tensor:
+    def _read_location(self, index: int) -> torch.Tensor:
         patches = torch.from_numpy(self.store.read(index, np.arange(self.store.num_subjects)))
         with contextlib.suppress(RuntimeError):  # if pinning fails, copies from unpinned memory are only slower
             return patches.pin_memory() if self._copy.device.type == "cuda" else patches
         return patches
 
-    def load_file(self, index: int) -> torch.Tensor:
+    def load_location(self, index: int) -> torch.Tensor:
         """Return the patches of a location on the device, (N, 32, 32, 32)."""
         if index not in self._kept:
             coming = self._coming.pop(index, None)
-            (self._kept[index],) = self._copy(self._read(index) if coming is None else coming.result())
+            (self._kept[index],) = self._copy(self._read_location(index) if coming is None else coming.result())
             while len(self._kept) > self.files:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(index)
@@ -133,5 +133,5 @@ class BatchCarrier:
         where = torch.full((1,), batch.location, device=self.device)
         patches, neighbors, draws, subjects = self._copy(batch.patches, batch.neighbors, batch.draws, batch.subjects)
         if self.resident is not None:
-            patches, neighbors = self.resident.gather(batch.location, subjects)
+            patches, neighbors = self.resident.gather_batch(batch.location, subjects)
         return where, patches, neighbors, draws, subjects

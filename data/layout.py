@@ -67,7 +67,7 @@ class StoreLayout:
         """Return the lock file that a script holds while it writes its report."""
         return self.root / "report" / f".{script}.lock"
 
-    def claims(self, script: str) -> Path:
+    def claims_dir(self, script: str) -> Path:
         """Return the folder that holds one file per subject until the subject is in the report."""
         return self.root / "report" / f".claims-{script}"
 
@@ -103,11 +103,11 @@ class StoreLayout:
         return self.root / "report" / ".group_patches.lock"
 
     @property
-    def grouping(self) -> Path:
+    def grouping_dir(self) -> Path:
         """Temporary folder for grouped files; it exists only during grouping and after an interruption."""
         return self.grouped_dir / ".partial"
 
-    def older_tables(self) -> list[Path]:
+    def list_published_tables(self) -> list[Path]:
         """List the location tables with a file name of the published implementation."""
         return sorted(self.root.glob("*_patch_loc.npy"))
 
@@ -121,7 +121,7 @@ class StoreLayout:
             return self.atlas_patch_loc
         if not self.root.is_dir():
             raise StoreError(f"--root-dir {self.root} is not a folder; make a store with preprocess/run_preprocess.sh")
-        older = self.older_tables()
+        older = self.list_published_tables()
         if len(older) == 1:
             return older[0]
         found = f"; rename one of {', '.join(p.name for p in older)} to atlas_patch_loc.npy" if older else ""

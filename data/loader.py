@@ -50,7 +50,7 @@ def share_batch(batch: PatchBatch) -> PatchBatch:
         return PatchBatch(*(x.numpy().copy() if isinstance(x, torch.Tensor) else x for x in batch))
 
 
-def batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[PatchBatch]:
+def iterate_batches(loader: DataLoader, note: Callable[[str], Any] = print) -> Iterator[PatchBatch]:
     """Yield the batches of a loader.
 
     Args:
@@ -101,10 +101,11 @@ def forward_signals_to_trainer(worker: int) -> None:
         for number in heard:
             signal.signal(number, signal.SIG_IGN)
         return
-    # Block the signals in all threads. listen() waits for them, because a signal handler does not know the sender.
+    # Block the signals in all threads. wait_and_forward_signal() waits for them, because a handler does not know
+    # the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
 
-    def listen() -> None:
+    def wait_and_forward_signal() -> None:
         asked = signal.sigwaitinfo(heard)
         if asked.si_pid != trainer and os.getppid() == trainer:
             os.kill(trainer, asked.si_signo)
@@ -115,7 +116,7 @@ def forward_signals_to_trainer(worker: int) -> None:
                     break
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=wait_and_forward_signal, daemon=True).start()
 
 
 def end_workers() -> None:

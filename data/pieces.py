@@ -9,7 +9,7 @@ import torch
 from data.device import Copier, LateCopies
 from data.prefetch import read_ahead
 from data.store import PatchStore
-from data.views import to_input
+from data.views import convert_hu_to_input
 
 PIECE_SUBJECTS = 64  # subjects per piece if the store has only patch/
 
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     rows: range
 
 
-def list_pieces(store: PatchStore) -> list[Piece]:
+def split_store_into_pieces(store: PatchStore) -> list[Piece]:
     """List one piece per location or, for patch/, per PIECE_SUBJECTS subjects, so that only one piece reads a file."""
     if store.grouped:
         return [
@@ -70,24 +70,24 @@ def encode_pieces(
     Args:
         frozen: maps each location to its encoder, for example a models.frozen.FrozenLocations.
         store: store to read from.
-        pieces: pieces from :func:`list_pieces`.
+        pieces: pieces from :func:`split_store_into_pieces`.
         batch_size: number of patches to encode together.
         device: device of the encoder.
         layers: append W summary values of all layers; the result is (rows, locations, rep_dim + W).
     """
 
-    def read(batch: Batch) -> torch.Tensor:
+    def read_batch(batch: Batch) -> torch.Tensor:
         patches = torch.from_numpy(store.read(batch.piece.locations[batch.column], batch.rows))
         return patches.pin_memory() if device.type == "cuda" else patches
 
     copy, late, result = Copier(device), LateCopies(device), None
-    for batch, patches in read_ahead(read, list_batches(pieces, batch_size)):
+    for batch, patches in read_ahead(read_batch, list_batches(pieces, batch_size)):
         piece = batch.piece
-        h = frozen[piece.locations[batch.column]](*copy(patches), to_input, layers)  # (b, rep_dim [+ W])
+        h = frozen[piece.locations[batch.column]](*copy(patches), convert_hu_to_input, layers)  # (b, rep_dim [+ W])
         if result is None:  # collect features on the device, because copying each batch would wait for the device
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:
-            yield from late.add(piece, result)
+            yield from late.start_copy(piece, result)
             result = None
-    yield from late.rest()
+    yield from late.yield_remaining()

@@ -38,7 +38,7 @@ def read_ahead(
 PIECE = 2**17  # bytes; Linux shortens longer requests to the read-ahead size of the disk
 
 
-def request_files(paths: Iterable[str | os.PathLike]) -> None:
+def prefetch_files(paths: Iterable[str | os.PathLike]) -> None:
     """Ask the operating system to read whole files into the page cache, and return at once.
 
     The rows of a batch are scattered over a file. On a disk of 0.3 GB/s with a cold cache, reading a quarter of the
@@ -46,10 +46,10 @@ def request_files(paths: Iterable[str | os.PathLike]) -> None:
     earlier. On macOS, this function does nothing.
     """
     # A separate thread sends the requests, because a request blocks while the disk's queue is full.
-    Thread(target=request_each, args=(list(paths),), daemon=True).start()
+    Thread(target=prefetch_each_file, args=(list(paths),), daemon=True).start()
 
 
-def request_each(paths: list[str | os.PathLike]) -> None:
+def prefetch_each_file(paths: list[str | os.PathLike]) -> None:
     for path in paths:
         # Errors are ignored here, because reading the file later reports the error.
         with contextlib.suppress(OSError, AttributeError), open(path, "rb") as stream:

@@ -19,14 +19,14 @@ def rotation_matrix(angles: torch.Tensor) -> torch.Tensor:
     sin, cos = torch.sin(angles), torch.cos(angles)
     zero, one = torch.zeros_like(sin[:, 0]), torch.ones_like(sin[:, 0])
 
-    def rows(*values):
+    def stack_rows(*values):
         return torch.stack(values, dim=1).view(-1, 3, 3)
 
     s0, s1, s2 = sin.unbind(1)
     c0, c1, c2 = cos.unbind(1)
-    first = rows(one, zero, zero, zero, c0, -s0, zero, s0, c0)
-    second = rows(c1, zero, s1, zero, one, zero, -s1, zero, c1)
-    third = rows(c2, -s2, zero, s2, c2, zero, zero, zero, one)
+    first = stack_rows(one, zero, zero, zero, c0, -s0, zero, s0, c0)
+    second = stack_rows(c1, zero, s1, zero, one, zero, -s1, zero, c1)
+    third = stack_rows(c2, -s2, zero, s2, c2, zero, zero, zero, one)
     return first @ second @ third
 
 
@@ -64,7 +64,7 @@ def voxel_coordinates(matrix: torch.Tensor, size: Sequence[int], offset: torch.T
     return voxels
 
 
-def sample(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+def sample_trilinearly(volumes: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
     """Sample volumes trilinearly at (n, 3, *size) voxel coordinates -> (n, C, *size). Borders are replicated."""
     if volumes.device.type != "cpu":
         return _sample_volumes(volumes, voxels)

@@ -64,7 +64,7 @@ class PatchStore:
         self._stored = list(self.sids)  # the subject of each row in the files
         self._rows = np.arange(len(self.sids))  # for each selected subject, its row in the files
         if subjects is not None:
-            self._select(subjects)
+            self._select_subjects(subjects)
         self.check_unchanged()  # grouping may have finished while the files were being opened
 
     @property
@@ -93,11 +93,11 @@ class PatchStore:
         if self.grouped and self.layout.grouped_note.is_file():
             digest.update(self.layout.grouped_note.read_bytes())
         for file in self._files:
-            digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.sample())
+            digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.read_end_bytes())
         self.check_unchanged()
         return digest.hexdigest()[:16]
 
-    def facts(self) -> dict[str, object]:
+    def collect_identity(self) -> dict[str, object]:
         """Return the properties of the store that identify the data of a run.
 
         Outputs record these properties, and a resumed run compares the properties of its store with those in its
@@ -114,7 +114,7 @@ class PatchStore:
         for file in self._files:
             file.check_unchanged()
 
-    def notes(self) -> Iterator[str]:
+    def describe_differences(self) -> Iterator[str]:
         """Yield a message for each difference between patch/ and the grouped files."""
         there = self.layout.patch_sids() if self.grouped else []
         if not there:  # patch/ may have been removed after grouping
@@ -155,7 +155,7 @@ class PatchStore:
         if self.layout.subjects.is_file():
             self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
             source = self.layout.subjects
-        elif self.layout.grouping.is_dir():
+        elif self.layout.grouping_dir.is_dir():
             raise StoreError(
                 f"{self.layout.grouped_dir} is incomplete because grouping was interrupted; run "
                 f"python preprocess/group_patches.py --root-dir {self.layout.root} to finish it"
@@ -192,7 +192,7 @@ class PatchStore:
                     "cut the patches again with preprocess/patchify_images.py"
                 )
 
-    def _select(self, subjects: str | os.PathLike) -> None:
+    def _select_subjects(self, subjects: str | os.PathLike) -> None:
         """Keep only the subjects that a table lists."""
         wanted = set(read_table(subjects, file_names=False)["sid"])
         lacking = sorted(wanted.difference(self.sids))
@@ -227,12 +227,12 @@ def summarize_sids(sids: list[str]) -> str:
 def read_stamp(path: Path) -> tuple[int, int, int] | None:
     """Return inode, size and modification time of a file, or None if the file does not exist."""
     try:
-        return stamp_of_status(os.stat(path))
+        return make_stamp(os.stat(path))
     except OSError:
         return None
 
 
-def stamp_of_status(status: os.stat_result) -> tuple[int, int, int]:
+def make_stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -267,7 +267,7 @@ class PatchFile:
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}, but patches must be real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        self._stamp, self._end = stamp_of_status(status), expected
+        self._stamp, self._end = make_stamp(status), expected
         self._array = None
 
     def check_unchanged(self) -> None:
@@ -275,7 +275,7 @@ class PatchFile:
         if read_stamp(self.path) != self._stamp:
             raise StoreError(describe_change(self.path))
 
-    def sample(self) -> bytes:
+    def read_end_bytes(self) -> bytes:
         """Read the first and the last SAMPLE_BYTES of the patches."""
         with open(self.path, "rb") as stream:
             stream.seek(self.offset)
@@ -285,9 +285,9 @@ class PatchFile:
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
         """Read rows, and convert the values to HU with :func:`to_hu`."""
-        return to_hu(self.stored_rows(rows))
+        return to_hu(self.read_stored_rows(rows))
 
-    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+    def read_stored_rows(self, rows: np.ndarray) -> np.ndarray:
         """Read rows in the stored dtype."""
         array = self._array  # keep a local reference, because another thread may close the mapping
         self.check_unchanged()  # check before reading, because reading a truncated mapped file kills the process

@@ -35,7 +35,7 @@ def summarize_columns(columns: Sequence[str]) -> str:
     return ", ".join(columns[:SHOWN]) + (f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else "")
 
 
-def plain_name(text: str) -> str:
+def normalize_name(text: str) -> str:
     """Return a name without zero-width characters, in composed Unicode, because macOS writes decomposed Unicode."""
     return "".join(_NO_WIDTH.split(unicodedata.normalize("NFC", text))).strip()
 
@@ -83,7 +83,7 @@ def read_table(
     if table.empty:
         raise StoreError(f"{path} has a header but no rows")
     if "sid" in table.columns:
-        table["sid"] = [plain_name(sid) for sid in table["sid"]]
+        table["sid"] = [normalize_name(sid) for sid in table["sid"]]
     for line, sid in enumerate(table["sid"] if file_names else (), start=2):
         try:
             check_sid(sid)
@@ -174,22 +174,22 @@ def replace_decimal_commas(rows: list[list[str]]) -> list[list[str]]:
 # ============================================================ features
 
 
-def feature_columns(count: int) -> list[str]:
+def name_feature_columns(count: int) -> list[str]:
     """Return the names of the feature columns in patient_features.csv: f000, f001, ..."""
     width = max(3, len(str(count - 1)))
     return [f"f{index:0{width}d}" for index in range(count)]
 
 
-def feature_text(features: Iterable[float]) -> list[str]:
+def format_features(features: Iterable[float]) -> list[str]:
     """Format features with nine significant digits, which is enough to restore the same float32."""
     return [f"{value:.9g}" for value in features]
 
 
-def feature_table(sids: Sequence[str], features: np.ndarray) -> str:
+def format_feature_table(sids: Sequence[str], features: np.ndarray) -> str:
     """Return the text of patient_features.csv, with columns sid, f000, ..., from features (N, rep_dim) float32."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["sid", *feature_columns(features.shape[1])])
+    writer.writerow(["sid", *name_feature_columns(features.shape[1])])
     for sid, row in zip(sids, features):
-        writer.writerow([sid, *feature_text(row)])
+        writer.writerow([sid, *format_features(row)])
     return stream.getvalue()

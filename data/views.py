@@ -30,12 +30,12 @@ def clip_and_shift_hu(patches: torch.Tensor) -> torch.Tensor:
     return patches.to(torch.float32, copy=True).clamp_(HU_MIN, HU_MAX).sub_(HU_MIN)  # the input stays unchanged
 
 
-def to_unit(volumes: torch.Tensor) -> torch.Tensor:
+def scale_to_unit_range(volumes: torch.Tensor) -> torch.Tensor:
     """Scale values from [0, 1264] to [-1, 1], the range of the network's input."""
     return (volumes / HALF_RANGE).sub_(1)
 
 
-def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def convert_hu_to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Convert HU to network input without augmentation: (B, 32, 32, 32) -> (B, 1, 32, 32, 32) in [-1, 1].
 
     A CPU converts a few patches at a time, so that these patches stay in its cache between operations.
@@ -43,7 +43,7 @@ def to_input(patches: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     x = torch.empty(patches.shape, dtype=dtype, device=patches.device)
     count = INPUT_CHUNK if patches.device.type == "cpu" else max(1, len(patches))
     for out, piece in zip(x.split(count), patches.split(count)):
-        out.copy_(to_unit(clip_and_shift_hu(piece)))
+        out.copy_(scale_to_unit_range(clip_and_shift_hu(piece)))
     return x[:, None]
 
 
@@ -67,13 +67,13 @@ class StepDraws(NamedTuple):
         for group in self.groups:
             seed, _ = stream_seeds(self.seed, index.epoch, index.location, index.step, group)
             generator = torch.Generator().manual_seed(seed)
-            views = list(self._draw(2 * count, size, generator).chunk(2))  # query and key
+            views = list(self._draw_packed_parameters(2 * count, size, generator).chunk(2))  # query and key
             if neighbors:  # one draw per subject, because its k neighbours form one volume
-                views.append(self._draw(count, size, generator))
+                views.append(self._draw_packed_parameters(count, size, generator))
             drawn.append(torch.stack(views))
         return torch.cat(drawn, dim=1)
 
-    def _draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    def _draw_packed_parameters(self, count: int, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
         drawn = self.augmentation.draw(count, size, generator)
         return self.augmentation.pack(self.augmentation.prepare(drawn, size), count)  # (count, W)
 
@@ -102,13 +102,13 @@ class StepViews:
         self.dense = device.type != "cpu" if dense is None else dense
         self.generators = [torch.Generator(device) for _ in draws.groups]  # one generator of random noise per group
 
-    def seed(self, epoch: int, location: int, step: int) -> None:
+    def seed_noise(self, epoch: int, location: int, step: int) -> None:
         """Seed the noise stream of each group for a step."""
         for group, generator in zip(self.draws.groups, self.generators):
             generator.manual_seed(stream_seeds(self.draws.seed, epoch, location, step, group)[1])
 
     def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, draws: torch.Tensor) -> Views:
-        """Make the views of a step; call :meth:`seed` first. All tensors must be on the device of the views.
+        """Make the views of a step; call :meth:`seed_noise` first. All tensors must be on the device of the views.
 
         Args:
             patches: (B, 32, 32, 32) HU.
@@ -116,17 +116,17 @@ class StepViews:
             draws: (2 or 3, B, W), from :class:`StepDraws`.
         """
         if self.dense:
-            return self._make(patches, neighbors, draws, self.generators)
+            return self._make_views(patches, neighbors, draws, self.generators)
         count = len(self.generators)
         near = [None] * count if neighbors is None else neighbors.chunk(count)
         shares = zip(patches.chunk(count), near, draws.chunk(count, dim=1), self.generators, strict=True)
-        views = [self._make(*share, [generator]) for *share, generator in shares]
+        views = [self._make_views(*share, [generator]) for *share, generator in shares]
         if count == 1:
             return views[0]
         query, key, around = zip(*views)
         return Views(torch.cat(query), torch.cat(key), None if neighbors is None else torch.cat(around))
 
-    def _make(
+    def _make_views(
         self,
         patches: torch.Tensor,
         neighbors: torch.Tensor | None,
@@ -147,7 +147,7 @@ class StepViews:
 
         def augment(volumes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
             unpacked = self.augmentation.unpack(packed, size)
-            return to_unit(self.augmentation.apply(volumes, unpacked, noise, self.dense))
+            return scale_to_unit_range(self.augmentation.apply(volumes, unpacked, noise, self.dense))
 
         shifted = clip_and_shift_hu(patches)[:, None]  # (B, 1, 32, 32, 32)
         views = augment(torch.cat([shifted, shifted]), draws[:2].flatten(0, 1))  # (2 B, 1, 32, 32, 32)

@@ -68,7 +68,7 @@ class Bounded:
                 return text
             raise
 
-    def complaint(self, value: Any) -> str | None:
+    def describe_violation(self, value: Any) -> str | None:
         """Return the part of an error message that follows the flag and its value, or None if the value is allowed."""
         fits = not isinstance(value, str) and self.low <= value <= self.high and abs(value) < math.inf
         return None if fits else f" must be {self.words}{'' if self.complete else '; see --help'}"
@@ -93,7 +93,7 @@ class OneOf:
     def __call__(self, text: str) -> str:
         return text
 
-    def complaint(self, value: str) -> str | None:
+    def describe_violation(self, value: str) -> str | None:
         if value in self.words:
             return None
         return " must be " + " or ".join(self.words) if len(self.words) == 2 else f" must be one of {self}"
@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action.type, (Bounded, OneOf)):
                 given = getattr(parsed, action.dest, None)
                 for value in given if isinstance(given, list) else [given]:
-                    complaint = None if value is None else action.type.complaint(value)
+                    complaint = None if value is None else action.type.describe_violation(value)
                     if complaint:
                         self.refuse(f"{action.option_strings[-1]} {value}{complaint}")
         return parsed, rest
@@ -158,7 +158,7 @@ def print_error(message: object) -> None:
     print(f"error: {f'(rank {rank}) ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
-def _stop(number: int, _: Any) -> NoReturn:
+def _raise_stopped(number: int, _: Any) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # a second signal must not disturb the shutdown
     raise Stopped(number)
 
@@ -182,7 +182,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
     if "RANK" not in os.environ:  # the launcher sends SIGTERM to a rank if another rank has failed and printed why
         for number in STOPPING:
             if number != signal.SIGINT and reacts_to_signal(number):
-                signal.signal(number, _stop)
+                signal.signal(number, _raise_stopped)
     try:
         status = main() or 0
     except (UserError, OSError) as error:
@@ -194,13 +194,13 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
     except Exception as error:
         if is_out_of_memory(error):
             print_error(describe_out_of_memory(error, memory))
-            leave(USER_ERROR)
+            exit_at_once(USER_ERROR)
         traceback.print_exc()
-        leave(1)
+        exit_at_once(1)
     sys.exit(status)
 
 
-def leave(status: int) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
     """End this process at once, without waiting for data-loader workers or other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -247,18 +247,18 @@ class StopRequest:
         """Start to record the signals in STOPPING."""
         for number in STOPPING:
             if reacts_to_signal(number):
-                signal.signal(number, self._note)
+                signal.signal(number, self._record_signal)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _record_signal(self, number: int, _: Any) -> None:
         self.number = self.number or number
 
     @property
-    def name(self) -> str:
+    def signal_name(self) -> str:
         return signal.Signals(self.number).name
 
-    def leave(self) -> NoReturn:
+    def exit_with_signal_status(self) -> NoReturn:
         """End this process at once with a status that encodes the signal, so that a scheduler can restart it."""
-        leave(128 + self.number)
+        exit_at_once(128 + self.number)
 
 
 # ============================================================ processes and cores

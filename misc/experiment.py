@@ -44,7 +44,7 @@ class Experiment:
         self.folder = Path(folder)
 
     @classmethod
-    def named(cls, name: str) -> "Experiment":
+    def from_name(cls, name: str) -> "Experiment":
         """Return the experiment ssl_exp/NAME. Raises ExperimentError for a path outside ssl_exp/."""
         if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ExperimentError(f"--exp-name {name!r} must be a folder name inside {HOME}/")
@@ -54,7 +54,7 @@ class Experiment:
         return self.folder / checkpoint_name(epoch)
 
     @property
-    def incomplete_file(self) -> Path:
+    def unfinished_checkpoint(self) -> Path:
         return self.folder / UNFINISHED
 
     @property
@@ -79,7 +79,7 @@ class Experiment:
         found = self.folder.glob("checkpoint_patch_*.pth.tar")
         return {int(match[1]): path for path in found if (match := CHECKPOINT_PATTERN.fullmatch(path.name))}
 
-    def find_latest(
+    def find_latest_checkpoint(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
         """Return the checkpoint with the most training: that of an unfinished epoch, or that with the highest number.
@@ -97,14 +97,14 @@ class Experiment:
         found: list[tuple[tuple[int, int], Path]] = []
         damaged: list[str] = []
         numbered = self.list_epoch_checkpoints()
-        candidates = [self.incomplete_file] if self.incomplete_file.is_file() else []
+        candidates = [self.unfinished_checkpoint] if self.unfinished_checkpoint.is_file() else []
         for path in [*candidates, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]:
             try:
                 found.append((progress(path), path))
             except UserError as error:
                 damaged.append(str(error))
                 continue
-            if path != self.incomplete_file:
+            if path != self.unfinished_checkpoint:
                 break  # all earlier checkpoints have fewer training steps
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
@@ -114,7 +114,7 @@ class Experiment:
             say(f"note: {text}; resuming from {best} instead")
         return best
 
-    def keep_latest(self, count: int) -> None:
+    def remove_old_checkpoints(self, count: int) -> None:
         """Keep the latest ``count`` checkpoints of finished epochs and checkpoint 0; ``count`` 0 keeps all."""
         numbered = self.list_epoch_checkpoints()
         for epoch in sorted(set(numbered) - {0})[: -count or 0]:
@@ -130,13 +130,13 @@ class Experiment:
 
         Args:
             resume: '', auto, the name of a checkpoint in the folder, or a path.
-            progress, say: as in :meth:`find_latest`.
+            progress, say: as in :meth:`find_latest_checkpoint`.
 
         Raises:
             ExperimentError: the checkpoint does not exist, or the run would overwrite other checkpoints.
         """
         if resume == "auto":
-            return self.find_latest(progress, say)
+            return self.find_latest_checkpoint(progress, say)
         occupied = any(self.folder.glob("checkpoint_patch_*.pth.tar"))
         if not resume:
             if occupied:
@@ -169,14 +169,14 @@ class Experiment:
         if not self.is_own_file(resumed):
             return []
         later = [path for number, path in self.list_epoch_checkpoints().items() if number > epoch]
-        if self.incomplete_file.is_file() and self.incomplete_file.resolve() != resumed.resolve():
-            later.append(self.incomplete_file)
+        if self.unfinished_checkpoint.is_file() and self.unfinished_checkpoint.resolve() != resumed.resolve():
+            later.append(self.unfinished_checkpoint)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for path in later:
             path.rename(self.folder / f"superseded-{stamp}-{path.name}")
         return sorted(path.name for path in later)
 
-    def claim(self) -> TextIO:
+    def claim_folder(self) -> TextIO:
         """Open and lock log.jsonl, which reserves the folder for this run until the file is closed.
 
         Raises:

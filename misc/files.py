@@ -25,7 +25,7 @@ LEFTOVER_SECONDS = 3600  # a partial file older than this belongs to a killed ru
 
 
 @contextlib.contextmanager
-def add_file_name(path: Path) -> Iterator[None]:
+def add_file_name_to_errors(path: Path) -> Iterator[None]:
     """Add this file's name to a system error without a file name, for example if the disk is full."""
     try:
         yield
@@ -40,7 +40,7 @@ def add_file_name(path: Path) -> Iterator[None]:
         raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Call ``write`` with a temporary file next to ``path``, flush it to disk and rename it to ``path``.
 
     After a crash there is either the old or the new file, never a partial one. An error leaves no temporary file.
@@ -52,7 +52,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with add_file_name(path):
+        with add_file_name_to_errors(path):
             with open(aside, "wb") as stream:
                 write(stream)
                 stream.flush()
@@ -71,7 +71,7 @@ def write_via_temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with add_file_name(path), tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+    with add_file_name_to_errors(path), tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         yield aside
         with open(aside, "rb") as stream:
@@ -96,12 +96,12 @@ def make_safe_name(text: str) -> str:
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
     """Save an array as a .npy file, atomically."""
-    write_whole(path, lambda stream: np.save(stream, array, allow_pickle=False))
+    write_atomically(path, lambda stream: np.save(stream, array, allow_pickle=False))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file, atomically."""
-    write_whole(path, lambda stream: stream.write(text.encode()))
+    write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -165,7 +165,7 @@ def remove_leftovers(*folders: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def resume_folder(folder: Path, key: str) -> None:
+def prepare_resumable_folder(folder: Path, key: str) -> None:
     """Make or empty a folder for partial results, but keep the results of an interrupted run with the same ``key``."""
     note = folder / "key.txt"
     if note.is_file() and note.read_text(encoding="utf-8") == key:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from misc.command import LOST, UserError, end_with_parent, leave, print_error
+from misc.command import LOST, UserError, end_with_parent, exit_at_once, print_error
 
 # torch 2.14 renamed all_gather_into_tensor to all_gather_single.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -34,7 +34,7 @@ MAY_DIFFER = (
     "batch_table",
     "no_progress",
 )  # paths may differ between ranks if the files have the same contents
-_waits: list[str] = []  # one name for each call of wait_for_all so far
+_waits: list[str] = []  # one name for each call of wait_for_slow_ranks so far
 _control: list = []  # the CPU process group for short messages between ranks; empty for a single process
 
 
@@ -45,7 +45,7 @@ class DeviceError(UserError):
 # ============================================================ device and process group
 
 
-def start_process(device: str, patience: float = PATIENCE) -> torch.device:
+def set_up_process(device: str, patience: float = PATIENCE) -> torch.device:
     """Choose the device of this process, set float32 arithmetic and, under torchrun, join the process group.
 
     The group uses NCCL on GPUs and Gloo on CPUs. A single process without torchrun does not need a process group.
@@ -152,7 +152,9 @@ def find_local_rank(gpus: int) -> int:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
     if not given["RANK"] and not given["WORLD_SIZE"]:
-        several = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_number(name, 1) > 1), None)
+        several = next(
+            (name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_environment_number(name, 1) > 1), None
+        )
         if several:
             raise DeviceError(
                 f"{several} is {os.environ[several]}, but RANK and WORLD_SIZE are not set, so each process would "
@@ -166,44 +168,44 @@ def find_local_rank(gpus: int) -> int:
             f"{there} is set without {', '.join(missing)}, so this process cannot find the other ranks. Set the "
             "missing variables, start with tools/launch.py, or unset RANK and WORLD_SIZE to train alone"
         )
-    rank, world = read_number("RANK", -1), read_number("WORLD_SIZE", -1)
-    if not 0 <= rank < world or not 0 < read_number("MASTER_PORT", -1) < 65536:
+    rank, world = read_environment_number("RANK", -1), read_environment_number("WORLD_SIZE", -1)
+    if not 0 <= rank < world or not 0 < read_environment_number("MASTER_PORT", -1) < 65536:
         raise DeviceError(
             f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']} MASTER_PORT={given['MASTER_PORT']}: RANK must be "
             "a whole number from 0 to WORLD_SIZE - 1, and MASTER_PORT a whole number from 1 to 65535"
         )
-    return read_number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
+    return read_environment_number("LOCAL_RANK", -1) if os.environ.get("LOCAL_RANK") else rank % max(1, gpus)
 
 
-def read_number(name: str, default: int) -> int:
+def read_environment_number(name: str, default: int) -> int:
     """Read an environment variable as a whole number; return ``default`` for any other value."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
 
 
-def end_process() -> None:
+def leave_process_group() -> None:
     """Leave the process group if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def joined(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
-    """Call :func:`start_process`, and :func:`end_process` at the end of the ``with`` block.
+def join_process_group(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
+    """Call :func:`set_up_process`, and :func:`leave_process_group` at the end of the ``with`` block.
 
     If another rank is lost, this process exits at once with status LOST; the launcher reports the reason.
     """
     try:
-        yield start_process(device, patience)
+        yield set_up_process(device, patience)
     except RuntimeError as error:
         if world_size() == 1 or not is_lost_rank(error):
             raise
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             print_error(f"another rank was lost; see the output of that rank ({str(error).splitlines()[0][:200]})")
-        leave(LOST)
+        exit_at_once(LOST)
     finally:
         with contextlib.suppress(RuntimeError, ValueError):  # another rank may already have exited
-            end_process()
+            leave_process_group()
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
@@ -227,7 +229,7 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Return the number of ranks on this machine."""
-    return max(1, read_number("LOCAL_WORLD_SIZE", 1))
+    return max(1, read_environment_number("LOCAL_WORLD_SIZE", 1))
 
 
 @torch.no_grad()
@@ -264,14 +266,14 @@ def all_reduce_max(*numbers: int) -> list[int]:
     return largest.tolist()
 
 
-def wait_at_end() -> None:
+def wait_before_exit() -> None:
     """Wait for all ranks before exit; return at once if a rank is gone."""
     if _control:
         with contextlib.suppress(RuntimeError):
             dist.barrier(group=_control[0])
 
 
-def wait_for_all() -> None:
+def wait_for_slow_ranks() -> None:
     """Wait for ranks that may finish hours apart, by polling the shared store instead of a collective."""
     if not _control:
         return
@@ -281,10 +283,10 @@ def wait_for_all() -> None:
     store.add(name, 1)
     while store.add(name, 0) < world_size():
         time.sleep(0.2)
-    wait_at_end()
+    wait_before_exit()
 
 
-def check_agreement(facts: Mapping[str, object]) -> None:
+def check_ranks_agree(facts: Mapping[str, object]) -> None:
     """Check that ``facts`` are equal on all ranks, before the ranks compute anything together.
 
     Raises:

@@ -25,7 +25,7 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
         UserError: ``given`` does not suit the batch size and the number of ranks.
     """
 
-    def complaint(groups: int) -> str:
+    def find_conflict(groups: int) -> str:
         if groups % ranks:
             return f"a multiple of the {ranks} ranks"
         if batch_size % groups:
@@ -33,11 +33,11 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
         return "" if batch_size // groups >= SMALLEST_GROUP else f"at most half of --batch-size {batch_size}"
 
     if given is not None:
-        if complaint(given):
-            raise UserError(f"--bn-groups {given} must be {complaint(given)}, so that each rank has whole groups")
+        if find_conflict(given):
+            raise UserError(f"--bn-groups {given} must be {find_conflict(given)}, so that each rank has whole groups")
         return given
     most = max(PUBLISHED_GROUPS, ranks)
-    return next((groups for groups in range(most, 0, -1) if not complaint(groups)), ranks)
+    return next((groups for groups in range(most, 0, -1) if not find_conflict(groups)), ranks)
 
 
 def list_rank_groups(groups: int, rank: int, ranks: int) -> range:

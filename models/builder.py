@@ -143,8 +143,10 @@ class DrasCLR(KeyQueues):
         with torch.autocast(z.device.type, enabled=False):
             if neighbors is not None:
                 queries.append(neighbors.sum(dim=1))  # (B, dim); its dot product with a key is a sum over neighbours
-            logits = [similarity / self.T for similarity in self.compare(queries, keys, own, patch_idx, subjects)]
-            statistics = compute_step_statistics(queries[0], keys, own, subjects, *self.origin_at(patch_idx))
+            logits = [
+                similarity / self.T for similarity in self.compute_similarities(queries, keys, own, patch_idx, subjects)
+            ]
+            statistics = compute_step_statistics(queries[0], keys, own, subjects, *self.find_key_origins(patch_idx))
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
 
         self.enqueue(keys, patch_idx, None if subjects is None else process.all_gather_rows(subjects))

@@ -12,7 +12,7 @@ from torch import nn
 
 from misc.command import UserError
 from misc.experiment import list_checkpoints
-from misc.files import hash_file, write_whole
+from misc.files import hash_file, write_atomically
 
 # ============================================================ files
 
@@ -23,7 +23,7 @@ class CheckpointError(UserError):
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically: after a crash, the file is either the old one or the new one."""
-    write_whole(path, lambda stream: torch.save(dict(checkpoint), stream))
+    write_atomically(path, lambda stream: torch.save(dict(checkpoint), stream))
 
 
 def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def check_sha256(path: Path, wanted: str | None) -> None:
 def read_progress(path: Path) -> tuple[int, int]:
     """Read the numbers of finished epochs and of finished steps in the next epoch. Raises CheckpointError."""
     content = read_checkpoint(path, tensors=False)
-    return position(content, path)
+    return find_position(content, path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def verify_checkpoint(path: Path) -> tuple[int, int]:
     return place
 
 
-def position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def find_position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Return a checkpoint's numbers of finished epochs and of finished steps in the next epoch.
 
     For a bare state dict, the epoch is the first number in the file name, or 0 if the name has no number.
@@ -143,14 +143,14 @@ def _explain_read_error(path: Path, error: Exception) -> str:
 # ============================================================ keys and shapes
 
 
-def strip_module(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_module_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Remove the prefix ``module.`` of DistributedDataParallel from every key that has it."""
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def add_module(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def add_module_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add the prefix ``module.`` to every key, as in the published checkpoints."""
-    return {"module." + key: value for key, value in strip_module(state).items()}
+    return {"module." + key: value for key, value in strip_module_prefix(state).items()}
 
 
 def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:
@@ -179,7 +179,7 @@ def load_strict(model: nn.Module, state: Mapping[str, torch.Tensor], source: Pat
     model.load_state_dict(state, strict=True)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def export_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimiser's state in the published format, with the settings foreach and fused set to None."""
     state = optimizer.state_dict()
     groups = [{**group, "foreach": None, "fused": None} for group in state["param_groups"]]
@@ -226,7 +226,7 @@ def refuse_unsound_tensors(tensors: Mapping[str, torch.Tensor], source: Path | s
         )
 
 
-def check_table(content: Mapping[str, Any], source: Path | str, count: int, fingerprint: str, root: object) -> str:
+def check_same_table(content: Mapping[str, Any], source: Path | str, count: int, fingerprint: str, root: object) -> str:
     """Check that a store has the table of locations that the checkpoint was trained on.
 
     Args:
@@ -243,7 +243,7 @@ def check_table(content: Mapping[str, Any], source: Path | str, count: int, fing
     Raises:
         CheckpointError: the checkpoint was trained on another location table.
     """
-    queue = strip_module(content["state_dict"]).get("queue")
+    queue = strip_module_prefix(content["state_dict"]).get("queue")
     advice = "cut the patches at the locations that the checkpoint was trained on (its atlas_patch_loc.npy)"
     if queue is not None and queue.shape[-1] != count:
         raise CheckpointError(
@@ -263,13 +263,13 @@ def check_table(content: Mapping[str, Any], source: Path | str, count: int, fing
 # ============================================================ query encoder
 
 
-def query_encoder_state(content: Mapping[str, Any], source: Path | str) -> dict[str, torch.Tensor]:
+def extract_query_encoder(content: Mapping[str, Any], source: Path | str) -> dict[str, torch.Tensor]:
     """Return the entries of ``encoder_q``, without this prefix in their keys.
 
     Raises:
         CheckpointError: the checkpoint has no entry of ``encoder_q``.
     """
-    state = strip_module(content["state_dict"])
+    state = strip_module_prefix(content["state_dict"])
     prefix = "encoder_q."
     encoder = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not encoder:
@@ -277,7 +277,7 @@ def query_encoder_state(content: Mapping[str, Any], source: Path | str) -> dict[
     return encoder
 
 
-def encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict[str, Any]:
+def infer_encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict[str, Any]:
     """Infer the arguments of Encoder, and ``mlp``, from the shapes in an encoder's state dict.
 
     Raises:
@@ -302,9 +302,9 @@ def encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -> dict
 
 def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
     """Build an encoder in eval mode with the sizes and weights of a checkpoint. Return the encoder and its sizes."""
-    state = query_encoder_state(content, source)
+    state = extract_query_encoder(content, source)
     refuse_unsound_tensors(state, source)
-    sizes = encoder_sizes(state, source)
+    sizes = infer_encoder_sizes(state, source)
     encoder = base_encoder(**{key: value for key, value in sizes.items() if key != "mlp"})
     if sizes["mlp"]:
         width = encoder.fc.in_features

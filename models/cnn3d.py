@@ -42,21 +42,21 @@ def norm_elu(
         return result
     if not norm.training:
         return [F.elu(norm(block), inplace=True) for block in blocks]
-    of_groups = zip(*(_split(block, groups) for block in blocks))  # for each group, its samples in every block
+    of_groups = zip(*(_split_batch(block, groups) for block in blocks))  # for each group, its samples in every block
     done = [
-        _split(_norm_elu_in_training(norm, _join(parts), track and group == 0), len(blocks))
+        _split_batch(_norm_elu_in_training(norm, _join_parts(parts), track and group == 0), len(blocks))
         for group, parts in enumerate(of_groups)
     ]
-    return [_join(parts) for parts in zip(*done)]
+    return [_join_parts(parts) for parts in zip(*done)]
 
 
-def _split(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+def _split_batch(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
     """Split a batch into ``count`` equal consecutive parts. If ``count`` is 1, the only part is the batch itself."""
     return (x,) if count == 1 else x.chunk(count)
 
 
-def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Invert :func:`_split`. The result is channels-last if all parts are channels-last."""
+def _join_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Invert :func:`_split_batch`. The result is channels-last if all parts are channels-last."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

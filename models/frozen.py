@@ -35,7 +35,7 @@ class FrozenEncoder:
 
         norm(conv(x)) = (gamma / s) * (kernel * x + bias - mean) + beta,  s = sqrt(var + eps)
 
-    Each layer is then one dense convolution and an ELU. Use :func:`freeze` to create an instance.
+    Each layer is then one dense convolution and an ELU. Use :func:`freeze_at_locations` to create an instance.
     """
 
     def __init__(self, layers: list[Layer]):
@@ -47,7 +47,7 @@ class FrozenEncoder:
         Args:
             x: patches (B, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to such patches.
             prepare: called as ``prepare(x, dtype)`` on each piece of the batch before it is encoded.
-            layers: whether to append the result of :func:`summarize` for every layer.
+            layers: whether to append the result of :func:`summarize_channels` for every layer.
 
         Returns:
             h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
@@ -67,7 +67,7 @@ class FrozenEncoder:
             else:
                 x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
             if layers:
-                summaries.append(summarize(x))
+                summaries.append(summarize_channels(x))
         return torch.cat([x.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
 
 
@@ -76,7 +76,7 @@ def count_layer_features(encoder: Encoder) -> int:
     return sum(2 * conv.out_channels for conv, _ in encoder.layers())
 
 
-def summarize(x: torch.Tensor) -> torch.Tensor:
+def summarize_channels(x: torch.Tensor) -> torch.Tensor:
     """Compute mean and SD of every channel in each patch: (B, C, D, H, W) -> (B, 2 C) float32, means first."""
     some = max(1, SUMMARIZED // x[0].numel()) if x.device.type == "cpu" else len(x)
     found = []
@@ -124,13 +124,15 @@ def encode_patch_per_location(
             mixed = torch.einsum("ne,neodhw->nodhw", routing, apart.unflatten(1, (conv.num_experts, -1)))
             some = F.elu_(norm(mixed + conv.bias[:, None, None, None]))
             if layers:
-                summaries.append(summarize(some))
+                summaries.append(summarize_channels(some))
         results.append(torch.cat([some.flatten(1), *summaries], dim=1))
     return torch.cat(results)
 
 
 @torch.no_grad()
-def freeze(encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[FrozenEncoder]:
+def freeze_at_locations(
+    encoder: Encoder, locs: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> list[FrozenEncoder]:
     """Freeze the encoder at each location. The kernels of the experts are read from memory once for all locations.
 
     Args:
@@ -154,7 +156,7 @@ class FrozenLocations:
     The grouping of locations into calls is fixed, so that a resumed extraction gives the same rounding errors.
 
     Args:
-        encoder, dtype: see :func:`freeze`.
+        encoder, dtype: see :func:`freeze_at_locations`.
         locations: (L, 3) normalised locations, on the encoder's device.
     """
 
@@ -166,5 +168,5 @@ class FrozenLocations:
         first = location - location % LOCATIONS_AT_ONCE
         if first != self._first:
             some = self.locations[first : first + LOCATIONS_AT_ONCE]
-            self._first, self._frozen = first, freeze(self.encoder, some, self.dtype)
+            self._first, self._frozen = first, freeze_at_locations(self.encoder, some, self.dtype)
         return self._frozen[location - first]

@@ -60,7 +60,7 @@ class KeyQueues(nn.Module):
 
     # ------------------------------------------------------------ in a step
 
-    def compare(
+    def compute_similarities(
         self,
         queries: Sequence[torch.Tensor],
         keys: torch.Tensor,
@@ -117,7 +117,7 @@ class KeyQueues(nn.Module):
         if subjects is not None:
             self.queue_subject.flatten().index_copy_(0, rows, subjects.to(torch.int32))
 
-    def origin_at(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_key_origins(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the subject and the age in steps of each key at a location, (K,) each; -1 if unknown."""
         where = self._find_queue(patch_idx)
         step = self.queue_step[where][0]  # (K,)

@@ -10,19 +10,19 @@ from torch import nn
 from misc.run.resume import refuse_other_encoder
 from misc.run.runlog import DivergedError, Sums
 from models.checkpoint import (
-    add_module,
-    check_table,
-    encoder_sizes,
+    add_module_prefix,
+    check_same_table,
+    export_optimizer_state,
+    extract_query_encoder,
+    find_position,
     find_unsound_tensor,
+    infer_encoder_sizes,
     load_optimizer,
     load_strict,
-    optimizer_state,
-    position,
-    query_encoder_state,
     read_checkpoint,
     refuse_unsound_tensors,
     save_checkpoint,
-    strip_module,
+    strip_module_prefix,
 )
 
 
@@ -79,16 +79,16 @@ class TrainingState:
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
-        """Return :meth:`save_aside` on a GPU, and None on a CPU, where a copy of the queue would take 1.2 GB more."""
-        return self.save_aside if self.device.type == "cuda" else None
+        """Return :meth:`copy_for_saving` on a GPU. Return None on a CPU, where a copy of the queue takes 1.2 GB."""
+        return self.copy_for_saving if self.device.type == "cuda" else None
 
-    def save_aside(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
+    def copy_for_saving(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
         """Copy the state to host memory and return a function that writes the copy. Raises DivergedError."""
         copied = copy_to_host(self._collect_content(epoch, step, sums))
         return lambda: save_checkpoint(path, copied)
 
     def _collect_content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
-        weights, optimizer = add_module(self.model.state_dict()), optimizer_state(self.optimizer)
+        weights, optimizer = add_module_prefix(self.model.state_dict()), export_optimizer_state(self.optimizer)
         kept = {f"optimizer {i} {k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
         tensors = {name: value for name, value in {**weights, **kept}.items() if isinstance(value, torch.Tensor)}
         unsound = find_unsound_tensor(tensors)
@@ -122,9 +122,9 @@ class TrainingState:
                 table of locations.
         """
         content, settings = read_checkpoint(path), self.settings
-        state, config = strip_module(content["state_dict"]), content.get("config") or {}
+        state, config = strip_module_prefix(content["state_dict"]), content.get("config") or {}
         table, root = settings.get("location_table", ""), settings.get("root_dir", "")
-        note = check_table(content, path, self.model.num_locs, table, root)
+        note = check_same_table(content, path, self.model.num_locs, table, root)
         load_strict(self.model, state, path)
         refuse_unsound_tensors(self.model.state_dict(), path)
         if "optimizer" in content:
@@ -154,7 +154,7 @@ def copy_to_host(value: Any) -> Any:
     return [copy_to_host(entry) for entry in value] if isinstance(value, list) else value
 
 
-def start_from(model: nn.Module, path: Path) -> Started:
+def load_initial_weights(model: nn.Module, path: Path) -> Started:
     """Load the query encoder of a checkpoint into both encoders of ``model``.
 
     The queue, the optimiser and the position (epoch, step) stay as in a new run.
@@ -167,10 +167,10 @@ def start_from(model: nn.Module, path: Path) -> Started:
         ResumeError: the encoder in the checkpoint has other sizes than the model; the message names a flag to change.
     """
     content = read_checkpoint(path)
-    state = query_encoder_state(content, path)
+    state = extract_query_encoder(content, path)
     refuse_unsound_tensors(state, path)
     own = model.encoder_q.state_dict()
-    refuse_other_encoder(path, encoder_sizes(state, path), encoder_sizes(own, "this run"))
+    refuse_other_encoder(path, infer_encoder_sizes(state, path), infer_encoder_sizes(own, "this run"))
     projection, own_projection = (
         {key: value for key, value in encoder.items() if key.startswith("fc.")} for encoder in (state, own)
     )
@@ -181,5 +181,5 @@ def start_from(model: nn.Module, path: Path) -> Started:
         state = {key: value for key, value in state.items() if key not in projection} | own_projection
     load_strict(model.encoder_q, state, path)
     model.encoder_k.load_state_dict(model.encoder_q.state_dict())
-    queue = strip_module(content["state_dict"]).get("queue")  # (dim, K, L)
-    return Started(position(content, path)[0], fits, None if queue is None else (queue.shape[2], queue.shape[1]))
+    queue = strip_module_prefix(content["state_dict"]).get("queue")  # (dim, K, L)
+    return Started(find_position(content, path)[0], fits, None if queue is None else (queue.shape[2], queue.shape[1]))

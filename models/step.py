@@ -31,7 +31,7 @@ class LocationTable(NamedTuple):
     neighbors: torch.Tensor  # (L, k, 3)
 
     @classmethod
-    def of(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
+    def from_arrays(cls, normalized: np.ndarray, neighbors: np.ndarray, device: torch.device) -> "LocationTable":
         """Build a location table from (L, 3) normalised locations and (L, k) indices of neighbours; k may be 0."""
         locations = torch.from_numpy(normalized).to(device)  # (L, 3)
         return cls(locations, locations[torch.from_numpy(neighbors).to(device)])  # (L, k, 3)

@@ -20,7 +20,7 @@ OPPOSITE = {(first, second) for pair in ("LR", "PA", "SI") for first in pair for
 PADDING = 60  # voxels of air around the resampled scan, the published value
 
 
-def orientation_of(image: sitk.Image) -> str:
+def find_orientation(image: sitk.Image) -> str:
     """Return three letters for the directions of the index axes, for example LPS or LAS."""
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
 
@@ -30,7 +30,7 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
 
     Patches are cut along the index axes from their lowest corner, so these axes must have the atlas orientation.
     """
-    own = orientation_of(image)
+    own = find_orientation(image)
     if own == orientation:
         return image
     if all(axes in OPPOSITE for axes in zip(own, orientation)):
@@ -90,12 +90,12 @@ def resample_isotropic(image: sitk.Image) -> sitk.Image:
     return resample_spline(image, wanted, ISO_SPACING, AIR)
 
 
-def pad(image: sitk.Image) -> sitk.Image:
+def pad_with_air(image: sitk.Image) -> sitk.Image:
     """Pad with 60 voxels of -1024 on every side; index 0 moves, but voxels keep their physical positions."""
     return sitk.ConstantPad(image, [PADDING] * 3, [PADDING] * 3, AIR)
 
 
-def same_grid(first: sitk.Image, second: sitk.Image) -> bool:
+def have_same_grid(first: sitk.Image, second: sitk.Image) -> bool:
     """Return whether two images have the same voxel grid in physical space."""
     return (
         first.GetSize() == second.GetSize()

@@ -27,7 +27,7 @@ from misc.command import run
 from misc.files import hold_lock_or_raise, load_array, make_array_header, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.report import find_earlier_failures
-from preprocess.subjects import add_store, parse_flags
+from preprocess.subjects import add_store_flag, parse_flags
 
 CHUNK_BYTES = 512 * 2**20  # maximum bytes of patches held in memory at a time
 
@@ -87,7 +87,7 @@ def convert_to_hu(patches: np.ndarray) -> np.ndarray:
     return patches if patches.dtype == np.int16 else np.rint(patches).astype(np.int16)
 
 
-def fingerprint(layout: StoreLayout, sids: list[str]) -> str:
+def fingerprint_patches(layout: StoreLayout, sids: list[str]) -> str:
     """Return a hash that changes if a subject is added or removed, or if its patches are cut again."""
     digest = hashlib.sha256()
     for sid in sids:
@@ -108,12 +108,12 @@ class Grouping:
 
     def __init__(self, layout: StoreLayout, sids: list[str], shape: tuple[int, ...], count: int):
         self.layout, self.sids, self.count = layout, sids, count
-        self.key = fingerprint(layout, sids)
+        self.key = fingerprint_patches(layout, sids)
         self.header = make_array_header((len(sids), *shape), np.dtype(np.int16))
         self.patch_bytes = int(np.prod(shape)) * 2
         self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
         self.done_file = layout.grouped_note
-        self.state_file = layout.grouping / "state.json"
+        self.state_file = layout.grouping_dir / "state.json"
 
     def is_done(self) -> bool:
         """Return whether all grouped files exist, are complete and contain exactly the subjects of this store."""
@@ -126,11 +126,11 @@ class Grouping:
         files = [self.layout.grouped(index) for index in range(self.count)]
         return all(file.is_file() and file.stat().st_size == self.file_bytes for file in files)
 
-    def aside(self, index: int) -> Path:
+    def get_temporary_path(self, index: int) -> Path:
         """Return the temporary path where a location's file is written before it gets its final name."""
-        return self.layout.grouping / self.layout.grouped(index).name
+        return self.layout.grouping_dir / self.layout.grouped(index).name
 
-    def begin(self) -> int:
+    def start_or_continue(self) -> int:
         """Continue an interrupted run, or create the temporary files anew.
 
         Returns:
@@ -143,25 +143,25 @@ class Grouping:
             state = json.loads(self.state_file.read_text())
             if state["key"] == self.key and state["rows"]:
                 return state["rows"]
-        shutil.rmtree(self.layout.grouping, ignore_errors=True)
+        shutil.rmtree(self.layout.grouping_dir, ignore_errors=True)
         free, needed = shutil.disk_usage(self.layout.root).free, self.file_bytes * self.count
         if needed > free:
             raise StoreError(
                 f"{len(self.sids)} subjects at {self.count} locations need {needed / 1e9:.1f} GB, but "
                 f"{self.layout.root} has {free / 1e9:.1f} GB free; free some space or group fewer subjects"
             )
-        self.layout.grouping.mkdir(parents=True)
+        self.layout.grouping_dir.mkdir(parents=True)
         for index in range(self.count):
-            self.aside(index).write_bytes(self.header)
+            self.get_temporary_path(index).write_bytes(self.header)
         _write_note(self.state_file, {"key": self.key, "rows": 0})
         return 0
 
-    def write(self, row: int) -> int:
+    def write_chunk(self, row: int) -> int:
         """Write the next chunk of subjects, starting at row ``row``, and return their number."""
         sids = self.sids[row : row + max(1, CHUNK_BYTES // (self.patch_bytes * self.count))]
         patches = np.stack([load_patches(self.layout.patch(sid)) for sid in sids], axis=1)  # (L, n, z, y, x)
         for index in range(self.count):
-            with open(self.aside(index), "r+b") as stream:
+            with open(self.get_temporary_path(index), "r+b") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 stream.write(np.ascontiguousarray(patches[index]).data)
         _write_note(self.state_file, {"key": self.key, "rows": row + len(sids)})
@@ -169,9 +169,11 @@ class Grouping:
 
     def _current_path(self, index: int) -> Path:
         """Return the path of a location's new file: temporary, or final if a run stopped while it renamed the files."""
-        return self.aside(index) if self.aside(index).is_file() else self.layout.grouped(index)
+        return (
+            self.get_temporary_path(index) if self.get_temporary_path(index).is_file() else self.layout.grouped(index)
+        )
 
-    def check(self) -> None:
+    def verify_new_files(self) -> None:
         """Verify the new files on the disk before they replace the old files.
 
         The size of every file is checked. For each subject, the patch at one random location is also compared with
@@ -195,23 +197,23 @@ class Grouping:
                     self._give_up(f"{self._current_path(index)}, row {row}, is not the patch of {sid}.")
 
     def _give_up(self, why: str) -> None:
-        shutil.rmtree(self.layout.grouping, ignore_errors=True)
+        shutil.rmtree(self.layout.grouping_dir, ignore_errors=True)
         raise StoreError(f"{why} The previous grouped files are unchanged; run group_patches.py again")
 
-    def finish(self) -> None:
+    def rename_files(self) -> None:
         """Give the files their final names.
 
         subjects.csv is removed first and written last, so that the store counts as incomplete in between.
         """
-        self.check()
+        self.verify_new_files()
         self.layout.subjects.unlink(missing_ok=True)
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
             with contextlib.suppress(FileNotFoundError):  # an interrupted run may have moved this file already
-                os.replace(self.aside(index), self.layout.grouped(index))
+                os.replace(self.get_temporary_path(index), self.layout.grouped(index))
         write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
         _write_note(self.done_file, {"key": self.key})
-        shutil.rmtree(self.layout.grouping)
+        shutil.rmtree(self.layout.grouping_dir)
 
 
 def group_all(args: argparse.Namespace) -> int:
@@ -229,14 +231,14 @@ def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
     if grouping.is_done():
         print(f"group_patches: already done, {found}; {layout.grouped_dir}")
         return 0
-    row = grouping.begin()
+    row = grouping.start_or_continue()
     bar = progress_bar(args.no_progress, total=len(sids), initial=row, desc="group_patches", unit="subject")
     with bar:
         while row < len(sids):
-            written = grouping.write(row)
+            written = grouping.write_chunk(row)
             row += written
             bar.update(written)
-    grouping.finish()
+    grouping.rename_files()
     print(f"group_patches: {found}, {grouping.file_bytes * count / 1e9:.2f} GB; {layout.grouped_dir}")
     return 0
 
@@ -246,7 +248,7 @@ def _write_note(path: Path, content: dict) -> None:
 
 
 def main() -> int:
-    return group_all(parse_flags(__doc__, add_store, add_progress_flag))
+    return group_all(parse_flags(__doc__, add_store_flag, add_progress_flag))
 
 
 if __name__ == "__main__":

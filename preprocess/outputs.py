@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import StoreLayout
-from preprocess.report import STAMPS, claim
+from preprocess.report import STAMPS, write_claim_file
 from preprocess.scan import EarlierFailure, ScanError
 
 FAILED_BEFORE = "failed_before"  # key in a subject's row: why an earlier stage of this run failed
@@ -29,13 +29,13 @@ class Skip(Exception):
         self.figures = figures or {}
 
 
-def file_stamp(path: str, series: str = "") -> str:
+def make_file_stamp(path: str, series: str = "") -> str:
     """Return a stamp that identifies a version of a file or folder by the sizes and modification times of its files.
 
     The stamp also depends on ``series``, because another series in the same folder is another scan.
     """
     if series:
-        return f"{file_stamp(path)}-{hashlib.sha256(series.encode()).hexdigest()[:8]}"
+        return f"{make_file_stamp(path)}-{hashlib.sha256(series.encode()).hexdigest()[:8]}"
     if os.path.isdir(path):
         files = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in files)
@@ -98,7 +98,7 @@ class Output:
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
         return all(path.is_file() and _read_change_time(path) <= oldest for path in self.inputs)
 
-    def keep(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
+    def skip_if_valid(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
         """Return normally if the output must be made, and raise Skip if the existing output can be kept.
 
         Args:
@@ -111,7 +111,7 @@ class Output:
             EarlierFailure: the subject failed in an earlier stage; output made by this stage is removed.
         """
         if reason := self.previous.get(FAILED_BEFORE):
-            self.begin()
+            self.claim_and_remove_old()
             raise EarlierFailure(reason)
         if overwrite or not all(target.is_file() for target in self.targets):
             return
@@ -125,13 +125,13 @@ class Output:
         else:
             raise Skip({**figures, **(self.stamps if self.ours else {})})
 
-    def begin(self) -> None:
+    def claim_and_remove_old(self) -> None:
         """Record that this stage makes the output, and remove the files that this stage made before."""
-        claim(self.layout, self.script, self.sid)
+        write_claim_file(self.layout, self.script, self.sid)
         if self.ours:
             for path in (*self.targets, *self.pictures):
                 path.unlink(missing_ok=True)
 
-    def earlier(self, *names: str) -> dict[str, str]:
+    def get_earlier_columns(self, *names: str) -> dict[str, str]:
         """Return the columns ``names`` of the last report, for an output that is kept."""
         return {name: self.previous[name] for name in names if name in self.previous}

@@ -6,7 +6,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from misc.sizes import HU_MAX, HU_MIN
-from preprocess.geometry import PADDING, orient, orientation_of, pad, resample_isotropic
+from preprocess.geometry import PADDING, find_orientation, orient, pad_with_air, resample_isotropic
 from preprocess.scan import ScanError
 
 
@@ -71,7 +71,7 @@ def cut_scan(
         table: (L, 3) corners (x, y, z) in atlas voxels.
         patch_size: p, in voxels.
     """
-    volume = pad(resample_isotropic(orient(scan, orientation_of(atlas))))
+    volume = pad_with_air(resample_isotropic(orient(scan, find_orientation(atlas))))
     values = sitk.GetArrayFromImage(volume)  # (z, y, x)
     if values.dtype.kind == "f":
         values = np.rint(values)

@@ -26,13 +26,13 @@ from misc.command import Parser, at_least, run
 from misc.files import save_array
 from preprocess.atlas import load_atlas
 from preprocess.geometry import ISO_SPACING
-from preprocess.subjects import add_atlas, add_patch_size, add_store, parse_flags
+from preprocess.subjects import add_atlas_flag, add_patch_size_flag, add_store_flag, parse_flags
 
 STEP_SIZE = 26  # distance between corners in voxels, the published value
 MAX_PATCHES = 1000  # the lung threshold rises until fewer patches remain
 
 
-def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
+def find_grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
     """Return the corners of the grid patches that contain enough lung.
 
     A patch is kept if the fraction of lung voxels is strictly above a threshold. The threshold starts at 0.1 and rises
@@ -76,7 +76,7 @@ def grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndar
     return corners[kept].astype(np.int64)
 
 
-def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, source: str) -> None:
+def check_table_inside_atlas(table: np.ndarray, size: tuple[int, int, int], patch_size: int, source: str) -> None:
     """Raise StoreError unless every patch lies inside the atlas."""
     outside = ((table + patch_size) > np.array(size)).any(axis=1)
     if outside.any():
@@ -87,16 +87,18 @@ def check_table(table: np.ndarray, size: tuple[int, int, int], patch_size: int, 
         )
 
 
-def make_table(mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int) -> np.ndarray:
+def make_location_table(
+    mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int
+) -> np.ndarray:
     """Return the corners (L, 3) for an atlas, from the table ``adopted`` or, without such a table, from a new grid.
 
     Raises StoreError.
     """
     if adopted:
         table = load_locations(Path(adopted))
-        check_table(table, mask.GetSize(), patch_size, str(adopted))
+        check_table_inside_atlas(table, mask.GetSize(), patch_size, str(adopted))
         return table
-    return grid_locations(_read_lungs(mask), patch_size, step_size)
+    return find_grid_locations(_read_lungs(mask), patch_size, step_size)
 
 
 def _read_lungs(mask: sitk.Image) -> np.ndarray:
@@ -115,11 +117,11 @@ def write_locations(args: argparse.Namespace) -> int:
             "preprocess/make_atlas_mask.py",
             file=sys.stderr,
         )
-    table = make_table(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
+    table = make_location_table(mask, args.atlas_patch_loc, args.patch_size, args.step_size)
 
     layout = StoreLayout(args.root_dir)
     target = layout.atlas_patch_loc
-    if target.exists() or layout.older_tables():
+    if target.exists() or layout.list_published_tables():
         target = layout.find_atlas_patch_loc()
         there = load_locations(target)
         if not np.array_equal(there, table):
@@ -135,7 +137,7 @@ def write_locations(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_locations(parser: Parser) -> None:
+def add_location_flags(parser: Parser) -> None:
     """Add the flags that only this stage has."""
     text = "distance between patch corners in voxels; a smaller step gives more patches"
     parser.add_argument("--step-size", type=at_least(int, 1), default=STEP_SIZE, help=text)
@@ -144,7 +146,9 @@ def add_locations(parser: Parser) -> None:
 
 
 def main() -> int:
-    return write_locations(parse_flags(__doc__, add_atlas, add_store, add_patch_size, add_locations))
+    return write_locations(
+        parse_flags(__doc__, add_atlas_flag, add_store_flag, add_patch_size_flag, add_location_flags)
+    )
 
 
 if __name__ == "__main__":

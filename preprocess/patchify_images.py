@@ -24,21 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.layout import StoreError, StoreLayout, load_locations
 from misc.command import Parser, run
-from misc.files import load_array, save_array, write_whole
+from misc.files import load_array, save_array, write_atomically
 from misc.progress import add_progress_flag
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
-from preprocess.outputs import Output, file_stamp
+from preprocess.outputs import Output, make_file_stamp
 from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
-from preprocess.picture import picture_of_patches
+from preprocess.picture import render_patch_picture
 from preprocess.registration import measure_overlap
 from preprocess.scan import ScanError, read_mask
 from preprocess.subjects import (
     Subject,
-    add_atlas,
-    add_patch_size,
-    add_store,
-    add_subjects,
+    add_atlas_flag,
+    add_patch_size_flag,
+    add_store_flag,
+    add_subject_flags,
     parse_flags,
     read_subjects,
 )
@@ -56,7 +56,7 @@ FIGURES = (
 )
 
 
-def check_array(path: Path, shape: tuple[int, ...]) -> None:
+def check_patch_array(path: Path, shape: tuple[int, ...]) -> None:
     """Raise ScanError unless a .npy file is complete and contains real numbers in an array of this shape."""
     advice = "remove it or pass --overwrite"
     try:
@@ -94,7 +94,7 @@ def format_title(sid: str, figures: dict[str, Any], sides: dict[str, float]) -> 
     return f"{sid}: {figures['patches']} patches, {shares}{dice}; {edge}"
 
 
-def patchify(
+def patchify_subject(
     subject: Subject,
     previous: dict,
     *,
@@ -113,18 +113,18 @@ def patchify(
     if not patch_path.is_file():
         read_affine(transform_path)  # raises if there is no transform, before any file changes
     subject.check_image()
-    stamps = {"atlas": atlas, "image_stamp": file_stamp(subject.image, subject.series)}
+    stamps = {"atlas": atlas, "image_stamp": make_file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]
     files, pictures = [patch_path, corner_path], [picture_path] if qc else []
     output = Output(layout, "patchify_images", subject.sid, previous, files, stamps, inputs, pictures)
 
     def verify() -> dict[str, Any]:
-        check_array(patch_path, (len(table), *[patch_size] * 3))
-        check_array(corner_path, table.shape)
-        return output.earlier(*FIGURES)
+        check_patch_array(patch_path, (len(table), *[patch_size] * 3))
+        check_patch_array(corner_path, table.shape)
+        return output.get_earlier_columns(*FIGURES)
 
-    output.keep(verify, overwrite)
-    output.begin()
+    output.skip_if_valid(verify, overwrite)
+    output.claim_and_remove_old()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
     cut = cut_scan(load_scan_once(subject).image, transform, atlas_image, table, patch_size)
@@ -140,8 +140,8 @@ def patchify(
     if qc:
         sides = measure_overlap(atlas_image, mask, transform) if mask is not None else {}
         title = format_title(subject.sid, figures, sides)
-        picture = picture_of_patches(cut.volume, cut.values, mask, cut.corners, patch_size, title)
-        write_whole(picture_path, lambda stream: stream.write(picture))
+        picture = render_patch_picture(cut.volume, cut.values, mask, cut.corners, patch_size, title)
+        write_atomically(picture_path, lambda stream: stream.write(picture))
     save_array(corner_path, cut.corners)
     save_array(patch_path, cut.patches)
     return {**figures, **stamps}
@@ -150,7 +150,7 @@ def patchify(
 # ============================================================ the stage
 
 
-def check_disk(root_dir: Path, subjects: list[Subject], count: int, patch_size: int) -> None:
+def check_disk_space(root_dir: Path, subjects: list[Subject], count: int, patch_size: int) -> None:
     """Raise StoreError unless the disk has room for the missing patches and their grouped copy."""
     layout = StoreLayout(root_dir)
     missing = sum(not layout.patch(subject.sid).is_file() for subject in subjects)
@@ -165,7 +165,7 @@ def check_disk(root_dir: Path, subjects: list[Subject], count: int, patch_size: 
         )
 
 
-def add_cutting(parser: Parser) -> None:
+def add_cutting_flags(parser: Parser) -> None:
     """Add the flags that only this stage has."""
     text = "do not draw the pictures in qc/; this saves about one second per subject"
     parser.add_argument("--no-qc", action="store_true", help=text)
@@ -182,15 +182,23 @@ def make_cutting_step(args: argparse.Namespace, subjects: list[Subject]) -> Step
             f"{layout.atlas_patch_loc} has patches outside the atlas {args.atlas_mask}; pass the atlas mask that this "
             "table was made for"
         )
-    check_disk(layout.root, subjects, len(table), args.patch_size)
+    check_disk_space(layout.root, subjects, len(table), args.patch_size)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     atlas = dict(atlas_mask=atlas_mask, atlas=atlas_fingerprint(atlas_image))
     settings = {**where, **atlas, "patch_size": args.patch_size, "qc": not args.no_qc}
-    return Step("patchify_images", patchify, settings)
+    return Step("patchify_images", patchify_subject, settings)
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_patch_size, add_cutting, add_progress_flag)
+    args = parse_flags(
+        __doc__,
+        add_subject_flags,
+        add_store_flag,
+        add_atlas_flag,
+        add_patch_size_flag,
+        add_cutting_flags,
+        add_progress_flag,
+    )
     subjects = read_subjects(args.input_csv)
     return run_steps([make_cutting_step(args, subjects)], subjects, args)
 

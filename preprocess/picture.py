@@ -26,16 +26,16 @@ class Plane(NamedTuple):
 PLANES = (Plane("coronal", 1, 0, 2), Plane("sagittal", 0, 1, 2), Plane("axial", 2, 0, 1))
 
 
-def picture_of_patches(
+def render_patch_picture(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ) -> bytes:
-    """Draw the figure of :func:`figure_of_patches`, which has the same arguments, and return it as PNG."""
+    """Draw the figure of :func:`make_patch_figure`, which has the same arguments, and return it as PNG."""
     stream = io.BytesIO()
-    figure_of_patches(volume, values, mask, corners, patch_size, title).savefig(stream, dpi=70, format="png")
+    make_patch_figure(volume, values, mask, corners, patch_size, title).savefig(stream, dpi=70, format="png")
     return stream.getvalue()
 
 
-def figure_of_patches(
+def make_patch_figure(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ):
     """Draw a coronal, a sagittal and an axial slice with the outlines of both lungs and the patches in the slice.
@@ -67,7 +67,7 @@ def figure_of_patches(
     for panel, plane in zip(figure.subplots(1, 3), PLANES):
         position = _choose_slice(plane, corners, patch_size, volume.GetSize()[plane.axis])
         labels = None if mask is None else _resample_slice(mask, volume, plane.axis, position)
-        _draw(panel, plane, position, values, labels, corners, patch_size)
+        _draw_slice(panel, plane, position, values, labels, corners, patch_size)
         _set_view(panel, plane, volume, shown)
     figure.suptitle(title)
     figure.tight_layout()
@@ -102,7 +102,7 @@ def _choose_slice(plane: Plane, corners: np.ndarray, patch_size: int, length: in
     return int(np.clip(middle[np.argmin(np.abs(middle - wanted))], 0, length - 1))
 
 
-def _draw(
+def _draw_slice(
     panel: Any,
     plane: Plane,
     position: int,

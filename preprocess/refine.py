@@ -33,7 +33,9 @@ class Sampled(NamedTuple):
     volumes: np.ndarray  # (2,) volume of right and left lung, ml
 
 
-def average_shares(labels: sitk.Image, values: tuple[int, int], spacing: float) -> tuple[np.ndarray, sitk.Image]:
+def average_lung_fractions(
+    labels: sitk.Image, values: tuple[int, int], spacing: float
+) -> tuple[np.ndarray, sitk.Image]:
     """Average both lungs over coarse voxels of about ``spacing`` mm.
 
     Returns:
@@ -62,16 +64,16 @@ def _make_index_to_point(grid: sitk.Image) -> np.ndarray:
 
 def make_atlas_points(atlas: sitk.Image, values: tuple[int, int], spacing: float) -> Points:
     """Convert the atlas lungs to points about ``spacing`` mm apart."""
-    shares, grid = average_shares(atlas, values, spacing)
+    shares, grid = average_lung_fractions(atlas, values, spacing)
     index = np.argwhere(shares.any(axis=-1))  # (P, 3)
     to_point = _make_index_to_point(grid)
     millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
     return Points(index @ to_point[:, :3].T + to_point[:, 3], shares[tuple(index.T)] * millilitres)
 
 
-def sample_mask(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
+def sample_lung_fractions(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
     """Average the lungs of a scan onto a grid of about ``spacing`` mm."""
-    shares, grid = average_shares(mask, values, spacing)
+    shares, grid = average_lung_fractions(mask, values, spacing)
     to_point = _make_index_to_point(grid)
     inverse = np.linalg.inv(to_point[:, :3])
     millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
@@ -105,7 +107,9 @@ def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.n
     return g0 + z * (g1 - g0), by_index @ sampled.to_index[:, :3]
 
 
-def soft_dice(parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray) -> tuple[float, np.ndarray]:
+def compute_soft_dice(
+    parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray
+) -> tuple[float, np.ndarray]:
     """Return the negative sum of three Dice values (right, left, both lungs), and the derivatives by the 12 parameters.
 
     The overlap is evaluated only at the atlas points. The volume of the scan's lungs in atlas space is therefore
@@ -152,7 +156,7 @@ def refine_affine(
     """
     from scipy.optimize import minimize
 
-    sampled = sample_mask(mask, mask_values, spacing)
+    sampled = sample_lung_fractions(mask, mask_values, spacing)
     start = sitk.AffineTransform(transform)
     coarse = make_atlas_points(atlas, atlas_values, spacing * LEVELS[0][0])
     centre = coarse.places.mean(axis=0)
@@ -161,7 +165,9 @@ def refine_affine(
     for scale, iterations in LEVELS:
         points = make_atlas_points(atlas, atlas_values, spacing * scale)
         options = dict(maxiter=iterations, ftol=TOLERANCE)
-        parameters = minimize(soft_dice, parameters, (points, sampled, centre), "L-BFGS-B", jac=True, options=options).x
+        parameters = minimize(
+            compute_soft_dice, parameters, (points, sampled, centre), "L-BFGS-B", jac=True, options=options
+        ).x
     found = sitk.AffineTransform(3)
     found.SetCenter(centre.tolist())
     found.SetMatrix((parameters[:9] / LENGTH).tolist())

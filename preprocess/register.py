@@ -28,13 +28,13 @@ from preprocess.geometry import write_transform
 from preprocess.outputs import Output
 from preprocess.registration import check_overlap, measure_overlap, register_masks
 from preprocess.scan import EarlierFailure, read_mask
-from preprocess.subjects import Subject, add_atlas, add_store, add_subjects, parse_flags, read_subjects
+from preprocess.subjects import Subject, add_atlas_flag, add_store_flag, add_subject_flags, parse_flags, read_subjects
 from preprocess.workers import Step, run_steps
 
 FIGURES = ("dice", "dice_right", "dice_left")
 
 
-def register(
+def register_subject(
     subject: Subject, previous: dict, *, root_dir: str, atlas_mask: str, atlas: str, min_dice: float, overwrite: bool
 ) -> dict[str, Any]:
     """Register one subject and return its report values; see Step.work. Raises ScanError, Skip."""
@@ -44,10 +44,10 @@ def register(
 
     def verify() -> dict[str, Any]:
         read_affine(target)
-        return output.earlier(*FIGURES)
+        return output.get_earlier_columns(*FIGURES)
 
-    output.keep(verify, overwrite)
-    output.begin()
+    output.skip_if_valid(verify, overwrite)
+    output.claim_and_remove_old()
     if not source.is_file():
         raise EarlierFailure(
             f"no lung mask at {source}; run preprocess/segment_lung.py and look up this subject in its report"
@@ -63,7 +63,7 @@ def register(
 # ============================================================ the stage
 
 
-def add_registration(parser: Parser) -> None:
+def add_registration_flags(parser: Parser) -> None:
     """Add the flags that only this stage has."""
     text = (
         "smallest accepted Dice overlap, for both lungs together and for each lung; a subject with less overlap fails. "
@@ -77,11 +77,13 @@ def make_registration_step(args: argparse.Namespace) -> Step:
     atlas_mask = os.path.abspath(args.atlas_mask)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     atlas = dict(atlas_mask=atlas_mask, atlas=atlas_fingerprint(load_atlas(atlas_mask)))
-    return Step("register", register, {**where, **atlas, "min_dice": args.min_dice})
+    return Step("register", register_subject, {**where, **atlas, "min_dice": args.min_dice})
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_atlas, add_registration, add_progress_flag)
+    args = parse_flags(
+        __doc__, add_subject_flags, add_store_flag, add_atlas_flag, add_registration_flags, add_progress_flag
+    )
     subjects = read_subjects(args.input_csv)
     return run_steps([make_registration_step(args)], subjects, args)
 

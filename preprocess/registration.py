@@ -18,7 +18,7 @@ SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proporti
 ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # labels of the right lung and the left lung
 
 
-def average_lungs(mask: sitk.Image, spacing: float):
+def make_coarse_lung_image(mask: sitk.Image, spacing: float):
     """Average the union of both lungs (value 1) onto a coarse grid with a margin of zeros, as an ANTs image."""
     import ants
 
@@ -41,14 +41,14 @@ def measure_overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transfo
     warped = sitk.GetArrayFromImage(sitk.Resample(mask, atlas, transform, sitk.sitkNearestNeighbor, 0))
     fixed = sitk.GetArrayViewFromImage(atlas)
 
-    def dice(first: np.ndarray, second: np.ndarray) -> float:
+    def compute_dice(first: np.ndarray, second: np.ndarray) -> float:
         both = np.count_nonzero(first) + np.count_nonzero(second)
         return round(2 * np.count_nonzero(first & second) / both, 4) if both else 0.0
 
     return {
-        "dice": dice(warped > 0, fixed > 0),
-        "dice_right": dice(warped == SCAN_LABELS[0], fixed == ATLAS_LABELS[0]),
-        "dice_left": dice(warped == SCAN_LABELS[1], fixed == ATLAS_LABELS[1]),
+        "dice": compute_dice(warped > 0, fixed > 0),
+        "dice_right": compute_dice(warped == SCAN_LABELS[0], fixed == ATLAS_LABELS[0]),
+        "dice_left": compute_dice(warped == SCAN_LABELS[1], fixed == ATLAS_LABELS[1]),
     }
 
 
@@ -87,7 +87,7 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     """
     extent = max(n * own for n, own in zip(atlas.GetSize(), atlas.GetSpacing()))
     scale = min(1.0, extent / SMALL_ATLAS)
-    fixed, moving = (average_lungs(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
+    fixed, moving = (make_coarse_lung_image(one, REGISTRATION_SPACING * scale) for one in (atlas, mask))
 
     # ANTs compares randomly drawn voxels and reads the random seed from this environment variable.
     # The argument random_seed has no effect in antspyx 0.6.

@@ -35,13 +35,13 @@ def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
     return failed
 
 
-def claim(layout: StoreLayout, script: str, sid: str) -> None:
+def write_claim_file(layout: StoreLayout, script: str, sid: str) -> None:
     """Record that this stage, and not the user, makes a subject's outputs; call this before changing any file.
 
     The record is an empty file (claim file) that is removed after the report has been updated. If a run is killed
     before that update, the claim file stays, and the next run makes the outputs again.
     """
-    folder = layout.claims(script)
+    folder = layout.claims_dir(script)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / sid).touch()
 
@@ -49,17 +49,17 @@ def claim(layout: StoreLayout, script: str, sid: str) -> None:
 def remove_claim_files(layout: StoreLayout, script: str, sids: list[str]) -> None:
     """Remove the claim files of subjects that are now in the report."""
     for sid in sids:
-        (layout.claims(script) / sid).unlink(missing_ok=True)
+        (layout.claims_dir(script) / sid).unlink(missing_ok=True)
 
 
 def read_claimed_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     """For each subject with a claim file from an interrupted run, return stamps that do not match any output."""
-    folder = layout.claims(script)
+    folder = layout.claims_dir(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
-def keep_stamps(row: dict[str, Any]) -> dict[str, Any]:
+def select_stamps(row: dict[str, Any]) -> dict[str, Any]:
     """Return the stamps in a failed subject's last report row.
 
     With these stamps, a leftover output counts as made by this stage, and not by the user.

@@ -18,16 +18,16 @@ from misc.command import run
 from misc.progress import add_progress_flag
 from preprocess.atlas import load_atlas
 from preprocess.group_patches import group_all
-from preprocess.patchify_atlas import add_locations, write_locations
-from preprocess.patchify_images import add_cutting, make_cutting_step
+from preprocess.patchify_atlas import add_location_flags, write_locations
+from preprocess.patchify_images import add_cutting_flags, make_cutting_step
 from preprocess.qc_page import write_qc_page
-from preprocess.register import add_registration, make_registration_step
-from preprocess.segment_lung import add_segmentation, check_segmentation, make_segmentation_step
+from preprocess.register import add_registration_flags, make_registration_step
+from preprocess.segment_lung import add_segmentation_flags, check_segmentation, make_segmentation_step
 from preprocess.subjects import (
-    add_atlas,
-    add_patch_size,
-    add_store,
-    add_subjects,
+    add_atlas_flag,
+    add_patch_size_flag,
+    add_store_flag,
+    add_subject_flags,
     parse_flags,
     read_subjects,
 )
@@ -36,8 +36,16 @@ from preprocess.workers import run_steps
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of all stages."""
-    shared = (add_subjects, add_store, add_atlas, add_patch_size, add_progress_flag)
-    return parse_flags(__doc__, *shared, add_locations, add_segmentation, add_registration, add_cutting, argv=argv)
+    shared = (add_subject_flags, add_store_flag, add_atlas_flag, add_patch_size_flag, add_progress_flag)
+    return parse_flags(
+        __doc__,
+        *shared,
+        add_location_flags,
+        add_segmentation_flags,
+        add_registration_flags,
+        add_cutting_flags,
+        argv=argv,
+    )
 
 
 def main() -> int:

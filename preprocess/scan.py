@@ -14,9 +14,9 @@ import SimpleITK as sitk
 
 from misc.files import is_utf8
 from preprocess.reading import EarlierFailure, ScanError, nifti
-from preprocess.reading.claims import check_data, check_frame
+from preprocess.reading.claims import check_data, warn_missing_geometry
 from preprocess.reading.dicom import read_dicom
-from preprocess.reading.formats import check_name, detect_format, read_head, refuse_foreign_file
+from preprocess.reading.formats import check_file_suffix, detect_format, read_head, refuse_foreign_file
 from preprocess.reading.itk import catch_itk_errors, check_right_angles, compute_affine
 from preprocess.reading.values import AIR, check_extent, check_hounsfield
 
@@ -26,6 +26,7 @@ __all__ = [
     "EarlierFailure",
     "Scan",
     "ScanError",
+    "add_warnings",
     "check_extent",
     "check_hounsfield",
     "limit_threads",
@@ -33,7 +34,6 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_scan",
-    "with_warnings",
 ]
 
 FACTS = ("series", "series_uid", "kernel", "spacing", "size", "left_out", "warnings")  # report columns
@@ -48,7 +48,7 @@ class Scan(NamedTuple):
     facts: dict[str, str]  # the keys are FACTS
 
 
-def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
+def _read_any_format(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
     """Read an image of any format, and the facts about its DICOM series (empty for other formats)."""
     if not is_utf8(path):
         raise ScanError(f"{str(path)!a} has a name that is not UTF-8, so ITK cannot open it; rename it")
@@ -64,15 +64,15 @@ def _read(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dic
         return read_dicom(path, series, warnings)
     if not kind:
         refuse_foreign_file(path, head, packed)
-    check_name(path, kind, packed)
+    check_file_suffix(path, kind, packed)
     header = nifti.read_header(nifti.find_header_file(path)) if kind == "NIfTI" else None
     if header:
-        nifti.check_forms(path, header, warnings)
+        nifti.check_sform_and_qform(path, header, warnings)
         nifti.check_sizes(path, header)
         nifti.check_data_size(path, header)
     elif kind:
         check_data(path, kind)
-        check_frame(path, kind, warnings)
+        warn_missing_geometry(path, kind, warnings)
     told: list[str] = []
     with catch_itk_errors(path, "an image", told), nifti.isolate_file(path) as only:
         image = sitk.ReadImage(str(only))
@@ -115,9 +115,9 @@ def _check_header(image: sitk.Image, path: Path, warnings: list[str]) -> None:
                         "sizes and orientation may be wrong")  # fmt: skip
 
 
-def _load(path: Path, series: str) -> tuple[sitk.Image, dict[str, str], list[str]]:
+def _read_and_check(path: Path, series: str) -> tuple[sitk.Image, dict[str, str], list[str]]:
     warnings: list[str] = []
-    image, told = _read(path, series.strip(), warnings)
+    image, told = _read_any_format(path, series.strip(), warnings)
     _check_header(image, path, warnings)
     return image, told, warnings
 
@@ -133,12 +133,12 @@ def read_image(path: str | os.PathLike, series: str = "") -> sitk.Image:
         ScanError: the scan is missing, unreadable, truncated or not a single 3-D volume of scalars, or its header
             contradicts the true positions of its voxels.
     """
-    return _load(Path(path), series)[0]
+    return _read_and_check(Path(path), series)[0]
 
 
 def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
     """Read a chest CT in HU, in its stored orientation, with its facts for the report. Raises ScanError."""
-    image, told, warnings = _load(Path(path), series)
+    image, told, warnings = _read_and_check(Path(path), series)
     image = check_hounsfield(image, path, warnings)
     facts = {
         **dict.fromkeys(FACTS, ""),
@@ -150,7 +150,7 @@ def load_scan(path: str | os.PathLike, series: str = "") -> Scan:
     return Scan(image, facts)
 
 
-def with_warnings(facts: dict[str, str], more: list[str]) -> dict[str, str]:
+def add_warnings(facts: dict[str, str], more: list[str]) -> dict[str, str]:
     """Return a copy of a scan's ``facts`` with additional warnings."""
     return {**facts, "warnings": "; ".join(filter(None, [facts["warnings"], *more]))}
 

@@ -28,42 +28,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
 from misc.progress import add_progress_flag
-from preprocess.geometry import same_grid, write_image
+from preprocess.geometry import have_same_grid, write_image
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes, measure_air_share
-from preprocess.outputs import Output, file_stamp
-from preprocess.scan import FACTS, ScanError, read_mask, with_warnings
-from preprocess.subjects import Subject, add_store, add_subjects, parse_flags, read_subjects
+from preprocess.outputs import Output, make_file_stamp
+from preprocess.scan import FACTS, ScanError, add_warnings, read_mask
+from preprocess.subjects import Subject, add_store_flag, add_subject_flags, parse_flags, read_subjects
 from preprocess.workers import Step, load_scan_once, run_steps
 
 
-def segment(
+def segment_subject(
     subject: Subject, previous: dict, *, root_dir: str, method: str, weights: str | None, settings: str, overwrite: bool
 ) -> dict[str, Any]:
     """Segment the lungs of one subject and return its report values; see Step.work. Raises ScanError, Skip."""
     subject.check_image()
     layout = StoreLayout(root_dir)
     target = layout.lung_mask(subject.sid)
-    stamps = {"method": settings, "image_stamp": file_stamp(subject.image, subject.series)}
+    stamps = {"method": settings, "image_stamp": make_file_stamp(subject.image, subject.series)}
     output = Output(layout, "segment_lung", subject.sid, previous, [target], stamps)
 
     def verify() -> dict[str, float]:
         mask = read_mask(target)
         figures = lung_volumes(mask, target)
         if output.ours:
-            return {**figures, **output.earlier("air", *FACTS)}
+            return {**figures, **output.get_earlier_columns("air", *FACTS)}
         scan = load_scan_once(subject)
-        if not same_grid(mask, scan.image):
+        if not have_same_grid(mask, scan.image):
             raise ScanError(
                 f"{target} was not made by this script and is not on the grid of {subject.image}; remove or resample it"
             )
         figures["air"] = round(measure_air_share(mask, scan.image), 3)
-        return {**figures, **with_warnings(scan.facts, check_lungs(mask, scan.image, target))}
+        return {**figures, **add_warnings(scan.facts, check_lungs(mask, scan.image, target))}
 
-    output.keep(verify, overwrite)
-    output.begin()
+    output.skip_if_valid(verify, overwrite)
+    output.claim_and_remove_old()
     scan = load_scan_once(subject)
     mask = lung_mask(scan.image, method, weights, subject.image)
-    facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
+    facts = add_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))
     write_image(mask, target)
     return {
         **lung_volumes(mask, subject.image),
@@ -76,7 +76,7 @@ def segment(
 # ============================================================ the stage
 
 
-def add_segmentation(parser: Parser) -> None:
+def add_segmentation_flags(parser: Parser) -> None:
     """Add the flags that only segment_lung.py has."""
     text = (
         "segmentation method: lungmask is a network and handles consolidated lungs; threshold needs no weights and "
@@ -109,11 +109,11 @@ def make_segmentation_step(args: argparse.Namespace) -> Step:
         load_lungmask(weights)  # report a failed download once, not once per subject
     made_by = dict(method=args.method, weights=weights, settings=settings)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
-    return Step("segment_lung", segment, {**where, **made_by})
+    return Step("segment_lung", segment_subject, {**where, **made_by})
 
 
 def main() -> int:
-    args = parse_flags(__doc__, add_subjects, add_store, add_segmentation, add_progress_flag)
+    args = parse_flags(__doc__, add_subject_flags, add_store_flag, add_segmentation_flags, add_progress_flag)
     check_segmentation(args)
     subjects = read_subjects(args.input_csv)  # check the table before downloading weights
     return run_steps([make_segmentation_step(args)], subjects, args)

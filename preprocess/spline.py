@@ -15,7 +15,7 @@ COLUMNS = 1 << 14  # number of columns of the last matrix product computed at a 
 SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 
-def spline_weights(count: int, spacing: float, wanted: int, step: float) -> tuple[np.ndarray, np.ndarray]:
+def compute_spline_matrix(count: int, spacing: float, wanted: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Compute the matrix that resamples one axis.
 
     Args:
@@ -59,7 +59,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
         outside: value of voxels outside the volume.
     """
     axes = zip(image.GetSize(), image.GetSpacing(), size)
-    (x, inside_x), (y, inside_y), (z, inside_z) = (spline_weights(*axis, step) for axis in axes)
+    (x, inside_x), (y, inside_y), (z, inside_z) = (compute_spline_matrix(*axis, step) for axis in axes)
     volume = sitk.GetArrayViewFromImage(image)  # (z, y, x)
     kind = np.float32 if volume.dtype.kind == "f" else volume.dtype
     planes = np.empty((len(volume), size[1], size[0]), dtype=np.float32)

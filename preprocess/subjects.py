@@ -45,24 +45,24 @@ def parse_flags(description: str, *add: Callable[[Parser], None], argv: list[str
     return parser.parse_args(argv)
 
 
-def add_store(parser: Parser) -> None:
+def add_store_flag(parser: Parser) -> None:
     """Add the flag for the patch store."""
     parser.add_argument("--root-dir", required=True, help="folder of the patch store; created if it does not exist")
 
 
-def add_atlas(parser: Parser) -> None:
+def add_atlas_flag(parser: Parser) -> None:
     """Add the flag for the atlas."""
     text = "lung mask of the atlas at 1 mm, with labels 50 (right lung) and 100 (left lung)"
     parser.add_argument("--atlas-mask", required=True, help=text)
 
 
-def add_patch_size(parser: Parser) -> None:
+def add_patch_size_flag(parser: Parser) -> None:
     """Add the flag --patch-size of patchify_atlas.py and patchify_images.py."""
     text = "patch edge in voxels; keep 32, because the encoder accepts no other size"
     parser.add_argument("--patch-size", type=at_least(int, 1), default=PATCH_SIZE, help=text)
 
 
-def add_subjects(parser: Parser) -> None:
+def add_subject_flags(parser: Parser) -> None:
     """Add the flags of a stage that processes the subjects."""
     text = (
         "table with the columns sid and image, plus series if a folder has several DICOM series; image paths are "

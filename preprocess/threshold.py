@@ -160,13 +160,15 @@ def _find_airway(volume: np.ndarray, air: np.ndarray, spacing: float, scale: flo
                 continue
             if volume[top][seed].mean() > AIRWAY_BELOW + 80:
                 continue
-            airway = _track_down(air, top, seed, high, round(MERGED_LENGTH * scale / spacing))
+            airway = _track_airway_down(air, top, seed, high, round(MERGED_LENGTH * scale / spacing))
             if np.flatnonzero(airway.any(axis=(1, 2))).size * spacing >= TRACHEA_LENGTH * scale:
                 return ndimage.binary_dilation(airway, iterations=1)
     return np.zeros_like(air)
 
 
-def _track_down(air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int) -> np.ndarray:
+def _track_airway_down(
+    air: np.ndarray, top: int, seed: np.ndarray, largest_area: float, most_merged: int
+) -> np.ndarray:
     """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
     If the thin wall between the airway and a lung is invisible in a slice, the previous cross-section is reused, for up

@@ -16,13 +16,13 @@ from data.layout import StoreError, StoreLayout
 from misc.command import UserError, count_usable_cores
 from misc.files import remove_leftovers
 from misc.progress import progress_bar
-from preprocess.outputs import FAILED_BEFORE, Skip, file_stamp
+from preprocess.outputs import FAILED_BEFORE, Skip, make_file_stamp
 from preprocess.report import (
     find_earlier_failures,
-    keep_stamps,
     read_claimed_stamps,
     read_previous_rows,
     remove_claim_files,
+    select_stamps,
     write_report,
 )
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     settings: dict[str, Any]
 
     @property
-    def place(self) -> tuple[str, str]:
+    def import_path(self) -> tuple[str, str]:
         """Return the module and name of ``work``; a worker cannot import the running script as __main__."""
         return f"preprocess.{Path(sys.modules[self.work.__module__].__file__).stem}", self.work.__qualname__
 
@@ -67,22 +67,22 @@ class Record:
         self.rows: dict[str, Row] = {}
         self._unwritten: list[str] = []
 
-    def add(self, row: Row) -> None:
+    def add_row(self, row: Row) -> None:
         self.rows[row["sid"]] = row
         self._unwritten.append(row["sid"])
 
-    def write(self) -> None:
+    def write_rows(self) -> None:
         if self.rows:
             write_report(self.layout, self.script, self.rows)
             remove_claim_files(self.layout, self.script, self._unwritten)
             self._unwritten.clear()
 
-    def lost(self, sid: str, message: str) -> Row:
+    def make_lost_row(self, sid: str, message: str) -> Row:
         """Return the row of a subject after its worker died.
 
         Output with a claim file was made by this stage. Output without a claim file may belong to the user.
         """
-        stamps = read_claimed_stamps(self.layout, self.script).get(sid) or keep_stamps(self.before.get(sid, {}))
+        stamps = read_claimed_stamps(self.layout, self.script).get(sid) or select_stamps(self.before.get(sid, {}))
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
 
 
@@ -101,10 +101,10 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     try:
         for rows in _run_subjects(steps, subjects, records, args):
             for record, row in zip(records, rows):
-                record.add(row)
+                record.add_row(row)
             if time.monotonic() - written > REPORT_SECONDS:
                 for record in records:
-                    record.write()
+                    record.write_rows()
                 written = time.monotonic()
             failed += any(row["status"] == "failed" for row in rows)
             bar.update()
@@ -112,7 +112,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     finally:
         bar.close()
         for record in records:
-            record.write()
+            record.write_rows()
     status = 0
     for record in records:
         status = status or _print_summary(record.script, layout, list(record.rows.values()), args.strict)
@@ -180,7 +180,7 @@ def run_step_or_record_error(
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     if status == "failed":
-        figures = keep_stamps(previous)
+        figures = select_stamps(previous)
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -265,7 +265,7 @@ def _note_missing_workers(client: Any, address: str) -> Iterator[None]:
     """Print a note if a cluster has had no worker for a while, because the run would otherwise wait silently."""
     ended = threading.Event()
 
-    def watch() -> None:
+    def note_if_no_workers() -> None:
         seconds, told = NO_WORKER_SECONDS[0], False
         while not ended.wait(seconds):
             with contextlib.suppress(Exception):  # the main thread reports a lost scheduler
@@ -275,7 +275,7 @@ def _note_missing_workers(client: Any, address: str) -> Iterator[None]:
                 told = not there
             seconds = NO_WORKER_SECONDS[1]
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=note_if_no_workers, daemon=True)
     thread.start()
     try:
         yield
@@ -289,12 +289,12 @@ def _run_distributed(
 ) -> Iterator[list[Row]]:
     from dask.distributed import as_completed
 
-    root, places = str(ROOT), [(*step.place, step.settings) for step in steps]
+    root, places = str(ROOT), [(*step.import_path, step.settings) for step in steps]
 
     failed = find_earlier_failures(records[0].layout, records[0].script)
 
-    def remote(subject_fields, previous, threads, failed):
-        # Dask sends nested functions by value, so ``remote`` works before the worker has the project on its path.
+    def run_on_worker(subject_fields, previous, threads, failed):
+        # Dask sends nested functions by value, so ``run_on_worker`` works before the project is on the worker's path.
         import importlib
         import sys
 
@@ -307,7 +307,7 @@ def _run_distributed(
     with _open_client(args, len(subjects)) as (client, threads):
         futures = {
             client.submit(
-                remote,
+                run_on_worker,
                 *(tuple(subject), _previous_rows(records, subject.sid), threads, failed.get(subject.sid, "")),
                 pure=False,
                 retries=0,
@@ -322,7 +322,7 @@ def _run_distributed(
                 reason = "its worker process died (out of memory?)" if "Killed" in type(error).__name__ else str(error)
                 message = " ".join(reason.split())[:300]
                 later = [f"{EARLIER}{message}"] * (len(records) - 1)
-                yield [record.lost(subject.sid, text) for record, text in zip(records, [message, *later])]
+                yield [record.make_lost_row(subject.sid, text) for record, text in zip(records, [message, *later])]
             future.release()
 
 
@@ -342,7 +342,7 @@ _kept: dict[tuple[str, str, str], Scan] = {}  # at most one scan: the current su
 
 def load_scan_once(subject: Subject) -> Scan:
     """Load the subject's scan, or return the one in memory if its file is unchanged. Raises ScanError."""
-    key = (subject.image, subject.series, file_stamp(subject.image, subject.series))
+    key = (subject.image, subject.series, make_file_stamp(subject.image, subject.series))
     if key not in _kept:
         _kept.clear()  # free the old scan first, so that a worker never holds two
         _kept[key] = load_scan(subject.image, subject.series)

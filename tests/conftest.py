@@ -76,7 +76,7 @@ def run_ranks(main: Callable[..., None], world: int, *inputs) -> None:
 
 
 def leave_test(status: int) -> NoReturn:
-    """Replace misc.command.leave, which would end the test process."""
+    """Replace misc.command.exit_at_once, which would end the test process."""
     raise SystemExit(status)
 
 
@@ -94,7 +94,7 @@ def run_script(*command, cwd=None, check=True, env=None) -> subprocess.Completed
     try:
         os.chdir(cwd or before[0])
         sys.argv = [path, *flags]
-        with redirect_stdout(output), redirect_stderr(errors), mock.patch("misc.command.leave", leave_test):
+        with redirect_stdout(output), redirect_stderr(errors), mock.patch("misc.command.exit_at_once", leave_test):
             runpy.run_path(path, run_name="__main__")
         status = 0
     except SystemExit as left:
@@ -225,7 +225,7 @@ def cohort(tmp_path_factory):
 def step_views(batch, augmentation, seed, groups, device, dense=None):
     """Draw the random parameters of a step and make its views, as train.py does."""
     views = StepViews(StepDraws(augmentation, seed, groups), device, dense)
-    views.seed(batch.epoch, batch.location, batch.step)
+    views.seed_noise(batch.epoch, batch.location, batch.step)
     index = BatchIndex(batch.epoch, batch.location, batch.step, range(len(batch.patches)))
     draws = views.draws(index, batch.neighbors is not None, batch.patches.shape[1:])
     near = None if batch.neighbors is None else batch.neighbors.to(device)

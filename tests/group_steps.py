@@ -35,7 +35,7 @@ def run_rank(rank: int, world: int, folder: str, steps: int, lr: float, neighbor
     torch.manual_seed(3)
     store = PatchStore(Path(folder) / "store")
     dataset = PatchDataset(store, neighbors)
-    table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+    table = LocationTable.from_arrays(normalize_locations(store.locations), dataset.neighbors, device)
     sampler = LocationBatchSampler(store.num_subjects, store.num_locations, BATCH, 0, rank, world)
     model = DrasCLR(Encoder, store.num_locations, 16, 8, 2, 1, 16, 0.9, 0.2, True, bn_groups=GROUPS // world)
     descend = Descent(make_optimizer(model, lr, 0.9, 1e-4))
@@ -55,8 +55,8 @@ def run_rank(rank: int, world: int, folder: str, steps: int, lr: float, neighbor
         if gradients is None:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             first = copy.deepcopy(state_of(model))
-        meters.add(figures)
-        means.append(list(meters.read().values()))
+        meters.add_statistics(figures)
+        means.append(list(meters.read_means().values()))
     kept = {"means": torch.tensor(means), "gradients": gradients, "first": first, "state": state_of(model)}
     torch.save(kept, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ import torch
 
 from misc.command import UserError
 from models.builder import DrasCLR
-from models.checkpoint import add_module
+from models.checkpoint import add_module_prefix
 from models.cnn3d import Encoder
 from preprocess.subjects import read_subjects
 
@@ -91,7 +91,7 @@ def checkpoint(**changes) -> Callable[[Path], bytes]:
     def make(folder: Path) -> bytes:
         torch.manual_seed(0)
         model = DrasCLR(Encoder, 4, 4, 4, 1, 1, 4, 0.9, 0.2, True)
-        content = {"epoch": 3, "arch": "x", "state_dict": add_module(model.state_dict())}
+        content = {"epoch": 3, "arch": "x", "state_dict": add_module_prefix(model.state_dict())}
         state = changes.get("state")
         for key, value in changes.items():
             if key != "state":

@@ -18,14 +18,14 @@ import extract_feature
 from data.layout import StoreError
 from data.locations import normalize_locations, table_fingerprint
 from data.store import PatchStore
-from data.views import to_input
+from data.views import convert_hu_to_input
 from misc import process
 from misc.command import run as run_command
 from misc.experiment import Experiment
 from misc.files import hold_lock_or_raise
 from models import fast, frozen
 from models.builder import DrasCLR
-from models.checkpoint import add_module, check_sha256, position, save_checkpoint
+from models.checkpoint import add_module_prefix, check_sha256, find_position, save_checkpoint
 from models.cnn3d import Encoder
 from models.frozen import FrozenEncoder
 
@@ -43,7 +43,11 @@ def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
     with torch.no_grad():
         model.encoder_q(torch.randn(8, 1, 32, 32, 32), torch.zeros(1, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if bare else {"epoch": 3, "arch": "custom", "state_dict": add_module(model.state_dict())}
+    state = (
+        model.state_dict()
+        if bare
+        else {"epoch": 3, "arch": "custom", "state_dict": add_module_prefix(model.state_dict())}
+    )
     save_checkpoint(path, state)
     return model.encoder_q.eval()
 
@@ -98,7 +102,7 @@ def test_features_are_the_encoders(tmp_path, make_store, grid, run, rel, grouped
 
 def extract(*flags):
     args = extract_feature.parse_arguments([str(flag) for flag in flags])
-    extract_feature.extract(args, torch.device("cpu"))
+    extract_feature.extract_features(args, torch.device("cpu"))
 
 
 def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, make_store, grid, run_here):
@@ -244,7 +248,7 @@ def test_bare_state_dict_given_by_path(tmp_path, make_store, grid, run):
 
 def test_mid_epoch_features_get_their_own_folder(tmp_path):
     def out(content):
-        return Experiment(tmp_path).features(*position(content, tmp_path / "x"))
+        return Experiment(tmp_path).features(*find_position(content, tmp_path / "x"))
 
     assert out({"epoch": 3}) == tmp_path / "patch_rep" / "0003"
     assert out({"epoch": 3, "step": 0}) == tmp_path / "patch_rep" / "0003"
@@ -353,8 +357,8 @@ def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, gr
         for _, norm in encoder.layers()
     ]
     locations = torch.from_numpy(normalize_locations(grid))
-    with torch.no_grad(), fast.plain():
-        encoder(to_input(torch.from_numpy(patches[:, 3])), locations[3:4])
+    with torch.no_grad(), fast.disable_fast_paths():
+        encoder(convert_hu_to_input(torch.from_numpy(patches[:, 3])), locations[3:4])
     wanted = torch.cat(
         [part for x in seen for part in (x.mean(dim=(2, 3, 4)), x.std(dim=(2, 3, 4), correction=0))], dim=1
     )
@@ -404,7 +408,7 @@ def test_non_finite_features_are_refused(small, tmp_path, run_here, monkeypatch)
     assert refused.returncode == 2 and "nan.pth.tar has values in conv2.weight that are not finite" in refused.stderr
     store = PatchStore(tmp_path / "store")
     features = np.zeros((3, 1, 12), dtype=np.float32)
-    piece = extract_feature.list_pieces(store)[4]
+    piece = extract_feature.split_store_into_pieces(store)[4]
     assert extract_feature.refuse_nonfinite_features(features, piece, store) is features
     features[2, 0, 5] = np.inf
     with pytest.raises(StoreError, match="features of subject 002 at location 4 are not finite"):

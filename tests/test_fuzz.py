@@ -22,7 +22,7 @@ from misc.command import UserError
 from misc.experiment import Experiment, ExperimentError
 from misc.files import load_array
 from models.builder import DrasCLR
-from models.checkpoint import CheckpointError, add_module, read_checkpoint, save_checkpoint
+from models.checkpoint import CheckpointError, add_module_prefix, read_checkpoint, save_checkpoint
 from models.cnn3d import Encoder
 from preprocess.scan import ScanError, load_scan
 
@@ -56,7 +56,9 @@ def intact_files(tmp_path_factory):
     (folder / "configs.json").write_text(json.dumps({"root_dir": "/x", "epochs": 3, "gamma": [0.5, 4.5]}, indent=2))
     torch.manual_seed(0)
     model = DrasCLR(Encoder, 4, 4, 4, 1, 1, 4, 0.9, 0.2, True)
-    save_checkpoint(folder / "c.pth.tar", {"epoch": 3, "arch": "x", "state_dict": add_module(model.state_dict())})
+    save_checkpoint(
+        folder / "c.pth.tar", {"epoch": 3, "arch": "x", "state_dict": add_module_prefix(model.state_dict())}
+    )
     return folder
 
 

@@ -12,7 +12,7 @@ from data.sampler import BatchIndex
 from data.views import StepDraws, StepViews
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
-from models.frozen import freeze
+from models.frozen import freeze_at_locations
 from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
 
 from .conftest import calibrate
@@ -75,8 +75,8 @@ def test_gpu_features_equal_the_cpus(gpu):
     encoder = build().encoder_q
     calibrate(encoder)
     x, loc = torch.rand(B, 1, 32, 32, 32) * 2 - 1, torch.tensor([[0.1, -0.5, 0.9]])
-    wanted = freeze(encoder, loc)[0](x)
-    ours = freeze(encoder.to(gpu), loc.to(gpu))[0](x.to(gpu)).cpu()
+    wanted = freeze_at_locations(encoder, loc)[0](x)
+    ours = freeze_at_locations(encoder.to(gpu), loc.to(gpu))[0](x.to(gpu)).cpu()
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-4
 
 
@@ -97,7 +97,7 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
                 *(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch._replace(draws=draws))
             )
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two steps may synchronise
-            views.seed(0, 1, step)
+            views.seed_noise(0, 1, step)
             advance(Inputs(*carry(batch)), 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

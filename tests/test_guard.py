@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from models.builder import DrasCLR
-from models.checkpoint import add_module, save_checkpoint
+from models.checkpoint import add_module_prefix, save_checkpoint
 from models.cnn3d import Encoder
 
 from .conftest import ROOT, calibrate
@@ -38,7 +38,7 @@ def test_features_of_a_seeded_checkpoint(tmp_path, make_store, grid, run):
     model = DrasCLR(Encoder, len(grid), 16, 8, 2, 1, 8, 0.9, 0.2, True)
     calibrate(model.encoder_q)
     save_checkpoint(
-        tmp_path / "c.pth.tar", {"epoch": 1, "arch": "custom", "state_dict": add_module(model.state_dict())}
+        tmp_path / "c.pth.tar", {"epoch": 1, "arch": "custom", "state_dict": add_module_prefix(model.state_dict())}
     )
     flags = ("--exp-name", ".", "--checkpoint-patch", "c.pth.tar", "--root-dir", "store", "--out-dir", "out")
     run("extract_feature.py", *flags, "--device", "cpu", cwd=tmp_path)

@@ -104,7 +104,7 @@ def test_losses_warm_up_beta_and_accuracy(grid, epoch):
     batch = PatchBatch(epoch, 4, 1, patches[:, 0], patches[:, 1:])
     table, near = torch.from_numpy(normalize_locations(grid)), torch.from_numpy(neighbor_table(grid, 2))
     augmentation = Augmentation("agc")
-    places = LocationTable.of(normalize_locations(grid), neighbor_table(grid, 2), torch.device("cpu"))
+    places = LocationTable.from_arrays(normalize_locations(grid), neighbor_table(grid, 2), torch.device("cpu"))
     views = step_views(batch, augmentation, args.seed, range(1), torch.device("cpu"))
     loss, figures, _ = TrainingStep(model, places)(4, views, args.beta if epoch >= args.warm_up else 0.0)
 
@@ -547,7 +547,7 @@ def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     model = DrasCLR(Encoder, count, 128, 128, 8, 1, 4 * batch, 0.999, 0.2, True).train()
     optimizer = make_optimizer(model, 0.01, 0.9, 1e-4)
     dataset = PatchDataset(patches, 2)
-    table = LocationTable.of(normalize_locations(patches.locations), dataset.neighbors, torch.device("cpu"))
+    table = LocationTable.from_arrays(normalize_locations(patches.locations), dataset.neighbors, torch.device("cpu"))
     sampler = LocationBatchSampler(batch, count, batch, seed=0)
     apart = []
     for step in range(12 if has_fast_bf16(torch.device("cpu")) else 3):  # emulated bfloat16 takes seconds per step

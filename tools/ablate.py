@@ -36,10 +36,10 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import check_writable, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.run.recipes import RECIPES
-from tools.evaluation.ablation import draw, markdown, summary
+from tools.evaluation.ablation import format_markdown, plot_runs, summarize_runs
 from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.kinds import find_label_problem
-from tools.evaluation.learn import FOLDS, join_evenly, score_held_out
+from tools.evaluation.learn import FOLDS, join_with_even_weights, score_held_out
 from tools.evaluation.tables import choose_vector, read_features, read_held_out, read_vectors
 from tools.evaluation.vectors import VECTORS, Table
 
@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def call(log: Path, *command: object, cwd: Path | None = None) -> None:
+def run_command(log: Path, *command: object, cwd: Path | None = None) -> None:
     """Run a command and append its output to ``log``.
 
     If the command fails, raise UserError with the last line of the log.
@@ -137,16 +137,16 @@ def call(log: Path, *command: object, cwd: Path | None = None) -> None:
         )
 
 
-def make_data(out_dir: Path, subjects: int) -> tuple[Path, Path]:
+def make_synthetic_store(out_dir: Path, subjects: int) -> tuple[Path, Path]:
     """Make a synthetic cohort and its patch store, unless they exist. Return the paths of the store and the labels."""
     cohort, store, log = out_dir / "cohort", out_dir / "patches", out_dir / "cohort.log"
     if not (cohort / "labels.csv").is_file():
         flags = ("--num-subjects", subjects, "--num-workers", 2, "--no-progress")
-        call(log, sys.executable, ROOT / "tools" / "make_cohort.py", "--out-dir", cohort, *flags)
+        run_command(log, sys.executable, ROOT / "tools" / "make_cohort.py", "--out-dir", cohort, *flags)
     if not (store / "subjects.csv").is_file():
         flags = ("--input-csv", cohort / "dataset.csv", "--root-dir", store, "--method", "threshold", "--no-progress")
         more = ("--atlas-mask", cohort / "atlas_lung_mask.nii.gz", "--num-workers", 2)
-        call(log, sys.executable, ROOT / "preprocess" / "run_preprocess.py", *flags, *more)
+        run_command(log, sys.executable, ROOT / "preprocess" / "run_preprocess.py", *flags, *more)
     return store, cohort / "labels.csv"
 
 
@@ -182,7 +182,9 @@ class Study:
             print(f"note: column {column!r} left out: {reason}", file=sys.stderr)
         return reason
 
-    def judge(self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int) -> pd.DataFrame:
+    def evaluate_tables(
+        self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int
+    ) -> pd.DataFrame:
         """Evaluate tables. Return one row per column and table, with arm, seed, column, table and r2."""
         rows = []
         for column in self.columns:
@@ -193,7 +195,7 @@ class Study:
                 rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
         return pd.DataFrame(rows)
 
-    def run(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
+    def run_arm(self, arm: str, flags: tuple[str, ...], seed: int, common: list[str]) -> pd.DataFrame:
         """Train, extract and evaluate one run, or read the run's result if its CSV exists."""
         kept = self.out_dir / "rows" / f"{arm}-{seed}.csv"
         if kept.is_file():
@@ -201,16 +203,18 @@ class Study:
         name, log = f"{arm}-{seed}", self.out_dir / "rows" / f"{arm}-{seed}.log"
         train = ("--root-dir", self.root_dir, "--subjects", self.subjects, "--exp-name", name, "--resume", "auto")
         last = ("--seed", seed, "--save-freq", 1000, "--workers", 1, "--no-progress")
-        call(log, sys.executable, ROOT / "train.py", *train, *common, *flags, *last, cwd=self.out_dir)
+        run_command(log, sys.executable, ROOT / "train.py", *train, *common, *flags, *last, cwd=self.out_dir)
         folder = self.out_dir / "ssl_exp" / name
         checkpoint = max(folder.glob("checkpoint_patch_[0-9]*.pth.tar")).name
         given = ("--exp-name", folder, "--checkpoint-patch", checkpoint, "--root-dir", self.root_dir, "--no-progress")
-        call(log, sys.executable, ROOT / "extract_feature.py", *given, "--layers", "--out-dir", folder / "features")
-        rows = self.judge(*self.tables_of(folder / "features"), arm, seed)
+        run_command(
+            log, sys.executable, ROOT / "extract_feature.py", *given, "--layers", "--out-dir", folder / "features"
+        )
+        rows = self.evaluate_tables(*self.read_run_tables(folder / "features"), arm, seed)
         write_text(kept, rows.to_csv(index=False))
         return rows
 
-    def tables_of(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
+    def read_run_tables(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
         """Return tables and column weights of a run: each patient vector, alone and joined with mean and histogram."""
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
@@ -219,7 +223,7 @@ class Study:
         both, weights = {}, {}
         for kind, table in alone.items():
             together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]
-            both[f"{kind}+histogram"], weights[f"{kind}+histogram"] = join_evenly(*together)
+            both[f"{kind}+histogram"], weights[f"{kind}+histogram"] = join_with_even_weights(*together)
         return alone | both, weights
 
 
@@ -228,21 +232,23 @@ def main() -> None:
     out_dir = Path(args.out_dir).resolve()
     check_writable(out_dir, "--out-dir")
     (out_dir / "rows").mkdir(parents=True, exist_ok=True)
-    data = (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_data(out_dir, args.num_subjects)
+    data = (
+        (Path(args.root_dir), Path(args.labels)) if args.root_dir else make_synthetic_store(out_dir, args.num_subjects)
+    )
     study = Study(args, out_dir, data[0].resolve(), data[1])
     common = ["--recipe", args.recipe, *(["--epochs", str(args.epochs)] if args.epochs else [])]
-    rows = [study.judge(study.baselines, {}, "baseline", 0)]
+    rows = [study.evaluate_tables(study.baselines, {}, "baseline", 0)]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with progress_bar(args.no_progress, total=len(seeds) * len(args.arms), desc="ablate", unit="run") as bar:
         for seed in seeds:  # run all arms of a seed before the next seed, so that an interrupted study has paired seeds
             for arm, flags in args.arms.items():
-                rows.append(study.run(arm, flags, seed, common))
+                rows.append(study.run_arm(arm, flags, seed, common))
                 bar.update()
                 table = pd.concat(rows)
                 write_text(out_dir / "ablation.csv", table.to_csv(index=False))
-                text = markdown(summary(table, next(iter(args.arms))), study.held_out)
+                text = format_markdown(summarize_runs(table, next(iter(args.arms))), study.held_out)
                 write_text(out_dir / "ablation.md", text)
-    draw(table, out_dir / "ablation.png")
+    plot_runs(table, out_dir / "ablation.png")
     print(text)
 
 

@@ -30,10 +30,10 @@ from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
 from models.fast.memory import keep_freed_memory
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
-from tools.timing.choices import format_choices, time_all_options
+from tools.timing.choices import format_options, time_all_options
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
-from tools.timing.measure import describe, show
+from tools.timing.measure import describe_machine, format_rows
 from tools.timing.runs import measure_memory, measure_scaling
 from tools.timing.scans import measure_scan
 from tools.timing.store import make_store
@@ -89,7 +89,7 @@ def main() -> None:
     args = parse_arguments()
     if args.device.type == "cpu":
         keep_freed_memory()
-    machine = describe(args.device)
+    machine = describe_machine(args.device)
     print(
         ", ".join(
             f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()
@@ -101,7 +101,7 @@ def main() -> None:
         folder = Path(scratch)
         if args.choices or args.scan:
             rows = measure_scan(args) if args.scan else time_all_options(folder / "choices", args)
-            print(show(rows) if args.scan else format_choices(rows))
+            print(format_rows(rows) if args.scan else format_options(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
             return
@@ -113,7 +113,7 @@ def main() -> None:
         rows += measure_augmentation(args)
         rows += measure_reading(folder / "reading", args)
         rows.append(measure_memory(store, K, folder / "memory_run", args))
-        print(show(rows))
+        print(format_rows(rows))
         print(f"\nloss of the first step: {report['first_step_loss']}")
         for name, parts in report["profile_ms"].items():
             listed = ", ".join(

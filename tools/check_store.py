@@ -57,7 +57,7 @@ class Store:
             raise StoreError(f"--root-dir {root} has no patches in patch/ or grouped_patch/")
         self._mapped: deque[PatchFile] = deque()
 
-    def open(self, path: Path, rows: int | None) -> PatchFile:
+    def open_patch_file(self, path: Path, rows: int | None) -> PatchFile:
         """Open a file of patches. Raise StoreError if the file is unreadable or its shape is not (rows, 32, 32, 32)."""
         file = PatchFile(path, self._mapped)
         wanted = (file.shape[0] if rows is None and file.shape else rows, *[PATCH_SIZE] * 3)
@@ -71,7 +71,7 @@ def check_values(file: PatchFile) -> Iterator[str]:
     low, high, bad = np.inf, -np.inf, 0
     constant: list[int] = []
     for start in range(0, file.shape[0], ROWS_AT_ONCE):
-        block = file.stored_rows(np.arange(start, min(start + ROWS_AT_ONCE, file.shape[0])))
+        block = file.read_stored_rows(np.arange(start, min(start + ROWS_AT_ONCE, file.shape[0])))
         if block.dtype.kind == "f":
             bad += int((~np.isfinite(block)).sum())
             block = np.nan_to_num(block, nan=HU_MIN, posinf=HU_MIN, neginf=HU_MIN)
@@ -95,7 +95,7 @@ def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
     rows = len(store.sids) or None
     for location in range(len(store.table)):
         try:
-            files[location] = store.open(store.layout.grouped(location), rows)
+            files[location] = store.open_patch_file(store.layout.grouped(location), rows)
             for sentence in check_values(files[location]):
                 tell("grouped_patch/", sentence)
         except StoreError as error:
@@ -113,7 +113,7 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
     seen: dict[bytes, str] = {}
     for number, sid in enumerate(store.in_patch):
         try:
-            file = store.open(store.layout.patch(sid), len(store.table))
+            file = store.open_patch_file(store.layout.patch(sid), len(store.table))
             for sentence in check_values(file):
                 tell("patch/", sentence)
             _check_corners(store, sid)
@@ -121,7 +121,7 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
             tell("patch/", str(error))
             advance()
             continue
-        sample = file.sample()
+        sample = file.read_end_bytes()
         if sample in seen and len(set(sample)) > 4:  # not only padding
             tell("patch/", f"{file.path} has the same patches as {seen[sample]}; check whether one scan has two names")
         seen.setdefault(sample, sid)
@@ -175,7 +175,7 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
         try:
             subject.check_image()
             transform = read_affine(store.layout.transform(subject.sid))
-            stored = store.open(store.layout.patch(subject.sid), len(store.table)).read_rows(
+            stored = store.open_patch_file(store.layout.patch(subject.sid), len(store.table)).read_rows(
                 np.arange(len(store.table))
             )
             scan = read_scan(subject.image, subject.series)
@@ -219,16 +219,16 @@ def main() -> int:
     store = Store(args.root_dir)
     found: dict[str, list[str]] = {}
 
-    def tell(kind: str, sentence: str) -> None:
+    def report_problem(kind: str, sentence: str) -> None:
         found.setdefault(kind, []).append(sentence)
 
     total = len(store.table) * store.grouped + len(store.in_patch) + (args.scans if args.input_csv else 0)
     with progress_bar(args.no_progress, total=total, desc="check_store", unit="file") as bar:
-        files = check_grouped(store, tell, bar.update) if store.grouped else {}
-        check_subjects(store, files, args.locations, args.seed, tell, bar.update)
+        files = check_grouped(store, report_problem, bar.update) if store.grouped else {}
+        check_subjects(store, files, args.locations, args.seed, report_problem, bar.update)
         cut = 0
         if args.input_csv:
-            cut = check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, tell, bar.update)
+            cut = check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, report_problem, bar.update)
     subjects = len(store.sids) or "unnamed"
     compared = min(args.locations, len(store.table)) if files and store.in_patch else 0
     print(

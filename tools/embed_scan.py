@@ -36,16 +36,16 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.tables import check_sid, feature_columns, feature_text, read_table
+from data.tables import check_sid, format_features, name_feature_columns, read_table
 from misc import process
 from misc.command import OneOf, Parser, UserError, between, count_usable_cores, run
-from misc.files import check_writable, hash_file, save_array, write_text, write_whole
+from misc.files import check_writable, hash_file, save_array, write_atomically, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory
-from preprocess.outputs import file_stamp
-from preprocess.picture import picture_of_patches
-from preprocess.segment_lung import add_segmentation, check_segmentation
+from preprocess.outputs import make_file_stamp
+from preprocess.picture import render_patch_picture
+from preprocess.segment_lung import add_segmentation_flags, check_segmentation
 from preprocess.subjects import Subject, read_subjects
 from preprocess.workers import run_step_or_record_error
 from tools.embedding.embed import Embedded, Embedder, name_scan
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "--atlas-patch-loc",
         help="table of locations; required for the published weights (default: the grid made from --atlas-mask)",
     )
-    add_segmentation(parser)
+    add_segmentation_flags(parser)
     text = "minimum Dice overlap with the atlas, for both lungs together and for each lung; other scans are refused"
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
     add("--out", required=True, help="table of features to write, such as features.csv")
@@ -168,21 +168,21 @@ class OutputTables:
         self.rows |= {sid: row for sid, row in rows.items() if sid not in asked}
         for subject in subjects:
             row = rows.get(subject.sid, {})
-            same = row.get("status") == "ok" and row.get("made_from") == self.stamp(subject)
+            same = row.get("status") == "ok" and row.get("made_from") == self.describe_source(subject)
             if same and subject.sid in texts and all(path.is_file() for path in beside(subject.sid)):
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
-    def stamp(self, subject: Subject) -> str:
+    def describe_source(self, subject: Subject) -> str:
         """Return a string that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
-        return f"{file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
+        return f"{make_file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
 
-    def add(self, sid: str, features: np.ndarray | None, row: dict[str, Any]) -> None:
+    def add_scan(self, sid: str, features: np.ndarray | None, row: dict[str, Any]) -> None:
         self.rows[sid] = row
         if features is not None:
-            self.features[sid] = feature_text(features)
+            self.features[sid] = format_features(features)
 
-    def write(self) -> None:
+    def write_tables(self) -> None:
         """Write the features and the report: first the rows of other scans, then the rows of this run's scans."""
         earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
         sids = [*earlier, *(subject.sid for subject in self.subjects)]
@@ -195,32 +195,32 @@ class OutputTables:
         write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
 
 
-def draw(path: Path, sid: str, found: Embedded) -> None:
+def draw_patches(path: Path, sid: str, found: Embedded) -> None:
     """Draw the patches over the scan and its lung mask."""
     figures = found.figures
     title = f"{sid}: {found.verdict}; Dice right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
-    picture = picture_of_patches(found.cut.volume, found.cut.values, found.mask, found.cut.corners, PATCH_SIZE, title)
-    write_whole(path, lambda stream: stream.write(picture))
+    picture = render_patch_picture(found.cut.volume, found.cut.values, found.mask, found.cut.corners, PATCH_SIZE, title)
+    write_atomically(path, lambda stream: stream.write(picture))
 
 
 def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables, subject: Subject) -> str:
     """Embed one scan, write its files, and return a one-line summary to print."""
     features: list[np.ndarray] = []
 
-    def work(subject: Subject, _: dict) -> dict[str, Any]:
+    def embed_and_save(subject: Subject, _: dict) -> dict[str, Any]:
         subject.check_image()
         found = embedder(subject.image, subject.series)
         picture, patches = name_scan_files(args, subject.sid)
         if patches:
             save_array(patches, found.patches)
         if picture:
-            draw(picture, subject.sid, found)
+            draw_patches(picture, subject.sid, found)
         features.append(found.features)
-        return {"verdict": found.verdict, "made_from": tables.stamp(subject), **found.figures}
+        return {"verdict": found.verdict, "made_from": tables.describe_source(subject), **found.figures}
 
-    row = run_step_or_record_error(work, subject, {}, count_usable_cores(), {})
+    row = run_step_or_record_error(embed_and_save, subject, {}, count_usable_cores(), {})
     row.setdefault("verdict", "refused")
-    tables.add(subject.sid, features[0] if features else None, row)
+    tables.add_scan(subject.sid, features[0] if features else None, row)
     return f"{subject.sid}: {row['message'] or row['verdict']}"
 
 
@@ -230,7 +230,7 @@ def main() -> int:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file name, such as {out / 'features.csv'}")
     check_writable(out.parent, "--out")
-    device = process.start_process(args.device)
+    device = process.set_up_process(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     choices = dict(method=args.method, lungmask_weights=args.lungmask_weights, min_dice=args.min_dice)
@@ -245,7 +245,11 @@ def main() -> int:
     if args.standardization:
         made_by += f" {args.patient_vector} {hash_file(args.standardization)[:12]}"
     tables = OutputTables(
-        out, subjects, feature_columns(embedder.width), made_by, lambda sid: [*filter(None, name_scan_files(args, sid))]
+        out,
+        subjects,
+        name_feature_columns(embedder.width),
+        made_by,
+        lambda sid: [*filter(None, name_scan_files(args, sid))],
     )
     todo = [subject for subject in subjects if subject.sid not in tables.rows]
     written = time.monotonic()
@@ -258,11 +262,11 @@ def main() -> int:
                 bar.write(embed_one(args, embedder, tables, subject))
                 bar.update()
                 if time.monotonic() - written > SAVE_SECONDS:
-                    tables.write()
+                    tables.write_tables()
                     written = time.monotonic()
     finally:
         if tables.rows:
-            tables.write()
+            tables.write_tables()
     done = len(tables.features) - len(tables.kept)
     beside = f", {len(tables.kept)} other scans kept" if tables.kept else ""
     print(f"embed_scan: {done} of {len(subjects)} scans embedded{beside}; {out}")

@@ -41,12 +41,12 @@ from data.labels import explain_missing_column, read_numbers_and_words
 from data.store import PatchStore
 from misc import process
 from misc.command import OneOf, Parser, UserError, at_least, run
-from misc.files import write_json, write_text, write_whole
+from misc.files import write_atomically, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory
 from preprocess.atlas import read_affine, read_atlas_mask
-from preprocess.geometry import same_grid, write_image
+from preprocess.geometry import have_same_grid, write_image
 from preprocess.patches import cut_scan
 from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import Subject, read_subjects
@@ -61,7 +61,7 @@ from tools.mapping.readings import (
     compute_window_readings,
     fit_probe,
 )
-from tools.mapping.truth import score_map, summary
+from tools.mapping.truth import format_summary, score_map
 from tools.mapping.windows import lay_windows, resample_to_scan
 
 
@@ -164,7 +164,7 @@ def fit_probes(
         read -= usual.mean(axis=0)
     probes = {
         column: (
-            {name: fit_probe(part[rows], target) for name, part in readers.split(read).items()},
+            {name: fit_probe(part[rows], target) for name, part in readers.split_readings(read).items()},
             tuple(np.quantile(target, [0.05, 0.95])),
         )
         for column, (rows, target) in targets.items()
@@ -185,19 +185,19 @@ def map_scan(
     probes, usual = fitted
     subject.check_image()
     scan, mask = read_scan(subject.image, subject.series), read_mask(store.layout.lung_mask(subject.sid))
-    if not same_grid(mask, scan):
+    if not have_same_grid(mask, scan):
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the same grid as {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
     cut = cut_scan(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
     windows = lay_windows(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
     if windows is None:
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is empty")
-    readings = readers.split(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
+    readings = readers.split_readings(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
     lungs = sitk.GetArrayFromImage(mask) > 0
     truth = None
     if args.truth:
         found = read_mask(Path(args.truth) / f"{subject.sid}.nii.gz")
-        if not same_grid(found, scan):
+        if not have_same_grid(found, scan):
             raise ScanError(f"{args.truth}/{subject.sid}.nii.gz is not on the same grid as {subject.image}")
         truth = np.isin(sitk.GetArrayFromImage(found), args.truth_values)
     rows = []
@@ -212,7 +212,7 @@ def map_scan(
                 base = Path(args.out_dir) / f"{subject.sid}_{column}"
                 write_image(image, base.with_name(base.name + ".nii.gz"))
                 picture = draw_map(scan, image, mask, limits, f"{subject.sid}: {column}")
-                write_whole(base.with_name(base.name + ".png"), lambda stream, data=picture: stream.write(data))
+                write_atomically(base.with_name(base.name + ".png"), lambda stream, data=picture: stream.write(data))
             rows.append(row)
     return [{**row, "seconds": round(time.perf_counter() - start, 1)} for row in rows]
 
@@ -243,7 +243,7 @@ def main() -> int:
     table = table[table["status"] == "ok"]
     todo = [subject for subject in subjects if subject.sid not in set(table["sid"])]
     if todo:
-        device = process.start_process(args.device)
+        device = process.set_up_process(args.device)
         if device.type == "cpu":
             keep_freed_memory()
         readers = Readers(encoder, sizes["rep_dim"], store.locations, device, compare=bool(args.truth))
@@ -262,7 +262,7 @@ def main() -> int:
     done = table[table["status"] == "ok"]
     print(f"emphysema_map: {done['sid'].nunique()} of {len(subjects)} scans mapped; {out_dir}")
     if "average_precision" in done:
-        print(summary(done))
+        print(format_summary(done))
     return 0 if len(done) else 1
 
 

@@ -55,11 +55,11 @@ from misc.command import Parser, at_least, count_usable_cores, run
 from misc.files import check_writable, make_safe_name, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from tools.evaluation.baselines import make_baseline_tables
-from tools.evaluation.cohort import EvaluatedSubjects, make_labels, note
+from tools.evaluation.cohort import EvaluatedSubjects, make_labels, print_note
 from tools.evaluation.judge import Evaluation, Label, evaluate_label
 from tools.evaluation.kinds import KINDS
-from tools.evaluation.learn import add_covariate_weights, join_evenly
-from tools.evaluation.plots import draw
+from tools.evaluation.learn import add_covariate_weights, join_with_even_weights
+from tools.evaluation.plots import plot_predictions
 from tools.evaluation.report import explain_results, format_details, format_overview
 from tools.evaluation.tables import (
     ChosenVector,
@@ -189,7 +189,7 @@ def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[st
             raise StoreError(re.sub("^--root-dir ", "--baselines ", str(error))) from error
         told = describe_other_store(args.features, store, "--baselines")
         if told:
-            note(told)
+            print_note(told)
         tables |= make_baseline_tables(store, args.no_progress)
     return tables
 
@@ -230,9 +230,9 @@ def main() -> None:
     table = read_table(args.labels, file_names=False)
     sids = match_sids(tables, table, args.labels)
     refuse_leaks(tables, table.columns, args.labels)
-    report_unmatched(tables["features"].index, table["sid"], args.labels, note)
+    report_unmatched(tables["features"].index, table["sid"], args.labels, print_note)
     if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
-        note(
+        print_note(
             f"{len(sids)} of {there} subjects with features and labels are in every table; "
             "the other subjects are left out"
         )
@@ -246,7 +246,7 @@ def main() -> None:
     added_to: dict[str, str] = {}
     if args.baselines:
         together = [arrays[name] for name in ("features", "mean", "histogram") if name in arrays]
-        arrays["features+histogram"], weights["features+histogram"] = join_evenly(*together)
+        arrays["features+histogram"], weights["features+histogram"] = join_with_even_weights(*together)
         added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:
@@ -255,10 +255,10 @@ def main() -> None:
         arrays = {name: join_tables(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
     for text in notes:
-        note(text)
+        print_note(text)
     for name, table in tables.items():
         if is_constant(table.loc[sids].to_numpy()):
-            note(
+            print_note(
                 f"{table.attrs.get('path', name)} has the same values for every subject, so it cannot predict anything"
             )
 
@@ -288,7 +288,7 @@ def main() -> None:
         save_standardization(out_dir / STANDARDIZATION, arrays["features"], args.features)
         write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{format_details(listed)}\n")
         for label, reported, found in judged:
-            draw(label, found, "features", reported, out_dir / f"{make_safe_name(label.name)}.png")
+            plot_predictions(label, found, "features", reported, out_dir / f"{make_safe_name(label.name)}.png")
     if args.json:
         write_json(args.json, results)
 

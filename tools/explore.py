@@ -47,8 +47,14 @@ from tools.evaluation.tables import (
     read_vectors,
 )
 from tools.evaluation.vectors import get_fitted_table
-from tools.pages.numbers import compute_importance, compute_maps, find_nearest, find_unusual_locations, standardise
-from tools.pages.sides import make_sides
+from tools.pages.numbers import (
+    compute_importance,
+    find_nearest,
+    find_unusual_locations,
+    project_subjects,
+    standardize_features,
+)
+from tools.pages.sides import make_atlas_views
 
 CATEGORIES = 12  # maximum number of values of a text column, one colour each
 FOLDER = Path(__file__).resolve().parent / "pages"
@@ -226,8 +232,8 @@ def main() -> None:
             )
         places = make_location_data(args, features, colours, healthy)
     vectors = get_fitted_table(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
-    values = standardise(vectors)
-    sides = [] if locations is None else make_sides(locations, PATCH_SIZE, atlas)
+    values = standardize_features(vectors)
+    sides = [] if locations is None else make_atlas_views(locations, PATCH_SIZE, atlas)
     without = "Give --root-dir to see the locations in the lungs." if locations is None else ""
     if not args.patch_features:
         without = "Give --patch-features to see which locations predict a label and which are unusual."
@@ -237,7 +243,7 @@ def main() -> None:
         f"from {args.features}",
         "maps": [
             {"name": name, "places": encode_array(own)}
-            for name, own in compute_maps(values, tsne=not args.no_tsne).items()
+            for name, own in project_subjects(values, tsne=not args.no_tsne).items()
         ],
         "labels": [make_colour_data(name, *one) for name, one in colours.items()],
         "nearest": encode_array(find_nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),

@@ -47,7 +47,7 @@ from tools.evaluation.kinds import KINDS, guess_kind_of_words
 from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import add_label_flags, read_held_out
 from tools.evaluation.vectors import VECTORS
-from tools.finetuning.curve import draw, markdown
+from tools.finetuning.curve import format_markdown, plot_curve
 from tools.finetuning.fit import Data, Fitted, fit
 from tools.finetuning.network import LAYERS, POOLINGS, load_encoder
 from tools.finetuning.tasks import Split, Task, draw_split, make_patch_task, make_subject_task
@@ -137,7 +137,7 @@ class Arm:
         if not self.random:
             self._encoder, self.sizes = load_encoder(given, store, sha256)
 
-    def prepare(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
+    def prepare_encoder(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
         """Return the encoder and its representations of all patches, (N, L, D). ``seed`` sets random weights."""
         encoder = self._encoder
         if self.random:
@@ -159,11 +159,11 @@ def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     encoder.train()
     with torch.no_grad():
         for place in range(len(data.locations)):
-            encoder(data.read(rows, np.array([place])), data.locations[place : place + 1])
+            encoder(data.read_patches(rows, np.array([place])), data.locations[place : place + 1])
     encoder.eval()
 
 
-def describe(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
+def describe_fit(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
     """Return the numbers of subjects, labels and training rounds, and the metrics on the test labels."""
     learnt = np.concatenate([split.train, split.validation])
     truth, ones = task.target[split.test], np.ones((len(split.test), 1))
@@ -205,7 +205,7 @@ def main() -> None:
     args = parse_arguments()
     store = PatchStore(args.root_dir, require_grouped=True)
     task, held_out = read_task(args, store)
-    device = process.start_process(args.device)
+    device = process.set_up_process(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     arms, sizes = [], None
@@ -232,7 +232,7 @@ def main() -> None:
                 if not kept.is_file():
                     drawn = seed if arm.random else 0  # only random weights depend on the seed
                     if prepared is None or prepared[0] != drawn:
-                        prepared = (drawn, *arm.prepare(drawn, data, task, args.patient_vector == "layers"))
+                        prepared = (drawn, *arm.prepare_encoder(drawn, data, task, args.patient_vector == "layers"))
                     given = (
                         copy.deepcopy(prepared[1]),
                         args.layers,
@@ -245,16 +245,16 @@ def main() -> None:
                     if seed == 0 and fraction == max(args.fractions):
                         save_checkpoint(out_dir / f"{arm.name}.pth.tar", make_checkpoint(task, fitted))
                     write_json(
-                        kept, {"arm": arm.name, "fraction": fraction, "seed": seed, **describe(task, split, fitted)}
+                        kept, {"arm": arm.name, "fraction": fraction, "seed": seed, **describe_fit(task, split, fitted)}
                     )
                 rows.append(json.loads(kept.read_text(encoding="utf-8")))
                 bar.update()
     table = pd.DataFrame(rows)
     metric = next(iter(METRICS[task.kind]))
     write_text(out_dir / "curve.csv", table.to_csv(index=False))
-    text = markdown(table, list(METRICS[task.kind]))
+    text = format_markdown(table, list(METRICS[task.kind]))
     write_text(out_dir / "curve.md", text)
-    draw(table, metric, out_dir / "curve.png")
+    plot_curve(table, metric, out_dir / "curve.png")
     print(text)
 
 

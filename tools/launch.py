@@ -61,7 +61,7 @@ def add_defaults(arguments: list[str]) -> list[str]:
     return [*added, *arguments]
 
 
-def hold_endpoint(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
+def open_rendezvous(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
     """Open the rendezvous store if the job uses several machines, and check that it belongs to this job.
 
     The first launcher hosts the rendezvous store and writes its job id to the store. The other launchers compare their
@@ -138,7 +138,7 @@ def launch() -> int:
     share_cores()
     for log in (logger, logging.getLogger("torch.distributed.elastic.agent.server.api")):
         log.addFilter(is_kept)
-    arguments, _store = hold_endpoint(add_defaults(arguments))
+    arguments, _store = open_rendezvous(add_defaults(arguments))
     try:
         main(arguments)
     except ChildFailedError as error:

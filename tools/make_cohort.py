@@ -37,13 +37,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, end_with_parent, run
 from misc.experiment import read_git_commit
-from misc.files import hash_file, hold_lock_or_raise, remove_leftovers, resume_folder, write_json, write_text
+from misc.files import hash_file, hold_lock_or_raise, prepare_resumable_folder, remove_leftovers, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
 from tools.cohort.disease import Disease, draw_disease, plant_disease
 from tools.cohort.phantom import LUNG_HU, Phantom
-from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.scanner import (
+    ATLAS_ORIENTATION,
+    ONE_SCANNER,
+    ORIENTATIONS,
+    draw_acquisition,
+    round_hu,
+    simulate_scanner,
+    to_image,
+)
 from tools.cohort.subject import subject_name, write_subject
 from tools.cohort.warped import load_template, make_template_atlas, make_warped_subject
 
@@ -60,9 +68,9 @@ def make_phantom(
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
     phantom = Phantom(anatomy, tuple(spacing), rng)
     planted, classes = plant_disease(phantom.hu, phantom.lung, spacing, disease, rng, base=phantom.hu - LUNG_HU)
-    scan(phantom.hu, spacing, acquisition, rng)
+    simulate_scanner(phantom.hu, spacing, acquisition, rng)
     stored = (phantom.origin + rng.uniform(-200, 200, 3), spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
-    images = [to_image(finish(phantom.hu), *stored), to_image(classes, *stored) if class_maps else None]
+    images = [to_image(round_hu(phantom.hu), *stored), to_image(classes, *stored) if class_maps else None]
     scanned = {**acquisition._asdict(), "inflation_hu": anatomy.inflation}
     return write_subject(seed, index, images, planted, scanned, out_dir)
 
@@ -73,13 +81,13 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
     spacing = np.ones(3)
     phantom = Phantom(Anatomy(scale=SIZES[size]), tuple(spacing), rng)
     plant_disease(phantom.hu, phantom.lung, spacing, Disease(), rng, base=phantom.hu - LUNG_HU)
-    scan(phantom.hu, spacing, draw_acquisition(rng, full_dose=True), rng)
+    simulate_scanner(phantom.hu, spacing, draw_acquisition(rng, full_dose=True), rng)
     labels = (phantom.lung.astype(np.int16)) * 50
-    write_image(to_image(finish(phantom.hu), phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas.nii.gz")
+    write_image(to_image(round_hu(phantom.hu), phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas.nii.gz")
     write_image(to_image(labels, phantom.origin, spacing, ATLAS_ORIENTATION), out_dir / "atlas_lung_mask.nii.gz")
 
 
-def make_subject(
+def make_subject_once(
     made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
 ) -> tuple[dict, dict]:
     """Return the rows that ``job`` makes for a subject, or read them from ``made`` if an earlier run made them."""
@@ -93,7 +101,7 @@ def make_subject(
     return rows
 
 
-def fingerprint_work(args: argparse.Namespace) -> str:
+def fingerprint_flags_and_code(args: argparse.Namespace) -> str:
     """Return a string that changes with every flag that affects the subjects, and with the code."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("num_subjects", "num_workers", "no_progress")
@@ -171,14 +179,14 @@ def main() -> None:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
         remove_leftovers(out_dir, out_dir / "image", out_dir / "class")
-        resume_folder(made, fingerprint_work(args))
+        prepare_resumable_folder(made, fingerprint_flags_and_code(args))
         how = (given, args.scanners == "one", args.class_maps, out_dir)
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
         # Workers are killed with this process, because they could otherwise write into the folder of the next run.
         with bar, ProcessPoolExecutor(args.num_workers, None, end_with_parent, (signal.SIGKILL,)) as pool:
-            futures = [pool.submit(make_subject, *job) for job in jobs]
+            futures = [pool.submit(make_subject_once, *job) for job in jobs]
             try:
                 for future in futures:
                     rows.append(future.result())

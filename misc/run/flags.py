@@ -10,17 +10,17 @@ from misc.experiment import Experiment
 from misc.process import PATIENCE
 from misc.progress import add_progress_flag
 from misc.run.augmentation import add_augmentation_flags, refuse_unknown_letters
-from misc.run.recipes import add_recipe
+from misc.run.recipes import add_recipe_flag
 from misc.sizes import OPTIMIZERS
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and check everything that does not need the store."""
     parser = Parser(description)
-    add_run(parser)
-    add_method(parser)
-    add_recipe(parser, argv)
-    add_output(parser)
+    add_run_flags(parser)
+    add_method_flags(parser)
+    add_recipe_flag(parser, argv)
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     # The paths are absolute, because a script started in another folder may read configs.json.
     args.root_dir = os.path.abspath(args.root_dir)
@@ -29,7 +29,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     try:
         refuse_contradictions(args)
         refuse_unknown_letters(args.augmentation)
-        Experiment.named(args.exp_name)
+        Experiment.from_name(args.exp_name)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -65,22 +65,22 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 
 
 class Group:
-    """A titled group of flags in the help. Each call of ``add`` or ``switch`` defines one flag."""
+    """A titled group of flags in the help. Each call of ``add_flag`` or ``add_switch`` defines one flag."""
 
     def __init__(self, parser: Parser, title: str):
         self.group = parser.add_argument_group(title)
 
-    def add(self, flag: str, kind: Any, default: Any, text: str, **more: Any) -> None:
+    def add_flag(self, flag: str, kind: Any, default: Any, text: str, **more: Any) -> None:
         self.group.add_argument(flag, type=kind, default=default, help=text, **more)
 
-    def switch(self, flag: str, text: str, **more: Any) -> None:
+    def add_switch(self, flag: str, text: str, **more: Any) -> None:
         self.group.add_argument(flag, help=text, **({"action": "store_true"} | more))
 
 
-def add_run(parser: Parser) -> None:
+def add_run_flags(parser: Parser) -> None:
     """Add the flags for input, length and hardware of the run."""
     group = Group(parser, "the run")
-    add, switch = group.add, group.switch
+    add, switch = group.add_flag, group.add_switch
     add("--root-dir", str, None, "patch store made by preprocess/run_preprocess.sh", required=True)
     add("--exp-name", str, None, "name of the experiment folder, ssl_exp/<exp-name>", required=True)
     add("--subjects", str, None, "CSV with a column sid; train only on these subjects, for example to hold out others")
@@ -129,10 +129,10 @@ def add_run(parser: Parser) -> None:
     )
 
 
-def add_method(parser: Parser) -> None:
+def add_method_flags(parser: Parser) -> None:
     """Add the flags of the method, with the published values as defaults."""
     group = Group(parser, "the method, with the published values as defaults")
-    add, switch = group.add, group.switch
+    add, switch = group.add_flag, group.add_switch
     count, size, amount = at_least(int, 1), at_least(int, 1), at_least(float, 0)
     add(
         "--batch-size",
@@ -205,10 +205,10 @@ def add_method(parser: Parser) -> None:
     )
 
 
-def add_output(parser: Parser) -> None:
+def add_output_flags(parser: Parser) -> None:
     """Add the flags for logging and checkpoints."""
     group = Group(parser, "output")
-    add = group.add
+    add = group.add_flag
     add("--print-freq", at_least(int, 1), 10, "steps between log lines; lower it to follow a short run")
     add(
         "--save-freq",
@@ -223,6 +223,6 @@ def add_output(parser: Parser) -> None:
         30.0,
         "minutes between saves within an epoch; lower it if machines fail; 0 turns these saves off",
     )
-    group.switch("--save-initial", "also save checkpoint_patch_0000, the untrained encoder, for comparison")
+    group.add_switch("--save-initial", "also save checkpoint_patch_0000, the untrained encoder, for comparison")
     add_progress_flag(group.group)
     add("--arch", str, "custom", "architecture name to record in the checkpoint")

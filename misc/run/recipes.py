@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def add_recipe(parser: Parser, argv: Sequence[str] | None) -> None:
+def add_recipe_flag(parser: Parser, argv: Sequence[str] | None) -> None:
     """Add the flag --recipe, and make the settings of the chosen recipe the parser's defaults."""
     small = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in RECIPES["small"].items())
     text = f"set of defaults: published suits thousands of subjects; small suits fewer than about 500 and sets {small}"

@@ -36,7 +36,7 @@ class ResumeError(UserError):
     """A run cannot resume or start from a checkpoint; the message names the flag to change."""
 
 
-def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
+def did_encode_neighbors(before: Mapping[str, Any]) -> bool:
     """Return whether the run that wrote a checkpoint encoded neighbours.
 
     Checkpoints without the entry neighbor_pass, such as the published ones, are from runs that encoded neighbours.
@@ -44,7 +44,7 @@ def had_neighbor_pass(before: Mapping[str, Any]) -> bool:
     return before.get("neighbor_pass", True)
 
 
-def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
+def needs_neighbors(beta: float, before: Mapping[str, Any] | None) -> bool:
     """Return whether neighbours are read and encoded at every step.
 
     A new run with --beta 0 does not need neighbours. A run that started with neighbours continues to encode them,
@@ -54,7 +54,7 @@ def has_neighbor_pass(beta: float, before: Mapping[str, Any] | None) -> bool:
         beta: the value of --beta; a warm-up does not change it.
         before: settings of the checkpoint that the run resumes from, None for a new run.
     """
-    return beta > 0 or (before is not None and had_neighbor_pass(before))
+    return beta > 0 or (before is not None and did_encode_neighbors(before))
 
 
 def note_changes(
@@ -86,7 +86,7 @@ def note_changes(
             shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             consequence = f", {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
             say(f"note: {shown} was {before[name]} in {source.name} and is now {settings[name]}{consequence}")
-    had_pass, has_pass = had_neighbor_pass(before), settings["neighbor_pass"]
+    had_pass, has_pass = did_encode_neighbors(before), settings["neighbor_pass"]
     if has_pass and not settings["beta"]:
         say(f"note: --beta is 0, but {source.name} was trained with neighbours, so they are still encoded")
     if has_pass and not had_pass:
@@ -122,7 +122,7 @@ def refuse_other_encoder(source: Path, theirs: Mapping[str, Any], ours: Mapping[
             )
 
 
-def describe_start(source: Path, epochs: int, with_projection: bool, queue: tuple[int, int] | None) -> str:
+def describe_initialization(source: Path, epochs: int, with_projection: bool, queue: tuple[int, int] | None) -> str:
     """Describe in one line what --init-from loads, from the fields of models.state.Started."""
     projection = "also loaded" if with_projection else "not loaded, because its size differs"
     left = f" (the checkpoint's queue of {queue[0]} locations with {queue[1]} keys each is not loaded)" if queue else ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from misc.files import write_text, write_whole
+from misc.files import write_atomically, write_text
 
 
 def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
@@ -125,5 +125,5 @@ def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
             kept.append(record.content)
         whole = b"".join(kept)
         if len(whole) != path.stat().st_size:
-            write_whole(path, lambda stream, whole=whole: stream.write(whole))
+            write_atomically(path, lambda stream, whole=whole: stream.write(whole))
     return max(ends["train"], 0)

@@ -77,14 +77,14 @@ class Meters:
         self._finite[0], self._finite[1] = 1, 0
         self.steps = 0
 
-    def add(self, statistics: torch.Tensor) -> None:
+    def add_statistics(self, statistics: torch.Tensor) -> None:
         """Add the statistics (n,) of one step on this rank."""
         self._since += statistics
         self._finite[0] *= torch.isfinite(statistics).all()
         self._finite[1] += self._finite[0]
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
+    def read_means(self) -> dict[str, float]:
         """Return the mean of each statistic since the last call.
 
         Every rank must call this method, which waits for the device.
@@ -114,7 +114,7 @@ class Meters:
         return dict(zip(self.names, (self._epoch / steps).tolist()))
 
 
-def make_curves(folder: str) -> Any:
+def make_curve_logger(folder: str) -> Any:
     """Return a tensorboard_logger Logger that can write pictures.
 
     The package's own Logger calls a function that SciPy has removed.
@@ -157,7 +157,7 @@ class RunLog:
         self._offset, self._unwritten, self._full = 0, b"", False
         self._folder = Path(folder)
         if stream is not None:
-            self._curves = make_curves(str(folder))
+            self._curves = make_curve_logger(str(folder))
 
     def rewind_to(self, epoch: int, step: int, source: Path | None) -> None:
         """Remove from the logs what an earlier run wrote after the position where this run continues.
@@ -166,7 +166,7 @@ class RunLog:
             epoch, step: numbers of finished epochs and of finished steps in the next epoch.
             source: the checkpoint in this folder that the run resumes from; None for a new run, which empties the logs.
         """
-        if not self.speaks:
+        if not self.is_writer:
             return
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
@@ -176,27 +176,27 @@ class RunLog:
             self._write({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
 
     @property
-    def speaks(self) -> bool:
+    def is_writer(self) -> bool:
         return self._stream is not None
 
     def start_epoch(self, epoch: int, done: int) -> None:
         """Start epoch ``epoch`` (counted from 0) after ``done`` of its steps."""
         self._window_start = self._epoch_start = time.perf_counter()
         self._bar = progress_bar(
-            self._no_progress or not self.speaks,
+            self._no_progress or not self.is_writer,
             total=self.steps,
             initial=done,
             desc=f"epoch {epoch + 1}/{self.epochs}",
             unit="step",
         )
 
-    def advance(self, picture: Callable[[], np.ndarray] | None = None) -> None:
+    def record_step(self, picture: Callable[[], np.ndarray] | None = None) -> None:
         """Record that a step is done.
 
         ``picture`` returns the step's input as an image, (H, W, 3) uint8. A run logs only its first image.
         """
         self._bar.update()
-        if self._pictured or picture is None or not self.speaks:
+        if self._pictured or picture is None or not self.is_writer:
             return
         self._pictured = True
         try:
@@ -204,11 +204,13 @@ class RunLog:
         except (ImportError, RuntimeError) as error:  # for example because torchvision does not match torch
             print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 
-    def step(self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float) -> None:
+    def log_step(
+        self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float
+    ) -> None:
         """Log the means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (counted from 0)."""
         seconds = time.perf_counter() - self._window_start
         self._window_start = time.perf_counter()
-        if not self.speaks:
+        if not self.is_writer:
             return
         speed = count * self.batch_size / seconds
         statistics = {**means, "chance_fresh": self.chance_fresh, "lr": rate, "samples_per_s": speed}
@@ -226,10 +228,10 @@ class RunLog:
                 f"fresh {means['accuracy_fresh']:.1f} % (chance {self.chance_fresh:.1f} %)  {speed:.1f} samples/s"
             )
 
-    def end_epoch(self, epoch: int, means: Mapping[str, float], rate: float) -> None:
+    def log_epoch(self, epoch: int, means: Mapping[str, float], rate: float) -> None:
         """Log the means of the finished epoch ``epoch`` (counted from 0)."""
         self.close_bar()
-        if not self.speaks:
+        if not self.is_writer:
             return
         seconds = time.perf_counter() - self._epoch_start
         chance = {"chance_fresh": self.chance_fresh}

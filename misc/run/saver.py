@@ -55,20 +55,20 @@ class Saver:
         self.agreed = 0  # stop signal that any rank had received by the end of the last epoch; 0 for none
         self.saved_at = time.monotonic()
 
-    def after_step(self, epoch: int, done: int, meters: Meters) -> None:
+    def save_after_step(self, epoch: int, done: int, meters: Meters) -> None:
         """Save after ``done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
         stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
         if not (due or stopped):  # a signal that arrives from now on is handled after the next step
             return
-        path, sums = self.experiment.incomplete_file, meters.sums()
+        path, sums = self.experiment.unfinished_checkpoint, meters.sums()
         saved = self._save(path, epoch, done, sums, now=bool(stopped))
         if stopped:
             self.stop.number = stopped
             told = f"saved {path}" if saved else f"not saved, {self.describe_last_checkpoint()}"
-            self.end_all_ranks(f"stopped by {self.stop.name}; {told}, continue with --resume auto")
+            self.end_all_ranks(f"stopped by {self.stop.signal_name}; {told}, continue with --resume auto")
 
-    def after_epoch(self, finished: int) -> None:
+    def save_after_epoch(self, finished: int) -> None:
         """Save after an epoch if a checkpoint is due, if it was the last epoch, or if a rank received a stop signal.
 
         ``finished`` is the number of finished epochs.
@@ -88,15 +88,17 @@ class Saver:
                 then=self.remove_replaced_checkpoints,
             )
 
-    def leave_if_asked(self) -> None:
+    def exit_if_stopped(self) -> None:
         """End this process after a stop signal, with a message that names the last checkpoint."""
         if self.agreed:
             self.stop.number = self.agreed
             self.end_all_ranks(
-                f"stopped by {self.stop.name}; {self.describe_last_checkpoint()}, continue with --resume auto"
+                f"stopped by {self.stop.signal_name}; {self.describe_last_checkpoint()}, continue with --resume auto"
             )
 
-    def check(self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters) -> None:
+    def check_finite(
+        self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters
+    ) -> None:
         """Raise DivergedError on every rank if one of the ``statistics`` is not finite."""
         if all(map(math.isfinite, statistics.values())):
             return
@@ -128,7 +130,7 @@ class Saver:
             if not self.state.aside or now:
                 self.state.save(path, *what)
             else:
-                self._write_aside(self.state.aside(path, *what), path, then)
+                self._write_in_thread(self.state.aside(path, *what), path, then)
                 return True
         except DivergedError as error:
             raise DivergedError(
@@ -143,17 +145,17 @@ class Saver:
         self.record_saved(path, then)
         return True
 
-    def _write_aside(self, write: Callable[[], None], path: Path, then: Callable[[], None]) -> None:
+    def _write_in_thread(self, write: Callable[[], None], path: Path, then: Callable[[], None]) -> None:
         wrong: list[OSError] = []
 
-        def work() -> None:
+        def write_and_record() -> None:
             try:
                 write()
                 self.record_saved(path, then)
             except OSError as error:
                 wrong.append(error)
 
-        thread = threading.Thread(target=work, name=f"save {path.name}")
+        thread = threading.Thread(target=write_and_record, name=f"save {path.name}")
         self._writing = (thread, wrong)
         thread.start()
 
@@ -172,8 +174,8 @@ class Saver:
 
     def remove_replaced_checkpoints(self) -> None:
         """Remove the checkpoints that the new epoch checkpoint replaces."""
-        self.experiment.incomplete_file.unlink(missing_ok=True)
-        self.experiment.keep_latest(self.keep)
+        self.experiment.unfinished_checkpoint.unlink(missing_ok=True)
+        self.experiment.remove_old_checkpoints(self.keep)
 
     def warn_disk_full(self, error: OSError) -> None:
         """Print a warning for a full disk, and raise any other error."""
@@ -187,7 +189,7 @@ class Saver:
 
     def end_all_ranks(self, message: str) -> None:
         """End all ranks together. A launcher ends all ranks as soon as one rank exits, even while rank 0 saves."""
-        process.wait_at_end()
+        process.wait_before_exit()
         if process.rank() == 0:
             print(message)
-        self.stop.leave()
+        self.stop.exit_with_signal_status()

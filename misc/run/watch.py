@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from misc import process
-from misc.command import LOST, USER_ERROR, leave
+from misc.command import LOST, USER_ERROR, exit_at_once
 
 Item = TypeVar("Item")
 BEATS = 20  # number of heartbeats that a rank sends during --patience
@@ -78,7 +78,7 @@ class Watch:
         self.at, self.beats = (0, 0), 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its latest heartbeat, time of arrival)
 
-    def move(self, epoch: int, step: int) -> None:
+    def record_position(self, epoch: int, step: int) -> None:
         """Record that this rank has reached a step."""
         self.at, self.since = (epoch, step), time.monotonic()
 
@@ -103,7 +103,7 @@ class Watch:
                 silent.add(rank)
         return describe_hanging_ranks(places, silent) if now - self.since > self.seconds else ""
 
-    def run(self) -> None:
+    def watch_until_hang(self) -> None:
         """Watch until a rank hangs, let one rank print the reason, and end this process."""
         while True:
             time.sleep(self.pause)
@@ -116,9 +116,9 @@ class Watch:
                 f"error: {hangs}; no progress for {minutes} minutes (--patience), continue with --resume auto",
                 flush=True,
             )
-            leave(USER_ERROR)
+            exit_at_once(USER_ERROR)
         time.sleep(1.0)
-        leave(LOST)
+        exit_at_once(LOST)
 
 
 _watch: list[Watch] = []
@@ -136,8 +136,8 @@ def watch_steps(items: Iterable[Item], epoch: int, done: int, minutes: float) ->
     if process.world_size() > 1 and not _watch:
         store = dist.distributed_c10d._get_default_store()
         _watch.append(Watch(store, process.rank(), process.world_size(), 60 * minutes))
-        threading.Thread(target=_watch[0].run, daemon=True).start()
+        threading.Thread(target=_watch[0].watch_until_hang, daemon=True).start()
     for step, item in enumerate(items, start=done + 1):
         for watch in _watch:
-            watch.move(epoch + 1, step)
+            watch.record_position(epoch + 1, step)
         yield item

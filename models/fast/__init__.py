@@ -11,7 +11,8 @@ Effect of each fast path by itself, measured on 2 cores with AVX2 and with batch
 The fast paths for GPUs (norm_elu_gpu, graph) are tested but have not been timed.
 
 If a fast path does not apply, its function returns None, and the caller runs the plain code instead.
-The environment variable DRASCLR_FAST=off switches all fast paths off, and :func:`plain` does so for a block of code.
+The environment variable DRASCLR_FAST=off switches all fast paths off, and :func:`disable_fast_paths` does so for a
+block of code.
 To check whether a result depends on a fast path, compute the result again with all fast paths off.
 """
 
@@ -22,13 +23,13 @@ from collections.abc import Iterator
 _off: list[bool] = [os.environ.get("DRASCLR_FAST", "").lower() not in ("", "on", "1")]
 
 
-def enabled() -> bool:
+def is_enabled() -> bool:
     """Return whether the fast paths are switched on."""
     return not _off[-1]
 
 
 @contextlib.contextmanager
-def plain() -> Iterator[None]:
+def disable_fast_paths() -> Iterator[None]:
     """Switch the fast paths off in a block of code, including all threads that it starts."""
     _off.append(True)
     try:

@@ -35,7 +35,7 @@ def conv_elu(
     For all other inputs, convolution and ELU are two separate passes.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
-    if fast.enabled() and not plain and not torch.is_autocast_enabled("cpu"):
+    if fast.is_enabled() and not plain and not torch.is_autocast_enabled("cpu"):
         layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
         with _compiling:
             fused = _compile_one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
@@ -63,7 +63,7 @@ def _compile_one_pass(
             examples[index] = examples[index].contiguous(memory_format=torch.channels_last_3d)
     examples.append(torch.zeros(kernel_shape[0], dtype=dtype))
 
-    def layer(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def run_conv_elu(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.elu(F.conv3d(x, kernel, bias, *settings))
 
     if not hasattr(torch.jit, "enable_onednn_fusion") or not hasattr(torch.jit, "trace"):
@@ -73,7 +73,7 @@ def _compile_one_pass(
         torch.jit.enable_onednn_fusion(True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but no replacement fuses ELU
-            traced = torch.jit.trace(layer, examples, check_trace=False)
+            traced = torch.jit.trace(run_conv_elu, examples, check_trace=False)
             traced(*examples)  # the first call only records the shapes; the next call compiles
             fused = "oneDNNFusionGroup" in str(traced.graph_for(*examples))
         return traced if fused else None

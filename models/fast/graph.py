@@ -118,4 +118,4 @@ def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) 
     """
     alone = isinstance(step.training_step, TrainingStep)  # not wrapped in DistributedDataParallel
     plain = args.accumulate == 1 and not args.compile and "e" not in args.augmentation
-    return device.type == "cuda" and fast.enabled() and alone and plain
+    return device.type == "cuda" and fast.is_enabled() and alone and plain

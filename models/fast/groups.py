@@ -28,7 +28,7 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
     Returns:
         z (B, moco_dim) and h (B, rep_dim), or None if this fast path does not apply.
     """
-    if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.enabled():
+    if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.is_enabled():
         return None
     own = len(kernels[0]) == len(x)  # if each sample has its own kernel, the kernels are split into groups too
     blocks = 1 if own else len(kernels[0])
@@ -38,7 +38,7 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in encoder.parameters())
 
-    def encode(group: int, kernels: Sequence[torch.Tensor]) -> Pair:
+    def encode_group(group: int, kernels: Sequence[torch.Tensor]) -> Pair:
         # Do not cache casts, because a cast from another thread would connect the autograd graphs of two groups.
         casts = torch.autocast("cpu", autocast[1], enabled=autocast[0], cache_enabled=False)
         with torch.set_grad_enabled(needs_grad), casts:
@@ -48,10 +48,12 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
 
     if needs_grad:
         parameters = [value for value in encoder.parameters() if value.requires_grad]
-        encoded = _Encode.apply(encode, groups, len(kernels), *kernels, *parameters)
+        encoded = _Encode.apply(encode_group, groups, len(kernels), *kernels, *parameters)
     else:
         encoded = [
-            value for pair in run_in_parallel(lambda group: encode(group, kernels), range(groups)) for value in pair
+            value
+            for pair in run_in_parallel(lambda group: encode_group(group, kernels), range(groups))
+            for value in pair
         ]
     z, h = (torch.stack([value.unflatten(0, (blocks, -1)) for value in encoded[i::2]], dim=1) for i in (0, 1))
     return z.flatten(0, 2), h.flatten(0, 2)  # (B, dim) from (blocks, groups, b, dim)
@@ -77,12 +79,14 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, *grads: torch.Tensor | None):
         wanted = [value for value in ctx.inputs if value.requires_grad]
 
-        def descend(group: int) -> tuple[torch.Tensor | None, ...]:
+        def compute_group_gradients(group: int) -> tuple[torch.Tensor | None, ...]:
             pairs = zip(ctx.encoded[group], grads[2 * group : 2 * group + 2])
             outputs, incoming = zip(*(pair for pair in pairs if pair[1] is not None))
             return torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
 
-        sums = iter([_sum_present(values) for values in zip(*run_in_parallel(descend, range(len(ctx.encoded))))])
+        sums = iter(
+            [_sum_present(values) for values in zip(*run_in_parallel(compute_group_gradients, range(len(ctx.encoded))))]
+        )
         ctx.encoded = None  # frees the activations too
         return None, None, None, *(next(sums) if value.requires_grad else None for value in ctx.inputs)
 

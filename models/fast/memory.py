@@ -19,7 +19,7 @@ def keep_freed_memory(device: torch.device | None = None) -> None:
     no effect with a C library other than glibc, or if ``device`` is not the CPU.
     """
     on_cpu = device is None or device.type == "cpu"
-    if not (on_cpu and fast.enabled() and sys.platform.startswith("linux")):
+    if not (on_cpu and fast.is_enabled() and sys.platform.startswith("linux")):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -24,10 +24,10 @@ def norm_elu(
         return None
     if torch.compiler.is_compiling():
         return None if groups > 1 else _apply_joined(_norm_elu_compiled, norm, blocks, track)
-    if not (fast.enabled() and _has_usual_settings(norm)):
+    if not (fast.is_enabled() and _has_usual_settings(norm)):
         return None
     if norm_elu_gpu.is_faster(blocks, groups):
-        return norm_elu_gpu.apply(norm, blocks, groups, track)
+        return norm_elu_gpu.apply_norm_elu(norm, blocks, groups, track)
     if groups == 1 and norm_elu_cpu.is_faster(blocks[0]):
         return _apply_joined(_norm_elu_cpu, norm, blocks, track)
     return None
@@ -46,7 +46,7 @@ def _has_usual_settings(norm: nn.BatchNorm3d) -> bool:
 
 
 def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
-    y, mean, variance = norm_elu_cpu.apply(norm, x)
+    y, mean, variance = norm_elu_cpu.apply_norm_elu(norm, x)
     if track:
         count = x.numel() // x.shape[1]
         with torch.no_grad():

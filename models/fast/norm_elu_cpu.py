@@ -30,7 +30,7 @@ def is_faster(x: torch.Tensor) -> bool:
     )
 
 
-def apply(norm: nn.BatchNorm3d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def apply_norm_elu(norm: nn.BatchNorm3d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return elu(norm(x)) for x (B, C, D, H, W), and the mean and biased variance of the batch, (C,) each."""
     return _NormELU.apply(x, norm.weight, norm.bias, norm.eps)
 

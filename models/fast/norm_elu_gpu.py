@@ -39,7 +39,9 @@ def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
     return x.device.type == "cuda" and x.dtype in DTYPES and enough and _can_compile(x.device)
 
 
-def apply(norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, track: bool) -> list[torch.Tensor]:
+def apply_norm_elu(
+    norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], groups: int, track: bool
+) -> list[torch.Tensor]:
     """Compute elu(norm(x)) for all blocks, and update the running statistics if ``track`` is set.
 
     Args:
@@ -60,7 +62,7 @@ def _can_compile(device: torch.device) -> bool:
     if triton is None:
         return False
     try:
-        apply(nn.BatchNorm3d(8).to(device), [torch.zeros(2, 8, 2, 2, 2, device=device)], 1, True)
+        apply_norm_elu(nn.BatchNorm3d(8).to(device), [torch.zeros(2, 8, 2, 2, 2, device=device)], 1, True)
     except Exception as error:  # raised by Triton, the C compiler or the GPU driver
         warnings.warn(f"Triton cannot compile here ({error}); using torch's slower BatchNorm", stacklevel=2)
         return False
@@ -77,7 +79,7 @@ class Layout(NamedTuple):
     columns: int  # channels, rounded up to a power of two
 
     @classmethod
-    def of(cls, block: torch.Tensor, groups: int) -> "Layout":
+    def from_block(cls, block: torch.Tensor, groups: int) -> "Layout":
         rows, channels = block.numel() // block.shape[1] // groups, block.shape[1]
         columns = triton.next_power_of_2(channels)
         tile_rows = max(1, TILE // columns)
@@ -90,7 +92,7 @@ class _NormELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, running, eps, groups, *blocks):
         blocks = [channels_last(block) for block in blocks]
-        layout = Layout.of(blocks[0], groups)
+        layout = Layout.from_block(blocks[0], groups)
         _, channels, tiles, *tile = layout
         partial = weight.new_empty(len(blocks) * tiles, groups, 3, channels, dtype=torch.float32)
         for block, part in zip(blocks, partial.split(tiles)):
@@ -110,7 +112,7 @@ class _NormELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         weight, bias, moments, *blocks = ctx.saved_tensors
-        layout, groups = Layout.of(blocks[0], ctx.groups), ctx.groups
+        layout, groups = Layout.from_block(blocks[0], ctx.groups), ctx.groups
         rows, channels, tiles, *tile = layout
         grads = [channels_last(grad) for grad in grads]
         partial = weight.new_empty(len(blocks) * tiles, groups, 2, channels, dtype=torch.float32)
@@ -120,7 +122,7 @@ class _NormELU(torch.autograd.Function):
         results = [torch.empty_like(block) for block in blocks]
         count = rows * len(blocks)
         for block, grad, result in zip(blocks, grads, results):
-            _descend[tiles, groups](
+            _compute_input_gradient[tiles, groups](
                 block, grad, result, sums, moments, weight, bias, 1.0 / count, rows, channels, *tile
             )
         grad_bias, grad_weight = sums.sum(dim=0)  # (C,) each
@@ -273,7 +275,7 @@ if triton is not None:
         tl.store(into + CHANNELS, products, mask=inside)
 
     @triton.jit
-    def _descend(
+    def _compute_input_gradient(
         x,
         grad,
         result,

@@ -34,7 +34,7 @@ def convolve_pairs(
         (B, out, D, H, W), channels last, or None if this fast path does not apply.
     """
     one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.shape[-1] % 2 == 0 and inputs.is_contiguous()
-    if not (fast.enabled() and inputs.device.type == "cpu" and one_channel):
+    if not (fast.is_enabled() and inputs.device.type == "cpu" and one_channel):
         return None
     if geometry != ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1):
         return None

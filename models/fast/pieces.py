@@ -21,7 +21,7 @@ def encode_in_pieces(encode: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
     Each piece runs on a separate core, so that cores do not wait for each other after every layer. Returns None if
     ``x`` fits in one piece or is on a GPU.
     """
-    if not fast.enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
+    if not fast.is_enabled() or x.device.type != "cpu" or len(x) <= PATCHES_AT_ONCE:
         return None
     return torch.cat(run_in_parallel(encode, x.split(PATCHES_AT_ONCE)))
 

@@ -41,7 +41,7 @@ def check_data(path: Path, kind: str) -> None:
     """Raise ScanError if the data of an NRRD or MetaImage file are missing, cut short or damaged."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
-    claim = (read_nrrd_claim if kind == "NRRD" else read_meta_claim)(path, head)
+    claim = (read_nrrd_spec if kind == "NRRD" else read_meta_spec)(path, head)
     if claim is None:
         return
     if not claim.data.is_file():
@@ -52,7 +52,7 @@ def check_data(path: Path, kind: str) -> None:
     if claim.bytes > MOST_PACKED * max(there, 1):
         raise ScanError(f"{path} claims {claim.bytes} bytes of data, but {claim.data} has {there}; copy it again")
     if claim.packed:
-        check_packed(claim)
+        check_packed_data(claim)
 
 
 ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
@@ -62,7 +62,7 @@ UNPLACED = (
 )
 
 
-def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
+def warn_missing_geometry(path: Path, kind: str, warnings: list[str]) -> None:
     """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes; ITK then uses defaults."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
@@ -86,7 +86,7 @@ def check_frame(path: Path, kind: str, warnings: list[str]) -> None:
         warnings.append("the header has no voxel sizes (ElementSpacing); 1 mm is assumed")
 
 
-def check_packed(claim: DataSpec) -> None:
+def check_packed_data(claim: DataSpec) -> None:
     """Unpack the data in blocks and verify their checksum. Raise ScanError if the data are incomplete."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts zlib and gzip
     try:
@@ -122,7 +122,7 @@ def read_nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
     return fields, end.end() if end else len(head)
 
 
-def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
+def read_nrrd_spec(path: Path, head: bytes) -> DataSpec | None:
     """Find the data that an NRRD header describes; return None if this module cannot check the data."""
     fields, end = read_nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
@@ -135,7 +135,7 @@ def read_nrrd_claim(path: Path, head: bytes) -> DataSpec | None:
     return None if data is None else DataSpec(needed, data, start, packed)
 
 
-def read_meta_claim(path: Path, head: bytes) -> DataSpec | None:
+def read_meta_spec(path: Path, head: bytes) -> DataSpec | None:
     """Return the data that a MetaImage header describes, or None if only ITK can check the data."""
     end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
     if end is None:

@@ -20,7 +20,7 @@ from preprocess.reading.dicom_files import (
     read_header,
     read_headers,
     read_numbers,
-    text,
+    read_text,
 )
 from preprocess.reading.dicom_geometry import sort_slices
 from preprocess.reading.dicom_series import Candidate, Frame, choose_series, group_slices
@@ -68,11 +68,11 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
 
 def describe_series(chosen: Candidate, others: Counter) -> dict[str, str]:
     """Return the report's columns about a series."""
-    parts = (chosen.trait("SeriesNumber"), chosen.trait("SeriesDescription"))
+    parts = (chosen.get_element_text("SeriesNumber"), chosen.get_element_text("SeriesDescription"))
     return {
         "series": " ".join(part for part in parts if part) or chosen.uid,
         "series_uid": chosen.uid,
-        "kernel": chosen.trait("ConvolutionKernel"),
+        "kernel": chosen.get_element_text("ConvolutionKernel"),
         "left_out": ", ".join(f"{count} {what}" for what, count in sorted(others.items())),
     }
 
@@ -107,7 +107,7 @@ def read_multiframe_header(path: Path) -> tuple[Path, object]:
         raise ScanError(f"{path} is a DICOMDIR, which is only a list of files; name the folder with the slices{where}")
     if reason := find_exclusion_reason(header):
         raise ScanError(f"{path} is DICOM, but not a CT slice: {reason}")
-    if text(header, "NumberOfFrames") in ("", "1"):
+    if read_text(header, "NumberOfFrames") in ("", "1"):
         raise ScanError(f"{path} is one slice of a series; name its folder, {path.parent}")
     return path, header
 
@@ -123,13 +123,13 @@ def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.nd
             f"{folder}: slice {lut} maps values to HU by a lookup table (ModalityLUTSequence), which cannot be read; "
             "export the series with a rescale slope and intercept"
         )
-    inverted = next((f.name for f in frames if text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
+    inverted = next((f.name for f in frames if read_text(f.header, "PhotometricInterpretation") == "MONOCHROME1"), None)
     if inverted:  # GDCM would invert the stored values, which are already HU
         raise ScanError(
             f"{folder}: {inverted} is MONOCHROME1 (inverted grey), which cannot be read; export it as MONOCHROME2"
         )
     told: list[str] = []
-    many = text(frames[0].header, "NumberOfFrames") not in ("", "1")
+    many = read_text(frames[0].header, "NumberOfFrames") not in ("", "1")
     values = read_frame_pixels(frames, told) if many else read_file_pixels(frames, folder, told)
     warnings += [warning for warning in told if not CHECKED.search(warning)]
     paddings = {index: read_padding_ranges(frame) for index, frame in enumerate(frames)}
@@ -155,7 +155,7 @@ def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.n
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
     names = ("BitsAllocated", "BitsStored", "PixelRepresentation")
-    kinds = {(read_rescale(frame), *(text(frame.header, name) for name in names)) for frame in frames}
+    kinds = {(read_rescale(frame), *(read_text(frame.header, name) for name in names)) for frame in frames}
     if len(kinds) > 1:  # ITK would use the first slice's pixel type for all slices and clip their values
         reader.SetOutputPixelType(sitk.sitkFloat32)
     intercepts = [read_rescale(frame)[1] for frame in frames]
@@ -176,7 +176,7 @@ def read_frame_pixels(frames: list[Frame], told: list[str]) -> np.ndarray:
     with catch_itk_errors(path, "a multi-frame DICOM file", told):
         image = sitk.ReadImage(str(path))
     values = sitk.GetArrayFromImage(image)
-    count = int(text(frames[0].header, "NumberOfFrames"))
+    count = int(read_text(frames[0].header, "NumberOfFrames"))
     if values.shape != (count, *frames[0].shape):
         raise ScanError(
             f"{path} has {count} frames, but ITK reads an array of {values.shape}; export it as one file per slice"
@@ -197,9 +197,9 @@ def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
     ends = [int(first[0]), int((first if last is None else last)[0])]
     slope, intercept = read_rescale(frame)
     found = []
-    for bits in {int(text(frame.header, "BitsAllocated") or 16), int(text(frame.header, "BitsStored") or 16)}:
+    for bits in {int(read_text(frame.header, "BitsAllocated") or 16), int(read_text(frame.header, "BitsStored") or 16)}:
         read = [end % (1 << bits) for end in ends]
-        if text(frame.header, "PixelRepresentation") == "1":
+        if read_text(frame.header, "PixelRepresentation") == "1":
             read = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in read]
         if abs(read[1] - read[0]) == abs(ends[1] - ends[0]):  # ignore a range that wraps around at the highest bit
             found += [tuple(sorted(slope * end + intercept for end in read))]

@@ -43,7 +43,7 @@ class Damaged(Exception):
     """Raised for a file that should be a slice but is incomplete or damaged."""
 
 
-def text(dataset: Dataset, name: str) -> str:
+def read_text(dataset: Dataset, name: str) -> str:
     """Return an element as text, with backslashes between several values; ``""`` for a missing element."""
     try:
         value = dataset.get(name)
@@ -78,23 +78,23 @@ def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndar
 
 def find_exclusion_reason(dataset: Dataset) -> str:
     """Return why a file is not a slice of a CT volume, in a word or two; ``""`` if the file may be a slice."""
-    kind, modality = text(dataset, "SOPClassUID"), text(dataset, "Modality")
+    kind, modality = read_text(dataset, "SOPClassUID"), read_text(dataset, "Modality")
     if modality != "CT" and (modality or not kind.startswith(CT)):
         return modality or UID(kind).name
     if kind not in ("", CT, *ENHANCED) and not kind.startswith(CAPTURE):
         return UID(kind).name
-    for value in text(dataset, "ImageType").upper().split("\\"):
+    for value in read_text(dataset, "ImageType").upper().split("\\"):
         if NO_SLICE.fullmatch(value.strip()):
             return value.strip().lower()
-    if text(dataset, "SamplesPerPixel") not in ("", "1"):
+    if read_text(dataset, "SamplesPerPixel") not in ("", "1"):
         return "colour picture"
-    unit = text(dataset, "RescaleType")
+    unit = read_text(dataset, "RescaleType")
     return f"map in {unit}" if NO_HU.fullmatch(unit) else ""
 
 
 def is_capture(dataset: Dataset) -> bool:
     """Return whether a file has the SOP class of screenshots, which some converters also assign to slices."""
-    return text(dataset, "SOPClassUID").startswith(CAPTURE)
+    return read_text(dataset, "SOPClassUID").startswith(CAPTURE)
 
 
 def read_header(path: Path) -> Dataset | None:
@@ -116,11 +116,14 @@ def read_header(path: Path) -> Dataset | None:
                 list(part)  # pydicom decodes a value only when it is accessed
         except Exception as error:  # any failure of pydicom here means that the header is damaged
             raise Damaged from error
-        if text(dataset, "SOPClassUID") == DIRECTORY or text(dataset.file_meta, "MediaStorageSOPClassUID") == DIRECTORY:
+        if (
+            read_text(dataset, "SOPClassUID") == DIRECTORY
+            or read_text(dataset.file_meta, "MediaStorageSOPClassUID") == DIRECTORY
+        ):
             return None
         if "SOPClassUID" not in dataset and "MediaStorageSOPClassUID" in dataset.file_meta:
             dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
-        unknown = not text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
+        unknown = not read_text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
         try:
             whole = not (unknown or not find_exclusion_reason(dataset)) or _has_pixels(stream, dataset)
         except (ValueError, TypeError, OverflowError, struct.error) as error:  # a size in the header is not a number
@@ -132,7 +135,7 @@ def read_header(path: Path) -> Dataset | None:
 
 def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
     """Return whether a file contains all its pixels. ``stream`` is positioned at the pixel data."""
-    syntax = UID(text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
+    syntax = UID(read_text(dataset.file_meta, "TransferSyntaxUID") or "1.2.840.10008.1.2")
     if syntax.is_deflated:  # pydicom has already unpacked the whole file, which fails if the file is truncated
         return True
     order = "<" if syntax.is_little_endian else ">"
@@ -146,8 +149,8 @@ def _has_pixels(stream: BinaryIO, dataset: Dataset) -> bool:
         length = struct.unpack(f"{order}I", word)[0] if len(word) == 4 else 0
     if length == 0xFFFFFFFF:
         return has_all_fragments(stream)
-    sizes = [int(text(dataset, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")]
-    needed = int(np.prod(sizes, dtype=np.int64)) * int(text(dataset, "BitsAllocated") or 16) // 8
+    sizes = [int(read_text(dataset, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")]
+    needed = int(np.prod(sizes, dtype=np.int64)) * int(read_text(dataset, "BitsAllocated") or 16) // 8
     start = stream.tell()
     return min(length, stream.seek(0, 2) - start) >= needed
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preprocess.reading import ScanError
-from preprocess.reading.dicom_files import text
+from preprocess.reading.dicom_files import read_text
 from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
@@ -30,7 +30,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     Raises:
         ScanError: the slices do not form a grid. The message names the first wrong slice along the normal.
     """
-    check_elements(frames, folder)
+    check_slice_elements(frames, folder)
     usual = find_typical_slice(frames)
     row, column = compute_axes(usual, folder)
     normal = np.cross(row, column)
@@ -56,7 +56,7 @@ def compute_middle_offset(values: np.ndarray) -> float:
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
 
-def check_elements(frames: list[Frame], folder: Path) -> None:
+def check_slice_elements(frames: list[Frame], folder: Path) -> None:
     """Raise ScanError unless there are several slices, each with a position, an orientation and a pixel spacing."""
     for name, tag, lost in (
         ("position", "0020,0032", "their order and distance are"),
@@ -84,10 +84,10 @@ def check_elements(frames: list[Frame], folder: Path) -> None:
 def find_typical_slice(frames: list[Frame]) -> Frame:
     """Return a slice with the most common shape, orientation and spacing, to which all others are compared."""
 
-    def kind(frame: Frame) -> Hashable:
+    def describe_kind(frame: Frame) -> Hashable:
         return (frame.shape, *np.round(frame.orientation, 3) + 0.0, *np.round(frame.spacing, 3))
 
-    kinds = [kind(frame) for frame in frames]
+    kinds = [describe_kind(frame) for frame in frames]
     return frames[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
 
@@ -226,7 +226,7 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     off = float(np.hypot(*whole[:2]))
     if off <= PLACE:
         return
-    tilt = text(frames[0].header, "GantryDetectorTilt")
+    tilt = read_text(frames[0].header, "GantryDetectorTilt")
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"

@@ -10,7 +10,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from preprocess.reading import ScanError
-from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, text
+from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, read_text
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
@@ -56,7 +56,7 @@ class Frame:
     @property
     def name(self) -> str:
         """Return the name of the slice for messages."""
-        many = text(self.header, "NumberOfFrames") not in ("", "1")
+        many = read_text(self.header, "NumberOfFrames") not in ("", "1")
         return f"{self.path.name}, frame {self.index + 1}" if many else self.path.name
 
     @property
@@ -67,9 +67,9 @@ class Frame:
 
 def read_frames(path: Path, header: Dataset) -> list[Frame]:
     """Return the slices of a DICOM file. Raises ScanError for values that are not numbers."""
-    shape = tuple(int(text(header, name) or 0) for name in ("Rows", "Columns"))
-    count = int(text(header, "NumberOfFrames") or 1)
-    if text(header, "SOPClassUID") in ENHANCED or "PerFrameFunctionalGroupsSequence" in header:
+    shape = tuple(int(read_text(header, name) or 0) for name in ("Rows", "Columns"))
+    count = int(read_text(header, "NumberOfFrames") or 1)
+    if read_text(header, "SOPClassUID") in ENHANCED or "PerFrameFunctionalGroupsSequence" in header:
         own = header.get("PerFrameFunctionalGroupsSequence") or []
         shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
         if len(own) != count:
@@ -95,10 +95,10 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
             "TemporalPositionIndex": find_sequence_item(group, "FrameContentSequence"),
             "SliceThickness": measures,
         }
-        traits = {name: text(where.get(name, header), name) for name in MIXED}
+        traits = {name: read_text(where.get(name, header), name) for name in MIXED}
         traits |= {name: normalize_number(traits[name]) for name in ("KVP", "SliceThickness")}
         traits["ImageType"] = (
-            text(find_sequence_item(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
+            read_text(find_sequence_item(group, "CTImageFrameTypeSequence"), "FrameType") or traits["ImageType"]
         )
         traits["Matrix"] = "{} x {}".format(*shape)
         frame = Frame(
@@ -132,14 +132,14 @@ class Candidate:
     frames: list[Frame]
     apart: list[str] = field(default_factory=list)  # names of the DICOM elements by which the series was split
 
-    def trait(self, name: str) -> str:
+    def get_element_text(self, name: str) -> str:
         """Return the first slice's value of an element in MIXED; ``""`` for a missing element."""
         return self.frames[0].traits.get(name, "")
 
     @property
     def uid(self) -> str:
         """Return the SeriesInstanceUID."""
-        return text(self.frames[0].header, "SeriesInstanceUID")
+        return read_text(self.frames[0].header, "SeriesInstanceUID")
 
     @cached_property
     def extent(self) -> float:
@@ -149,9 +149,14 @@ class Candidate:
     @property
     def names(self) -> list[str]:
         """Return the names by which the input table can select this group of slices."""
-        own = [self.uid, self.trait("SeriesNumber"), self.trait("SeriesDescription"), self.trait("ConvolutionKernel")]
+        own = [
+            self.uid,
+            self.get_element_text("SeriesNumber"),
+            self.get_element_text("SeriesDescription"),
+            self.get_element_text("ConvolutionKernel"),
+        ]
         for name in self.apart:
-            own += [self.trait(name), f"{MIXED[name]} {self.trait(name) or NONE}"]
+            own += [self.get_element_text(name), f"{MIXED[name]} {self.get_element_text(name) or NONE}"]
         return [name.strip().lower() for name in own if name]
 
     def matches_name(self, series: str) -> bool:
@@ -160,13 +165,13 @@ class Candidate:
 
     def __str__(self) -> str:
         parts = []
-        if number := self.trait("SeriesNumber"):
+        if number := self.get_element_text("SeriesNumber"):
             parts.append(f"number {number}")
-        parts.append(self.trait("SeriesDescription") or "no description")
-        if kernel := self.trait("ConvolutionKernel"):
+        parts.append(self.get_element_text("SeriesDescription") or "no description")
+        if kernel := self.get_element_text("ConvolutionKernel"):
             parts.append(f"kernel {kernel}")
         shown = ("SeriesNumber", "SeriesDescription", "ConvolutionKernel")
-        parts += [f"{MIXED[name]} {self.trait(name) or NONE}" for name in self.apart if name not in shown]
+        parts += [f"{MIXED[name]} {self.get_element_text(name) or NONE}" for name in self.apart if name not in shown]
         parts.append(f"{len(self.frames)} slices")
         if len(self.frames) > 1 and self.extent:
             parts.append(f"{self.extent / (len(self.frames) - 1):.2f} mm apart")
@@ -223,7 +228,7 @@ def group_slices(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
     for path, header in slices:
         frames = read_frames(path, header)
         whole = path.name if len(frames) > 1 else ""  # a multi-frame file is always a separate volume
-        series.setdefault((text(header, "SeriesInstanceUID"), whole), []).extend(frames)
+        series.setdefault((read_text(header, "SeriesInstanceUID"), whole), []).extend(frames)
     return [part for frames in series.values() for part in split_candidate(Candidate(frames))]
 
 
@@ -275,7 +280,7 @@ def describe_candidates(kept: list[Candidate]) -> str:
     """Describe several candidates for an error message: several series, or one series in which volumes are mixed."""
     if len({one.uid for one in kept}) > 1:
         return f"{len(kept)} CT series"
-    names = {name: [one.trait(name) or NONE for one in kept] for name in kept[0].apart}
+    names = {name: [one.get_element_text(name) or NONE for one in kept] for name in kept[0].apart}
     told = "; ".join(f"{MIXED[name]} {', '.join(dict.fromkeys(values))}" for name, values in names.items())
     return f"one CT series in which {len(kept)} volumes are mixed ({told or 'one per file'})"
 

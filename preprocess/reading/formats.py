@@ -66,7 +66,7 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or (head[:2] in (b"\x08\x00", b"\x02\x00") and head[3:4] == b"\x00")
 
 
-def check_name(path: Path, kind: str, packed: bool) -> None:
+def check_file_suffix(path: Path, kind: str, packed: bool) -> None:
     """Raise ScanError, with a suggested file name, if ITK cannot select a reader by the file's name."""
     if not kind or kind == "DICOM":
         return

@@ -63,23 +63,25 @@ def read_header(path: Path) -> Header | None:
     if np.frombuffer(head, f"{orders[0]}i4", 1)[0] == 540:
         raise ScanError(f"{path} is NIfTI-2, which ITK does not read; save it as NIfTI-1")
 
-    def field(name: str) -> np.ndarray:
+    def read_field(name: str) -> np.ndarray:
         offset, kind = FIELDS[name]
         return np.array(np.frombuffer(head, np.dtype(kind).newbyteorder(orders[0]), 1, offset)[0], dtype=float)
 
-    dim = field("dim")
+    dim = read_field("dim")
     counts = dim[1 : 1 + int(dim[0])] if 1 <= dim[0] <= 7 else np.zeros(0)
     analyze = head[344:347] not in (b"n+1", b"ni1")
-    sform, qform = (not analyze and field(name) > 0 for name in ("sform_code", "qform_code"))
+    sform, qform = (not analyze and read_field(name) > 0 for name in ("sform_code", "qform_code"))
     return Header(
         size=tuple(int(count) for count in (*counts, 1, 1, 1)[:3]),
-        sform=LPS @ field("srow").reshape(3, 4) if sform else None,
-        qform=LPS @ compute_qform(field("quaternion"), field("qoffset"), field("pixdim")) if qform else None,
-        units=int(field("xyzt_units")) & 7,
-        bytes=float(field("vox_offset") + np.prod(counts) * field("bitpix") / 8),
+        sform=LPS @ read_field("srow").reshape(3, 4) if sform else None,
+        qform=LPS @ compute_qform(read_field("quaternion"), read_field("qoffset"), read_field("pixdim"))
+        if qform
+        else None,
+        units=int(read_field("xyzt_units")) & 7,
+        bytes=float(read_field("vox_offset") + np.prod(counts) * read_field("bitpix") / 8),
         analyze=analyze,
-        voxel=tuple(float(size) for size in field("pixdim")[1:4]),
-        offset=float(field("vox_offset")),
+        voxel=tuple(float(size) for size in read_field("pixdim")[1:4]),
+        offset=float(read_field("vox_offset")),
         single=head[344:347] == b"n+1",
     )
 
@@ -166,7 +168,7 @@ def check_data_size(path: Path, header: Header) -> None:
         raise ScanError(f"{data} is cut short: {found} of {header.bytes:.0f} bytes; copy it again")
 
 
-def check_forms(path: Path, header: Header, warnings: list[str]) -> None:
+def check_sform_and_qform(path: Path, header: Header, warnings: list[str]) -> None:
     """Check that a header is consistent about the voxel positions. Appends to ``warnings``.
 
     Raises:

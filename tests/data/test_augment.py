@@ -23,7 +23,7 @@ from scipy.stats import ks_2samp
 from data import augment, resample
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import clip_and_shift_hu, stream_seeds, to_input, to_unit
+from data.views import clip_and_shift_hu, convert_hu_to_input, scale_to_unit_range, stream_seeds
 from misc.command import UserError
 from misc.run.augmentation import LETTERS
 
@@ -145,7 +145,7 @@ def test_elastic_kernel_and_cutoff_equal_monais(sigma):
     from monai.networks.layers.convutils import gaussian_1d
 
     size = 80
-    band = augment.gaussian_band(torch.tensor([sigma]), size)[0]
+    band = augment.make_gaussian_bands(torch.tensor([sigma]), size)[0]
     kernel = gaussian_1d(torch.tensor(sigma), truncated=3.0)
     tail = len(kernel) // 2
     middle = band[size // 2]
@@ -260,7 +260,7 @@ def test_breath_keeps_tissue_and_partly_thins_intermediate_hu():
 
 def test_kernel_adds_or_removes_in_plane_detail():
     inputs = (torch.rand(1, 2, *SIZE, generator=generator(3), dtype=torch.float64) * RANGE).expand(3, -1, -1, -1, -1)
-    ours = apply("kernel", inputs, {"amount": torch.tensor([0.0, 0.6, -0.6])})
+    ours = apply("recon_kernel", inputs, {"amount": torch.tensor([0.0, 0.6, -0.6])})
     assert torch.equal(ours[0], inputs[0])
     soft = apply("smooth", inputs, {"sigma": torch.tensor([[0.0, 1.0, 1.0]] * 3)})
     torch.testing.assert_close(ours[1], inputs[1] + 0.6 * (inputs[1] - soft[1]), rtol=0, atol=1e-4)
@@ -407,7 +407,7 @@ def test_views_are_independent_and_neighbors_share_one_draw():
 
 def test_intensities_without_augmentation():
     hu = torch.tensor([-2000, -1024, -392, 240, 3000], dtype=torch.int16)
-    torch.testing.assert_close(to_unit(clip_and_shift_hu(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(scale_to_unit_range(clip_and_shift_hu(hu)), torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
     patches = hu[1:2, None, None, None].expand(2, *SIZE)
     batch = PatchBatch(0, 0, 0, patches, patches[:, None])
     query, key, around = step_views(batch, Augmentation(""), 0, range(1), CPU)
@@ -421,7 +421,7 @@ def test_network_input_without_augmentation(kind):
         hu = np.random.default_rng(count).integers(-1500, 500, (count, 4, 4, 4)).astype(kind)
         wanted = torch.from_numpy((np.clip(hu.astype(np.float64), -1024, 240) + 1024) / 632 - 1)[:, None]
         for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-            x = to_input(torch.from_numpy(hu), dtype)
+            x = convert_hu_to_input(torch.from_numpy(hu), dtype)
             assert x.dtype == dtype and x.shape == (count, 1, 4, 4, 4)
             torch.testing.assert_close(x.double(), wanted, rtol=0, atol=tolerance)
 
@@ -436,11 +436,11 @@ def test_slice_by_slice_sampling_is_trilinear(size, channels):
     voxels *= torch.tensor(size, dtype=torch.float64)[None, :, None, None, None]
     voxels[0] = voxels[0].round()
     wanted = resample._sample_volumes(noise, voxels)
-    torch.testing.assert_close(resample.sample(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
-    single = resample.sample(noise.float(), voxels.float())
+    torch.testing.assert_close(resample.sample_trilinearly(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
+    single = resample.sample_trilinearly(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
     # At whole-number positions, sampling returns the voxel values.
-    whole = resample.sample(noise.float()[:1], voxels.float()[:1])
+    whole = resample.sample_trilinearly(noise.float()[:1], voxels.float()[:1])
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])
 

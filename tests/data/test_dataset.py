@@ -11,7 +11,7 @@ import torch
 
 from data.dataset import PatchDataset
 from data.layout import StoreError
-from data.loader import batches, make_loader
+from data.loader import iterate_batches, make_loader
 from data.sampler import BatchIndex, LocationBatchSampler
 from data.store import PatchStore
 
@@ -30,9 +30,9 @@ def raise_full(self):
 
 def test_batches_arrive_with_a_full_shared_memory(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path, 4, grid)
-    wanted, notes = list(batches(loader_of(tmp_path, 0))), []
+    wanted, notes = list(iterate_batches(loader_of(tmp_path, 0))), []
     monkeypatch.setattr(torch.Tensor, "share_memory_", raise_full)  # workers are forked, so they use this replacement
-    made = list(batches(loader_of(tmp_path), notes.append))
+    made = list(iterate_batches(loader_of(tmp_path), notes.append))
     assert len(made) == len(wanted) == 12 and len(notes) == 1 and "/dev/shm is full" in notes[0]
     for one, other in zip(made, wanted):
         assert one.location == other.location
@@ -45,7 +45,7 @@ def test_a_workers_error_is_one_line(tmp_path, make_store, grid):
     for path in (tmp_path / "grouped_patch").iterdir():
         np.save(path, np.zeros(3))
     with pytest.raises(StoreError) as error:
-        list(batches(loader))
+        list(iterate_batches(loader))
     assert "has changed since this run opened the store" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -72,8 +72,8 @@ def test_a_failing_trainer_ends_at_once(tmp_path, make_store, grid, workers):
     """
     make_store(tmp_path, 4, grid)
     code = (
-        "import sys\nfrom data.loader import batches\nfrom tests.data.test_dataset import loader_of\n"
-        f"from pathlib import Path\nfor batch in batches(loader_of(Path({str(tmp_path)!r}), {workers})):\n"
+        "import sys\nfrom data.loader import iterate_batches\nfrom tests.data.test_dataset import loader_of\n"
+        f"from pathlib import Path\nfor batch in iterate_batches(loader_of(Path({str(tmp_path)!r}), {workers})):\n"
         "    print('read', flush=True)\n    raise SystemExit(3)\n"
     )
     call = [sys.executable, "-c", code]

@@ -42,10 +42,10 @@ def test_files_stay_on_a_gpu_if_they_fit(store, monkeypatch):
     neighbors, gpu = np.zeros((store.num_locations, 2), dtype=np.int64), torch.device("cuda")
     one = 5 * 32**3 * 2
     monkeypatch.setattr("data.device.Copier", lambda device: None)
-    assert ResidentPatches.make_if_fitting(store, neighbors, CPU) is None
+    assert ResidentPatches.make_if_memory_allows(store, neighbors, CPU) is None
     for free, files in ((4 * 6 * one, 6), (4 * 6 * one - 4, None), (400 * one, 100)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-        found = ResidentPatches.make_if_fitting(store, neighbors, gpu)
+        found = ResidentPatches.make_if_memory_allows(store, neighbors, gpu)
         assert (found and found.files) == files
 
 
@@ -54,8 +54,8 @@ def test_late_copies_arrive_once_and_in_order(device):
     device, given = torch.device(device), []
     late = LateCopies(device)
     for number in range(3):
-        given += late.add(number, torch.full((4,), float(number), device=device))
-    given += late.rest()
+        given += late.start_copy(number, torch.full((4,), float(number), device=device))
+    given += late.yield_remaining()
     assert [name for name, _ in given] == [0, 1, 2]
     assert [value.tolist() for _, value in given] == [[float(number)] * 4 for number in range(3)]
-    assert not list(late.rest())
+    assert not list(late.yield_remaining())

@@ -10,7 +10,7 @@ import pytest
 from data import dataset as dataset_module
 from data import prefetch
 from data.dataset import PatchDataset
-from data.prefetch import read_ahead, request_files
+from data.prefetch import prefetch_files, read_ahead
 from data.sampler import BatchIndex
 from data.store import PatchStore
 
@@ -61,18 +61,18 @@ def test_files_are_requested_in_order_and_missing_ones_skipped(tmp_path, monkeyp
             done.set()
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    request_files(tmp_path / name for name in ("a", "missing", "b"))
+    prefetch_files(tmp_path / name for name in ("a", "missing", "b"))
     assert done.wait(10)
     assert asked == [(start, prefetch.PIECE, os.POSIX_FADV_WILLNEED) for start in (0, prefetch.PIECE, 0)]
     monkeypatch.delattr(os, "posix_fadvise")  # macOS has no posix_fadvise
-    prefetch.request_each([tmp_path / "a"])
+    prefetch.prefetch_each_file([tmp_path / "a"])
 
 
 def test_each_location_prefetches_the_next_once(tmp_path, make_store, grid, monkeypatch):
     make_store(tmp_path, 4, grid)
     dataset = PatchDataset(PatchStore(tmp_path), 2)
     asked = []
-    monkeypatch.setattr(dataset_module, "request_files", asked.extend)
+    monkeypatch.setattr(dataset_module, "prefetch_files", asked.extend)
     for location in (3, 3, 4, 5):
         dataset[BatchIndex(0, location, 0, np.array([0, 1]))]
     wanted = [index for following in (4, 5) for index in (following, *dataset.neighbors[following])]

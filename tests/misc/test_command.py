@@ -149,15 +149,15 @@ def test_a_stop_request_keeps_the_first_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert stop.number == signal.SIGTERM and stop.name == "SIGTERM"
+    assert stop.number == signal.SIGTERM and stop.signal_name == "SIGTERM"
 
 
 def test_a_low_hard_file_limit_is_refused_and_a_soft_one_raised():
     """Often only the soft limit of open files is low. A process may raise its soft limit, so no message is needed."""
     code = (
-        "import resource, sys\nfrom misc.command import run\nfrom misc.process import start_process\n"
+        "import resource, sys\nfrom misc.command import run\nfrom misc.process import set_up_process\n"
         "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
-        "run(lambda: start_process('cpu') and print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))\n"
+        "run(lambda: set_up_process('cpu') and print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))\n"
     )
     raised, refused = (
         subprocess.run([sys.executable, "-c", code, *limits], capture_output=True, text=True, cwd=ROOT)

@@ -40,23 +40,23 @@ def test_progress_is_read_without_loading(tmp_path, monkeypatch):
 def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     experiment = Experiment(tmp_path / "e")
     assert (
-        experiment.find_latest(read_progress) is None
+        experiment.find_latest_checkpoint(read_progress) is None
         and experiment.find_resume_checkpoint("auto", read_progress) is None
     )
     for epoch in (1, 2, 10):
         save(experiment.checkpoint(epoch), epoch)
-    assert experiment.find_latest(read_progress) == experiment.checkpoint(10)
-    save(experiment.incomplete_file, 9, 3)
-    assert experiment.find_latest(read_progress) == experiment.checkpoint(10)
-    save(experiment.incomplete_file, 10, 3)
-    assert experiment.find_resume_checkpoint("auto", read_progress) == experiment.incomplete_file
+    assert experiment.find_latest_checkpoint(read_progress) == experiment.checkpoint(10)
+    save(experiment.unfinished_checkpoint, 9, 3)
+    assert experiment.find_latest_checkpoint(read_progress) == experiment.checkpoint(10)
+    save(experiment.unfinished_checkpoint, 10, 3)
+    assert experiment.find_resume_checkpoint("auto", read_progress) == experiment.unfinished_checkpoint
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
     experiment = Experiment(tmp_path / "e")
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch)
-    save(experiment.incomplete_file, 3, 5)
+    save(experiment.unfinished_checkpoint, 3, 5)
     moved = experiment.rename_later_checkpoints(experiment.checkpoint(1), 1)
     assert moved == [checkpoint_name(2), checkpoint_name(3), UNFINISHED]
     assert sorted(experiment.list_epoch_checkpoints()) == [1]
@@ -71,7 +71,7 @@ def test_later_checkpoints_are_set_aside(tmp_path):
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/../b"])
 def test_names_outside_the_experiments_folder_are_refused(name):
     with pytest.raises(ExperimentError, match="must be a folder name inside ssl_exp/"):
-        Experiment.named(name)
+        Experiment.from_name(name)
 
 
 def test_the_configuration_comes_back_with_attributes(tmp_path):
@@ -105,12 +105,12 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     path.write_bytes(damaged)
     assert experiment.find_resume_checkpoint("auto", verify_checkpoint, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
-    experiment.incomplete_file.write_bytes(b"")
-    assert experiment.find_latest(verify_checkpoint) == experiment.checkpoint(2)
+    experiment.unfinished_checkpoint.write_bytes(b"")
+    assert experiment.find_latest_checkpoint(verify_checkpoint) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")
     with pytest.raises(ExperimentError, match="has no other checkpoint that can be read"):
-        experiment.find_latest(verify_checkpoint)
+        experiment.find_latest_checkpoint(verify_checkpoint)
 
 
 def test_keep_latest_removes_older_checkpoints(tmp_path):
@@ -118,5 +118,5 @@ def test_keep_latest_removes_older_checkpoints(tmp_path):
     for count, left in ((0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 3, 4])):
         for epoch in range(5):
             save(experiment.checkpoint(epoch), epoch)
-        experiment.keep_latest(count)
+        experiment.remove_old_checkpoints(count)
         assert sorted(experiment.list_epoch_checkpoints()) == left

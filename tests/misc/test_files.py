@@ -22,10 +22,10 @@ from misc.files import (
     save_array,
     try_lock,
     wait_for_lock,
+    write_atomically,
     write_json,
     write_text,
     write_via_temporary_path,
-    write_whole,
 )
 
 from ..conftest import ROOT
@@ -39,7 +39,7 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
         assert not target.exists()
         stream.write(b" and whole")
 
-    write_whole(target, look)
+    write_atomically(target, look)
     assert target.read_bytes() == b"half and whole" and list(target.parent.iterdir()) == [target]
 
 
@@ -53,7 +53,7 @@ def test_a_failure_keeps_only_the_old_file(tmp_path, error):
         raise error
 
     with pytest.raises(type(error)):
-        write_whole(target, fail)
+        write_atomically(target, fail)
     with pytest.raises(type(error)), write_via_temporary_path(target) as aside:
         aside.write_bytes(b"new")
         raise error
@@ -73,11 +73,11 @@ def test_other_writers_get_a_path_with_the_same_suffix(tmp_path):
 def test_a_full_disk_error_names_the_file(tmp_path, way):
     """A file-size limit simulates a full disk."""
     code = (
-        "import resource, signal, sys\nfrom misc.files import write_via_temporary_path, write_whole\n"
+        "import resource, signal, sys\nfrom misc.files import write_via_temporary_path, write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "def big(stream):\n    stream.write(bytes(10000))\n    stream.flush()\n"
         "try:\n"
-        "    if sys.argv[2] == 'stream':\n        write_whole(sys.argv[1], big)\n"
+        "    if sys.argv[2] == 'stream':\n        write_atomically(sys.argv[1], big)\n"
         "    else:\n"
         "        with write_via_temporary_path(sys.argv[1]) as aside, open(aside, 'wb') as stream:\n"
         "            big(stream)\n"

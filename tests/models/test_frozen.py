@@ -6,7 +6,7 @@ from torch import nn
 
 from models.cnn3d import Encoder
 from models.fast.pieces import PATCHES_AT_ONCE
-from models.frozen import freeze
+from models.frozen import freeze_at_locations
 
 
 def trained_encoder():
@@ -28,10 +28,10 @@ def test_representations_equal_the_encoders():
     for loc in (torch.tensor([[-1.0, 0.2, 1.0]]), torch.tensor([[0.5, -0.7, 0.1]])):
         with torch.no_grad():
             wanted = encoder(x, loc)[1]
-        h = freeze(encoder, loc)[0](x)
+        h = freeze_at_locations(encoder, loc)[0](x)
         assert h.dtype == torch.float32 and h.shape == (5, 24)
         assert float((h - wanted).norm() / wanted.norm()) < 1e-5
-        half = freeze(encoder, loc, torch.bfloat16)[0](x)
+        half = freeze_at_locations(encoder, loc, torch.bfloat16)[0](x)
         assert half.dtype == torch.float32
         assert 1e-5 < float((half - wanted).norm() / wanted.norm()) < 1e-2
 
@@ -40,7 +40,7 @@ def test_the_encoder_is_copied():
     encoder = trained_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     x, loc = torch.rand(2, 1, 32, 32, 32), torch.zeros(1, 3)
-    frozen = freeze(encoder, loc)[0]
+    frozen = freeze_at_locations(encoder, loc)[0]
     first = frozen(x)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_the_encoder_is_copied():
 def test_several_locations_at_once():
     encoder = trained_encoder()
     x, locs = torch.rand(3, 1, 32, 32, 32) * 2 - 1, torch.rand(4, 3) * 2 - 1
-    for loc, frozen in zip(locs, freeze(encoder, locs), strict=True):
+    for loc, frozen in zip(locs, freeze_at_locations(encoder, locs), strict=True):
         with torch.no_grad():
             wanted = encoder(x, loc[None])[1]
         assert float((frozen(x) - wanted).norm() / wanted.norm()) < 1e-5
@@ -66,7 +66,7 @@ def test_parallel_pieces(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        frozen = freeze(encoder, loc)[0]
+        frozen = freeze_at_locations(encoder, loc)[0]
         h, from_raw = frozen(x), frozen(raw, lambda piece, dtype: piece[:, None].to(dtype) / 8)
     finally:
         torch.set_num_threads(before)

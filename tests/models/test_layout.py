@@ -8,7 +8,7 @@ from models import cnn3d, fast, frozen
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.condconv3d import CondConv3D, channels_last
-from models.frozen import encode_patch_per_location, freeze
+from models.frozen import encode_patch_per_location, freeze_at_locations
 
 from ..conftest import calibrate
 
@@ -56,7 +56,7 @@ def test_every_layer_of_a_training_step(monkeypatch, groups):
     torch.manual_seed(0)
     model = DrasCLR(Encoder, 4, 16, 8, 2, 1, 4, 0.9, 0.2, True, bn_groups=groups)
     x, loc = torch.randn(4, 1, 32, 32, 32), torch.rand(1, 3)
-    with fast.plain():
+    with fast.disable_fast_paths():
         patch, near, _ = model(1, [x, loc], [x, loc], [torch.randn(4, 2, 32, 32, 32), torch.rand(1, 2, 3)])
     (patch.logsumexp(1).sum() + near.logsumexp(1).sum()).backward()
     assert len(seen) > 13 * (4 + 3 * groups)
@@ -72,8 +72,8 @@ def test_every_layer_of_the_frozen_encoder(monkeypatch):
         frozen, "dense_conv3d", lambda x, *rest, **more: seen.append(is_channels_last(x)) or convolve(x, *rest, **more)
     )
     x, loc = torch.rand(3, 1, 32, 32, 32) * 2 - 1, torch.rand(1, 3)
-    with fast.plain(), torch.no_grad():
-        ours = freeze(encoder, loc)[0](x)
+    with fast.disable_fast_paths(), torch.no_grad():
+        ours = freeze_at_locations(encoder, loc)[0](x)
         wanted = encoder(x, loc)[1]
     assert len(seen) == 13 and all(seen)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
@@ -85,5 +85,5 @@ def test_encoding_all_locations_equals_encoding_each():
     calibrate(encoder)
     x, locs = torch.rand(5, 1, 32, 32, 32) * 2 - 1, torch.rand(5, 3) * 2 - 1
     ours = encode_patch_per_location(encoder, x, locs, at_once=2)
-    wanted = torch.cat([one(x[index : index + 1]) for index, one in enumerate(freeze(encoder, locs))])
+    wanted = torch.cat([one(x[index : index + 1]) for index, one in enumerate(freeze_at_locations(encoder, locs))])
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-5

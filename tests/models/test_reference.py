@@ -9,14 +9,14 @@ from torch import nn
 from misc import process
 from models.builder import DrasCLR
 from models.checkpoint import (
-    add_module,
+    add_module_prefix,
     build_query_encoder,
+    export_optimizer_state,
     load_optimizer,
     load_strict,
-    optimizer_state,
     read_checkpoint,
     save_checkpoint,
-    strip_module,
+    strip_module_prefix,
 )
 from models.cnn3d import Encoder
 from models.step import make_optimizer
@@ -58,7 +58,7 @@ def is_convolution_bias(name):
 def replayed(golden, request, tmp_path_factory):
     """Repeat two recorded steps; return the results of each step and the state after both steps."""
     bare = golden.build()
-    load_strict(bare, strip_module(golden.before["state_dict"]), "before")
+    load_strict(bare, strip_module_prefix(golden.before["state_dict"]), "before")
     optimizer = make_optimizer(bare, 0.01, 0.9, 1e-4)
     load_optimizer(optimizer, golden.before["optimizer"], golden.folder)
     model = bare
@@ -87,7 +87,7 @@ def replayed(golden, request, tmp_path_factory):
         steps.append((patch.detach(), neighbor.detach(), *(float(loss.detach()) for loss in losses), gradients))
     if request.param == "DistributedDataParallel":
         torch.distributed.destroy_process_group()
-    return steps, add_module(bare.state_dict()), optimizer_state(optimizer)
+    return steps, add_module_prefix(bare.state_dict()), export_optimizer_state(optimizer)
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -159,8 +159,8 @@ def test_checkpoints_have_the_published_format(golden, tmp_path):
         {
             "epoch": 0,
             "arch": "custom",
-            "state_dict": add_module(model.state_dict()),
-            "optimizer": optimizer_state(optimizer),
+            "state_dict": add_module_prefix(model.state_dict()),
+            "optimizer": export_optimizer_state(optimizer),
         },
     )
     ours, wanted = torch.load(path, weights_only=True), golden.before

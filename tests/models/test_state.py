@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from misc import process
-from misc.run.resume import ResumeError, describe_start
+from misc.run.resume import ResumeError, describe_initialization
 from models.builder import DrasCLR
-from models.checkpoint import CheckpointError, add_module, save_checkpoint
+from models.checkpoint import CheckpointError, add_module_prefix, save_checkpoint
 from models.cnn3d import Encoder
-from models.state import Started, TrainingState, start_from
+from models.state import Started, TrainingState, load_initial_weights
 
 
 def model(locations=6, rep_dim=8, moco_dim=4, experts=2, keys=6, mlp=True, seed=0):
@@ -21,7 +21,7 @@ def weights(tmp_path):
     """Write a checkpoint after three epochs; return its path and model."""
     given = model()
     path = tmp_path / "checkpoint_patch_0003.pth.tar"
-    save_checkpoint(path, {"epoch": 3, "state_dict": add_module(given.state_dict())})
+    save_checkpoint(path, {"epoch": 3, "state_dict": add_module_prefix(given.state_dict())})
     return path, given
 
 
@@ -34,13 +34,13 @@ def test_another_queue_and_other_locations(weights):
     path, given = weights
     fresh = model(locations=9, keys=12, seed=1)
     queue = fresh.state_dict()["queue"].clone()
-    started = start_from(fresh, path)
+    started = load_initial_weights(fresh, path)
     assert not differing_names(fresh.encoder_q, given.encoder_q) and not differing_names(
         fresh.encoder_k, given.encoder_q
     )
     assert torch.equal(fresh.state_dict()["queue"], queue)
     assert started == Started(3, True, (6, 6))
-    assert describe_start(path, *started) == (
+    assert describe_initialization(path, *started) == (
         f"starting from the encoder of {path} after 3 epochs, projection also loaded; queue and optimiser start fresh "
         "(the checkpoint's queue of 6 locations with 6 keys each is not loaded)"
     )
@@ -50,8 +50,8 @@ def test_another_queue_and_other_locations(weights):
 def test_a_projection_of_another_size_is_not_copied(weights, choice):
     path, given = weights
     fresh, untouched = model(**choice, seed=1), model(**choice, seed=1)
-    started = start_from(fresh, path)
-    assert "projection not loaded, because its size differs" in describe_start(path, *started)
+    started = load_initial_weights(fresh, path)
+    assert "projection not loaded, because its size differs" in describe_initialization(path, *started)
     assert not differing_names(fresh.encoder_q.fc, untouched.encoder_q.fc)
     assert not differing_names(fresh.encoder_q.conv4, given.encoder_q.conv4)
     assert not differing_names(fresh.encoder_k, fresh.encoder_q)
@@ -62,7 +62,7 @@ def test_a_projection_of_another_size_is_not_copied(weights, choice):
 )
 def test_another_encoder_is_refused_with_the_flag_to_change(weights, choice, advice):
     with pytest.raises(ResumeError, match=advice):
-        start_from(model(**choice), weights[0])
+        load_initial_weights(model(**choice), weights[0])
 
 
 def test_non_finite_weights_are_refused(weights, tmp_path):
@@ -71,9 +71,9 @@ def test_non_finite_weights_are_refused(weights, tmp_path):
         given.encoder_q.conv4.weight[0, 0, 0, 0, 0, 0] = float("nan")
     save_checkpoint(tmp_path / "bad.pth.tar", {"state_dict": given.state_dict()})
     with pytest.raises(CheckpointError, match="not finite"):
-        start_from(model(), tmp_path / "bad.pth.tar")
+        load_initial_weights(model(), tmp_path / "bad.pth.tar")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        start_from(model(), tmp_path / "none.pth.tar")
+        load_initial_weights(model(), tmp_path / "none.pth.tar")
 
 
 def test_a_delayed_save_writes_the_state_at_the_call(tmp_path):
@@ -84,7 +84,7 @@ def test_a_delayed_save_writes_the_state_at_the_call(tmp_path):
     optimizer.step()
     state = TrainingState(given, optimizer, torch.device("cpu"), "custom", {"lr": 0.1, "gamma": [0.5, 4.5]})
     state.save(tmp_path / "now.pth.tar", 1, 4)
-    write = state.save_aside(tmp_path / "later.pth.tar", 1, 4)
+    write = state.copy_for_saving(tmp_path / "later.pth.tar", 1, 4)
     with torch.no_grad():
         for value in (*given.parameters(), *given.buffers()):
             value.zero_()

@@ -20,7 +20,7 @@ from data.layout import StoreError, StoreLayout
 from misc import files, process
 from misc.page import write_page
 from preprocess.lungs import check_lungs, lung_mask, lung_volumes, measure_air_share
-from preprocess.outputs import file_stamp
+from preprocess.outputs import make_file_stamp
 from preprocess.scan import ScanError, load_scan, read_mask
 from preprocess.threshold import segment_lungs
 
@@ -258,7 +258,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path):
         load_scan(tmp_path / odd)
     (tmp_path / "dicom").mkdir()
     (tmp_path / "dicom" / f"{odd}.txt").write_text("a stray file")
-    assert file_stamp(str(tmp_path / "dicom")).startswith("1-")
+    assert make_file_stamp(str(tmp_path / "dicom")).startswith("1-")
 
 
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):

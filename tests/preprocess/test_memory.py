@@ -22,7 +22,7 @@ import json, re, sys
 from pathlib import Path
 import ants
 from preprocess.lungs import check_lungs, lung_volumes
-from preprocess.registration import average_lungs
+from preprocess.registration import make_coarse_lung_image
 from preprocess.scan import limit_threads, load_scan, read_mask
 
 limit_threads(1)
@@ -42,7 +42,7 @@ scan = peak("read", lambda: load_scan(sys.argv[1])).image
 mask = read_mask(sys.argv[2])
 peak("volumes", lambda: lung_volumes(mask, "mask"))
 peak("check", lambda: check_lungs(mask, scan, "mask"))
-peak("coarse", lambda: average_lungs(mask, 8.0))
+peak("coarse", lambda: make_coarse_lung_image(mask, 8.0))
 print(json.dumps(found))
 """
 

@@ -36,10 +36,10 @@ def verify_torn():
 def keep_output(output, verify=verify_whole, overwrite=False):
     """Return the recorded values of an output that is kept, or None if the output must be made again."""
     try:
-        output.keep(verify, overwrite)
+        output.skip_if_valid(verify, overwrite)
     except Skip as skip:
         return skip.figures
-    output.begin()
+    output.claim_and_remove_old()
     return None
 
 
@@ -63,7 +63,7 @@ def test_ours_is_removed_and_made_again(tmp_path, files, change):
         verify = verify_torn
     assert keep_output(make_output(tmp_path, files, previous), verify, overwrite=change == "overwrite") is None
     assert not any(files[name].exists() for name in ("first", "second", "picture"))
-    assert [path.name for path in StoreLayout(tmp_path).claims("step").iterdir()] == ["x"]
+    assert [path.name for path in StoreLayout(tmp_path).claims_dir("step").iterdir()] == ["x"]
 
 
 def test_a_missing_file_remakes_the_output(tmp_path, files):

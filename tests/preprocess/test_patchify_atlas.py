@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 
 from data.layout import StoreError
-from preprocess.patchify_atlas import grid_locations
+from preprocess.patchify_atlas import find_grid_locations
 
 
 def literal_grid(lung, patch, step):
@@ -30,7 +30,7 @@ def test_grid_is_the_rule_written_out(shape, patch, step):
     rng = np.random.default_rng(0)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     lung = (x**2 + y**2 + z**2 < 0.9) & (rng.random(shape) < 0.7)
-    ours = grid_locations(lung, patch, step)
+    ours = find_grid_locations(lung, patch, step)
     assert ours.dtype == np.int64
     np.testing.assert_array_equal(ours, literal_grid(lung, patch, step))
 
@@ -39,8 +39,10 @@ def test_the_threshold_rises_while_a_thousand_locations_remain():
     lung = np.zeros((26, 26, 26), dtype=bool)
     lung[:, :, ::4] = True  # a quarter of each patch is lung, so thresholds 0.1 and 0.2 keep the patch
     with pytest.raises(StoreError, match="no patch"):
-        grid_locations(lung, 4, 2)  # thresholds 0.1 and 0.2 give 11**3 = 1331 locations, 0.3 gives none
-    assert len(grid_locations(lung, 4, 3)) == 8**3  # 0.1 gives fewer than 1000 locations, so the threshold stays 0.1
+        find_grid_locations(lung, 4, 2)  # thresholds 0.1 and 0.2 give 11**3 = 1331 locations, 0.3 gives none
+    assert (
+        len(find_grid_locations(lung, 4, 3)) == 8**3
+    )  # 0.1 gives fewer than 1000 locations, so the threshold stays 0.1
 
 
 def test_a_share_equal_to_the_threshold_is_dropped():
@@ -48,22 +50,22 @@ def test_a_share_equal_to_the_threshold_is_dropped():
     lung[:10, :10, 0] = True  # 100 of 1000 voxels of the first patch are lung
     lung[15, 15, 15] = True
     with pytest.raises(StoreError, match="no patch"):
-        grid_locations(lung, 10, 10)
+        find_grid_locations(lung, 10, 10)
     lung[0, 0, 1] = True
-    assert grid_locations(lung, 10, 10).tolist() == [[0, 0, 0]]
+    assert find_grid_locations(lung, 10, 10).tolist() == [[0, 0, 0]]
 
 
 def test_scan_order_stops_before_the_edge():
     lung = np.ones((21, 20, 25), dtype=bool)
     # Patches start at x = 0, 5, 10 (below 21 - 10), y = 0, 5 (below 20 - 10) and z = 0, 5, 10 (below 25 - 10).
     # z varies fastest.
-    ours = grid_locations(lung, 10, 5)
+    ours = find_grid_locations(lung, 10, 5)
     assert ours.tolist() == [[x, y, z] for x in (0, 5, 10) for y in (0, 5) for z in (0, 5, 10)]
 
 
 def test_atlas_smaller_than_a_patch():
     with pytest.raises(StoreError, match="has no room for patches of 32"):
-        grid_locations(np.ones((40, 32, 40), dtype=bool), 32, 26)
+        find_grid_locations(np.ones((40, 32, 40), dtype=bool), 32, 26)
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_published_mask_and_table(reference):
 
     lung = sitk.GetArrayFromImage(read_atlas_mask(reference / "atlas_lung_mask.nii.gz")).transpose(2, 1, 0) > 0
     published = np.load(reference / "atlas_patch_loc.npy")
-    ours = grid_locations(lung, 32, 26)
+    ours = find_grid_locations(lung, 32, 26)
     assert len(ours) == 575
     np.testing.assert_array_equal(ours, np.delete(published, [296, 297, 299, 303, 304, 369], axis=0))
     centres = published + 16

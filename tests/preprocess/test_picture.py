@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from preprocess.picture import UNCOVERED_COLOR, figure_of_patches
+from preprocess.picture import UNCOVERED_COLOR, make_patch_figure
 
 SIDES = {"R": (-1, 0, 0), "L": (1, 0, 0), "A": (0, -1, 0), "P": (0, 1, 0), "F": (0, 0, -1), "H": (0, 0, 1)}  # LPS
 # (slice axis, subject's side at the left, subject's side at the top); None if the side depends on the orientation
@@ -21,7 +21,7 @@ def draw_lungs(orientation):
     volume = sitk.Cast(mask, sitk.sitkInt16) * 0 - 850
     middle = np.array([volume.TransformPhysicalPointToIndex((-50.0 + 27, 7.0 + 40, 300.0 + 45))])
     corners = np.repeat(middle - 8, 4, axis=0)
-    return volume, mask, figure_of_patches(volume, sitk.GetArrayFromImage(volume), mask, corners, 16, "one")
+    return volume, mask, make_patch_figure(volume, sitk.GetArrayFromImage(volume), mask, corners, 16, "one")
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "LAS", "RPI"])
@@ -59,5 +59,5 @@ def test_both_lungs_are_shown_and_uncovered_lung_is_tinted():
 
 def test_a_picture_is_drawn_without_a_mask():
     volume, _, _ = draw_lungs("LPS")
-    figure = figure_of_patches(volume, sitk.GetArrayFromImage(volume), None, np.array([[2, 3, 4]]), 16, "one")
+    figure = make_patch_figure(volume, sitk.GetArrayFromImage(volume), None, np.array([[2, 3, 4]]), 16, "one")
     assert len(figure.axes) == 3 and len(figure.axes[0].images) == 1

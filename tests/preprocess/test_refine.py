@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 from scipy.optimize import approx_fprime
 
-from preprocess.refine import LENGTH, make_atlas_points, refine_affine, sample_mask, soft_dice
+from preprocess.refine import LENGTH, compute_soft_dice, make_atlas_points, refine_affine, sample_lung_fractions
 from preprocess.registration import measure_overlap, register_masks
 
 ATLAS, SCAN = (50, 100), (1, 2)
@@ -41,16 +41,16 @@ TURN = np.array([[0.98, -0.17, 0.02], [0.17, 0.98, 0.0], [0.0, 0.05, 1.2]])
 
 def test_soft_dice_is_the_overlap_and_its_gradient():
     atlas, (mask, truth) = make_lungs(ATLAS), move_image(make_lungs(SCAN), TURN, (6.0, -4.0, 9.0))
-    points, sampled = make_atlas_points(atlas, ATLAS, 2.0), sample_mask(mask, SCAN, 2.0)
+    points, sampled = make_atlas_points(atlas, ATLAS, 2.0), sample_lung_fractions(mask, SCAN, 2.0)
     centre = np.array(truth.GetCenter())
     parameters = np.concatenate([np.array(truth.GetMatrix()) * LENGTH, truth.GetTranslation()])
-    value, _ = soft_dice(parameters, points, sampled, centre)
+    value, _ = compute_soft_dice(parameters, points, sampled, centre)
     figures = measure_overlap(atlas, mask, truth)
     assert -value == pytest.approx(sum(figures.values()), abs=0.09)  # soft Dice differs slightly from binary Dice
-    points, sampled = make_atlas_points(atlas, ATLAS, 4.0), sample_mask(mask, SCAN, 4.0)
+    points, sampled = make_atlas_points(atlas, ATLAS, 4.0), sample_lung_fractions(mask, SCAN, 4.0)
     off = parameters + np.linspace(-3, 3, 12)
-    _, gradient = soft_dice(off, points, sampled, centre)
-    numeric = approx_fprime(off, lambda p: soft_dice(p, points, sampled, centre)[0], 1e-5)
+    _, gradient = compute_soft_dice(off, points, sampled, centre)
+    numeric = approx_fprime(off, lambda p: compute_soft_dice(p, points, sampled, centre)[0], 1e-5)
     np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=5e-5)  # trilinear interpolation has kinks
 
 

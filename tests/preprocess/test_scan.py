@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from preprocess.atlas import read_atlas_mask
-from preprocess.geometry import orient, orientation_of, pad, resample_isotropic
+from preprocess.geometry import find_orientation, orient, pad_with_air, resample_isotropic
 from preprocess.patches import cut_patches, map_corners, measure_share_inside
 from preprocess.scan import ScanError, check_hounsfield, read_image, read_scan
 
@@ -180,7 +180,7 @@ def test_orienting_keeps_physical_positions():
     image.SetOrigin((-7, 11, 13))
     for code in orientations():
         turned = orient(image, code)
-        assert orientation_of(turned) == code
+        assert find_orientation(turned) == code
         for index in [(0, 0, 0), (5, 4, 3), (2, 1, 3)]:
             point = image.TransformIndexToPhysicalPoint(index)
             assert turned[turned.TransformPhysicalPointToIndex(point)] == image[index]
@@ -192,7 +192,7 @@ def test_resampled_size_and_geometry():
     image.SetOrigin((5, 6, 7))
     iso = resample_isotropic(image)
     assert iso.GetSize() == (int(12 * 0.75), int(11 * 0.9), int(9 * 2.5)) and iso.GetOrigin() == (5, 6, 7)
-    padded = pad(iso)
+    padded = pad_with_air(iso)
     assert padded.GetSize() == tuple(n + 120 for n in iso.GetSize())
     assert padded.TransformPhysicalPointToIndex((5, 6, 7)) == (60, 60, 60)
     assert padded[0, 0, 0] == -1024
@@ -234,7 +234,7 @@ class Thorax:
         self.wanted = np.load(folder / "thorax_patches.npz")
 
     def check(self, path):
-        volume = pad(resample_isotropic(orient(read_scan(path), orientation_of(self.atlas))))
+        volume = pad_with_air(resample_isotropic(orient(read_scan(path), find_orientation(self.atlas))))
         values = np.clip(np.rint(sitk.GetArrayFromImage(volume)), -1024, 240).astype(np.int16)
         corners = map_corners(self.table, self.atlas, self.transform, volume)
         np.testing.assert_array_equal(corners, self.wanted["patch_loc"])
@@ -285,7 +285,7 @@ def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
 @pytest.mark.reference
 def test_every_orientation_gives_the_same_volume(thorax):
     """Compare the volumes of all 48 orientations. test_reference_patches tests the later preprocessing stages."""
-    wanted_code = orientation_of(thorax.atlas)
+    wanted_code = find_orientation(thorax.atlas)
     raw = thorax.raw[::5, ::4, ::3]
     wanted = orient(raw, wanted_code)
     values = sitk.GetArrayFromImage(wanted)

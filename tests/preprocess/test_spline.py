@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from preprocess.geometry import orient, resample_isotropic
 from preprocess.scan import AIR
-from preprocess.spline import resample_spline, spline_weights
+from preprocess.spline import compute_spline_matrix, resample_spline
 
 
 def by_itk(image, size, step=1.0):
@@ -64,12 +64,12 @@ def test_geometry_is_kept():
 
 def test_a_cubic_is_reproduced():
     """A cubic spline reproduces a cubic polynomial everywhere except near the ends."""
-    weights, inside = spline_weights(40, 1.3, 52, 1.0)
+    weights, inside = compute_spline_matrix(40, 1.3, 52, 1.0)
     places = np.arange(52.0)
     cubic = lambda x: 0.01 * x**3 - 0.3 * x**2 + x  # noqa: E731
     middle = (places > 12) & (places < 40)
     np.testing.assert_allclose((weights @ cubic(np.arange(40) * 1.3))[middle], cubic(places)[middle], atol=2e-2)
-    assert inside.all() and spline_weights(4, 1.0, 6, 1.0)[1].tolist() == [True] * 4 + [False] * 2
+    assert inside.all() and compute_spline_matrix(4, 1.0, 6, 1.0)[1].tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.reference

@@ -202,28 +202,28 @@ def test_each_stage_claims_an_output_before_writing_it(cohort, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     def check(script):
-        assert [path.name for path in layout.claims(script).iterdir()] == ["a"]
+        assert [path.name for path in layout.claims_dir(script).iterdir()] == ["a"]
 
     settings = dict(root_dir=str(tmp_path), overwrite=False)
     segmenting = dict(settings, method="threshold", weights=None, settings="threshold")
     with monkeypatch.context() as patch:
         patch.setattr(segment_lung, "write_image", killed)
         with pytest.raises(KeyboardInterrupt):
-            segment_lung.segment(one, {}, **segmenting)
+            segment_lung.segment_subject(one, {}, **segmenting)
         check("segment_lung")
-    segment_lung.segment(one, {}, **segmenting)
+    segment_lung.segment_subject(one, {}, **segmenting)
     np.save(tmp_path / "atlas_patch_loc.npy", np.array([[0, 0, 0], [20, 20, 20]]))
     registering = dict(settings, atlas_mask=mask, atlas="x", min_dice=0.5)
     with monkeypatch.context() as patch:
         patch.setattr(registration.sitk, "WriteTransform", killed)
         with pytest.raises(KeyboardInterrupt):
-            register.register(one, {}, **registering)
+            register.register_subject(one, {}, **registering)
         check("register")
-    register.register(one, {}, **registering)
+    register.register_subject(one, {}, **registering)
     with monkeypatch.context() as patch:
         patch.setattr(patchify_images, "save_array", killed)
         with pytest.raises(KeyboardInterrupt):
-            patchify_images.patchify(one, {}, **settings, atlas_mask=mask, atlas="x", patch_size=32, qc=False)
+            patchify_images.patchify_subject(one, {}, **settings, atlas_mask=mask, atlas="x", patch_size=32, qc=False)
         check("patchify_images")
 
 
@@ -241,7 +241,7 @@ def test_registration_without_a_transform_fails_in_that_stage(cohort, tmp_path, 
     monkeypatch.setattr(ants, "registration", lambda *_, **__: {})
     flags = dict(root_dir=str(tmp_path), overwrite=False, atlas="x", min_dice=0.5)
     with pytest.raises(ScanError, match="wrote no transform") as caught:
-        register.register(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
+        register.register_subject(Subject("a", ""), {}, atlas_mask=str(folder / "atlas_lung_mask.nii.gz"), **flags)
     # The summary counts each EarlierFailure, but does not list it.
     assert not isinstance(caught.value, EarlierFailure)
     assert not list((tmp_path / "transform").glob("*"))
@@ -328,14 +328,14 @@ def test_old_leftovers_of_killed_runs_are_removed(tmp_path):
 
 
 def test_a_slice_replaced_in_a_folder_changes_its_stamp(tmp_path):
-    from preprocess.outputs import file_stamp
+    from preprocess.outputs import make_file_stamp
 
     (tmp_path / "1.dcm").write_bytes(b"a")
-    before = file_stamp(str(tmp_path))
-    assert file_stamp(str(tmp_path)) == before
+    before = make_file_stamp(str(tmp_path))
+    assert make_file_stamp(str(tmp_path)) == before
     (tmp_path / "1.dcm").write_bytes(b"b")
     os.utime(tmp_path / "1.dcm", (0, 1))
-    assert file_stamp(str(tmp_path)) != before
+    assert make_file_stamp(str(tmp_path)) != before
 
 
 def test_a_few_slices_are_refused(tmp_path, run):
@@ -474,7 +474,7 @@ def test_registration_recovers_a_known_affine(cohort):
     """Move the atlas's lungs by a known affine transform, and check that registration recovers this transform."""
     from types import SimpleNamespace
 
-    from preprocess.register import register
+    from preprocess.register import register_subject
     from preprocess.registration import measure_overlap
 
     folder, _ = cohort
@@ -494,7 +494,7 @@ def test_registration_recovers_a_known_affine(cohort):
     store = folder.parent / "known"
     (store / "lung_mask").mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(moved, str(store / "lung_mask" / "k.nii.gz"))
-    figures = register(
+    figures = register_subject(
         SimpleNamespace(sid="k", image=""),
         {},
         root_dir=str(store),
@@ -558,25 +558,25 @@ def test_grouping_is_verified_before_old_files_are_replaced(tmp_path, make_store
     step.main()
     before = {path.name: path.read_bytes() for path in (tmp_path / "grouped_patch").glob("*.npy")}
     shutil.copy(tmp_path / "patch" / "001_patch.npy", tmp_path / "patch" / "009_patch.npy")
-    checked = step.Grouping.check
+    checked = step.Grouping.verify_new_files
 
     def spoil(grouping):
         for index in range(grouping.count):
-            content = bytearray(grouping.aside(index).read_bytes())
+            content = bytearray(grouping.get_temporary_path(index).read_bytes())
             if damage == "exchanged":
                 start, size = len(grouping.header), grouping.patch_bytes
                 content[start : start + 2 * size] = (
                     content[start + size : start + 2 * size] + content[start : start + size]
                 )
-            grouping.aside(index).write_bytes(content[:-10] if damage == "short" else content)
+            grouping.get_temporary_path(index).write_bytes(content[:-10] if damage == "short" else content)
         checked(grouping)
 
-    monkeypatch.setattr(step.Grouping, "check", spoil)
+    monkeypatch.setattr(step.Grouping, "verify_new_files", spoil)
     with pytest.raises(StoreError, match=r"is the disk full\?|is not the patch of 000"):
         step.main()
     assert {path.name: path.read_bytes() for path in (tmp_path / "grouped_patch").glob("*.npy")} == before
     assert not (tmp_path / "grouped_patch" / ".partial").exists()
-    monkeypatch.setattr(step.Grouping, "check", checked)
+    monkeypatch.setattr(step.Grouping, "verify_new_files", checked)
     assert step.main() == 0 and "6 subjects" in capsys.readouterr().out
 
 
@@ -668,13 +668,13 @@ def test_grouping_leaves_out_mismatched_subjects(tmp_path, make_store, grid, run
 def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     from collections import namedtuple
 
-    from preprocess.patchify_images import check_disk
+    from preprocess.patchify_images import check_disk_space
     from preprocess.subjects import Subject
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
-    check_disk(tmp_path, [Subject("a", "")], 500, 32)  # one subject needs 2 x 33 MB
+    check_disk_space(tmp_path, [Subject("a", "")], 500, 32)  # one subject needs 2 x 33 MB
     with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
-        check_disk(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
+        check_disk_space(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 
 
 def test_an_unreachable_scheduler_is_reported(cohort, tmp_path, run):

@@ -13,7 +13,7 @@ from preprocess.threshold import segment_lungs
 from tools.cohort.anatomy import draw_anatomy
 from tools.cohort.disease import draw_disease, plant_disease
 from tools.cohort.phantom import LUNG_HU, Phantom
-from tools.cohort.scanner import Acquisition, finish, scan, to_image
+from tools.cohort.scanner import Acquisition, round_hu, simulate_scanner, to_image
 
 
 @functools.lru_cache(maxsize=4)
@@ -24,8 +24,8 @@ def make_phantom(index):
     spacing = np.array([1.2, 1.2, 1.4])
     made = Phantom(anatomy, tuple(spacing), rng)
     plant_disease(made.hu, made.lung, spacing, draw_disease(rng), rng, base=made.hu - LUNG_HU)
-    scan(made.hu, spacing, Acquisition(noise_hu=15, kernel_mm=0.5, sharpness=0.0, slice_mm=1.0), rng)
-    return finish(made.hu), made.lung, made.origin, spacing
+    simulate_scanner(made.hu, spacing, Acquisition(noise_hu=15, kernel_mm=0.5, sharpness=0.0, slice_mm=1.0), rng)
+    return round_hu(made.hu), made.lung, made.origin, spacing
 
 
 def phantom(index, orientation="LPS"):

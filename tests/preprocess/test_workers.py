@@ -11,7 +11,7 @@ import pytest
 
 from data.layout import StoreLayout
 from preprocess import workers
-from preprocess.report import claim
+from preprocess.report import write_claim_file
 from preprocess.scan import ScanError
 from preprocess.subjects import Subject
 from preprocess.workers import EARLIER, Record, Step, forget_scan, load_scan_once, run_steps
@@ -32,8 +32,8 @@ def stub(subject, previous):
     layout = StoreLayout(root)
     target = layout.patch_loc(subject.sid)
     output = Output(layout, "stub", subject.sid, previous, [target], {"method": "x"})
-    output.keep(lambda: output.earlier("dice"))
-    output.begin()
+    output.skip_if_valid(lambda: output.get_earlier_columns("dice"))
+    output.claim_and_remove_old()
     target.parent.mkdir(exist_ok=True, parents=True)
     target.write_bytes(b"x")
     return {"dice": 0.9, "method": "x"}
@@ -113,11 +113,11 @@ def test_failures_and_the_worst_overlaps_are_reported(tmp_path, capsys):
 
 def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     layout = StoreLayout(tmp_path)
-    claim(layout, "register", "a")
+    write_claim_file(layout, "register", "a")
     record = Record(layout, "register")
-    row = record.lost("a", f"{EARLIER}its worker process died")
+    row = record.make_lost_row("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
-    assert "atlas" not in record.lost("b", "x")  # "b" was never claimed, so its file may be the user's own
+    assert "atlas" not in record.make_lost_row("b", "x")  # "b" was never claimed, so its file may be the user's own
 
 
 def wait_for(happened, seconds=90):

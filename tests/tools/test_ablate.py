@@ -8,7 +8,7 @@ import pytest
 
 from misc.run.flags import parse_arguments
 from tools import ablate
-from tools.evaluation.ablation import markdown, summary
+from tools.evaluation.ablation import format_markdown, summarize_runs
 from tools.evaluation.learn import MODELS, make_even_weights, predict_others, score_held_out
 
 
@@ -19,11 +19,11 @@ def test_differences_are_paired_by_seed():
         for seed in range(3)
     ]
     rows.append({"arm": "baseline", "seed": 0, "column": "age", "table": "density", "r2": 0.4})
-    table = summary(pd.DataFrame(rows), "full").set_index("arm")
+    table = summarize_runs(pd.DataFrame(rows), "full").set_index("arm")
     assert table.loc["less", "difference"] == pytest.approx(-0.2)
     assert table.loc["less", "difference_sd"] == pytest.approx(0, abs=1e-9) and table.loc["full", "sd"] > 0.09
     assert np.isnan(table.loc["full", "difference"]) and np.isnan(table.loc["baseline", "sd"])
-    text = markdown(summary(pd.DataFrame(rows), "full"), np.array([True, False, False]))
+    text = format_markdown(summarize_runs(pd.DataFrame(rows), "full"), np.array([True, False, False]))
     assert "1 held-out subjects, fitted to 2" in text
     assert "| age | 0.60 ± 0.10 | 0.40 ± 0.10 (-0.20 ± 0.00) | 0.40 |" in text
 

@@ -13,7 +13,7 @@ from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
 from tools.timing import scans
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
-from tools.timing.measure import Row, compare, show
+from tools.timing.measure import Row, format_rows, make_comparison_row
 from tools.timing.runs import measure_memory
 from tools.timing.store import DISTINCT_FILES, make_store
 from tools.timing.training import measure_training
@@ -39,13 +39,13 @@ def test_literal_views_have_the_right_shapes_and_range():
 
 
 def test_a_row_shows_the_measurement():
-    row = compare("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
+    row = make_comparison_row("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
     assert row.ours == pytest.approx(5) and row.literal == pytest.approx(0.625)
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((8, 4, 16))
     assert row.of_matrix_rate == pytest.approx(0.15)
-    row = compare("x", "s", [2.0], [12.0], 4.0, 1.0)
+    row = make_comparison_row("x", "s", [2.0], [12.0], 4.0, 1.0)
     assert row.ours == pytest.approx(0.5) and row.literal == pytest.approx(12) and row.ratio == pytest.approx(24)
-    assert "unmeasured" in show([Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
+    assert "unmeasured" in format_rows([Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
 
 
 def test_the_store_has_every_location(tmp_path):

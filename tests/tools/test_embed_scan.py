@@ -10,7 +10,7 @@ import torch
 from misc.command import UserError
 from misc.files import hash_file
 from models.builder import DrasCLR
-from models.checkpoint import add_module, save_checkpoint
+from models.checkpoint import add_module_prefix, save_checkpoint
 from models.cnn3d import Encoder
 from preprocess.registration import check_overlap
 from preprocess.scan import ScanError
@@ -37,7 +37,7 @@ def study(cohort, tmp_path_factory, run):
     torch.manual_seed(0)
     model = DrasCLR(Encoder, locations, 12, 5, 3, 1, 8, 0.9, 0.2, True)
     calibrate(model.encoder_q)
-    save_checkpoint(root / "c_0003.pth.tar", {"epoch": 3, "state_dict": add_module(model.state_dict())})
+    save_checkpoint(root / "c_0003.pth.tar", {"epoch": 3, "state_dict": add_module_prefix(model.state_dict())})
     flags = ("--exp-name", root, "--checkpoint-patch", "c_0003.pth.tar", "--root-dir", root / "store")
     run("extract_feature.py", *flags, "--device", "cpu", "--layers", "--out-dir", root / "features")
     return root, folder
@@ -124,7 +124,7 @@ def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kin
     assert run_here("tools/embed_scan.py", *flags, "--standardization", "s.npz", cwd=tmp_path).returncode == 0
     table = pd.read_csv(tmp_path / "f.csv")
     assert table.shape == (1, 1 + 2 * patches.shape[2])
-    assert rel(table.iloc[0, 1:].to_numpy(float), kept.vectors(patches)[0]) < 1e-5
+    assert rel(table.iloc[0, 1:].to_numpy(float), kept.compute_vectors(patches)[0]) < 1e-5
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
     for change, message in (
         (dict(patient_vector="mean"), "has no effect with --patient-vector mean"),

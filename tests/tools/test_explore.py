@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from misc.page import encode_array, write_page
 from tests.browser import browse
 from tools.explore import FOLDER
-from tools.pages.numbers import compute_importance, find_nearest, find_unusual_locations, standardise
-from tools.pages.sides import make_sides
+from tools.pages.numbers import compute_importance, find_nearest, find_unusual_locations, standardize_features
+from tools.pages.sides import make_atlas_views
 
 N, D = 60, 6
 MARKED = "<b>M&"  # a label name that must not be interpreted as HTML
@@ -79,7 +79,7 @@ def test_importance_equals_ridge_regression():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(50, 1, 5)) * [1, 10, 0.1, 1, 1] + 3
     target = features[:, 0] @ rng.normal(size=5) + rng.normal(size=50)
-    x, found = standardise(features[:, 0]), []
+    x, found = standardize_features(features[:, 0]), []
     for penalty in (0.01, 0.1, 1.0, 10.0):
         predicted = np.zeros(50)
         for fold in np.array_split(np.random.default_rng(0).permutation(50), 5):
@@ -91,7 +91,7 @@ def test_importance_equals_ridge_regression():
 
 def test_twins_are_nearest_and_the_unusual_place_first(study):
     patches = np.load(study / "pred_arr_patch_full.npy")
-    rows = find_nearest(standardise(patches.mean(axis=1)), 4)
+    rows = find_nearest(standardize_features(patches.mean(axis=1)), 4)
     assert rows.shape == (N, 4) and rows[3, 0] == 7 and rows[7, 0] == 3 and (rows != np.arange(N)[:, None]).all()
     places, scores = find_unusual_locations(patches, np.arange(N) != 9, 3)
     assert places[9, 0] == 2 and scores[9, 0] > 2 * scores[:, 1].max()
@@ -107,7 +107,7 @@ def test_locations_are_drawn_correctly_for_any_atlas_orientation(flip):
     if flip:
         atlas = sitk.DICOMOrient(atlas, "RAS")
         corner = np.array([[60 - 4 - 8, 50 - 5 - 8, 30]])
-    front, left, below = make_sides(corner, 8, atlas)
+    front, left, below = make_atlas_views(corner, 8, atlas)
     np.testing.assert_allclose(front["places"][0], [(4 + 4) / 60, 1 - (30 + 4) / 40], atol=1e-6)
     np.testing.assert_allclose(left["places"][0], [(5 + 4) / 50, 1 - (30 + 4) / 40], atol=1e-6)
     np.testing.assert_allclose(below["places"][0], [(4 + 4) / 60, (5 + 4) / 50], atol=1e-6)
@@ -184,7 +184,7 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         },
         "sides": [
             {**side, "places": encode_array(side["places"])}
-            for side in make_sides(rng.integers(300, size=(places, 3)), 32, None)
+            for side in make_atlas_views(rng.integers(300, size=(places, 3)), 32, None)
         ],
     }
     page = tmp_path / "page.html"

@@ -120,7 +120,7 @@ def test_attention_finds_the_informative_patch():
     losses = {}
     for pooling in ("mean", "attention"):
         head = Head(4, 2, pooling)
-        head.calibrate(h)
+        head.store_standardization(h)
         optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
         for _ in range(300):
             optimizer.zero_grad()

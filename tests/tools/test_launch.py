@@ -79,15 +79,15 @@ def flags_of_two_nodes(port, job, node):
 
 def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    flags, store = launch.hold_endpoint(flags_of_two_nodes(29941, "a", "0"))
+    flags, store = launch.open_rendezvous(flags_of_two_nodes(29941, "a", "0"))
     assert flags[0] == "--rdzv-conf=is_host=false" and store is not None
-    assert launch.hold_endpoint(flags_of_two_nodes(29941, "a", "1"))[1] is not None
+    assert launch.open_rendezvous(flags_of_two_nodes(29941, "a", "1"))[1] is not None
     for job, node, words in (
         ("b", "0", "is in use by another job"),
         ("b", "1", "belongs to another job (id a, not b)"),
     ):
         with pytest.raises(SystemExit) as left:
-            launch.hold_endpoint(flags_of_two_nodes(29941, job, node))
+            launch.open_rendezvous(flags_of_two_nodes(29941, job, node))
         told = capsys.readouterr().err
         assert left.value.code == 2 and words in told and len(told.splitlines()) == 1
 

@@ -5,15 +5,15 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from misc.files import resume_folder
+from misc.files import prepare_resumable_folder
 from tools.cohort.anatomy import VARIATION, Anatomy, draw_anatomy
 from tools.cohort.disease import SHARE_QUANTILES, Disease, draw_class_shares, draw_disease, plant_disease
 from tools.cohort.patient import simulate_patient
 from tools.cohort.phantom import AIR, FAT_HU, Phantom
-from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, scan
+from tools.cohort.scanner import ONE_SCANNER, Acquisition, draw_acquisition, simulate_scanner
 from tools.cohort.texture import CLASSES, MODERATE, NORMAL, PANLOBULAR, PARASEPTAL, SEVERE
 from tools.cohort.warped import draw_diffeomorphism
-from tools.make_cohort import make_phantom, make_subject
+from tools.make_cohort import make_phantom, make_subject_once
 
 
 @pytest.fixture
@@ -59,17 +59,17 @@ def test_a_finished_subject_is_not_made_again(tmp_path):
         (out_dir / "image" / "0001.nii.gz").touch()
         return {"sid": "0001", "FEV1pp": 0.1 + 0.2}, {"sid": "0001", "died": 1}
 
-    resume_folder(made, "flags")
-    first = make_subject(made, job, 7, 0, tmp_path)
+    prepare_resumable_folder(made, "flags")
+    first = make_subject_once(made, job, 7, 0, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        make_subject(made, job, 7, 1, tmp_path)
-    resume_folder(made, "flags")
-    assert make_subject(made, job, 7, 0, tmp_path) == first and calls == [0, 1]
-    resume_folder(made, "other flags")
-    make_subject(made, job, 7, 0, tmp_path)
+        make_subject_once(made, job, 7, 1, tmp_path)
+    prepare_resumable_folder(made, "flags")
+    assert make_subject_once(made, job, 7, 0, tmp_path) == first and calls == [0, 1]
+    prepare_resumable_folder(made, "other flags")
+    make_subject_once(made, job, 7, 0, tmp_path)
     assert calls == [0, 1, 0]
     (tmp_path / "image" / "0001.nii.gz").unlink()
-    make_subject(made, job, 7, 0, tmp_path)
+    make_subject_once(made, job, 7, 0, tmp_path)
     assert calls == [0, 1, 0, 0]
 
 
@@ -259,9 +259,9 @@ def test_a_scan_has_the_stated_noise_and_slice_thickness():
     hu = np.zeros((40, 60, 60), dtype=np.float32)
     hu[20:] = 100
     thick = hu.copy()
-    scan(hu, spacing, Acquisition(12.0, 0.5, 0.6, 1.0), rng)
+    simulate_scanner(hu, spacing, Acquisition(12.0, 0.5, 0.6, 1.0), rng)
     assert hu[:15].std() == pytest.approx(12, rel=0.1)
-    scan(thick, spacing, Acquisition(0.001, 0.0, 0.0, 3.0), rng)
+    simulate_scanner(thick, spacing, Acquisition(0.001, 0.0, 0.0, 3.0), rng)
     profile = thick.mean((1, 2)) / 100
     assert np.diff(profile).max() < 0.6 and profile[18] > 0.01 and profile[0] < 1e-3  # blurred over three slices
     doses = [draw_acquisition(rng).noise_hu for _ in range(200)]

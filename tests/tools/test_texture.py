@@ -43,7 +43,7 @@ def rows():
     parenchyma = Parenchyma(shape, np.full(3, 0.6), np.random.default_rng(0))
     found = {}
     for kind, name in enumerate(CLASSES):
-        hu = parenchyma.render(kind)
+        hu = parenchyma.render_class_texture(kind)
         patches = hu[::4].reshape(24, 8, SIDE, 8, SIDE).transpose(0, 1, 3, 2, 4).reshape(-1, SIDE, SIDE).copy()
         if name == "paraseptal":
             patches[:, :WALL] = 40.0

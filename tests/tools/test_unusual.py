@@ -18,8 +18,8 @@ def test_scores_are_mahalanobis_distances():
     away = asked - np.array([5.0, -3.0]).reshape(1, 2, 1)
     wanted = np.einsum("nli,ij,nlj->nl", away, precision, away) / 4
     density = HealthyDensity(healthy, np.arange(4000))
-    np.testing.assert_allclose(density.score(asked, np.arange(7)), wanted, rtol=0.15)
-    assert density.score(healthy, np.arange(4000)).mean() == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(density.score_rows(asked, np.arange(7)), wanted, rtol=0.15)
+    assert density.score_rows(healthy, np.arange(4000)).mean() == pytest.approx(1, abs=0.05)
 
 
 def test_healthy_subjects_are_scored_without_themselves():
@@ -32,7 +32,7 @@ def test_healthy_subjects_are_scored_without_themselves():
     assert abs(scores[healthy].mean() - scores[~healthy].mean()) < 0.5 * spread
     sick, well = np.flatnonzero(~healthy), np.flatnonzero(healthy)
     seen = HealthyDensity(features, well)
-    assert seen.score(features, sick).mean() - seen.score(features, well).mean() > spread
+    assert seen.score_rows(features, sick).mean() - seen.score_rows(features, well).mean() > spread
 
 
 @pytest.fixture

@@ -39,19 +39,19 @@ def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
     """Draw the size, shape, pose and inspiration of a subject."""
     spread = VARIATION[size]
 
-    def vary(middle: float, low: float, high: float) -> float:
+    def draw_around(middle: float, low: float, high: float) -> float:
         return middle * (1 + spread * (rng.uniform(low, high) - 1))
 
     return Anatomy(
-        scale=vary(SIZES[size], 0.92, 1.08),
-        width=vary(130, 0.93, 1.07),
-        depth=vary(88, 0.92, 1.08),
-        height=vary(260, 0.92, 1.08),
-        mediastinum=vary(22, 0.85, 1.2),
-        heart=vary(50, 0.9, 1.12),
-        diaphragm=vary(62, 0.8, 1.25),
-        notch=vary(1, 0.8, 1.2),
-        fat=vary(24, 0.6, 1.5),
+        scale=draw_around(SIZES[size], 0.92, 1.08),
+        width=draw_around(130, 0.93, 1.07),
+        depth=draw_around(88, 0.92, 1.08),
+        height=draw_around(260, 0.92, 1.08),
+        mediastinum=draw_around(22, 0.85, 1.2),
+        heart=draw_around(50, 0.9, 1.12),
+        diaphragm=draw_around(62, 0.8, 1.25),
+        notch=draw_around(1, 0.8, 1.2),
+        fat=draw_around(24, 0.6, 1.5),
         rotation=tuple(spread * np.deg2rad(rng.uniform(-4, 4, 3))),
         inflation=rng.uniform(-25, 30),
     )

@@ -17,8 +17,8 @@ from tools.cohort.texture import (
     SEVERE,
     TEXTURES,
     Parenchyma,
-    gaussian_field,
-    smooth_field,
+    draw_coarse_noise,
+    draw_gaussian_noise,
 )
 
 # Fraction of a smoker's lung in each class: quantiles over 2,500 of 9,330 subjects (Chest Imaging Platform).
@@ -96,9 +96,9 @@ class Lungs:
         self.height = np.broadcast_to(height[:, None, None], lung.shape)[self.mask].astype(np.float32)
         self.depth = ndimage.distance_transform_edt(self.mask, sampling=sampling)[self.mask].astype(np.float32)  # mm
 
-    def field(self, width: float, rng: np.random.Generator) -> np.ndarray:
+    def draw_smooth_noise(self, width: float, rng: np.random.Generator) -> np.ndarray:
         """Return smooth noise with SD 1 at the lung voxels, (n,). ``width`` is in mm."""
-        return smooth_field(self.mask.shape, self.sampling, width, rng)[self.mask]
+        return draw_coarse_noise(self.mask.shape, self.sampling, width, rng)[self.mask]
 
 
 def draw_class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> np.ndarray:
@@ -109,13 +109,13 @@ def draw_class_map(lungs: Lungs, disease: Disease, rng: np.random.Generator) -> 
     mainly near the base, and paraseptal emphysema near the pleura.
     """
     height = 2 * lungs.height - 1  # -1 base, 1 apex
-    clusters = disease.upper * height + lungs.field(disease.cluster_mm, rng)
+    clusters = disease.upper * height + lungs.draw_smooth_noise(disease.cluster_mm, rng)
     scores = {
-        PARASEPTAL: -lungs.depth / 5 + 0.3 * height + 0.7 * lungs.field(6.0, rng),
-        PANLOBULAR: -1.2 * height + lungs.field(12.0, rng),
+        PARASEPTAL: -lungs.depth / 5 + 0.3 * height + 0.7 * lungs.draw_smooth_noise(6.0, rng),
+        PANLOBULAR: -1.2 * height + lungs.draw_smooth_noise(12.0, rng),
         SEVERE: clusters,
         MODERATE: clusters,
-        MILD: 0.6 * clusters + 0.8 * lungs.field(6.0, rng),
+        MILD: 0.6 * clusters + 0.8 * lungs.draw_smooth_noise(6.0, rng),
     }
     classes = np.full(len(height), NORMAL, dtype=np.uint8)
     for kind, score in scores.items():
@@ -159,8 +159,8 @@ def plant_disease(
     for kind in range(len(TEXTURES)):
         where = (planted == kind + 1) & (hu < -800)
         if not (kind == NORMAL and keep_normal) and where.any():
-            hu[where] = parenchyma.render(kind, where) + base[where]
-    reticular = _reticulate(hu, lungs, disease.reticulation, rng)
+            hu[where] = parenchyma.render_class_texture(kind, where) + base[where]
+    reticular = _add_reticulation(hu, lungs, disease.reticulation, rng)
     lesion_mm = _plant_lesion(hu, lungs, disease.lesion_mm, rng)
 
     share = np.bincount(classes, minlength=len(CLASSES)) / len(classes)
@@ -179,14 +179,14 @@ def plant_disease(
     return {name: round(float(value), 5) for name, value in strengths.items()}, planted
 
 
-def _reticulate(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
+def _add_reticulation(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
     """Thicken septa near the base and the surface of the lungs in ``hu``. Return the affected fraction of the lungs."""
     if wanted <= 0:
         return 0.0
-    score = -1.5 * (2 * lungs.height - 1) - lungs.depth / 8 + 0.7 * lungs.field(10.0, rng)
+    score = -1.5 * (2 * lungs.height - 1) - lungs.depth / 8 + 0.7 * lungs.draw_smooth_noise(10.0, rng)
     count = max(1, round(wanted * len(score)))
     chosen = np.argpartition(-score, count - 1)[:count]
-    sheets = np.exp(-((gaussian_field(hu.shape, lungs.sampling, 2.2, rng)[lungs.mask][chosen] / 0.13) ** 2))
+    sheets = np.exp(-((draw_gaussian_noise(hu.shape, lungs.sampling, 2.2, rng)[lungs.mask][chosen] / 0.13) ** 2))
     values = hu[lungs.mask]
     values[chosen] += np.maximum(0, RETICULAR_HU - values[chosen]) * sheets
     hu[lungs.mask] = values

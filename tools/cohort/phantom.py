@@ -43,9 +43,9 @@ class Phantom:
             )
             for i in range(3)
         )
-        self._build()
+        self._build_thorax()
 
-    def _build(self) -> None:
+    def _build_thorax(self) -> None:
         a, x, y, z = self.anatomy, self.x, self.y, self.z
         t = z / a.height  # 0 base, 1 apex
         taper = np.sqrt(np.clip(1 - (np.clip(t - 0.28, 0, None) / 0.74) ** 2.2, 0, 1))

@@ -34,7 +34,7 @@ def draw_acquisition(rng: np.random.Generator, full_dose: bool = False) -> Acqui
     )
 
 
-def scan(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.random.Generator) -> None:
+def simulate_scanner(hu: np.ndarray, spacing: np.ndarray, acquisition: Acquisition, rng: np.random.Generator) -> None:
     """Apply slice thickness, kernel and noise to ``hu`` in place: (z, y, x) float32. ``spacing`` is (x, y, z) in mm."""
     sampling = spacing[::-1]
     slices = acquisition.slice_mm / sampling[0]
@@ -57,6 +57,6 @@ def to_image(array: np.ndarray, origin: np.ndarray, spacing: np.ndarray, orienta
     return sitk.DICOMOrient(image, orientation)
 
 
-def finish(hu: np.ndarray) -> np.ndarray:
+def round_hu(hu: np.ndarray) -> np.ndarray:
     """Round and clip HU to int16, as a scanner stores them."""
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16)

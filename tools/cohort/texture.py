@@ -49,7 +49,9 @@ TEXTURES = (
 )
 
 
-def gaussian_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
+def draw_gaussian_noise(
+    shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator
+) -> np.ndarray:
     """Return smooth noise with mean 0 and SD 1, (z, y, x) float32.
 
     The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. Averaging over
@@ -73,12 +75,12 @@ class Parenchyma:
 
     def __init__(self, shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator):
         widths = sorted({width for texture in TEXTURES for width in (texture.fine_mm, texture.coarse_mm)})
-        self._fields = {width: gaussian_field(shape, sampling, width, rng) for width in widths}
-        one, two = (gaussian_field(shape, sampling, _VESSEL_MM, rng) for _ in range(2))
+        self._fields = {width: draw_gaussian_noise(shape, sampling, width, rng) for width in widths}
+        one, two = (draw_gaussian_noise(shape, sampling, _VESSEL_MM, rng) for _ in range(2))
         self._off_axis = one**2 + two**2  # this field is 0 along curves, which become the vessels
-        self._region = smooth_field(shape, sampling, _REGION_MM, rng)
+        self._region = draw_coarse_noise(shape, sampling, _REGION_MM, rng)
 
-    def render(self, kind: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def render_class_texture(self, kind: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return HU of class ``kind`` at the voxels ``where`` (a boolean mask or a slice), float32."""
         texture = TEXTURES[kind]
         fine, coarse = (self._fields[width][where] for width in (texture.fine_mm, texture.coarse_mm))
@@ -91,18 +93,20 @@ class Parenchyma:
         return (hu + (VESSEL_HU - hu) * share).astype(np.float32)
 
 
-def smooth_field(shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
-    """Return noise like :func:`gaussian_field`, but drawn on a coarse grid and interpolated, for large widths."""
+def draw_coarse_noise(
+    shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return noise like :func:`draw_gaussian_noise`, but drawn on a coarse grid and interpolated, for large widths."""
     step = np.maximum(1, np.floor(width / 2 / sampling)).astype(int)
     coarse = tuple(int(np.ceil(n / k)) + 1 for n, k in zip(shape, step))
     field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (sampling * step))
     # Divide by the theoretical SD, not by the SD of this draw, because a draw may have few independent regions.
-    field /= np.sqrt(np.prod([np.sum(_kernel(width / (k * d)) ** 2) for k, d in zip(step, sampling)]))
+    field /= np.sqrt(np.prod([np.sum(_make_gaussian_kernel(width / (k * d)) ** 2) for k, d in zip(step, sampling)]))
     at = np.ix_(*[np.arange(n, dtype=np.float32) / k for n, k in zip(shape, step)])
     return ndimage.map_coordinates(field, np.broadcast_arrays(*at), order=1).astype(np.float32)
 
 
-def _kernel(sigma: float) -> np.ndarray:
+def _make_gaussian_kernel(sigma: float) -> np.ndarray:
     """Return the one-dimensional Gaussian kernel that scipy.ndimage uses."""
     reach = int(4 * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)

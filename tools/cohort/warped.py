@@ -12,7 +12,15 @@ from preprocess.lungs import lung_mask
 from preprocess.scan import ScanError, read_mask, read_scan
 from tools.cohort.disease import draw_disease, plant_disease
 from tools.cohort.phantom import rotation_matrix
-from tools.cohort.scanner import ATLAS_ORIENTATION, ONE_SCANNER, ORIENTATIONS, draw_acquisition, finish, scan, to_image
+from tools.cohort.scanner import (
+    ATLAS_ORIENTATION,
+    ONE_SCANNER,
+    ORIENTATIONS,
+    draw_acquisition,
+    round_hu,
+    simulate_scanner,
+    to_image,
+)
 from tools.cohort.subject import write_subject
 
 NORMAL_HU = -893.0  # median HU of the texture of normal lung
@@ -90,10 +98,10 @@ def make_warped_subject(
     drawn = draw_acquisition(rng)  # drawn even with --scanners one, so that --scanners does not change the subjects
     # A real scan already has the blur of a reconstruction kernel.
     acquisition = (ONE_SCANNER if one_scanner else drawn)._replace(kernel_mm=0.0, sharpness=0.0)
-    scan(warped, spacing, acquisition, rng)
+    simulate_scanner(warped, spacing, acquisition, rng)
     position = np.array(image.GetOrigin()) + rng.uniform(-50, 50, 3)
     stored = (position, spacing, ORIENTATIONS[index % len(ORIENTATIONS)])
-    images = [to_image(finish(warped), *stored), to_image(classes, *stored) if class_maps else None]
+    images = [to_image(round_hu(warped), *stored), to_image(classes, *stored) if class_maps else None]
     return write_subject(seed, index, images, planted, acquisition._asdict(), out_dir)
 
 

@@ -5,7 +5,7 @@ import multiprocessing
 import torch
 
 from data.store import PatchStore
-from data.views import to_input
+from data.views import convert_hu_to_input
 from tools.dev.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
 from tools.timing.measure import synchronize
 from tools.timing.step import TimedStep, make_encoder
@@ -26,9 +26,9 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
 
     def loss() -> float:
         drawn = next(fast.batches)
-        inputs = fast.inputs(drawn)
+        inputs = fast.make_inputs(drawn)
         views = fast.views(inputs.patches, inputs.neighbors, inputs.draws)
-        return float(literal.losses(drawn.location, *views, *fast.where(drawn.location)).detach())
+        return float(literal.compute_loss(drawn.location, *views, *fast.get_coordinates(drawn.location)).detach())
 
     def encode() -> None:
         literal_encode(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
@@ -36,12 +36,12 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
     def step() -> None:
         drawn = next(fast.batches)
         views = literal_views(drawn.patches, drawn.neighbors, augment)
-        literal.step(drawn.location, *(view.to(device) for view in views), *fast.where(drawn.location))
+        literal.step(drawn.location, *(view.to(device) for view in views), *fast.get_coordinates(drawn.location))
 
     @torch.no_grad()
     def features() -> None:
         patches = torch.zeros(len(everywhere), 32, 32, 32, dtype=torch.int16).to(device)
-        literal_encode(encoder, to_input(patches), everywhere)[1].cpu()
+        literal_encode(encoder, convert_hu_to_input(patches), everywhere)[1].cpu()
 
     jobs = {work.__name__: work for work in (loss, encode, step, features)}
     while (name := pipe.recv()) is not None:

@@ -19,7 +19,7 @@ from data.sampler import BatchIndex
 from data.store import PatchStore
 from data.views import StepDraws, StepViews
 from misc.command import Parser, run
-from misc.files import write_whole
+from misc.files import write_atomically
 
 QUERY, NEIGHBOR, KEY, INK = "#1f77b4", "#2a9d4a", "#d1622b", "#222222"
 
@@ -34,7 +34,7 @@ def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch
     location = int(shown.argmax()) if location is None else location
     draws = StepDraws(Augmentation("agc"), 1, range(1))
     views = StepViews(draws, torch.device("cpu"))
-    views.seed(0, location, 0)
+    views.seed_noise(0, location, 0)
     return views(
         torch.from_numpy(patches[location : location + 1].copy()),
         torch.from_numpy(patches[neighbors[location]][None].copy()),
@@ -56,27 +56,27 @@ class Canvas:
         self.axes.set_ylim(0, 52)
         self.axes.set_axis_off()
 
-    def text(self, x, y, words, size=10, color=INK):
+    def draw_text(self, x, y, words, size=10, color=INK):
         self.axes.text(x, y, words, ha="center", va="center", fontsize=size, color=color)
 
-    def box(self, x, y, width, height, words, color, size=10):
+    def draw_box(self, x, y, width, height, words, color, size=10):
         from matplotlib.patches import FancyBboxPatch
 
         shape = dict(boxstyle="round,pad=0.4", facecolor="white", edgecolor=color, linewidth=1.8)
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, **shape))
-        self.text(x + width / 2, y + height / 2, words, size)
+        self.draw_text(x + width / 2, y + height / 2, words, size)
 
-    def arrow(self, start, end, color=INK):
+    def draw_arrow(self, start, end, color=INK):
         from matplotlib.patches import FancyArrowPatch
 
         shape = dict(arrowstyle="-|>", mutation_scale=13, color=color, linewidth=1.4)
         self.axes.add_patch(FancyArrowPatch(start, end, **shape))
 
-    def place(self, x, y, width, height):
+    def add_axes_at(self, x, y, width, height):
         return self.figure.add_axes((x / 130, y / 52, width / 130, height / 52))
 
-    def picture(self, x, y, side, volume, color):
-        place = self.place(x, y, side, side)
+    def draw_middle_slice(self, x, y, side, volume, color):
+        place = self.add_axes_at(x, y, side, side)
         place.imshow(volume[volume.shape[0] // 2], cmap="gray", vmin=-1, vmax=1, origin="lower")
         place.set_xticks([])
         place.set_yticks([])
@@ -92,44 +92,44 @@ def draw_inputs(canvas: Canvas, views: tuple[torch.Tensor, torch.Tensor, torch.T
         from matplotlib.image import imread
 
         drawn = imread(scan)
-        place = canvas.place(1, 12, 27, 28)
+        place = canvas.add_axes_at(1, 12, 27, 28)
         place.imshow(drawn[int(0.155 * drawn.shape[0]) :, : drawn.shape[1] // 3])
         place.set_axis_off()
-    canvas.text(14.5, 43.5, "scan, lung mask,\natlas locations", 11)
-    canvas.text(14.5, 8.5, "registered by the mask,\ncut at every location l", 9.5)
-    canvas.picture(36, 37, 10.5, query[0], QUERY)
-    canvas.picture(32, 20, 10.5, neighbors[0], NEIGHBOR)
-    canvas.picture(40, 20, 10.5, neighbors[1], NEIGHBOR)
-    canvas.picture(36, 3, 10.5, key[0], KEY)
-    canvas.text(41.2, 49.3, "patch at l, view 1", 9.5, QUERY)
-    canvas.text(41.2, 32.5, "its k nearest patches, one view", 9.5, NEIGHBOR)
-    canvas.text(41.2, 15.3, "patch at l, view 2", 9.5, KEY)
+    canvas.draw_text(14.5, 43.5, "scan, lung mask,\natlas locations", 11)
+    canvas.draw_text(14.5, 8.5, "registered by the mask,\ncut at every location l", 9.5)
+    canvas.draw_middle_slice(36, 37, 10.5, query[0], QUERY)
+    canvas.draw_middle_slice(32, 20, 10.5, neighbors[0], NEIGHBOR)
+    canvas.draw_middle_slice(40, 20, 10.5, neighbors[1], NEIGHBOR)
+    canvas.draw_middle_slice(36, 3, 10.5, key[0], KEY)
+    canvas.draw_text(41.2, 49.3, "patch at l, view 1", 9.5, QUERY)
+    canvas.draw_text(41.2, 32.5, "its k nearest patches, one view", 9.5, NEIGHBOR)
+    canvas.draw_text(41.2, 15.3, "patch at l, view 2", 9.5, KEY)
 
 
 def draw_method(canvas: Canvas) -> None:
     """Draw the right half of the figure: encoders, queues and tasks."""
     rows = ((38, QUERY, "q"), (21, NEIGHBOR, "r$_1$ ... r$_k$"), (4, KEY, "key"))
     for height, color, name in rows:
-        canvas.arrow((29, 26), (31 if color == NEIGHBOR else 35, height + 4.3), color)
-        canvas.arrow((51.5, height + 4.3), (56, height + 4.3), color)
-        canvas.arrow((76, height + 4.3), (82, height + 4.3), color)
-        canvas.text(85.2, height + 4.3, name, 12, color)
+        canvas.draw_arrow((29, 26), (31 if color == NEIGHBOR else 35, height + 4.3), color)
+        canvas.draw_arrow((51.5, height + 4.3), (56, height + 4.3), color)
+        canvas.draw_arrow((76, height + 4.3), (82, height + 4.3), color)
+        canvas.draw_text(85.2, height + 4.3, name, 12, color)
     words = "query encoder\n\nkernel(l) =\n$\\sum_e$ sigmoid(W l + b)$_e$ · W$_e$\n\n3-D CNN, 13 layers"
-    canvas.box(57, 22, 18, 24, words, QUERY, 9.5)
-    canvas.box(57, 3, 18, 11, "key encoder\nmomentum of\nthe query encoder", KEY, 9.5)
-    canvas.arrow((66, 21.3), (66, 14.9))
-    canvas.text(69.5, 18, "m = 0.999", 8.5)
+    canvas.draw_box(57, 22, 18, 24, words, QUERY, 9.5)
+    canvas.draw_box(57, 3, 18, 11, "key encoder\nmomentum of\nthe query encoder", KEY, 9.5)
+    canvas.draw_arrow((66, 21.3), (66, 14.9))
+    canvas.draw_text(69.5, 18, "m = 0.999", 8.5)
     words = "queues: K keys for each location l\n(other subjects, same location)"
-    canvas.box(93, 3, 34, 11, words, KEY, 9.5)
-    canvas.arrow((88, 8.3), (92.2, 8.3), KEY)
-    canvas.box(93, 36, 34, 12, "patch task\n\n[ q · key,  q · queue$_l$ ] / T", QUERY, 10.5)
+    canvas.draw_box(93, 3, 34, 11, words, KEY, 9.5)
+    canvas.draw_arrow((88, 8.3), (92.2, 8.3), KEY)
+    canvas.draw_box(93, 36, 34, 12, "patch task\n\n[ q · key,  q · queue$_l$ ] / T", QUERY, 10.5)
     words = "neighbour task\n\n[ $\\sum_k$ r$_k$ · key,  $\\sum_k$ r$_k$ · queue$_l$ ] / T"
-    canvas.box(93, 20, 34, 12, words, NEIGHBOR, 10.5)
-    canvas.arrow((88, 42.3), (92.2, 42.3), QUERY)
-    canvas.arrow((89.5, 25.3), (92.2, 25.3), NEIGHBOR)
-    canvas.arrow((110, 14.8), (110, 19.3), KEY)
-    canvas.arrow((110, 32.8), (110, 35.3), KEY)
-    canvas.text(110, 50.3, "which key is mine?  loss = CE(patch) + β CE(neighbour)", 9.5)
+    canvas.draw_box(93, 20, 34, 12, words, NEIGHBOR, 10.5)
+    canvas.draw_arrow((88, 42.3), (92.2, 42.3), QUERY)
+    canvas.draw_arrow((89.5, 25.3), (92.2, 25.3), NEIGHBOR)
+    canvas.draw_arrow((110, 14.8), (110, 19.3), KEY)
+    canvas.draw_arrow((110, 32.8), (110, 35.3), KEY)
+    canvas.draw_text(110, 50.3, "which key is mine?  loss = CE(patch) + β CE(neighbour)", 9.5)
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     canvas = Canvas()
     draw_inputs(canvas, draw_views(store, row, args.location), store.layout.qc(store.sids[row]))
     draw_method(canvas)
-    write_whole(args.out, lambda stream: canvas.figure.savefig(stream, dpi=80, format="png"))
+    write_atomically(args.out, lambda stream: canvas.figure.savefig(stream, dpi=80, format="png"))
     print(f"draw_method: wrote {args.out}")
 
 

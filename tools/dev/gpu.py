@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from misc.command import OneOf, Parser, run
 from models.fast.memory import keep_freed_memory
 from tools.dev.gpu_lab.sections import ROOT, SECTIONS, Lab
-from tools.dev.gpu_lab.setting import QUICK, TINY, Sizes, write
+from tools.dev.gpu_lab.setting import QUICK, TINY, Sizes, write_result
 from tools.dev.gpu_lab.store import FileStore
 
 
@@ -78,7 +78,7 @@ def main() -> None:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"}
         found["section_seconds"] = round(time.perf_counter() - start, 1)
-        write(out, name, found)
+        write_result(out, name, found)
         print(f"== {name}: {found['section_seconds']} s", flush=True)
         for key, value in found.items():
             print(f"{key}: {str(value)[:2000]}", flush=True)

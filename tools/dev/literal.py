@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.augment import ELASTIC_SIGMA, PUBLISHED
-from data.views import clip_and_shift_hu, to_unit
+from data.views import clip_and_shift_hu, scale_to_unit_range
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.condconv3d import CondConv3D
@@ -41,7 +41,7 @@ class LiteralStep:
             self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
         )
 
-    def losses(self, index, query, key, neighbors, loc, neighbor_loc) -> torch.Tensor:
+    def compute_loss(self, index, query, key, neighbors, loc, neighbor_loc) -> torch.Tensor:
         batch, k = neighbors.shape[:2]
         q = F.normalize(literal_encode(self.encoder_q, query, loc.expand(batch, 3))[0], dim=1)
         r = literal_encode(
@@ -63,7 +63,7 @@ class LiteralStep:
         return F.cross_entropy(logits_pch, labels) + F.cross_entropy(logits_ngb, labels)
 
     def step(self, *inputs) -> float:
-        loss = self.losses(*inputs)
+        loss = self.compute_loss(*inputs)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -107,4 +107,8 @@ def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: Liter
     shifted_neighbors = clip_and_shift_hu(neighbors)
     query = torch.stack([augment(volume) for volume in shifted])
     key = torch.stack([augment(volume) for volume in shifted])
-    return to_unit(query), to_unit(key), to_unit(torch.stack([augment(volume) for volume in shifted_neighbors]))
+    return (
+        scale_to_unit_range(query),
+        scale_to_unit_range(key),
+        scale_to_unit_range(torch.stack([augment(volume) for volume in shifted_neighbors])),
+    )

@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_text
-from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_rows, list_files
+from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_mutations, list_files
 
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "1", "-rfE", "--tb=no")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
@@ -196,7 +196,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
     """Test each mutation for which :func:`is_wanted` is true, and write the table after each test."""
     runner, lock, copies = Runner(args), threading.Lock(), list[Path]()
 
-    def work(row: Row) -> None:
+    def run_row_and_save(row: Row) -> None:
         if runner.stop.is_set() or not is_wanted(rows, row, args):
             return
         tree, began = copies.pop(), time.monotonic()
@@ -212,7 +212,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch, ThreadPoolExecutor(args.jobs) as pool:
         copies += [copy_checkout(args.checkout, Path(scratch) / str(number)) for number in range(args.jobs)]
         try:
-            list(pool.map(work, rows))
+            list(pool.map(run_row_and_save, rows))
         finally:
             runner.stop.set()
 
@@ -273,7 +273,7 @@ def main() -> int:
     args = parse_arguments()
     args.checkout = args.checkout.resolve()
     if args.command == "draw":
-        rows = draw_rows(args.checkout, args.seed, args.count)
+        rows = draw_mutations(args.checkout, args.seed, args.count)
         kept = read_table(args.table) if Path(args.table).exists() else []
         if any(old[name] != new[name] for old, new in itertools.zip_longest(kept, rows[: len(kept)]) for name in DRAWN):
             raise UserError(

@@ -129,7 +129,7 @@ def list_files(checkout: Path) -> list[str]:
     return [name for name in git.stdout.split("\0") if (checkout / name).is_file()]
 
 
-def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
+def draw_mutations_in_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str, str, str, str]]:
     """Yield mutations (file, line, kind, before, after) in random order, cycling through the kinds.
 
     Only lines that occur once in their file are mutated.
@@ -148,14 +148,14 @@ def draw_folder(sources: dict[str, bytes], seed: int) -> Iterator[tuple[str, str
             yield name, str(line), kind, before.decode(), after.decode()
 
 
-def draw_rows(checkout: Path, seed: int, count: int) -> list[Row]:
+def draw_mutations(checkout: Path, seed: int, count: int) -> list[Row]:
     """Draw mutations from each folder in turn. The same seed and sources give the same rows."""
     sources: dict[str, dict[str, bytes]] = {folder: {} for folder in FOLDERS}
     for name in list_files(checkout):
         folder = name.split("/")[0] if "/" in name else "."
         if name.endswith(".py") and folder in sources and not name.startswith(EXCLUDED):
             sources[folder][name] = (checkout / name).read_bytes()
-    streams = [zip(itertools.repeat(folder), draw_folder(sources[folder], seed)) for folder in FOLDERS]
+    streams = [zip(itertools.repeat(folder), draw_mutations_in_folder(sources[folder], seed)) for folder in FOLDERS]
     rows = []
     for folder, values in itertools.islice(interleave_streams(streams), count):
         values = (f"m{len(rows) + 1:03d}", folder, *values)

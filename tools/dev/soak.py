@@ -64,11 +64,11 @@ class Job(NamedTuple):
 def fingerprint_files(*patterns: str) -> Callable[[Path], dict[str, str]]:
     """Return a function that computes fingerprints of the files that match the patterns."""
 
-    def made(folder: Path) -> dict[str, str]:
+    def compute_fingerprints(folder: Path) -> dict[str, str]:
         paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
-    return made
+    return compute_fingerprints
 
 
 def fingerprint_training(folder: Path) -> dict[str, str]:
@@ -102,51 +102,51 @@ def list_jobs() -> dict[str, Job]:
     scans = ("--input-csv", "cohort/dataset.csv", "--num-workers", "2", "--no-progress")
     atlas = ("--atlas-mask", "cohort/atlas_lung_mask.nii.gz")
 
-    def script(name: str, *flags: str) -> tuple[str, ...]:
+    def make_command(name: str, *flags: str) -> tuple[str, ...]:
         return (python, str(ROOT / name), *flags)
 
     masks, transforms = "store/lung_mask", "store/transform"
     laid, cut = "store/atlas_patch_loc.npy", ("store/patch", "store/patch_loc")
     train = ("--root-dir", "store", "--exp-name", "run", "--resume", "auto", *TRAINING)
     grouped = (laid, "store/grouped_patch", "store/subjects.csv")
-    segment = script("preprocess/segment_lung.py", *scans, *store, "--method", "threshold")
-    launch = script("tools/launch.py", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *train)
+    segment = make_command("preprocess/segment_lung.py", *scans, *store, "--method", "threshold")
+    launch = make_command("tools/launch.py", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *train)
     extract = ("--exp-name", "trained", "--checkpoint-patch", "checkpoint_patch_0002.pth.tar", *store)
     return {
         "segment_lung": Job(segment, ("cohort",), fingerprint_files("store/lung_mask/*")),
         "register": Job(
-            script("preprocess/register.py", *scans, *store, *atlas),
+            make_command("preprocess/register.py", *scans, *store, *atlas),
             ("cohort", masks),
             fingerprint_files("store/transform/*"),
         ),
         "patchify_images": Job(
-            script("preprocess/patchify_images.py", *scans, *store, *atlas),
+            make_command("preprocess/patchify_images.py", *scans, *store, *atlas),
             ("cohort", masks, transforms, laid),
             fingerprint_files("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
         ),
         "run_preprocess": Job(
-            script("preprocess/run_preprocess.py", *scans, *store, *atlas, "--method", "threshold"),
+            make_command("preprocess/run_preprocess.py", *scans, *store, *atlas, "--method", "threshold"),
             ("cohort",),
             fingerprint_files(
                 "store/*/*.npy", "store/*.npy", "store/lung_mask/*", "store/transform/*", "store/subjects.csv"
             ),
         ),
         "group_patches": Job(
-            script("preprocess/group_patches.py", *store, "--no-progress"),
+            make_command("preprocess/group_patches.py", *store, "--no-progress"),
             (laid, *cut),
             fingerprint_files("store/grouped_patch/*.npy", "store/subjects.csv"),
         ),
-        "train, 1 rank": Job(script("train.py", *train), grouped, fingerprint_training),
+        "train, 1 rank": Job(make_command("train.py", *train), grouped, fingerprint_training),
         "train, 2 ranks": Job(launch, grouped, fingerprint_training),
         "extract_feature": Job(
-            script("extract_feature.py", *extract, "--device", "cpu", "--no-progress", "--out-dir", "features"),
+            make_command("extract_feature.py", *extract, "--device", "cpu", "--no-progress", "--out-dir", "features"),
             (*grouped, "trained"),
             fingerprint_files("features/*.npy", "features/*.csv"),
         ),
     }
 
 
-def prepare(folder: Path, subjects: int) -> None:
+def prepare_inputs(folder: Path, subjects: int) -> None:
     """Make the inputs of the jobs without sending signals: a cohort, its store and a trained experiment."""
     if (folder / "trained").is_dir():
         return
@@ -191,7 +191,7 @@ def list_processes(session: int) -> list:
     return found
 
 
-def start(job: Job, folder: Path) -> subprocess.Popen:
+def start_job(job: Job, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = open(folder / "output.txt", "ab")  # noqa: SIM115 (the started process writes to this file)
     with log:
@@ -231,7 +231,7 @@ def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) ->
     return f"{name} to {target} after {moment:.1f} s"
 
 
-def leave(process: subprocess.Popen) -> str:
+def wait_until_ended(process: subprocess.Popen) -> str:
     """Wait for the end of all processes of a job, and kill those that do not end. Return the problem, if any."""
     try:
         process.wait(TIME_LIMIT)
@@ -254,11 +254,11 @@ def run_trial(
     """Run one trial. Return the signals that were sent, and how the result is wrong (``""`` if it is correct)."""
     sent = []
     for number in range(STARTS):
-        process = start(job, folder)
+        process = start_job(job, folder)
         kills = number < rng.choice((1, 2))
         if kills and (text := send_signal(process, rng, rng.uniform(0.0, seconds))):
             sent.append(text)
-        if wrong := leave(process):
+        if wrong := wait_until_ended(process):
             return sent, wrong
         if process.returncode == 0:
             break
@@ -313,8 +313,8 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
     prepared, plain = work / "prepared", work / "undisturbed" / name.replace(", ", "-").replace(" ", "-")
     copy_inputs(prepared, plain, job.needs)
     began = time.monotonic()
-    process = start(job, plain)
-    if leave(process) or process.returncode:
+    process = start_job(job, plain)
+    if wait_until_ended(process) or process.returncode:
         raise UserError(
             f"{name} failed in the undisturbed run with exit status {process.returncode}; see {plain / 'output.txt'}"
         )
@@ -334,7 +334,7 @@ def main() -> int:
     args = parse_arguments()
     work = Path(args.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    prepare(work / "prepared", args.num_subjects)
+    prepare_inputs(work / "prepared", args.num_subjects)
     path = work / "trials.csv"
     done, every = read_trials(path), list_jobs()
     columns = ("job", "trial", "seconds", "sent", "wrong")

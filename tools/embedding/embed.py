@@ -11,22 +11,22 @@ import SimpleITK as sitk
 import torch
 
 from data.locations import normalize_locations, table_fingerprint
-from data.tables import feature_columns
-from data.views import to_input
+from data.tables import name_feature_columns
+from data.views import convert_hu_to_input
 from misc.command import UserError
 from misc.files import hash_file
 from misc.sizes import PATCH_SIZE
-from models.checkpoint import build_query_encoder, check_sha256, check_table, read_checkpoint
+from models.checkpoint import build_query_encoder, check_same_table, check_sha256, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.pieces import run_in_parallel
 from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, count_layer_features, encode_patch_per_location
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
-from preprocess.patchify_atlas import STEP_SIZE, make_table
+from preprocess.patchify_atlas import STEP_SIZE, make_location_table
 from preprocess.patchify_images import measure_patches
 from preprocess.registration import check_overlap, measure_overlap, register_masks
-from preprocess.scan import ScanError, load_scan, with_warnings
+from preprocess.scan import ScanError, add_warnings, load_scan
 from tools.evaluation.vectors import Standardization
 
 OUTSIDE = 0.1  # the verdict warns if more than 10 % of the patch voxels lie outside the scan
@@ -80,11 +80,11 @@ class Embedder:
         if method == "lungmask":
             load_lungmask(lungmask_weights)  # raises here if weights are missing, instead of for every scan
         self.atlas = read_atlas_mask(atlas_mask)
-        self.table = make_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
+        self.table = make_location_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
         check_sha256(Path(checkpoint), sha256)
         content = read_checkpoint(Path(checkpoint))
-        self.note = check_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
+        self.note = check_same_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
         encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
         self.rep_dim, self.vector = sizes["rep_dim"], patient_vector
         self.standardization = read_standardization(patient_vector, standardization, hash_file(Path(checkpoint)))
@@ -110,21 +110,23 @@ class Embedder:
         layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
             hu = hu.to(self.locations.device)
-            return encode_patch_per_location(self.encoder, hu, self.locations, to_input, layers).cpu().numpy()
+            return (
+                encode_patch_per_location(self.encoder, hu, self.locations, convert_hu_to_input, layers).cpu().numpy()
+            )
         frozen = FrozenLocations(self.encoder, self.locations)
         encoded = []
         for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # freeze several locations per call, then encode in parallel
             pairs = [
                 (frozen[index], hu[index : index + 1]) for index in range(len(hu))[first : first + LOCATIONS_AT_ONCE]
             ]
-            encoded += run_in_parallel(lambda pair: pair[0](pair[1], to_input, layers), pairs)
+            encoded += run_in_parallel(lambda pair: pair[0](pair[1], convert_hu_to_input, layers), pairs)
         return torch.cat(encoded).numpy()
 
     def __call__(self, path: str | os.PathLike, series: str = "") -> Embedded:
         """Compute the features of one scan. Raises ScanError if the scan cannot be used."""
         scan = load_scan(path, series)
         mask = lung_mask(scan.image, self.method, self.weights, path)
-        facts = with_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {path}"))
+        facts = add_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {path}"))
         transform = register_masks(self.atlas, mask)
         figures: dict[str, Any] = {**lung_volumes(mask, path), **measure_overlap(self.atlas, mask, transform)}
         check_overlap(figures, self.min_dice, f"{path}'s lung mask")
@@ -142,7 +144,7 @@ class Embedder:
             features = patches.mean(axis=0, dtype=np.float64)
         else:
             given = encoded[:, self.rep_dim :] if self.vector == "layers" else patches
-            features = self.standardization.vectors(given[None])[0]
+            features = self.standardization.compute_vectors(given[None])[0]
         features = features.astype(np.float32)
         return Embedded(features, patches, figures | facts, self.verdict(figures, facts), cut, mask)
 
@@ -205,7 +207,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
         twice = next(sid for sid in sids if sids.count(sid) > 1)
         raise UserError(f"two scans are called {twice!r}; rename one of the files")
     rows = np.stack([embedder(path).features for path in scans])
-    table = pd.DataFrame(rows, columns=feature_columns(embedder.width))
+    table = pd.DataFrame(rows, columns=name_feature_columns(embedder.width))
     table.insert(0, "sid", sids)
     return table
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 
-def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+def summarize_runs(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Compute mean and SD of R² over seeds, and the paired difference to a reference arm.
 
     Args:
@@ -39,7 +39,7 @@ def summary(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.DataFrame(found).reindex(columns=columns)
 
 
-def markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
+def format_markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
     """Format R² of the held-out subjects, mean ± SD over seeds: one row per label, one column per arm or baseline."""
     columns = table["column"].unique()
     names = list(dict.fromkeys(zip(table["arm"], table["table"])))
@@ -53,12 +53,12 @@ def markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
         "| --- |" + " --- |" * len(heads),
     ]
     for column in columns:
-        row = [_cell(cells.loc[(column, *name)]) for name in names]
+        row = [_format_cell(cells.loc[(column, *name)]) for name in names]
         lines.append(f"| {column} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: pd.Series) -> str:
+def _format_cell(row: pd.Series) -> str:
     text = f"{row['mean']:.2f}"
     if not np.isnan(row["sd"]):
         text += f" ± {row['sd']:.2f}"
@@ -71,7 +71,7 @@ def _cell(row: pd.Series) -> str:
     return text
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
+def plot_runs(rows: pd.DataFrame, path: Path) -> None:
     """Plot one panel per label: a dot for every run, a line for every baseline."""
     import matplotlib
 

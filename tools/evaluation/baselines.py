@@ -28,7 +28,7 @@ def count_voxels(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     return count_histogram(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
 
-def smooth(patches: np.ndarray) -> np.ndarray:
+def smooth_patches(patches: np.ndarray) -> np.ndarray:
     """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SD SMOOTHING voxels, as augmentation ``s`` does."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))
     sigma = torch.full((1, 3), SMOOTHING, dtype=torch.float64)
@@ -64,7 +64,7 @@ def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: b
                 for row, patch in zip(rows, patches):
                     counts.histogram[row, location], low, lung = count_voxels(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
-                for row, patch in zip(rows, smooth(patches) if smoothed else ()):
+                for row, patch in zip(rows, smooth_patches(patches) if smoothed else ()):
                     counts.smoothed[row] += count_histogram(patch)
             bar.update()
     return counts

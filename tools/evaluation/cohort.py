@@ -25,7 +25,7 @@ STAGES = ("GOLD", "finalGold")  # columns of the COPD stage, which is derived fr
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the names of the spirometry columns begin
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -47,20 +47,24 @@ class EvaluatedSubjects:
             if args.group_column and f"column {args.group_column!r}" in text:
                 return  # problems of the patient column do not matter, because it is not a label
             if "column" not in text or any(name in text for name in told):
-                note(text)
+                print_note(text)
 
         labels = read_numbers_and_words(args.labels, sids, pass_relevant_note, dict(args.order), args.missing)
         self.names, self.words = labels.names, labels.classes
         self.order = set(dict(args.order))
         self.values = labels.values.astype(np.float64)
         self.held_out = read_held_out(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
-        self.covariates = np.column_stack([np.empty((len(sids), 0)), *(self.column(name) for name in args.covariates)])
+        self.covariates = np.column_stack(
+            [np.empty((len(sids), 0)), *(self.get_column(name) for name in args.covariates)]
+        )
         for name, values in zip(args.covariates, self.covariates.T):
             _note_missing(name, values[~np.isnan(values)])
         self.known = ~np.isnan(self.covariates).any(axis=1)
         if not self.known.all():
             first = sids[int(np.argmin(self.known))]
-            note(f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, such as {first!r}")
+            print_note(
+                f"{(~self.known).sum()} of {len(sids)} subjects lack a covariate and are left out, such as {first!r}"
+            )
         if args.group_column:
             self.groups = number_patients(table, args.group_column, sids, args.labels)
             both = None if self.held_out is None else find_patient_in_both_parts(self.groups, self.held_out)
@@ -75,18 +79,18 @@ class EvaluatedSubjects:
             self.groups = np.arange(len(sids))
             alike = find_scans_of_one_patient(sids)
             if alike:
-                note(
+                print_note(
                     f"sids {', '.join(alike[:3])} look like scans of one patient; give --group-column, or a model may "
                     "be tested on patients that it was fitted to, which makes every label look predictable"
                 )
 
-    def column(self, name: str) -> np.ndarray:
+    def get_column(self, name: str) -> np.ndarray:
         """Return the values of a numeric column, (N,), which are NaN where unknown. Raises StoreError."""
         if name in self.names:
             return self.values[:, self.names.index(name)]
         raise StoreError(explain_missing_column(self.path, name, self.names))
 
-    def parts(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
+    def split_rows(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
         """Split the k rows that are ``known`` into the part that models are fitted to and the held-out part.
 
         Returns:
@@ -118,11 +122,11 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
     wanted = args.columns or ([] if args.time_column else [name for name in cohort.names if name not in taken])
     labels = []
     for name in wanted:
-        values = cohort.column(name)
+        values = cohort.get_column(name)
         known = ~np.isnan(values) & cohort.known
         _note_missing(name, values[known])
         if not args.columns and (reason := find_reason_to_skip(name, values[known])):
-            note(f"column {name!r} left out: {reason}; give --columns {name} to predict it anyway")
+            print_note(f"column {name!r} left out: {reason}; give --columns {name} to predict it anyway")
             continue
         kind = (
             args.kind.get(name)
@@ -137,10 +141,10 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
         if reason and args.columns:
             raise StoreError(f"{cohort.path}: column {name!r} cannot be predicted: {reason}")
         if reason:
-            note(f"column {name!r} left out: {reason}")
+            print_note(f"column {name!r} left out: {reason}")
             continue
         if args.columns and np.isnan(values).any():
-            note(f"column {name!r} has a value for {(~np.isnan(values)).sum()} of {len(values)} subjects")
+            print_note(f"column {name!r} has a value for {(~np.isnan(values)).sum()} of {len(values)} subjects")
         classes = tuple(np.unique(values[known])) if kind == "class" else ()
         target = np.searchsorted(classes, values[known]).astype(float) if classes else values[known]
         labels.append((Label(name, kind, target, classes), known))
@@ -155,7 +159,7 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
                 "if the event was observed, 0 or no if not, or give --order "
                 f"{args.event_column}=CENSORED,OBSERVED with these words"
             )
-        both = np.stack([cohort.column(args.time_column), cohort.column(args.event_column)], axis=1)
+        both = np.stack([cohort.get_column(args.time_column), cohort.get_column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
         reason = find_problem_in_parts(cohort, both, known, "survival", args.folds)
         if reason:
@@ -185,7 +189,7 @@ def find_problem_in_parts(
     Args:
         known: (N,) bool, rows that have a value.
     """
-    parts = cohort.parts(known, folds)
+    parts = cohort.split_rows(known, folds)
     for words, rows, fewest, patients in parts:
         own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
         if kind == "survival":
@@ -210,7 +214,7 @@ def _note_missing(name: str, values: np.ndarray) -> None:
     code = find_missing_code(values)
     if code is not None:
         count = int((values == code).sum())
-        note(
+        print_note(
             f"column {name!r} has {code:g} for {count} subjects; if that means missing, give --missing {code:g} or "
             "leave these cells empty"
         )
@@ -231,12 +235,14 @@ def make_stage_label(
     columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
     if name not in STAGES or None in columns:
         return None
-    spirometry = np.stack([cohort.column(column) for column in columns], axis=1)
+    spirometry = np.stack([cohort.get_column(column) for column in columns], axis=1)
     known = known & (spirometry > 0).all(axis=1)  # also excludes NaN, because NaN > 0 is False
     for what in (values, *spirometry.T):
         reason = find_problem_in_parts(cohort, what, known, "regression", folds)
         if reason:
-            note(f"{name} is not predicted through spirometry: in the subjects with {', '.join(columns)}, {reason}")
+            print_note(
+                f"{name} is not predicted through spirometry: in the subjects with {', '.join(columns)}, {reason}"
+            )
             return None
     target = np.column_stack([values[known], np.log10(spirometry[known])])
     return Label(f"{name}_from_spirometry", "stage", target), known

@@ -122,7 +122,7 @@ def evaluate_label(
             chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
             figures[name][metric]["permuted"] = float(np.nanmean(chance))
 
-    def difference(one: str, other: str) -> dict[str, float]:
+    def compare_tables(one: str, other: str) -> dict[str, float]:
         paired = samples[one] - samples[other]
         low, high = np.nanpercentile(paired[1:], INTERVAL)
         return {"mean": float(paired[0]), "low": float(low), "high": float(high)}
@@ -130,7 +130,7 @@ def evaluate_label(
     first, main = next(iter(tables)), next(iter(metrics))
     for name in samples:
         if name != first:
-            figures[name][main][f"{first}_minus_this"] = difference(first, name)
+            figures[name][main][f"{first}_minus_this"] = compare_tables(first, name)
     for name, other in (added_to or {}).items():
-        figures[name][main][f"this_minus_{other}"] = difference(name, other)
+        figures[name][main][f"this_minus_{other}"] = compare_tables(name, other)
     return Evaluation(figures, predictions)

@@ -29,7 +29,7 @@ def make_even_weights(*widths: int) -> np.ndarray:
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
 
 
-def join_evenly(*tables: Table) -> tuple[Table, np.ndarray]:
+def join_with_even_weights(*tables: Table) -> tuple[Table, np.ndarray]:
     """Join tables, and return the result with the weights of :func:`make_even_weights`."""
     return join_tables(*tables), make_even_weights(*(table.shape[1] for table in tables))
 

@@ -36,7 +36,7 @@ class HealthyDensity:
         covariance, _ = ledoit_wolf(deviations * self.factor, assume_centered=True)
         self.root = np.linalg.cholesky(np.linalg.inv(covariance + 1e-9 * np.eye(width)))  # (D, D)
 
-    def score(self, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def score_rows(self, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Score some rows by squared Mahalanobis distance / D, about 1 for usual patches: (N, L, D), (n,) -> (n, L)."""
         scores = np.zeros((len(rows), features.shape[1]))
         for part in split_locations(features.shape[1]):
@@ -62,6 +62,6 @@ def score_patches(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> n
     scores = np.zeros(features.shape[:2])
     for own in np.array_split(rows, FOLDS):
         density = HealthyDensity(features, np.setdiff1d(rows, own), seed)
-        scores[own] = density.score(features, own)
-        scores[others] += density.score(features, others) / FOLDS
+        scores[own] = density.score_rows(features, own)
+        scores[others] += density.score_rows(features, others) / FOLDS
     return scores

@@ -10,7 +10,7 @@ from tools.evaluation.survival import compute_log_rank, kaplan_meier, split_by_r
 GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "highest third")}
 
 
-def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, path: Path) -> None:
+def plot_predictions(label: Label, judged: Evaluation, table: str, reported: np.ndarray, path: Path) -> None:
     """Plot the predictions of one table.
 
     The plot shows predicted against true numbers, boxes by true grade, calibration curves of classes, or survival
@@ -34,15 +34,15 @@ def draw(label: Label, judged: Evaluation, table: str, reported: np.ndarray, pat
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
     truth, predicted = label.target[reported], judged.predictions[table]
     main, figures = next(iter(judged.figures[table].items()))
-    draw_one = {"survival": _survival, "class": _calibration, "grade": _grades, "stage": _grades}
-    draw_one.get(label.kind, _numbers)(panel, label, truth, predicted)
+    draw_one = {"survival": _plot_survival, "class": _plot_calibration, "grade": _plot_grades, "stage": _plot_grades}
+    draw_one.get(label.kind, _plot_numbers)(panel, label, truth, predicted)
     interval = f"{figures['mean']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
     panel.set_title(f"{label.name}, {table}: {main} {interval}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     if label.kind == "log10":
         truth = np.log10(truth)
     panel.scatter(truth, predicted, s=9, alpha=0.6)
@@ -53,7 +53,7 @@ def _numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> N
     panel.set_ylabel("predicted")
 
 
-def _grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     truth = truth[:, 0] if truth.ndim == 2 else truth
     grades = np.unique(truth)
     panel.boxplot([predicted[truth == grade] for grade in grades], positions=grades, widths=0.6)
@@ -62,7 +62,7 @@ def _grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> No
     panel.set_ylabel("predicted")
 
 
-def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     """Plot the observed share of each class in groups of subjects with similar predicted probabilities."""
     for number in range(1 if len(label.classes) == 2 else 0, len(label.classes)):
         probability, own = predicted[:, number], truth == number
@@ -75,7 +75,7 @@ def _calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) 
     panel.legend(fontsize=8)
 
 
-def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = split_by_risk(predicted, number)
@@ -91,7 +91,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
         at = np.searchsorted(times, censored, side="right") - 1
         panel.plot(censored, np.asarray(share)[at], "|", color=line.get_color(), ms=6)
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
-        _numbers_at_risk(panel, at_risk, position, line.get_color())
+        _write_numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
     text = f"{label.time or 'time'} (numbers above: at risk; ticks: censored)"
     panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
@@ -100,7 +100,7 @@ def _survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> 
     panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 
-def _numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
+def _write_numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
     """Write the numbers of subjects at risk in one group on a line below the axis."""
     for moment, count in at_risk.items():
         place = dict(

@@ -10,12 +10,12 @@ from tools.evaluation.judge import Evaluation, Label
 def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return a row per label and a column per table: the first metric for this kind of label with its 95 % interval."""
     names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
-    head = " | ".join(map(_cell, names))
+    head = " | ".join(map(_escape_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
     for label, subjects, found in judged:
         metric = next(iter(found.figures["features"]))
         cells = [_format_interval(found.figures[name][metric], "") for name in names]
-        lines.append(f"| {_cell(label.name)} | {subjects} | {metric} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_escape_cell(label.name)} | {subjects} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -35,9 +35,9 @@ def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
                 more = next((value for key, value in figures.items() if key.endswith("_minus_this")), None)
                 added = next((value for key, value in figures.items() if key.startswith("this_minus_")), None)
                 cells = [
-                    _cell(label.name),
+                    _escape_cell(label.name),
                     metric,
-                    _cell(table),
+                    _escape_cell(table),
                     _format_interval(figures, ""),
                     f"{figures['permuted']:.2f}",
                 ]
@@ -46,7 +46,7 @@ def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(name: str) -> str:
+def _escape_cell(name: str) -> str:
     """Escape | in a name, because the character would end a table cell."""
     return name.replace("|", "\\|")
 

@@ -44,12 +44,12 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     # A subject is in the risk sets of all events up to its own time, so sums over these events are cumulative sums too.
     beta = np.zeros(x.shape[1])
 
-    def value(beta: np.ndarray) -> float:
+    def evaluate_objective(beta: np.ndarray) -> float:
         risk = x @ beta
         at_risk = np.logaddexp.accumulate(risk)[last]
         return float(((risk - at_risk) * event).sum() / events - 0.5 * penalty * beta @ beta)
 
-    current = value(beta)
+    current = evaluate_objective(beta)
     for _ in range(STEPS):
         risk = x @ beta
         weight = np.exp(risk - risk.max())
@@ -63,10 +63,10 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
         hessian = hessian / events + (penalty + 1e-9) * np.eye(len(beta))
         step = np.linalg.solve(hessian, gradient)
         scale = 1.0
-        while scale > 1e-6 and value(beta + scale * step) < current:
+        while scale > 1e-6 and evaluate_objective(beta + scale * step) < current:
             scale /= 2
         beta = beta + scale * step
-        before, current = current, value(beta)
+        before, current = current, evaluate_objective(beta)
         if abs(current - before) < TOLERANCE:
             break
     return beta

@@ -320,11 +320,11 @@ def match_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str)
 def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
     """Return a hint if two tables spell a subject differently (007, 7 or 7.0; a01 or A01), to append to a message."""
 
-    def bare(sid: str) -> str:
+    def normalize_sid(sid: str) -> str:
         return str(sid).lower().removesuffix(".0").lstrip("0") or "0"
 
-    others = {bare(sid): sid for sid in there if sid}
-    alike = next(((sid, others[bare(sid)]) for sid in lacking if bare(sid) in others), None)
+    others = {normalize_sid(sid): sid for sid in there if sid}
+    alike = next(((sid, others[normalize_sid(sid)]) for sid in lacking if normalize_sid(sid) in others), None)
     return (
         f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must have the same spelling in both tables"
         if alike

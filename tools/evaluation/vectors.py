@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from misc.command import UserError
-from misc.files import write_whole
+from misc.files import write_atomically
 
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
@@ -39,7 +39,7 @@ class Standardization(NamedTuple):
         origin = np.asarray(
             patches[rows[0]], dtype=np.float64
         )  # (L, D); subtracting one subject's features from all features keeps the sums of squares accurate
-        for some in _parts(patches, rows):
+        for some in _split_rows(patches, rows):
             apart = np.asarray(patches[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)
             squares = squares + np.einsum("nld,nld->ld", apart, apart)
@@ -48,12 +48,12 @@ class Standardization(NamedTuple):
         factor = np.divide(1, sd, out=np.zeros_like(sd), where=sd > LEAST_SD)
         return cls(kind, origin + mean, factor)
 
-    def vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    def compute_vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """Return mean and SD of standardised features over locations: (N, L, D) -> (n, 2 D) float64, means first."""
         rows = np.arange(len(patches)) if rows is None else rows
         found = np.empty((len(rows), 2 * self.mean.shape[1]))
         start = 0
-        for some in _parts(patches, rows):
+        for some in _split_rows(patches, rows):
             z = (np.asarray(patches[some], dtype=np.float64) - self.mean) * self.factor  # (n, L, D)
             mean = z.mean(axis=1)
             z -= mean[:, None]
@@ -66,7 +66,7 @@ class Standardization(NamedTuple):
         """Write an .npz file that loads without pickle."""
         arrays = {"kind": np.array(self.kind), "mean": self.mean, "factor": self.factor}
         arrays["checkpoint_sha256"] = np.array(checkpoint_sha256)
-        write_whole(path, lambda stream: np.savez(stream, **arrays))
+        write_atomically(path, lambda stream: np.savez(stream, **arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
@@ -89,7 +89,7 @@ class Standardization(NamedTuple):
         return found, checkpoint
 
 
-def _parts(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+def _split_rows(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     """Split row numbers into parts with about BYTES_AT_ONCE bytes of patch features each."""
     each = max(1, BYTES_AT_ONCE // (8 * max(1, patches[0].size)))
     return [rows[start : start + each] for start in range(0, len(rows), each)]
@@ -126,7 +126,7 @@ class PatientVectors:
         key = self.rows.tobytes(), fitted.tobytes()
         if key not in self._kept:
             standardization = Standardization.fit(self.kind, self.patches, self.rows[fitted])
-            self._kept[key] = standardization.vectors(self.patches, self.rows)
+            self._kept[key] = standardization.compute_vectors(self.patches, self.rows)
             while len(self._kept) > max(1, KEPT_BYTES // self._kept[key].nbytes):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

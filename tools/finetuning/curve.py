@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 
-def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
+def format_markdown(table: pd.DataFrame, metrics: list[str]) -> str:
     """Format the mean and SD of test metrics over seeds: a row per fraction of labels, a column per arm and metric."""
     arms = list(dict.fromkeys(table["arm"]))
     heads = [f"{arm}: {metric}" for arm in arms for metric in metrics]
@@ -21,7 +21,7 @@ def markdown(table: pd.DataFrame, metrics: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(table: pd.DataFrame, metric: str, path: Path) -> None:
+def plot_curve(table: pd.DataFrame, metric: str, path: Path) -> None:
     """Plot a metric against the number of labelled subjects: a dot per fit, a line through the means of each arm."""
     import matplotlib
 

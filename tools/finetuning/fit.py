@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.store import PatchStore
-from data.views import to_input
+from data.views import convert_hu_to_input
 from models.frozen import FrozenLocations, count_layer_features
 from tools.evaluation.vectors import Standardization
-from tools.finetuning.network import Head, trainable
+from tools.finetuning.network import Head, freeze_other_layers
 from tools.finetuning.tasks import Split, Task
 
 HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
@@ -45,14 +45,14 @@ class Data:
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
-            encoded = frozen[location](patches, to_input, layers)
+            encoded = frozen[location](patches, convert_hu_to_input, layers)
             found.append((encoded[:, -count_layer_features(encoder) :] if layers else encoded).cpu())
         return torch.stack(found, dim=1)
 
-    def read(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
+    def read_patches(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
         """Read the patches of some subjects at some locations as network input: (locations x rows, 1, 32, 32, 32)."""
         patches = np.concatenate([self.store.read(int(place), rows) for place in places])
-        return to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
+        return convert_hu_to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
 
 
 def count_outputs(task: Task) -> int:
@@ -68,7 +68,7 @@ class Scaled(NamedTuple):
     weights: torch.Tensor | None  # weight of each class; None unless labels are classes
 
     @classmethod
-    def of(cls, task: Task, train: np.ndarray) -> "Scaled":
+    def from_task(cls, task: Task, train: np.ndarray) -> "Scaled":
         if task.kind == "class":
             counts = np.bincount(task.target[train].astype(int), minlength=len(task.classes))
             weights = torch.tensor(len(train) / np.maximum(counts, 1) / len(task.classes), dtype=torch.float32)
@@ -76,7 +76,7 @@ class Scaled(NamedTuple):
         mean, sd = float(task.target[train].mean()), float(task.target[train].std()) or 1.0
         return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
 
-    def loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+    def compute_loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
         """Return cross entropy or mean squared error of outputs (n, outputs) for labels with indices ``numbers``."""
         wanted = self.target[numbers].to(outputs.device)
         if self.weights is not None:
@@ -121,14 +121,14 @@ def fit(
             ``layers`` = "frozen" and ``pooling`` = "mean".
     """
     torch.manual_seed(seed)
-    parameters = trainable(encoder, layers)
-    scaled = Scaled.of(task, split.train)
+    parameters = freeze_other_layers(encoder, layers)
+    scaled = Scaled.from_task(task, split.train)
     device = data.locations.device
 
     standardization = None
     if vector != "mean":
         standardization = Standardization.fit(vector, known.numpy(), np.unique(task.rows[split.train]))
-        known = torch.from_numpy(standardization.vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
+        known = torch.from_numpy(standardization.compute_vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
 
     def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
         """Return h (n, patches, rep_dim) for each label: of all patches of the subject, or of the labelled patch."""
@@ -139,19 +139,19 @@ def fit(
 
     train_h = represent(split.train, fresh=False)
     head = Head(train_h.shape[-1], count_outputs(task), pooling)
-    head.calibrate(train_h)
+    head.store_standardization(train_h)
     head.to(device)
     validation_h = represent(split.validation, fresh=False)
 
     def compute_validation_loss(h: torch.Tensor) -> float:
         with torch.no_grad():
-            return float(scaled.loss(head(h.to(device)), split.validation))
+            return float(scaled.compute_loss(head(h.to(device)), split.validation))
 
     optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=DECAY)
 
     def train_head_round() -> float:
         optimizer.zero_grad(set_to_none=True)
-        scaled.loss(head(train_h.to(device)), split.train).backward()
+        scaled.compute_loss(head(train_h.to(device)), split.train).backward()
         optimizer.step()
         return compute_validation_loss(validation_h)
 
@@ -225,9 +225,9 @@ def _train_encoder_round(
             places = np.sort(rng.choice(len(data.locations), count, replace=False))
         else:
             places = task.places[numbers[:1]]
-        x = data.read(task.rows[numbers], places)  # (locations x n, 1, 32, 32, 32)
+        x = data.read_patches(task.rows[numbers], places)  # (locations x n, 1, 32, 32, 32)
         h = encoder(x, data.locations[torch.from_numpy(places)])[1]
         h = h.view(len(places), len(numbers), -1).transpose(0, 1)  # (n, locations, rep_dim)
         optimizer.zero_grad(set_to_none=True)
-        scaled.loss(head(h), numbers).backward()
+        scaled.compute_loss(head(h), numbers).backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.locations import table_fingerprint
 from data.store import PatchStore
-from models.checkpoint import build_query_encoder, check_sha256, check_table, read_checkpoint
+from models.checkpoint import build_query_encoder, check_same_table, check_sha256, read_checkpoint
 from models.cnn3d import Encoder
 
 POOLINGS = ("mean", "attention")
@@ -25,7 +25,7 @@ def load_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tup
     check_sha256(Path(path), sha256)
     content = read_checkpoint(Path(path))
     encoder, sizes = build_query_encoder(Encoder, content, path)
-    note = check_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)
+    note = check_same_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)
     if note:
         print(f"note: {note}", file=sys.stderr)
     return encoder, sizes
@@ -52,7 +52,7 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(rep_dim))
 
     @torch.no_grad()
-    def calibrate(self, h: torch.Tensor) -> None:
+    def store_standardization(self, h: torch.Tensor) -> None:
         """Store the mean and SD of representations (..., rep_dim), which ``forward`` uses to standardise its input."""
         flat = h.flatten(0, -2)
         self.mean.copy_(flat.mean(0))
@@ -67,7 +67,7 @@ class Head(nn.Module):
         return self.linear((weights * h).sum(dim=1))
 
 
-def trainable(encoder: nn.Module, layers: str) -> list[nn.Parameter]:
+def freeze_other_layers(encoder: nn.Module, layers: str) -> list[nn.Parameter]:
     """Freeze the encoder except for ``layers``, and return the parameters to train.
 
     ``layers`` is "frozen" (no parameters), "last" (the last two convolutions and their BatchNorm) or "all".

@@ -7,9 +7,9 @@ import torch
 
 from data.locations import normalize_locations
 from data.store import PatchStore
-from data.views import to_input
+from data.views import convert_hu_to_input
 from misc.progress import progress_bar
-from models.frozen import LOCATIONS_AT_ONCE, freeze
+from models.frozen import LOCATIONS_AT_ONCE, freeze_at_locations
 from preprocess.patches import Patches, cut_patches
 from tools.evaluation.baselines import count_voxels
 from tools.evaluation.learn import make_ridge
@@ -31,16 +31,18 @@ class Readers:
         self.encoder = encoder.eval().to(device)
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
-    def of_places(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
+    def iterate_locations(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
         """Yield each location of ``places`` with a function that computes the features of its patches, (n, D)."""
         places = list(places)
         for start in range(0, len(places), LOCATIONS_AT_ONCE):
             some = places[start : start + LOCATIONS_AT_ONCE]
-            for place, frozen in zip(some, freeze(self.encoder, self.locations[some])):
-                yield place, lambda patches, frozen=frozen: self._read(patches, frozen)
+            for place, frozen in zip(some, freeze_at_locations(self.encoder, self.locations[some])):
+                yield place, lambda patches, frozen=frozen: self._compute_readings(patches, frozen)
 
-    def _read(self, patches: np.ndarray, frozen) -> np.ndarray:
-        h = frozen(torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), to_input)  # (n, rep_dim)
+    def _compute_readings(self, patches: np.ndarray, frozen) -> np.ndarray:
+        h = frozen(
+            torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), convert_hu_to_input
+        )  # (n, rep_dim)
         if not self.compare:
             return h.cpu().numpy()
         counts = [count_voxels(patch) for patch in patches]
@@ -48,7 +50,7 @@ class Readers:
         density = np.array([[low / max(1, lung)] for _, low, lung in counts])  # (n, 1)
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
-    def split(self, readings: np.ndarray) -> dict[str, np.ndarray]:
+    def split_readings(self, readings: np.ndarray) -> dict[str, np.ndarray]:
         """Split features (..., D) by source: the encoder's features and, with ``compare``, histogram and density."""
         found = {"features": readings[..., : self.rep_dim]}
         if self.compare:
@@ -63,7 +65,7 @@ def compute_subject_means(
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
-        for place, encode in readers.of_places(range(store.num_locations)):
+        for place, encode in readers.iterate_locations(range(store.num_locations)):
             read = encode(store.read(place, rows)).astype(np.float64)
             total = total + read
             of_place.append(read.mean(axis=0))
@@ -83,7 +85,7 @@ def compute_patch_readings(
             patches, (m, 32, 32, 32) in HU.
     """
     found: np.ndarray | None = None
-    for place, encode in readers.of_places(np.unique(places).tolist()):
+    for place, encode in readers.iterate_locations(np.unique(places).tolist()):
         own = np.flatnonzero(places == place)
         part = encode(read(place, own))
         found = np.zeros((len(places), part.shape[1])) if found is None else found

@@ -31,7 +31,7 @@ def score_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[s
     return {"share": share, "average_precision": area, "dice": float(dice.max())}
 
 
-def summary(rows: pd.DataFrame) -> str:
+def format_summary(rows: pd.DataFrame) -> str:
     """Format means over scans, and the 95 % interval of average precision: one row per label and table.
 
     Args:

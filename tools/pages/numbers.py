@@ -12,13 +12,13 @@ PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties for features with SD 1, pe
 FEWEST = 20  # minimum number of subjects with a label
 
 
-def standardise(features: np.ndarray) -> np.ndarray:
+def standardize_features(features: np.ndarray) -> np.ndarray:
     """Standardise features (N, D) to mean 0 and SD 1. Constant features become 0."""
     scale = features.std(axis=0)
     return np.divide(features - features.mean(axis=0), scale, out=np.zeros_like(features), where=scale > 1e-9)
 
 
-def compute_maps(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
+def project_subjects(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[str, np.ndarray]:
     """Map subjects to two dimensions, (N, 2) float32, by PCA and, if ``tsne``, also by t-SNE.
 
     Args:
@@ -73,7 +73,7 @@ def compute_importance(
     for part in split_locations(features.shape[1]):
         block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
-            predicted = _predict_out_of_fold(standardise(x), y, folds)  # (penalties, n)
+            predicted = _predict_out_of_fold(standardize_features(x), y, folds)  # (penalties, n)
             found[:, place] = [r2(y, values, np.ones((len(y), 1)))[0] for values in predicted]
         told(block.shape[1])
     return found[np.argmax(found.clip(min=0).mean(axis=1))]

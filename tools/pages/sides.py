@@ -27,7 +27,7 @@ SIDES = (
 )
 
 
-def make_sides(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -> list[dict[str, Any]]:
+def make_atlas_views(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -> list[dict[str, Any]]:
     """Return the views with the centres of the locations.
 
     Args:
@@ -60,14 +60,14 @@ def make_sides(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None)
                 "name": side.name,
                 "letters": side.letters if atlas is not None else "",
                 "shape": round(float(extent[side.across] / extent[side.up]), 4),
-                "image": "" if mask is None else _draw_shadow(mask, side),
+                "image": "" if mask is None else _draw_lung_thickness(mask, side),
                 "places": places.astype(np.float32),
             }
         )
     return found
 
 
-def _draw_shadow(mask: np.ndarray, side: Side) -> str:
+def _draw_lung_thickness(mask: np.ndarray, side: Side) -> str:
     """Draw the thickness of the lungs along the viewing direction, and return a PNG as a data URL."""
     from matplotlib.image import imsave
 

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from tools.timing.measure import Row
-from tools.timing.runs import launch_training, read_peak_gb, stop
+from tools.timing.runs import launch_training, read_peak_gb, stop_process
 from tools.timing.store import make_store
 
 CHOICES: dict[str, dict[str, object]] = {
@@ -25,7 +25,7 @@ CHOICES: dict[str, dict[str, object]] = {
 STEPS = 4  # steps per printed line
 
 
-def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float, float]:
+def time_option(store, folder: Path, flags: dict[str, object], args) -> tuple[float, float]:
     """Return seconds per step (the median over all printed lines except the first) and peak memory in GB."""
     sizes = {"batch-size": args.batch, "moco-k": 4096, "epochs": 1, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **flags})
@@ -39,7 +39,7 @@ def measure(store, folder: Path, flags: dict[str, object], args) -> tuple[float,
             if len(rates) == 4:
                 break
     finally:
-        stop(process)
+        stop_process(process)
     if len(rates) < 4:
         raise RuntimeError(f"train.py ended early with the flags {flags}")
     return args.batch / statistics.median(rates[1:]), peak
@@ -52,7 +52,7 @@ def time_all_options(folder: Path, args) -> list[Row]:
     for number in range(max(2, args.rounds // 2)):
         for name, flags in CHOICES.items():
             run = folder / f"run{number}" / re.sub(r"\W+", "-", name)
-            found[name].append(measure(store, run, flags, args))
+            found[name].append(time_option(store, run, flags, args))
     rows = []
     for name, values in found.items():
         ratios = [ours[0] / base[0] for ours, base in zip(values, found["as published"])]
@@ -63,7 +63,7 @@ def time_all_options(folder: Path, args) -> list[Row]:
     return rows
 
 
-def format_choices(rows: list[Row]) -> str:
+def format_options(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
     lines = ["| option | ms per step | relative to published (range) | peak memory |", "| --- | --- | --- | --- |"]
     for row in rows:

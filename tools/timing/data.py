@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from data.augment import Augmentation
-from data.prefetch import request_files
+from data.prefetch import prefetch_files
 from data.store import PatchStore
 from tools.dev.literal import LiteralAugmentation
-from tools.timing.measure import Row, compare, time_in_turns, time_seconds
+from tools.timing.measure import Row, make_comparison_row, time_in_turns, time_seconds
 from tools.timing.store import DISTINCT_FILES, make_store
 
 
@@ -40,7 +40,7 @@ def measure_augmentation(args) -> list[Row]:
                 args.rounds,
             )
             rows.append(
-                compare(
+                make_comparison_row(
                     f"augmentation {letters}, one view, one core",
                     "ms",
                     times["ours"],
@@ -69,14 +69,14 @@ def measure_reading(folder: Path, args) -> list[Row]:
                 os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def batches(prefetch: Callable[[list[Path]], None] = lambda _: None) -> None:
+    def read_batches(prefetch: Callable[[list[Path]], None] = lambda _: None) -> None:
         fresh = PatchStore(folder, require_grouped=True)  # an old memory mapping would keep the files in the page cache
         for location in range(DISTINCT_FILES):
             prefetch(paths[location + 1 : location + 2])
             for start in range(0, len(order), 32):
                 fresh.read(location, order[start : start + 32])
 
-    def dd() -> None:
+    def read_with_dd() -> None:
         for path in paths:
             subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
 
@@ -84,7 +84,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
     for cold, ahead in ((True, False), (True, True), (False, True)):
         times: dict[str, list[float]] = {"ours": [], "dd": []}
         for _ in range(args.rounds):
-            jobs = {"ours": (lambda: batches(request_files)) if ahead else batches, "dd": dd}
+            jobs = {"ours": (lambda: read_batches(prefetch_files)) if ahead else read_batches, "dd": read_with_dd}
             for name, work in jobs.items():
                 if cold:
                     drop_page_cache()
@@ -92,7 +92,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
                     work()
                 times[name].append(time_seconds(work))
         rows.append(
-            compare(
+            make_comparison_row(
                 f"reading shuffled batches of 32, {'cold' if cold else 'from the page cache'}, "
                 f"{'next location read ahead' if ahead else 'not read ahead'} (literal: dd)",
                 "GB/s",

@@ -51,7 +51,7 @@ def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return times
 
 
-def compare(
+def make_comparison_row(
     what: str,
     unit: str,
     ours: list[float],
@@ -112,7 +112,7 @@ def list_precisions(machine: dict) -> list[str]:
     return ["float32", "bf16"] if machine["fast_bf16"] else ["float32"]
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe_machine(device: torch.device) -> dict[str, object]:
     """Describe the machine: processor, torch version, device and the speed of matrix products."""
     name = platform.processor() or platform.machine()
     flags = ""
@@ -137,10 +137,10 @@ def describe(device: torch.device) -> dict[str, object]:
     return found
 
 
-def show(rows: list[Row]) -> str:
+def format_rows(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
 
-    def number(value: float | None, unit: str) -> str:
+    def format_number(value: float | None, unit: str) -> str:
         return "unmeasured" if value is None else f"{value:.3g} {unit}"
 
     lines = [
@@ -151,6 +151,6 @@ def show(rows: list[Row]) -> str:
         ratio = "" if row.ratio is None else f"{row.ratio:.1f} ({row.ratio_low:.1f} to {row.ratio_high:.1f})"
         share = "" if row.of_matrix_rate is None else f"{100 * row.of_matrix_rate:.0f} %"
         what = f"{row.what} ({row.note})" if row.note else row.what
-        literal = "" if row.literal is None else number(row.literal, row.unit)
-        lines.append(f"| {what} | {number(row.ours, row.unit)} | {literal} | {ratio} | {share} | {row.goal} |")
+        literal = "" if row.literal is None else format_number(row.literal, row.unit)
+        lines.append(f"| {what} | {format_number(row.ours, row.unit)} | {literal} | {ratio} | {share} | {row.goal} |")
     return "\n".join(lines)

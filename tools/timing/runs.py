@@ -38,7 +38,7 @@ def launch_training(store: PatchStore, folder: Path, ranks: int, flags: dict[str
     )
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop_process(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -66,7 +66,7 @@ def measure_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
         if row.ours is None:
             row.note = "unmeasured: train.py ended early"
     finally:
-        stop(process)
+        stop_process(process)
     return row
 
 
@@ -78,7 +78,7 @@ def measure_ranks_rate(folder: Path, ranks: int, args) -> float | None:
     try:
         process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
-        stop(process)
+        stop_process(process)
         return None
     lines = (folder / "ssl_exp/x/log.jsonl").read_text().splitlines()
     epochs = [entry for entry in map(json.loads, lines) if entry["kind"] == "epoch"]
@@ -102,7 +102,7 @@ def measure_scaling(folder: Path, args) -> list[dict]:
             size = {**base, what: value}
             store = make_store(folder / f"{what}_{value}", size["locations"], size["subjects"])
             steps[value] = TimedStep(store, size["batch"], size["K"], args.device, bf16=False)
-        jobs = {value: (lambda step=step: step.run(2)) for value, step in steps.items()}
+        jobs = {value: (lambda step=step: step.run_steps(2)) for value, step in steps.items()}
         for value, times in time_in_turns(jobs, args.rounds).items():
             cases.append({"grown": what, "value": value, "ms_per_step": 1e3 * statistics.median(times) / 2})
         del steps, jobs

@@ -13,14 +13,14 @@ import torch
 
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import load_atlas
-from preprocess.geometry import PADDING, orient, orientation_of
+from preprocess.geometry import PADDING, find_orientation, orient
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, segment_with_network
 from preprocess.patches import cut_scan, map_corners
-from preprocess.patchify_atlas import STEP_SIZE, make_table
-from preprocess.picture import picture_of_patches
+from preprocess.patchify_atlas import STEP_SIZE, make_location_table
+from preprocess.picture import render_patch_picture
 from preprocess.registration import measure_overlap, register_masks
 from preprocess.scan import AIR, limit_threads, load_scan
-from tools.timing.measure import Row, compare
+from tools.timing.measure import Row, make_comparison_row
 from tools.timing.runs import read_peak_gb
 
 LUNGMASK_CLASSES = 3  # number of classes of lungmask's R231 model
@@ -37,7 +37,7 @@ def cut_literal_patches(
     scan: sitk.Image, transform: sitk.Transform, atlas: sitk.Image, table: np.ndarray
 ) -> np.ndarray:
     """Return patches (L, 32, 32, 32) cut as in the publication: with ITK's B-splines at every voxel of the new grid."""
-    oriented = orient(scan, orientation_of(atlas))
+    oriented = orient(scan, find_orientation(atlas))
     size, spacing = oriented.GetSize(), oriented.GetSpacing()
     wanted = [int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])]
     where = (oriented.GetOrigin(), [1.0] * 3, oriented.GetDirection(), AIR)
@@ -69,7 +69,7 @@ def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> Non
     check_lungs(mask, scan, image)
     transform = register_masks(atlas, mask)
     cut = cut_scan(scan, transform, atlas, table, PATCH_SIZE)
-    picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image)
+    render_patch_picture(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image)
     pipe.send(read_peak_gb(os.getpid()))
 
 
@@ -92,7 +92,7 @@ def measure_scan(args) -> list[Row]:
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)
-    table = make_table(atlas, args.atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
+    table = make_location_table(atlas, args.atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
     scan = load_scan(image).image
     mask = lung_mask(scan, "threshold")
     transform = register_masks(atlas, mask)
@@ -103,7 +103,7 @@ def measure_scan(args) -> list[Row]:
         f"reading and checking a scan of {size}": lambda: load_scan(image),
         "lung mask by threshold, checked": lambda: check_lungs(lung_mask(scan, "threshold"), scan, image),
         "registration, with the Dice of each side": lambda: measure_overlap(atlas, mask, register_masks(atlas, mask)),
-        "picture": lambda: picture_of_patches(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image),
+        "picture": lambda: render_patch_picture(cut.volume, cut.values, mask, cut.corners, PATCH_SIZE, image),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
     ours: list[float] = []
@@ -113,13 +113,13 @@ def measure_scan(args) -> list[Row]:
             times[name].append(time_cores(work))
         ours.append(time_cores(lambda: cut_scan(scan, transform, atlas, table, PATCH_SIZE)))
         literal.append(time_cores(lambda: cut_literal_patches(scan, transform, atlas, table)))
-    rows = [compare(name, unit, found, None, 1.0) for name, found in times.items()]
+    rows = [make_comparison_row(name, unit, found, None, 1.0) for name, found in times.items()]
     apart = int(np.abs(cut_literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
     what, note = (
         f"cutting {len(table)} patches",
         f"literal: ITK's B-splines, which give the same patches to {apart} HU",
     )
-    rows.append(compare(what, unit, ours, literal, 1.0, 1.0, note=note))
+    rows.append(make_comparison_row(what, unit, ours, literal, 1.0, 1.0, note=note))
     together = sum(np.median(found) for found in (*times.values(), ours))
     rows.append(Row("all of these", unit, ours=float(together), goal="10 core-seconds"))
     with tempfile.TemporaryDirectory(prefix="drasclr-lungmask-") as folder:

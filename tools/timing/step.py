@@ -28,37 +28,37 @@ class TimedStep:
         dataset = PatchDataset(store, 2, draws)
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, batch, seed=0)
         self.loader = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
-        table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+        table = LocationTable.from_arrays(normalize_locations(store.locations), dataset.neighbors, device)
         self.model = DrasCLR(Encoder, store.num_locations, 128, 128, 8, 1, K, 0.999, 0.2, True).to(device).train()
         self.step = TrainingStep(self.model, table, bf16)
         self.carrier, self.views = BatchCarrier(device), StepViews(draws, device)
         self.descend = Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4))
         self.whole = WholeStep(self.views, self.step, self.descend)
-        self.batches = self._forever()
+        self.batches = self._iterate_batches_forever()
 
-    def _forever(self) -> Iterator[PatchBatch]:
+    def _iterate_batches_forever(self) -> Iterator[PatchBatch]:
         epoch = 0
         while True:
             self.sampler.set_epoch(epoch, 0)
             yield from self.loader
             epoch += 1
 
-    def inputs(self, batch: PatchBatch) -> Inputs:
+    def make_inputs(self, batch: PatchBatch) -> Inputs:
         """Seed the augmentation of a batch, and move the batch to the device."""
-        self.views.seed(batch.epoch, batch.location, batch.step)
+        self.views.seed_noise(batch.epoch, batch.location, batch.step)
         return Inputs(*self.carrier(batch))
 
-    def loss(self, inputs: Inputs) -> torch.Tensor:
+    def compute_loss(self, inputs: Inputs) -> torch.Tensor:
         views = self.views(inputs.patches, inputs.neighbors, inputs.draws)
         return self.step(inputs.location, views, 1.0, inputs.subjects).loss
 
-    def where(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_coordinates(self, location: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the coordinates of a location, (1, 3), and of its neighbours, (1, k, 3)."""
         return tuple(table[location : location + 1] for table in self.step.table)
 
-    def run(self, steps: int) -> Done:
+    def run_steps(self, steps: int) -> Done:
         for _ in range(steps):
-            done = self.whole(self.inputs(next(self.batches)), 1.0)
+            done = self.whole(self.make_inputs(next(self.batches)), 1.0)
         return done
 
 

@@ -9,7 +9,7 @@ import torch
 
 from data.store import PatchStore
 from tools.dev.apart import LiteralProcess
-from tools.timing.measure import NO_BF16, Row, compare, list_precisions, synchronize, time_in_turns
+from tools.timing.measure import NO_BF16, Row, list_precisions, make_comparison_row, synchronize, time_in_turns
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # encoding one patch, counting multiplications and additions
@@ -19,7 +19,7 @@ STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # three patches forward and backward, 
 def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
     """Return the first-step losses of both versions, from the same weights and views. Raise if they differ."""
     batch = next(fast.batches)
-    ours, slow = float(fast.loss(fast.inputs(batch)).detach()), apart("loss")
+    ours, slow = float(fast.compute_loss(fast.make_inputs(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
         raise RuntimeError(
             f"the losses differ (fast path: {ours}, literal version: {slow}), so the timings are not comparable"
@@ -43,7 +43,7 @@ def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, mac
 
     jobs = {kind: functools.partial(encode, kind) for kind in kinds}
     encoder_times = time_in_turns({**jobs, "literal": lambda: apart("encode")}, args.rounds)
-    jobs = {kind: functools.partial(step.run, args.steps) for kind, step in steps.items()}
+    jobs = {kind: functools.partial(step.run_steps, args.steps) for kind, step in steps.items()}
     step_times = time_in_turns({**jobs, "literal": lambda: apart("step")}, args.rounds)
     what = f"training step, {store.num_locations} locations, K {K}, batch {B}"
     rows = []
@@ -62,7 +62,7 @@ def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, mac
             row = Row(f"{name}, {kind}", "samples/s", goal=goals.get(kind, ""), note=NO_BF16)
             if kind in kinds:
                 rate = machine[f"matrix_gflops_{kind}"]
-                row = compare(row.what, row.unit, times[kind], times["literal"], ours, literal, gflop, rate)
+                row = make_comparison_row(row.what, row.unit, times[kind], times["literal"], ours, literal, gflop, rate)
                 row.goal = goals.get(kind, "")
             rows.append(row)
     report["profile_ms"] = {kind: time_parts(step, args) for kind, step in steps.items()}
@@ -73,7 +73,7 @@ def time_parts(step: TimedStep, args) -> dict[str, float]:
     """Return the milliseconds of each part of a step, as the median over steps."""
     parts: dict[str, list[float]] = {}
 
-    def timed(name: str, work: Callable):
+    def wrap_with_timer(name: str, work: Callable):
         def run(*inputs, **more):
             synchronize()
             start = time.perf_counter()
@@ -88,16 +88,16 @@ def time_parts(step: TimedStep, args) -> dict[str, float]:
     inner = {name: getattr(model, name) for name in ("_update_key_encoder", "_encode_keys", "enqueue")}
     names = {"_update_key_encoder": "momentum", "_encode_keys": "forward, keys", "enqueue": "queue"}
     for method, name in names.items():
-        setattr(model, method, timed(name, inner[method]))
+        setattr(model, method, wrap_with_timer(name, inner[method]))
     try:
         for _ in range(args.steps * args.rounds):
-            batch = timed("reading", next)(step.batches)
-            inputs = timed("copying", step.inputs)(batch)
-            views = timed("augmenting", step.views)(inputs.patches, inputs.neighbors, inputs.draws)
-            loss = timed("forward, all", step.step)(inputs.location, views, 1.0, inputs.subjects).loss
+            batch = wrap_with_timer("reading", next)(step.batches)
+            inputs = wrap_with_timer("copying", step.make_inputs)(batch)
+            views = wrap_with_timer("augmenting", step.views)(inputs.patches, inputs.neighbors, inputs.draws)
+            loss = wrap_with_timer("forward, all", step.step)(inputs.location, views, 1.0, inputs.subjects).loss
             step.descend.optimizer.zero_grad(set_to_none=True)
-            timed("backward", loss.backward)()
-            timed("update", step.descend.optimizer.step)()
+            wrap_with_timer("backward", loss.backward)()
+            wrap_with_timer("update", step.descend.optimizer.step)()
     finally:
         for method, work in inner.items():
             setattr(model, method, work)

@@ -14,11 +14,11 @@ def test_means_since_the_last_read_and_over_the_epoch():
     meters = Meters(("loss", "accuracy"), torch.device("cpu"))
     meters.start_epoch(torch.tensor([6.0, 60.0], dtype=torch.float64))  # sums over two steps before a stop
     for loss in (1.0, 2.0, 5.0):
-        meters.add(torch.tensor([loss, 10 * loss]))
+        meters.add_statistics(torch.tensor([loss, 10 * loss]))
         if loss == 2.0:
-            assert meters.steps == 2 and meters.read() == {"loss": 1.5, "accuracy": 15.0}
+            assert meters.steps == 2 and meters.read_means() == {"loss": 1.5, "accuracy": 15.0}
     assert meters.totals().tolist() == [14.0, 140.0]  # includes unread steps
-    meters.read()
+    meters.read_means()
     assert meters.epoch_means(5) == {"loss": 2.8, "accuracy": 28.0}
     meters.start_epoch()
     assert meters.totals().tolist() == [0.0, 0.0]
@@ -38,13 +38,13 @@ def test_sums_survive_a_stop():
     told = []
     for meters, steps in ((whole, range(7)), (first, range(5))):
         for step in steps:
-            meters.add(figures[step])
+            meters.add_statistics(figures[step])
             if step == 2:
-                told.append(meters.read())
+                told.append(meters.read_means())
     second.start_epoch(first.sums())
     for step in (5, 6):
-        second.add(figures[step])
-    assert second.read() == whole.read() and second.last_count == 4 and told[0] == told[1]
+        second.add_statistics(figures[step])
+    assert second.read_means() == whole.read_means() and second.last_count == 4 and told[0] == told[1]
     assert second.epoch_means(7) == pytest.approx(whole.epoch_means(7), rel=1e-12)
 
 
@@ -52,8 +52,8 @@ def test_the_first_non_finite_step_is_known():
     meters = Meters(("loss",), torch.device("cpu"))
     meters.start_epoch()
     for loss in (1.0, float("nan"), 2.0):
-        meters.add(torch.tensor([loss]))
-    meters.read()
+        meters.add_statistics(torch.tensor([loss]))
+    meters.read_means()
     assert (meters.last_count, meters.finite_steps) == (3, 1)
 
 

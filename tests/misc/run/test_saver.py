@@ -32,18 +32,18 @@ def saver_of(tmp_path, save, aside=None, **more):
 def meters():
     made = Meters(("loss",), torch.device("cpu"))
     made.start_epoch()
-    made.add(torch.ones(1))
+    made.add_statistics(torch.ones(1))
     return made
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
     saver = saver_of(tmp_path, raise_full, good=tmp_path / "c_0001")
-    saver.after_step(1, 2, meters())
-    saver.after_epoch(2)
+    saver.save_after_step(1, 2, meters())
+    saver.save_after_epoch(2)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and all("warning: cannot save" in line and "c_0001" in line for line in told)
     with pytest.raises(UserError, match=r"cannot save \(.*No space left.*continue with --resume auto"):
-        saver.after_epoch(3)  # an error, because no save follows the last of 3 epochs
+        saver.save_after_epoch(3)  # an error, because no save follows the last of 3 epochs
 
 
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
@@ -70,16 +70,16 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
     saver = saver_of(tmp_path, at_once, aside=aside, keep=2)
     (tmp_path / "checkpoint_patch_0001.pth.tar").write_text("old")
     state["step"] = 5
-    saver.after_step(0, 5, meters())
+    saver.save_after_step(0, 5, meters())
     state["step"] = 6  # training continues during the write
     assert not done and saver.good is None
     free.set()
-    saver.after_epoch(2)
+    saver.save_after_epoch(2)
     saver.wait_for_writing()
     assert done == ["checkpoint_patch_unfinished.pth.tar", "checkpoint_patch_0002.pth.tar"]
     assert not (tmp_path / done[0]).exists() and saver.good.read_text() == "6"
     free.clear()
-    saver.after_epoch(3)  # the last epoch is saved immediately
+    saver.save_after_epoch(3)  # the last epoch is saved immediately
     assert done[-1] == "checkpoint_patch_0003.pth.tar"
     assert sorted(path.name[17:21] for path in tmp_path.iterdir()) == ["0002", "0003"]
     assert capsys.readouterr().out == ""
@@ -87,7 +87,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
 
 def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
     saver = saver_of(tmp_path, raise_full, aside=lambda *_: raise_full, good=tmp_path / "c_0001")
-    saver.after_step(1, 2, meters())
+    saver.save_after_step(1, 2, meters())
     saver.wait_for_writing()
     assert "warning: cannot save" in capsys.readouterr().out and saver.good.name == "c_0001"
 
@@ -95,9 +95,9 @@ def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "x")
 
     saver.state.aside = lambda *_: broken
-    saver.after_step(1, 3, meters())
+    saver.save_after_step(1, 3, meters())
     with pytest.raises(OSError, match="Input/output error"):
-        saver.after_step(1, 4, meters())
+        saver.save_after_step(1, 4, meters())
 
 
 def test_a_non_finite_state_names_the_last_good_one(tmp_path):
@@ -105,16 +105,16 @@ def test_a_non_finite_state_names_the_last_good_one(tmp_path):
         raise DivergedError("the state has values in w that are not finite or too large at epoch 2, step 3")
 
     with pytest.raises(DivergedError, match=r"step 3; the last good checkpoint is .*c_0001. Continue .* a lower --lr"):
-        saver_of(tmp_path, unsound, good=tmp_path / "c_0001").after_step(1, 3, meters())
+        saver_of(tmp_path, unsound, good=tmp_path / "c_0001").save_after_step(1, 3, meters())
 
 
 def test_the_step_that_diverged_is_named(tmp_path):
     figures = meters()
-    figures.add(torch.full((1,), torch.nan))
-    figures.add(torch.ones(1))
-    read = figures.read()
+    figures.add_statistics(torch.full((1,), torch.nan))
+    figures.add_statistics(torch.ones(1))
+    read = figures.read_means()
     with pytest.raises(DivergedError, match="not finite at epoch 1, step 9; there is no earlier checkpoint"):
-        saver_of(tmp_path, raise_full).check(0, 10, 4, read, figures)
+        saver_of(tmp_path, raise_full).check_finite(0, 10, 4, read, figures)
 
 
 def test_torchs_writer_reports_a_full_disk(tmp_path):

@@ -11,7 +11,7 @@ from models.cnn3d import Encoder
 from models.fast import fused
 from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE
-from models.frozen import freeze
+from models.frozen import freeze_at_locations
 
 
 def operands(channels, out, size, dtype, layout):
@@ -53,7 +53,7 @@ def test_the_frozen_encoder_fuses_every_layer(dtype, one_thread):
     if not has_fuser(dtype):
         pytest.skip(f"oneDNN does not fuse {dtype} on this processor: two passes are taken")
     torch.manual_seed(0)
-    frozen = freeze(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
+    frozen = freeze_at_locations(Encoder(16, 4, 2, 1).eval(), torch.zeros(1, 3), dtype)[0]
     x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
     frozen(x)  # compiles the fused code
     assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13

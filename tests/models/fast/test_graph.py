@@ -30,7 +30,7 @@ def build(letters="agcfsi", lr=0.01, optimizer="sgd", **variants):
     torch.manual_seed(0)
     model = DrasCLR(Encoder, L, 16, 8, 2, 1, 2 * B, 0.9, 0.2, True, bn_groups=len(GROUPS), **variants).train()
     neighbors = np.array([[1, 2], [2, 3], [3, 4], [4, 0], [0, 1]])
-    table = LocationTable.of(np.random.default_rng(0).random((L, 3), dtype=np.float32), neighbors, CPU)
+    table = LocationTable.from_arrays(np.random.default_rng(0).random((L, 3), dtype=np.float32), neighbors, CPU)
     views = StepViews(StepDraws(Augmentation(letters), 0, GROUPS), CPU, dense=True)
     return WholeStep(views, TrainingStep(model, table), Descent(make_optimizer(model, lr, 0.9, 1e-4, optimizer)))
 
@@ -40,7 +40,7 @@ def begin(step: WholeStep, location: int, number: int) -> Inputs:
     generator = torch.Generator().manual_seed(number)
     hu = torch.randint(-1024, 241, (B, 1 + NEAR, 32, 32, 32), dtype=torch.int16, generator=generator)
     views = step.make_views
-    views.seed(0, location, number)
+    views.seed_noise(0, location, number)
     draws = views.draws(BatchIndex(0, location, number, np.arange(B)), True)
     return Inputs(torch.tensor([location]), hu[:, 0].clone(), hu[:, 1:].clone(), draws, torch.arange(B) + number)
 
@@ -75,7 +75,7 @@ MOVED = ("pin_memory", "_copy_from", "to.device")
 
 def trace_of(step: WholeStep, location: int, number: int) -> list:
     inputs = begin(step, location, number)
-    with Trace() as trace, fast.plain():
+    with Trace() as trace, fast.disable_fast_paths():
         step(inputs, 1.0)
     return trace.operations
 
@@ -85,7 +85,7 @@ def trace_of(step: WholeStep, location: int, number: int) -> list:
 def test_two_steps_have_the_same_operations(variants, optimizer):
     """All steps have the same operations, tensor sizes and Python numbers, so that a CUDA graph can replay a step."""
     step = build(optimizer=optimizer, **variants)
-    with fast.plain():
+    with fast.disable_fast_paths():
         step(begin(step, 0, 0), 1.0)  # creates the optimiser's state
     first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
     apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
@@ -127,7 +127,7 @@ def test_dense_noise_depends_only_on_the_group():
 
     def views_of(groups, rows):
         views = StepViews(StepDraws(augmentation, 7, groups), CPU, dense=True)
-        views.seed(1, 2, 3)
+        views.seed_noise(1, 2, 3)
         near = hu[rows][:, None].expand(-1, 2, -1, -1, -1)
         return views(hu[rows], near, views.draws(BatchIndex(1, 2, 3, np.arange(4)[rows]), True))
 
@@ -244,7 +244,7 @@ def test_which_runs_are_recorded(monkeypatch):
     assert can_record(gpu, step, flags) and not can_record(CPU, step, flags)
     for name, value in (("accumulate", 2), ("compile", True), ("augmentation", "age")):
         assert not can_record(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
-    with fast.plain():
+    with fast.disable_fast_paths():
         assert not can_record(gpu, step, flags)
     step.training_step = torch.nn.Module()  # stands for a wrapper such as DistributedDataParallel
     assert not can_record(gpu, step, flags)

@@ -54,7 +54,7 @@ def test_unsupported_cases_use_torch(monkeypatch, change, groups):
         device = torch.device("cuda")
 
     x = torch.randn(4, 3, 2, 2, 2).as_subclass(There)
-    monkeypatch.setattr(gpu, "apply", lambda *_: "taken")
+    monkeypatch.setattr(gpu, "apply_norm_elu", lambda *_: "taken")
     monkeypatch.setattr(gpu, "_can_compile", lambda _: True)
     assert entrance.norm_elu(nn.BatchNorm3d(3), [x], groups) == "taken"
     if change:
@@ -62,7 +62,7 @@ def test_unsupported_cases_use_torch(monkeypatch, change, groups):
     assert entrance.norm_elu(nn.BatchNorm3d(3).eval(), [x], 2) is None
     assert entrance.norm_elu(nn.BatchNorm3d(3), [x[:2, :, :1, :1, :1]], 2) is None  # one value per group
     assert entrance.norm_elu(nn.BatchNorm3d(3), [x.double()], 2) is None
-    with fast.plain():
+    with fast.disable_fast_paths():
         assert entrance.norm_elu(nn.BatchNorm3d(3), [x], 2) is None
 
 
@@ -72,7 +72,7 @@ def test_torch_is_used_without_a_compiler(monkeypatch):
     def fail(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(gpu, "apply", fail)
+    monkeypatch.setattr(gpu, "apply_norm_elu", fail)
     gpu._can_compile.cache_clear()
     with pytest.warns(UserWarning, match="Failed to find C compiler.*torch's slower BatchNorm"):
         assert gpu._can_compile(torch.device("cpu")) is False

@@ -9,7 +9,7 @@ import torch
 
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import to_input
+from data.views import convert_hu_to_input
 from models import cnn3d
 from models import fast as switch
 from models.builder import DrasCLR
@@ -17,21 +17,21 @@ from models.cnn3d import Encoder
 from models.fast import fused, pairs
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 from models.fast.pieces import PATCHES_AT_ONCE
-from models.frozen import freeze
+from models.frozen import freeze_at_locations
 from models.step import Descent, LocationTable, TrainingStep, make_optimizer
 
 from ...conftest import ROOT, calibrate, step_views
 
 
 def test_fast_paths_can_be_switched_off():
-    assert switch.enabled()
-    with switch.plain():
-        assert not switch.enabled()
-        with switch.plain():
+    assert switch.is_enabled()
+    with switch.disable_fast_paths():
+        assert not switch.is_enabled()
+        with switch.disable_fast_paths():
             pass
-        assert not switch.enabled()
-    assert switch.enabled()
-    code = "from models import fast as switch; print(switch.enabled())"
+        assert not switch.is_enabled()
+    assert switch.is_enabled()
+    code = "from models import fast as switch; print(switch.is_enabled())"
     for value, wanted in (("off", "False"), ("", "True")):
         environment = {"DRASCLR_FAST": value, "PATH": "/usr/bin:/bin"}
         command = [sys.executable, "-c", code]
@@ -48,7 +48,7 @@ def test_a_training_step_both_ways(monkeypatch, rel):
     generator = torch.Generator().manual_seed(1)
     volumes = torch.randint(-1024, 241, (6, 3, 32, 32, 32), dtype=torch.int16, generator=generator)
     neighbors = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]]).numpy()
-    table = LocationTable.of(torch.rand(4, 3, generator=generator).numpy(), neighbors, torch.device("cpu"))
+    table = LocationTable.from_arrays(torch.rand(4, 3, generator=generator).numpy(), neighbors, torch.device("cpu"))
     taken = []
     monkeypatch.setattr(cnn3d, "fast_norm_elu", lambda *given: taken.append(fast_norm_elu(*given)) or taken[-1])
 
@@ -65,7 +65,7 @@ def test_a_training_step_both_ways(monkeypatch, rel):
     ours = steps(fast)
     assert sum(value is not None for value in taken) > 20
     taken.clear()
-    with switch.plain():
+    with switch.disable_fast_paths():
         wanted = steps(plain)
     assert all(value is None for value in taken)
     assert rel(ours[0, :3], wanted[0, :3]) < 1e-5
@@ -79,21 +79,21 @@ def test_extraction_with_and_without_fast_paths(monkeypatch, rel):
     encoder = Encoder(24, 6, 2, 1)
     calibrate(encoder)
     hu = torch.randint(-1024, 241, (2 * PATCHES_AT_ONCE + 5, 32, 32, 32), dtype=torch.int16)
-    frozen = freeze(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
+    frozen = freeze_at_locations(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
     called = []
     monkeypatch.setattr(
         fused, "_compile_one_pass", lambda *given, way=fused._compile_one_pass: called.append(1) or way(*given)
     )
-    monkeypatch.setattr(pairs.fast, "enabled", lambda way=switch.enabled: called.append(2) or way())
-    ours = frozen(hu, to_input)
+    monkeypatch.setattr(pairs.fast, "is_enabled", lambda way=switch.is_enabled: called.append(2) or way())
+    ours = frozen(hu, convert_hu_to_input)
     assert 1 in called and 2 in called
     called.clear()
-    with switch.plain():
-        wanted = frozen(hu, to_input)
+    with switch.disable_fast_paths():
+        wanted = frozen(hu, convert_hu_to_input)
     assert 1 not in called
     assert ours.shape == (2 * PATCHES_AT_ONCE + 5, 24) and rel(ours, wanted) < 1e-5
     with torch.no_grad():
-        assert rel(ours, encoder(to_input(hu), torch.tensor([[0.3, -0.2, 0.9]]))[1]) < 1e-5
+        assert rel(ours, encoder(convert_hu_to_input(hu), torch.tensor([[0.3, -0.2, 0.9]]))[1]) < 1e-5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's memory settings are Linux's")
@@ -104,7 +104,7 @@ def test_memory_settings_follow_the_switch(monkeypatch):
     monkeypatch.setattr(
         memory.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": lambda *given: called.append(given)})
     )
-    with switch.plain():
+    with switch.disable_fast_paths():
         memory.keep_freed_memory()
     assert not called
     memory.keep_freed_memory()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import cnn3d, fast
-from tools.dev.gpu_lab.convolutions import WAYS, space_to_depth, to_cubes
+from tools.dev.gpu_lab.convolutions import WAYS, convert_kernel_to_cubes, space_to_depth
 
 from ...conftest import ROOT
 
@@ -24,7 +24,7 @@ def test_the_first_convolutions_three_ways(name):
 def test_space_to_depth_convolution_is_exact():
     x, kernel = torch.randn(2, 3, 8, 6, 4, dtype=torch.float64), torch.randn(5, 3, 3, 3, 3, dtype=torch.float64)
     wanted = space_to_depth(torch.conv3d(x, kernel, padding=1))
-    torch.testing.assert_close(torch.conv3d(space_to_depth(x), to_cubes(kernel), padding=1), wanted)
+    torch.testing.assert_close(torch.conv3d(space_to_depth(x), convert_kernel_to_cubes(kernel), padding=1), wanted)
 
 
 def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
@@ -34,7 +34,7 @@ def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
     for norm, way in zip(norms, (cnn3d._as_images, lambda x: x.flatten(2, 3))):
         monkeypatch.setattr(cnn3d, "_as_images", way)
         inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        with fast.plain():
+        with fast.disable_fast_paths():
             (y,) = cnn3d.norm_elu(norm, [inputs], groups=2)
         y.square().sum().backward()
         assert way(x).data_ptr() == x.data_ptr() and y.is_contiguous(memory_format=torch.channels_last_3d)

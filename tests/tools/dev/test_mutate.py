@@ -30,7 +30,7 @@ ARGUMENTS = SimpleNamespace(suite="old", wanted=9, least=0, python=sys.executabl
 def rows():
     if not (mutate.ROOT / ".git").exists():
         pytest.skip("the project is not a git checkout")
-    return mutations.draw_rows(mutate.ROOT, seed=1, count=90)
+    return mutations.draw_mutations(mutate.ROOT, seed=1, count=90)
 
 
 def make_project(folder, **files):
@@ -58,8 +58,8 @@ def list_tokens(line):
 
 
 def test_draw_is_deterministic_and_covers_folders_and_kinds(rows):
-    assert rows[:30] == mutations.draw_rows(mutate.ROOT, seed=1, count=30)
-    assert [row["before"] for row in rows] != [row["before"] for row in mutations.draw_rows(mutate.ROOT, 2, 90)]
+    assert rows[:30] == mutations.draw_mutations(mutate.ROOT, seed=1, count=30)
+    assert [row["before"] for row in rows] != [row["before"] for row in mutations.draw_mutations(mutate.ROOT, 2, 90)]
     folders, kinds = Counter(row["folder"] for row in rows), Counter(row["kind"] for row in rows)
     assert set(folders) == set(mutations.FOLDERS) and min(folders.values()) == 15
     assert set(kinds) == set(mutations.KINDS) and min(kinds.values()) >= 15
@@ -114,7 +114,7 @@ def test_mutations_of_a_line(line, kind, mutated):
 def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
     log = tmp_path / "log"
     project = make_project(tmp_path / "project", **{"tests/misc/test_numbers_of.py": TEST.format(log=str(log))})
-    rows = [row for row in mutations.draw_rows(project, seed=1, count=9) if row["kind"] == "wrong sign"]
+    rows = [row for row in mutations.draw_mutations(project, seed=1, count=9) if row["kind"] == "wrong sign"]
     assert {row["after"] for row in rows} == {"    return a - b", "    return a / 2"}
     table = tmp_path / "table.csv"
     done = {row["before"]: row for row in run_suite(project, table, rows)}
@@ -133,7 +133,7 @@ def test_a_run_marks_caught_and_missed_and_resumes(tmp_path):
 def test_a_test_that_fails_without_the_mutation_does_not_count(tmp_path):
     tests = "from misc import numbers_of\n\ndef test_nothing():\n    assert False\n"
     project = make_project(tmp_path / "project", **{"tests/test_other.py": tests})
-    rows = mutations.draw_rows(project, seed=1, count=1)
+    rows = mutations.draw_mutations(project, seed=1, count=1)
     assert run_suite(project, tmp_path / "table.csv", rows)[0]["old"] == "missed"
 
 

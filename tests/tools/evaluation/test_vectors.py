@@ -115,7 +115,7 @@ def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
     kept.save(tmp_path / "s.npz", "abc")
     read, checkpoint = Standardization.load(tmp_path / "s.npz")
     assert checkpoint == "abc" and read.kind == "layers"
-    np.testing.assert_array_equal(read.vectors(patches), kept.vectors(patches))
+    np.testing.assert_array_equal(read.compute_vectors(patches), kept.compute_vectors(patches))
     (tmp_path / "other.npz").write_bytes(b"no")
     np.savez(
         tmp_path / "wrong.npz", kind=np.array("layers"), mean=np.zeros(3), factor=np.zeros(3), checkpoint_sha256=""

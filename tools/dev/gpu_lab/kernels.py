@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.fast import norm_elu_gpu
 
-KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_descend")
+KERNELS = ("_tile_moments", "_merge_moments", "_normalize", "_tile_gradients", "_compute_input_gradient")
 TENSORS = ("x", "y", "grad", "result")  # arguments that point to activations; all other pointers point to float32
 COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")

@@ -37,7 +37,7 @@ def main(tree: str, folder: str, sizes: str, device: str, precision: str, curve:
     stand_in_for_pandas()
     from data.augment import Augmentation
     from data.dataset import PatchDataset
-    from data.loader import batches, make_loader
+    from data.loader import iterate_batches, make_loader
     from data.locations import normalize_locations
     from data.sampler import LocationBatchSampler
     from data.views import step_views
@@ -63,7 +63,7 @@ def main(tree: str, folder: str, sizes: str, device: str, precision: str, curve:
         epoch = 0
         while True:
             sampler.set_epoch(epoch)
-            yield from batches(loader)
+            yield from iterate_batches(loader)
             epoch += 1
 
     given = forever()

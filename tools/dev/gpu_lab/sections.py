@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.locations import normalize_locations
-from data.pieces import encode_pieces, list_pieces
-from data.views import to_input
+from data.pieces import encode_pieces, split_store_into_pieces
+from data.views import convert_hu_to_input
 from models import condconv3d, fast, frozen
 from models.cnn3d import norm_elu
 from models.fast import norm_elu_gpu
@@ -49,28 +49,28 @@ class Lab(NamedTuple):
     def precisions(self) -> tuple[str, ...]:
         return PRECISIONS if self.on_gpu else ("float32",)
 
-    def run(self, precision: str | None = None, **choices: Any) -> Run:
+    def make_run(self, precision: str | None = None, **choices: Any) -> Run:
         gc.collect()  # free the last run's CUDA graph and workers, which reference cycles keep alive
         return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
 
-    def time(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
+    def time_jobs(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
         return time_in_turns(jobs, self.sizes.rounds, self.device, warm_up)
 
 
 @contextlib.contextmanager
-def channels_first() -> Iterator[None]:
+def keep_channels_first() -> Iterator[None]:
     """Replace ``channels_last`` with ``contiguous``, which leaves tensors with one channel in channels-first layout."""
 
-    def as_before(x: torch.Tensor) -> torch.Tensor:
+    def convert_layout(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
 
     with contextlib.ExitStack() as stack:
         for module in (condconv3d, frozen, sys.modules["models.cnn3d"]):
-            stack.enter_context(mock.patch.object(module, "channels_last", as_before))
+            stack.enter_context(mock.patch.object(module, "channels_last", convert_layout))
         yield
 
 
-def ceilings(lab: Lab) -> dict:
+def measure_ceilings(lab: Lab) -> dict:
     """Measure the limits of the machine: matrix products, memory copies, kernel launches."""
     size = 8192 if lab.on_gpu else 256
     device = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
@@ -78,52 +78,52 @@ def ceilings(lab: Lab) -> dict:
     for precision in lab.precisions:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         a = torch.randn(size, size, device=lab.device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-        times = lab.time({"product": lambda a=a: a @ a})["product"]
+        times = lab.time_jobs({"product": lambda a=a: a @ a})["product"]
         found[f"tflops_{precision}"] = round(2 * size**3 / times["median"] / 1e12, 2)
     memory = torch.zeros(2**28 if lab.on_gpu else 2**20, device=lab.device)
-    found["copy_gb_s"] = round(2 * memory.nbytes / lab.time({"copy": memory.clone})["copy"]["median"] / 1e9, 1)
+    found["copy_gb_s"] = round(2 * memory.nbytes / lab.time_jobs({"copy": memory.clone})["copy"]["median"] / 1e9, 1)
     small = torch.zeros(1, device=lab.device)
-    launches = lab.time({"launches": lambda: [small.add_(1) for _ in range(1000)]})["launches"]
+    launches = lab.time_jobs({"launches": lambda: [small.add_(1) for _ in range(1000)]})["launches"]
     found["launch_us"] = round(1e3 * launches["median"], 2)
     return found
 
 
-def kernels(lab: Lab) -> dict:
+def list_kernel_registers(lab: Lab) -> dict:
     """Return registers and spilled bytes of the Triton kernels, for the channels of the first and last layers."""
     if norm_elu_gpu.triton is None:
         return {"skipped": "no Triton"}
     return {str(channels): compile_kernels(channels) for channels in (8, 128)}
 
 
-def layouts(lab: Lab) -> dict:
+def record_layouts(lab: Lab) -> dict:
     """Record the strides of every convolution's input, and the kernels that a GPU runs for a training step."""
-    run, strides = lab.run(recorded=False), []
+    run, strides = lab.make_run(recorded=False), []
     convolve = condconv3d.CondConv3D._convolve
 
-    def note(self, x, kernel):
+    def record_strides(self, x, kernel):
         strides.append([tuple(x.shape), x.stride()])
         return convolve(self, x, kernel)
 
-    run.advance(1)
-    with mock.patch.object(condconv3d.CondConv3D, "_convolve", note):
-        run.advance(1)
+    run.run_steps(1)
+    with mock.patch.object(condconv3d.CondConv3D, "_convolve", record_strides):
+        run.run_steps(1)
     found: dict[str, Any] = {"inputs": strides[: 13 * 3]}
     if lab.on_gpu:
-        found["kernels"] = profile_work(lambda: run.advance(1))["kernels"][:40]
+        found["kernels"] = profile_work(lambda: run.run_steps(1))["kernels"][:40]
     return found
 
 
-def correctness(lab: Lab) -> dict:
+def check_correctness(lab: Lab) -> dict:
     """Compare steps recorded as CUDA graphs with eager steps, and fast paths with plain paths; run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
-        wanted = torch.stack(lab.run(precision, recorded=False).advance(steps))
-        runs = {"plain": lambda precision=precision: lab.run(precision, recorded=False)}
+        wanted = torch.stack(lab.make_run(precision, recorded=False).run_steps(steps))
+        runs = {"plain": lambda precision=precision: lab.make_run(precision, recorded=False)}
         if lab.on_gpu:
-            runs["recorded"] = lambda precision=precision: lab.run(precision, recorded=True)
+            runs["recorded"] = lambda precision=precision: lab.make_run(precision, recorded=True)
         for name, make in runs.items():
-            with fast.plain() if name == "plain" else contextlib.nullcontext():
-                ours = torch.stack(make().advance(steps))
+            with fast.disable_fast_paths() if name == "plain" else contextlib.nullcontext():
+                ours = torch.stack(make().run_steps(steps))
             apart = ((ours - wanted).abs() / wanted.abs().clamp(min=1e-3))[:, :3]  # the three losses
             found[f"{precision}, {name} against eager"] = {
                 "first step": float(apart[0].max()),
@@ -137,7 +137,7 @@ def correctness(lab: Lab) -> dict:
     return found
 
 
-def convolutions(lab: Lab) -> dict:
+def time_convolutions(lab: Lab) -> dict:
     """Time the implementations of the first two convolutions, forward and backward, at the batch size of a step."""
     found = {}
     for precision in lab.precisions:
@@ -147,15 +147,15 @@ def convolutions(lab: Lab) -> dict:
         shapes = ((8, 1, 3, 3, 3), (8, 8, 3, 3, 3))
         kernels = [torch.randn(*shape, device=lab.device, dtype=dtype, requires_grad=True) for shape in shapes]
 
-        def descend(way, x=x, kernels=kernels) -> None:
+        def run_forward_backward(way, x=x, kernels=kernels) -> None:
             way(x, *kernels).sum().backward()
 
-        jobs = {name: lambda way=way: descend(way) for name, way in WAYS.items()}
-        found[precision] = {name: {k: 1e3 * v for k, v in t.items()} for name, t in lab.time(jobs, 3).items()}
+        jobs = {name: lambda way=way: run_forward_backward(way) for name, way in WAYS.items()}
+        found[precision] = {name: {k: 1e3 * v for k, v in t.items()} for name, t in lab.time_jobs(jobs, 3).items()}
     return {"ms": found}
 
 
-def norms(lab: Lab) -> dict:
+def time_norms(lab: Lab) -> dict:
     """Time BatchNorm with ELU for every layer size: torch on volumes, torch on images, and Triton."""
     found = {}
     dtype = torch.bfloat16 if lab.on_gpu else torch.float32
@@ -169,7 +169,7 @@ def norms(lab: Lab) -> dict:
             return torch.cat(parts)
 
         def as_images(norm=norm, x=x) -> torch.Tensor:
-            with fast.plain():
+            with fast.disable_fast_paths():
                 return norm_elu(norm, [x], lab.sizes.groups)[0]
 
         jobs = {
@@ -184,15 +184,15 @@ def norms(lab: Lab) -> dict:
                         norm_elu(norm, [x], lab.sizes.groups)[0].sum().backward()
 
                 jobs[f"Triton, tiles of {tile}"] = in_triton
-        times = lab.time(jobs, 3)
+        times = lab.time_jobs(jobs, 3)
         found[f"{channels} x {side}^3"] = {name: round(1e3 * value["median"], 3) for name, value in times.items()}
     return {"ms": found}
 
 
-def ablation(lab: Lab) -> dict:
+def measure_ablation(lab: Lab) -> dict:
     """Measure samples per second with all fast paths, with files on the GPU, without one fast path, and without any."""
     if not lab.on_gpu:
-        ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.plain)}
+        ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.disable_fast_paths)}
     else:
         without_norm = lambda: mock.patch.object(norm_elu_gpu, "is_faster", lambda *_: False)  # noqa: E731
         ways = {
@@ -200,26 +200,26 @@ def ablation(lab: Lab) -> dict:
             "files on the GPU": ({"recorded": True, "resident": True}, contextlib.nullcontext),
             "not recorded": ({"recorded": False}, contextlib.nullcontext),
             "torch's BatchNorm": ({"recorded": True}, without_norm),
-            "channels first": ({"recorded": True}, channels_first),
-            "none of these": ({"recorded": False, "dense": False}, fast.plain),
+            "channels first": ({"recorded": True}, keep_channels_first),
+            "none of these": ({"recorded": False, "dense": False}, fast.disable_fast_paths),
         }
     found = {}
     for name, (choices, context) in ways.items():
         with context():
-            run = lab.run(**choices)
-            run.advance(6)
-            times = lab.time({name: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
+            run = lab.make_run(**choices)
+            run.run_steps(6)
+            times = lab.time_jobs({name: lambda run=run: run.run_steps(lab.sizes.steps)}, warm_up=0)
         found |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
     return {"samples_per_s": found}
 
 
-def training(lab: Lab) -> dict:
+def measure_training(lab: Lab) -> dict:
     """Measure samples per second and loss curves at every precision, for this code and the old commit."""
     found: dict[str, Any] = {"samples_per_s": {}, "curves": {}}
     for precision in lab.precisions:
-        run = lab.run(precision, resident=False)
-        losses = torch.stack(run.advance(lab.sizes.curve))[:, 2].tolist()
-        times = lab.time({precision: lambda run=run: run.advance(lab.sizes.steps)}, warm_up=0)
+        run = lab.make_run(precision, resident=False)
+        losses = torch.stack(run.run_steps(lab.sizes.curve))[:, 2].tolist()
+        times = lab.time_jobs({precision: lambda run=run: run.run_steps(lab.sizes.steps)}, warm_up=0)
         found["samples_per_s"] |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
         found["curves"][precision] = losses
         del run
@@ -261,18 +261,18 @@ def profile_work(work: Callable[[], object]) -> dict:
     }
 
 
-def profile(lab: Lab) -> dict:
+def profile_step(lab: Lab) -> dict:
     """Profile a training step: wall time, busy time of the GPU, and kernels."""
     if not lab.on_gpu:
         return {"skipped": "no GPU"}
     found = {}
     for name, recorded in (("recorded", True), ("eager", False)):
-        run = lab.run(recorded=recorded)
-        run.advance(6)
+        run = lab.make_run(recorded=recorded)
+        run.run_steps(6)
         batches = [next(run.batches) for _ in range(4)]
         with mock.patch.object(run, "batches", iter(batches)):
-            record = profile_work(lambda run=run: run.advance(4))
-        times = lab.time({"step": lambda run=run: run.advance(10)})["step"]
+            record = profile_work(lambda run=run: run.run_steps(4))
+        times = lab.time_jobs({"step": lambda run=run: run.run_steps(10)})["step"]
         found[name] = {
             "wall_ms": round(1e2 * times["median"], 2),
             "busy_ms": round(record["busy_ms"] / 4, 2),
@@ -282,50 +282,52 @@ def profile(lab: Lab) -> dict:
     return found
 
 
-def loader(lab: Lab) -> dict:
+def measure_loader(lab: Lab) -> dict:
     """Measure samples per second from the data-loader workers, without and with the copy to the device."""
-    run, steps = lab.run(recorded=False), lab.sizes.steps
+    run, steps = lab.make_run(recorded=False), lab.sizes.steps
     jobs = {
         "loader": lambda: [next(run.batches) for _ in range(steps)],
         "loader and copies": lambda: [run.carrier(next(run.batches)) for _ in range(steps)],
     }
-    return {"samples_per_s": convert_to_rates(lab.time(jobs), lab.sizes.batch * steps)}
+    return {"samples_per_s": convert_to_rates(lab.time_jobs(jobs), lab.sizes.batch * steps)}
 
 
-def extraction(lab: Lab) -> dict:
+def measure_extraction(lab: Lab) -> dict:
     """Measure feature extraction: subjects (581 patches each) per second, and the seconds for a single scan."""
     store, encoder = lab.store, make_encoder(lab.device)
     locations = torch.from_numpy(normalize_locations(store.locations)).to(lab.device)
-    pieces = list_pieces(store)
+    pieces = split_store_into_pieces(store)
     found: dict[str, Any] = {}
     for precision in ("bf16", "float32"):
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         at = FrozenLocations(encoder, locations, torch.bfloat16 if precision == "bf16" else torch.float32)
         work = lambda at=at: [len(h) for _, h in encode_pieces(at, store, pieces, 256, lab.device)]  # noqa: E731
-        times = lab.time({precision: work})
+        times = lab.time_jobs({precision: work})
         found |= convert_to_rates(times, store.num_subjects * store.num_locations / 581)
     count = 581 if lab.on_gpu else 8
     hu = torch.from_numpy(store.read(0, np.arange(count) % store.num_subjects))
     hu, places = hu.to(lab.device), torch.rand(count, 3, device=lab.device) * 2 - 1
-    one = lab.time({"one scan": lambda: encode_patch_per_location(encoder, hu, places, to_input)})["one scan"]
+    one = lab.time_jobs({"one scan": lambda: encode_patch_per_location(encoder, hu, places, convert_hu_to_input)})[
+        "one scan"
+    ]
     at = FrozenLocations(encoder, places)
     few = range(min(count, 16))
-    wanted = torch.cat([at[index](hu[index : index + 1], to_input) for index in few])
-    ours = encode_patch_per_location(encoder, hu[: len(few)], places[: len(few)], to_input)
+    wanted = torch.cat([at[index](hu[index : index + 1], convert_hu_to_input) for index in few])
+    ours = encode_patch_per_location(encoder, hu[: len(few)], places[: len(few)], convert_hu_to_input)
     synchronize(lab.device)
     return {"subjects_per_s": found, "one_scan_s": one, "one_scan_apart": float((ours - wanted).norm() / wanted.norm())}
 
 
 SECTIONS: dict[str, Callable[[Lab], dict]] = {
-    "ceilings": ceilings,
-    "kernels": kernels,
-    "correctness": correctness,
-    "training": training,
-    "profile": profile,
-    "ablation": ablation,
-    "norms": norms,
-    "convolutions": convolutions,
-    "layouts": layouts,
-    "loader": loader,
-    "extraction": extraction,
+    "ceilings": measure_ceilings,
+    "kernels": list_kernel_registers,
+    "correctness": check_correctness,
+    "training": measure_training,
+    "profile": profile_step,
+    "ablation": measure_ablation,
+    "norms": time_norms,
+    "convolutions": time_convolutions,
+    "layouts": record_layouts,
+    "loader": measure_loader,
+    "extraction": measure_extraction,
 }

@@ -12,7 +12,7 @@ import torch
 from data.augment import Augmentation
 from data.dataset import PatchBatch, PatchDataset
 from data.device import BatchCarrier, ResidentPatches
-from data.loader import batches, make_loader
+from data.loader import iterate_batches, make_loader
 from data.locations import normalize_locations
 from data.sampler import LocationBatchSampler
 from data.views import StepDraws, StepViews
@@ -66,7 +66,7 @@ class Run:
             dataset.read = False
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, sizes.batch, seed=0)
         self.loader = make_loader(dataset, self.sampler, sizes.workers, pin_memory=on_gpu)
-        table = LocationTable.of(normalize_locations(store.locations), dataset.neighbors, device)
+        table = LocationTable.from_arrays(normalize_locations(store.locations), dataset.neighbors, device)
         self.model = DrasCLR(
             Encoder, store.num_locations, 128, 128, 8, 1, sizes.K, 0.999, 0.2, True, bn_groups=sizes.groups
         ).to(device)
@@ -74,24 +74,24 @@ class Run:
         step = TrainingStep(self.model, table, precision == "bf16").train()
         self.whole = WholeStep(self.views, step, Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4)))
         self.step = RecordedStep(self.whole, self.views.generators) if choices.get("recorded", on_gpu) else self.whole
-        self.carrier, self.batches = BatchCarrier(device, resident), self._forever()
+        self.carrier, self.batches = BatchCarrier(device, resident), self._iterate_batches_forever()
 
-    def _forever(self) -> Iterator[PatchBatch]:
+    def _iterate_batches_forever(self) -> Iterator[PatchBatch]:
         epoch = 0
         while True:
             self.sampler.set_epoch(epoch)
-            yield from batches(self.loader)
+            yield from iterate_batches(self.loader)
             epoch += 1
 
-    def inputs(self, batch: PatchBatch) -> Inputs:
-        self.views.seed(batch.epoch, batch.location, batch.step)
+    def make_inputs(self, batch: PatchBatch) -> Inputs:
+        self.views.seed_noise(batch.epoch, batch.location, batch.step)
         return Inputs(*self.carrier(batch))
 
-    def advance(self, steps: int) -> list[torch.Tensor]:
+    def run_steps(self, steps: int) -> list[torch.Tensor]:
         """Run some steps. Return the statistics of each step, on the device."""
         found = []
         for _ in range(steps):
-            found.append(self.step(self.inputs(next(self.batches)), 1.0).outcome.statistics.clone())
+            found.append(self.step(self.make_inputs(next(self.batches)), 1.0).outcome.statistics.clone())
         return found
 
 
@@ -100,7 +100,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def time_seconds(work: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -116,7 +116,7 @@ def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: to
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, work in jobs.items():
-            times[name].append(seconds(work, device))
+            times[name].append(time_seconds(work, device))
     return {name: summarize(values) for name, values in times.items()}
 
 
@@ -137,5 +137,5 @@ def convert_to_rates(times: dict[str, dict[str, float]], amount: float) -> dict[
     }
 
 
-def write(folder: Path, name: str, content: Any) -> None:
+def write_result(folder: Path, name: str, content: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

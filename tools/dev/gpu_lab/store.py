@@ -24,10 +24,10 @@ class FileStore:
         paths = [folder / f"{index}.npy" for index in range(locations)]
         self.layout = SimpleNamespace(grouped=lambda location: paths[location])
         if not all(path.is_file() for path in paths):
-            self._fill(paths, np.random.default_rng(seed))
+            self._write_noise(paths, np.random.default_rng(seed))
         self._mapped = [np.load(path, mmap_mode="r") for path in paths]
 
-    def _fill(self, paths: list[Path], rng: np.random.Generator) -> None:
+    def _write_noise(self, paths: list[Path], rng: np.random.Generator) -> None:
         """Write smooth noise with mean -700 HU and SD 200 HU to each file.
 
         The files are not hard links to one file, because hard links would share the page cache.
