@@ -34,8 +34,8 @@ from typing import Any
 
 # Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
 # By default, waiting threads spin and block a core that another process could use.
-# On 2 cores shared with one busy process, a training step took 262 ms if threads spin and 228 ms if they sleep.
-# On idle cores, a training step took 149 ms if threads spin and 145 ms if they sleep.
+# On 2 cores shared with one busy process, a training step takes 262 ms if threads spin and 228 ms if they sleep.
+# On idle cores, a training step takes 149 ms if threads spin and 145 ms if they sleep.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -61,7 +61,13 @@ from misc.files import (
     write_text,
 )
 from misc.progress import add_progress_flag, progress_bar
-from models.checkpoint import build_query_encoder, check_same_table, check_sha256, find_position, read_checkpoint
+from models.checkpoint import (
+    build_query_encoder,
+    check_same_location_table,
+    check_sha256,
+    find_epoch_and_step,
+    read_checkpoint,
+)
 from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
 from models.frozen import FrozenLocations, count_layer_features
@@ -126,18 +132,18 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
     """Open the store and check that it has the checkpoint's table of locations. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
     table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
-    for text in (check_same_table(content, checkpoint, *table), *store.describe_differences()):
+    for text in (check_same_location_table(content, checkpoint, *table), *store.describe_grouping_differences()):
         if text:
             say(f"note: {text}")
     return store
 
 
-def describe_origin(
-    checkpoint: Path, place: tuple[int, int], store: PatchStore, amp: str, layers: bool
+def collect_feature_origin(
+    checkpoint: Path, epoch_and_step: tuple[int, int], store: PatchStore, amp: str, layers: bool
 ) -> dict[str, Any]:
     """Return the content of MADE_BY: the checkpoint, the store and the numerical settings of the extraction."""
     where = {"checkpoint": str(checkpoint.resolve()), "checkpoint_sha256": hash_file(checkpoint)}
-    where |= {"epoch": place[0], "step": place[1], "root_dir": str(store.layout.root.resolve())}
+    where |= {"epoch": epoch_and_step[0], "step": epoch_and_step[1], "root_dir": str(store.layout.root.resolve())}
     return {
         **where,
         **store.collect_identity(),
@@ -145,7 +151,7 @@ def describe_origin(
         "amp": amp,
         "dtype": "float32",
     } | {
-        "precision": "bf16" if amp == "bf16" else process.read_precision(),
+        "precision": "bf16" if amp == "bf16" else process.find_gpu_matmul_precision(),
         "layers": layers,
     }
 
@@ -215,7 +221,7 @@ def iterate_features(folder: Path, pieces: list[Piece], store: PatchStore, width
     for start in range(0, store.num_subjects, step):
         count = min(step, store.num_subjects - start)
         features = np.empty((count, store.num_locations, width), dtype=np.float32)
-        for index, piece in enumerate(pieces):  # one open file at a time, because a process may open only 1024
+        for index, piece in enumerate(pieces):  # one open file at a time, because a process may open only 1024 files
             features[:, index] = np.load(folder / piece.name, mmap_mode="r")[start : start + count, 0]
         yield features
 
@@ -227,28 +233,28 @@ def write_features(
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
     shape = store.num_subjects, store.num_locations
 
-    def write_patches_and_layers(patches, layers=None) -> None:
-        patches.write(make_array_header((*shape, rep_dim), np.dtype("<f4")))
-        if layers is not None:
-            layers.write(make_array_header((*shape, width), np.dtype("<f4")))
+    def write_feature_files(patch_stream, layer_stream=None) -> None:
+        patch_stream.write(make_array_header((*shape, rep_dim), np.dtype("<f4")))
+        if layer_stream is not None:
+            layer_stream.write(make_array_header((*shape, width), np.dtype("<f4")))
         row = 0
         for found in iterate_features(folder, pieces, store, rep_dim + width):
             features = found[:, :, :rep_dim]
             means[row : row + len(features)] = features.mean(axis=1, dtype=np.float64)
-            patches.write(np.ascontiguousarray(features, dtype="<f4").data)
-            if layers is not None:
-                layers.write(np.ascontiguousarray(found[:, :, rep_dim:], dtype="<f4").data)
+            patch_stream.write(np.ascontiguousarray(features, dtype="<f4").data)
+            if layer_stream is not None:
+                layer_stream.write(np.ascontiguousarray(found[:, :, rep_dim:], dtype="<f4").data)
             row += len(features)
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # the calls are nested, so that an error in ``write_patches_and_layers`` leaves neither file behind
+    if width:  # the calls are nested, so that an error in ``write_feature_files`` leaves neither file behind
         write_atomically(
             patch_file,
-            lambda patches: write_atomically(layer_file, lambda layers: write_patches_and_layers(patches, layers)),
+            lambda patches: write_atomically(layer_file, lambda layers: write_feature_files(patches, layers)),
         )
     else:
-        write_atomically(patch_file, write_patches_and_layers)
+        write_atomically(patch_file, write_feature_files)
     save_array(out_dir / "pred_arr_patient_full.npy", means)
     save_array(out_dir / "sid_arr_full.npy", np.array(store.sids, dtype=np.str_))
     write_text(out_dir / "patient_features.csv", format_feature_table(store.sids, means))
@@ -297,7 +303,7 @@ def extract_features(args: argparse.Namespace, device: torch.device) -> None:
     encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
     root_dir = args.root_dir or experiment.root_dir()
     store = open_store(root_dir, content, checkpoint, say)
-    place = find_position(content, checkpoint)
+    place = find_epoch_and_step(content, checkpoint)
     out_dir = Path(args.out_dir or experiment.features(*place))
     if out_dir.exists() and not out_dir.is_dir():
         raise StoreError(f"--out-dir {out_dir} is a file; give a folder")
@@ -311,7 +317,7 @@ def extract_features(args: argparse.Namespace, device: torch.device) -> None:
             f"note: --amp bf16 is slow on this processor: a convolution takes {factor:.0f} times as long as in "
             "float32; use --amp off"
         )
-    made_by = describe_origin(checkpoint, place, store, args.amp, args.layers)
+    made_by = collect_feature_origin(checkpoint, place, store, args.amp, args.layers)
     process.check_ranks_agree({**vars(args), **made_by, **describe_running_code()})
     with hold_lock_or_raise(out_dir / ".lock", str(out_dir)) if rank == 0 else contextlib.nullcontext():
         # ---------------------------------------------------- encode

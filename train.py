@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 # Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
 # By default, waiting threads spin and block a core that another process could use.
-# On 2 cores shared with one busy process, a training step took 262 ms if threads spin and 228 ms if they sleep.
-# On idle cores, a training step took 149 ms if threads spin and 145 ms if they sleep.
+# On 2 cores shared with one busy process, a training step takes 262 ms if threads spin and 228 ms if they sleep.
+# On idle cores, a training step takes 149 ms if threads spin and 145 ms if they sleep.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -48,7 +48,7 @@ from misc.command import StopRequest, count_usable_cores, run
 from misc.experiment import Experiment, describe_running_code
 from misc.run.augmentation import collect_ranges
 from misc.run.flags import parse_arguments
-from misc.run.resume import describe_initialization, needs_neighbors, note_changes
+from misc.run.resume import describe_initialization, needs_neighbors, note_setting_changes
 from misc.run.runlog import Meters, RunLog
 from misc.run.saver import Saver
 from misc.run.watch import watch_steps
@@ -56,7 +56,7 @@ from misc.sizes import choose_bn_groups, list_rank_groups
 from models.builder import DrasCLR
 from models.checkpoint import read_config, verify_checkpoint
 from models.cnn3d import Encoder
-from models.fast.graph import RecordedStep, can_record
+from models.fast.graph import RecordedStep, can_record_cuda_graph
 from models.fast.memory import keep_freed_memory
 from models.probe import effective_rank
 from models.state import TrainingState, load_initial_weights
@@ -115,7 +115,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
 
 def describe_store(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
     """Yield notes about the store that the user should read before training."""
-    yield from store.describe_differences()
+    yield from store.describe_grouping_differences()
     if args.moco_k > store.num_subjects:
         yield (
             f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue holds several keys of each "
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     if resume is not None:
         restored = state.restore(resume)
         begins_anew = args.start_epoch is not None
-        note_changes(restored.config, settings, resume, (restored.epoch, restored.step), begins_anew, say)
+        note_setting_changes(restored.config, settings, resume, (restored.epoch, restored.step), begins_anew, say)
         if restored.note:
             say(f"note: {restored.note}")
         if not begins_anew:
@@ -205,7 +205,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     training_step = process.wrap_data_parallel(TrainingStep(model, data.table, args.amp == "bf16"), device).train()
     views = StepViews(draws, device)
     advance = WholeStep(views, training_step, Descent(optimizer, args.accumulate))
-    if can_record(device, advance, args):
+    if can_record_cuda_graph(device, advance, args):
         advance = RecordedStep(advance, views.generators)
     if rank == 0:
         experiment.write_config({**settings, "num_patch": store.num_locations})
@@ -217,10 +217,12 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         f"{experiment.folder}"
     )
     meters = Meters(statistic_names(neighbor_pass), device)
-    saver = Saver(state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, good=resume)
+    saver = Saver(
+        state, experiment, stop, args.epochs, args.save_freq, args.save_minutes, args.keep, latest_checkpoint=resume
+    )
     log = RunLog(stream, experiment.folder, args.epochs, len(sampler), args.batch_size, args.no_progress)
     log.rewind_to(start, skip, resume)
-    stop.record_signals()  # after a stop signal, all ranks finish the current step, rank 0 saves, and all ranks exit
+    stop.start_recording_signals()  # after a stop signal, all ranks finish the step, rank 0 saves, and all ranks exit
 
     # -------------------------------------------------------- loop
     for epoch in range(start, args.epochs):
@@ -233,13 +235,13 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
         reader = watch_steps(iterate_batches(data.loader, say), epoch, skip, args.patience)
         for done, batch in enumerate(reader, start=skip + 1):
             views.seed_noise(batch.epoch, batch.location, batch.step)
-            step = advance(Inputs(*data.carrier(batch)), beta, last=done == len(sampler))
+            step = advance(Inputs(*data.carrier(batch)), beta, force_update=done == len(sampler))
 
             meters.add_statistics(step.outcome.statistics)
             log.record_step(lambda step=step: draw_view_grid(step.views))
             if done % args.print_freq == 0 or done == len(sampler):
                 representation = process.all_gather_rows(step.outcome.representation)  # (world * B, rep_dim)
-                means = {**meters.read_means(), "effective_rank": effective_rank(representation)}
+                means = {**meters.compute_means_and_reset(), "effective_rank": effective_rank(representation)}
                 saver.check_finite(epoch, done, batch.location, means, meters)
                 log.log_step(epoch, done, batch.location, meters.last_count, means, rate)
             if step.stepped and done < len(sampler):

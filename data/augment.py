@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from data.resample import Parameters, affine_matrix, sample_trilinearly, voxel_coordinates
-from misc.run.augmentation import PUBLISHED, Ranges, refuse_unknown_letters
+from misc.run.augmentation import PUBLISHED, Ranges, check_augmentation_letters
 from misc.sizes import HU_MIN
 
 ELASTIC_SIGMA = (8.0, 12.0)  # voxels
@@ -158,8 +158,8 @@ def draw_noise(count: int, size: Sequence[int], generator: torch.Generator, rang
 def apply_noise(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Reproduce monai.transforms.RandGaussianNoise, with a random standard deviation."""
 
-    def add_scaled_noise(some: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return some + noise(some) * broadcast_to_volumes(std)
+    def add_scaled_noise(values: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        return values + noise(values) * broadcast_to_volumes(std)
 
     return apply_to_chosen(parameters["chosen"].bool(), add_scaled_noise, volumes, parameters["std"], dense=dense)
 
@@ -176,12 +176,12 @@ def draw_contrast(
 def apply_contrast(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Reproduce monai.transforms.RandAdjustContrast: gamma correction between minimum and maximum of all channels."""
 
-    def work(some: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        low, high = some.flatten(1).aminmax(dim=1)
+    def apply_gamma(chosen: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        low, high = chosen.flatten(1).aminmax(dim=1)
         low, span = broadcast_to_volumes(low), broadcast_to_volumes(high - low)
-        return ((some - low) / (span + CONTRAST_EPSILON)).pow(broadcast_to_volumes(gamma)) * span + low
+        return ((chosen - low) / (span + CONTRAST_EPSILON)).pow(broadcast_to_volumes(gamma)) * span + low
 
-    return apply_to_chosen(parameters["chosen"].bool(), work, volumes, parameters["gamma"], dense=dense)
+    return apply_to_chosen(parameters["chosen"].bool(), apply_gamma, volumes, parameters["gamma"], dense=dense)
 
 
 # ---------------------------------------------------------------- smoothing, shift
@@ -321,39 +321,39 @@ class Augmentation:
         UserError: a letter does not stand for a transform.
     """
 
-    def __init__(self, letters: str, ranges: Ranges = PUBLISHED):
-        refuse_unknown_letters(letters)
-        self.letters, self.ranges = letters, ranges
+    def __init__(self, transform_letters: str, ranges: Ranges = PUBLISHED):
+        check_augmentation_letters(transform_letters)
+        self.letters, self.ranges = transform_letters, ranges
 
-    def draw(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
+    def draw_parameters(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
         """Draw the parameters of ``count`` samples with spatial shape ``size``; return one entry per letter."""
         return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
-    def prepare(self, drawn: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:
+    def prepare_parameters(self, drawn_parameters: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:
         """Compute the tensors that ``apply`` needs, each (n, ...), from the drawn parameters."""
-        pairs = zip(self.letters, drawn, strict=True)
+        pairs = zip(self.letters, drawn_parameters, strict=True)
         return [TRANSFORMS[letter].prepare(parameters, size) for letter, parameters in pairs]
 
-    def pack(self, prepared: Sequence[Parameters], count: int) -> torch.Tensor:
+    def pack_parameters(self, parameters_per_transform: Sequence[Parameters], sample_count: int) -> torch.Tensor:
         """Pack all prepared tensors into one tensor, (count, W) float32, which needs a single copy to a GPU."""
-        values = [value for parameters in prepared for value in parameters.values()]
-        packed = [value.reshape(count, -1).to(torch.float32) for value in values]
-        return torch.cat(packed, dim=1) if packed else torch.zeros(count, 0)
+        values = [value for parameters in parameters_per_transform for value in parameters.values()]
+        packed = [value.reshape(sample_count, -1).to(torch.float32) for value in values]
+        return torch.cat(packed, dim=1) if packed else torch.zeros(sample_count, 0)
 
-    def unpack(self, packed: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
-        """Invert :meth:`pack`; the returned tensors are views of ``packed``."""
+    def unpack_parameters(self, packed_parameters: torch.Tensor, size: Sequence[int]) -> list[Parameters]:
+        """Invert :meth:`pack_parameters`; the returned tensors are views of ``packed_parameters``."""
         shapes = [
             {name: value.shape[1:] for name, value in some.items()}
             for some in self.prepare_example_parameters(tuple(size))
         ]
-        values = iter(packed.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
-        count = len(packed)
+        values = iter(packed_parameters.split([math.prod(shape) for some in shapes for shape in some.values()], dim=1))
+        count = len(packed_parameters)
         return [{name: next(values).reshape(count, *shape) for name, shape in some.items()} for some in shapes]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process makes only one or two Augmentation objects
     def prepare_example_parameters(self, size: tuple[int, ...]) -> list[Parameters]:
-        """Prepare the parameters of one sample, from which :meth:`unpack` gets the shapes of all parameters."""
-        return self.prepare(self.draw(1, size, torch.Generator()), size)
+        """Prepare the parameters of one sample; :meth:`unpack_parameters` gets all shapes from these parameters."""
+        return self.prepare_parameters(self.draw_parameters(1, size, torch.Generator()), size)
 
     def apply(
         self, volumes: torch.Tensor, prepared: Sequence[Parameters], noise: Noise, dense: bool = False
@@ -362,7 +362,7 @@ class Augmentation:
 
         Args:
             volumes: HU + 1024, in [0, 1264].
-            prepared: tensors from :meth:`prepare` or :meth:`unpack`.
+            prepared: tensors from :meth:`prepare_parameters` or :meth:`unpack_parameters`.
             noise: function that makes the noise of transform ``g``.
             dense: as in :func:`apply_to_chosen`.
         """

@@ -47,7 +47,7 @@ class PatchDataset(Dataset):
         following = location + 1
         if location != self._location and following < self.store.num_locations:
             needed = (following, *self.neighbors[following])
-            prefetch_files(self.store.layout.grouped(int(index)) for index in needed)
+            prefetch_files(self.store.layout.grouped_patch_file(int(index)) for index in needed)
         self._location = location
 
     def __getitem__(self, index: BatchIndex) -> PatchBatch:

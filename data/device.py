@@ -44,7 +44,7 @@ class LateCopies:
         self._on_gpu = device.type == "cuda"
         self._waiting: list[tuple[Any, torch.Tensor, Any]] = []
 
-    def start_copy(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
+    def copy_and_iterate_earlier_results(self, name: Any, result: torch.Tensor) -> Iterator[tuple[Any, np.ndarray]]:
         """Start copying a result to the host, and yield earlier results with their names."""
         if not self._on_gpu:
             yield name, result.numpy()
@@ -53,10 +53,10 @@ class LateCopies:
         on_host.copy_(result, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        yield from self.yield_remaining()
+        yield from self.iterate_remaining_results()
         self._waiting.append((name, on_host, copied))
 
-    def yield_remaining(self) -> Iterator[tuple[Any, np.ndarray]]:
+    def iterate_remaining_results(self) -> Iterator[tuple[Any, np.ndarray]]:
         """Yield all results that have been added but not yet returned."""
         while self._waiting:
             name, on_host, copied = self._waiting.pop(0)
@@ -71,11 +71,11 @@ class ResidentPatches:
         store: grouped store.
         neighbors: (L, k) indices of each location's neighbours.
         device: device that keeps the files.
-        files: number of files to keep; the least recently used one is dropped.
+        max_cached_locations: number of files to keep; the least recently used one is dropped.
     """
 
-    def __init__(self, store: PatchStore, neighbors: np.ndarray, device: torch.device, files: int):
-        self.store, self.neighbors, self.files = store, neighbors, files
+    def __init__(self, store: PatchStore, neighbors: np.ndarray, device: torch.device, max_cached_locations: int):
+        self.store, self.neighbors, self.files = store, neighbors, max_cached_locations
         self._copy = Copier(device)
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._coming: dict[int, Future] = {}

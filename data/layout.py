@@ -53,25 +53,25 @@ class StoreLayout:
     def grouped_dir(self) -> Path:
         return self.root / "grouped_patch"
 
-    def grouped(self, location: int) -> Path:
+    def grouped_patch_file(self, location: int) -> Path:
         return self.grouped_dir / f"patch_loc_{location}.npy"
 
     @property
     def subjects(self) -> Path:
         return self.root / "subjects.csv"
 
-    def report(self, script: str) -> Path:
+    def report_path(self, script: str) -> Path:
         return self.root / "report" / f"{script}.csv"
 
     def report_lock(self, script: str) -> Path:
         """Return the lock file that a script holds while it writes its report."""
         return self.root / "report" / f".{script}.lock"
 
-    def claims_dir(self, script: str) -> Path:
+    def subjects_in_progress_dir(self, script: str) -> Path:
         """Return the folder that holds one file per subject until the subject is in the report."""
         return self.root / "report" / f".claims-{script}"
 
-    def qc(self, sid: str) -> Path:
+    def qc_picture(self, sid: str) -> Path:
         return self.root / "qc" / f"{sid}.png"
 
     @property
@@ -82,7 +82,9 @@ class StoreLayout:
     @property
     def subject_dirs(self) -> tuple[Path, ...]:
         """Folders in which preprocessing writes one file per subject."""
-        return tuple(name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc))
+        return tuple(
+            name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc_picture)
+        )
 
     def patch_sids(self) -> list[str]:
         """List the subjects with a file in patch/, sorted by file name: the row order if subjects.csv is missing.
@@ -93,7 +95,7 @@ class StoreLayout:
         return [name.removesuffix(PATCH_SUFFIX) for name in sorted(names) if name.endswith(PATCH_SUFFIX)]
 
     @property
-    def grouped_note(self) -> Path:
+    def grouped_inputs_path(self) -> Path:
         """File that describes the inputs of the grouped files; stores made by the published code lack this file."""
         return self.grouped_dir / "grouped.json"
 
@@ -150,7 +152,7 @@ def load_locations(path: Path) -> np.ndarray:
     if not np.issubdtype(table.dtype, np.integer):
         raise StoreError(f"{path} has dtype {table.dtype}, but locations must be integer atlas voxel indices")
     if table.min() < 0:
-        raise StoreError(f"{path} has negative corners, but locations must be atlas voxel indices from 0")
+        raise StoreError(f"{path} has negative values, but patch corners are atlas voxel indices, which start at 0")
     if len(np.unique(table, axis=0)) != len(table):
         raise StoreError(f"{path} has the same location in more than one row; keep each location once")
     return table.astype(np.int64)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.dataset import PatchBatch
 from data.sampler import BatchIndex, LocationBatchSampler
-from misc.command import STOPPING, UserError, end_with_parent
+from misc.command import STOPPING, UserError, request_signal_on_parent_exit
 
 STOP_SECONDS = 60
 
@@ -33,12 +33,12 @@ class SharedBatches(Dataset):
         if get_worker_info() is None:
             return self.dataset[index]
         try:
-            return share_batch(self.dataset[index])
+            return move_batch_to_shared_memory(self.dataset[index])
         except (UserError, OSError, MemoryError) as error:
             return error
 
 
-def share_batch(batch: PatchBatch) -> PatchBatch:
+def move_batch_to_shared_memory(batch: PatchBatch) -> PatchBatch:
     """Move a batch to shared memory, or convert it to arrays for a pipe if shared memory is full.
 
     A Docker container has 64 MB of shared memory by default. By default, torch shares batches in a
@@ -93,7 +93,7 @@ def forward_signals_to_trainer(worker: int) -> None:
     The worker ends at most STOP_SECONDS after the signal, so that a failing trainer does not wait for the worker.
     The worker ends at once if the trainer itself sent the signal or if the trainer ends.
     """
-    end_with_parent(signal.SIGKILL)
+    request_signal_on_parent_exit(signal.SIGKILL)
     trainer = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C, which also sends SIGINT to the workers
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
@@ -101,8 +101,8 @@ def forward_signals_to_trainer(worker: int) -> None:
         for number in heard:
             signal.signal(number, signal.SIG_IGN)
         return
-    # Block the signals in all threads. wait_and_forward_signal() waits for them, because a handler does not know
-    # the sender.
+    # Block the stop signals in all threads, so that wait_and_forward_signal() can receive each signal.
+    # A signal handler would not know the sender of the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
 
     def wait_and_forward_signal() -> None:
@@ -142,7 +142,7 @@ def make_loader(dataset: Dataset, sampler: LocationBatchSampler, workers: int, p
         prefetch_factor=4 if workers > 0 else None,
         collate_fn=return_unchanged,
         worker_init_fn=forward_signals_to_trainer,
-        # torch draws worker seeds, which no code uses, from this separate generator.
-        # Drawn from the global random stream, these seeds would change how a resumed run shuffles its keys.
+        # torch draws seeds for the workers from this separate generator, although no code uses these seeds.
+        # If torch drew worker seeds from the global random stream, a resumed run would shuffle its keys differently.
         generator=torch.Generator(),
     )

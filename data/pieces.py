@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     piece: Piece
     column: int  # index into the piece's locations
-    start: int  # index of the first row within the piece's rows
+    start: int  # index of this batch's first row within the piece's rows
     rows: np.ndarray
     last: bool  # whether this batch is the last of its piece
 
@@ -58,7 +58,7 @@ def list_batches(pieces: list[Piece], batch_size: int) -> Iterator[Batch]:
 
 
 def encode_pieces(
-    frozen: Mapping[int, Callable[..., torch.Tensor]],
+    frozen_encoders: Mapping[int, Callable[..., torch.Tensor]],
     store: PatchStore,
     pieces: list[Piece],
     batch_size: int,
@@ -68,7 +68,7 @@ def encode_pieces(
     """Yield the pieces in order, each with its representations, (rows, locations, rep_dim) float32.
 
     Args:
-        frozen: maps each location to its encoder, for example a models.frozen.FrozenLocations.
+        frozen_encoders: maps each location to its encoder, for example a models.frozen.FrozenLocations.
         store: store to read from.
         pieces: pieces from :func:`split_store_into_pieces`.
         batch_size: number of patches to encode together.
@@ -83,11 +83,13 @@ def encode_pieces(
     copy, late, result = Copier(device), LateCopies(device), None
     for batch, patches in read_ahead(read_batch, list_batches(pieces, batch_size)):
         piece = batch.piece
-        h = frozen[piece.locations[batch.column]](*copy(patches), convert_hu_to_input, layers)  # (b, rep_dim [+ W])
-        if result is None:  # collect features on the device, because copying each batch would wait for the device
+        h = frozen_encoders[piece.locations[batch.column]](
+            *copy(patches), convert_hu_to_input, layers
+        )  # (b, rep_dim [+ W])
+        if result is None:  # collect features on the device; copying each batch to the CPU would make the CPU wait
             result = h.new_empty(len(piece.rows), len(piece.locations), h.shape[1])
         result[batch.start : batch.start + len(h), batch.column] = h
         if batch.last:
-            yield from late.start_copy(piece, result)
+            yield from late.copy_and_iterate_earlier_results(piece, result)
             result = None
-    yield from late.yield_remaining()
+    yield from late.iterate_remaining_results()

@@ -19,14 +19,14 @@ def rotation_matrix(angles: torch.Tensor) -> torch.Tensor:
     sin, cos = torch.sin(angles), torch.cos(angles)
     zero, one = torch.zeros_like(sin[:, 0]), torch.ones_like(sin[:, 0])
 
-    def stack_rows(*values):
-        return torch.stack(values, dim=1).view(-1, 3, 3)
+    def make_matrices_from_entries(*entries: torch.Tensor) -> torch.Tensor:
+        return torch.stack(entries, dim=1).view(-1, 3, 3)
 
     s0, s1, s2 = sin.unbind(1)
     c0, c1, c2 = cos.unbind(1)
-    first = stack_rows(one, zero, zero, zero, c0, -s0, zero, s0, c0)
-    second = stack_rows(c1, zero, s1, zero, one, zero, -s1, zero, c1)
-    third = stack_rows(c2, -s2, zero, s2, c2, zero, zero, zero, one)
+    first = make_matrices_from_entries(one, zero, zero, zero, c0, -s0, zero, s0, c0)
+    second = make_matrices_from_entries(c1, zero, s1, zero, one, zero, -s1, zero, c1)
+    third = make_matrices_from_entries(c2, -s2, zero, s2, c2, zero, zero, zero, one)
     return first @ second @ third
 
 

@@ -64,7 +64,7 @@ def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
         found["volume"] = (pd.to_numeric(masks["right_ml"]) + pd.to_numeric(masks["left_ml"])).astype(str)
     if "lung_hu" in patches:
         found["density"] = patches["lung_hu"]
-    if "spacing" in masks:  # for example "0.7 x 0.7 x 1.25", in mm; the last number is for the slices
+    if "spacing" in masks:  # for example "0.7 x 0.7 x 1.25", in mm; the last number is the slice spacing
         found["slices"] = masks["spacing"].str.rsplit("x", n=1).str[-1]
     if "kernel" in masks:
         found["kernel"] = masks["kernel"]
@@ -72,7 +72,7 @@ def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
 
 
 def _read_report(layout: StoreLayout, script: str) -> pd.DataFrame:
-    path = layout.report(script)
+    path = layout.report_path(script)
     return read_table(path, file_names=False).set_index("sid") if path.is_file() else pd.DataFrame()
 
 

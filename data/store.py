@@ -48,10 +48,10 @@ class PatchStore:
     ):
         self.layout = StoreLayout(root)
         self._mapped: deque[PatchFile] = deque()
-        self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_note)
-        self._stamps = [read_stamp(path) for path in self._tables]
+        self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_inputs_path)
+        self._stamps = [read_file_stamp(path) for path in self._tables]
         self.locations = load_locations(self._tables[0])
-        self.grouped = self.layout.grouped(0).is_file()
+        self.grouped = self.layout.grouped_patch_file(0).is_file()
         if self.grouped:
             self._open_grouped()
         elif require_grouped:
@@ -60,7 +60,7 @@ class PatchStore:
                 f"python preprocess/group_patches.py --root-dir {self.layout.root}"
             )
         else:
-            self._open_by_subject()
+            self._open_subject_files()
         self._stored = list(self.sids)  # the subject of each row in the files
         self._rows = np.arange(len(self.sids))  # for each selected subject, its row in the files
         if subjects is not None:
@@ -90,10 +90,10 @@ class PatchStore:
         and the first and last SAMPLE_BYTES of each file. A store made by the published code has no grouped.json.
         """
         digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
-        if self.grouped and self.layout.grouped_note.is_file():
-            digest.update(self.layout.grouped_note.read_bytes())
+        if self.grouped and self.layout.grouped_inputs_path.is_file():
+            digest.update(self.layout.grouped_inputs_path.read_bytes())
         for file in self._files:
-            digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.read_end_bytes())
+            digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.read_first_and_last_bytes())
         self.check_unchanged()
         return digest.hexdigest()[:16]
 
@@ -109,12 +109,12 @@ class PatchStore:
     def check_unchanged(self) -> None:
         """Raise StoreError if a table or a patch file has changed since the store was opened."""
         for path, stamp in zip(self._tables, self._stamps):
-            if read_stamp(path) != stamp:
+            if read_file_stamp(path) != stamp:
                 raise StoreError(describe_change(path))
         for file in self._files:
             file.check_unchanged()
 
-    def describe_differences(self) -> Iterator[str]:
+    def describe_grouping_differences(self) -> Iterator[str]:
         """Yield a message for each difference between patch/ and the grouped files."""
         there = self.layout.patch_sids() if self.grouped else []
         if not there:  # patch/ may have been removed after grouping
@@ -129,14 +129,14 @@ class PatchStore:
         if gone:
             names = summarize_sids(gone)
             yield f"{names} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
-        if self.layout.grouped_note.is_file():
-            grouped_at = self.layout.grouped_note.stat().st_mtime_ns
+        if self.layout.grouped_inputs_path.is_file():
+            grouped_at = self.layout.grouped_inputs_path.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
-            if newer and self.has_different_patch(newer[:COMPARED]):
+            if newer and self.do_patches_differ_from_grouped(newer[:COMPARED]):
                 changed = f"{summarize_sids(newer)} in patch/ changed after grouping"
                 yield f"{changed}, but the old patches will be read; run {again}"
 
-    def has_different_patch(self, sids: list[str]) -> bool:
+    def do_patches_differ_from_grouped(self, sids: list[str]) -> bool:
         """Return whether any subject's first patch differs between patch/ and grouped_patch/.
 
         Modification times alone are not enough, because copying a store changes these times.
@@ -151,7 +151,9 @@ class PatchStore:
     # ------------------------------------------------------------ opening
 
     def _open_grouped(self) -> None:
-        self._files = [PatchFile(self.layout.grouped(index), self._mapped) for index in range(self.num_locations)]
+        self._files = [
+            PatchFile(self.layout.grouped_patch_file(index), self._mapped) for index in range(self.num_locations)
+        ]
         if self.layout.subjects.is_file():
             self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
             source = self.layout.subjects
@@ -172,14 +174,14 @@ class PatchStore:
                     f"{file.path} has shape {file.shape}, but {source} lists {len(self.sids)} subjects, so the "
                     f"shape must be {wanted}; run preprocess/group_patches.py --root-dir {self.layout.root} again"
                 )
-        extra = self.layout.grouped(self.num_locations)
+        extra = self.layout.grouped_patch_file(self.num_locations)
         if extra.exists():
             raise StoreError(
                 f"{extra} exists, but the location table has only {self.num_locations} rows; use the location table "
                 "that the patches were cut with"
             )
 
-    def _open_by_subject(self) -> None:
+    def _open_subject_files(self) -> None:
         self.sids = self.layout.patch_sids()
         if not self.sids:
             raise StoreError(f"--root-dir {self.layout.root} has no patches, neither in grouped_patch/ nor in patch/")
@@ -224,15 +226,15 @@ def summarize_sids(sids: list[str]) -> str:
     return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"
 
 
-def read_stamp(path: Path) -> tuple[int, int, int] | None:
+def read_file_stamp(path: Path) -> tuple[int, int, int] | None:
     """Return inode, size and modification time of a file, or None if the file does not exist."""
     try:
-        return make_stamp(os.stat(path))
+        return make_stamp_from_stat(os.stat(path))
     except OSError:
         return None
 
 
-def make_stamp(status: os.stat_result) -> tuple[int, int, int]:
+def make_stamp_from_stat(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -246,13 +248,13 @@ def describe_change(path: Path) -> str:
 class PatchFile:
     """One .npy file of patches, memory-mapped at the first read, so that each data-loader worker makes its own mapping.
 
-    ``mapped`` lists all memory-mapped files of the store. With more than MAX_OPEN of these, the oldest mapping is
+    ``mapped_files`` lists all memory-mapped files of the store. With more than MAX_OPEN of these, the oldest mapping is
     closed.
     """
 
-    def __init__(self, path: Path, mapped: "deque[PatchFile]"):
+    def __init__(self, path: Path, mapped_files: "deque[PatchFile]"):
         self.path = path
-        self._mapped = mapped
+        self._mapped = mapped_files
         try:
             with open(path, "rb") as stream:
                 self.shape, self.fortran, self.dtype = read_array_header(stream)
@@ -267,15 +269,15 @@ class PatchFile:
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}, but patches must be real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        self._stamp, self._end = make_stamp(status), expected
+        self._stamp, self._end = make_stamp_from_stat(status), expected
         self._array = None
 
     def check_unchanged(self) -> None:
         """Raise StoreError if the file was replaced or written to after it was opened."""
-        if read_stamp(self.path) != self._stamp:
+        if read_file_stamp(self.path) != self._stamp:
             raise StoreError(describe_change(self.path))
 
-    def read_end_bytes(self) -> bytes:
+    def read_first_and_last_bytes(self) -> bytes:
         """Read the first and the last SAMPLE_BYTES of the patches."""
         with open(self.path, "rb") as stream:
             stream.seek(self.offset)

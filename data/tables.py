@@ -69,7 +69,7 @@ def read_table(
     if not path.is_file():
         raise StoreError(f"{path} does not exist or is not a file; give the path of a CSV table")
     try:
-        table = _read_text(path)
+        table = _read_csv_as_text(path)
     except UnicodeDecodeError:
         raise StoreError(f"{path} is not UTF-8 text; save the table as CSV UTF-8") from None
     except (ValueError, OSError, csv.Error) as error:
@@ -116,7 +116,7 @@ def hint_missing_column(name: str, columns: Sequence[str]) -> str:
     return f"; write {name} instead of {other}" if other else ""
 
 
-def _read_text(path: Path) -> pd.DataFrame:
+def _read_csv_as_text(path: Path) -> pd.DataFrame:
     """Read a CSV's cells as stripped text. Blank lines are skipped; cells missing at the end of a line become empty."""
     import pandas as pd  # imported here, so that training without tables does not need pandas
 

@@ -15,7 +15,7 @@ PATCH = (PATCH_SIZE,) * 3
 INPUT_CHUNK = 16  # patches to convert together, so that these patches stay in the CPU cache
 
 
-def stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
+def make_random_stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
     """Return two seeds for one step of one BatchNorm group: for the transform parameters and for the noise.
 
     Each combination of the arguments has a separate random stream. A resumed run therefore draws the same numbers as an
@@ -65,7 +65,7 @@ class StepDraws(NamedTuple):
         count = len(index.rows) // len(self.groups)
         drawn = []
         for group in self.groups:
-            seed, _ = stream_seeds(self.seed, index.epoch, index.location, index.step, group)
+            seed, _ = make_random_stream_seeds(self.seed, index.epoch, index.location, index.step, group)
             generator = torch.Generator().manual_seed(seed)
             views = list(self._draw_packed_parameters(2 * count, size, generator).chunk(2))  # query and key
             if neighbors:  # one draw per subject, because its k neighbours form one volume
@@ -74,8 +74,8 @@ class StepDraws(NamedTuple):
         return torch.cat(drawn, dim=1)
 
     def _draw_packed_parameters(self, count: int, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        drawn = self.augmentation.draw(count, size, generator)
-        return self.augmentation.pack(self.augmentation.prepare(drawn, size), count)  # (count, W)
+        drawn = self.augmentation.draw_parameters(count, size, generator)
+        return self.augmentation.pack_parameters(self.augmentation.prepare_parameters(drawn, size), count)  # (count, W)
 
 
 class Views(NamedTuple):
@@ -105,21 +105,21 @@ class StepViews:
     def seed_noise(self, epoch: int, location: int, step: int) -> None:
         """Seed the noise stream of each group for a step."""
         for group, generator in zip(self.draws.groups, self.generators):
-            generator.manual_seed(stream_seeds(self.draws.seed, epoch, location, step, group)[1])
+            generator.manual_seed(make_random_stream_seeds(self.draws.seed, epoch, location, step, group)[1])
 
-    def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, draws: torch.Tensor) -> Views:
+    def __call__(self, patches: torch.Tensor, neighbors: torch.Tensor | None, drawn_parameters: torch.Tensor) -> Views:
         """Make the views of a step; call :meth:`seed_noise` first. All tensors must be on the device of the views.
 
         Args:
             patches: (B, 32, 32, 32) HU.
             neighbors: (B, k, 32, 32, 32) HU, or None.
-            draws: (2 or 3, B, W), from :class:`StepDraws`.
+            drawn_parameters: (2 or 3, B, W), from :class:`StepDraws`.
         """
         if self.dense:
-            return self._make_views(patches, neighbors, draws, self.generators)
+            return self._make_views(patches, neighbors, drawn_parameters, self.generators)
         count = len(self.generators)
         near = [None] * count if neighbors is None else neighbors.chunk(count)
-        shares = zip(patches.chunk(count), near, draws.chunk(count, dim=1), self.generators, strict=True)
+        shares = zip(patches.chunk(count), near, drawn_parameters.chunk(count, dim=1), self.generators, strict=True)
         views = [self._make_views(*share, [generator]) for *share, generator in shares]
         if count == 1:
             return views[0]
@@ -136,7 +136,7 @@ class StepViews:
         """Make the views of some groups, with one generator per group. Groups consist of consecutive samples."""
         batch, size = len(patches), patches.shape[1:]
 
-        def noise(like: torch.Tensor) -> torch.Tensor:
+        def draw_noise_like(like: torch.Tensor) -> torch.Tensor:
             if len(generators) == 1:
                 return torch.randn(like.shape, generator=generators[0], device=like.device, dtype=like.dtype)
             # (m, groups, b, C, D, H, W): m views of the batch, split into the samples of each group
@@ -145,9 +145,9 @@ class StepViews:
                 of_group.copy_(torch.randn(of_group.shape, generator=generator, device=like.device, dtype=like.dtype))
             return blocks.flatten(0, 2)
 
-        def augment(volumes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-            unpacked = self.augmentation.unpack(packed, size)
-            return scale_to_unit_range(self.augmentation.apply(volumes, unpacked, noise, self.dense))
+        def augment(volumes: torch.Tensor, packed_parameters: torch.Tensor) -> torch.Tensor:
+            unpacked = self.augmentation.unpack_parameters(packed_parameters, size)
+            return scale_to_unit_range(self.augmentation.apply(volumes, unpacked, draw_noise_like, self.dense))
 
         shifted = clip_and_shift_hu(patches)[:, None]  # (B, 1, 32, 32, 32)
         views = augment(torch.cat([shifted, shifted]), draws[:2].flatten(0, 1))  # (2 B, 1, 32, 32, 32)

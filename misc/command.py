@@ -49,16 +49,16 @@ class Bounded:
     """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and names the flag in errors.
 
     Args:
-        kind: int or float.
+        number_type: int or float.
         low, high: smallest and largest allowed value; nan and infinity are never allowed.
-        words: the requirement, printed after "must be" for a value outside the limits.
-        complete: if True, ``words`` is also the message for text that is not a number; if False, the message
-            refers to --help.
+        requirement: the requirement, printed after "must be" for a value outside the limits.
+        is_full_message: if True, ``requirement`` is also the message for text that is not a number; if False, the
+            message refers to --help.
     """
 
-    def __init__(self, kind: type, low: float, high: float, words: str, complete: bool = False):
-        self.kind, self.low, self.high, self.words, self.complete = kind, low, high, words, complete
-        self.__name__ = kind.__name__  # argparse prints this name, as in "invalid float value"
+    def __init__(self, number_type: type, low: float, high: float, requirement: str, is_full_message: bool = False):
+        self.kind, self.low, self.high, self.words, self.complete = number_type, low, high, requirement, is_full_message
+        self.__name__ = number_type.__name__  # argparse prints this name, as in "invalid float value"
 
     def __call__(self, text: str) -> Any:
         try:
@@ -74,21 +74,21 @@ class Bounded:
         return None if fits else f" must be {self.words}{'' if self.complete else '; see --help'}"
 
 
-def at_least(kind: type, low: float, words: str = "") -> Bounded:
-    """Accept numbers of at least ``low``. ``words`` replaces the default text "at least LOW"."""
-    return Bounded(kind, low, math.inf, words or f"at least {low}", complete=bool(words))
+def at_least(number_type: type, low: float, requirement: str = "") -> Bounded:
+    """Accept numbers of at least ``low``. ``requirement`` replaces the default text "at least LOW"."""
+    return Bounded(number_type, low, math.inf, requirement or f"at least {low}", is_full_message=bool(requirement))
 
 
-def between(kind: type, low: float, high: float) -> Bounded:
+def between(number_type: type, low: float, high: float) -> Bounded:
     """Accept numbers from ``low`` to ``high``, both included."""
-    return Bounded(kind, low, high, f"between {low} and {high}", complete=True)
+    return Bounded(number_type, low, high, f"between {low} and {high}", is_full_message=True)
 
 
 class OneOf:
     """One of a fixed set of words, for use as the ``type`` of a flag."""
 
-    def __init__(self, *words: str):
-        self.words = words
+    def __init__(self, *allowed_words: str):
+        self.words = allowed_words
 
     def __call__(self, text: str) -> str:
         return text
@@ -158,9 +158,9 @@ def print_error(message: object) -> None:
     print(f"error: {f'(rank {rank}) ' if rank else ''}{message}", file=sys.stderr, flush=True)
 
 
-def _raise_stopped(number: int, _: Any) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second signal must not disturb the shutdown
-    raise Stopped(number)
+def _raise_stopped(signal_number: int, _: Any) -> NoReturn:
+    signal.signal(signal_number, signal.SIG_IGN)  # a second signal must not disturb the shutdown
+    raise Stopped(signal_number)
 
 
 def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers or --num-workers") -> NoReturn:
@@ -225,12 +225,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
-def describe_out_of_memory(error: BaseException, lower: str) -> str:
-    """Return the out-of-memory message; ``lower`` names the flags to lower."""
+def describe_out_of_memory(error: BaseException, flags_to_lower: str) -> str:
+    """Return the out-of-memory message; ``flags_to_lower`` names the flags to lower."""
     gpu = "cuda" in str(error).lower()
     asked = re.search(r"(?:allocate|you tried to allocate) ([\d.]+ ?[a-zA-Z]+)", str(error), re.IGNORECASE)
     size = f" ({asked[1]} more requested)" if asked else ""
-    return f"out of memory on the {'GPU' if gpu else 'host'}{size}; lower {lower}"
+    return f"out of memory on the {'GPU' if gpu else 'host'}{size}; lower {flags_to_lower}"
 
 
 class StopRequest:
@@ -243,7 +243,7 @@ class StopRequest:
     def __init__(self):
         self.number = 0
 
-    def record_signals(self) -> None:
+    def start_recording_signals(self) -> None:
         """Start to record the signals in STOPPING."""
         for number in STOPPING:
             if reacts_to_signal(number):
@@ -266,10 +266,10 @@ class StopRequest:
 PR_SET_PDEATHSIG = 1  # prctl(2): send a signal when the parent process ends
 
 
-def end_with_parent(number: int) -> None:
+def request_signal_on_parent_exit(signal_number: int) -> None:
     """Ask the operating system to send this process a signal when its parent process ends."""
     with contextlib.suppress(OSError, AttributeError):  # prctl exists only on Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
 
 
 def count_usable_cores() -> int:

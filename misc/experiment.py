@@ -31,7 +31,7 @@ def checkpoint_name(epoch: int) -> str:
     return f"checkpoint_patch_{epoch:04d}.pth.tar"
 
 
-def list_checkpoints(folder: Path) -> str:
+def describe_checkpoints(folder: Path) -> str:
     """List the checkpoints in a folder for a message; return an empty string if there are none."""
     there = sorted(path.name for path in folder.glob("*.pth.tar")) if folder.is_dir() else []
     return f"{folder} has {', '.join(there)}" if there else ""
@@ -62,14 +62,14 @@ class Experiment:
         return self.folder / "log.jsonl"
 
     @property
-    def configs(self) -> Path:
+    def configs_json(self) -> Path:
         return self.folder / "configs.json"
 
     def features(self, epoch: int, step: int = 0) -> Path:
         """Return the folder of features. Features of a checkpoint saved within an epoch get a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
-    def is_own_file(self, path: Path) -> bool:
+    def is_in_experiment_folder(self, path: Path) -> bool:
         return path.resolve().parent == self.folder.resolve()
 
     # ------------------------------------------------------------ resuming
@@ -108,7 +108,7 @@ class Experiment:
                 break  # all earlier checkpoints have fewer training steps
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
-        # If progress is equal, max returns the first item, which is the checkpoint of the unfinished epoch.
+        # If two checkpoints have equal progress, max returns the first, which is that of the unfinished epoch.
         best = max(found, key=lambda item: item[0])[1] if found else None
         for text in damaged:
             say(f"note: {text}; resuming from {best} instead")
@@ -147,13 +147,13 @@ class Experiment:
         inside = self.folder / resume
         found = inside if inside.is_file() else Path(resume)
         if not found.is_file():
-            there = list_checkpoints(self.folder).removeprefix(str(self.folder))
+            there = describe_checkpoints(self.folder).removeprefix(str(self.folder))
             raise ExperimentError(
                 f"--resume {resume}: no checkpoint with this name in {self.folder}"
                 + (f", which{there}" if there else "")
                 + ", and no file at this path"
             )
-        if occupied and not self.is_own_file(found):
+        if occupied and not self.is_in_experiment_folder(found):
             raise ExperimentError(
                 f"{self.folder} already has checkpoints, which resuming from {found} would overwrite; "
                 "choose another --exp-name"
@@ -166,7 +166,7 @@ class Experiment:
         The resumed run will train the epochs of the renamed checkpoints again. --resume auto ignores the renamed
         checkpoints.
         """
-        if not self.is_own_file(resumed):
+        if not self.is_in_experiment_folder(resumed):
             return []
         later = [path for number, path in self.list_epoch_checkpoints().items() if number > epoch]
         if self.unfinished_checkpoint.is_file() and self.unfinished_checkpoint.resolve() != resumed.resolve():
@@ -187,13 +187,13 @@ class Experiment:
         if not try_lock(log):
             log.close()
             raise ExperimentError(
-                f"{self.folder} is in use by another run{self.describe_owner()}; wait until it ends, or use another "
-                "--exp-name"
+                f"{self.folder} is in use by another run{self.describe_owner_process()}; wait until it ends, or use "
+                "another --exp-name"
             )
         remove_leftovers(self.folder)
         return log
 
-    def describe_owner(self) -> str:
+    def describe_owner_process(self) -> str:
         """Describe the process that uses the folder, or return an empty string if configs.json names no process."""
         try:
             return f" ({self.read_config()['process']})"
@@ -204,7 +204,7 @@ class Experiment:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """Write configs.json with the settings, the commit and the package versions."""
-        write_json(self.configs, {**settings, **collect_environment(), "process": describe_process()})
+        write_json(self.configs_json, {**settings, **collect_environment(), "process": describe_process()})
 
     def read_config(self) -> EasyDict:
         """Read configs.json; its entries become attributes, as in the published scripts.
@@ -213,12 +213,12 @@ class Experiment:
             ExperimentError: the file is missing or is not a JSON object.
         """
         try:
-            settings = json.loads(self.configs.read_text(encoding="utf-8"))
+            settings = json.loads(self.configs_json.read_text(encoding="utf-8"))
             return EasyDict({**settings})  # ** raises TypeError if the JSON is not an object; EasyDict accepts null
         except FileNotFoundError:
-            raise ExperimentError(f"{self.configs} does not exist") from None
+            raise ExperimentError(f"{self.configs_json} does not exist") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ExperimentError(f"{self.configs} cannot be read as an experiment's settings") from None
+            raise ExperimentError(f"{self.configs_json} cannot be read as an experiment's settings") from None
 
     # ------------------------------------------------------------ for extraction
 
@@ -247,7 +247,7 @@ class Experiment:
         except ExperimentError as error:
             raise ExperimentError(f"{error}, so the patch store is unknown; give --root-dir") from None
         if not isinstance(root, str):
-            raise ExperimentError(f"{self.configs} has no entry root_dir; give --root-dir")
+            raise ExperimentError(f"{self.configs_json} has no entry root_dir; give --root-dir")
         return root
 
 

@@ -135,7 +135,7 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     except Exception as error:  # NumPy evaluates the header as Python text and may raise any error
         raise ValueError("not a complete .npy file") from error
     if dtype.hasobject:
-        raise ValueError("an array of Python objects instead of numbers")
+        raise ValueError("a .npy file of Python objects, not of numbers")
     start = stream.tell()
     there, wanted = stream.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
     stream.seek(start)
@@ -207,7 +207,7 @@ def note_missing_locks(path: str, error: OSError) -> None:
     if reason not in _noted:
         _noted.add(reason)
         where = os.path.dirname(path)
-        text = f"note: {where} does not support file locks ({reason}); do not use it with two programs at the same time"
+        text = f"note: {where} does not support file locks ({reason}); do not let two programs use it at the same time"
         print(text, file=sys.stderr, flush=True)
 
 
@@ -226,12 +226,12 @@ def describe_process() -> str:
 
 
 @contextlib.contextmanager
-def hold_lock_or_raise(path: Path, what: str) -> Iterator[None]:
+def hold_lock_or_raise(path: Path, resource_name: str) -> Iterator[None]:
     """Hold a lock file during a block and remove it at the end.
 
     Args:
         path: the lock file; it is created if missing.
-        what: name of the locked resource, with which the error message begins.
+        resource_name: name of the locked resource, with which the error message begins.
 
     Raises:
         UserError: another process holds the lock; the message names that process.
@@ -241,7 +241,9 @@ def hold_lock_or_raise(path: Path, what: str) -> Iterator[None]:
         with open(path, "a+", encoding="utf-8") as stream:
             if not try_lock(stream):
                 stream.seek(0)
-                raise UserError(f"{what} is in use by {stream.read().strip() or 'another process'}; wait until it ends")
+                raise UserError(
+                    f"{resource_name} is in use by {stream.read().strip() or 'another process'}; wait until it ends"
+                )
             try:
                 if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
                     continue  # another process has removed the file in the meantime

@@ -24,17 +24,19 @@ def encode_array(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
 
 
-def write_page(path: Path, folder: Path, name: str, title: str, data: dict[str, Any]) -> None:
-    """Write a page from {name}.html and {name}.js in ``folder``, with its data inside.
+def write_page(path: Path, template_folder: Path, template_name: str, title: str, data: dict[str, Any]) -> None:
+    """Write a page from {name}.html and {name}.js in ``template_folder``, with its data inside.
 
     The template contains the placeholders @title, @script and @data. User text (subject names, messages) is passed
     only as data. Scripts insert user text as text, so it is never interpreted as HTML.
     """
-    template, own = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js"))
+    template, own = (
+        (template_folder / f"{template_name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
+    )
     shared = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"@title": html.escape(title), "@script": shared + own, "@data": text}
-    assert "@data" in template, f"{name}.html has no @data"
+    assert "@data" in template, f"{template_name}.html has no @data"
     # All placeholders are replaced in one pass, because the title may contain one: a folder can be named @data.
     write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 

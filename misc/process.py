@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from misc.command import LOST, UserError, end_with_parent, exit_at_once, print_error
+from misc.command import LOST, UserError, exit_at_once, print_error, request_signal_on_parent_exit
 
 # torch 2.14 renamed all_gather_into_tensor to all_gather_single.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -82,7 +82,7 @@ def set_up_process(device: str, patience: float = PATIENCE) -> torch.device:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if "RANK" in os.environ and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent(signal.SIGTERM)
+            request_signal_on_parent_exit(signal.SIGTERM)
         try:
             more = {"device_id": chosen} if use_gpu else {}
             longest = timedelta(minutes=patience + MORE)
@@ -113,7 +113,7 @@ def set_arithmetic(tf32: bool, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def read_precision() -> str:
+def find_gpu_matmul_precision() -> str:
     """Return the current precision of float32 products on GPUs: ``float32`` or ``tf32``."""
     allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "float32"
@@ -266,7 +266,7 @@ def all_reduce_max(*numbers: int) -> list[int]:
     return largest.tolist()
 
 
-def wait_before_exit() -> None:
+def wait_for_ranks_before_exit() -> None:
     """Wait for all ranks before exit; return at once if a rank is gone."""
     if _control:
         with contextlib.suppress(RuntimeError):
@@ -283,7 +283,7 @@ def wait_for_slow_ranks() -> None:
     store.add(name, 1)
     while store.add(name, 0) < world_size():
         time.sleep(0.2)
-    wait_before_exit()
+    wait_for_ranks_before_exit()
 
 
 def check_ranks_agree(facts: Mapping[str, object]) -> None:
@@ -308,7 +308,8 @@ def check_ranks_agree(facts: Mapping[str, object]) -> None:
             )
             more = f"; and {len(apart) - 3} more" if len(apart) > 3 else ""
             raise UserError(
-                f"{shown}{more}; start all ranks of a run with the same settings, and use a separate endpoint per job"
+                f"{shown}{more}; start all ranks of a run with the same settings, and give each job its "
+                "own rendezvous endpoint"
             )
 
 

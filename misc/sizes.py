@@ -25,19 +25,21 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
         UserError: ``given`` does not suit the batch size and the number of ranks.
     """
 
-    def find_conflict(groups: int) -> str:
-        if groups % ranks:
+    def explain_invalid_group_count(group_count: int) -> str:
+        if group_count % ranks:
             return f"a multiple of the {ranks} ranks"
-        if batch_size % groups:
+        if batch_size % group_count:
             return f"a divisor of --batch-size {batch_size}"
-        return "" if batch_size // groups >= SMALLEST_GROUP else f"at most half of --batch-size {batch_size}"
+        return "" if batch_size // group_count >= SMALLEST_GROUP else f"at most half of --batch-size {batch_size}"
 
     if given is not None:
-        if find_conflict(given):
-            raise UserError(f"--bn-groups {given} must be {find_conflict(given)}, so that each rank has whole groups")
+        if explain_invalid_group_count(given):
+            raise UserError(
+                f"--bn-groups {given} must be {explain_invalid_group_count(given)}, so that each rank has whole groups"
+            )
         return given
     most = max(PUBLISHED_GROUPS, ranks)
-    return next((groups for groups in range(most, 0, -1) if not find_conflict(groups)), ranks)
+    return next((groups for groups in range(most, 0, -1) if not explain_invalid_group_count(groups)), ranks)
 
 
 def list_rank_groups(groups: int, rank: int, ranks: int) -> range:

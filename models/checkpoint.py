@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from misc.command import UserError
-from misc.experiment import list_checkpoints
+from misc.experiment import describe_checkpoints
 from misc.files import hash_file, write_atomically
 
 # ============================================================ files
@@ -42,7 +42,7 @@ def read_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        beside = list_checkpoints(path.parent)
+        beside = describe_checkpoints(path.parent)
         raise CheckpointError(f"no checkpoint at {path}{f'; {beside}' if beside else ''}")
     try:
         mapped = not tensors and zipfile.is_zipfile(path)
@@ -75,7 +75,7 @@ def check_sha256(path: Path, wanted: str | None) -> None:
         return
     if not re.fullmatch("[0-9a-f]{8,64}", wanted.lower()):
         raise CheckpointError(
-            f"--sha256 {wanted} is not a SHA-256; give its first 8 to 64 hexadecimal digits, as sha256sum prints them"
+            f"--sha256 {wanted} is not a SHA-256; give the first 8 to 64 hexadecimal digits that sha256sum prints"
         )
     if Path(path).is_file() and not (found := hash_file(path)).startswith(wanted.lower()):
         raise CheckpointError(
@@ -87,7 +87,7 @@ def check_sha256(path: Path, wanted: str | None) -> None:
 def read_progress(path: Path) -> tuple[int, int]:
     """Read the numbers of finished epochs and of finished steps in the next epoch. Raises CheckpointError."""
     content = read_checkpoint(path, tensors=False)
-    return find_position(content, path)
+    return find_epoch_and_step(content, path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def verify_checkpoint(path: Path) -> tuple[int, int]:
     return place
 
 
-def find_position(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def find_epoch_and_step(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Return a checkpoint's numbers of finished epochs and of finished steps in the next epoch.
 
     For a bare state dict, the epoch is the first number in the file name, or 0 if the name has no number.
@@ -201,10 +201,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
 
 # ============================================================ checks before use
 
-LARGEST = 1e15  # largest valid value; sums of squares in BatchNorm must not overflow float32
+LARGEST = 1e15  # largest valid value in a checkpoint; sums of squares in BatchNorm must not overflow float32
 
 
-def find_unsound_tensor(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def find_nonfinite_or_huge_tensor(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor with a value that is not finite or exceeds LARGEST, or None.
 
     The function synchronises with the device only once.
@@ -217,24 +217,26 @@ def find_unsound_tensor(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, good in zip(names, sound) if not good), None)
 
 
-def refuse_unsound_tensors(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
+def refuse_nonfinite_or_huge_tensors(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
     """Raise CheckpointError if a tensor has a value that is not finite or exceeds LARGEST."""
-    unsound = find_unsound_tensor(tensors)
+    unsound = find_nonfinite_or_huge_tensor(tensors)
     if unsound is not None:
         raise CheckpointError(
             f"{source} has values in {unsound} that are not finite or exceed {LARGEST:.0e}; use an earlier checkpoint"
         )
 
 
-def check_same_table(content: Mapping[str, Any], source: Path | str, count: int, fingerprint: str, root: object) -> str:
+def check_same_location_table(
+    checkpoint: Mapping[str, Any], checkpoint_path: Path | str, num_locations: int, fingerprint: str, store_root: object
+) -> str:
     """Check that a store has the table of locations that the checkpoint was trained on.
 
     Args:
-        content: entries of the checkpoint.
-        source: file of the checkpoint, for messages.
-        count: number of locations in the store's table.
+        checkpoint: entries of the checkpoint.
+        checkpoint_path: file of the checkpoint, for messages.
+        num_locations: number of locations in the store's table.
         fingerprint: fingerprint of the store's table, which distinguishes it from other tables of the same length.
-        root: folder of the store, for messages.
+        store_root: folder of the store, for messages.
 
     Returns:
         A note if the checkpoint does not record its table, otherwise "". The published weights do not record
@@ -243,19 +245,23 @@ def check_same_table(content: Mapping[str, Any], source: Path | str, count: int,
     Raises:
         CheckpointError: the checkpoint was trained on another location table.
     """
-    queue = strip_module_prefix(content["state_dict"]).get("queue")
+    queue = strip_module_prefix(checkpoint["state_dict"]).get("queue")
     advice = "cut the patches at the locations that the checkpoint was trained on (its atlas_patch_loc.npy)"
-    if queue is not None and queue.shape[-1] != count:
+    if queue is not None and queue.shape[-1] != num_locations:
         raise CheckpointError(
-            f"{source} was trained on {queue.shape[-1]} locations, but --root-dir {root} has {count}; {advice}"
+            f"{checkpoint_path} was trained on {queue.shape[-1]} locations, "
+            f"but --root-dir {store_root} has {num_locations}; {advice}"
         )
-    own = (content.get("config") or {}).get("location_table")
+    own = (checkpoint.get("config") or {}).get("location_table")
     if own is None:
-        return f"{source} does not record its table of locations; make sure that {root} has the same {count} locations"
+        return (
+            f"{checkpoint_path} does not record its table of locations; "
+            f"make sure that {store_root} has the same {num_locations} locations"
+        )
     if own != fingerprint:
         raise CheckpointError(
-            f"{source} was trained on a different table of locations (fingerprint {own}) than --root-dir {root} "
-            f"(fingerprint {fingerprint}); {advice}"
+            f"{checkpoint_path} was trained on a different table of locations (fingerprint {own}) than "
+            f"--root-dir {store_root} (fingerprint {fingerprint}); {advice}"
         )
     return ""
 
@@ -303,7 +309,7 @@ def infer_encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -
 def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
     """Build an encoder in eval mode with the sizes and weights of a checkpoint. Return the encoder and its sizes."""
     state = extract_query_encoder(content, source)
-    refuse_unsound_tensors(state, source)
+    refuse_nonfinite_or_huge_tensors(state, source)
     sizes = infer_encoder_sizes(state, source)
     encoder = base_encoder(**{key: value for key, value in sizes.items() if key != "mlp"})
     if sizes["mlp"]:

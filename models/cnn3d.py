@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.condconv3d import CondConv3D, channels_last
-from models.fast.groups import encode_groups
+from models.fast.groups import encode_groups_in_parallel
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
 # The last three layers stay in float32 under autocast, because their outputs have only 8, 8 and 1 voxels per patch.
@@ -44,10 +44,10 @@ def norm_elu(
         return [F.elu(norm(block), inplace=True) for block in blocks]
     of_groups = zip(*(_split_batch(block, groups) for block in blocks))  # for each group, its samples in every block
     done = [
-        _split_batch(_norm_elu_in_training(norm, _join_parts(parts), track and group == 0), len(blocks))
+        _split_batch(_norm_elu_in_training(norm, _join_batch_parts(parts), track and group == 0), len(blocks))
         for group, parts in enumerate(of_groups)
     ]
-    return [_join_parts(parts) for parts in zip(*done)]
+    return [_join_batch_parts(parts) for parts in zip(*done)]
 
 
 def _split_batch(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
@@ -55,7 +55,7 @@ def _split_batch(x: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
     return (x,) if count == 1 else x.chunk(count)
 
 
-def _join_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _join_batch_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Invert :func:`_split_batch`. The result is channels-last if all parts are channels-last."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
@@ -64,7 +64,7 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
     """Compute elu(norm(x)) for x (B, C, D, H, W), the samples of one group."""
     if track and norm.momentum is None:  # the layer averages its statistics over all passes
         return F.elu(norm(x), inplace=True)
-    images = _as_images(x)
+    images = _view_as_images_on_gpu(x)
     running = (norm.running_mean, norm.running_var) if track else (None, None)
     if track:
         norm.num_batches_tracked += 1
@@ -72,7 +72,7 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
     return F.elu(y, inplace=True).view(x.shape)  # in place, because no backward pass needs y
 
 
-def _as_images(x: torch.Tensor) -> torch.Tensor:
+def _view_as_images_on_gpu(x: torch.Tensor) -> torch.Tensor:
     """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, where channels-last BatchNorm supports only images.
 
     On a CPU, return x itself, because BatchNorm on a CPU is faster for volumes. For 4 volumes with 8 channels at 32^3,
@@ -81,7 +81,7 @@ def _as_images(x: torch.Tensor) -> torch.Tensor:
     return x if x.device.type == "cpu" else x.flatten(2, 3)
 
 
-def count_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
+def count_location_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:
     """Return the number of blocks of consecutive samples that share a location.
 
     Return G for kernels (G, ...), or 1 if every sample has its own location.
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
             z (B, moco_dim) and h (B, rep_dim).
         """
         kernels = kernels or self.mix_kernels(loc)
-        encoded = encode_groups(self, x, kernels, self.bn_groups)
+        encoded = encode_groups_in_parallel(self, x, kernels, self.bn_groups)
         return self.encode(x, kernels, self.bn_groups) if encoded is None else encoded
 
     def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         For ``groups`` and ``track``, see :func:`norm_elu`.
         """
         layers = [(conv, kernel, norm) for (conv, norm), kernel in zip(self.layers(), kernels, strict=True)]
-        blocks = channels_last(x).chunk(count_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
+        blocks = channels_last(x).chunk(count_location_blocks(x, kernels))  # (B / G, 1, 32, 32, 32) each
         for conv, kernel, norm in layers[:-FLOAT32_LAYERS]:
             blocks = norm_elu(norm, self._convolve(conv, blocks, kernel), groups, track)
         with torch.autocast(x.device.type, enabled=False):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _triple
 
-from models.fast.pairs import convolve_pairs
+from models.fast.pairs import convolve_one_channel_in_pairs
 
 
 class Routing(nn.Module):
@@ -54,7 +54,9 @@ def dense_conv3d(
 
     ``convolve`` replaces F.conv3d, and may also apply an elementwise function such as an activation to the result.
     """
-    fast = convolve_pairs(inputs, kernel, bias, (tuple(stride), padding, tuple(dilation), groups), convolve)
+    fast = convolve_one_channel_in_pairs(
+        inputs, kernel, bias, (tuple(stride), padding, tuple(dilation), groups), convolve
+    )
     if fast is not None:
         return fast
     if inputs.is_contiguous(memory_format=torch.channels_last_3d):
@@ -101,7 +103,7 @@ class CondConv3D(_ConvNd):
         self._routing_fn = Routing(num_coordinates, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, *self.weight.shape))
         # As in the published code, torch's initialisation for 5-D convolution weights is applied to the 6-D weight.
-        # The computed fan-in therefore includes the output channels, so the initial kernels are small.
+        # For the 6-D weight, torch's fan-in includes the output channels, so the initial kernels are small.
         # With BatchNorm, the magnitude of the initial weights determines the effective learning rate.
         self.reset_parameters()
 

@@ -12,7 +12,7 @@ from models.fast.fused import conv_elu
 from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 AT_ONCE = 64  # patches per call in encode_patch_per_location; with 8 experts, the first layer then takes 0.5 GB
-SUMMARIZED = 2**20  # values per call of a summary on the CPU, so that the values stay in the CPU cache
+SUMMARIZED = 2**20  # number of values summarised at once on the CPU, so that these values stay in the CPU cache
 LOCATIONS_AT_ONCE = 8  # locations to freeze in one call; their float32 kernels take 33 MB at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -52,23 +52,27 @@ class FrozenEncoder:
         Returns:
             h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
         """
-        encoded = encode_in_pieces(lambda piece: self._encode(piece, prepare, layers), x)
-        return self._encode(x, prepare, layers) if encoded is None else encoded
+        encoded = encode_in_pieces(lambda piece: self._compute_representations(piece, prepare, layers), x)
+        return self._compute_representations(x, prepare, layers) if encoded is None else encoded
 
     @torch.no_grad()
-    def _encode(self, x: torch.Tensor, prepare: Prepare, layers: bool) -> torch.Tensor:
-        x = prepare(x, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
-        x = channels_last(x)
-        one_pass = x.device.type == "cpu" and len(x) == PATCHES_AT_ONCE
+    def _compute_representations(
+        self, patches: torch.Tensor, convert_input: Prepare, add_layer_features: bool
+    ) -> torch.Tensor:
+        patches = convert_input(patches, self._layers[0].kernel.dtype)  # (B, 1, 32, 32, 32)
+        patches = channels_last(patches)
+        one_pass = patches.device.type == "cpu" and len(patches) == PATCHES_AT_ONCE
         summaries = []
         for kernel, bias, stride, padding in self._layers:
             if one_pass:
-                x = dense_conv3d(x, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)
+                patches = dense_conv3d(patches, kernel, bias, stride, padding, convolve=conv_elu)  # (B, out, D, H, W)
             else:
-                x = F.elu_(dense_conv3d(x, kernel, bias, stride, padding, convolve=F.conv3d))  # (B, out, D, H, W)
-            if layers:
-                summaries.append(summarize_channels(x))
-        return torch.cat([x.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
+                patches = F.elu_(
+                    dense_conv3d(patches, kernel, bias, stride, padding, convolve=F.conv3d)
+                )  # (B, out, D, H, W)
+            if add_layer_features:
+                summaries.append(summarize_channels(patches))
+        return torch.cat([patches.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
 
 
 def count_layer_features(encoder: Encoder) -> int:
@@ -91,11 +95,11 @@ def summarize_channels(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def encode_patch_per_location(
     encoder: Encoder,
-    x: torch.Tensor,
+    patches: torch.Tensor,
     locs: torch.Tensor,
-    prepare: Prepare = torch.Tensor.to,
-    layers: bool = False,
-    at_once: int = AT_ONCE,
+    convert_input: Prepare = torch.Tensor.to,
+    add_layer_features: bool = False,
+    patches_at_once: int = AT_ONCE,
 ) -> torch.Tensor:
     """Compute representations h of one patch per location: apply every expert to every patch, then mix the results.
 
@@ -105,17 +109,17 @@ def encode_patch_per_location(
 
     Args:
         encoder: encoder in eval mode, on the device.
-        x: patches (L, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to such patches.
+        patches: patches (L, 1, 32, 32, 32) in [-1, 1], or a tensor that ``convert_input`` converts to such patches.
         locs: (L, 3) normalised locations.
-        prepare, layers: see :class:`FrozenEncoder`.
-        at_once: patches to encode in one call.
+        convert_input, add_layer_features: see :class:`FrozenEncoder`.
+        patches_at_once: patches to encode in one call.
 
     Returns:
-        (L, rep_dim) float32, or (L, rep_dim + W) with ``layers``.
+        (L, rep_dim) float32, or (L, rep_dim + W) with ``add_layer_features``.
     """
     results = []
-    for some, where in zip(x.split(at_once), locs.split(at_once)):
-        some = channels_last(prepare(some, torch.float32))  # (n, 1, 32, 32, 32)
+    for some, where in zip(patches.split(patches_at_once), locs.split(patches_at_once)):
+        some = channels_last(convert_input(some, torch.float32))  # (n, 1, 32, 32, 32)
         summaries = []
         for conv, norm in encoder.layers():
             experts = channels_last(conv.weight.flatten(0, 1))  # (experts * out, in, 3, 3, 3)
@@ -123,7 +127,7 @@ def encode_patch_per_location(
             apart = F.conv3d(some, experts, None, conv.stride, conv.padding)  # (n, experts * out, D, H, W)
             mixed = torch.einsum("ne,neodhw->nodhw", routing, apart.unflatten(1, (conv.num_experts, -1)))
             some = F.elu_(norm(mixed + conv.bias[:, None, None, None]))
-            if layers:
+            if add_layer_features:
                 summaries.append(summarize_channels(some))
         results.append(torch.cat([some.flatten(1), *summaries], dim=1))
     return torch.cat(results)

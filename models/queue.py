@@ -44,7 +44,7 @@ class KeyQueues(nn.Module):
         self.K, self.negatives, self.mask_own, self.one_queue = K, negatives, mask_own, one_queue
 
         # A step uses one location, which is one contiguous block of (L, K, dim).
-        # The published layout on disk is (dim, K, L).
+        # Checkpoints store the queue in the published layout (dim, K, L).
         # _save_to_state_dict and _load_from_state_dict convert between the layouts in memory and on disk.
         queue = torch.randn(num_patch, K, dim)  # (L, K, dim)
         for keys in queue:  # normalise in place, because a copy would take 1.2 GB at the published sizes
@@ -52,7 +52,7 @@ class KeyQueues(nn.Module):
         self.register_buffer("queue", queue)
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
-        # The subject and step of each key are not part of the published state dict; see queue_origin.
+        # The subject and step of each key are not part of the published state dict; see export_key_origins.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int32), persistent=False)
         unknown = torch.full((num_patch, K), -1, dtype=torch.int32)  # (L, K)
         self.register_buffer("queue_subject", unknown, persistent=False)
@@ -133,12 +133,12 @@ class KeyQueues(nn.Module):
 
     # ------------------------------------------------------------ on disk
 
-    def queue_origin(self) -> dict[str, Any]:
+    def export_key_origins(self) -> dict[str, Any]:
         """Return the subject and step of each key, (L, K) each, -1 if unknown, and the number of steps so far."""
         return {"subject": self.queue_subject, "step": self.queue_step, "steps": int(self.steps)}
 
     def load_queue_origin(self, origin: dict[str, Any]) -> None:
-        """Restore the subjects and steps of the keys from the result of :meth:`queue_origin`."""
+        """Restore the subjects and steps of the keys from the result of :meth:`export_key_origins`."""
         self.queue_subject.copy_(origin["subject"])
         self.queue_step.copy_(origin["step"])
         self.steps.fill_(int(origin["steps"]))

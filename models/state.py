@@ -11,16 +11,16 @@ from misc.run.resume import refuse_other_encoder
 from misc.run.runlog import DivergedError, Sums
 from models.checkpoint import (
     add_module_prefix,
-    check_same_table,
+    check_same_location_table,
     export_optimizer_state,
     extract_query_encoder,
-    find_position,
-    find_unsound_tensor,
+    find_epoch_and_step,
+    find_nonfinite_or_huge_tensor,
     infer_encoder_sizes,
     load_optimizer,
     load_strict,
     read_checkpoint,
-    refuse_unsound_tensors,
+    refuse_nonfinite_or_huge_tensors,
     save_checkpoint,
     strip_module_prefix,
 )
@@ -75,7 +75,7 @@ class TrainingState:
         Raises:
             DivergedError: a tensor has values that are not finite or are too large. Nothing is written.
         """
-        save_checkpoint(path, self._collect_content(epoch, step, sums))
+        save_checkpoint(path, self._make_checkpoint_content(epoch, step, sums))
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
@@ -84,18 +84,18 @@ class TrainingState:
 
     def copy_for_saving(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
         """Copy the state to host memory and return a function that writes the copy. Raises DivergedError."""
-        copied = copy_to_host(self._collect_content(epoch, step, sums))
+        copied = copy_to_host(self._make_checkpoint_content(epoch, step, sums))
         return lambda: save_checkpoint(path, copied)
 
-    def _collect_content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
+    def _make_checkpoint_content(self, epoch: int, step: int, sums: Sums | None) -> dict[str, Any]:
         weights, optimizer = add_module_prefix(self.model.state_dict()), export_optimizer_state(self.optimizer)
         kept = {f"optimizer {i} {k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
         tensors = {name: value for name, value in {**weights, **kept}.items() if isinstance(value, torch.Tensor)}
-        unsound = find_unsound_tensor(tensors)
+        unsound = find_nonfinite_or_huge_tensor(tensors)
         if unsound is not None:
             where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
             raise DivergedError(
-                f"the state has values in {unsound} that are not finite or too large at {where}, so it is not saved"
+                f"at {where}, {unsound} has values that are too large or not finite, so the training state is not saved"
             )
         checkpoint = {
             "epoch": epoch,
@@ -106,7 +106,7 @@ class TrainingState:
             "totals": torch.zeros(0, dtype=torch.float64) if sums is None else sums.totals,
             "rng_state": torch.get_rng_state(),
             "config": self.settings,
-            "queue_origin": self.model.queue_origin(),
+            "queue_origin": self.model.export_key_origins(),
         }
         if sums is not None:
             checkpoint["since_print"] = {"sums": sums.since, "steps": sums.steps}
@@ -124,9 +124,9 @@ class TrainingState:
         content, settings = read_checkpoint(path), self.settings
         state, config = strip_module_prefix(content["state_dict"]), content.get("config") or {}
         table, root = settings.get("location_table", ""), settings.get("root_dir", "")
-        note = check_same_table(content, path, self.model.num_locs, table, root)
+        note = check_same_location_table(content, path, self.model.num_locs, table, root)
         load_strict(self.model, state, path)
-        refuse_unsound_tensors(self.model.state_dict(), path)
+        refuse_nonfinite_or_huge_tensors(self.model.state_dict(), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
         if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
@@ -168,7 +168,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> Started:
     """
     content = read_checkpoint(path)
     state = extract_query_encoder(content, path)
-    refuse_unsound_tensors(state, path)
+    refuse_nonfinite_or_huge_tensors(state, path)
     own = model.encoder_q.state_dict()
     refuse_other_encoder(path, infer_encoder_sizes(state, path), infer_encoder_sizes(own, "this run"))
     projection, own_projection = (
@@ -182,4 +182,6 @@ def load_initial_weights(model: nn.Module, path: Path) -> Started:
     load_strict(model.encoder_q, state, path)
     model.encoder_k.load_state_dict(model.encoder_q.state_dict())
     queue = strip_module_prefix(content["state_dict"]).get("queue")  # (dim, K, L)
-    return Started(find_position(content, path)[0], fits, None if queue is None else (queue.shape[2], queue.shape[1]))
+    return Started(
+        find_epoch_and_step(content, path)[0], fits, None if queue is None else (queue.shape[2], queue.shape[1])
+    )

@@ -84,10 +84,17 @@ class TrainingStep(nn.Module):
             step = self.model.step(where, [query, loc], [key, loc], ngb_q, subjects, move_keys)
 
         loss = loss_pch = F.cross_entropy(step.logits_pch, step.labels)
-        statistics = {"loss_patch": loss_pch, "accuracy_patch": accuracy(step.logits_pch), **step.statistics}
+        statistics = {
+            "loss_patch": loss_pch,
+            "accuracy_patch": compute_contrastive_accuracy(step.logits_pch),
+            **step.statistics,
+        }
         if step.logits_ngb is not None:
             loss_ngb = F.cross_entropy(step.logits_ngb, step.labels)
-            statistics |= {"loss_neighbor": loss_ngb, "accuracy_neighbor": accuracy(step.logits_ngb)}
+            statistics |= {
+                "loss_neighbor": loss_ngb,
+                "accuracy_neighbor": compute_contrastive_accuracy(step.logits_ngb),
+            }
             if beta:
                 loss = loss_pch + beta * loss_ngb
         statistics["loss"] = loss
@@ -95,7 +102,7 @@ class TrainingStep(nn.Module):
         return Outcome(loss, torch.stack([statistics[name].detach() for name in names]), step.representation)
 
 
-def accuracy(logits: torch.Tensor) -> torch.Tensor:
+def compute_contrastive_accuracy(logits: torch.Tensor) -> torch.Tensor:
     """Return the percentage of rows in which the positive key (column 0) has the largest logit: (B, n) -> ()."""
     return 100 * (logits.argmax(dim=1) == 0).float().mean()
 
@@ -130,16 +137,16 @@ class Descent:
         self.optimizer, self.accumulate = optimizer, accumulate
         self.waiting = 0  # number of losses since the last optimiser step
 
-    def __call__(self, loss: torch.Tensor, last: bool = False) -> bool:
+    def __call__(self, loss: torch.Tensor, force_update: bool = False) -> bool:
         """Back-propagate one loss and return whether the optimiser took a step.
 
-        ``last`` forces an optimiser step, for example at the end of an epoch.
+        ``force_update`` forces an optimiser step, for example at the end of an epoch.
         """
         if not self.waiting:
             self.optimizer.zero_grad(set_to_none=True)
         (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.waiting += 1
-        stepped = last or self.waiting == self.accumulate
+        stepped = force_update or self.waiting == self.accumulate
         if stepped:
             self.waiting = 0
             self.optimizer.step()
@@ -177,9 +184,9 @@ class WholeStep:
         self.make_views, self.training_step, self.descend = make_views, training_step, descend
         self._move_keys = True  # update the key encoder only after the optimiser has changed the query encoder
 
-    def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
-        """Run one step. :class:`TrainingStep` describes ``beta``, and :class:`Descent` describes ``last``."""
+    def __call__(self, inputs: Inputs, beta: float, force_update: bool = False) -> Done:
+        """Run one step. :class:`TrainingStep` describes ``beta``, and :class:`Descent` describes ``force_update``."""
         views = self.make_views(inputs.patches, inputs.neighbors, inputs.draws)
         outcome = self.training_step(inputs.location, views, beta, inputs.subjects, self._move_keys)
-        stepped = self._move_keys = self.descend(outcome.loss, last)
+        stepped = self._move_keys = self.descend(outcome.loss, force_update)
         return Done(views, outcome._replace(loss=outcome.loss.detach()), stepped)

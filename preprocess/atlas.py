@@ -56,19 +56,20 @@ def read_affine(path: Path) -> sitk.Transform:
     """
     if not path.is_file():
         raise EarlierFailure(
-            f"no transform at {path}; run preprocess/register.py and look up this subject in its report"
+            f"no transform at {path}; run preprocess/register.py and check its report for this subject"
         )
     try:
         transform = sitk.ReadTransform(str(path))
     except (RuntimeError, UnicodeDecodeError) as error:  # ITK's message may quote bytes that are not UTF-8
-        raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register again") from error
+        raise ScanError(f"{path} cannot be read as an ITK transform; remove it and register the scan again") from error
     if transform.GetDimension() != 3 or not transform.IsLinear():
-        raise ScanError(f"{path} is not a 3-D affine transform; remove it and register again")
+        raise ScanError(f"{path} is not a 3-D affine transform; remove it and register the scan again")
     axes = [transform.TransformVector(axis, [0.0, 0.0, 0.0]) for axis in np.eye(3).tolist()]
     volume = abs(float(np.linalg.det(axes)))
     if not SMALLEST < volume < 1 / SMALLEST:
         raise ScanError(
             f"{path} scales the volume of the atlas lungs by {volume:.3g}, which is impossible; remove it and register "
+            "the scan "
             "again"
         )
     return transform

@@ -102,17 +102,17 @@ class Grouping:
     Args:
         layout: paths of the store.
         sids: subjects in the row order of the grouped files.
-        shape: shape of one patch.
-        count: number of locations.
+        patch_shape: shape of one patch.
+        num_locations: number of locations.
     """
 
-    def __init__(self, layout: StoreLayout, sids: list[str], shape: tuple[int, ...], count: int):
-        self.layout, self.sids, self.count = layout, sids, count
+    def __init__(self, layout: StoreLayout, sids: list[str], patch_shape: tuple[int, ...], num_locations: int):
+        self.layout, self.sids, self.count = layout, sids, num_locations
         self.key = fingerprint_patches(layout, sids)
-        self.header = make_array_header((len(sids), *shape), np.dtype(np.int16))
-        self.patch_bytes = int(np.prod(shape)) * 2
+        self.header = make_array_header((len(sids), *patch_shape), np.dtype(np.int16))
+        self.patch_bytes = int(np.prod(patch_shape)) * 2
         self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
-        self.done_file = layout.grouped_note
+        self.done_file = layout.grouped_inputs_path
         self.state_file = layout.grouping_dir / "state.json"
 
     def is_done(self) -> bool:
@@ -123,14 +123,14 @@ class Grouping:
             return False
         if read_table(self.layout.subjects, file_names=False)["sid"].tolist() != self.sids:
             return False
-        files = [self.layout.grouped(index) for index in range(self.count)]
+        files = [self.layout.grouped_patch_file(index) for index in range(self.count)]
         return all(file.is_file() and file.stat().st_size == self.file_bytes for file in files)
 
-    def get_temporary_path(self, index: int) -> Path:
+    def get_temporary_path(self, location: int) -> Path:
         """Return the temporary path where a location's file is written before it gets its final name."""
-        return self.layout.grouping_dir / self.layout.grouped(index).name
+        return self.layout.grouping_dir / self.layout.grouped_patch_file(location).name
 
-    def start_or_continue(self) -> int:
+    def start_or_resume_grouping(self) -> int:
         """Continue an interrupted run, or create the temporary files anew.
 
         Returns:
@@ -153,7 +153,7 @@ class Grouping:
         self.layout.grouping_dir.mkdir(parents=True)
         for index in range(self.count):
             self.get_temporary_path(index).write_bytes(self.header)
-        _write_note(self.state_file, {"key": self.key, "rows": 0})
+        _write_state_json(self.state_file, {"key": self.key, "rows": 0})
         return 0
 
     def write_chunk(self, row: int) -> int:
@@ -164,13 +164,15 @@ class Grouping:
             with open(self.get_temporary_path(index), "r+b") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 stream.write(np.ascontiguousarray(patches[index]).data)
-        _write_note(self.state_file, {"key": self.key, "rows": row + len(sids)})
+        _write_state_json(self.state_file, {"key": self.key, "rows": row + len(sids)})
         return len(sids)
 
-    def _current_path(self, index: int) -> Path:
+    def _find_current_file(self, location: int) -> Path:
         """Return the path of a location's new file: temporary, or final if a run stopped while it renamed the files."""
         return (
-            self.get_temporary_path(index) if self.get_temporary_path(index).is_file() else self.layout.grouped(index)
+            self.get_temporary_path(location)
+            if self.get_temporary_path(location).is_file()
+            else self.layout.grouped_patch_file(location)
         )
 
     def verify_new_files(self) -> None:
@@ -183,24 +185,28 @@ class Grouping:
             StoreError: a file differs from what was written; the next run makes all files again.
         """
         for index in range(self.count):
-            with open(self._current_path(index), "rb") as stream:
+            with open(self._find_current_file(index), "rb") as stream:
                 os.fsync(stream.fileno())
                 size = stream.seek(0, os.SEEK_END)
             if size != self.file_bytes:
-                self._give_up(f"{self._current_path(index)} has {size} of {self.file_bytes} bytes; is the disk full?")
+                self._remove_files_and_raise(
+                    f"{self._find_current_file(index)} has {size} of {self.file_bytes} bytes; is the disk full?"
+                )
         drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
         for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
             own = convert_to_hu(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
-            with open(self._current_path(index), "rb") as stream:
+            with open(self._find_current_file(index), "rb") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 if stream.read(self.patch_bytes) != own.tobytes():
-                    self._give_up(f"{self._current_path(index)}, row {row}, is not the patch of {sid}.")
+                    self._remove_files_and_raise(
+                        f"{self._find_current_file(index)}, row {row}, is not the patch of {sid}."
+                    )
 
-    def _give_up(self, why: str) -> None:
+    def _remove_files_and_raise(self, reason: str) -> None:
         shutil.rmtree(self.layout.grouping_dir, ignore_errors=True)
-        raise StoreError(f"{why} The previous grouped files are unchanged; run group_patches.py again")
+        raise StoreError(f"{reason} The previous grouped files are unchanged; run group_patches.py again")
 
-    def rename_files(self) -> None:
+    def give_files_final_names(self) -> None:
         """Give the files their final names.
 
         subjects.csv is removed first and written last, so that the store counts as incomplete in between.
@@ -210,45 +216,45 @@ class Grouping:
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
             with contextlib.suppress(FileNotFoundError):  # an interrupted run may have moved this file already
-                os.replace(self.get_temporary_path(index), self.layout.grouped(index))
+                os.replace(self.get_temporary_path(index), self.layout.grouped_patch_file(index))
         write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
-        _write_note(self.done_file, {"key": self.key})
+        _write_state_json(self.done_file, {"key": self.key})
         shutil.rmtree(self.layout.grouping_dir)
 
 
-def group_all(args: argparse.Namespace) -> int:
+def group_patches_by_location(args: argparse.Namespace) -> int:
     """Run the stage with its flags and return the exit status."""
     layout = StoreLayout(args.root_dir)
     count = len(load_locations(layout.find_atlas_patch_loc()))
     with hold_lock_or_raise(layout.grouping_lock, f"{layout.grouped_dir}, the output folder of group_patches.py,"):
-        return _group(args, layout, count)
+        return _group_patches_by_location(args, layout, count)
 
 
-def _group(args: argparse.Namespace, layout: StoreLayout, count: int) -> int:
-    sids, shape = find_usable_subjects(layout, count)
-    grouping = Grouping(layout, sids, shape, count)
-    found = f"{len(sids)} subjects at {count} locations"
+def _group_patches_by_location(args: argparse.Namespace, layout: StoreLayout, location_count: int) -> int:
+    sids, shape = find_usable_subjects(layout, location_count)
+    grouping = Grouping(layout, sids, shape, location_count)
+    found = f"{len(sids)} subjects at {location_count} locations"
     if grouping.is_done():
         print(f"group_patches: already done, {found}; {layout.grouped_dir}")
         return 0
-    row = grouping.start_or_continue()
+    row = grouping.start_or_resume_grouping()
     bar = progress_bar(args.no_progress, total=len(sids), initial=row, desc="group_patches", unit="subject")
     with bar:
         while row < len(sids):
             written = grouping.write_chunk(row)
             row += written
             bar.update(written)
-    grouping.rename_files()
-    print(f"group_patches: {found}, {grouping.file_bytes * count / 1e9:.2f} GB; {layout.grouped_dir}")
+    grouping.give_files_final_names()
+    print(f"group_patches: {found}, {grouping.file_bytes * location_count / 1e9:.2f} GB; {layout.grouped_dir}")
     return 0
 
 
-def _write_note(path: Path, content: dict) -> None:
+def _write_state_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content))
 
 
 def main() -> int:
-    return group_all(parse_flags(__doc__, add_store_flag, add_progress_flag))
+    return group_patches_by_location(parse_flags(__doc__, add_store_flag, add_progress_flag))
 
 
 if __name__ == "__main__":

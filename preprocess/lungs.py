@@ -121,7 +121,7 @@ def lung_volumes(mask: sitk.Image, name: Path | str) -> dict[str, float]:
     """Return the volumes of both lungs in ml. Raises ScanError if a lung is missing or a label is unknown."""
     labels = sitk.GetArrayViewFromImage(mask)
     if labels.max() > 2:
-        raise ScanError(f"{name} has labels beyond 1 (right lung) and 2 (left lung); relabel the mask")
+        raise ScanError(f"{name} has labels above 2; use 1 for the right lung and 2 for the left lung")
     counts = np.array([np.count_nonzero(labels == label) for label in (1, 2)])  # np.bincount needs 8 bytes/voxel
     millilitres = counts * np.prod(mask.GetSpacing()) / 1000
     if millilitres.min() < MIN_LUNG_ML:
@@ -146,12 +146,12 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
     """
     labels, values = sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan)
     direction = np.array(mask.GetDirection()).reshape(3, 3)
-    extents = [_count_per_plane(labels == label) for label in (1, 2)]  # lung voxels per plane along x, y, z
+    extents = [_count_voxels_per_plane(labels == label) for label in (1, 2)]  # lung voxels per plane along x, y, z
     centres = [[np.average(np.arange(len(count)), weights=count) for count in extent] for extent in extents]
     right, left = (direction @ (np.array(centre) * mask.GetSpacing()) for centre in centres)
     if right[0] >= left[0]:
         raise ScanError(
-            f"{name} has right and left swapped: label 1, the subject's right lung, lies to the left of label 2; "
+            f"{name} has right and left swapped: label 1 must be the right lung, but is on the subject's left side; "
             "correct the mask"
         )
     said = []
@@ -199,7 +199,7 @@ def _sample_voxels(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, 
     return labels[::step, ::step, ::step], values[::step, ::step, ::step]
 
 
-def _count_per_plane(lung: np.ndarray) -> list[np.ndarray]:
+def _count_voxels_per_plane(lung: np.ndarray) -> list[np.ndarray]:
     """Count the voxels of a lung (z, y, x) in each plane perpendicular to x, y and z."""
     by_row = np.count_nonzero(lung, axis=2)  # (z, y)
     return [np.count_nonzero(lung, axis=(0, 1)), by_row.sum(axis=0), by_row.sum(axis=1)]

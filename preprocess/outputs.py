@@ -24,9 +24,9 @@ FAILED_BEFORE = "failed_before"  # key in a subject's row: why an earlier stage 
 class Skip(Exception):
     """Raised by a stage if its output exists and is verified; carries the values for the report."""
 
-    def __init__(self, figures: dict[str, Any] | None = None):
+    def __init__(self, report_values: dict[str, Any] | None = None):
         super().__init__("already done")
-        self.figures = figures or {}
+        self.figures = report_values or {}
 
 
 def make_file_stamp(path: str, series: str = "") -> str:
@@ -111,7 +111,7 @@ class Output:
             EarlierFailure: the subject failed in an earlier stage; output made by this stage is removed.
         """
         if reason := self.previous.get(FAILED_BEFORE):
-            self.claim_and_remove_old()
+            self.claim_and_remove_old_files()
             raise EarlierFailure(reason)
         if overwrite or not all(target.is_file() for target in self.targets):
             return
@@ -125,13 +125,13 @@ class Output:
         else:
             raise Skip({**figures, **(self.stamps if self.ours else {})})
 
-    def claim_and_remove_old(self) -> None:
+    def claim_and_remove_old_files(self) -> None:
         """Record that this stage makes the output, and remove the files that this stage made before."""
         write_claim_file(self.layout, self.script, self.sid)
         if self.ours:
             for path in (*self.targets, *self.pictures):
                 path.unlink(missing_ok=True)
 
-    def get_earlier_columns(self, *names: str) -> dict[str, str]:
+    def get_previous_report_columns(self, *names: str) -> dict[str, str]:
         """Return the columns ``names`` of the last report, for an output that is kept."""
         return {name: self.previous[name] for name in names if name in self.previous}

@@ -84,11 +84,11 @@ def cut_scan(
     return Patches(patches, corners, outside, volume, values)
 
 
-def check_inside(cut: Patches, name: object) -> None:
+def check_any_patch_inside_scan(patches: Patches, scan_name: object) -> None:
     """Raise ScanError if every patch lies outside the scan."""
-    if len(cut.patches) and (cut.outside == cut.patches[0].size).all():
+    if len(patches.patches) and (patches.outside == patches.patches[0].size).all():
         raise ScanError(
-            f"every patch lies outside {name}, so the transform belongs to another scan; register this scan again"
+            f"every patch lies outside {scan_name}, so the transform belongs to another scan; register this scan again"
         )
 
 

@@ -126,8 +126,9 @@ def write_locations(args: argparse.Namespace) -> int:
         there = load_locations(target)
         if not np.array_equal(there, table):
             raise StoreError(
-                f"{target} holds another table: {len(there)} locations instead of {len(table)}, and the files in the "
-                "store depend on it. Choose another --root-dir, or pass the matching table with --atlas-patch-loc"
+                f"{target} holds another table of {len(there)} locations (the new table has {len(table)}), and the "
+                "files in the store depend on the existing table. Choose another --root-dir, or pass the matching "
+                "table with --atlas-patch-loc"
             )
         print(f"patchify_atlas: {target} exists already, {len(table)} locations")
         return 0
@@ -141,7 +142,7 @@ def add_location_flags(parser: Parser) -> None:
     """Add the flags that only this stage has."""
     text = "distance between patch corners in voxels; a smaller step gives more patches"
     parser.add_argument("--step-size", type=at_least(int, 1), default=STEP_SIZE, help=text)
-    text = "use this table of corners; required for the published weights (default: make a new table)"
+    text = "existing table of patch corners to use; required for the published weights (default: make a new table)"
     parser.add_argument("--atlas-patch-loc", help=text)
 
 

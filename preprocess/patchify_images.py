@@ -29,7 +29,7 @@ from misc.progress import add_progress_flag
 from misc.sizes import HU_MIN
 from preprocess.atlas import atlas_fingerprint, load_atlas, read_affine
 from preprocess.outputs import Output, make_file_stamp
-from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
+from preprocess.patches import Patches, check_any_patch_inside_scan, cut_scan, measure_share_inside
 from preprocess.picture import render_patch_picture
 from preprocess.registration import measure_overlap
 from preprocess.scan import ScanError, read_mask
@@ -109,7 +109,9 @@ def patchify_subject(
     layout = StoreLayout(root_dir)
     table = load_locations(layout.find_atlas_patch_loc())
     transform_path, mask_path = layout.transform(subject.sid), layout.lung_mask(subject.sid)
-    patch_path, corner_path, picture_path = (path(subject.sid) for path in (layout.patch, layout.patch_loc, layout.qc))
+    patch_path, corner_path, picture_path = (
+        path(subject.sid) for path in (layout.patch, layout.patch_loc, layout.qc_picture)
+    )
     if not patch_path.is_file():
         read_affine(transform_path)  # raises if there is no transform, before any file changes
     subject.check_image()
@@ -118,17 +120,17 @@ def patchify_subject(
     files, pictures = [patch_path, corner_path], [picture_path] if qc else []
     output = Output(layout, "patchify_images", subject.sid, previous, files, stamps, inputs, pictures)
 
-    def verify() -> dict[str, Any]:
+    def verify_stored_patches() -> dict[str, Any]:
         check_patch_array(patch_path, (len(table), *[patch_size] * 3))
         check_patch_array(corner_path, table.shape)
-        return output.get_earlier_columns(*FIGURES)
+        return output.get_previous_report_columns(*FIGURES)
 
-    output.skip_if_valid(verify, overwrite)
-    output.claim_and_remove_old()
+    output.skip_if_valid(verify_stored_patches, overwrite)
+    output.claim_and_remove_old_files()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)
     cut = cut_scan(load_scan_once(subject).image, transform, atlas_image, table, patch_size)
-    check_inside(cut, subject.image)
+    check_any_patch_inside_scan(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {
         **measure_patches(cut, patch_size),
@@ -150,11 +152,11 @@ def patchify_subject(
 # ============================================================ the stage
 
 
-def check_disk_space(root_dir: Path, subjects: list[Subject], count: int, patch_size: int) -> None:
+def check_disk_space(root_dir: Path, subjects: list[Subject], num_locations: int, patch_size: int) -> None:
     """Raise StoreError unless the disk has room for the missing patches and their grouped copy."""
     layout = StoreLayout(root_dir)
     missing = sum(not layout.patch(subject.sid).is_file() for subject in subjects)
-    each = count * patch_size**3 * 2
+    each = num_locations * patch_size**3 * 2
     needed = missing * each * 2
     root_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root_dir).free

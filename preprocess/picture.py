@@ -136,10 +136,10 @@ def _draw_slice(
     panel.set_axis_off()
 
 
-def _set_view(panel: Any, plane: Plane, volume: sitk.Image, shown: tuple[np.ndarray, np.ndarray]) -> None:
+def _set_view(panel: Any, plane: Plane, volume: sitk.Image, visible_range: tuple[np.ndarray, np.ndarray]) -> None:
     """Set the visible range in radiological orientation and add the letters for the subject's orientation."""
     across, up = plane.across, plane.up
-    (low, high), direction = shown, np.array(volume.GetDirection()).reshape(3, 3)
+    (low, high), direction = visible_range, np.array(volume.GetDirection()).reshape(3, 3)
     panel.set_xlim(low[across], high[across])
     panel.set_ylim(low[up], high[up])
     # For any orientation of the index axes, show the subject's right on the left, and the head or the front at the top.

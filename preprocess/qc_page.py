@@ -112,13 +112,13 @@ def write_qc_page(root_dir: str | Path) -> Path:
     judged = score_subjects(table)
     order = np.lexsort((table["sid"], -judged["score"]))
     table, judged = table.iloc[order], judged.iloc[order]
-    pictures = np.array([layout.qc(sid).is_file() for sid in table["sid"]], dtype=np.uint8)
+    pictures = np.array([layout.qc_picture(sid).is_file() for sid in table["sid"]], dtype=np.uint8)
     data = {
         "sids": table["sid"].tolist(),
         "status": table["status"].tolist(),
         "reasons": judged["reasons"].tolist(),
         "scores": encode_array(judged["score"].to_numpy(dtype=np.float32)),
-        "pictures": {"known": encode_array(pictures), "folder": make_link(layout.qc("x").parent, page)},
+        "pictures": {"known": encode_array(pictures), "folder": make_link(layout.qc_picture("x").parent, page)},
         "figures": [
             {"title": figure.title, "values": encode_array(table[figure.name].to_numpy(dtype=np.float32))}
             for figure in FIGURES

@@ -34,7 +34,7 @@ class Sampled(NamedTuple):
 
 
 def average_lung_fractions(
-    labels: sitk.Image, values: tuple[int, int], spacing: float
+    labels: sitk.Image, lung_labels: tuple[int, int], spacing: float
 ) -> tuple[np.ndarray, sitk.Image]:
     """Average both lungs over coarse voxels of about ``spacing`` mm.
 
@@ -50,7 +50,7 @@ def average_lung_fractions(
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
     labels = sitk.ConstantPad(labels, margin, upper, 0)
     found, grid = [], None
-    for value in values:
+    for value in lung_labels:
         grid = average_blocks(labels, shrink, lambda slab, value=value: slab == value)
         found.append(sitk.GetArrayFromImage(grid).transpose(2, 1, 0).astype(np.float64))
     return np.stack(found, axis=-1), grid
@@ -71,9 +71,9 @@ def make_atlas_points(atlas: sitk.Image, values: tuple[int, int], spacing: float
     return Points(index @ to_point[:, :3].T + to_point[:, 3], shares[tuple(index.T)] * millilitres)
 
 
-def sample_lung_fractions(mask: sitk.Image, values: tuple[int, int], spacing: float) -> Sampled:
+def sample_lung_fractions(mask: sitk.Image, lung_labels: tuple[int, int], spacing: float) -> Sampled:
     """Average the lungs of a scan onto a grid of about ``spacing`` mm."""
-    shares, grid = average_lung_fractions(mask, values, spacing)
+    shares, grid = average_lung_fractions(mask, lung_labels, spacing)
     to_point = _make_index_to_point(grid)
     inverse = np.linalg.inv(to_point[:, :3])
     millilitres = abs(np.linalg.det(to_point[:, :3])) / 1000
@@ -82,12 +82,12 @@ def sample_lung_fractions(mask: sitk.Image, values: tuple[int, int], spacing: fl
     )
 
 
-def _interpolate(sampled: Sampled, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _interpolate_lung_fractions(sampled: Sampled, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interpolate the lung fractions (P, 2) at points in mm, and their derivatives with respect to x, y, z (P, 2, 3).
 
     The interpolation is trilinear, and the fractions are 0 outside the grid.
     """
-    index = places @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
+    index = points @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
     size = np.array(sampled.shares.shape[:3])
     index = np.clip(index, 0, size - 1.001)  # move points outside the grid to its border, where the fractions are 0
     low = index.astype(np.int64)
@@ -117,7 +117,7 @@ def compute_soft_dice(
     """
     matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
     from_centre = points.places - centre  # (P, 3)
-    shares, slopes = _interpolate(sampled, from_centre @ matrix.T + centre + shift)
+    shares, slopes = _interpolate_lung_fractions(sampled, from_centre @ matrix.T + centre + shift)
     determinant = abs(np.linalg.det(matrix))
     sizes = points.weights.sum(axis=0), sampled.volumes / determinant  # (2,) ml each
     sides = 2 * (points.weights * shares).sum(axis=0) / (sizes[0] + sizes[1])  # (2,)

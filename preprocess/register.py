@@ -42,15 +42,15 @@ def register_subject(
     source, target = layout.lung_mask(subject.sid), layout.transform(subject.sid)
     output = Output(layout, "register", subject.sid, previous, [target], {"atlas": atlas}, [source])
 
-    def verify() -> dict[str, Any]:
+    def check_existing_transform() -> dict[str, Any]:
         read_affine(target)
-        return output.get_earlier_columns(*FIGURES)
+        return output.get_previous_report_columns(*FIGURES)
 
-    output.skip_if_valid(verify, overwrite)
-    output.claim_and_remove_old()
+    output.skip_if_valid(check_existing_transform, overwrite)
+    output.claim_and_remove_old_files()
     if not source.is_file():
         raise EarlierFailure(
-            f"no lung mask at {source}; run preprocess/segment_lung.py and look up this subject in its report"
+            f"no lung mask at {source}; run preprocess/segment_lung.py and check its report for this subject"
         )
     fixed, moving = load_atlas(atlas_mask), read_mask(source)
     transform = register_masks(fixed, moving)

@@ -52,23 +52,23 @@ def measure_overlap(atlas: sitk.Image, mask: sitk.Image, transform: sitk.Transfo
     }
 
 
-def check_overlap(figures: dict[str, float], least: float, source: Path | str) -> None:
-    """Raise ScanError if the Dice of both lungs together, or of one lung, is less than ``least``.
+def check_overlap(dice_scores: dict[str, float], min_dice: float, source: Path | str) -> None:
+    """Raise ScanError if the Dice of both lungs together, or of one lung, is less than ``min_dice``.
 
     The Dice coefficient of both lungs together does not reveal swapped lungs, or one lung stretched over both lungs.
     """
-    low = [name for name in ("dice", "dice_right", "dice_left") if figures[name] < least]
+    low = [name for name in ("dice", "dice_right", "dice_left") if dice_scores[name] < min_dice]
     if not low:
         return
-    sides = f"right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
-    if figures["dice"] >= least and len(low) == 2:
+    sides = f"right {dice_scores['dice_right']:.2f}, left {dice_scores['dice_left']:.2f}"
+    if dice_scores["dice"] >= min_dice and len(low) == 2:
         raise ScanError(
-            f"the lungs overlap the atlas with a Dice of {figures['dice']:.2f}, but each lung has less ({sides}): "
+            f"the lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f}, but each lung has less ({sides}): "
             f"right (1) and left (2) are swapped in {source}, or the scan is mirrored"
         )
     raise ScanError(
-        f"the registered lungs overlap the atlas with a Dice of {figures['dice']:.2f} ({sides}), less than --min-dice "
-        f"{least}; check {source}"
+        f"the registered lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f} ({sides}), "
+        f"less than --min-dice {min_dice}; check {source}"
     )
 
 

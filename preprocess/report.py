@@ -14,7 +14,7 @@ STAMPS = ("method", "atlas", "image_stamp")  # report columns that identify what
 
 def read_previous_rows(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     """Return the rows of the last report by sid; the rows show which settings an output was made with."""
-    path = layout.report(script)
+    path = layout.report_path(script)
     if not path.is_file():
         return {}
     try:
@@ -41,7 +41,7 @@ def write_claim_file(layout: StoreLayout, script: str, sid: str) -> None:
     The record is an empty file (claim file) that is removed after the report has been updated. If a run is killed
     before that update, the claim file stays, and the next run makes the outputs again.
     """
-    folder = layout.claims_dir(script)
+    folder = layout.subjects_in_progress_dir(script)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / sid).touch()
 
@@ -49,27 +49,27 @@ def write_claim_file(layout: StoreLayout, script: str, sid: str) -> None:
 def remove_claim_files(layout: StoreLayout, script: str, sids: list[str]) -> None:
     """Remove the claim files of subjects that are now in the report."""
     for sid in sids:
-        (layout.claims_dir(script) / sid).unlink(missing_ok=True)
+        (layout.subjects_in_progress_dir(script) / sid).unlink(missing_ok=True)
 
 
-def read_claimed_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
+def make_interrupted_subject_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
     """For each subject with a claim file from an interrupted run, return stamps that do not match any output."""
-    folder = layout.claims_dir(script)
+    folder = layout.subjects_in_progress_dir(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
-def select_stamps(row: dict[str, Any]) -> dict[str, Any]:
+def select_stamp_columns(report_row: dict[str, Any]) -> dict[str, Any]:
     """Return the stamps in a failed subject's last report row.
 
     With these stamps, a leftover output counts as made by this stage, and not by the user.
     """
-    return {name: row[name] for name in STAMPS if row.get(name)}
+    return {name: report_row[name] for name in STAMPS if report_row.get(name)}
 
 
 def write_report(layout: StoreLayout, script: str, rows: dict[str, dict[str, Any]]) -> None:
     """Merge the rows of this run into the report; subjects not processed in this run keep their old rows."""
-    path = layout.report(script)
+    path = layout.report_path(script)
     with wait_for_lock(layout.report_lock(script)):  # two runs with different tables may share a store
         merged = {**read_previous_rows(layout, script), **rows}
         table = pd.DataFrame([merged[sid] for sid in sorted(merged)], dtype=object)  # object keeps integers

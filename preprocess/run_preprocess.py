@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from misc.command import run
 from misc.progress import add_progress_flag
 from preprocess.atlas import load_atlas
-from preprocess.group_patches import group_all
+from preprocess.group_patches import group_patches_by_location
 from preprocess.patchify_atlas import add_location_flags, write_locations
 from preprocess.patchify_images import add_cutting_flags, make_cutting_step
 from preprocess.qc_page import write_qc_page
@@ -55,7 +55,7 @@ def main() -> int:
     load_atlas(args.atlas_mask)
     write_locations(args)
     steps = [make_segmentation_step(args), make_registration_step(args), make_cutting_step(args, subjects)]
-    status = run_steps(steps, subjects, args) or group_all(args)
+    status = run_steps(steps, subjects, args) or group_patches_by_location(args)
     print(f"qc_page: open {write_qc_page(args.root_dir)} in a browser")
     return status
 

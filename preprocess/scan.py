@@ -14,9 +14,9 @@ import SimpleITK as sitk
 
 from misc.files import is_utf8
 from preprocess.reading import EarlierFailure, ScanError, nifti
-from preprocess.reading.claims import check_data, warn_missing_geometry
+from preprocess.reading.claims import check_voxel_data_complete, warn_missing_geometry
 from preprocess.reading.dicom import read_dicom
-from preprocess.reading.formats import check_file_suffix, detect_format, read_head, refuse_foreign_file
+from preprocess.reading.formats import check_file_suffix, detect_format, read_head_and_detect_gzip, refuse_foreign_file
 from preprocess.reading.itk import catch_itk_errors, check_right_angles, compute_affine
 from preprocess.reading.values import AIR, check_extent, check_hounsfield
 
@@ -56,7 +56,7 @@ def _read_any_format(path: Path, series: str, warnings: list[str]) -> tuple[sitk
         raise ScanError(f"{path} does not exist")
     if path.is_dir():
         return read_dicom(path, series, warnings)
-    head, packed = read_head(nifti.find_header_file(path))
+    head, packed = read_head_and_detect_gzip(nifti.find_header_file(path))
     kind = detect_format(head)
     if kind == "DICOM":
         if packed:
@@ -68,13 +68,13 @@ def _read_any_format(path: Path, series: str, warnings: list[str]) -> tuple[sitk
     header = nifti.read_header(nifti.find_header_file(path)) if kind == "NIfTI" else None
     if header:
         nifti.check_sform_and_qform(path, header, warnings)
-        nifti.check_sizes(path, header)
+        nifti.check_voxel_size_and_offset(path, header)
         nifti.check_data_size(path, header)
     elif kind:
-        check_data(path, kind)
+        check_voxel_data_complete(path, kind)
         warn_missing_geometry(path, kind, warnings)
     told: list[str] = []
-    with catch_itk_errors(path, "an image", told), nifti.isolate_file(path) as only:
+    with catch_itk_errors(path, "an image", told), nifti.isolate_from_similar_files(path) as only:
         image = sitk.ReadImage(str(only))
     warnings += told
     image = _drop_extra_axes(image, path)
@@ -107,7 +107,7 @@ def _check_header(image: sitk.Image, path: Path, warnings: list[str]) -> None:
     sizes = " x ".join(f"{length:g}" for length in image.GetSpacing())
     if not VOXEL[0] <= min(image.GetSpacing()) <= max(image.GetSpacing()) <= VOXEL[1]:
         raise ScanError(
-            f"{path} has voxels of {sizes} mm, which no CT has; its header is not in millimetres, so correct it"
+            f"{path} has voxels of {sizes} mm, which is impossible for a CT; correct the voxel size in its header"
         )
     plain = all(abs(value) in (0, 1) for value in image.GetDirection())
     if plain and not any(image.GetOrigin()) and set(image.GetSpacing()) == {1.0}:

@@ -46,11 +46,11 @@ def segment_subject(
     stamps = {"method": settings, "image_stamp": make_file_stamp(subject.image, subject.series)}
     output = Output(layout, "segment_lung", subject.sid, previous, [target], stamps)
 
-    def verify() -> dict[str, float]:
+    def check_existing_mask() -> dict[str, float]:
         mask = read_mask(target)
         figures = lung_volumes(mask, target)
         if output.ours:
-            return {**figures, **output.get_earlier_columns("air", *FACTS)}
+            return {**figures, **output.get_previous_report_columns("air", *FACTS)}
         scan = load_scan_once(subject)
         if not have_same_grid(mask, scan.image):
             raise ScanError(
@@ -59,8 +59,8 @@ def segment_subject(
         figures["air"] = round(measure_air_share(mask, scan.image), 3)
         return {**figures, **add_warnings(scan.facts, check_lungs(mask, scan.image, target))}
 
-    output.skip_if_valid(verify, overwrite)
-    output.claim_and_remove_old()
+    output.skip_if_valid(check_existing_mask, overwrite)
+    output.claim_and_remove_old_files()
     scan = load_scan_once(subject)
     mask = lung_mask(scan.image, method, weights, subject.image)
     facts = add_warnings(scan.facts, check_lungs(mask, scan.image, f"the mask of {subject.image}"))

@@ -15,21 +15,23 @@ COLUMNS = 1 << 14  # number of columns of the last matrix product computed at a 
 SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 
-def compute_spline_matrix(count: int, spacing: float, wanted: int, step: float) -> tuple[np.ndarray, np.ndarray]:
+def compute_spline_matrix(
+    source_count: int, source_spacing: float, target_count: int, target_spacing: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute the matrix that resamples one axis.
 
     Args:
-        count: number of voxels of the volume along the axis.
-        spacing: voxel size of the volume, mm.
-        wanted: number of voxels of the new grid, which starts at the same voxel centre.
-        step: voxel size of the new grid, mm.
+        source_count: number of voxels of the volume along the axis.
+        source_spacing: voxel size of the volume, mm.
+        target_count: number of voxels of the new grid, which starts at the same voxel centre.
+        target_spacing: voxel size of the new grid, mm.
 
     Returns:
         (wanted, count) float32 matrix, including the prefilter; and (wanted,) bool, whether each new voxel lies in the
         volume.
     """
-    places = np.arange(wanted) * step / spacing
-    inside = (places >= -0.5) & (places < count - 0.5)
+    places = np.arange(target_count) * target_spacing / source_spacing
+    inside = (places >= -0.5) & (places < source_count - 0.5)
     whole = np.floor(places).astype(int)
     part = places - whole
     taps = [
@@ -38,12 +40,12 @@ def compute_spline_matrix(count: int, spacing: float, wanted: int, step: float) 
         (-3 * part**3 + 3 * part**2 + 3 * part + 1) / 6,
         part**3 / 6,
     ]
-    weights = np.zeros((wanted, count))
+    weights = np.zeros((target_count, source_count))
     for offset, tap in zip(range(-1, 3), taps):
         column = np.abs(whole + offset)
-        column = np.where(column > count - 1, 2 * (count - 1) - column, column)  # mirrored at both ends
-        np.add.at(weights, (np.arange(wanted), column.clip(0, count - 1)), tap)
-    prefilter = ndimage.spline_filter1d(np.eye(count), order=3, axis=0, mode="mirror", output=np.float64)
+        column = np.where(column > source_count - 1, 2 * (source_count - 1) - column, column)  # mirrored at both ends
+        np.add.at(weights, (np.arange(target_count), column.clip(0, source_count - 1)), tap)
+    prefilter = ndimage.spline_filter1d(np.eye(source_count), order=3, axis=0, mode="mirror", output=np.float64)
     return np.where(inside[:, None], weights @ prefilter, 0.0).astype(np.float32), inside
 
 
@@ -64,14 +66,14 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
     kind = np.float32 if volume.dtype.kind == "f" else volume.dtype
     planes = np.empty((len(volume), size[1], size[0]), dtype=np.float32)
     result = np.empty((size[2], size[1] * size[0]), dtype=kind)
-    with threadpool_limits(1):  # more threads would change the order of the sums
+    with threadpool_limits(1):  # more threads would change the order of summation
         for first in range(0, len(volume), SLICES):
             block = volume[first : first + SLICES].astype(np.float32)
             planes[first : first + SLICES] = np.matmul(np.matmul(y, block), x.T)
         planes = planes.reshape(len(volume), -1)
         for first in range(0, planes.shape[1], COLUMNS):
             values = z @ planes[:, first : first + COLUMNS]
-            result[:, first : first + COLUMNS] = values if kind == np.float32 else _truncate(values, kind)
+            result[:, first : first + COLUMNS] = values if kind == np.float32 else _truncate_to_integers(values, kind)
     result = result.reshape(size[::-1])
     result[~inside_z], result[:, ~inside_y], result[:, :, ~inside_x] = outside, outside, outside
     resampled = sitk.GetImageFromArray(result)
@@ -81,7 +83,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
     return resampled
 
 
-def _truncate(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+def _truncate_to_integers(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Truncate values to integers as ITK does, and clip overshoots to the limits of the type."""
-    limits = np.iinfo(kind)
-    return np.trunc(np.rint(values * SNAP) / SNAP).clip(limits.min, limits.max).astype(kind)
+    limits = np.iinfo(dtype)
+    return np.trunc(np.rint(values * SNAP) / SNAP).clip(limits.min, limits.max).astype(dtype)

@@ -24,8 +24,11 @@ WORKING_SPACING = 2.0  # mm
 CLOSING_RADIUS = 8.0  # mm; large enough to fill vessels and the hilum
 TRACHEA_AREA = (40.0, 900.0)  # mm2; smallest and largest accepted cross-section of the trachea
 TRACHEA_LENGTH = 20.0  # mm; shortest accepted trachea
-ROUNDING = 1e-3  # tolerance for squared distances between voxels, which are whole numbers
-THIN, RIM = 2, 3  # voxels of WORKING_SPACING; erosion that removes thin structures, rim around an air space
+ROUNDING = 1e-3  # accepted rounding error of squared distances between voxels; the exact squares are whole numbers
+THIN, RIM = (
+    2,
+    3,
+)  # voxels of WORKING_SPACING; depth of the erosion of thin structures, width of the rim around an air space
 MERGED_LENGTH = 12.0  # mm; longest stretch of the airway where its wall may be invisible
 
 

@@ -19,10 +19,10 @@ from misc.progress import progress_bar
 from preprocess.outputs import FAILED_BEFORE, Skip, make_file_stamp
 from preprocess.report import (
     find_earlier_failures,
-    read_claimed_stamps,
+    make_interrupted_subject_stamps,
     read_previous_rows,
     remove_claim_files,
-    select_stamps,
+    select_stamp_columns,
     write_report,
 )
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     settings: dict[str, Any]
 
     @property
-    def import_path(self) -> tuple[str, str]:
+    def work_module_and_name(self) -> tuple[str, str]:
         """Return the module and name of ``work``; a worker cannot import the running script as __main__."""
         return f"preprocess.{Path(sys.modules[self.work.__module__].__file__).stem}", self.work.__qualname__
 
@@ -62,7 +62,7 @@ class Record:
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
         self.before = read_previous_rows(layout, script)
-        for sid, stamps in read_claimed_stamps(layout, script).items():
+        for sid, stamps in make_interrupted_subject_stamps(layout, script).items():
             self.before[sid] = {**self.before.get(sid, {}), **stamps}
         self.rows: dict[str, Row] = {}
         self._unwritten: list[str] = []
@@ -71,18 +71,20 @@ class Record:
         self.rows[row["sid"]] = row
         self._unwritten.append(row["sid"])
 
-    def write_rows(self) -> None:
+    def write_report_rows(self) -> None:
         if self.rows:
             write_report(self.layout, self.script, self.rows)
             remove_claim_files(self.layout, self.script, self._unwritten)
             self._unwritten.clear()
 
-    def make_lost_row(self, sid: str, message: str) -> Row:
+    def make_dead_worker_row(self, sid: str, message: str) -> Row:
         """Return the row of a subject after its worker died.
 
         Output with a claim file was made by this stage. Output without a claim file may belong to the user.
         """
-        stamps = read_claimed_stamps(self.layout, self.script).get(sid) or select_stamps(self.before.get(sid, {}))
+        stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_stamp_columns(
+            self.before.get(sid, {})
+        )
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
 
 
@@ -104,7 +106,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
                 record.add_row(row)
             if time.monotonic() - written > REPORT_SECONDS:
                 for record in records:
-                    record.write_rows()
+                    record.write_report_rows()
                 written = time.monotonic()
             failed += any(row["status"] == "failed" for row in rows)
             bar.update()
@@ -112,7 +114,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     finally:
         bar.close()
         for record in records:
-            record.write_rows()
+            record.write_report_rows()
     status = 0
     for record in records:
         status = status or _print_summary(record.script, layout, list(record.rows.values()), args.strict)
@@ -123,7 +125,8 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
     """Print the summary of a stage and return its exit status."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "skipped", "failed")}
     print(
-        f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; {layout.report(script)}"
+        f"{script}: {counts['ok']} ok, {counts['skipped']} skipped, {counts['failed']} failed; "
+        f"{layout.report_path(script)}"
     )
     earlier, failures = [], []
     for row in rows:
@@ -135,7 +138,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
         print(f"  and {len(failures) - FAILURES_SHOWN} more failed subjects")
     if warned := [row for row in rows if row.get("warnings")]:
         print(f"  {len(warned)} with warnings; the first is {warned[0]['sid']}: {warned[0]['warnings']}")
-    if worst := _list_worst(rows):
+    if worst := _list_lowest_dice_subjects(rows):
         print(f"  lowest overlap with the atlas (Dice of the worse side): {worst}")
     if earlier:
         print(f"  {len(earlier)} of the failed subjects failed in an earlier stage; the first is {earlier[0]['sid']}")
@@ -145,7 +148,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
     return 1 if strict and counts["failed"] else 0
 
 
-def _list_worst(rows: list[Row]) -> str:
+def _list_lowest_dice_subjects(rows: list[Row]) -> str:
     """List the subjects with the lowest Dice of their worse lung; empty for a stage that does not measure Dice."""
     told = []
     for row in rows:
@@ -180,7 +183,7 @@ def run_step_or_record_error(
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     if status == "failed":
-        figures = select_stamps(previous)
+        figures = select_stamp_columns(previous)
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -192,11 +195,11 @@ def run_step_or_record_error(
 
 
 def run_steps_or_record_errors(
-    works: Sequence[tuple[Callable[..., dict], dict]],
+    step_functions: Sequence[tuple[Callable[..., dict], dict]],
     subject: Subject,
-    previous: Sequence[dict],
+    previous_rows: Sequence[dict],
     threads: int,
-    failed: str = "",
+    earlier_failure: str = "",
 ) -> list[Row]:
     """Run the stages for one subject, reading its scan once, and return one row per stage.
 
@@ -204,14 +207,14 @@ def run_steps_or_record_errors(
     """
     rows = []
     try:
-        for (work, settings), before in zip(works, previous):
-            given = {**before, FAILED_BEFORE: failed} if failed else before
+        for (work, settings), before in zip(step_functions, previous_rows):
+            given = {**before, FAILED_BEFORE: earlier_failure} if earlier_failure else before
             rows.append(run_step_or_record_error(work, subject, given, threads, settings))
             if rows[-1]["status"] == "failed":
-                failed = failed or rows[-1]["message"]
+                earlier_failure = earlier_failure or rows[-1]["message"]
         return rows
     finally:
-        forget_scan()
+        clear_kept_scan()
 
 
 def _run_subjects(
@@ -289,12 +292,14 @@ def _run_distributed(
 ) -> Iterator[list[Row]]:
     from dask.distributed import as_completed
 
-    root, places = str(ROOT), [(*step.import_path, step.settings) for step in steps]
+    root, places = str(ROOT), [(*step.work_module_and_name, step.settings) for step in steps]
 
     failed = find_earlier_failures(records[0].layout, records[0].script)
 
-    def run_on_worker(subject_fields, previous, threads, failed):
-        # Dask sends nested functions by value, so ``run_on_worker`` works before the project is on the worker's path.
+    def run_steps_on_worker(
+        subject_fields: tuple, previous_rows: list[dict[str, str]], threads: int, earlier_failure: str
+    ):
+        # Dask sends nested functions by value, so this function works before the project is on the worker's path.
         import importlib
         import sys
 
@@ -302,12 +307,14 @@ def _run_distributed(
             sys.path.insert(0, root)
         runner = importlib.import_module("preprocess.workers")
         works = [(getattr(importlib.import_module(module), name), settings) for module, name, settings in places]
-        return runner.run_steps_or_record_errors(works, runner.Subject(*subject_fields), previous, threads, failed)
+        return runner.run_steps_or_record_errors(
+            works, runner.Subject(*subject_fields), previous_rows, threads, earlier_failure
+        )
 
     with _open_client(args, len(subjects)) as (client, threads):
         futures = {
             client.submit(
-                run_on_worker,
+                run_steps_on_worker,
                 *(tuple(subject), _previous_rows(records, subject.sid), threads, failed.get(subject.sid, "")),
                 pure=False,
                 retries=0,
@@ -322,7 +329,9 @@ def _run_distributed(
                 reason = "its worker process died (out of memory?)" if "Killed" in type(error).__name__ else str(error)
                 message = " ".join(reason.split())[:300]
                 later = [f"{EARLIER}{message}"] * (len(records) - 1)
-                yield [record.make_lost_row(subject.sid, text) for record, text in zip(records, [message, *later])]
+                yield [
+                    record.make_dead_worker_row(subject.sid, text) for record, text in zip(records, [message, *later])
+                ]
             future.release()
 
 
@@ -349,6 +358,6 @@ def load_scan_once(subject: Subject) -> Scan:
     return _kept[key]
 
 
-def forget_scan() -> None:
+def clear_kept_scan() -> None:
     """Free the scan's memory after the last stage of a subject."""
     _kept.clear()

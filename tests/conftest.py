@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 # Parallel test processes (pytest -n) get one thread each, because more threads would slow the processes down.
-# Both sides of a comparison use the same number of threads.
+# Results are only compared at the same number of threads, because rounding depends on this number.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)

@@ -48,7 +48,7 @@ def readers() -> dict:
     from data.layout import load_locations
     from data.tables import read_table
     from misc.experiment import Experiment
-    from models.checkpoint import build_query_encoder, find_position, read_checkpoint, verify_checkpoint
+    from models.checkpoint import build_query_encoder, find_epoch_and_step, read_checkpoint, verify_checkpoint
     from models.cnn3d import Encoder
     from preprocess.atlas import read_affine
     from preprocess.scan import load_scan, read_mask
@@ -56,7 +56,7 @@ def readers() -> dict:
     def checkpoint(path):
         verify_checkpoint(path)
         content = read_checkpoint(path)
-        find_position(content, path)
+        find_epoch_and_step(content, path)
         build_query_encoder(Encoder, content, path)
 
     def slices(path):

@@ -56,7 +56,7 @@ def run_rank(rank: int, world: int, folder: str, steps: int, lr: float, neighbor
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             first = copy.deepcopy(state_of(model))
         meters.add_statistics(figures)
-        means.append(list(meters.read_means().values()))
+        means.append(list(meters.compute_means_and_reset().values()))
     kept = {"means": torch.tensor(means), "gradients": gradients, "first": first, "state": state_of(model)}
     torch.save(kept, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -215,7 +215,7 @@ LOCATIONS = [
         "locations",
         "l.npy",
         array_of(np.full((9, 3), -1)),
-        "has negative corners, but locations must be atlas voxel indices from 0",
+        "has negative values, but patch corners are atlas voxel indices, which start at 0",
     ),
     Bad(
         "locations",

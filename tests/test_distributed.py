@@ -130,7 +130,7 @@ def test_two_ranks_by_command_line(tmp_path, make_store, grid):
     folder = tmp_path / "ssl_exp" / "two"
     assert json.loads((folder / "configs.json").read_text())["world_size"] == 2
     content = torch.load(folder / "checkpoint_patch_0001.pth.tar", weights_only=True)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps with 4 keys each fill the 8 rows
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 2 steps of 4 keys fill the queue's 8 rows
     start = torch.load(folder / "checkpoint_patch_0000.pth.tar", weights_only=True)
     assert not torch.equal(content["state_dict"]["module.queue"], start["state_dict"]["module.queue"])
 

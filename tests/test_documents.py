@@ -55,7 +55,10 @@ def commands(text):
             r"\s*(?:\w+=\S+ )*(?:python|sh) ((?:\w+/)*\w+\.(?:py|sh))( .*)?$", line.split("  #")[0].rstrip()
         )
         if found:
-            yield found[1], re.split(r"\s{2,}", (found[2] or "").strip())[0]  # drop a remark after two spaces
+            yield (
+                found[1],
+                re.split(r"\s{2,}", (found[2] or "").strip())[0],
+            )  # cut off a remark, which follows two or more spaces
 
 
 SOURCES = [*((path, read(path)) for path in DOCUMENTS), *((path, "\n".join(docstrings(path))) for path in PYTHON)]

@@ -25,7 +25,7 @@ from misc.experiment import Experiment
 from misc.files import hold_lock_or_raise
 from models import fast, frozen
 from models.builder import DrasCLR
-from models.checkpoint import add_module_prefix, check_sha256, find_position, save_checkpoint
+from models.checkpoint import add_module_prefix, check_sha256, find_epoch_and_step, save_checkpoint
 from models.cnn3d import Encoder
 from models.frozen import FrozenEncoder
 
@@ -248,7 +248,7 @@ def test_bare_state_dict_given_by_path(tmp_path, make_store, grid, run):
 
 def test_mid_epoch_features_get_their_own_folder(tmp_path):
     def out(content):
-        return Experiment(tmp_path).features(*find_position(content, tmp_path / "x"))
+        return Experiment(tmp_path).features(*find_epoch_and_step(content, tmp_path / "x"))
 
     assert out({"epoch": 3}) == tmp_path / "patch_rep" / "0003"
     assert out({"epoch": 3, "step": 0}) == tmp_path / "patch_rep" / "0003"
@@ -374,7 +374,9 @@ def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeyp
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(
-        FrozenEncoder, "__call__", lambda self, *given: during.append(process.read_precision()) or encode(self, *given)
+        FrozenEncoder,
+        "__call__",
+        lambda self, *given: during.append(process.find_gpu_matmul_precision()) or encode(self, *given),
     )
     for flags, wanted in (((), "float32"), (("--amp", "bf16"), "bf16")):
         assert run_here("extract_feature.py", *small, *flags, cwd=tmp_path).returncode == 0

@@ -61,11 +61,11 @@ def test_a_gpu_step_equals_a_cpu_step(gpu):
 def test_gpu_augmentation_equals_the_cpus(gpu, letters):
     volumes = torch.rand(B, 2, 32, 32, 32, generator=torch.Generator().manual_seed(2)) * 1264
     augmentation = Augmentation(letters)
-    drawn = augmentation.draw(B, (32, 32, 32), torch.Generator().manual_seed(3))
+    drawn = augmentation.draw_parameters(B, (32, 32, 32), torch.Generator().manual_seed(3))
     for parameters in drawn:
         if "magnitude" in parameters:
             parameters["magnitude"] = parameters["magnitude"] / 8  # keeps most sampled positions inside the volume
-    prepared = augmentation.prepare(drawn, (32, 32, 32))
+    prepared = augmentation.prepare_parameters(drawn, (32, 32, 32))
     ours = augmentation.apply(volumes.to(gpu), prepared, torch.zeros_like, dense=True)
     wanted = augmentation.apply(volumes, prepared, torch.zeros_like)
     torch.testing.assert_close(ours.cpu(), wanted, rtol=0, atol=1e-3 * 1264)

@@ -11,7 +11,7 @@ from .conftest import ROOT
 
 LONGEST_FILE = 400  # lines
 SHELL_ALSO = (".py", ".sh")
-FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # "" is the root folder
+FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # the key "" is the root folder
 MAY_IMPORT = {
     "misc": {"misc"},
     "data": {"data", "misc"},
@@ -109,7 +109,8 @@ def test_every_package_in_requirements_is_used():
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imports.add(node.module.split(".")[0])
-    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}  # not imported: commands, plug-ins, pinned versions
+    # Packages that no file imports: commands, a plug-in, and a dependency with a pinned version.
+    commands = {"tensorboard", "ruff", "protobuf", "pytest-xdist"}
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if not text:

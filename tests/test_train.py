@@ -330,7 +330,7 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
         elif not ("encoder_q" in name and ".running_" in name):
             torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
-    # Adding the neighbour pass within an epoch is refused, because this pass has statistics of its own.
+    # The neighbour pass has additional training statistics, so a resume within an epoch must not add this pass.
     # A refused run writes nothing.
     first["config"]["neighbor_pass"], first["step"] = False, 4
     torch.save(first, folder / UNFINISHED)
@@ -338,7 +338,10 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
     refused = run(
         "train.py", *flags[:3], "a", *flags[4:], "--resume", UNFINISHED, "--beta", 1, cwd=tmp_path, check=False
     )
-    assert refused.returncode == 2 and "partway through an epoch without neighbours; use --beta 0" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "partway through an epoch trained without neighbours; use --beta 0" in refused.stderr
+    )
     assert before == ((folder / "configs.json").read_bytes(), (folder / "log.jsonl").read_bytes())
 
 

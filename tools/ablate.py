@@ -40,7 +40,7 @@ from tools.evaluation.ablation import format_markdown, plot_runs, summarize_runs
 from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.kinds import find_label_problem
 from tools.evaluation.learn import FOLDS, join_with_even_weights, score_held_out
-from tools.evaluation.tables import choose_vector, read_features, read_held_out, read_vectors
+from tools.evaluation.tables import choose_patient_vector, read_features, read_held_out, read_vectors
 from tools.evaluation.vectors import VECTORS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def run_command(log: Path, *command: object, cwd: Path | None = None) -> None:
     if done.returncode:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
         raise UserError(
-            f"{command[1]} failed with exit status {done.returncode}, see {log}: {lines[-1] if lines else ''}"
+            f"{command[1]} failed with exit status {done.returncode} (see {log}): {lines[-1] if lines else ''}"
         )
 
 
@@ -219,7 +219,7 @@ class Study:
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):
-            alone[kind] = read_vectors(choose_vector(kind, path, None, print), table, self.sids)
+            alone[kind] = read_vectors(choose_patient_vector(kind, path, None, print), table, self.sids)
         both, weights = {}, {}
         for kind, table in alone.items():
             together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]

@@ -30,12 +30,12 @@ from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
 from models.fast.memory import keep_freed_memory
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
-from tools.timing.choices import format_options, time_all_options
+from tools.timing.choices import format_option_timings, time_training_options
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
 from tools.timing.measure import describe_machine, format_rows
 from tools.timing.runs import measure_memory, measure_scaling
-from tools.timing.scans import measure_scan
+from tools.timing.scans import time_scan_preprocessing
 from tools.timing.store import make_store
 from tools.timing.training import measure_training
 
@@ -43,7 +43,11 @@ from tools.timing.training import measure_training
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="use smaller sizes and fewer rounds, and skip the scaling section")
+    add(
+        "--quick",
+        action="store_true",
+        help="use smaller inputs, repeat each measurement less often, and skip the scaling section",
+    )
     add(
         "--choices",
         action="store_true",
@@ -55,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         help="measure only the preprocessing of this scan, in 1 to 2 minutes; needs --atlas-mask",
     )
     add("--atlas-mask", metavar="FILE", help="lung mask of the atlas, for --scan")
-    add("--atlas-patch-loc", metavar="FILE", help="table of locations, for --scan (default: a grid over the mask)")
+    add("--atlas-patch-loc", metavar="FILE", help="table of locations, for --scan (default: a grid over --atlas-mask)")
     add("--json", help="also write all results to this JSON file")
     add(
         "--device",
@@ -100,8 +104,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="drasclr-benchmark-") as scratch:
         folder = Path(scratch)
         if args.choices or args.scan:
-            rows = measure_scan(args) if args.scan else time_all_options(folder / "choices", args)
-            print(format_rows(rows) if args.scan else format_options(rows))
+            rows = time_scan_preprocessing(args) if args.scan else time_training_options(folder / "choices", args)
+            print(format_rows(rows) if args.scan else format_option_timings(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
             return

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 
-def find_unmet(path: Path) -> list[str]:
+def find_unmet_requirements(path: Path) -> list[str]:
     """Return one line for each requirement of the file that is not met by the installed packages."""
     try:
         from packaging.requirements import Requirement
@@ -35,6 +35,6 @@ def find_unmet(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    lines = find_unmet(Path(sys.argv[1]))
+    lines = find_unmet_requirements(Path(sys.argv[1]))
     print("\n".join(lines), end="\n" if lines else "")
     sys.exit(bool(lines))

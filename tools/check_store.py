@@ -89,25 +89,27 @@ def check_values(file: PatchFile) -> Iterator[str]:
         yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more rows have the same value in every voxel"
 
 
-def check_grouped(store: Store, tell, advance) -> dict[int, PatchFile]:
+def check_grouped_files(store: Store, tell, advance_progress) -> dict[int, PatchFile]:
     """Check every file of grouped_patch/. Return the readable files in a dictionary with the location as key."""
     files = {}
     rows = len(store.sids) or None
     for location in range(len(store.table)):
         try:
-            files[location] = store.open_patch_file(store.layout.grouped(location), rows)
+            files[location] = store.open_patch_file(store.layout.grouped_patch_file(location), rows)
             for sentence in check_values(files[location]):
                 tell("grouped_patch/", sentence)
         except StoreError as error:
             tell("grouped_patch/", str(error))
-        advance()
-    if store.layout.grouped(len(store.table)).exists():
-        extra = store.layout.grouped(len(store.table))
+        advance_progress()
+    if store.layout.grouped_patch_file(len(store.table)).exists():
+        extra = store.layout.grouped_patch_file(len(store.table))
         tell("grouped_patch/", f"{extra} exists, but the location table has only {len(store.table)} rows")
     return files
 
 
-def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: int, tell, advance) -> None:
+def check_subjects(
+    store: Store, files: dict[int, PatchFile], locations_per_subject: int, seed: int, report_problem, advance_progress
+) -> None:
     """Check every file of patch/ and patch_loc/, and each subject's rows in the grouped files."""
     row_of = {sid: row for row, sid in enumerate(store.sids)}
     seen: dict[bytes, str] = {}
@@ -115,22 +117,26 @@ def check_subjects(store: Store, files: dict[int, PatchFile], count: int, seed: 
         try:
             file = store.open_patch_file(store.layout.patch(sid), len(store.table))
             for sentence in check_values(file):
-                tell("patch/", sentence)
+                report_problem("patch/", sentence)
             _check_corners(store, sid)
         except StoreError as error:
-            tell("patch/", str(error))
-            advance()
+            report_problem("patch/", str(error))
+            advance_progress()
             continue
-        sample = file.read_end_bytes()
+        sample = file.read_first_and_last_bytes()
         if sample in seen and len(set(sample)) > 4:  # not only padding
-            tell("patch/", f"{file.path} has the same patches as {seen[sample]}; check whether one scan has two names")
+            report_problem(
+                "patch/", f"{file.path} has the same patches as {seen[sample]}; check whether one scan has two names"
+            )
         seen.setdefault(sample, sid)
         if files and sid not in row_of:
-            tell("rows", f"{sid} is in patch/ but not in grouped_patch/; run preprocess/group_patches.py again")
+            report_problem(
+                "rows", f"{sid} is in patch/ but not in grouped_patch/; run preprocess/group_patches.py again"
+            )
         elif files:
-            drawn = np.random.default_rng([seed, number]).permutation(sorted(files))[:count]
-            _check_rows(store, file, sid, row_of[sid], {int(one): files[one] for one in drawn}, tell)
-        advance()
+            drawn = np.random.default_rng([seed, number]).permutation(sorted(files))[:locations_per_subject]
+            _check_grouped_rows(store, file, sid, row_of[sid], {int(one): files[one] for one in drawn}, report_problem)
+        advance_progress()
 
 
 def _check_corners(store: Store, sid: str) -> None:
@@ -145,31 +151,35 @@ def _check_corners(store: Store, sid: str) -> None:
         raise StoreError(f"{path} has shape {shape}, but the location table has shape {store.table.shape}")
 
 
-def _check_rows(store: Store, file: PatchFile, sid: str, row: int, files: dict[int, PatchFile], tell) -> None:
+def _check_grouped_rows(
+    store: Store, patch_file: PatchFile, sid: str, subject_row: int, grouped_files: dict[int, PatchFile], report_problem
+) -> None:
     """Report the first grouped file in which a subject's row is not the subject's patch, and where that patch is."""
-    for location, grouped in files.items():
-        own = file.read_rows(np.array([location]))[0]
-        if np.array_equal(grouped.read_rows(np.array([row]))[0], own):
+    for location, grouped in grouped_files.items():
+        own = patch_file.read_rows(np.array([location]))[0]
+        if np.array_equal(grouped.read_rows(np.array([subject_row]))[0], own):
             continue
         other = next(
             (n for n in range(grouped.shape[0]) if np.array_equal(grouped.read_rows(np.array([n]))[0], own)), None
         )
         found = "in no row" if other is None else f"in row {other}, listed as {store.sids[other]}"
-        tell(
+        report_problem(
             "rows",
-            f"{grouped.path}: row {row} is listed as {sid} but holds another patch; the right one is {found}. Run "
-            "preprocess/group_patches.py again",
+            f"{grouped.path}: row {subject_row} is listed as {sid} but holds another patch; the right one is {found}. "
+            "Run preprocess/group_patches.py again",
         )
         return
 
 
-def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed: int, tell, advance) -> int:
+def check_scans(
+    store: Store, input_csv: str, atlas_mask: str, num_subjects: int, seed: int, report_problem, advance_progress
+) -> int:
     """Cut the patches of some subjects again and compare them with the store. Return how many were compared."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
         raise StoreError(f"--input-csv {input_csv} has none of the subjects in {store.layout.patch_dir}")
-    drawn = np.random.default_rng(seed).permutation(len(subjects))[:count]
+    drawn = np.random.default_rng(seed).permutation(len(subjects))[:num_subjects]
     for number in drawn:
         subject = subjects[number]
         try:
@@ -182,15 +192,15 @@ def check_scans(store: Store, input_csv: str, atlas_mask: str, count: int, seed:
             cut = cut_scan(scan, transform, atlas, store.table, PATCH_SIZE).patches
             off = np.abs(stored.astype(np.float32) - cut).reshape(len(cut), -1).max(axis=1)
             if (off > TOLERANCE).any():
-                tell(
+                report_problem(
                     "scans",
                     f"{store.layout.patch(subject.sid)}: {(off > TOLERANCE).sum()} of {len(cut)} patches differ from "
                     f"{subject.image}, by up to {off.max():.0f} HU in row {off.argmax()}. Remove the file and run "
                     "preprocess/patchify_images.py",
                 )
         except UserError as error:
-            tell("scans", f"{subject.sid}: {error}")
-        advance()
+            report_problem("scans", f"{subject.sid}: {error}")
+        advance_progress()
     return len(drawn)
 
 
@@ -224,7 +234,7 @@ def main() -> int:
 
     total = len(store.table) * store.grouped + len(store.in_patch) + (args.scans if args.input_csv else 0)
     with progress_bar(args.no_progress, total=total, desc="check_store", unit="file") as bar:
-        files = check_grouped(store, report_problem, bar.update) if store.grouped else {}
+        files = check_grouped_files(store, report_problem, bar.update) if store.grouped else {}
         check_subjects(store, files, args.locations, args.seed, report_problem, bar.update)
         cut = 0
         if args.input_csv:

@@ -115,7 +115,7 @@ def read_scans(args: argparse.Namespace) -> list[Subject]:
     return list(found.values())
 
 
-def name_scan_files(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
+def name_picture_and_feature_files(args: argparse.Namespace, sid: str) -> tuple[Path | None, Path | None]:
     """Return the paths of a scan's picture and of its patch features, or None for a file that is not written."""
     out = Path(args.out)
     picture = None if args.no_qc else out.with_name(out.name + ".qc") / f"{sid}.png"
@@ -129,37 +129,45 @@ class OutputTables:
     settings are unchanged.
 
     Args:
-        out: path of the feature table OUT.
+        table_path: path of the feature table OUT.
         subjects: the scans of this run.
         columns: feature columns.
-        made_by: checkpoint, atlas and settings, as text.
-        beside: function that takes a sid and returns its other output files. If one is missing, the row is not kept.
+        provenance: checkpoint, atlas and settings, as text.
+        list_required_files: function that takes a sid and returns its other output files. If one of these files is
+            missing, the row is not kept.
 
     Raises:
         UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Writing
             the new features to OUT would delete its rows.
     """
 
-    def __init__(self, out: Path, subjects: list[Subject], columns: list[str], made_by: str, beside: FilesOf):
-        self.out, self.subjects, self.columns, self.made_by = out, subjects, columns, made_by
-        self.report = out.with_name(out.name + ".report.csv")
+    def __init__(
+        self,
+        table_path: Path,
+        subjects: list[Subject],
+        columns: list[str],
+        provenance: str,
+        list_required_files: FilesOf,
+    ):
+        self.out, self.subjects, self.columns, self.made_by = table_path, subjects, columns, provenance
+        self.report = table_path.with_name(table_path.name + ".report.csv")
         self.features: dict[str, list[str]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.kept: list[str] = []  # sids of other scans
-        if not out.is_file():
+        if not table_path.is_file():
             return
         if not self.report.is_file():
             raise UserError(
-                f"--out {out} already exists, but without {self.report.name} its rows cannot be checked; give another "
-                "file name or remove the table"
+                f"--out {table_path} already exists, but without {self.report.name} its rows cannot be checked; "
+                "give another file name or remove the table"
             )
         rows = {row["sid"]: row for row in read_table(self.report).to_dict("records")}
-        table = read_table(out)
+        table = read_table(table_path)
         others = [row["made_from"] for row in rows.values() if row.get("made_from")]
-        if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {made_by}") for made in others):
+        if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {provenance}") for made in others):
             raise UserError(
-                f"--out {out} has features of another checkpoint, atlas or method; give another file name, or remove "
-                f"it and {self.report}"
+                f"--out {table_path} has features of another checkpoint, atlas or method; "
+                f"give another file name, or remove it and {self.report}"
             )
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
         asked = {subject.sid for subject in subjects}
@@ -168,11 +176,11 @@ class OutputTables:
         self.rows |= {sid: row for sid, row in rows.items() if sid not in asked}
         for subject in subjects:
             row = rows.get(subject.sid, {})
-            same = row.get("status") == "ok" and row.get("made_from") == self.describe_source(subject)
-            if same and subject.sid in texts and all(path.is_file() for path in beside(subject.sid)):
+            same = row.get("status") == "ok" and row.get("made_from") == self.describe_scan_and_settings(subject)
+            if same and subject.sid in texts and all(path.is_file() for path in list_required_files(subject.sid)):
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
-    def describe_source(self, subject: Subject) -> str:
+    def describe_scan_and_settings(self, subject: Subject) -> str:
         """Return a string that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
         return f"{make_file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
@@ -190,16 +198,18 @@ class OutputTables:
             [[sid, *self.features[sid]] for sid in sids if sid in self.features], columns=["sid", *self.columns]
         )
         report = pd.DataFrame([self.rows[sid] for sid in sids if sid in self.rows], dtype=object)
-        # Write the report first, because an OUT without a report is refused on the next run.
+        # Write the report first, because the next run refuses a feature table without a report.
         write_text(self.report, report.to_csv(index=False, lineterminator="\n"))
         write_text(self.out, table.to_csv(index=False, lineterminator="\n"))
 
 
-def draw_patches(path: Path, sid: str, found: Embedded) -> None:
+def draw_patches(path: Path, sid: str, embedded: Embedded) -> None:
     """Draw the patches over the scan and its lung mask."""
-    figures = found.figures
-    title = f"{sid}: {found.verdict}; Dice right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
-    picture = render_patch_picture(found.cut.volume, found.cut.values, found.mask, found.cut.corners, PATCH_SIZE, title)
+    figures = embedded.figures
+    title = f"{sid}: {embedded.verdict}; Dice right {figures['dice_right']:.2f}, left {figures['dice_left']:.2f}"
+    picture = render_patch_picture(
+        embedded.cut.volume, embedded.cut.values, embedded.mask, embedded.cut.corners, PATCH_SIZE, title
+    )
     write_atomically(path, lambda stream: stream.write(picture))
 
 
@@ -210,13 +220,13 @@ def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables
     def embed_and_save(subject: Subject, _: dict) -> dict[str, Any]:
         subject.check_image()
         found = embedder(subject.image, subject.series)
-        picture, patches = name_scan_files(args, subject.sid)
+        picture, patches = name_picture_and_feature_files(args, subject.sid)
         if patches:
             save_array(patches, found.patches)
         if picture:
             draw_patches(picture, subject.sid, found)
         features.append(found.features)
-        return {"verdict": found.verdict, "made_from": tables.describe_source(subject), **found.figures}
+        return {"verdict": found.verdict, "made_from": tables.describe_scan_and_settings(subject), **found.figures}
 
     row = run_step_or_record_error(embed_and_save, subject, {}, count_usable_cores(), {})
     row.setdefault("verdict", "refused")
@@ -249,7 +259,7 @@ def main() -> int:
         subjects,
         name_feature_columns(embedder.width),
         made_by,
-        lambda sid: [*filter(None, name_scan_files(args, sid))],
+        lambda sid: [*filter(None, name_picture_and_feature_files(args, sid))],
     )
     todo = [subject for subject in subjects if subject.sid not in tables.rows]
     written = time.monotonic()

@@ -56,13 +56,13 @@ from tools.finetuning.tasks import FEWEST, make_patch_task
 from tools.mapping.overlay import draw_map
 from tools.mapping.readings import (
     Readers,
+    average_patch_features,
     compute_patch_readings,
-    compute_subject_means,
     compute_window_readings,
     fit_probe,
 )
 from tools.mapping.truth import format_summary, score_map
-from tools.mapping.windows import lay_windows, resample_to_scan
+from tools.mapping.windows import place_windows_over_lungs, resample_to_scan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,7 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         "--column",
         nargs="+",
         default=[],
-        help="label columns to map; for a column of two words such as no and yes, the map predicts the second word",
+        help="label columns to map; two words, such as no and yes, are converted to 0 and 1, and the map shows the "
+        "predicted number",
     )
     add_label_flags(parser)
     add(
@@ -127,7 +128,7 @@ def fit_probes(
         ...). Before prediction, subtract the mean features of a patch's location from the features of the patch.
     """
 
-    def note(text: str) -> None:
+    def print_relevant_note(text: str) -> None:
         if not text.startswith("column") or any(f"column {name!r}" in text for name in args.column):
             print(f"note: {text}", file=sys.stderr)
 
@@ -139,10 +140,13 @@ def fit_probes(
             raise UserError(f"{args.patch_labels} has labels for fewer than {FEWEST} subjects outside --input-csv")
         rows, places = task.rows[own], task.places[own]
         read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
-        usual = np.zeros((store.num_locations, read.shape[1]))  # models for patch labels do not subtract mean readings
+        # Models for patch labels use the features without subtracting the mean features of each location.
+        usual = np.zeros((store.num_locations, read.shape[1]))
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
-        values, names, words = read_numbers_and_words(args.labels, store.sids, note, dict(args.order), args.missing)
+        values, names, words = read_numbers_and_words(
+            args.labels, store.sids, print_relevant_note, dict(args.order), args.missing
+        )
         targets = {}
         for column in args.column:
             if column not in names:
@@ -156,15 +160,15 @@ def fit_probes(
             known = np.flatnonzero(~np.isnan(target))
             if len(known) < FEWEST or np.ptp(target[known]) == 0:
                 raise UserError(
-                    f"column {column!r} has values of {len(known)} subjects outside --input-csv; fitting needs at "
-                    f"least {FEWEST} subjects, and values that differ"
+                    f"column {column!r} has values for {len(known)} subjects outside --input-csv; fitting needs at "
+                    f"least {FEWEST} subjects and at least two different values"
                 )
             targets[column] = (known, target[known])
-        read, usual = compute_subject_means(readers, store, np.flatnonzero(others), args.no_progress)
+        read, usual = average_patch_features(readers, store, np.flatnonzero(others), args.no_progress)
         read -= usual.mean(axis=0)
     probes = {
         column: (
-            {name: fit_probe(part[rows], target) for name, part in readers.split_readings(read).items()},
+            {name: fit_probe(part[rows], target) for name, part in readers.split_by_feature_type(read).items()},
             tuple(np.quantile(target, [0.05, 0.95])),
         )
         for column, (rows, target) in targets.items()
@@ -189,10 +193,10 @@ def map_scan(
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the same grid as {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
     cut = cut_scan(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
-    windows = lay_windows(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
+    windows = place_windows_over_lungs(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
     if windows is None:
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is empty")
-    readings = readers.split_readings(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
+    readings = readers.split_by_feature_type(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
     lungs = sitk.GetArrayFromImage(mask) > 0
     truth = None
     if args.truth:
@@ -217,16 +221,18 @@ def map_scan(
     return [{**row, "seconds": round(time.perf_counter() - start, 1)} for row in rows]
 
 
-def check_settings(args: argparse.Namespace, path: Path) -> dict:
-    """Return the settings to save at ``path``. Raises UserError if existing maps have other settings."""
+def check_settings_unchanged(args: argparse.Namespace, settings_path: Path) -> dict:
+    """Return the settings to save at ``settings_path``. Raises UserError if existing maps have other settings."""
     free = ("sha256", "input_csv", "out_dir", "device", "no_progress")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    if settings_path.is_file():
+        kept = json.loads(settings_path.read_text(encoding="utf-8"))
         other = [name for name in settings if kept.get(name) != settings[name]]
         if other:
             flag = other[0].replace("_", "-")
-            raise UserError(f"--out-dir {path.parent} has maps made with another --{flag}; give another folder")
+            raise UserError(
+                f"--out-dir {settings_path.parent} has maps made with another --{flag}; give another folder"
+            )
     return settings
 
 
@@ -237,7 +243,7 @@ def main() -> int:
     encoder, sizes = load_encoder(args.checkpoint, store, args.sha256)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    settings = check_settings(args, out_dir / "settings.json")
+    settings = check_settings_unchanged(args, out_dir / "settings.json")
     listed = out_dir / "maps.csv"
     table = pd.read_csv(listed, dtype={"sid": str}) if listed.is_file() else pd.DataFrame(columns=["sid", "status"])
     table = table[table["status"] == "ok"]
@@ -246,7 +252,7 @@ def main() -> int:
         device = process.set_up_process(args.device)
         if device.type == "cpu":
             keep_freed_memory()
-        readers = Readers(encoder, sizes["rep_dim"], store.locations, device, compare=bool(args.truth))
+        readers = Readers(encoder, sizes["rep_dim"], store.locations, device, add_density_readings=bool(args.truth))
         fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
         write_json(out_dir / "settings.json", settings)
         with progress_bar(args.no_progress, total=len(todo), desc="emphysema_map", unit="scan") as bar:

@@ -65,14 +65,14 @@ from tools.evaluation.tables import (
     ChosenVector,
     add_label_flags,
     add_vector_flags,
-    choose_vector,
+    choose_patient_vector,
     describe_other_store,
     is_constant,
     match_sids,
     read_features,
     read_vectors,
     refuse_leaks,
-    report_unmatched,
+    report_unmatched_subjects,
 )
 from tools.evaluation.vectors import JoinedTable, Standardization, Table, join_tables
 
@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--time-column",
         metavar="COLUMN",
-        help="label column with the follow-up time for survival, 0 or more, in any unit",
+        help="label column with the follow-up time for survival analysis (0 or more, in any unit)",
     )
     add(
         "--event-column",
@@ -119,7 +119,8 @@ def parse_arguments() -> argparse.Namespace:
         help="label column with 1 or yes if the event was observed, 0 or no if censored; give other words with --order",
     )
     text = (
-        "patch store of the same subjects; also evaluates density and histogram baselines, and features with histogram"
+        "patch store of the same subjects; also evaluates density and histogram baselines, and the features together "
+        "with the histogram"
     )
     add("--baselines", metavar="STORE", help=text)
     text = "label column: models are fitted to the subjects with 0 and evaluated on the subjects with 1"
@@ -225,12 +226,12 @@ def main() -> None:
     if os.getloadavg()[0] > count_usable_cores():
         threadpool_limits(1)  # on a busy machine, BLAS threads that wait for each other take ten times as long
     notes: list[str] = []  # notes to print after all checks have passed
-    chosen = choose_vector(args.patient_vector, args.features, args.patch_features, notes.append)
+    chosen = choose_patient_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = read_named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
     sids = match_sids(tables, table, args.labels)
     refuse_leaks(tables, table.columns, args.labels)
-    report_unmatched(tables["features"].index, table["sid"], args.labels, print_note)
+    report_unmatched_subjects(tables["features"].index, table["sid"], args.labels, print_note)
     if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
         print_note(
             f"{len(sids)} of {there} subjects with features and labels are in every table; "

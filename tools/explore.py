@@ -38,7 +38,7 @@ from preprocess.atlas import read_atlas_mask
 from tools.evaluation.normal import FEWEST
 from tools.evaluation.tables import (
     add_vector_flags,
-    choose_vector,
+    choose_patient_vector,
     describe_other_store,
     is_constant,
     read_features,
@@ -46,9 +46,9 @@ from tools.evaluation.tables import (
     read_patch_features,
     read_vectors,
 )
-from tools.evaluation.vectors import get_fitted_table
+from tools.evaluation.vectors import get_features_fitted_to_rows
 from tools.pages.numbers import (
-    compute_importance,
+    compute_location_importance,
     find_nearest,
     find_unusual_locations,
     project_subjects,
@@ -122,7 +122,8 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
     table = read_table(path, file_names=False).set_index("sid")
     if not table.index.isin(sids).any():
         raise UserError(
-            f"{path} has none of the subjects of the features, such as {sids[0]!r}; it has {table.index[0]!r}"
+            f"{path} has none of the subjects that have features, such as {sids[0]!r}; its sids look like "
+            f"{table.index[0]!r}"
         )
     unknown = next((column for column in columns if column not in table.columns), None)
     if unknown is not None:
@@ -167,7 +168,7 @@ def make_location_data(
     told, count = [], min(args.places, features.shape[1])
     with progress_bar(args.no_progress, total=len(numbers) * features.shape[1], desc="explore", unit="location") as bar:
         for name, values in numbers.items():
-            own = compute_importance(features, values, bar.update)
+            own = compute_location_importance(features, values, bar.update)
             if not np.isnan(own).all():
                 told.append({"label": name, "values": encode_array(own.astype(np.float32))})
     found: dict[str, Any] = {"importance": told, "telling": None}
@@ -189,8 +190,8 @@ def make_picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict
     known, folder = np.zeros(len(sids), dtype=np.uint8), ""
     if root_dir:
         layout = StoreLayout(root_dir)
-        known[:] = [layout.qc(sid).is_file() for sid in sids]
-        folder = make_link(layout.qc(sids[0]).parent, page)
+        known[:] = [layout.qc_picture(sid).is_file() for sid in sids]
+        folder = make_link(layout.qc_picture(sids[0]).parent, page)
     return {"known": encode_array(known), "folder": folder}
 
 
@@ -199,10 +200,10 @@ def main() -> None:
     page = Path(args.out)
     check_writable(page.absolute().parent, "--out")
 
-    def note(text: str) -> None:
+    def print_note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
-    chosen = choose_vector(args.patient_vector, args.features, None, note)
+    chosen = choose_patient_vector(args.patient_vector, args.features, None, print_note)
     table = read_features(args.features)
     sids = table.index.tolist()
     if len(sids) < 3:
@@ -231,7 +232,7 @@ def main() -> None:
                 f"{len(locations)}; give the store that the features were extracted from"
             )
         places = make_location_data(args, features, colours, healthy)
-    vectors = get_fitted_table(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
+    vectors = get_features_fitted_to_rows(read_vectors(chosen, table, sids), np.ones(len(sids), dtype=bool))
     values = standardize_features(vectors)
     sides = [] if locations is None else make_atlas_views(locations, PATCH_SIZE, atlas)
     without = "Give --root-dir to see the locations in the lungs." if locations is None else ""

@@ -48,7 +48,7 @@ from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import add_label_flags, read_held_out
 from tools.evaluation.vectors import VECTORS
 from tools.finetuning.curve import format_markdown, plot_curve
-from tools.finetuning.fit import Data, Fitted, fit
+from tools.finetuning.fit import Data, Fitted, fine_tune_and_predict
 from tools.finetuning.network import LAYERS, POOLINGS, load_encoder
 from tools.finetuning.tasks import Split, Task, draw_split, make_patch_task, make_subject_task
 
@@ -97,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seeds",
         type=at_least(int, 1),
         default=3,
-        help="number of seeds; each seed gives another split and other random weights; raise it if results vary a lot",
+        help="number of seeds; each seed gives a different split and different weights; raise it if results vary a lot",
     )
     add(
         "--device",
@@ -123,19 +123,21 @@ class Arm:
     """An encoder to start fine-tuning from.
 
     Args:
-        given: path of a checkpoint, or "random".
-        sizes: sizes of the encoder for random weights, or None for the default sizes.
+        checkpoint_or_random: path of a checkpoint, or "random".
+        model_sizes: sizes of the encoder for random weights, or None for the default sizes.
         store: the patch store.
         sha256: expected SHA-256 of the checkpoint.
     """
 
-    def __init__(self, given: str, sizes: dict | None, store: PatchStore, sha256: str | None = None):
-        self.random = given == "random"
-        self.name = "random" if self.random else Path(given).name.removesuffix(".pth.tar")
-        self.sizes = sizes or {"rep_dim": 128, "moco_dim": 128, "num_experts": 8, "num_coordinates": 1}
+    def __init__(
+        self, checkpoint_or_random: str, model_sizes: dict | None, store: PatchStore, sha256: str | None = None
+    ):
+        self.random = checkpoint_or_random == "random"
+        self.name = "random" if self.random else Path(checkpoint_or_random).name.removesuffix(".pth.tar")
+        self.sizes = model_sizes or {"rep_dim": 128, "moco_dim": 128, "num_experts": 8, "num_coordinates": 1}
         self._encoder = None
         if not self.random:
-            self._encoder, self.sizes = load_encoder(given, store, sha256)
+            self._encoder, self.sizes = load_encoder(checkpoint_or_random, store, sha256)
 
     def prepare_encoder(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
         """Return the encoder and its representations of all patches, (N, L, D). ``seed`` sets random weights."""
@@ -163,7 +165,7 @@ def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     encoder.eval()
 
 
-def describe_fit(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
+def compute_fit_metrics(task: Task, split: Split, fitted: Fitted) -> dict[str, float]:
     """Return the numbers of subjects, labels and training rounds, and the metrics on the test labels."""
     learnt = np.concatenate([split.train, split.validation])
     truth, ones = task.target[split.test], np.ones((len(split.test), 1))
@@ -187,11 +189,13 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
     if args.patch_labels:
         return make_patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 
-    def say(text: str) -> None:
+    def print_column_note(text: str) -> None:
         if repr(args.column) in text:
             print(f"note: {text}", file=sys.stderr)
 
-    values, names, words = read_numbers_and_words(args.labels, store.sids, say, dict(args.order), args.missing)
+    values, names, words = read_numbers_and_words(
+        args.labels, store.sids, print_column_note, dict(args.order), args.missing
+    )
     if args.column not in names:
         raise StoreError(explain_missing_column(args.labels, args.column, names))
     held_out = read_held_out(values, names, args.held_out, args.labels) if args.held_out else None
@@ -241,11 +245,17 @@ def main() -> None:
                         prepared[2],
                         args.patient_vector,
                     )
-                    fitted = fit(task, split, data, *given)
+                    fitted = fine_tune_and_predict(task, split, data, *given)
                     if seed == 0 and fraction == max(args.fractions):
                         save_checkpoint(out_dir / f"{arm.name}.pth.tar", make_checkpoint(task, fitted))
                     write_json(
-                        kept, {"arm": arm.name, "fraction": fraction, "seed": seed, **describe_fit(task, split, fitted)}
+                        kept,
+                        {
+                            "arm": arm.name,
+                            "fraction": fraction,
+                            "seed": seed,
+                            **compute_fit_metrics(task, split, fitted),
+                        },
                     )
                 rows.append(json.loads(kept.read_text(encoding="utf-8")))
                 bar.update()

@@ -35,20 +35,20 @@ MEET_SECONDS = 600  # time limit for reaching the first machine
 JOB = "drasclr-job"  # key under which the rendezvous store holds the job's id
 
 
-def is_kept(record: logging.LogRecord) -> bool:
-    """Return False for torchrun's log lines about ended ranks, because :func:`explain_failures` reports these ranks."""
+def should_keep_log_record(record: logging.LogRecord) -> bool:
+    """Return False for torchrun's log lines about ended ranks; :func:`report_rank_failures` reports these ranks."""
     text = record.getMessage()
     return "failed (exitcode: 1)" in text or not ("(exitcode:" in text or "closing signal" in text or "death" in text)
 
 
-def share_cores(arguments: list[str] | None = None) -> None:
+def limit_threads_per_rank(torchrun_arguments: list[str] | None = None) -> None:
     """Divide this machine's cores among its ranks. By default, torchrun uses one thread per rank and warns about it."""
-    ranks = parse_args(arguments or sys.argv[1:]).nproc_per_node
+    ranks = parse_args(torchrun_arguments or sys.argv[1:]).nproc_per_node
     if ranks.isdigit() and int(ranks) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_usable_cores() // int(ranks))))
 
 
-def add_defaults(arguments: list[str]) -> list[str]:
+def add_default_torchrun_flags(arguments: list[str]) -> list[str]:
     """Return torchrun's arguments, preceded by our defaults for the flags that were not given."""
     args = parse_args(arguments)
     known = get_args_parser().format_help()  # older versions of torchrun lack some of the flags
@@ -102,7 +102,7 @@ def open_rendezvous(arguments: list[str]) -> tuple[list[str], TCPStore | None]:
     return [*more, *arguments], store
 
 
-def explain_failures(failures: dict) -> int | None:
+def report_rank_failures(failures: dict) -> int | None:
     """Return the exit status for failed ranks, or None to leave the report to torchrun.
 
     Print the cause of the failure in one line, unless a rank has already printed the cause.
@@ -133,16 +133,16 @@ def explain_failures(failures: dict) -> int | None:
     return 128 + number
 
 
-def launch() -> int:
+def launch_with_torchrun() -> int:
     arguments = sys.argv[1:]
-    share_cores()
+    limit_threads_per_rank()
     for log in (logger, logging.getLogger("torch.distributed.elastic.agent.server.api")):
-        log.addFilter(is_kept)
-    arguments, _store = open_rendezvous(add_defaults(arguments))
+        log.addFilter(should_keep_log_record)
+    arguments, _store = open_rendezvous(add_default_torchrun_flags(arguments))
     try:
         main(arguments)
     except ChildFailedError as error:
-        status = explain_failures(error.failures)
+        status = report_rank_failures(error.failures)
         if status is None:
             raise
         return status
@@ -155,4 +155,4 @@ def launch() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch())
+    sys.exit(launch_with_torchrun())

@@ -35,7 +35,7 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from misc.command import OneOf, Parser, at_least, end_with_parent, run
+from misc.command import OneOf, Parser, at_least, request_signal_on_parent_exit, run
 from misc.experiment import read_git_commit
 from misc.files import hash_file, hold_lock_or_raise, prepare_resumable_folder, remove_leftovers, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
@@ -88,15 +88,15 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
 
 
 def make_subject_once(
-    made: Path, job: Callable[..., tuple[dict, dict]], seed: int, index: int, *how: object
+    finished_dir: Path, make_subject: Callable[..., tuple[dict, dict]], seed: int, index: int, *job_arguments: object
 ) -> tuple[dict, dict]:
-    """Return the rows that ``job`` makes for a subject, or read them from ``made`` if an earlier run made them."""
-    sid, out_dir = subject_name(index), how[-1]
-    path = made / f"{sid}.json"
+    """Return a subject's table rows, from ``finished_dir`` if an earlier run made them, else by ``make_subject``."""
+    sid, out_dir = subject_name(index), job_arguments[-1]
+    path = finished_dir / f"{sid}.json"
     if path.is_file() and (out_dir / "image" / f"{sid}.nii.gz").is_file():
         labels, scanned = json.loads(path.read_text(encoding="utf-8"))
         return labels, scanned
-    rows = job(seed, index, *how)
+    rows = make_subject(seed, index, *job_arguments)
     write_json(path, rows)
     return rows
 
@@ -120,8 +120,8 @@ def parse_arguments() -> argparse.Namespace:
         "--size",
         type=OneOf(*SIZES),
         default="tiny",
-        help="size relative to an adult: tiny 0.38, small 0.62, full 1. One core makes a tiny subject in 4 to 9 s, and "
-        "a full one in about a minute",
+        help="body size relative to an adult: tiny 0.38, small 0.62, full 1. On one core, a tiny subject takes 4 to 9 "
+        "s, and a full-size subject about a minute",
     )
     add("--template", metavar="SCAN", help="deform this CT scan instead of making phantoms, and ignore --size")
     add(
@@ -185,7 +185,7 @@ def main() -> None:
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
         # Workers are killed with this process, because they could otherwise write into the folder of the next run.
-        with bar, ProcessPoolExecutor(args.num_workers, None, end_with_parent, (signal.SIGKILL,)) as pool:
+        with bar, ProcessPoolExecutor(args.num_workers, None, request_signal_on_parent_exit, (signal.SIGKILL,)) as pool:
             futures = [pool.submit(make_subject_once, *job) for job in jobs]
             try:
                 for future in futures:

@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     root = parse_arguments().root_dir
     layout = StoreLayout(root)
-    if not any(layout.report(step).is_file() for step in STEPS):
+    if not any(layout.report_path(step).is_file() for step in STEPS):
         raise UserError(f"--root-dir {root} has no report of preprocessing; run preprocess/run_preprocess.sh")
     print(f"qc_page: open {write_qc_page(root)} in a browser")
 

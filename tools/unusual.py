@@ -29,7 +29,7 @@ from misc.files import check_writable, write_json, write_text
 from misc.progress import add_progress_flag
 from tools.evaluation.baselines import BINS, make_baseline_tables
 from tools.evaluation.metrics import auroc
-from tools.evaluation.normal import FEWEST, score_patches
+from tools.evaluation.normal import FEWEST, score_patch_abnormality
 from tools.evaluation.splits import draw_resamples
 from tools.evaluation.tables import read_healthy, read_patch_features, read_patch_sids
 from tools.evaluation.vectors import FILES, VECTORS
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     text += " (default: layers if extract_feature.py --layers wrote the file, else h)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
-    add("--labels", required=True, help="CSV with a sid column and the column of --healthy")
+    add("--labels", required=True, help="CSV with a sid column and the column named by --healthy")
     add(
         "--healthy",
         required=True,
@@ -80,7 +80,7 @@ def main() -> None:
     path = Path(args.features_dir) / FILES["layers" if args.patient_vector == "layers" else "moments"]
     features, sids = read_patch_features(path), read_patch_sids(path)
     healthy, known = read_healthy(args.labels, sids, args.healthy, FEWEST)
-    scores = {"features": score_patches(features, healthy)}
+    scores = {"features": score_patch_abnormality(features, healthy)}
     if args.baselines:
         store = PatchStore(args.baselines)
         if missing := set(sids) - set(store.sids):
@@ -91,7 +91,7 @@ def main() -> None:
         table = (
             make_baseline_tables(store, args.no_progress, smoothed=False)["histogram_by_location"].loc[sids].to_numpy()
         )
-        scores["histogram_by_location"] = score_patches(table.reshape(len(sids), -1, BINS), healthy)
+        scores["histogram_by_location"] = score_patch_abnormality(table.reshape(len(sids), -1, BINS), healthy)
     found = {}
     if (known & ~healthy).any():
         found = {name: compute_auroc(patches.mean(axis=1)[known], healthy[known]) for name, patches in scores.items()}

@@ -41,57 +41,61 @@ class Ranges(NamedTuple):
 PUBLISHED = Ranges()
 
 
-def list_letters() -> str:
+def list_augmentation_letters() -> str:
     """List every letter with its transform, for help texts and error messages."""
     return ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
 
 
-def refuse_unknown_letters(letters: str) -> None:
+def check_augmentation_letters(letters: str) -> None:
     """Raise UserError if a letter does not stand for a transform."""
     unknown = sorted(set(letters) - set(LETTERS))
     if unknown:
         raise UserError(
-            f"--augmentation {letters!r}: unknown letter {unknown[0]!r}; known letters are {list_letters()}"
+            f"--augmentation {letters!r}: unknown letter {unknown[0]!r}; "
+            f"known letters are {list_augmentation_letters()}"
         )
 
 
 def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     """Add --augmentation and one flag for each range that users may change."""
 
-    def add(name: str, kind: object, text: str, **more: object) -> None:
+    def add_range_flag(name: str, argument_type: object, help_text: str, **more: object) -> None:
         default = getattr(PUBLISHED, name)
         default = list(default) if isinstance(default, tuple) else default
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text, **more)
+        group.add_argument(f"--{name.replace('_', '-')}", type=argument_type, default=default, help=help_text, **more)
 
     group.add_argument(
         "--augmentation",
         default="agc",
-        help=f"letters of the transforms, in the order applied: {list_letters()}; omit c if density matters",
+        help=f"letters of the transforms, in the order applied: {list_augmentation_letters()}; "
+        "omit c if density matters",
     )
     amount = at_least(float, 0)
-    add("rotate", amount, "largest rotation about each axis, degrees; lower it if orientation matters")
-    add(
+    add_range_flag("rotate", amount, "largest rotation about each axis, degrees; lower it if orientation matters")
+    add_range_flag(
         "translate",
         amount,
         "largest shift along each axis, voxels (a patch has 32); lower it to make the two views overlap more",
     )
-    add("scale", between(float, 0, 0.9), "largest relative change of size; lower it if size matters")
-    add("noise_std", amount, "largest standard deviation of the noise g, HU; raise it if doses vary widely")
-    add("noise_prob", between(float, 0, 1), "probability of the noise g; raise it if doses vary widely")
-    add("smooth", amount, "largest sigma of the smoothing s, voxels; raise it for thick slices")
-    add("shift", amount, "largest intensity shift of i, HU; raise it if breath-hold levels vary widely")
-    add(
+    add_range_flag("scale", between(float, 0, 0.9), "largest relative change of size; lower it if size matters")
+    add_range_flag("noise_std", amount, "largest standard deviation of the noise g, HU; raise it if doses vary widely")
+    add_range_flag("noise_prob", between(float, 0, 1), "probability of the noise g; raise it if doses vary widely")
+    add_range_flag("smooth", amount, "largest sigma of the smoothing s, voxels; raise it for thick slices")
+    add_range_flag("shift", amount, "largest intensity shift of i, HU; raise it if breath-hold levels vary widely")
+    add_range_flag(
         "breath",
         between(float, 0, 0.9),
         "largest relative change of lung volume by b; raise it if breath-hold levels vary widely",
     )
-    add(
+    add_range_flag(
         "kernel",
         between(float, 0, 1),
         "largest fraction of fine detail that k adds or removes; raise it if kernels vary",
     )
-    add("thickness", amount, "largest sigma of t along z, voxels; raise it for thick slices")
-    add("gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2)
+    add_range_flag("thickness", amount, "largest sigma of t along z, voxels; raise it for thick slices")
+    add_range_flag(
+        "gamma", at_least(float, 0.01), "smallest and largest exponent of c; narrow it if density matters", nargs=2
+    )
 
 
 def collect_ranges(args: argparse.Namespace) -> Ranges:

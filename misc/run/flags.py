@@ -9,7 +9,7 @@ from misc.command import OneOf, Parser, UserError, at_least, between
 from misc.experiment import Experiment
 from misc.process import PATIENCE
 from misc.progress import add_progress_flag
-from misc.run.augmentation import add_augmentation_flags, refuse_unknown_letters
+from misc.run.augmentation import add_augmentation_flags, check_augmentation_letters
 from misc.run.recipes import add_recipe_flag
 from misc.sizes import OPTIMIZERS
 
@@ -18,7 +18,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     """Parse the command line and check everything that does not need the store."""
     parser = Parser(description)
     add_run_flags(parser)
-    add_method_flags(parser)
+    add_hyperparameter_flags(parser)
     add_recipe_flag(parser, argv)
     add_output_flags(parser)
     args = parser.parse_args(argv)
@@ -28,7 +28,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
         setattr(args, name, getattr(args, name) and os.path.abspath(getattr(args, name)))
     try:
         refuse_contradictions(args)
-        refuse_unknown_letters(args.augmentation)
+        check_augmentation_letters(args.augmentation)
         Experiment.from_name(args.exp_name)
     except UserError as error:
         parser.error(str(error))
@@ -44,7 +44,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     if args.batch_by and (args.batch_by == ["report"]) == bool(args.batch_table):
         raise UserError("--batch-by takes either the word report alone, or column names together with --batch-table")
     if args.batch_table and not args.batch_by:
-        raise UserError("--batch-table needs --batch-by with the names of its columns")
+        raise UserError("--batch-table needs --batch-by with column names from that table")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed} is too large; use a number below 2^32")
     if args.num_coordinates != 1:
@@ -129,7 +129,7 @@ def add_run_flags(parser: Parser) -> None:
     )
 
 
-def add_method_flags(parser: Parser) -> None:
+def add_hyperparameter_flags(parser: Parser) -> None:
     """Add the flags of the method, with the published values as defaults."""
     group = Group(parser, "the method, with the published values as defaults")
     add, switch = group.add_flag, group.add_switch
@@ -188,7 +188,7 @@ def add_method_flags(parser: Parser) -> None:
         None,
         "groups with separate BatchNorm statistics (default: 4, or as the ranks and the batch size require)",
     )
-    text = "put subjects with similar scans in a batch, so that scanner and breath-hold do not reveal the positive key"
+    text = "put similar scans in the same batch, so that scanner and breath-hold do not reveal the positive key"
     text += "; report uses volume, density, slices and kernel in the store's reports; columns are in --batch-table"
     add("--batch-by", str, None, text, nargs="+", metavar="COLUMN")
     add("--batch-table", str, None, "CSV with sid and the scan parameters that --batch-by names", metavar="CSV")

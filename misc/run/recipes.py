@@ -13,9 +13,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The neighbour task is off, because a network does not learn this task from so few subjects.
     # Neighbouring patches have little in common except the subject and the scanner.
     # Without the neighbour task, a training step takes less than half as long.
-    # The views differ in sharpness and noise, because sharpness and noise identify the scanner settings.
-    # With the scanner settings alone, a network could solve the patch task without learning anything about disease.
-    # The measurements are in README.md (Results) and misc/results.
+    # The views differ in sharpness and noise, because sharpness and noise reveal the scanner settings.
+    # A network that recognises the scanner settings could solve the patch task without learning about disease.
+    # The measurements behind these settings are in README.md (Results) and misc/results.
     "small": {
         "epochs": 10,
         "beta": 0.0,

@@ -36,15 +36,15 @@ class ResumeError(UserError):
     """A run cannot resume or start from a checkpoint; the message names the flag to change."""
 
 
-def did_encode_neighbors(before: Mapping[str, Any]) -> bool:
+def did_encode_neighbors(checkpoint_settings: Mapping[str, Any]) -> bool:
     """Return whether the run that wrote a checkpoint encoded neighbours.
 
     Checkpoints without the entry neighbor_pass, such as the published ones, are from runs that encoded neighbours.
     """
-    return before.get("neighbor_pass", True)
+    return checkpoint_settings.get("neighbor_pass", True)
 
 
-def needs_neighbors(beta: float, before: Mapping[str, Any] | None) -> bool:
+def needs_neighbors(beta: float, checkpoint_settings: Mapping[str, Any] | None) -> bool:
     """Return whether neighbours are read and encoded at every step.
 
     A new run with --beta 0 does not need neighbours. A run that started with neighbours continues to encode them,
@@ -52,62 +52,70 @@ def needs_neighbors(beta: float, before: Mapping[str, Any] | None) -> bool:
 
     Args:
         beta: the value of --beta; a warm-up does not change it.
-        before: settings of the checkpoint that the run resumes from, None for a new run.
+        checkpoint_settings: settings of the checkpoint that the run resumes from, None for a new run.
     """
-    return beta > 0 or (before is not None and did_encode_neighbors(before))
+    return beta > 0 or (checkpoint_settings is not None and did_encode_neighbors(checkpoint_settings))
 
 
-def note_changes(
-    before: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    source: Path,
-    place: tuple[int, int],
-    begins_anew: bool,
+def note_setting_changes(
+    checkpoint_settings: Mapping[str, Any],
+    new_settings: Mapping[str, Any],
+    checkpoint_path: Path,
+    checkpoint_position: tuple[int, int],
+    starts_new_epoch: bool,
     say: Callable[[str], None],
 ) -> None:
     """Report which settings a resumed run changes.
 
     Args:
-        before: settings of the checkpoint.
-        settings: settings of the resumed run.
-        source: the checkpoint.
-        place: numbers of finished epochs and of finished steps in the next epoch, when the checkpoint was saved.
-        begins_anew: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
+        checkpoint_settings: settings of the checkpoint.
+        new_settings: settings of the resumed run.
+        checkpoint_path: the checkpoint.
+        checkpoint_position: numbers of finished epochs and of finished steps in the next epoch, at the time of saving.
+        starts_new_epoch: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
         say: prints a line.
 
     Raises:
         ResumeError: a changed setting would alter the steps of the unfinished epoch, or --optimizer differs.
     """
-    epoch, step = place
-    changed = [name for name in before if settings.get(name, before[name]) != before[name]]
+    epoch, step = checkpoint_position
+    changed = [
+        name
+        for name in checkpoint_settings
+        if new_settings.get(name, checkpoint_settings[name]) != checkpoint_settings[name]
+    ]
     for name in changed:
-        unused = name == "k_neighbors" and not settings["neighbor_pass"]
+        unused = name == "k_neighbors" and not new_settings["neighbor_pass"]
         if name not in WITHOUT_NOTE and not unused:
             shown = f"the {NOT_FLAGS[name]}" if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             consequence = f", {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
-            say(f"note: {shown} was {before[name]} in {source.name} and is now {settings[name]}{consequence}")
-    had_pass, has_pass = did_encode_neighbors(before), settings["neighbor_pass"]
-    if has_pass and not settings["beta"]:
-        say(f"note: --beta is 0, but {source.name} was trained with neighbours, so they are still encoded")
+            say(
+                f"note: {shown} was {checkpoint_settings[name]} in {checkpoint_path.name} "
+                f"and is now {new_settings[name]}{consequence}"
+            )
+    had_pass, has_pass = did_encode_neighbors(checkpoint_settings), new_settings["neighbor_pass"]
+    if has_pass and not new_settings["beta"]:
+        say(f"note: --beta is 0, but {checkpoint_path.name} was trained with neighbours, so they are still encoded")
     if has_pass and not had_pass:
         say("note: from now on, neighbours also contribute to the BatchNorm statistics")
     steps = f" and {step} steps" if step else ""
-    say(f"resuming from {source} after {epoch} epochs{steps}")
+    say(f"resuming from {checkpoint_path} after {epoch} epochs{steps}")
     if "optimizer" in changed:
         raise ResumeError(
-            f"{source} holds the state of --optimizer {before['optimizer']}; use this optimiser to resume"
+            f"{checkpoint_path} holds the state of --optimizer {checkpoint_settings['optimizer']}; "
+            "use this optimiser to resume"
         )
-    if has_pass and not had_pass and step and not begins_anew:
+    if has_pass and not had_pass and step and not starts_new_epoch:
         raise ResumeError(
-            f"{source} was saved partway through an epoch without neighbours; use --beta 0, or --start-epoch {epoch} "
-            "to start that epoch again"
+            f"{checkpoint_path} was saved partway through an epoch without neighbours; use --beta 0, "
+            f"or --start-epoch {epoch} to start that epoch again"
         )
     for name in SETS_STEPS:
-        if name in changed and step and not begins_anew:
+        if name in changed and step and not starts_new_epoch:
             raise ResumeError(
-                f"{source} was saved partway through an epoch with {name} {before[name]}; with the new value "
-                f"{settings[name]}, the remaining steps would differ; use the old value, or --start-epoch {epoch} to "
-                "start that epoch again"
+                f"{checkpoint_path} was saved partway through an epoch with {name} {checkpoint_settings[name]}; "
+                f"with the new value {new_settings[name]}, the remaining steps would differ; use the old value, "
+                f"or --start-epoch {epoch} to start that epoch again"
             )
 
 

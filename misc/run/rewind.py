@@ -29,14 +29,14 @@ def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
-def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str, int]:
+def rewind_log(log: TextIO, position: tuple[int, int], copy_path: Path) -> dict[str, int]:
     """Remove the lines of log.jsonl after a position. If any line is removed, the whole file is copied first.
 
     Args:
         log: the file, open for reading and appending. This function does not open the file again,
             because a process loses its lock on a file when it closes another stream of the same file.
         position: numbers of finished epochs and of finished steps in the next epoch.
-        aside: path for the copy of the whole file.
+        copy_path: path for the copy of the whole file.
 
     Returns:
         The number of remaining lines of each kind.
@@ -56,7 +56,7 @@ def rewind_log(log: TextIO, position: tuple[int, int], aside: Path) -> dict[str,
         counts[kind] = counts.get(kind, 0) + 1
     whole = "".join(kept)
     if whole != text:
-        write_text(aside, text)
+        write_text(copy_path, text)
         start = text.startswith(whole)
         os.ftruncate(file, len(whole.encode()) if start else 0)
         if not start:
@@ -73,7 +73,7 @@ class Record(NamedTuple):
     tags: list[str]  # names of the curves in this record
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_tensorboard_records(path: Path) -> Iterator[Record]:
     """Read the complete records of a TensorBoard file. A killed run may leave an incomplete record at its end."""
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
@@ -90,19 +90,19 @@ def read_records(path: Path) -> Iterator[Record]:
         yield Record(record, event.step, tags)
 
 
-def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
+def truncate_tensorboard_curves(folder: Path, points_to_keep: dict[str, int]) -> int:
     """Cut the TensorBoard curves at the last step and epoch in log.jsonl.
 
     Args:
         folder: folder with the events.out.tfevents.* files.
-        counts: number of points to keep in the longest ``train/`` curve (step) and the longest ``epoch/`` curve
+        points_to_keep: number of points to keep in the longest ``train/`` curve (step) and the longest ``epoch/`` curve
             (epoch). All other curves are cut at the same step as the longest curve.
 
     Returns:
         The last step that remains in the ``train/`` curves; 0 if no step remains.
     """
     paths = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    files = {path: list(read_records(path)) for path in paths}
+    files = {path: list(read_tensorboard_records(path)) for path in paths}
     curves: dict[str, list[int]] = {}  # step numbers of each curve, in increasing order
     for record in itertools.chain(*files.values()):
         for tag in record.tags:
@@ -110,7 +110,7 @@ def rewind_curves(folder: Path, counts: dict[str, int]) -> int:
             if not points or record.step > points[-1]:
                 points.append(record.step)
     ends = {}
-    for family, most in (("train", counts["step"]), ("epoch", counts["epoch"])):
+    for family, most in (("train", points_to_keep["step"]), ("epoch", points_to_keep["epoch"])):
         longest = max((points for tag, points in curves.items() if tag.split("/")[0] == family), key=len, default=[])
         ends[family] = longest[:most][-1] if longest[:most] else -1
 

@@ -14,7 +14,7 @@ import torch
 from misc import process
 from misc.command import UserError
 from misc.progress import progress_bar
-from misc.run.rewind import rewind_curves, rewind_log
+from misc.run.rewind import rewind_log, truncate_tensorboard_curves
 
 NEAR_CHANCE = 1.2  # multiple of chance level; a lower accuracy against the current keys means that nothing is learnt
 
@@ -38,19 +38,19 @@ class Meters:
     number of steps before the first non-finite statistic is also counted on the device.
 
     Args:
-        names: names of the statistics, in order.
+        statistic_names: names of the statistics, in order.
         device: device that computes the statistics.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names = tuple(names)
-        self._since = torch.zeros(len(names), device=device)
+    def __init__(self, statistic_names: Sequence[str], device: torch.device):
+        self.names = tuple(statistic_names)
+        self._since = torch.zeros(len(statistic_names), device=device)
         # whether all steps were finite (1 or 0), and the number of steps before the first non-finite step
         self._finite = torch.zeros(2, device=device)
         self.steps = 0  # number of steps since the last call of read()
         self.last_count = 0  # number of steps that the last call of read() averaged
         self.finite_steps = 0  # number of averaged steps before the first non-finite step
-        self._epoch = torch.zeros(len(names), dtype=torch.float64)
+        self._epoch = torch.zeros(len(statistic_names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | Sums | None = None) -> None:
         """Start an epoch, optionally with the sums from an interrupted run.
@@ -62,17 +62,17 @@ class Meters:
         if sums is not None and sums.totals.shape != self._epoch.shape:
             raise UserError(
                 f"the checkpoint was saved partway through an epoch and has {len(sums.totals)} statistics, but this "
-                f"code has {len(self.names)}; set --start-epoch to the number of finished epochs to start "
-                "that epoch again"
+                f"version of the code records {len(self.names)}. To start that epoch again, set --start-epoch to the "
+                "number of finished epochs"
             )
-        self._clear()
+        self._clear_recent_sums()
         self._epoch = torch.zeros_like(self._epoch)
         if sums is not None:
             self._epoch = sums.totals - sums.since.double()
             self._since += sums.since.to(self._since)
             self.steps, self._finite[1] = sums.steps, sums.steps
 
-    def _clear(self) -> None:
+    def _clear_recent_sums(self) -> None:
         self._since.zero_()
         self._finite[0], self._finite[1] = 1, 0
         self.steps = 0
@@ -84,7 +84,7 @@ class Meters:
         self._finite[1] += self._finite[0]
         self.steps += 1
 
-    def read_means(self) -> dict[str, float]:
+    def compute_means_and_reset(self) -> dict[str, float]:
         """Return the mean of each statistic since the last call.
 
         Every rank must call this method, which waits for the device.
@@ -94,10 +94,10 @@ class Meters:
         mean = (reduced / self.steps).tolist()
         self.finite_steps = int(self._finite[1])
         self.last_count = self.steps
-        self._clear()
+        self._clear_recent_sums()
         return dict(zip(self.names, mean))
 
-    def sums(self) -> Sums:
+    def compute_sums_for_checkpoint(self) -> Sums:
         """Return the sums that a checkpoint within an epoch contains.
 
         Every rank must call this method, which waits for the device.
@@ -105,9 +105,9 @@ class Meters:
         since = process.all_reduce_mean(self._since.clone()).cpu()
         return Sums(self._epoch + since, since, self.steps)
 
-    def totals(self) -> torch.Tensor:
+    def compute_epoch_totals(self) -> torch.Tensor:
         """Return the sums over the epoch so far, (n,) float64, averaged over ranks. All ranks must call this method."""
-        return self.sums().totals
+        return self.compute_sums_for_checkpoint().totals
 
     def epoch_means(self, steps: int) -> dict[str, float]:
         """Return the mean of each statistic over an epoch of ``steps`` steps."""
@@ -124,7 +124,7 @@ def make_curve_logger(folder: str) -> Any:
     from tensorboard_logger.tf_protobuf import summary_pb2
 
     class Curves(Logger):
-        def _image_summary(self, name, images, step=None):
+        def _image_summary(self, name: str, images: Sequence[np.ndarray], step: int | None = None):
             values = []
             for index, image in enumerate(images):
                 stream = io.BytesIO()
@@ -170,22 +170,23 @@ class RunLog:
             return
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
-        told = rewind_curves(self._folder, counts)
-        self._offset = max(0, told - (step + self.steps * epoch))  # above 0 if earlier epochs had more steps
+        told = truncate_tensorboard_curves(self._folder, counts)
+        # The step numbers of the curves continue after the last point, even if earlier epochs had more steps.
+        self._offset = max(0, told - (step + self.steps * epoch))
         if source:
-            self._write({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
+            self._write_log_line({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
 
     @property
     def is_writer(self) -> bool:
         return self._stream is not None
 
-    def start_epoch(self, epoch: int, done: int) -> None:
-        """Start epoch ``epoch`` (counted from 0) after ``done`` of its steps."""
+    def start_epoch(self, epoch: int, steps_done: int) -> None:
+        """Start epoch ``epoch`` (counted from 0) after ``steps_done`` of its steps."""
         self._window_start = self._epoch_start = time.perf_counter()
         self._bar = progress_bar(
             self._no_progress or not self.is_writer,
             total=self.steps,
-            initial=done,
+            initial=steps_done,
             desc=f"epoch {epoch + 1}/{self.epochs}",
             unit="step",
         )
@@ -205,18 +206,24 @@ class RunLog:
             print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 
     def log_step(
-        self, epoch: int, step: int, location: int, count: int, means: Mapping[str, float], rate: float
+        self,
+        epoch: int,
+        step: int,
+        location: int,
+        averaged_steps: int,
+        means: Mapping[str, float],
+        learning_rate: float,
     ) -> None:
-        """Log the means of the last ``count`` steps, up to step ``step`` of epoch ``epoch`` (counted from 0)."""
+        """Log the means of the last ``averaged_steps`` steps up to ``step`` of ``epoch`` (both counted from 0)."""
         seconds = time.perf_counter() - self._window_start
         self._window_start = time.perf_counter()
         if not self.is_writer:
             return
-        speed = count * self.batch_size / seconds
-        statistics = {**means, "chance_fresh": self.chance_fresh, "lr": rate, "samples_per_s": speed}
-        self._write({"kind": "step", "epoch": epoch + 1, "step": step, "location": location, **statistics})
+        speed = averaged_steps * self.batch_size / seconds
+        statistics = {**means, "chance_fresh": self.chance_fresh, "lr": learning_rate, "samples_per_s": speed}
+        self._write_log_line({"kind": "step", "epoch": epoch + 1, "step": step, "location": location, **statistics})
         for name, value in statistics.items():
-            self.add_point(f"train/{name}", value, step + self.steps * epoch + self._offset)
+            self.add_curve_point(f"train/{name}", value, step + self.steps * epoch + self._offset)
         self._bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         if self._bar.disable:
             losses, accuracies = f"loss {means['loss']:.4f}", f"accuracy {means['accuracy_patch']:.1f} %"
@@ -235,9 +242,9 @@ class RunLog:
             return
         seconds = time.perf_counter() - self._epoch_start
         chance = {"chance_fresh": self.chance_fresh}
-        self._write({"kind": "epoch", "epoch": epoch + 1, **means, **chance, "lr": rate, "seconds": seconds})
+        self._write_log_line({"kind": "epoch", "epoch": epoch + 1, **means, **chance, "lr": rate, "seconds": seconds})
         for name in ("loss", "accuracy_fresh"):
-            self.add_point(f"epoch/{name}", means[name], epoch + 1)
+            self.add_curve_point(f"epoch/{name}", means[name], epoch + 1)
         accuracies = f"accuracy {means['accuracy_patch']:.1f} %"
         if "accuracy_neighbor" in means:
             accuracies += f" (patch) {means['accuracy_neighbor']:.1f} % (neighbour)"
@@ -261,14 +268,14 @@ class RunLog:
         if self._stream is not None:
             self._stream.close()
 
-    def add_point(self, name: str, value: float, step: int) -> None:
+    def add_curve_point(self, name: str, value: float, step: int) -> None:
         """Add a point to a curve. If the disk is full, the curve lacks this point."""
         try:
             self._curves.log_value(name, value, step)
         except OSError as error:
             self.warn_disk_full(error)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write_log_line(self, record: dict[str, Any]) -> None:
         """Write one JSON line with six significant digits. If the disk is full, the line is kept in memory."""
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
         self._unwritten += json.dumps(rounded).encode() + b"\n"
@@ -280,5 +287,7 @@ class RunLog:
 
     def warn_disk_full(self, error: OSError) -> None:
         if not self._full:
-            print(f"warning: cannot write the log ({error}); the run continues, please free disk space", flush=True)
+            print(
+                f"warning: cannot write the log ({error}); the run continues, please free some disk space", flush=True
+            )
         self._full = True

@@ -31,10 +31,10 @@ class Saver:
         experiment: the experiment folder to save to.
         stop: records the stop signals that this rank receives.
         epochs: number of epochs of the run; the last epoch is always saved.
-        every: epochs between checkpoints.
-        minutes: minutes between saves within an epoch; 0 for none.
-        keep: number of latest epoch checkpoints to keep; 0 for all.
-        good: the checkpoint that the run resumes from.
+        epochs_between_saves: epochs between checkpoints.
+        minutes_between_saves: minutes between saves within an epoch; 0 for none.
+        checkpoints_to_keep: number of latest epoch checkpoints to keep; 0 for all.
+        latest_checkpoint: the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -43,26 +43,31 @@ class Saver:
         experiment: Experiment,
         stop: StopRequest,
         epochs: int,
-        every: int,
-        minutes: float,
-        keep: int = 0,
-        good: Path | None = None,
+        epochs_between_saves: int,
+        minutes_between_saves: float,
+        checkpoints_to_keep: int = 0,
+        latest_checkpoint: Path | None = None,
     ):
         self.state, self.experiment, self.stop = state, experiment, stop
         self._writing: tuple[threading.Thread, list[OSError]] | None = None  # the writing thread and its errors
-        self.epochs, self.every, self.minutes, self.keep = epochs, every, minutes, keep
-        self.good = good  # the latest saved checkpoint
+        self.epochs, self.every, self.minutes, self.keep = (
+            epochs,
+            epochs_between_saves,
+            minutes_between_saves,
+            checkpoints_to_keep,
+        )
+        self.good = latest_checkpoint  # the latest saved checkpoint
         self.agreed = 0  # stop signal that any rank had received by the end of the last epoch; 0 for none
         self.saved_at = time.monotonic()
 
-    def save_after_step(self, epoch: int, done: int, meters: Meters) -> None:
-        """Save after ``done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
+    def save_after_step(self, epoch: int, steps_done: int, meters: Meters) -> None:
+        """Save after ``steps_done`` steps of an unfinished epoch, if a save is due or any rank received a signal."""
         due = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
         stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
         if not (due or stopped):  # a signal that arrives from now on is handled after the next step
             return
-        path, sums = self.experiment.unfinished_checkpoint, meters.sums()
-        saved = self._save(path, epoch, done, sums, now=bool(stopped))
+        path, sums = self.experiment.unfinished_checkpoint, meters.compute_sums_for_checkpoint()
+        saved = self._save_checkpoint(path, epoch, steps_done, sums, wait_until_written=bool(stopped))
         if stopped:
             self.stop.number = stopped
             told = f"saved {path}" if saved else f"not saved, {self.describe_last_checkpoint()}"
@@ -79,13 +84,12 @@ class Saver:
         last = finished == self.epochs
         (self.agreed,) = process.all_reduce_max(self.stop.number)
         if finished % self.every == 0 or last or self.agreed:
-            now = last or bool(self.agreed)
-            self._save(
+            self._save_checkpoint(
                 self.experiment.checkpoint(finished),
                 finished,
-                must=last,
-                now=now,
-                then=self.remove_replaced_checkpoints,
+                fail_if_disk_full=last,
+                wait_until_written=last or bool(self.agreed),
+                on_saved=self.remove_replaced_checkpoints,
             )
 
     def exit_if_stopped(self) -> None:
@@ -97,14 +101,14 @@ class Saver:
             )
 
     def check_finite(
-        self, epoch: int, done: int, location: int, statistics: Mapping[str, float], meters: Meters
+        self, epoch: int, steps_done: int, location: int, statistics: Mapping[str, float], meters: Meters
     ) -> None:
         """Raise DivergedError on every rank if one of the ``statistics`` is not finite."""
         if all(map(math.isfinite, statistics.values())):
             return
         self.wait_for_writing()
         (worse,) = process.all_reduce_max(meters.last_count - meters.finite_steps)
-        first = done - max(worse - 1, 0)
+        first = steps_done - max(worse - 1, 0)
         raise DivergedError(
             f"the loss is not finite at epoch {epoch + 1}, step {first}; {self.describe_last_checkpoint()}. "
             "Continue with --resume auto and a lower --lr, or check the store for damaged patches at location "
@@ -114,48 +118,53 @@ class Saver:
     def describe_last_checkpoint(self) -> str:
         return f"the last good checkpoint is {self.good}" if self.good else "there is no earlier checkpoint"
 
-    def _save(
-        self, path: Path, *what: Any, must: bool = False, now: bool = False, then: Callable[[], None] = lambda: None
+    def _save_checkpoint(
+        self,
+        path: Path,
+        *state_arguments: Any,
+        fail_if_disk_full: bool = False,
+        wait_until_written: bool = False,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> bool:
         """Save on rank 0. Return whether the checkpoint exists or a thread is writing it.
 
-        If the disk is full, print a warning and continue, unless ``must`` is set. ``then`` is called after the
-        checkpoint has been written.
+        If the disk is full, print a warning and continue, unless ``fail_if_disk_full`` is set. ``on_saved`` is called
+        after the checkpoint has been written.
         """
         self.saved_at = time.monotonic()
         if process.rank():
             return True
         self.wait_for_writing()
         try:
-            if not self.state.aside or now:
-                self.state.save(path, *what)
+            if not self.state.aside or wait_until_written:
+                self.state.save(path, *state_arguments)
             else:
-                self._write_in_thread(self.state.aside(path, *what), path, then)
+                self._write_in_thread(self.state.aside(path, *state_arguments), path, on_saved)
                 return True
         except DivergedError as error:
             raise DivergedError(
                 f"{error}; {self.describe_last_checkpoint()}. Continue with --resume auto and a lower --lr"
             ) from None
         except OSError as error:
-            if must and error.errno in DISK_IS_FULL:
+            if fail_if_disk_full and error.errno in DISK_IS_FULL:
                 words = f"cannot save ({error}), {self.describe_last_checkpoint()}"
-                raise UserError(f"{words}; free disk space and continue with --resume auto") from error
+                raise UserError(f"{words}; free some disk space and continue with --resume auto") from error
             self.warn_disk_full(error)
             return False
-        self.record_saved(path, then)
+        self.record_saved_checkpoint(path, on_saved)
         return True
 
-    def _write_in_thread(self, write: Callable[[], None], path: Path, then: Callable[[], None]) -> None:
+    def _write_in_thread(self, write: Callable[[], None], path: Path, on_saved: Callable[[], None]) -> None:
         wrong: list[OSError] = []
 
-        def write_and_record() -> None:
+        def write_and_record_checkpoint() -> None:
             try:
                 write()
-                self.record_saved(path, then)
+                self.record_saved_checkpoint(path, on_saved)
             except OSError as error:
                 wrong.append(error)
 
-        thread = threading.Thread(target=write_and_record, name=f"save {path.name}")
+        thread = threading.Thread(target=write_and_record_checkpoint, name=f"save {path.name}")
         self._writing = (thread, wrong)
         thread.start()
 
@@ -168,9 +177,9 @@ class Saver:
             for error in wrong:
                 self.warn_disk_full(error)
 
-    def record_saved(self, path: Path, then: Callable[[], None]) -> None:
+    def record_saved_checkpoint(self, path: Path, after_saving: Callable[[], None]) -> None:
         self.good = path
-        then()
+        after_saving()
 
     def remove_replaced_checkpoints(self) -> None:
         """Remove the checkpoints that the new epoch checkpoint replaces."""
@@ -182,14 +191,14 @@ class Saver:
         if error.errno not in DISK_IS_FULL:
             raise error
         print(
-            f"warning: cannot save ({error}), please free disk space; the run continues, "
+            f"warning: cannot save ({error}), please free some disk space; the run continues, "
             f"{self.describe_last_checkpoint()}",
             flush=True,
         )
 
     def end_all_ranks(self, message: str) -> None:
         """End all ranks together. A launcher ends all ranks as soon as one rank exits, even while rank 0 saves."""
-        process.wait_before_exit()
+        process.wait_for_ranks_before_exit()
         if process.rank() == 0:
             print(message)
         self.stop.exit_with_signal_status()

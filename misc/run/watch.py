@@ -66,14 +66,14 @@ class Watch:
     """The thread of one rank that watches all ranks.
 
     Args:
-        store: key-value store shared by the ranks, with the methods set, get, check and add.
-        rank, world: number of this rank, and number of ranks.
-        seconds: longest time without progress.
+        key_value_store: key-value store shared by the ranks, with the methods set, get, check and add.
+        rank, world_size: number of this rank, and number of ranks.
+        timeout_seconds: longest time without progress.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, seconds: float):
-        self.store, self.rank, self.world, self.seconds = store, rank, world, seconds
-        self.pause = min(seconds / BEATS, LONGEST_BEAT)
+    def __init__(self, key_value_store: Any, rank: int, world_size: int, timeout_seconds: float):
+        self.store, self.rank, self.world, self.seconds = key_value_store, rank, world_size, timeout_seconds
+        self.pause = min(timeout_seconds / BEATS, LONGEST_BEAT)
         self.began = self.since = time.monotonic()
         self.at, self.beats = (0, 0), 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its latest heartbeat, time of arrival)
@@ -82,7 +82,7 @@ class Watch:
         """Record that this rank has reached a step."""
         self.at, self.since = (epoch, step), time.monotonic()
 
-    def publish_and_find_hanging(self) -> str:
+    def publish_and_find_hanging_ranks(self) -> str:
         """Publish the step of this rank, and read the steps of the other ranks.
 
         Return a description of what hangs, or an empty string.
@@ -108,7 +108,7 @@ class Watch:
         while True:
             time.sleep(self.pause)
             with contextlib.suppress(RuntimeError):  # the key-value store no longer exists if the run is ending
-                if hangs := self.publish_and_find_hanging():
+                if hangs := self.publish_and_find_hanging_ranks():
                     break
         if self.store.add("watch-told", 1) == 1:
             minutes = f"{self.seconds / 60:g}"
@@ -124,20 +124,20 @@ class Watch:
 _watch: list[Watch] = []
 
 
-def watch_steps(items: Iterable[Item], epoch: int, done: int, minutes: float) -> Iterator[Item]:
+def watch_steps(items: Iterable[Item], epoch: int, steps_done: int, timeout_minutes: float) -> Iterator[Item]:
     """Yield the items, one per step, and publish the step of this rank to the others.
 
     Args:
         items: batches.
         epoch: current epoch, counted from 0.
-        done: number of steps of this epoch that are already finished.
-        minutes: longest time without progress.
+        steps_done: number of steps of this epoch that are already finished.
+        timeout_minutes: longest time without progress.
     """
     if process.world_size() > 1 and not _watch:
         store = dist.distributed_c10d._get_default_store()
-        _watch.append(Watch(store, process.rank(), process.world_size(), 60 * minutes))
+        _watch.append(Watch(store, process.rank(), process.world_size(), 60 * timeout_minutes))
         threading.Thread(target=_watch[0].watch_until_hang, daemon=True).start()
-    for step, item in enumerate(items, start=done + 1):
+    for step, item in enumerate(items, start=steps_done + 1):
         for watch in _watch:
             watch.record_position(epoch + 1, step)
         yield item

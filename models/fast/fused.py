@@ -38,33 +38,33 @@ def conv_elu(
     if fast.is_enabled() and not plain and not torch.is_autocast_enabled("cpu"):
         layouts = tuple(value.is_contiguous(memory_format=torch.channels_last_3d) for value in (x, kernel))
         with _compiling:
-            fused = _compile_one_pass(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
+            fused = _compile_fused_conv_elu(x.shape, kernel.shape, layouts, x.dtype, stride, padding, dilation, groups)
         if fused is not None:
             return fused(x, kernel, bias)
     return F.elu_(F.conv3d(x, kernel, bias, stride, padding, dilation, groups))
 
 
 @functools.lru_cache(maxsize=64)  # enough for the 13 layers of an encoder in two data types
-def _compile_one_pass(
-    shape: torch.Size,
+def _compile_fused_conv_elu(
+    input_shape: torch.Size,
     kernel_shape: torch.Size,
     channels_last: tuple[bool, bool],
     dtype: torch.dtype,
-    *settings: int | str | tuple[int, ...],
+    *conv_settings: int | str | tuple[int, ...],
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """Return a compiled fused function for tensors of these shapes and layouts, or None if torch has no fuser.
 
     torch's fuser compiles for the shapes of the first inputs and does not fuse other shapes, so each combination of
     shapes needs a separate function.
     """
-    examples = [torch.zeros(shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
+    examples = [torch.zeros(input_shape, dtype=dtype), torch.zeros(kernel_shape, dtype=dtype)]
     for index, last in enumerate(channels_last):
         if last:
             examples[index] = examples[index].contiguous(memory_format=torch.channels_last_3d)
     examples.append(torch.zeros(kernel_shape[0], dtype=dtype))
 
     def run_conv_elu(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.elu(F.conv3d(x, kernel, bias, *settings))
+        return F.elu(F.conv3d(x, kernel, bias, *conv_settings))
 
     if not hasattr(torch.jit, "enable_onednn_fusion") or not hasattr(torch.jit, "trace"):
         return None

@@ -42,11 +42,11 @@ class RecordedStep:
         self.step, self.generators = step, generators
         self.optimizer = step.descend.optimizer
         self._rate: torch.Tensor | None = None
-        self._kind: tuple = ()  # beta and input shapes of the recorded steps, or of the current warm-up
+        self._kind: tuple = ()  # weight beta and input shapes of the recorded steps, or of the warm-up steps
         self._seen = 0  # number of steps so far with this beta and these input shapes
         self._recorded: Recorded | None = None
 
-    def __call__(self, inputs: Inputs, beta: float, last: bool = False) -> Done:
+    def __call__(self, inputs: Inputs, beta: float, force_update: bool = False) -> Done:
         """Run the step. The next call overwrites the returned tensors.
 
         Raises:
@@ -59,9 +59,9 @@ class RecordedStep:
             group["lr"] = float(np.float32(group["lr"]))
         self._seen += 1
         if self._seen <= WARM_UP:
-            return self.step(inputs, beta, last)
+            return self.step(inputs, beta, force_update)
         if self._recorded is None:
-            self._recorded = self._record(inputs, beta)
+            self._recorded = self._record_cuda_graph(inputs, beta)
         for given, kept in zip(inputs, self._recorded.inputs):
             if kept is not None:
                 kept.copy_(given, non_blocking=True)
@@ -69,7 +69,7 @@ class RecordedStep:
         self._recorded.graph.replay()
         return self._recorded.done
 
-    def _record(self, inputs: Inputs, beta: float) -> Recorded:
+    def _record_cuda_graph(self, inputs: Inputs, beta: float) -> Recorded:
         """Record the step as a graph without running it. Raises UserError if the recording fails."""
         kept = Inputs(*(None if value is None else value.clone() for value in inputs))
         self._rate = torch.zeros((), device=inputs.patches.device)
@@ -109,7 +109,7 @@ def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) 
             graph.register_generator_state(generator)
 
 
-def can_record(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
+def can_record_cuda_graph(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
     """Return whether the steps of a run with these flags can be recorded.
 
     Steps cannot be recorded as a CUDA graph with ``--accumulate``, because only some steps update the weights.

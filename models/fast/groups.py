@@ -13,7 +13,9 @@ from models.fast.pieces import run_in_parallel
 Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 
 
-def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int) -> Pair | None:
+def encode_groups_in_parallel(
+    encoder: nn.Module, patches: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int
+) -> Pair | None:
     """Run ``encoder.encode`` on each group in parallel, because no data passes between groups.
 
     Cores that work on the same layer wait for each other at the end of the layer. With one group per core, the cores
@@ -23,18 +25,18 @@ def encode_groups(encoder: nn.Module, x: torch.Tensor, kernels: Sequence[torch.T
 
     Args:
         encoder: models.cnn3d.Encoder. Only group 0 updates the encoder's running statistics.
-        x, kernels, groups: see :meth:`models.cnn3d.Encoder.encode`.
+        patches, kernels, groups: see :meth:`models.cnn3d.Encoder.encode`.
 
     Returns:
         z (B, moco_dim) and h (B, rep_dim), or None if this fast path does not apply.
     """
     if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.is_enabled():
         return None
-    own = len(kernels[0]) == len(x)  # if each sample has its own kernel, the kernels are split into groups too
+    own = len(kernels[0]) == len(patches)  # if each sample has its own kernel, the kernels are split into groups too
     blocks = 1 if own else len(kernels[0])
-    if x.device.type != "cpu" or x.requires_grad or len(x) % (groups * blocks):
+    if patches.device.type != "cpu" or patches.requires_grad or len(patches) % (groups * blocks):
         return None
-    parts = x.unflatten(0, (blocks, groups, -1)).unbind(1)  # (blocks, b, 1, 32, 32, 32) for each group
+    parts = patches.unflatten(0, (blocks, groups, -1)).unbind(1)  # (blocks, b, 1, 32, 32, 32) for each group
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in encoder.parameters())
 
@@ -67,9 +69,9 @@ class _Encode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, encode: Callable[..., Pair], groups: int, mixed: int, *inputs: torch.Tensor):
-        kernels = [kernel.detach().requires_grad_(kernel.requires_grad) for kernel in inputs[:mixed]]
-        ctx.inputs = [*kernels, *inputs[mixed:]]
+    def forward(ctx, encode: Callable[..., Pair], groups: int, num_kernels: int, *inputs: torch.Tensor):
+        kernels = [kernel.detach().requires_grad_(kernel.requires_grad) for kernel in inputs[:num_kernels]]
+        ctx.inputs = [*kernels, *inputs[num_kernels:]]
         ctx.encoded = run_in_parallel(lambda group: encode(group, kernels), range(groups))  # keeps the autograd graphs
         ctx.set_materialize_grads(False)
         return tuple(value.detach() for pair in ctx.encoded for value in pair)

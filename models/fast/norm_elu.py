@@ -23,21 +23,23 @@ def norm_elu(
     if not norm.training:
         return None
     if torch.compiler.is_compiling():
-        return None if groups > 1 else _apply_joined(_norm_elu_compiled, norm, blocks, track)
+        return None if groups > 1 else _apply_to_joined_blocks(_norm_elu_compiled, norm, blocks, track)
     if not (fast.is_enabled() and _has_usual_settings(norm)):
         return None
-    if norm_elu_gpu.is_faster(blocks, groups):
+    if norm_elu_gpu.can_fuse_norm_elu(blocks, groups):
         return norm_elu_gpu.apply_norm_elu(norm, blocks, groups, track)
-    if groups == 1 and norm_elu_cpu.is_faster(blocks[0]):
-        return _apply_joined(_norm_elu_cpu, norm, blocks, track)
+    if groups == 1 and norm_elu_cpu.is_fused_norm_elu_faster(blocks[0]):
+        return _apply_to_joined_blocks(_norm_elu_cpu, norm, blocks, track)
     return None
 
 
-def _apply_joined(work, norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], track: bool) -> list[torch.Tensor]:
-    """Join the blocks, run ``work(norm, x, track)`` on the result, and split it into blocks again."""
+def _apply_to_joined_blocks(
+    norm_elu_function, norm: nn.BatchNorm3d, blocks: Sequence[torch.Tensor], track: bool
+) -> list[torch.Tensor]:
+    """Join the blocks, run ``norm_elu_function(norm, x, track)`` on the result, and split it into blocks again."""
     if len(blocks) == 1:
-        return [work(norm, blocks[0], track)]
-    return list(work(norm, torch.cat(list(blocks)), track).chunk(len(blocks)))
+        return [norm_elu_function(norm, blocks[0], track)]
+    return list(norm_elu_function(norm, torch.cat(list(blocks)), track).chunk(len(blocks)))
 
 
 def _has_usual_settings(norm: nn.BatchNorm3d) -> bool:
@@ -52,7 +54,7 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
         with torch.no_grad():
             norm.num_batches_tracked += 1
             # Write through .data, so that the version counters of the running statistics do not change.
-            # The backward pass of an earlier call checks version counters, although it does not read the statistics.
+            # Otherwise, autograd would refuse the backward pass of an earlier call that saved the running statistics.
             norm.running_mean.data.lerp_(mean, norm.momentum)
             norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y

@@ -12,7 +12,7 @@ CHUNK = 16384  # rows per chunk; a row has VECTOR values, so a chunk is 4 MB in 
 VECTOR = 64  # values per row; for rows of about this length or longer, memory bandwidth limits torch's kernels
 
 
-def is_faster(x: torch.Tensor) -> bool:
+def is_fused_norm_elu_faster(x: torch.Tensor) -> bool:
     """Return whether x is on the CPU and channels-last with few channels.
 
     For channels-last tensors with few channels, torch's BatchNorm is a scalar loop over the channels.

@@ -29,7 +29,7 @@ PROGRAMS = 1024  # largest number of Triton programs per block, over all groups;
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # supported data types of the blocks; sums are in float32
 
 
-def is_faster(blocks: Sequence[torch.Tensor], groups: int) -> bool:
+def can_fuse_norm_elu(blocks: Sequence[torch.Tensor], groups: int) -> bool:
     """Return whether the blocks (n, C, D, H, W) are on a GPU for which Triton can compile the kernels.
 
     Each group must also have more than one value per channel, because one value has no variance.
@@ -185,7 +185,7 @@ if triton is not None:
             source = partial + (part * groups + group)[:, None] * 3 * CHANNELS + column[None, :]
             counts = tl.load(source, mask=valid, other=0.0)
             means = tl.load(source + CHANNELS, mask=valid, other=0.0)
-            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # use 1 for padding columns, to avoid a division by 0
+            new = tl.maximum(tl.sum(counts, axis=0), 1.0)  # a count of 1 in padding columns avoids a division by 0
             new_mean = tl.sum(counts * means, axis=0) / new
             away = means - new_mean[None, :]
             new_squares = tl.sum(tl.load(source + 2 * CHANNELS, mask=valid, other=0.0) + counts * away * away, axis=0)

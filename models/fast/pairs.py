@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from models import fast
 
 
-def convolve_pairs(
+def convolve_one_channel_in_pairs(
     inputs: torch.Tensor,
     kernel: torch.Tensor,
     bias: torch.Tensor | None,
-    geometry: tuple,
+    conv_settings: tuple,
     convolve: Callable[..., torch.Tensor] = F.conv3d,
 ) -> torch.Tensor | None:
     """Run a 3 x 3 x 3 convolution of one channel with padding 1 on the CPU.
@@ -27,7 +27,7 @@ def convolve_pairs(
         inputs: (B, 1, D, H, W).
         kernel: (out, 1, 3, 3, 3).
         bias: (out,) or None.
-        geometry: stride, padding, dilation and groups of the convolution.
+        conv_settings: stride, padding, dilation and groups of the convolution.
         convolve: F.conv3d, or a function that also applies an elementwise operation to the result.
 
     Returns:
@@ -36,7 +36,7 @@ def convolve_pairs(
     one_channel = kernel.shape[1:] == (1, 3, 3, 3) and inputs.shape[-1] % 2 == 0 and inputs.is_contiguous()
     if not (fast.is_enabled() and inputs.device.type == "cpu" and one_channel):
         return None
-    if geometry != ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1):
+    if conv_settings != ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1):
         return None
     batch, _, depth, height, width = inputs.shape
     out = kernel.shape[0]

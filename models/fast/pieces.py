@@ -10,7 +10,7 @@ import torch
 from models import fast
 
 # Number of patches per piece. The result of a layer for this many patches takes at most tens of MB.
-# The number is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
+# The piece size is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
 # In a smaller last piece, the convolution and the ELU are two separate passes.
 PATCHES_AT_ONCE = 32
 

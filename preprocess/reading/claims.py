@@ -37,11 +37,11 @@ class DataSpec(NamedTuple):
     packed: bool | None  # whether zlib or gzip compresses the data; None for text and for encodings that only ITK reads
 
 
-def check_data(path: Path, kind: str) -> None:
+def check_voxel_data_complete(path: Path, file_format: str) -> None:
     """Raise ScanError if the data of an NRRD or MetaImage file are missing, cut short or damaged."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
-    claim = (read_nrrd_spec if kind == "NRRD" else read_meta_spec)(path, head)
+    claim = (read_nrrd_spec if file_format == "NRRD" else read_meta_spec)(path, head)
     if claim is None:
         return
     if not claim.data.is_file():
@@ -62,11 +62,11 @@ UNPLACED = (
 )
 
 
-def warn_missing_geometry(path: Path, kind: str, warnings: list[str]) -> None:
+def warn_missing_geometry(path: Path, file_format: str, warnings: list[str]) -> None:
     """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes; ITK then uses defaults."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
-    if kind == "NRRD":
+    if file_format == "NRRD":
         fields = read_nrrd_fields(head)[0]
         space = fields.get("space", "").lower()
         if not any(word in space for word in ANATOMICAL):
@@ -86,26 +86,28 @@ def warn_missing_geometry(path: Path, kind: str, warnings: list[str]) -> None:
         warnings.append("the header has no voxel sizes (ElementSpacing); 1 mm is assumed")
 
 
-def check_packed_data(claim: DataSpec) -> None:
+def check_packed_data(data_spec: DataSpec) -> None:
     """Unpack the data in blocks and verify their checksum. Raise ScanError if the data are incomplete."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts zlib and gzip
     try:
-        with open(claim.data, "rb") as stream:
-            stream.seek(claim.start)
+        with open(data_spec.data, "rb") as stream:
+            stream.seek(data_spec.start)
             while not unpacker.eof and (block := stream.read(1 << 18)):
                 found += len(unpacker.decompress(block))
     except zlib.error as error:
-        raise ScanError(f"{claim.data} is damaged ({error}); copy it again") from error
-    if found < claim.bytes or not unpacker.eof:
-        raise ScanError(f"{claim.data} is cut short: {found} of {claim.bytes} bytes after unpacking; copy it again")
+        raise ScanError(f"{data_spec.data} is damaged ({error}); copy it again") from error
+    if found < data_spec.bytes or not unpacker.eof:
+        raise ScanError(
+            f"{data_spec.data} is cut short: {found} of {data_spec.bytes} bytes after unpacking; copy it again"
+        )
 
 
-def count_bytes(words: str, each: int) -> int | None:
+def count_volume_bytes(size_text: str, bytes_per_voxel: int) -> int | None:
     """Return the size in bytes of a volume with sizes like ``512 512 300``, or None for invalid text."""
-    sizes = words.split()
+    sizes = size_text.split()
     if not sizes or not all(re.fullmatch(r"\d{1,12}", size) for size in sizes):
         return None
-    return int(np.prod([int(size) for size in sizes], dtype=object)) * each
+    return int(np.prod([int(size) for size in sizes], dtype=object)) * bytes_per_voxel
 
 
 def find_data_file(path: Path, name: str) -> Path | None:
@@ -126,7 +128,7 @@ def read_nrrd_spec(path: Path, head: bytes) -> DataSpec | None:
     """Find the data that an NRRD header describes; return None if this module cannot check the data."""
     fields, end = read_nrrd_fields(head)
     each, encoding = NRRD_BYTES.get(fields.get("type", "")), fields.get("encoding", "").lower()
-    needed = count_bytes(fields.get("sizes", ""), each) if each else None
+    needed = count_volume_bytes(fields.get("sizes", ""), each) if each else None
     if needed is None or {"byte skip", "line skip", "byteskip", "lineskip"} & set(fields):
         return None
     named = fields.get("data file", fields.get("datafile", ""))
@@ -143,7 +145,7 @@ def read_meta_spec(path: Path, head: bytes) -> DataSpec | None:
     text = head[: end.end()].decode("latin-1")
     fields = {key.strip(): value.strip() for key, value in re.findall(r"^([^=\n]+)=([^\n]*)$", text, re.M)}
     each = META_BYTES.get(fields.get("ElementType", "").removeprefix("MET_"))
-    needed = count_bytes(fields.get("DimSize", ""), each * int(count_channels(fields))) if each else None
+    needed = count_volume_bytes(fields.get("DimSize", ""), each * int(read_channel_count(fields))) if each else None
     if needed is None or fields.get("HeaderSize", "0") not in ("0", ""):
         return None
     name = fields["ElementDataFile"]
@@ -153,6 +155,6 @@ def read_meta_spec(path: Path, head: bytes) -> DataSpec | None:
     return None if data is None else DataSpec(needed, data, start, None if text_data else packed)
 
 
-def count_channels(fields: dict[str, str]) -> str:
-    count = fields.get("ElementNumberOfChannels", "1")
+def read_channel_count(header_fields: dict[str, str]) -> str:
+    count = header_fields.get("ElementNumberOfChannels", "1")
     return count if re.fullmatch(r"\d{1,4}", count) else "1"

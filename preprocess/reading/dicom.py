@@ -91,7 +91,7 @@ def explain_no_slices(folder: Path, others: Counter) -> str:
             return f"{folder} has {len(images)} image files and no DICOM slices; name one file, for example {images[0]}"
         return f"{folder} and its subfolders have no DICOM slices; name another folder or file"
     name = below[0] if len(below) == 1 else ", ".join(below[:5]) + (", ..." if len(below) > 5 else "")
-    words = "is a folder without DICOM slices; subfolders are not searched, so name the folder with the slices"
+    words = "is a folder without DICOM slices; subfolders are not searched, so give the folder that contains the slices"
     return f"{folder} {words} ({name}?)"
 
 
@@ -104,11 +104,13 @@ def read_multiframe_header(path: Path) -> tuple[Path, object]:
     if header is None:
         below = find_slice_folders(path.parent)
         where = f", for example {path.parent / below[0]}" if below else ""
-        raise ScanError(f"{path} is a DICOMDIR, which is only a list of files; name the folder with the slices{where}")
+        raise ScanError(
+            f"{path} is a DICOMDIR, which is only a list of files; give the folder that contains the slices{where}"
+        )
     if reason := find_exclusion_reason(header):
         raise ScanError(f"{path} is DICOM, but not a CT slice: {reason}")
     if read_text(header, "NumberOfFrames") in ("", "1"):
-        raise ScanError(f"{path} is one slice of a series; name its folder, {path.parent}")
+        raise ScanError(f"{path} is one slice of a series; give its folder, {path.parent}")
     return path, header
 
 
@@ -150,7 +152,7 @@ def read_rescale(frame: Frame) -> tuple[float, float]:
     return (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
 
 
-def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.ndarray:
+def read_file_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
     """Return the voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
@@ -161,19 +163,19 @@ def read_file_pixels(frames: list[Frame], folder: Path, told: list[str]) -> np.n
     intercepts = [read_rescale(frame)[1] for frame in frames]
     other = next((frame for frame, value in zip(frames, intercepts) if value != intercepts[0]), None)
     if other:
-        told.append(f"the rescale intercept differs between slices, first at {other.name}; check the picture")
-    with catch_itk_errors(folder, "a DICOM series", told):
+        warnings.append(f"the rescale intercept differs between slices, first at {other.name}; check the picture")
+    with catch_itk_errors(folder, "a DICOM series", warnings):
         image = reader.Execute()
     return sitk.GetArrayFromImage(image)
 
 
-def read_frame_pixels(frames: list[Frame], told: list[str]) -> np.ndarray:
+def read_frame_pixels(frames: list[Frame], warnings: list[str]) -> np.ndarray:
     """Return the voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
     path = frames[0].path
     scales = {read_rescale(frame) for frame in frames}
     if len(scales) > 1:  # ITK applies one slope and intercept to all frames
         raise ScanError(f"{path}: its frames differ in rescale slope or intercept; export it as one file per slice")
-    with catch_itk_errors(path, "a multi-frame DICOM file", told):
+    with catch_itk_errors(path, "a multi-frame DICOM file", warnings):
         image = sitk.ReadImage(str(path))
     values = sitk.GetArrayFromImage(image)
     count = int(read_text(frames[0].header, "NumberOfFrames"))

@@ -92,7 +92,7 @@ def find_exclusion_reason(dataset: Dataset) -> str:
     return f"map in {unit}" if NO_HU.fullmatch(unit) else ""
 
 
-def is_capture(dataset: Dataset) -> bool:
+def is_secondary_capture(dataset: Dataset) -> bool:
     """Return whether a file has the SOP class of screenshots, which some converters also assign to slices."""
     return read_text(dataset, "SOPClassUID").startswith(CAPTURE)
 
@@ -123,7 +123,7 @@ def read_header(path: Path) -> Dataset | None:
             return None
         if "SOPClassUID" not in dataset and "MediaStorageSOPClassUID" in dataset.file_meta:
             dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
-        unknown = not read_text(dataset, "Modality") and (is_capture(dataset) or "SOPClassUID" not in dataset)
+        unknown = not read_text(dataset, "Modality") and (is_secondary_capture(dataset) or "SOPClassUID" not in dataset)
         try:
             whole = not (unknown or not find_exclusion_reason(dataset)) or _has_pixels(stream, dataset)
         except (ValueError, TypeError, OverflowError, struct.error) as error:  # a size in the header is not a number

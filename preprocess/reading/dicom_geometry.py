@@ -35,22 +35,26 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     row, column = compute_axes(usual, folder)
     normal = np.cross(row, column)
     frames = sorted(frames, key=lambda frame: (frame.position @ normal, frame.name))
-    _check_alike(frames, usual, folder)
+    _check_same_slice_geometry(frames, usual, folder)
     axes = np.column_stack([row, column, normal])
     places = np.array([frame.position for frame in frames])
     across, down, heights = (places @ axes).T
-    _check_steps(frames, heights, folder)
+    _check_slice_spacing(frames, heights, folder)
     check_sideways_jumps(frames, places, axes[:, :2].T, folder)
     _check_tilt(frames, places, axes, folder)
-    first, length = fit_even_steps(heights)
-    start = places[0] + axes @ (compute_middle_offset(across), compute_middle_offset(down), first - heights[0])
+    first, length = fit_evenly_spaced_values(heights)
+    start = places[0] + axes @ (
+        compute_offset_to_midrange(across),
+        compute_offset_to_midrange(down),
+        first - heights[0],
+    )
     spacing = (usual.spacing[1], usual.spacing[0], round(length / (len(frames) - 1), DIGITS))
     place = Grid(tuple(map(float, start)), tuple(map(float, spacing)), tuple(map(float, axes.ravel())))
-    check_corners(frames, place, folder)
+    check_slice_corners(frames, place, folder)
     return frames, place
 
 
-def compute_middle_offset(values: np.ndarray) -> float:
+def compute_offset_to_midrange(values: np.ndarray) -> float:
     """Return the distance from the first value to the midpoint of the range; 0 if values differ only by rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
@@ -84,10 +88,10 @@ def check_slice_elements(frames: list[Frame], folder: Path) -> None:
 def find_typical_slice(frames: list[Frame]) -> Frame:
     """Return a slice with the most common shape, orientation and spacing, to which all others are compared."""
 
-    def describe_kind(frame: Frame) -> Hashable:
+    def make_slice_geometry_key(frame: Frame) -> Hashable:
         return (frame.shape, *np.round(frame.orientation, 3) + 0.0, *np.round(frame.spacing, 3))
 
-    kinds = [describe_kind(frame) for frame in frames]
+    kinds = [make_slice_geometry_key(frame) for frame in frames]
     return frames[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
 
@@ -110,33 +114,38 @@ def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return row, column / np.linalg.norm(column)
 
 
-def compute_extent(frame: Frame) -> np.ndarray:
+def compute_slice_extent(frame: Frame) -> np.ndarray:
     """Return the lengths in mm from first to last voxel along columns and rows, in the order of ``spacing``."""
     return (np.array(frame.shape) - 1) * frame.spacing
 
 
-def _check_alike(frames: list[Frame], usual: Frame, folder: Path) -> None:
+def _check_same_slice_geometry(frames: list[Frame], typical_frame: Frame, folder: Path) -> None:
     """Raise ScanError unless all slices have the same matrix, pixel spacing and orientation."""
     for frame in frames:
-        if frame.shape != usual.shape:
+        if frame.shape != typical_frame.shape:
             raise ScanError(
                 f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, but others have "
-                f"{usual.shape[0]} x {usual.shape[1]} ({usual.name}); {advise_on_odd_slice(frame, usual)}"
+                f"{typical_frame.shape[0]} x {typical_frame.shape[1]} ({typical_frame.name}); "
+                f"{advise_on_odd_slice(frame, typical_frame)}"
             )
-        if (np.abs(compute_extent(frame) - compute_extent(usual)) > PLACE).any():
+        if (np.abs(compute_slice_extent(frame) - compute_slice_extent(typical_frame)) > PLACE).any():
             raise ScanError(
                 f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, "
-                f"but others have {usual.spacing[0]:g} x {usual.spacing[1]:g} ({usual.name}); "
-                f"{advise_on_odd_slice(frame, usual)}"
+                f"but others have {typical_frame.spacing[0]:g} x {typical_frame.spacing[1]:g} ({typical_frame.name}); "
+                f"{advise_on_odd_slice(frame, typical_frame)}"
             )
-        ends = [f.orientation.reshape(2, 3) * compute_extent(usual)[::-1, None] for f in (frame, usual)]
+        ends = [
+            f.orientation.reshape(2, 3) * compute_slice_extent(typical_frame)[::-1, None]
+            for f in (frame, typical_frame)
+        ]
         if np.linalg.norm(ends[0] - ends[1], axis=1).max() > PLACE:
             cosine = np.clip(
                 min((f @ g for f, g in zip(*(e / np.linalg.norm(e, axis=1)[:, None] for e in ends)))), -1, 1
             )
             raise ScanError(
-                f"{folder}: {frame.name} differs in orientation (0020,0037) from the other slices ({usual.name}): it "
-                f"is rotated by {np.rad2deg(np.arccos(cosine)):.2f} degrees; {advise_on_odd_slice(frame, usual)}"
+                f"{folder}: {frame.name} differs in orientation (0020,0037) from the other slices "
+                f"({typical_frame.name}): it is rotated by {np.rad2deg(np.arccos(cosine)):.2f} degrees; "
+                f"{advise_on_odd_slice(frame, typical_frame)}"
             )
 
 
@@ -147,14 +156,15 @@ def advise_on_odd_slice(frame: Frame, usual: Frame) -> str:
     return "keep only the slices of one reconstruction in the folder"
 
 
-def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None:
+def _check_slice_spacing(frames: list[Frame], slice_positions: np.ndarray, folder: Path) -> None:
     """Raise ScanError unless the slices are evenly spaced along their normal."""
-    steps = np.diff(heights)
+    steps = np.diff(slice_positions)
     usual = float(np.median(steps))
     if steps.max() < PLACE:
         raise ScanError(
             f"{folder}: all {len(frames)} slices are at the same position ({frames[0].name}, {frames[1].name}, ...); "
-            "their positions (0020,0032) were overwritten, or the series repeats one slice over time; export a volume"
+            "their positions (0020,0032) were overwritten, or the series repeats one slice over time; "
+            "export a whole chest scan"
         )
     short = np.flatnonzero(steps < max(ONE_PLACE * usual, PLACE / 2))
     if len(short):
@@ -171,21 +181,21 @@ def _check_steps(frames: list[Frame], heights: np.ndarray, folder: Path) -> None
         holes = (np.abs(multiples - np.rint(multiples)) < 0.1).all()
         if holes and (len(wide) < 0.1 * len(steps) or (np.diff(wide) > 1).all()):
             raise ScanError(f"{folder} lacks slices: {where}; copy or export the complete series")
-        raise ScanError(f"{folder} has slices in uneven steps: {where}; {_EVEN}")
-    away = np.abs(heights - compute_even_values(heights))
+        raise ScanError(f"{folder} has unevenly spaced slices: {where}; {_EVEN}")
+    away = np.abs(slice_positions - compute_evenly_spaced_values(slice_positions))
     if away.max() > PLACE:
-        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the step size drifts slowly
+        change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the slice spacing drifts slowly
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
-            f"{folder} has slices in uneven steps: {between}, first between {frames[at].name} and {frames[at + 1].name}"
-            f". With even steps, slices would be up to {away.max():.1f} mm from their positions; {_EVEN}"
+            f"{folder} has unevenly spaced slices: {between}, first between {frames[at].name} and {frames[at + 1].name}"
+            f". With even spacing, slices would be up to {away.max():.1f} mm from their positions; {_EVEN}"
         )
 
 
-_EVEN = "reconstruct the scan with even steps, or keep only slices with one step in the folder"
+_EVEN = "reconstruct the scan with even spacing, or keep only slices with the same spacing in the folder"
 
 
-def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
+def fit_evenly_spaced_values(values: np.ndarray) -> tuple[float, float]:
     """Fit evenly spaced positions to ``values``; return the first position, and the last minus the first, in mm.
 
     A line is fitted to uneven positions, for example after rounding to 0.1 mm. For even positions, the first and last
@@ -198,16 +208,20 @@ def fit_even_steps(values: np.ndarray) -> tuple[float, float]:
     return start, length
 
 
-def compute_even_values(values: np.ndarray) -> np.ndarray:
+def compute_evenly_spaced_values(values: np.ndarray) -> np.ndarray:
     """Return the evenly spaced values nearest to ``values``."""
-    start, length = fit_even_steps(values)
+    start, length = fit_evenly_spaced_values(values)
     return start + length * np.linspace(0, 1, len(values))
 
 
-def check_sideways_jumps(frames: list[Frame], places: np.ndarray, plane: np.ndarray, folder: Path) -> None:
+def check_sideways_jumps(
+    frames: list[Frame], slice_positions: np.ndarray, plane_axes: np.ndarray, folder: Path
+) -> None:
     """Raise ScanError unless the slices lie on a straight line, without sideways jumps."""
-    sideways = places @ plane.T  # (n, 2)
-    away = np.linalg.norm(sideways - np.column_stack([compute_even_values(values) for values in sideways.T]), axis=1)
+    sideways = slice_positions @ plane_axes.T  # (n, 2)
+    away = np.linalg.norm(
+        sideways - np.column_stack([compute_evenly_spaced_values(values) for values in sideways.T]), axis=1
+    )
     if away.max() <= PLACE:
         return
     moves = np.diff(sideways, axis=0)
@@ -220,9 +234,9 @@ def check_sideways_jumps(frames: list[Frame], places: np.ndarray, plane: np.ndar
     )
 
 
-def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folder: Path) -> None:
+def _check_tilt(frames: list[Frame], positions: np.ndarray, axes: np.ndarray, folder: Path) -> None:
     """Raise ScanError unless the slices are stacked perpendicular to their plane; a tilted gantry shears the stack."""
-    whole = (places[-1] - places[0]) @ axes  # along rows, columns, normal
+    whole = (positions[-1] - positions[0]) @ axes  # along rows, columns, normal
     off = float(np.hypot(*whole[:2]))
     if off <= PLACE:
         return
@@ -230,22 +244,22 @@ def _check_tilt(frames: list[Frame], places: np.ndarray, axes: np.ndarray, folde
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
-        f": from {frames[1].name} on, each slice is shifted from the previous one, in total by {off:.1f} mm. Use a "
-        "copy resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
+        f": from {frames[1].name} on, each slice is shifted sideways from the slice before it, by {off:.1f} mm in "
+        "total. Use a copy resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
     )
 
 
-def check_corners(frames: list[Frame], place: Grid, folder: Path) -> None:
+def check_slice_corners(frames: list[Frame], volume_grid: Grid, folder: Path) -> None:
     """Raise ScanError unless the corners of every slice are at their positions in the volume."""
-    axes = np.array(place.direction).reshape(3, 3) * place.spacing
+    axes = np.array(volume_grid.direction).reshape(3, 3) * volume_grid.spacing
     for number, frame in enumerate(frames):
         rows, columns = frame.shape
         for x, y in ((0, 0), (columns - 1, 0), (0, rows - 1), (columns - 1, rows - 1)):
             turn = frame.orientation.reshape(2, 3)
             own = frame.position + turn[0] * frame.spacing[1] * x + turn[1] * frame.spacing[0] * y
-            off = float(np.linalg.norm(own - (np.array(place.origin) + axes @ (x, y, number))))
+            off = float(np.linalg.norm(own - (np.array(volume_grid.origin) + axes @ (x, y, number))))
             if off > PLACE + 1e-6:
                 raise ScanError(
-                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its position in an even stack of slices, but "
+                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its position in an evenly spaced stack, but "
                     f"only {PLACE} mm is allowed; {_EVEN}"
                 )

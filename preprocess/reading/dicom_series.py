@@ -10,7 +10,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from preprocess.reading import ScanError
-from preprocess.reading.dicom_files import ENHANCED, is_capture, read_numbers, read_text
+from preprocess.reading.dicom_files import ENHANCED, is_secondary_capture, read_numbers, read_text
 from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
@@ -35,7 +35,7 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
-# These elements may also change within one volume, so they split a series only if every part is evenly spaced.
+# Elements that may also change within one volume. They split a series only if every part is evenly spaced.
 LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
 NONE = "none"  # stands for a missing DICOM element in messages and in the input table
 
@@ -142,12 +142,12 @@ class Candidate:
         return read_text(self.frames[0].header, "SeriesInstanceUID")
 
     @cached_property
-    def extent(self) -> float:
+    def slice_stack_length(self) -> float:
         """Return the length of the slice stack in mm, or 0 if a position is missing."""
-        return float(np.ptp(compute_heights(self.frames))) if have_positions(self.frames) else 0.0
+        return float(np.ptp(compute_slice_positions(self.frames))) if have_positions(self.frames) else 0.0
 
     @property
-    def names(self) -> list[str]:
+    def selectable_names(self) -> list[str]:
         """Return the names by which the input table can select this group of slices."""
         own = [
             self.uid,
@@ -161,7 +161,10 @@ class Candidate:
 
     def matches_name(self, series: str) -> bool:
         """Return whether ``series`` is a name of this group of slices, or several names separated by semicolons."""
-        return all(part.strip().lower() in self.names for part in series.split(";")) or series.lower() in self.names
+        return (
+            all(part.strip().lower() in self.selectable_names for part in series.split(";"))
+            or series.lower() in self.selectable_names
+        )
 
     def __str__(self) -> str:
         parts = []
@@ -173,8 +176,8 @@ class Candidate:
         shown = ("SeriesNumber", "SeriesDescription", "ConvolutionKernel")
         parts += [f"{MIXED[name]} {self.get_element_text(name) or NONE}" for name in self.apart if name not in shown]
         parts.append(f"{len(self.frames)} slices")
-        if len(self.frames) > 1 and self.extent:
-            parts.append(f"{self.extent / (len(self.frames) - 1):.2f} mm apart")
+        if len(self.frames) > 1 and self.slice_stack_length:
+            parts.append(f"{self.slice_stack_length / (len(self.frames) - 1):.2f} mm apart")
         return ", ".join(parts)
 
 
@@ -183,12 +186,12 @@ def have_positions(frames: list[Frame]) -> bool:
     return all(frame.position is not None and frame.normal is not None for frame in frames)
 
 
-def compute_heights(frames: list[Frame]) -> np.ndarray:
+def compute_slice_positions(frames: list[Frame]) -> np.ndarray:
     """Return the positions of the slices along the normal of the first slice, in mm."""
     return np.array([frame.position @ frames[0].normal for frame in frames])
 
 
-def do_overlap(groups: list[list[Frame]]) -> bool:
+def do_slice_groups_overlap(groups: list[list[Frame]]) -> bool:
     """Return whether two groups of two or more slices overlap by more than half of the shorter group's length."""
     normal = groups[0][0].normal
     for first, second in combinations([group for group in groups if len(group) > 1], 2):
@@ -207,7 +210,7 @@ def are_evenly_spaced(parts: list[list[Frame]]) -> bool:
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
-def split_candidate(candidate: Candidate) -> list[Candidate]:
+def split_mixed_series(candidate: Candidate) -> list[Candidate]:
     """Split a candidate into overlapping volumes, by the first element in MIXED that separates them."""
     if not have_positions(candidate.frames):
         return [candidate]
@@ -216,9 +219,9 @@ def split_candidate(candidate: Candidate) -> list[Candidate]:
         for frame in candidate.frames:
             groups.setdefault(frame.traits.get(name, ""), []).append(frame)
         parts = list(groups.values())
-        if len(groups) > 1 and do_overlap(parts) and (name not in LOOSE or are_evenly_spaced(parts)):
+        if len(groups) > 1 and do_slice_groups_overlap(parts) and (name not in LOOSE or are_evenly_spaced(parts)):
             found = [Candidate(frames, [*candidate.apart, name]) for frames in parts]
-            return [part for whole in found for part in split_candidate(whole)]
+            return [part for whole in found for part in split_mixed_series(whole)]
     return [candidate]
 
 
@@ -229,7 +232,7 @@ def group_slices(slices: list[tuple[Path, Dataset]]) -> list[Candidate]:
         frames = read_frames(path, header)
         whole = path.name if len(frames) > 1 else ""  # a multi-frame file is always a separate volume
         series.setdefault((read_text(header, "SeriesInstanceUID"), whole), []).extend(frames)
-    return [part for frames in series.values() for part in split_candidate(Candidate(frames))]
+    return [part for frames in series.values() for part in split_mixed_series(Candidate(frames))]
 
 
 def choose_series(found: list[Candidate], series: str, folder: Path, others: Counter) -> Candidate:
@@ -259,8 +262,8 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
         return called[0]
     kept = found
     for of_a_chest in (  # ignore a condition that no candidate meets
-        lambda one: not is_capture(one.frames[0].header),
-        lambda one: one.extent >= MIN_EXTENT,
+        lambda one: not is_secondary_capture(one.frames[0].header),
+        lambda one: one.slice_stack_length >= MIN_EXTENT,
     ):
         kept = [one for one in kept if of_a_chest(one)] or kept
     if len(kept) > 2 and all(len(one.frames) == 1 for one in kept):
@@ -272,7 +275,9 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
         raise ScanError(f"{folder.name} has {describe_candidates(kept)}; {advice}: {list_series(kept)}")
     for one in found:
         if one is not kept[0]:
-            others["secondary capture" if is_capture(one.frames[0].header) else "CT of a few slices"] += len(one.frames)
+            others["secondary capture" if is_secondary_capture(one.frames[0].header) else "CT of a few slices"] += len(
+                one.frames
+            )
     return kept[0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from preprocess.reading import ScanError
 
 GZIP = b"\x1f\x8b"
-HEAD = 544  # bytes read from a file; enough for the longest header, NIfTI-2 with its end marker
+HEAD = 544  # bytes read from a file; enough for the longest header, NIfTI-2 with its 4-byte extension field
 
 NIFTI_NAME = re.compile(r"\.(nii|hdr|img|nia)(\.gz)?$", re.IGNORECASE)
 NAMES = {  # file names by which ITK selects its reader
@@ -34,7 +34,7 @@ STRANGERS = {  # first bytes of files that are often mistaken for scans, and the
 }
 
 
-def read_head(path: Path) -> tuple[bytes, bool]:
+def read_head_and_detect_gzip(path: Path) -> tuple[bytes, bool]:
     """Return the first bytes of a file after unpacking (``b""`` if this fails), and whether the file is gzip."""
     with open(path, "rb") as stream:
         head = stream.read(HEAD)

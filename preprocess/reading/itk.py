@@ -38,7 +38,7 @@ def shorten_warning(warning: str) -> str:
 
 
 @contextlib.contextmanager
-def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[None]:
+def catch_itk_errors(path: Path, file_kind: str, warnings: list[str]) -> Iterator[None]:
     """Reduce ITK's errors in this block to one line with the file's name, and add ITK's warnings to ``warnings``.
 
     ITK's logger and warning switch are global to the process, so both are restored after the block.
@@ -53,7 +53,7 @@ def catch_itk_errors(path: Path, what: str, warnings: list[str]) -> Iterator[Non
         yield
     except (RuntimeError, UnicodeDecodeError) as error:  # ITK's message may quote bytes that are not UTF-8
         reason = shorten_error(str(error)).replace(f"{path} ", "it ")
-        raise ScanError(f"{path} cannot be read as {what}: {reason}") from error
+        raise ScanError(f"{path} cannot be read as {file_kind}: {reason}") from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
         before.SetAsGlobalITKLogger()

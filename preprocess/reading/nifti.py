@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from preprocess.reading import ScanError
-from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head
+from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head_and_detect_gzip
 from preprocess.reading.itk import PLACE, check_right_angles, measure_affine_distance
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm.
@@ -56,32 +56,33 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header | None:
     """Read the header of a NIfTI-1 or ANALYZE file; return None for other files. Raises ScanError for NIfTI-2."""
-    head, _ = read_head(path)
+    head, _ = read_head_and_detect_gzip(path)
     orders = [order for order in "<>" if len(head) >= 348 and np.frombuffer(head, f"{order}i4", 1)[0] in (348, 540)]
     if not orders:
         return None
     if np.frombuffer(head, f"{orders[0]}i4", 1)[0] == 540:
         raise ScanError(f"{path} is NIfTI-2, which ITK does not read; save it as NIfTI-1")
 
-    def read_field(name: str) -> np.ndarray:
+    def read_header_field(name: str) -> np.ndarray:
         offset, kind = FIELDS[name]
         return np.array(np.frombuffer(head, np.dtype(kind).newbyteorder(orders[0]), 1, offset)[0], dtype=float)
 
-    dim = read_field("dim")
+    dim = read_header_field("dim")
     counts = dim[1 : 1 + int(dim[0])] if 1 <= dim[0] <= 7 else np.zeros(0)
     analyze = head[344:347] not in (b"n+1", b"ni1")
-    sform, qform = (not analyze and read_field(name) > 0 for name in ("sform_code", "qform_code"))
+    sform, qform = (not analyze and read_header_field(name) > 0 for name in ("sform_code", "qform_code"))
     return Header(
         size=tuple(int(count) for count in (*counts, 1, 1, 1)[:3]),
-        sform=LPS @ read_field("srow").reshape(3, 4) if sform else None,
-        qform=LPS @ compute_qform(read_field("quaternion"), read_field("qoffset"), read_field("pixdim"))
+        sform=LPS @ read_header_field("srow").reshape(3, 4) if sform else None,
+        qform=LPS
+        @ compute_qform(read_header_field("quaternion"), read_header_field("qoffset"), read_header_field("pixdim"))
         if qform
         else None,
-        units=int(read_field("xyzt_units")) & 7,
-        bytes=float(read_field("vox_offset") + np.prod(counts) * read_field("bitpix") / 8),
+        units=int(read_header_field("xyzt_units")) & 7,
+        bytes=float(read_header_field("vox_offset") + np.prod(counts) * read_header_field("bitpix") / 8),
         analyze=analyze,
-        voxel=tuple(float(size) for size in read_field("pixdim")[1:4]),
-        offset=float(read_field("vox_offset")),
+        voxel=tuple(float(size) for size in read_header_field("pixdim")[1:4]),
+        offset=float(read_header_field("vox_offset")),
         single=head[344:347] == b"n+1",
     )
 
@@ -114,7 +115,7 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def isolate_file(path: Path) -> Iterator[Path]:
+def isolate_from_similar_files(path: Path) -> Iterator[Path]:
     """Yield a path from which ITK reads exactly this file.
 
     If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If another NIfTI file has the same name apart from
@@ -143,7 +144,7 @@ def find_data_file(path: Path) -> Path:
     return next((file for file in (path.with_name(pair), path.with_name(f"{pair}.gz")) if file.is_file()), path)
 
 
-def check_sizes(path: Path, header: Header) -> None:
+def check_voxel_size_and_offset(path: Path, header: Header) -> None:
     """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or if the voxels overlap the header."""
     if header.sform is None and not all(np.isfinite(size) and size > 0 for size in header.voxel):
         sizes = " x ".join(f"{size:g}" for size in header.voxel)
@@ -153,7 +154,7 @@ def check_sizes(path: Path, header: Header) -> None:
         )
     if header.single and header.offset < SINGLE_OFFSET:
         begins = count_unpacked_bytes(path) - (header.bytes - header.offset)
-        if begins != 348:  # with this vox_offset, ITK reads the voxels from byte 348
+        if begins != 348:  # with a vox_offset within the header, ITK reads the voxels from byte 348
             raise ScanError(
                 f"{path}: voxels begin at byte {header.offset:g} (vox_offset), within the header, but must begin at "
                 f"byte {SINGLE_OFFSET} or later; export the scan again"

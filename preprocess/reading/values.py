@@ -132,7 +132,7 @@ class Peaks(NamedTuple):
     padding: list[float]  # values that were excluded
 
 
-def find_peaks(values: np.ndarray) -> Peaks:
+def find_histogram_peaks(values: np.ndarray) -> Peaks:
     """Find the peaks of a volume's histogram, without possible padding (uniform low values at the faces)."""
     step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
     sample = values[::step, ::step, ::step]
@@ -167,14 +167,14 @@ def find_peaks(values: np.ndarray) -> Peaks:
     return Peaks(places, [found[place] for place in places], float((rest < -700).mean()), sharp, aside)
 
 
-def is_narrow_peak(values: np.ndarray, place: float) -> bool:
+def is_narrow_peak(values: np.ndarray, peak: float) -> bool:
     """Return whether a peak is as narrow as noise around one value.
 
     Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. A peak of one exact value
     comes from a phantom and does not count as narrow.
     """
-    near = values[np.abs(values - place) < 25]
-    wide = (np.abs(values - place) < 75).sum()
+    near = values[np.abs(values - peak) < 25]
+    wide = (np.abs(values - peak) < 75).sum()
     if near.size < 0.1 * values.size or near.size < 0.65 * wide:
         return False
     return np.unique(near, return_counts=True)[1].max() < 0.5 * near.size
@@ -190,7 +190,7 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
     air = f"air is at about {lowest:.0f}{beside} instead of -1000"
     body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
     # The peaks of fat (-100 HU) and muscle (45 HU) are the main tissue peaks, and at least one of them is tall.
-    # Dense lungs reach -450 HU, and the peaks of bone are low.
+    # Ignore peaks up to -450 HU, which may be dense lungs, and low peaks, which may be bone.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))
     main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
@@ -247,7 +247,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
             f"{seen}; these are not HU of a chest: {air:.1%} of the voxels are air (below {AIR_BELOW}) and "
             f"{tissue:.1%} are soft tissue (-200 to 300), but at least 1% of each is expected"
         )
-    if wrong := describe_wrong_peaks(find_peaks(values)):
+    if wrong := describe_wrong_peaks(find_histogram_peaks(values)):
         raise ScanError(f"{seen}; these are not HU: {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
         return image  # most scans need no change, and a copy would double the memory

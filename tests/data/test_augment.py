@@ -23,7 +23,7 @@ from scipy.stats import ks_2samp
 from data import augment, resample
 from data.augment import Augmentation
 from data.dataset import PatchBatch
-from data.views import clip_and_shift_hu, convert_hu_to_input, scale_to_unit_range, stream_seeds
+from data.views import clip_and_shift_hu, convert_hu_to_input, make_random_stream_seeds, scale_to_unit_range
 from misc.command import UserError
 from misc.run.augmentation import LETTERS
 
@@ -118,7 +118,7 @@ def test_scale_above_one_zooms_out():
 def test_elastic_equals_monais(dtype):
     inputs = volumes(3, 2, dtype)
     drawn = augment.draw_elastic(3, SIZE, generator(3))
-    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs of 24.5001 and 28.5 voxels, both rounded up
+    drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs (3 sigma) of 24.5001 and 28.5 voxels, both rounded up
     # A smaller magnitude than in training keeps most sampled positions inside the volume.
     drawn["magnitude"] = drawn["magnitude"] / 8
     ours = apply("elastic", inputs, drawn)
@@ -340,7 +340,7 @@ def test_drawn_parameters_have_monais_distributions():
 def test_letters_are_applied_in_order():
     inputs = volumes(2)
     for letters in ("fc", "cf", "ga", "ag"):
-        drawn = Augmentation(letters).draw(2, SIZE, generator(4))
+        drawn = Augmentation(letters).draw_parameters(2, SIZE, generator(4))
         for parameters in drawn:
             if "chosen" in parameters:
                 parameters["chosen"] = torch.ones(2, dtype=torch.bool)
@@ -349,7 +349,7 @@ def test_letters_are_applied_in_order():
             chained = apply(
                 {"f": "flip", "c": "contrast", "g": "noise", "a": "affine"}[letter], chained, parameters, normal(6)
             )
-        prepared = Augmentation(letters).prepare(drawn, SIZE)
+        prepared = Augmentation(letters).prepare_parameters(drawn, SIZE)
         assert torch.equal(Augmentation(letters).apply(inputs, prepared, normal(6)), chained)
     # The order of transforms matters, because resampling smooths the noise that was added before.
     everyone = {"chosen": torch.ones(2, dtype=torch.bool), "std": torch.full((2,), 50.0)}
@@ -376,7 +376,7 @@ def test_random_streams_are_never_shared():
             for location in range(3):
                 for step in range(3):
                     for rank in range(3):
-                        seen |= set(stream_seeds(seed, epoch, location, step, rank))
+                        seen |= set(make_random_stream_seeds(seed, epoch, location, step, rank))
     assert len(seen) == 2 * 3**4 * 2
 
 
@@ -452,7 +452,7 @@ def test_ranges_follow_the_flags():
     ) | dict(breath=0.1, kernel=0.3, thickness=0.25)
     ranges = augment.Ranges(**narrower)
     wide, narrow = (
-        dict(zip("agcsibkt", Augmentation("agcsibkt", chosen).draw(500, SIZE, generator(2))))
+        dict(zip("agcsibkt", Augmentation("agcsibkt", chosen).draw_parameters(500, SIZE, generator(2))))
         for chosen in (augment.PUBLISHED, ranges)
     )
     torch.testing.assert_close(narrow["a"]["translation"], wide["a"]["translation"] / 4)

@@ -26,7 +26,7 @@ def test_resident_files_give_the_loaders_batches(store, k, device):
     device = torch.device(device)
     draws = StepDraws(Augmentation("ag"), 0, range(1))
     reading, leaving = PatchDataset(store, k, draws), PatchDataset(store, k, draws, read=False)
-    resident = ResidentPatches(store, reading.neighbors, device, files=1 + k)
+    resident = ResidentPatches(store, reading.neighbors, device, max_cached_locations=1 + k)
     plain, gathering = BatchCarrier(device), BatchCarrier(device, resident)
     for location in (0, 1, 2, 5, 0):
         index = BatchIndex(1, location, 3, np.array([4, 0, 2]))
@@ -54,8 +54,8 @@ def test_late_copies_arrive_once_and_in_order(device):
     device, given = torch.device(device), []
     late = LateCopies(device)
     for number in range(3):
-        given += late.start_copy(number, torch.full((4,), float(number), device=device))
-    given += late.yield_remaining()
+        given += late.copy_and_iterate_earlier_results(number, torch.full((4,), float(number), device=device))
+    given += late.iterate_remaining_results()
     assert [name for name, _ in given] == [0, 1, 2]
     assert [value.tolist() for _, value in given] == [[float(number)] * 4 for number in range(3)]
-    assert not list(late.yield_remaining())
+    assert not list(late.iterate_remaining_results())

@@ -76,4 +76,4 @@ def test_each_location_prefetches_the_next_once(tmp_path, make_store, grid, monk
     for location in (3, 3, 4, 5):
         dataset[BatchIndex(0, location, 0, np.array([0, 1]))]
     wanted = [index for following in (4, 5) for index in (following, *dataset.neighbors[following])]
-    assert asked == [dataset.store.layout.grouped(int(index)) for index in wanted]
+    assert asked == [dataset.store.layout.grouped_patch_file(int(index)) for index in wanted]

@@ -40,12 +40,12 @@ def test_similarity_from_table_columns(table):
 
 def test_similarity_from_the_stores_reports(tmp_path):
     layout = StoreLayout(tmp_path)
-    layout.report("x").parent.mkdir(parents=True)
+    layout.report_path("x").parent.mkdir(parents=True)
     spacing = [f"0.8 x 0.8 x {1 + row % 3}" for row in range(N)]
     rows = {"sid": SIDS, "status": "ok", "right_ml": range(N), "left_ml": 5, "spacing": spacing, "kernel": ""}
-    pd.DataFrame(rows).to_csv(layout.report("segment_lung"), index=False)
+    pd.DataFrame(rows).to_csv(layout.report_path("segment_lung"), index=False)
     rows = {"sid": SIDS, "status": "ok", "lung_hu": range(0, -N, -1)}
-    pd.DataFrame(rows).to_csv(layout.report("patchify_images"), index=False)
+    pd.DataFrame(rows).to_csv(layout.report_path("patchify_images"), index=False)
     found = read_similarity(["report"], None, layout, SIDS, print)
     assert found.shape == (N, 3)
     np.testing.assert_allclose(found[:, 0], -found[:, 1])

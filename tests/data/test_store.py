@@ -31,7 +31,7 @@ def test_the_published_layout_is_read(tmp_path, make_store, grid):
     (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
     (tmp_path / "subjects.csv").unlink()
     (tmp_path / "patch").mkdir()
-    for sid in ("b_INSP", "b"):  # b_INSP comes first in the order of file names, b in the order of sids
+    for sid in ("b_INSP", "b"):  # sorted by file name, "b_INSP" comes first; sorted by sid, "b" comes first
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", np.zeros((6, 32, 32, 32), dtype=np.int16))
     store = PatchStore(tmp_path)
     assert store.sids == ["b_INSP", "b"]
@@ -256,11 +256,11 @@ def test_the_version_depends_on_the_content(tmp_path, make_store, grid):
 
 def test_differences_between_patch_and_grouped_files_are_noted(tmp_path, make_store, grid):
     patches = make_store(tmp_path, 3, grid)
-    assert not list(PatchStore(tmp_path).describe_differences())  # patch/ may be missing
+    assert not list(PatchStore(tmp_path).describe_grouping_differences())  # patch/ may be missing
     (tmp_path / "patch").mkdir()
     for sid in ("000", "002", "003", "004", "005", "006"):
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", patches[0])
-    new, gone = PatchStore(tmp_path).describe_differences()
+    new, gone = PatchStore(tmp_path).describe_grouping_differences()
     assert (
         "4 subjects (003, 004, 005, ...) in patch/ but not in grouped_patch/ will not be read" in new
         and "group_patches.py" in new
@@ -268,5 +268,5 @@ def test_differences_between_patch_and_grouped_files_are_noted(tmp_path, make_st
     assert "1 subject (001) in grouped_patch/ but no longer in patch/ will be read" in gone
     (tmp_path / "grouped_patch" / "grouped.json").write_text("{}")
     os.utime(tmp_path / "patch" / "002_patch.npy", (0, 9e9))
-    *_, newer = PatchStore(tmp_path).describe_differences()
+    *_, newer = PatchStore(tmp_path).describe_grouping_differences()
     assert "1 subject (002) in patch/ changed after grouping" in newer

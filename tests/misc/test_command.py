@@ -143,7 +143,7 @@ def test_a_stop_request_keeps_the_first_signal():
     stop = StopRequest()
     assert not stop.number
     try:
-        stop.record_signals()
+        stop.start_recording_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     finally:

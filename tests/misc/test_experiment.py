@@ -80,11 +80,11 @@ def test_the_configuration_comes_back_with_attributes(tmp_path):
     config = experiment.read_config()
     assert config.lr == 0.01 and config.schedule == [120, 160] and config.versions.torch == torch.__version__
     assert experiment.root_dir() == "/data/patches"
-    experiment.configs.write_text(json.dumps({"root_dir": 3}))
+    experiment.configs_json.write_text(json.dumps({"root_dir": 3}))
     with pytest.raises(ExperimentError, match="has no entry root_dir; give --root-dir"):
         experiment.root_dir()
     for text in ("{", "[1, 2]", "3"):
-        experiment.configs.write_text(text)
+        experiment.configs_json.write_text(text)
         with pytest.raises(ExperimentError, match="give --root-dir"):
             experiment.root_dir()
 

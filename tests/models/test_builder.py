@@ -311,7 +311,7 @@ def test_the_queue_origin_is_saved_and_loaded():
     step(model, 2, draw_inputs(), torch.tensor([4, 1, 0, 2]))
     assert not any("subject" in name or "step" in name for name in model.state_dict())  # only the published keys
     other = calibrated()
-    other.load_queue_origin(copy.deepcopy(model.queue_origin()))
+    other.load_queue_origin(copy.deepcopy(model.export_key_origins()))
     assert torch.equal(other.queue_subject, model.queue_subject) and other.steps == 1
     assert other.queue_subject[2, :B].tolist() == [4, 1, 0, 2] and (other.queue_subject[:2] == -1).all()
 

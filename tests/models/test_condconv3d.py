@@ -103,14 +103,14 @@ def test_one_channel_two_voxels_at_a_time(width, quick, bias, monkeypatch):
     """The fast path for one input channel gives the values, layout and gradients of torch's convolution."""
     torch.manual_seed(0)
     taken = []
-    pairs = condconv3d.convolve_pairs
+    pairs = condconv3d.convolve_one_channel_in_pairs
 
     def note(result):
         if result is not None:
             taken.append(1)
         return result
 
-    monkeypatch.setattr(condconv3d, "convolve_pairs", lambda *inputs: note(pairs(*inputs)))
+    monkeypatch.setattr(condconv3d, "convolve_one_channel_in_pairs", lambda *inputs: note(pairs(*inputs)))
     x = torch.randn(3, 1, 4, 5, width, dtype=torch.float64).requires_grad_()
     kernel = torch.randn(8, 1, 3, 3, 3, dtype=torch.float64).requires_grad_()
     offset = torch.randn(8, dtype=torch.float64).requires_grad_() if bias else None

@@ -84,6 +84,6 @@ def test_encoding_all_locations_equals_encoding_each():
     encoder = Encoder(24, 6, 3, 1)
     calibrate(encoder)
     x, locs = torch.rand(5, 1, 32, 32, 32) * 2 - 1, torch.rand(5, 3) * 2 - 1
-    ours = encode_patch_per_location(encoder, x, locs, at_once=2)
+    ours = encode_patch_per_location(encoder, x, locs, patches_at_once=2)
     wanted = torch.cat([one(x[index : index + 1]) for index, one in enumerate(freeze_at_locations(encoder, locs))])
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-5

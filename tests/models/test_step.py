@@ -55,7 +55,7 @@ def test_the_last_batch_of_an_epoch_makes_a_step():
     model = build()
     descend = Descent(make_optimizer(model, 0.1, 0.9, 0.0), accumulate=3)
     before = model.encoder_q.conv1.weight.clone()
-    assert [descend(losses(model, seed), last=seed == 4) for seed in range(1, 5)] == [False, False, True, True]
+    assert [descend(losses(model, seed), force_update=seed == 4) for seed in range(1, 5)] == [False, False, True, True]
     assert descend.waiting == 0 and not torch.equal(before, model.encoder_q.conv1.weight)
 
 

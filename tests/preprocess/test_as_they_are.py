@@ -188,7 +188,7 @@ def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
             .set_index("sid")
             .loc["0001"]
         )
-        assert row["status"] == "failed" and "labels beyond 1" in row["message"], script
+        assert row["status"] == "failed" and "labels above 2" in row["message"], script
     assert "0001 left out: the subject failed in segment_lung" in shown.stderr
     assert "0001" not in (store / "subjects.csv").read_text() and "0002" in (store / "subjects.csv").read_text()
 

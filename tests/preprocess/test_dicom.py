@@ -114,7 +114,7 @@ GEOMETRY = {
     "tilt of 20 degrees": (lambda i: tilted(i, -20), ("tilted gantry", "20.0 degrees")),
     "tilt about the other axis": (lambda i: tilted(i, 8, "y"), ("tilted gantry", "8.0 degrees")),
     "thin at the end": (thick_then_thin, ("steps between 2.50 and 5.00 mm", "first between IM0000.dcm and IM0001.dcm")),
-    "drifting steps": (drifting, ("uneven steps",)),
+    "drifting steps": (drifting, ("unevenly spaced slices",)),
     "a missing slice": (without([11]), ("lacks slices: steps between 2.50 and 5.00 mm", "IM0010.dcm and IM0011.dcm")),
     "missing slices": (without([4, 5, 20]), ("lacks slices", "7.50 mm", "IM0003.dcm and IM0004.dcm")),
     "a jump sideways": (jump, ("IM0012.dcm is shifted sideways", "5.0 mm")),
@@ -134,7 +134,7 @@ GEOMETRY = {
     "no pixel spacing": (lost("PixelSpacing"), ("no pixel spacing (0028,0030)",)),
     "a slice twice": (near_duplicate(0), ("two slices at the same position (IM0007.dcm and IM0030.dcm",)),
     "a slice nearly twice": (near_duplicate(0.2), ("the same position (IM0007.dcm and IM0030.dcm, 0.20 mm",)),
-    "a slice between two": (near_duplicate(1.2), ("uneven steps", "IM0007.dcm and IM0030.dcm")),
+    "a slice between two": (near_duplicate(1.2), ("unevenly spaced slices", "IM0007.dcm and IM0030.dcm")),
     "all at one place": (one_place, ("all 30 slices are at the same position",)),
     "no pixels' size": (wrong_number, ("IM0003.dcm has pixels of 0 x 3 mm",)),
 }  # fmt: skip
@@ -371,7 +371,7 @@ def test_an_undeclared_localizer_is_refused(image, tmp_path):
 def test_paths_that_are_not_a_series_are_refused(image, tmp_path):
     folder = save(slices(image), tmp_path / "study" / "ST0" / "SE0")
     refused(tmp_path / "study", "(ST0/SE0?)")
-    refused(folder / "IM0003.dcm", "one slice of a series; name its folder", str(folder))
+    refused(folder / "IM0003.dcm", "one slice of a series; give its folder", str(folder))
     save(slices(image), tmp_path / "study" / "ST0" / "SE1")
     refused(tmp_path / "study", "ST0/SE0, ST0/SE1")
     index = pydicom.Dataset()

@@ -39,7 +39,7 @@ def keep_output(output, verify=verify_whole, overwrite=False):
         output.skip_if_valid(verify, overwrite)
     except Skip as skip:
         return skip.figures
-    output.claim_and_remove_old()
+    output.claim_and_remove_old_files()
     return None
 
 
@@ -63,7 +63,7 @@ def test_ours_is_removed_and_made_again(tmp_path, files, change):
         verify = verify_torn
     assert keep_output(make_output(tmp_path, files, previous), verify, overwrite=change == "overwrite") is None
     assert not any(files[name].exists() for name in ("first", "second", "picture"))
-    assert [path.name for path in StoreLayout(tmp_path).claims_dir("step").iterdir()] == ["x"]
+    assert [path.name for path in StoreLayout(tmp_path).subjects_in_progress_dir("step").iterdir()] == ["x"]
 
 
 def test_a_missing_file_remakes_the_output(tmp_path, files):
@@ -93,7 +93,7 @@ def test_overwrite_keeps_the_users_file_until_the_new_one_exists(tmp_path, files
 
 
 def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
-    previous = {"atlas": "a"}  # the report row of a failed subject keeps the columns STAMPS
+    previous = {"atlas": "a"}  # the report row of a failed subject keeps the columns in STAMPS
     assert keep_output(make_output(tmp_path, files, previous, atlas="a", image_stamp="1")) is None
 
 

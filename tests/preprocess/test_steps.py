@@ -202,7 +202,7 @@ def test_each_stage_claims_an_output_before_writing_it(cohort, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     def check(script):
-        assert [path.name for path in layout.claims_dir(script).iterdir()] == ["a"]
+        assert [path.name for path in layout.subjects_in_progress_dir(script).iterdir()] == ["a"]
 
     settings = dict(root_dir=str(tmp_path), overwrite=False)
     segmenting = dict(settings, method="threshold", weights=None, settings="threshold")
@@ -403,7 +403,7 @@ def test_the_users_own_mask_is_kept(cohort, tmp_path, run):
     target = tmp_path / "s" / "lung_mask"
     target.mkdir(parents=True)
     own = (store / "lung_mask" / "0001.nii.gz").read_bytes()
-    for sid in ("mine", "other"):  # the mask fits the scan of "mine"; the scan of "other" has another grid
+    for sid in ("mine", "other"):  # the mask fits the scan of "mine"; the scan of "other" has a different grid
         (target / f"{sid}.nii.gz").write_bytes(own)
     run(
         "preprocess/segment_lung.py",
@@ -461,7 +461,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     wanted = LMInferer(modelpath=str(tmp_path / "w.pth"), tqdm_disable=True).apply(scan)
     figures = report(tmp_path / "s", "segment_lung").loc["a"]
     volumes = [(wanted == label).sum() * np.prod(scan.GetSpacing()) / 1000 for label in (1, 2)]
-    if min(volumes) < 1:  # untrained weights may find only one lung, which is reported
+    if min(volumes) < 1:  # a network with random weights may find only one lung, which is reported
         assert result.returncode == 1 and "no pair of lungs was found" in figures["message"]
         assert f"has {min(volumes):.1f} ml" in figures["message"]
     else:
@@ -521,7 +521,7 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
     monkeypatch.setattr(step, "CHUNK_BYTES", 2 * 6 * 65536)  # group two subjects at a time
     monkeypatch.setattr("sys.argv", ["group_patches.py", "--root-dir", str(tmp_path)])
     notes = []
-    original = step._write_note
+    original = step._write_state_json
 
     def stop_after_two_chunks(path, content):
         original(path, content)
@@ -529,10 +529,10 @@ def test_grouping_resumes_where_it_stopped(tmp_path, make_store, grid, run, monk
         if content.get("rows") == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(step, "_write_note", stop_after_two_chunks)
+    monkeypatch.setattr(step, "_write_state_json", stop_after_two_chunks)
     with pytest.raises(KeyboardInterrupt):
         step.main()
-    monkeypatch.setattr(step, "_write_note", original)
+    monkeypatch.setattr(step, "_write_state_json", original)
     untouched = os.stat(tmp_path / "grouped_patch" / ".partial" / "patch_loc_0.npy").st_ino
     time.sleep(0.01)
     assert step.main() == 0

@@ -14,7 +14,7 @@ from preprocess import workers
 from preprocess.report import write_claim_file
 from preprocess.scan import ScanError
 from preprocess.subjects import Subject
-from preprocess.workers import EARLIER, Record, Step, forget_scan, load_scan_once, run_steps
+from preprocess.workers import EARLIER, Record, Step, clear_kept_scan, load_scan_once, run_steps
 
 from ..conftest import ROOT
 
@@ -32,8 +32,8 @@ def stub(subject, previous):
     layout = StoreLayout(root)
     target = layout.patch_loc(subject.sid)
     output = Output(layout, "stub", subject.sid, previous, [target], {"method": "x"})
-    output.skip_if_valid(lambda: output.get_earlier_columns("dice"))
-    output.claim_and_remove_old()
+    output.skip_if_valid(lambda: output.get_previous_report_columns("dice"))
+    output.claim_and_remove_old_files()
     target.parent.mkdir(exist_ok=True, parents=True)
     target.write_bytes(b"x")
     return {"dice": 0.9, "method": "x"}
@@ -68,7 +68,7 @@ def reads(monkeypatch, tmp_path):
     path = tmp_path / "a.nii"
     path.write_bytes(b"first")
     yield found, Subject("a", str(path))
-    forget_scan()
+    clear_kept_scan()
 
 
 def test_a_scan_is_read_once_for_all_stages(reads, tmp_path, capsys):
@@ -115,9 +115,11 @@ def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     layout = StoreLayout(tmp_path)
     write_claim_file(layout, "register", "a")
     record = Record(layout, "register")
-    row = record.make_lost_row("a", f"{EARLIER}its worker process died")
+    row = record.make_dead_worker_row("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
-    assert "atlas" not in record.make_lost_row("b", "x")  # "b" was never claimed, so its file may be the user's own
+    assert "atlas" not in record.make_dead_worker_row(
+        "b", "x"
+    )  # no worker claimed "b", so its file may be the user's own
 
 
 def wait_for(happened, seconds=90):

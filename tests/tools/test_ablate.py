@@ -9,7 +9,7 @@ import pytest
 from misc.run.flags import parse_arguments
 from tools import ablate
 from tools.evaluation.ablation import format_markdown, summarize_runs
-from tools.evaluation.learn import MODELS, make_even_weights, predict_others, score_held_out
+from tools.evaluation.learn import MODELS, fit_and_predict_held_out, make_even_weights, score_held_out
 
 
 def test_differences_are_paired_by_seed():
@@ -45,12 +45,15 @@ def test_joined_tables_average_two_models():
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
-    found = predict_others(model, both, target, held, make_even_weights(60, 4))
-    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # with these weights, both tables have a sum of squares of 4
-    each = [predict_others(model, other, target, held), predict_others(model, both, target, held, evenly)]
+    found = fit_and_predict_held_out(model, both, target, held, make_even_weights(60, 4))
+    evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # the squared weights of each table sum to 4
+    each = [
+        fit_and_predict_held_out(model, other, target, held),
+        fit_and_predict_held_out(model, both, target, held, evenly),
+    ]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
-    assert (predict_others(model, both, target, held, make_even_weights(60, 4)) == found).all()
+    assert (fit_and_predict_held_out(model, both, target, held, make_even_weights(60, 4)) == found).all()
 
 
 def test_a_wide_table_does_not_drown_a_narrow_one():

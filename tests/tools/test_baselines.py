@@ -83,7 +83,7 @@ def test_command(tmp_path, make_store, grid, run):
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
     assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    # There are three intervals: of the metric, of the gain over features, and of the gain over the histogram.
+    # The row has three intervals: of the metric, of the gain over features, and of the gain over the histogram.
     assert row.count(" to ") == 3
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2

@@ -9,7 +9,7 @@ import torch
 
 from models.cnn3d import Encoder
 from tools.dev.apart import LiteralProcess
-from tools.dev.literal import LiteralAugmentation, literal_encode, literal_views
+from tools.dev.literal import LiteralAugmentation, encode_sample_by_sample, make_views_sample_by_sample
 from tools.timing import scans
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
@@ -24,14 +24,14 @@ def test_the_literal_encoder_equals_the_encoder():
     encoder = Encoder(8, 4, 2, 1).double().eval()
     x, locs = torch.randn(2, 1, 32, 32, 32, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        for ours, slow in zip(encoder(x, locs), literal_encode(encoder, x, locs)):
+        for ours, slow in zip(encoder(x, locs), encode_sample_by_sample(encoder, x, locs)):
             torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-10)
 
 
 def test_literal_views_have_the_right_shapes_and_range():
     patches = torch.randint(-1024, 241, (3, 32, 32, 32), dtype=torch.int16)
     neighbors = torch.randint(-1024, 241, (3, 2, 32, 32, 32), dtype=torch.int16)
-    query, key, around = literal_views(patches, neighbors, LiteralAugmentation("ac"))
+    query, key, around = make_views_sample_by_sample(patches, neighbors, LiteralAugmentation("ac"))
     assert query.shape == key.shape == (3, 1, 32, 32, 32) and around.shape == (3, 2, 32, 32, 32)
     assert not torch.equal(query, key)
     for view in (query, key, around):
@@ -39,7 +39,9 @@ def test_literal_views_have_the_right_shapes_and_range():
 
 
 def test_a_row_shows_the_measurement():
-    row = make_comparison_row("x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop=3.0, rate=100.0)
+    row = make_comparison_row(
+        "x", "samples/s", [2.0, 1.0, 4.0], [8.0, 8.0, 8.0], 10, 5, gflop_per_work=3.0, machine_gflop_per_s=100.0
+    )
     assert row.ours == pytest.approx(5) and row.literal == pytest.approx(0.625)
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((8, 4, 16))
     assert row.of_matrix_rate == pytest.approx(0.15)

@@ -127,7 +127,7 @@ def test_patches_are_compared_with_their_scans(cohort, run_here, tmp_path):
     flags = ("--input-csv", folder / "dataset.csv", "--atlas-mask", folder / "atlas_lung_mask.nii.gz", "--scans", 2)
     status, said = check(run_here, root, *flags)
     assert status == 0 and "cut 2 scans again; no problems" in said
-    # Rotate the patches among the subjects: the arrays are intact but belong to other scans.
+    # Give each subject the patches of the next subject. The arrays are intact but belong to other scans.
     sids = pd.read_csv(folder / "dataset.csv", dtype=str)["sid"].tolist()
     for folder_name, suffix in (("patch", "_patch.npy"),):
         arrays = [np.load(root / folder_name / f"{sid}{suffix}") for sid in sids]

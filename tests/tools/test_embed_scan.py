@@ -124,7 +124,7 @@ def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kin
     assert run_here("tools/embed_scan.py", *flags, "--standardization", "s.npz", cwd=tmp_path).returncode == 0
     table = pd.read_csv(tmp_path / "f.csv")
     assert table.shape == (1, 1 + 2 * patches.shape[2])
-    assert rel(table.iloc[0, 1:].to_numpy(float), kept.compute_vectors(patches)[0]) < 1e-5
+    assert rel(table.iloc[0, 1:].to_numpy(float), kept.compute_patient_vectors(patches)[0]) < 1e-5
     given = (str(root / "c_0003.pth.tar"), str(folder / "atlas_lung_mask.nii.gz"))
     for change, message in (
         (dict(patient_vector="mean"), "has no effect with --patient-vector mean"),
@@ -153,8 +153,10 @@ def test_a_verdict_names_the_problems(study):
     root, folder = study
     embedder = Embedder(root / "c_0003.pth.tar", folder / "atlas_lung_mask.nii.gz", method="threshold")
     fine = {"voxels_outside": 0, "patches": 34, "centres_in_lungs": embedder.usual}
-    assert embedder.verdict(fine, {"warnings": ""}) == "fine"
-    off = embedder.verdict({**fine, "voxels_outside": 34 * 32**3 // 2, "centres_in_lungs": 0.1}, {"warnings": "bare"})
+    assert embedder.describe_quality_verdict(fine, {"warnings": ""}) == "fine"
+    off = embedder.describe_quality_verdict(
+        {**fine, "voxels_outside": 34 * 32**3 // 2, "centres_in_lungs": 0.1}, {"warnings": "bare"}
+    )
     assert off.startswith("check it: bare; 50% of the patches' voxels lie outside") and "0.10 of the patch" in off
 
 

@@ -9,7 +9,7 @@ import torch
 from models.cnn3d import Encoder
 from preprocess.patches import cut_scan
 from tools.mapping.truth import format_summary, score_map
-from tools.mapping.windows import lay_windows, resample_to_scan
+from tools.mapping.windows import place_windows_over_lungs, resample_to_scan
 
 from ..conftest import calibrate
 
@@ -44,7 +44,7 @@ def test_a_linear_field_comes_back_on_the_scans_own_grid(stride):
     mask = sitk.Resample(image_of(atlas_array(1, 2), origin), scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     transform = shift(*origin)
     cut = cut_scan(scan, transform, atlas, TABLE, 32)
-    windows = lay_windows(cut, mask, TABLE, atlas, transform, stride, 32)
+    windows = place_windows_over_lungs(cut, mask, TABLE, atlas, transform, stride, 32)
     centres = np.array(
         [cut.volume.TransformContinuousIndexToPhysicalPoint((c + 15.5).tolist()) for c in windows.corners]
     )
@@ -105,7 +105,7 @@ def world(tmp_path_factory):
         height = int(rng.integers(0, 40))
         box = LUNGS[100 if number % 2 else 50]
         dark[64 - height if number % 3 else 16 : 64 if number % 3 else 16 + height, box[1], box[2]] = True
-        noise = rng.uniform(-40, 40, SHAPE)  # with narrower noise, the checks would mistake the peak for air
+        noise = rng.uniform(-40, 40, SHAPE)  # with narrower noise, the checks would mistake the lung's peak for air
         values[2:-2, 2:-2, 2:-2] = (-850 + noise)[2:-2, 2:-2, 2:-2]
         values[dark] = (-930 + noise)[dark]
         sitk.WriteImage(image_of(values), folder / f"{sid}.nii.gz")

@@ -8,7 +8,7 @@ import pytest
 
 from misc.files import make_safe_name
 from tools.evaluation.judge import Label, evaluate_label
-from tools.evaluation.learn import MODELS, add_covariate_weights, predict_others, predict_out_of_fold
+from tools.evaluation.learn import MODELS, add_covariate_weights, fit_and_predict_held_out, predict_out_of_fold
 from tools.evaluation.metrics import r2
 from tools.evaluation.report import explain_results
 
@@ -76,9 +76,9 @@ def test_two_models_together_predict_a_whole_stage():
     target = np.column_stack([np.digitize(values.sum(1), (-2, 0, 2)), values])
     others = np.arange(150) % 3 == 0
     weights = np.stack([np.array([1.0, 1, 0, 0]), np.ones(4)])
-    found = predict_others(MODELS["stage"], x, target, others, weights)
+    found = fit_and_predict_held_out(MODELS["stage"], x, target, others, weights)
     assert set(found) <= {0.0, 1.0, 2.0, 3.0} and np.abs(found - target[others, 0]).mean() < 0.6
-    single = [predict_others(MODELS["stage"], x, target, others, row) for row in weights]
+    single = [fit_and_predict_held_out(MODELS["stage"], x, target, others, row) for row in weights]
     assert not np.array_equal(*single)  # the models differ, so the mean of their stages is not always a whole number
 
 
@@ -260,7 +260,7 @@ def write_labels(path, sids):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--compare", "others.csv"), "others.csv has none of the subjects of the features, such as 's00'"),
+        (("--compare", "others.csv"), "others.csv has none of the subjects that have features, such as 's00'"),
         (("--compare", "zeros=zeros.csv"), "such as 's00'"),
         (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
         (("--compare", "text.csv"), "text.csv has 'high' in column f000 of sid s01"),
@@ -314,7 +314,7 @@ def test_sids_without_leading_zeros_are_reported(tmp_path, run_here):
     result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
     assert (
         result.returncode == 2
-        and "has none of the subjects of the features, such as '001'; it has '1'" in result.stderr
+        and "has none of the subjects that have features, such as '001'; it has '1'" in result.stderr
     )
 
 

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from misc.page import encode_array, write_page
 from tests.browser import browse
 from tools.explore import FOLDER
-from tools.pages.numbers import compute_importance, find_nearest, find_unusual_locations, standardize_features
+from tools.pages.numbers import compute_location_importance, find_nearest, find_unusual_locations, standardize_features
 from tools.pages.sides import make_atlas_views
 
 N, D = 60, 6
@@ -67,9 +67,9 @@ def test_an_informative_location_is_found(study):
         .set_index("sid")["grade"]
         .reindex(np.load(study / "sid_arr_full.npy"))
     )
-    told = compute_importance(patches, labels.to_numpy(dtype=np.float64))
+    told = compute_location_importance(patches, labels.to_numpy(dtype=np.float64))
     assert told.argmax() == 4 and told[4] > 0.8 and np.delete(told, 4).max() < 0.3
-    assert np.isnan(compute_importance(patches, np.ones(N))).all()
+    assert np.isnan(compute_location_importance(patches, np.ones(N))).all()
 
 
 def test_importance_equals_ridge_regression():
@@ -86,7 +86,7 @@ def test_importance_equals_ridge_regression():
             rest = np.setdiff1d(np.arange(50), fold)
             predicted[fold] = Ridge(alpha=penalty * 40).fit(x[rest], target[rest]).predict(x[fold])
         found.append(1 - ((target - predicted) ** 2).sum() / ((target - target.mean()) ** 2).sum())
-    assert compute_importance(features, target)[0] == pytest.approx(max(found), abs=1e-9)
+    assert compute_location_importance(features, target)[0] == pytest.approx(max(found), abs=1e-9)
 
 
 def test_twins_are_nearest_and_the_unusual_place_first(study):
@@ -206,7 +206,7 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         (("--out", "."), "--out . is a folder"),
         (("--out", "labels.csv/page.html"), "--out: cannot write to"),
         (("--labels", "labels.csv", "--columns", "age"), "labels.csv has no column 'age'; it has grade, sex"),
-        (("--labels", "other.csv"), "other.csv has none of the subjects of the features, such as '000'; it has '0'"),
+        (("--labels", "other.csv"), "such as '000'; its sids look like '0'"),
         (("--patch-features", "patches.npy"), "lacks subject '001' of the patient features"),
         (("--patch-features", "few.npy", "--root-dir", STORE), f"few.npy has 2 locations but --root-dir {STORE} has 6"),
         (

@@ -45,7 +45,7 @@ def test_cores_are_divided_among_the_ranks(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if given:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
-        launch.share_cores()
+        launch.limit_threads_per_rank()
         assert os.environ.get("OMP_NUM_THREADS") == wanted
 
 
@@ -67,7 +67,7 @@ def make_failures(*codes):
     ],
 )
 def test_one_line_explains_how_the_ranks_ended(codes, status, line, capsys):
-    assert launch.explain_failures(make_failures(*codes)) == status
+    assert launch.report_rank_failures(make_failures(*codes)) == status
     told = capsys.readouterr().err
     assert line in told and len(told.splitlines()) == bool(line)
 
@@ -95,12 +95,19 @@ def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
 def test_flags_override_the_defaults(monkeypatch):
     # Pretend that no signal is ignored, even if the tests run under nohup.
     monkeypatch.setattr(launch, "reacts_to_signal", lambda number: True)
-    flags = launch.add_defaults(["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"])
+    flags = launch.add_default_torchrun_flags(
+        ["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"]
+    )
     assert "--local-addr=127.0.0.1" in flags and any("SIGUSR1" in flag and "SIGHUP" in flag for flag in flags)
-    assert launch.add_defaults(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == ["--local_addr", "h"]
-    assert not any("127" in flag for flag in launch.add_defaults(["--standalone", "--local_addr", "h", "train.py"]))
+    assert launch.add_default_torchrun_flags(["--standalone", "--local_addr", "h", "train.py"])[-3:-1] == [
+        "--local_addr",
+        "h",
+    ]
+    assert not any(
+        "127" in flag for flag in launch.add_default_torchrun_flags(["--standalone", "--local_addr", "h", "train.py"])
+    )
     monkeypatch.setattr(launch, "reacts_to_signal", lambda number: number != signal.SIGHUP)
-    assert not any("SIGHUP" in flag for flag in launch.add_defaults(["train.py"]))
+    assert not any("SIGHUP" in flag for flag in launch.add_default_torchrun_flags(["train.py"]))
 
 
 @pytest.mark.slow

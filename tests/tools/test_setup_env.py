@@ -4,18 +4,18 @@ import os
 import subprocess
 import sys
 
-from tools.check_requirements import find_unmet
+from tools.check_requirements import find_unmet_requirements
 
 from ..conftest import ROOT
 
 
 def test_requirements_are_met_here():
-    assert find_unmet(ROOT / "requirements.txt") == []
+    assert find_unmet_requirements(ROOT / "requirements.txt") == []
 
 
 def test_unmet_requirements_are_named(tmp_path):
     (tmp_path / "r.txt").write_text("# a comment\nnumpy<1  # old\nsurely-not-a-package>=2\npytest\n\n")
-    lines = find_unmet(tmp_path / "r.txt")
+    lines = find_unmet_requirements(tmp_path / "r.txt")
     assert [line.split(":")[0] for line in lines] == ["numpy<1", "surely-not-a-package>=2"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tools.evaluation.normal import HealthyDensity, score_patches
+from tools.evaluation.normal import HealthyDensity, score_patch_abnormality
 
 
 def test_scores_are_mahalanobis_distances():
@@ -18,8 +18,8 @@ def test_scores_are_mahalanobis_distances():
     away = asked - np.array([5.0, -3.0]).reshape(1, 2, 1)
     wanted = np.einsum("nli,ij,nlj->nl", away, precision, away) / 4
     density = HealthyDensity(healthy, np.arange(4000))
-    np.testing.assert_allclose(density.score_rows(asked, np.arange(7)), wanted, rtol=0.15)
-    assert density.score_rows(healthy, np.arange(4000)).mean() == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(density.score_by_mahalanobis_distance(asked, np.arange(7)), wanted, rtol=0.15)
+    assert density.score_by_mahalanobis_distance(healthy, np.arange(4000)).mean() == pytest.approx(1, abs=0.05)
 
 
 def test_healthy_subjects_are_scored_without_themselves():
@@ -27,12 +27,16 @@ def test_healthy_subjects_are_scored_without_themselves():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(60, 3, 40)) @ rng.normal(size=(40, 40))
     healthy = np.arange(60) < 30
-    scores = score_patches(features, healthy).mean(axis=1)
+    scores = score_patch_abnormality(features, healthy).mean(axis=1)
     spread = scores.std()
     assert abs(scores[healthy].mean() - scores[~healthy].mean()) < 0.5 * spread
     sick, well = np.flatnonzero(~healthy), np.flatnonzero(healthy)
     seen = HealthyDensity(features, well)
-    assert seen.score_rows(features, sick).mean() - seen.score_rows(features, well).mean() > spread
+    assert (
+        seen.score_by_mahalanobis_distance(features, sick).mean()
+        - seen.score_by_mahalanobis_distance(features, well).mean()
+        > spread
+    )
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 
 SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult's thorax
 # Variation between subjects, relative to the variation between adults. Small phantoms vary less than large phantoms.
-# The 32 mm patches of small phantoms contain mostly edges of the lung.
+# In small phantoms, patches of 32 mm mostly contain edges of the lung.
 # With full variation, patches of small phantoms would mainly show the shape of the lung.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
-# Range of the voxel spacing in mm. The range is the same for all phantom sizes, because texture has adult scale.
+# Range of the voxel spacing in mm. The range is the same for all phantom sizes, because textures are not scaled.
 SPACING = (0.65, 0.9)  # in the axial plane
 SLICES = (0.8, 1.5)  # between slices
 
@@ -39,19 +39,19 @@ def draw_anatomy(rng: np.random.Generator, size: str) -> Anatomy:
     """Draw the size, shape, pose and inspiration of a subject."""
     spread = VARIATION[size]
 
-    def draw_around(middle: float, low: float, high: float) -> float:
-        return middle * (1 + spread * (rng.uniform(low, high) - 1))
+    def draw_scaled_value(middle: float, lowest_factor: float, highest_factor: float) -> float:
+        return middle * (1 + spread * (rng.uniform(lowest_factor, highest_factor) - 1))
 
     return Anatomy(
-        scale=draw_around(SIZES[size], 0.92, 1.08),
-        width=draw_around(130, 0.93, 1.07),
-        depth=draw_around(88, 0.92, 1.08),
-        height=draw_around(260, 0.92, 1.08),
-        mediastinum=draw_around(22, 0.85, 1.2),
-        heart=draw_around(50, 0.9, 1.12),
-        diaphragm=draw_around(62, 0.8, 1.25),
-        notch=draw_around(1, 0.8, 1.2),
-        fat=draw_around(24, 0.6, 1.5),
+        scale=draw_scaled_value(SIZES[size], 0.92, 1.08),
+        width=draw_scaled_value(130, 0.93, 1.07),
+        depth=draw_scaled_value(88, 0.92, 1.08),
+        height=draw_scaled_value(260, 0.92, 1.08),
+        mediastinum=draw_scaled_value(22, 0.85, 1.2),
+        heart=draw_scaled_value(50, 0.9, 1.12),
+        diaphragm=draw_scaled_value(62, 0.8, 1.25),
+        notch=draw_scaled_value(1, 0.8, 1.2),
+        fat=draw_scaled_value(24, 0.6, 1.5),
         rotation=tuple(spread * np.deg2rad(rng.uniform(-4, 4, 3))),
         inflation=rng.uniform(-25, 30),
     )

@@ -30,7 +30,7 @@ SHARE_QUANTILES = {
     MODERATE: (0.0, 0.007, 0.03, 0.09, 0.28, 0.51, 0.65),
     SEVERE: (0.0, 0.0, 0.0, 0.002, 0.02, 0.17, 0.5),
 }
-# Correlations between the normal scores of these fractions. Some pairs are guesses, because the source lacks them.
+# Correlations between the normal scores of the class fractions. Pairs that are missing in the source are guesses.
 SHARE_CORRELATION = np.array(
     [
         [1.00, 0.55, 0.35, 0.84, 0.60],
@@ -89,12 +89,14 @@ def draw_disease(rng: np.random.Generator) -> Disease:
 class Lungs:
     """Positions of the n lung voxels of a scan: ``height`` (0 base, 1 apex) and ``depth`` below the surface in mm."""
 
-    def __init__(self, lung: np.ndarray, sampling: np.ndarray):
-        self.mask, self.sampling = lung > 0, sampling
+    def __init__(self, lung_mask: np.ndarray, voxel_spacing: np.ndarray):
+        self.mask, self.sampling = lung_mask > 0, voxel_spacing
         levels = np.flatnonzero(self.mask.any(axis=(1, 2)))
-        height = (np.arange(len(lung)) - levels[0]) / max(1, levels[-1] - levels[0])  # 0 base, 1 apex
-        self.height = np.broadcast_to(height[:, None, None], lung.shape)[self.mask].astype(np.float32)
-        self.depth = ndimage.distance_transform_edt(self.mask, sampling=sampling)[self.mask].astype(np.float32)  # mm
+        height = (np.arange(len(lung_mask)) - levels[0]) / max(1, levels[-1] - levels[0])  # 0 base, 1 apex
+        self.height = np.broadcast_to(height[:, None, None], lung_mask.shape)[self.mask].astype(np.float32)
+        self.depth = ndimage.distance_transform_edt(self.mask, sampling=voxel_spacing)[self.mask].astype(
+            np.float32
+        )  # mm
 
     def draw_smooth_noise(self, width: float, rng: np.random.Generator) -> np.ndarray:
         """Return smooth noise with SD 1 at the lung voxels, (n,). ``width`` is in mm."""

@@ -21,8 +21,8 @@ def write_subject(
     seed: int,
     index: int,
     images: Sequence[sitk.Image | None],
-    planted: dict[str, float],
-    scanned: dict[str, float],
+    disease_strengths: dict[str, float],
+    scanner_settings: dict[str, float],
     out_dir: Path,
 ) -> tuple[dict, dict]:
     """Write image/{sid}.nii.gz and class/{sid}.nii.gz. Return the rows of labels.csv and scans.csv.
@@ -31,13 +31,13 @@ def write_subject(
         seed: random seed of the cohort.
         index: index of the subject.
         images: the scan, and the class map or None to write no class map.
-        planted: strengths of the simulated disease.
-        scanned: scanner settings of the scan.
+        disease_strengths: strengths of the simulated disease.
+        scanner_settings: scanner settings of the scan.
     """
     sid, rng = subject_name(index), np.random.default_rng([seed, index, 1])
     for folder, image in zip(("image", "class"), images):
         if image is not None:
             write_image(image, out_dir / folder / f"{sid}.nii.gz")
     held_out = int(rng.random() < HELD_OUT)
-    labels = {"sid": sid, "held_out": held_out, **planted, **simulate_patient(rng, planted)}
-    return labels, {"sid": sid, **{name: round(float(value), 3) for name, value in scanned.items()}}
+    labels = {"sid": sid, "held_out": held_out, **disease_strengths, **simulate_patient(rng, disease_strengths)}
+    return labels, {"sid": sid, **{name: round(float(value), 3) for name, value in scanner_settings.items()}}

@@ -36,7 +36,7 @@ class Texture(NamedTuple):
     region: float  # SD of the mean HU between regions
 
 
-# These values are fitted to the measurements. tests/tools/test_texture.py renders the textures and measures the result.
+# Textures fitted to measured patches. tests/tools/test_texture.py compares rendered textures with the measurements.
 TEXTURES = (
     Texture((-988, -941, -919, -898, -866, -793, -699), 0.68, 1.6, 0.25, 0.06, 15),  # normal
     Texture((-987, -958, -928, -900, -862, -752, -685), 0.68, 1.0, 0.35, 0.05, 20),  # mild centrilobular
@@ -57,7 +57,7 @@ def draw_gaussian_noise(
     The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. Averaging over
     voxels larger than 0.6 mm widens the field and lowers its SD below 1.
     """
-    # Averaging over a voxel blurs the field. This is the blur's variance, beyond the blur at MEASURED_SPACING.
+    # Averaging over a voxel blurs the field. This variance is the extra blur of voxels larger than MEASURED_SPACING.
     box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12
     wide = np.sqrt(width**2 + box)
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), wide / sampling, mode="wrap")
@@ -80,9 +80,9 @@ class Parenchyma:
         self._off_axis = one**2 + two**2  # this field is 0 along curves, which become the vessels
         self._region = draw_coarse_noise(shape, sampling, _REGION_MM, rng)
 
-    def render_class_texture(self, kind: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return HU of class ``kind`` at the voxels ``where`` (a boolean mask or a slice), float32."""
-        texture = TEXTURES[kind]
+    def render_class_texture(self, class_index: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return HU of class ``class_index`` at the voxels ``where`` (a boolean mask or a slice), float32."""
+        texture = TEXTURES[class_index]
         fine, coarse = (self._fields[width][where] for width in (texture.fine_mm, texture.coarse_mm))
         field = np.sqrt(1 - texture.coarse) * fine + np.sqrt(texture.coarse) * coarse
         hu = np.interp(field, _AT, texture.hu) + texture.region * self._region[where]

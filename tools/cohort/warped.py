@@ -91,7 +91,7 @@ def make_warped_subject(
     ]
     warped = ndimage.map_coordinates(hu, where, order=1, mode="constant", cval=-1024.0)
     labels = ndimage.map_coordinates(lung, where, order=0, mode="constant", cval=0)
-    # The median HU of normal lung differs between the textures and this scan. Shift the textures to the scan.
+    # Shift the HU of the textures so that normal lung has the same median HU in the textures and in this scan.
     parenchyma = warped[(labels > 0) & (warped < -800)]
     base = float(np.clip(np.median(parenchyma) - NORMAL_HU, -60, 60)) if parenchyma.size else 0.0
     planted, classes = plant_disease(warped, labels, spacing, draw_disease(rng), rng, keep_normal=True, base=base)

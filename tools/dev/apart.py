@@ -6,7 +6,7 @@ import torch
 
 from data.store import PatchStore
 from data.views import convert_hu_to_input
-from tools.dev.literal import LiteralAugmentation, LiteralStep, literal_encode, literal_views
+from tools.dev.literal import LiteralAugmentation, LiteralStep, encode_sample_by_sample, make_views_sample_by_sample
 from tools.timing.measure import synchronize
 from tools.timing.step import TimedStep, make_encoder
 
@@ -31,17 +31,17 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
         return float(literal.compute_loss(drawn.location, *views, *fast.get_coordinates(drawn.location)).detach())
 
     def encode() -> None:
-        literal_encode(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
+        encode_sample_by_sample(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
 
     def step() -> None:
         drawn = next(fast.batches)
-        views = literal_views(drawn.patches, drawn.neighbors, augment)
+        views = make_views_sample_by_sample(drawn.patches, drawn.neighbors, augment)
         literal.step(drawn.location, *(view.to(device) for view in views), *fast.get_coordinates(drawn.location))
 
     @torch.no_grad()
     def features() -> None:
         patches = torch.zeros(len(everywhere), 32, 32, 32, dtype=torch.int16).to(device)
-        literal_encode(encoder, convert_hu_to_input(patches), everywhere)[1].cpu()
+        encode_sample_by_sample(encoder, convert_hu_to_input(patches), everywhere)[1].cpu()
 
     jobs = {work.__name__: work for work in (loss, encode, step, features)}
     while (name := pipe.recv()) is not None:
@@ -61,8 +61,8 @@ class LiteralProcess:
         self.process.start()
         theirs.close()  # otherwise recv() would wait forever if the other process crashed
 
-    def __call__(self, name: str):
-        self.pipe.send(name)
+    def __call__(self, job_name: str) -> float | None:
+        self.pipe.send(job_name)
         return self.pipe.recv()
 
     def close(self) -> None:

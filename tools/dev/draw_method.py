@@ -56,26 +56,28 @@ class Canvas:
         self.axes.set_ylim(0, 52)
         self.axes.set_axis_off()
 
-    def draw_text(self, x, y, words, size=10, color=INK):
-        self.axes.text(x, y, words, ha="center", va="center", fontsize=size, color=color)
+    def draw_text(self, x: float, y: float, text: str, font_size: float = 10, color: str = INK) -> None:
+        self.axes.text(x, y, text, ha="center", va="center", fontsize=font_size, color=color)
 
-    def draw_box(self, x, y, width, height, words, color, size=10):
+    def draw_box(
+        self, x: float, y: float, width: float, height: float, text: str, color: str, font_size: float = 10
+    ) -> None:
         from matplotlib.patches import FancyBboxPatch
 
         shape = dict(boxstyle="round,pad=0.4", facecolor="white", edgecolor=color, linewidth=1.8)
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, **shape))
-        self.draw_text(x + width / 2, y + height / 2, words, size)
+        self.draw_text(x + width / 2, y + height / 2, text, font_size)
 
-    def draw_arrow(self, start, end, color=INK):
+    def draw_arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = INK) -> None:
         from matplotlib.patches import FancyArrowPatch
 
         shape = dict(arrowstyle="-|>", mutation_scale=13, color=color, linewidth=1.4)
         self.axes.add_patch(FancyArrowPatch(start, end, **shape))
 
-    def add_axes_at(self, x, y, width, height):
+    def add_axes_at(self, x: float, y: float, width: float, height: float):
         return self.figure.add_axes((x / 130, y / 52, width / 130, height / 52))
 
-    def draw_middle_slice(self, x, y, side, volume, color):
+    def draw_middle_slice(self, x: float, y: float, side: float, volume: np.ndarray, color: str) -> None:
         place = self.add_axes_at(x, y, side, side)
         place.imshow(volume[volume.shape[0] // 2], cmap="gray", vmin=-1, vmax=1, origin="lower")
         place.set_xticks([])
@@ -143,7 +145,7 @@ def main() -> None:
     store = PatchStore(args.store)
     row = store.sids.index(args.sid) if args.sid in store.sids else 0
     canvas = Canvas()
-    draw_inputs(canvas, draw_views(store, row, args.location), store.layout.qc(store.sids[row]))
+    draw_inputs(canvas, draw_views(store, row, args.location), store.layout.qc_picture(store.sids[row]))
     draw_method(canvas)
     write_atomically(args.out, lambda stream: canvas.figure.savefig(stream, dpi=80, format="png"))
     print(f"draw_method: wrote {args.out}")

@@ -13,17 +13,17 @@ from models.cnn3d import Encoder
 from models.condconv3d import CondConv3D
 
 
-def literal_convolution(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+def convolve_with_mixed_kernel(conv: CondConv3D, sample: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
     """Convolve one sample, (1, in, D, H, W), with the kernel of its location."""
     routing = torch.sigmoid(conv._routing_fn.fc(loc))
     kernel = (routing[:, None, None, None, None, None] * conv.weight).sum(0)
     return F.conv3d(sample, kernel, conv.bias, conv.stride, conv.padding)
 
 
-def literal_encode(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_sample_by_sample(encoder: Encoder, x: torch.Tensor, locs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode with a loop over samples in every convolution: (B, 1, 32, 32, 32), (B, 3) -> z, h."""
     for conv, norm in encoder.layers():
-        x = torch.cat([literal_convolution(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
+        x = torch.cat([convolve_with_mixed_kernel(conv, x[i : i + 1], locs[i]) for i in range(len(x))])
         x = F.elu(norm(x))
     h = x.flatten(1)
     return encoder.fc(h), h
@@ -41,24 +41,32 @@ class LiteralStep:
             self.encoder_q.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=False
         )
 
-    def compute_loss(self, index, query, key, neighbors, loc, neighbor_loc) -> torch.Tensor:
+    def compute_loss(
+        self,
+        location: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        neighbors: torch.Tensor,
+        loc: torch.Tensor,
+        neighbor_loc: torch.Tensor,
+    ) -> torch.Tensor:
         batch, k = neighbors.shape[:2]
-        q = F.normalize(literal_encode(self.encoder_q, query, loc.expand(batch, 3))[0], dim=1)
-        r = literal_encode(
+        q = F.normalize(encode_sample_by_sample(self.encoder_q, query, loc.expand(batch, 3))[0], dim=1)
+        r = encode_sample_by_sample(
             self.encoder_q, neighbors.reshape(batch * k, 1, 32, 32, 32), neighbor_loc.expand(batch, k, 3).reshape(-1, 3)
         )[0]
         r = F.normalize(r.view(batch, k, -1), dim=2)
         with torch.no_grad():
             for slow, fast in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
                 slow.data = slow.data * self.m + fast.data * (1.0 - self.m)
-            keys = F.normalize(literal_encode(self.encoder_k, key, loc.expand(batch, 3))[0], dim=1)
-        negatives = self.queue[:, :, index].clone()
+            keys = F.normalize(encode_sample_by_sample(self.encoder_k, key, loc.expand(batch, 3))[0], dim=1)
+        negatives = self.queue[:, :, location].clone()
         logits_pch = torch.cat([(q * keys).sum(1, keepdim=True), q @ negatives], dim=1) / self.T
         positive = sum((r[:, j] * keys).sum(1, keepdim=True) for j in range(k))
         logits_ngb = torch.cat([positive, sum(r[:, j] @ negatives for j in range(k))], dim=1) / self.T
-        pointer = int(self.queue_ptr[index])
-        self.queue[:, pointer : pointer + batch, index] = keys.T
-        self.queue_ptr[index] = (pointer + batch) % self.K
+        pointer = int(self.queue_ptr[location])
+        self.queue[:, pointer : pointer + batch, location] = keys.T
+        self.queue_ptr[location] = (pointer + batch) % self.K
         labels = torch.zeros(batch, dtype=torch.long, device=q.device)
         return F.cross_entropy(logits_pch, labels) + F.cross_entropy(logits_ngb, labels)
 
@@ -73,7 +81,7 @@ class LiteralStep:
 class LiteralAugmentation:
     """MONAI's transforms, applied to one sample at a time."""
 
-    def __init__(self, letters: str):
+    def __init__(self, transform_letters: str):
         from monai import transforms
 
         affine = dict(
@@ -92,7 +100,7 @@ class LiteralAugmentation:
             "g": lambda: transforms.RandGaussianNoise(prob=PUBLISHED.noise_prob, mean=0.0, std=PUBLISHED.noise_std),
             "c": lambda: transforms.RandAdjustContrast(prob=PUBLISHED.contrast_prob, gamma=PUBLISHED.gamma),
         }
-        self.chain = [transforms_by_letter[letter]() for letter in letters]
+        self.chain = [transforms_by_letter[letter]() for letter in transform_letters]
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
         """Augment a volume (C, 32, 32, 32) with values in [0, 1264]."""
@@ -101,7 +109,9 @@ class LiteralAugmentation:
         return torch.as_tensor(volume)
 
 
-def literal_views(patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation):
+def make_views_sample_by_sample(
+    patches: torch.Tensor, neighbors: torch.Tensor, augment: LiteralAugmentation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the three views of a step (query, key, neighbours), augmented one sample at a time."""
     shifted = clip_and_shift_hu(patches)[:, None]
     shifted_neighbors = clip_and_shift_hu(neighbors)

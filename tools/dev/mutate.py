@@ -47,45 +47,49 @@ sys.path.insert(0, str(ROOT))
 
 from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_text
-from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_mutations, list_files
+from tools.dev.mutations import COLUMNS, DRAWN, FOLDERS, Row, draw_mutations, list_tracked_files
 
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "1", "-rfE", "--tb=no")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
 ROW = "{id} {file}:{line} {kind}"
 
 
-def find_line(tree: Path, row: Row) -> tuple[Path, int] | None:
+def find_mutated_line(checkout: Path, mutation: Row) -> tuple[Path, int] | None:
     """Return the file and line index of a mutation, or None if the line is not found or not unique.
 
     The line is searched for at its original line number, in its original file, in files of the same name, and in all
     files. The first of these searches that finds the line must find it only once.
     """
-    paths = [path for path in sorted(tree.rglob("*.py")) if not path.is_relative_to(tree / "tests")]
+    paths = [path for path in sorted(checkout.rglob("*.py")) if not path.is_relative_to(checkout / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
-    places = [(path, number) for path, number, line in lines if line == row["before"].encode()]
-    drawn = (tree / row["file"], int(row["line"]) - 1)
+    places = [(path, number) for path, number, line in lines if line == mutation["before"].encode()]
+    drawn = (checkout / mutation["file"], int(mutation["line"]) - 1)
     in_file = [place for place in places if place[0] == drawn[0]]
     namesakes = [place for place in places if place[0].name == drawn[0].name]
     found = [drawn] if drawn in places else in_file or namesakes or places
     return found[0] if len(found) == 1 else None
 
 
-def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str], list[str]]]:
+def iterate_test_stages(
+    checkout: Path, mutated_file: str, add_all_tests: bool
+) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the test files and the pytest flags of each stage for a mutated file.
 
     The first four stages run quick tests: tests named after the file, tests that import the file, tests in the same
     folder, and tests at the top level. The next stage runs the slow tests that are named after the file or import the
-    file. With ``whole``, the last stages run all remaining tests.
+    file. With ``add_all_tests``, the last stages run all remaining tests.
     """
-    tests = [str(path.relative_to(tree)) for path in sorted(tree.glob("tests/**/test_*.py"))]
-    parts = Path(name.removesuffix("/__init__.py")).with_suffix("").parts
-    near = f"tests/{parts[0]}/" if "/" in name else "tests/test_"
+    tests = [str(path.relative_to(checkout)) for path in sorted(checkout.glob("tests/**/test_*.py"))]
+    parts = Path(mutated_file.removesuffix("/__init__.py")).with_suffix("").parts
+    near = f"tests/{parts[0]}/" if "/" in mutated_file else "tests/test_"
     tests = [test for test in sorted(tests, key=lambda test: not test.startswith(near)) if "/test_house." not in test]
     module, package = re.escape(".".join(parts)), re.escape(".".join(parts[:-1]))
-    uses = rf"(from|import|['\"]) ?{module}\b|\b{re.escape(name)}\b|from {package or '-'} import .*\b{parts[-1]}\b"
+    uses = (
+        rf"(from|import|['\"]) ?{module}\b|\b{re.escape(mutated_file)}\b|from {package or '-'} import .*\b{parts[-1]}\b"
+    )
     namesakes = [test for test in tests if test.startswith(near) and Path(test).name.startswith(f"test_{parts[-1]}")]
-    importers = [test for test in tests if re.search(uses, (tree / test).read_text(encoding="utf-8"))]
-    folder = [test for test in tests if test.startswith(near) and "/" in name]
+    importers = [test for test in tests if re.search(uses, (checkout / test).read_text(encoding="utf-8"))]
+    folder = [test for test in tests if test.startswith(near) and "/" in mutated_file]
     top_level = [test for test in tests if test.count("/") == 1]
     quick, slow = ["-m", "not slow"], ["-m", "slow"]
     stages = [
@@ -96,7 +100,7 @@ def list_stages(tree: Path, name: str, whole: bool) -> Iterator[tuple[list[str],
         (namesakes + importers, slow),
     ]
     seen: set[tuple[str, str]] = set()
-    for files, flags in [*stages, *([(tests, quick), (tests, slow)] if whole else [])]:
+    for files, flags in [*stages, *([(tests, quick), (tests, slow)] if add_all_tests else [])]:
         new = [test for test in dict.fromkeys(files) if (test, flags[1]) not in seen]
         seen |= {(test, flags[1]) for test in new}
         yield new, flags
@@ -143,25 +147,25 @@ class Runner:
                 print(f"{test} fails without a mutation and is ignored", flush=True)
         return self.flaky[test]
 
-    def run_row(self, tree: Path, row: Row) -> tuple[str, str]:
+    def run_tests_on_mutation(self, checkout: Path, mutation: Row) -> tuple[str, str]:
         """Test one mutation. Return the result, for example "caught", and the name of the failing test."""
-        place = find_line(tree, row)
+        place = find_mutated_line(checkout, mutation)
         if place is None:
             return "lost", ""
         path, number = place
         original, until = path.read_bytes(), time.monotonic() + self.args.limit
         lines = original.split(b"\n")
-        lines[number] = row["after"].encode()
+        lines[number] = mutation["after"].encode()
         mutated = b"\n".join(lines)
         try:
             compile(mutated, path, "exec", dont_inherit=True)
         except (SyntaxError, ValueError):
             return "invalid", ""
-        for files, flags in list_stages(tree, str(path.relative_to(tree)), self.args.whole):
+        for files, flags in iterate_test_stages(checkout, str(path.relative_to(checkout)), self.args.whole):
             while kept := [test for test in files if not self.flaky.get(test)]:  # repeat without the flaky tests
                 deselected = [f"--deselect={test}" for test, is_flaky in self.flaky.copy().items() if is_flaky]
                 path.write_bytes(mutated)
-                status, output = self.run_pytest(tree, [*kept, *flags, *deselected], until - time.monotonic())
+                status, output = self.run_pytest(checkout, [*kept, *flags, *deselected], until - time.monotonic())
                 path.write_bytes(original)
                 failure = FAILURE.search(output)
                 if status in (0, 5):  # exit status 5: pytest found no tests to run
@@ -169,14 +173,14 @@ class Runner:
                 if status is None and failure is None:
                     return "missed (limit)", ""
                 test = failure[1] if failure else kept[0]
-                if not self.is_flaky(tree, test):
+                if not self.is_flaky(checkout, test):
                     return "caught", test
         return "missed", ""
 
 
 def copy_checkout(checkout: Path, folder: Path) -> Path:
     """Copy the tracked files, and link the folder ``shared`` beside the copy, because some tests read this folder."""
-    for name in list_files(checkout):
+    for name in list_tracked_files(checkout):
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(checkout / name, folder / "tree" / name, follow_symlinks=False)
     if (checkout.parent / "shared").exists():
@@ -184,7 +188,7 @@ def copy_checkout(checkout: Path, folder: Path) -> Path:
     return folder / "tree"
 
 
-def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
+def is_mutation_pending(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
     """Return whether the mutation of a row must still be tested."""
     if row[args.suite] or args.suite == "new":
         return not row[args.suite] and row["old"] == "caught"
@@ -192,27 +196,27 @@ def is_wanted(rows: list[Row], row: Row, args: argparse.Namespace) -> bool:
     return caught.total() < args.wanted or caught[row["folder"]] < args.least
 
 
-def run_rows(rows: list[Row], args: argparse.Namespace) -> None:
-    """Test each mutation for which :func:`is_wanted` is true, and write the table after each test."""
+def run_pending_mutations(rows: list[Row], args: argparse.Namespace) -> None:
+    """Test each mutation for which :func:`is_mutation_pending` is true, and write the table after each test."""
     runner, lock, copies = Runner(args), threading.Lock(), list[Path]()
 
-    def run_row_and_save(row: Row) -> None:
-        if runner.stop.is_set() or not is_wanted(rows, row, args):
+    def run_mutation_and_save_result(mutation: Row) -> None:
+        if runner.stop.is_set() or not is_mutation_pending(rows, mutation, args):
             return
         tree, began = copies.pop(), time.monotonic()
-        result, test = runner.run_row(tree, row)
+        result, test = runner.run_tests_on_mutation(tree, mutation)
         copies.append(tree)
         with lock:
             if not runner.stop.is_set():
                 seconds = f"{time.monotonic() - began:.1f}"
-                row |= {args.suite: result, f"{args.suite}_by": test, f"{args.suite}_seconds": seconds}
+                mutation |= {args.suite: result, f"{args.suite}_by": test, f"{args.suite}_seconds": seconds}
                 write_table(args.table, rows)
-                print(f"{ROW.format(**row)}: {result} {test} ({seconds} s)", flush=True)
+                print(f"{ROW.format(**mutation)}: {result} {test} ({seconds} s)", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch, ThreadPoolExecutor(args.jobs) as pool:
         copies += [copy_checkout(args.checkout, Path(scratch) / str(number)) for number in range(args.jobs)]
         try:
-            list(pool.map(run_row_and_save, rows))
+            list(pool.map(run_mutation_and_save_result, rows))
         finally:
             runner.stop.set()
 
@@ -253,9 +257,9 @@ def parse_arguments() -> argparse.Namespace:
         "--wanted",
         type=at_least(int, 1),
         default=30,
-        help="with --suite old, number of caught mutations at which testing stops",
+        help="with --suite old, total number of mutations to catch",
     )
-    text = "with --suite old, number of caught mutations that each folder needs before testing stops"
+    text = "with --suite old, minimum number of mutations to catch in each folder"
     add("--least", type=at_least(int, 0), default=4, help=text)
     add("--python", type=os.path.abspath, default=sys.executable, help="Python interpreter that runs the tests")
     add(
@@ -265,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
         help="time limit in seconds per mutation; raise it on a slow machine",
     )
     add("--jobs", type=at_least(int, 1), default=1, help="mutations tested in parallel, each in a separate copy")
-    add("--whole", action="store_true", help="run the rest of the suite before a mutation counts as missed")
+    add("--whole", action="store_true", help="run all remaining tests before a mutation counts as missed")
     return parser.parse_args()
 
 
@@ -282,13 +286,13 @@ def main() -> int:
         write_table(args.table, kept + rows[len(kept) :])
         return 0
     rows = read_table(args.table)
-    run_rows(rows, args)
+    run_pending_mutations(rows, args)
     print("| folder | drawn | tried | caught old | caught new |\n| --- | --- | --- | --- | --- |")
     for folder in FOLDERS:
         own = [row for row in rows if row["folder"] == folder]
         old, new = (sum(row[suite] == "caught" for row in own) for suite in ("old", "new"))
         print(f"| {folder} | {len(own)} | {sum(bool(row['old']) for row in own)} | {old} | {new} |")
-    if args.suite == "old" and any(is_wanted(rows, {**row, "old": ""}, args) for row in rows):
+    if args.suite == "old" and any(is_mutation_pending(rows, {**row, "old": ""}, args) for row in rows):
         print("all mutations were run, and too few were caught; draw more with a larger --count")
     uncaught = [row for row in rows if row["old"] == "caught" and row["new"] not in ("", "caught")]
     for row in uncaught:

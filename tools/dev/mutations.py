@@ -74,7 +74,7 @@ def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[
             yield right.lineno, start, start + len(sign), other.encode(), kind
 
 
-def apply_rules(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
+def iterate_rule_edits(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
     """Yield the edits that RULES make to a syntax node, if the node lies on a single line."""
     if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
         return
@@ -101,11 +101,11 @@ def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
             yield from replace_operators(lines, part, NEGATIONS)
 
 
-def find_edits(source: bytes) -> list[Edit]:
+def find_possible_mutations(source: bytes) -> list[Edit]:
     """Return all mutations of a file. An integer that is an axis gets no off-by-one mutation."""
     lines, edits = source.split(b"\n"), []
     for node, parent in walk_code(ast.parse(source)):
-        edits += [*drop_checks(lines, node), *apply_rules(lines, node, parent)]
+        edits += [*drop_checks(lines, node), *iterate_rule_edits(lines, node, parent)]
         edits += replace_operators(lines, node, OPERATORS)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             edits.append((node.lineno, node.col_offset, node.col_offset + 1, b"", SIGN))
@@ -121,7 +121,7 @@ def interleave_streams(streams: Iterable[Iterable]) -> Iterator:
         yield from (item for item in items if item is not None)
 
 
-def list_files(checkout: Path) -> list[str]:
+def list_tracked_files(checkout: Path) -> list[str]:
     """Return the names of the tracked files that exist in the checkout."""
     git = subprocess.run(["git", "-C", checkout, "ls-files", "-z"], capture_output=True, encoding="utf-8", check=False)
     if git.returncode:
@@ -134,7 +134,7 @@ def draw_mutations_in_folder(sources: dict[str, bytes], seed: int) -> Iterator[t
 
     Only lines that occur once in their file are mutated.
     """
-    candidates = [(name, edit) for name, source in sources.items() for edit in find_edits(source)]
+    candidates = [(name, edit) for name, source in sources.items() for edit in find_possible_mutations(source)]
     random.Random(seed).shuffle(candidates)
     drawn = set()
     for name, (line, start, end, text, kind) in interleave_streams(
@@ -151,7 +151,7 @@ def draw_mutations_in_folder(sources: dict[str, bytes], seed: int) -> Iterator[t
 def draw_mutations(checkout: Path, seed: int, count: int) -> list[Row]:
     """Draw mutations from each folder in turn. The same seed and sources give the same rows."""
     sources: dict[str, dict[str, bytes]] = {folder: {} for folder in FOLDERS}
-    for name in list_files(checkout):
+    for name in list_tracked_files(checkout):
         folder = name.split("/")[0] if "/" in name else "."
         if name.endswith(".py") and folder in sources and not name.startswith(EXCLUDED):
             sources[folder][name] = (checkout / name).read_bytes()

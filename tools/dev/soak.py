@@ -61,7 +61,7 @@ class Job(NamedTuple):
 # ============================================================ comparing
 
 
-def fingerprint_files(*patterns: str) -> Callable[[Path], dict[str, str]]:
+def make_fingerprint_function(*patterns: str) -> Callable[[Path], dict[str, str]]:
     """Return a function that computes fingerprints of the files that match the patterns."""
 
     def compute_fingerprints(folder: Path) -> dict[str, str]:
@@ -113,35 +113,35 @@ def list_jobs() -> dict[str, Job]:
     launch = make_command("tools/launch.py", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *train)
     extract = ("--exp-name", "trained", "--checkpoint-patch", "checkpoint_patch_0002.pth.tar", *store)
     return {
-        "segment_lung": Job(segment, ("cohort",), fingerprint_files("store/lung_mask/*")),
+        "segment_lung": Job(segment, ("cohort",), make_fingerprint_function("store/lung_mask/*")),
         "register": Job(
             make_command("preprocess/register.py", *scans, *store, *atlas),
             ("cohort", masks),
-            fingerprint_files("store/transform/*"),
+            make_fingerprint_function("store/transform/*"),
         ),
         "patchify_images": Job(
             make_command("preprocess/patchify_images.py", *scans, *store, *atlas),
             ("cohort", masks, transforms, laid),
-            fingerprint_files("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
+            make_fingerprint_function("store/patch/*", "store/patch_loc/*", "store/qc/*.png"),
         ),
         "run_preprocess": Job(
             make_command("preprocess/run_preprocess.py", *scans, *store, *atlas, "--method", "threshold"),
             ("cohort",),
-            fingerprint_files(
+            make_fingerprint_function(
                 "store/*/*.npy", "store/*.npy", "store/lung_mask/*", "store/transform/*", "store/subjects.csv"
             ),
         ),
         "group_patches": Job(
             make_command("preprocess/group_patches.py", *store, "--no-progress"),
             (laid, *cut),
-            fingerprint_files("store/grouped_patch/*.npy", "store/subjects.csv"),
+            make_fingerprint_function("store/grouped_patch/*.npy", "store/subjects.csv"),
         ),
         "train, 1 rank": Job(make_command("train.py", *train), grouped, fingerprint_training),
         "train, 2 ranks": Job(launch, grouped, fingerprint_training),
         "extract_feature": Job(
             make_command("extract_feature.py", *extract, "--device", "cpu", "--no-progress", "--out-dir", "features"),
             (*grouped, "trained"),
-            fingerprint_files("features/*.npy", "features/*.csv"),
+            make_fingerprint_function("features/*.npy", "features/*.csv"),
         ),
     }
 
@@ -177,14 +177,14 @@ def copy_inputs(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
 # ============================================================ killing
 
 
-def list_processes(session: int) -> list:
+def list_processes(session_id: int) -> list:
     """Return the processes of a session that are still running."""
     import psutil
 
     found = []
     for process in psutil.process_iter(["status"]):
         try:
-            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) == session_id and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (ProcessLookupError, psutil.Error):
             continue
@@ -249,14 +249,14 @@ def wait_until_ended(process: subprocess.Popen) -> str:
 
 
 def run_trial(
-    job: Job, folder: Path, wanted: dict[str, str], seconds: float, rng: random.Random
+    job: Job, folder: Path, expected_fingerprints: dict[str, str], longest_delay: float, rng: random.Random
 ) -> tuple[list[str], str]:
     """Run one trial. Return the signals that were sent, and how the result is wrong (``""`` if it is correct)."""
     sent = []
     for number in range(STARTS):
         process = start_job(job, folder)
         kills = number < rng.choice((1, 2))
-        if kills and (text := send_signal(process, rng, rng.uniform(0.0, seconds))):
+        if kills and (text := send_signal(process, rng, rng.uniform(0.0, longest_delay))):
             sent.append(text)
         if wrong := wait_until_ended(process):
             return sent, wrong
@@ -265,8 +265,10 @@ def run_trial(
     else:
         return sent, f"did not finish within {STARTS} starts"
     found = job.made(folder)
-    lacking, more = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    other = sorted(name for name in set(wanted) & set(found) if wanted[name] != found[name])
+    lacking, more = sorted(set(expected_fingerprints) - set(found)), sorted(set(found) - set(expected_fingerprints))
+    other = sorted(
+        name for name in set(expected_fingerprints) & set(found) if expected_fingerprints[name] != found[name]
+    )
     for names, words in ((lacking, "lacks"), (more, "also has"), (other, "differs in")):
         if names:
             return sent, f"{words} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

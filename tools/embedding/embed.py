@@ -16,13 +16,13 @@ from data.views import convert_hu_to_input
 from misc.command import UserError
 from misc.files import hash_file
 from misc.sizes import PATCH_SIZE
-from models.checkpoint import build_query_encoder, check_same_table, check_sha256, read_checkpoint
+from models.checkpoint import build_query_encoder, check_same_location_table, check_sha256, read_checkpoint
 from models.cnn3d import Encoder
 from models.fast.pieces import run_in_parallel
 from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, count_layer_features, encode_patch_per_location
 from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
-from preprocess.patches import Patches, check_inside, cut_scan, measure_share_inside
+from preprocess.patches import Patches, check_any_patch_inside_scan, cut_scan, measure_share_inside
 from preprocess.patchify_atlas import STEP_SIZE, make_location_table
 from preprocess.patchify_images import measure_patches
 from preprocess.registration import check_overlap, measure_overlap, register_masks
@@ -84,7 +84,9 @@ class Embedder:
         source = str(atlas_patch_loc or atlas_mask)
         check_sha256(Path(checkpoint), sha256)
         content = read_checkpoint(Path(checkpoint))
-        self.note = check_same_table(content, checkpoint, len(self.table), table_fingerprint(self.table), source)
+        self.note = check_same_location_table(
+            content, checkpoint, len(self.table), table_fingerprint(self.table), source
+        )
         encoder, sizes = build_query_encoder(Encoder, content, checkpoint)
         self.rep_dim, self.vector = sizes["rep_dim"], patient_vector
         self.standardization = read_standardization(patient_vector, standardization, hash_file(Path(checkpoint)))
@@ -115,7 +117,8 @@ class Embedder:
             )
         frozen = FrozenLocations(self.encoder, self.locations)
         encoded = []
-        for first in range(0, len(hu), LOCATIONS_AT_ONCE):  # freeze several locations per call, then encode in parallel
+        # Compute the kernels of several locations in one call, then encode the patches at these locations in parallel.
+        for first in range(0, len(hu), LOCATIONS_AT_ONCE):
             pairs = [
                 (frozen[index], hu[index : index + 1]) for index in range(len(hu))[first : first + LOCATIONS_AT_ONCE]
             ]
@@ -131,7 +134,7 @@ class Embedder:
         figures: dict[str, Any] = {**lung_volumes(mask, path), **measure_overlap(self.atlas, mask, transform)}
         check_overlap(figures, self.min_dice, f"{path}'s lung mask")
         cut = cut_scan(scan.image, transform, self.atlas, self.table, PATCH_SIZE)
-        check_inside(cut, path)
+        check_any_patch_inside_scan(cut, path)
         inside = measure_share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
         figures |= {**measure_patches(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
         encoded = self.encode(cut.patches)
@@ -144,11 +147,11 @@ class Embedder:
             features = patches.mean(axis=0, dtype=np.float64)
         else:
             given = encoded[:, self.rep_dim :] if self.vector == "layers" else patches
-            features = self.standardization.compute_vectors(given[None])[0]
+            features = self.standardization.compute_patient_vectors(given[None])[0]
         features = features.astype(np.float32)
-        return Embedded(features, patches, figures | facts, self.verdict(figures, facts), cut, mask)
+        return Embedded(features, patches, figures | facts, self.describe_quality_verdict(figures, facts), cut, mask)
 
-    def verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
+    def describe_quality_verdict(self, figures: dict[str, Any], facts: dict[str, str]) -> str:
         """Return ``fine``, or one line that says what to check."""
         said = [facts["warnings"]] if facts.get("warnings") else []
         share = figures["voxels_outside"] / (figures["patches"] * PATCH_SIZE**3)

@@ -23,7 +23,7 @@ def count_histogram(patch: np.ndarray) -> np.ndarray:
     return np.histogram(np.clip(patch, HU_MIN, HU_MAX), BINS, (HU_MIN, HU_MAX))[0]
 
 
-def count_voxels(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
+def count_voxels_by_density(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Return the histogram (BINS,) of a patch in HU, and its numbers of voxels below -950 HU and below -500 HU."""
     return count_histogram(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
 
@@ -32,7 +32,7 @@ def smooth_patches(patches: np.ndarray) -> np.ndarray:
     """Smooth patches (n, 32, 32, 32) in HU with a Gaussian of SD SMOOTHING voxels, as augmentation ``s`` does."""
     volumes = torch.from_numpy(np.clip(patches, HU_MIN, HU_MAX).astype(np.float32))
     sigma = torch.full((1, 3), SMOOTHING, dtype=torch.float64)
-    (bands,) = Augmentation("s").prepare([{"sigma": sigma}], volumes.shape[1:])
+    (bands,) = Augmentation("s").prepare_parameters([{"sigma": sigma}], volumes.shape[1:])
     along_z, along_y, along_x = (bands[f"band{axis}"][0].float() for axis in range(3))  # (32, 32) each
     volumes = (along_z @ volumes.flatten(2)).view_as(volumes)
     return (along_y @ volumes @ along_x.T).numpy()
@@ -62,7 +62,7 @@ def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: b
                 rows = np.arange(start, min(start + ROWS_AT_ONCE, store.num_subjects))
                 patches = store.read(location, rows)
                 for row, patch in zip(rows, patches):
-                    counts.histogram[row, location], low, lung = count_voxels(patch)
+                    counts.histogram[row, location], low, lung = count_voxels_by_density(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
                 for row, patch in zip(rows, smooth_patches(patches) if smoothed else ()):
                     counts.smoothed[row] += count_histogram(patch)

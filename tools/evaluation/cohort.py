@@ -15,8 +15,8 @@ from tools.evaluation.kinds import (
     find_label_problem,
     find_missing_code,
     find_survival_problem,
-    guess_kind,
     guess_kind_of_words,
+    guess_label_kind,
 )
 from tools.evaluation.splits import find_patient_in_both_parts, find_scans_of_one_patient
 from tools.evaluation.tables import number_patients, read_held_out
@@ -43,13 +43,13 @@ class EvaluatedSubjects:
         asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
         told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
 
-        def pass_relevant_note(text: str) -> None:
+        def print_relevant_note(text: str) -> None:
             if args.group_column and f"column {args.group_column!r}" in text:
-                return  # problems of the patient column do not matter, because it is not a label
+                return  # omit notes about the patient column, because it is not a label
             if "column" not in text or any(name in text for name in told):
                 print_note(text)
 
-        labels = read_numbers_and_words(args.labels, sids, pass_relevant_note, dict(args.order), args.missing)
+        labels = read_numbers_and_words(args.labels, sids, print_relevant_note, dict(args.order), args.missing)
         self.names, self.words = labels.names, labels.classes
         self.order = set(dict(args.order))
         self.values = labels.values.astype(np.float64)
@@ -58,7 +58,7 @@ class EvaluatedSubjects:
             [np.empty((len(sids), 0)), *(self.get_column(name) for name in args.covariates)]
         )
         for name, values in zip(args.covariates, self.covariates.T):
-            _note_missing(name, values[~np.isnan(values)])
+            _note_missing_value_code(name, values[~np.isnan(values)])
         self.known = ~np.isnan(self.covariates).any(axis=1)
         if not self.known.all():
             first = sids[int(np.argmin(self.known))]
@@ -90,7 +90,7 @@ class EvaluatedSubjects:
             return self.values[:, self.names.index(name)]
         raise StoreError(explain_missing_column(self.path, name, self.names))
 
-    def split_rows(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
+    def split_into_fitted_and_held_out(self, known: np.ndarray, folds: int) -> list[tuple[str, np.ndarray, int, int]]:
         """Split the k rows that are ``known`` into the part that models are fitted to and the held-out part.
 
         Returns:
@@ -124,17 +124,17 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
     for name in wanted:
         values = cohort.get_column(name)
         known = ~np.isnan(values) & cohort.known
-        _note_missing(name, values[known])
+        _note_missing_value_code(name, values[known])
         if not args.columns and (reason := find_reason_to_skip(name, values[known])):
             print_note(f"column {name!r} left out: {reason}; give --columns {name} to predict it anyway")
             continue
         kind = (
             args.kind.get(name)
             or guess_kind_of_words(name, cohort.words, cohort.order)
-            or (guess_kind(values[known]) if known.any() else "regression")
+            or (guess_label_kind(values[known]) if known.any() else "regression")
         )
-        reason = find_problem_in_parts(cohort, values, known, kind, args.folds)
-        reason = reason or ("" if name in args.kind else find_code_problem(values[known]))
+        reason = explain_unusable_labels(cohort, values, known, kind, args.folds)
+        reason = reason or ("" if name in args.kind else find_missing_value_code_problem(values[known]))
         source = next((one for one in args.covariates if name in STAGES and one.startswith(SPIROMETRY)), None)
         if source:
             reason = f"it is derived from --covariates {source}, so it would be predicted from itself"
@@ -161,7 +161,7 @@ def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tup
             )
         both = np.stack([cohort.get_column(args.time_column), cohort.get_column(args.event_column)], axis=1)
         known = ~np.isnan(both).any(axis=1) & cohort.known
-        reason = find_problem_in_parts(cohort, both, known, "survival", args.folds)
+        reason = explain_unusable_labels(cohort, both, known, "survival", args.folds)
         if reason:
             flags = f"--time-column {args.time_column}, --event-column {args.event_column}"
             raise StoreError(f"{cohort.path}: {flags}: {reason}")
@@ -181,46 +181,46 @@ def find_reason_to_skip(name: str, values: np.ndarray) -> str:
     return ""
 
 
-def find_problem_in_parts(
-    cohort: EvaluatedSubjects, values: np.ndarray, known: np.ndarray, kind: str, folds: int
+def explain_unusable_labels(
+    cohort: EvaluatedSubjects, values: np.ndarray, has_value: np.ndarray, label_kind: str, folds: int
 ) -> str:
     """Return why labels (N, ...) cannot be predicted, or "" if they can; check fitted and held-out subjects.
 
     Args:
-        known: (N,) bool, rows that have a value.
+        has_value: (N,) bool, rows that have a value.
     """
-    parts = cohort.split_rows(known, folds)
+    parts = cohort.split_into_fitted_and_held_out(has_value, folds)
     for words, rows, fewest, patients in parts:
-        own, there = values[known][rows], len(np.unique(cohort.groups[known][rows]))
-        if kind == "survival":
+        own, there = values[has_value][rows], len(np.unique(cohort.groups[has_value][rows]))
+        if label_kind == "survival":
             reason = find_survival_problem(*own.T, FEWEST if words else folds, bool(words)) if rows.any() else ""
         else:
-            reason = find_label_problem(own, kind, fewest) if len(own) >= patients or not words else ""
+            reason = find_label_problem(own, label_kind, fewest) if len(own) >= patients or not words else ""
         if not reason and there < patients:
             reason = f"{there} patients have a value, fewer than the {folds} folds"
             if words:
                 reason = f"{there} patients have a value; at least {patients} are needed"
         if reason:
             return words + reason
-    if kind == "class" and cohort.held_out is not None:
-        fitted, reported = (set(values[known][rows]) for _, rows, *_ in parts)
+    if label_kind == "class" and cohort.held_out is not None:
+        fitted, reported = (set(values[has_value][rows]) for _, rows, *_ in parts)
         if fitted != reported:
             return f"the class {min(fitted ^ reported):g} occurs only in one part of --held-out"
     return ""
 
 
-def _note_missing(name: str, values: np.ndarray) -> None:
+def _note_missing_value_code(column: str, column_values: np.ndarray) -> None:
     """Print a note if values (n,) contain a number that often stands for a missing value."""
-    code = find_missing_code(values)
+    code = find_missing_code(column_values)
     if code is not None:
-        count = int((values == code).sum())
+        count = int((column_values == code).sum())
         print_note(
-            f"column {name!r} has {code:g} for {count} subjects; if that means missing, give --missing {code:g} or "
+            f"column {column!r} has {code:g} for {count} subjects; if that means missing, give --missing {code:g} or "
             "leave these cells empty"
         )
 
 
-def find_code_problem(values: np.ndarray) -> str:
+def find_missing_value_code_problem(values: np.ndarray) -> str:
     """Return why values (n,) cannot be predicted if they are 0, 1 and a code for missing values; else return ""."""
     code = find_missing_code(values)
     if code is None or not set(values) - {code} <= {0.0, 1.0}:
@@ -238,7 +238,7 @@ def make_stage_label(
     spirometry = np.stack([cohort.get_column(column) for column in columns], axis=1)
     known = known & (spirometry > 0).all(axis=1)  # also excludes NaN, because NaN > 0 is False
     for what in (values, *spirometry.T):
-        reason = find_problem_in_parts(cohort, what, known, "regression", folds)
+        reason = explain_unusable_labels(cohort, what, known, "regression", folds)
         if reason:
             print_note(
                 f"{name} is not predicted through spirometry: in the subjects with {', '.join(columns)}, {reason}"

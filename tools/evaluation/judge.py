@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools.evaluation.learn import MODELS, predict_others, predict_out_of_fold
+from tools.evaluation.learn import MODELS, fit_and_predict_held_out, predict_out_of_fold
 from tools.evaluation.metrics import METRICS, Metric
 from tools.evaluation.splits import draw_folds, draw_resamples, make_strata
 from tools.evaluation.survival import c_index
@@ -49,11 +49,11 @@ def select_metrics(kind: str) -> dict[str, Metric]:
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
-        return {name: functools.partial(_measure_stage, metric) for name, metric in METRICS["grade"].items()}
+        return {name: functools.partial(_apply_metric_to_stage, metric) for name, metric in METRICS["grade"].items()}
     return METRICS["regression" if kind == "log10" else kind]
 
 
-def _measure_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _apply_metric_to_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return metric(truth[:, 0], predicted, weights)
 
 
@@ -95,11 +95,11 @@ def evaluate_label(
     by_fold = target if target.ndim == 1 else target[:, -1] if label.kind == "survival" else target[:, 0]
     stratum = make_strata(by_fold, "class" if target.ndim == 2 else label.kind)
 
-    def predict(name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
+    def predict_reported_subjects(table_name: str, truth: np.ndarray, repeat: int) -> np.ndarray:
         """Return predictions for the subjects to report on, one row per subject."""
-        table, of_columns = tables[name], (weights or {}).get(name)
+        table, of_columns = tables[table_name], (weights or {}).get(table_name)
         if held_out is not None:
-            return predict_others(MODELS[label.kind], table, truth, held_out, of_columns)
+            return fit_and_predict_held_out(MODELS[label.kind], table, truth, held_out, of_columns)
         fold = draw_folds(stratum, groups, folds, np.random.default_rng([seed, repeat]))
         return predict_out_of_fold(MODELS[label.kind], table, truth, fold, of_columns)
 
@@ -109,7 +109,7 @@ def evaluate_label(
     predictions: dict[str, np.ndarray] = {}
     samples: dict[str, np.ndarray] = {}  # table -> the first metric, for all subjects and for each resample
     for name in tables:
-        given = [predict(name, target, repeat) for repeat in range(repeats)]
+        given = [predict_reported_subjects(name, target, repeat) for repeat in range(repeats)]
         predictions[name] = np.mean(given, axis=0)
         figures[name] = {}
         for metric, measure in metrics.items():
@@ -117,20 +117,20 @@ def evaluate_label(
             low, high = np.nanpercentile(values[1:], INTERVAL)
             figures[name][metric] = {"mean": float(values[0]), "low": float(low), "high": float(high)}
             samples.setdefault(name, values)
-        given = [predict(name, truth, repeat) for repeat, truth in enumerate(permuted)]
+        given = [predict_reported_subjects(name, truth, repeat) for repeat, truth in enumerate(permuted)]
         for metric, measure in metrics.items():
             chance = [measure(truth[reported], one, ones)[0] for truth, one in zip(permuted, given)]
             figures[name][metric]["permuted"] = float(np.nanmean(chance))
 
-    def compare_tables(one: str, other: str) -> dict[str, float]:
-        paired = samples[one] - samples[other]
+    def compute_metric_difference(first_table: str, second_table: str) -> dict[str, float]:
+        paired = samples[first_table] - samples[second_table]
         low, high = np.nanpercentile(paired[1:], INTERVAL)
         return {"mean": float(paired[0]), "low": float(low), "high": float(high)}
 
     first, main = next(iter(tables)), next(iter(metrics))
     for name in samples:
         if name != first:
-            figures[name][main][f"{first}_minus_this"] = compare_tables(first, name)
+            figures[name][main][f"{first}_minus_this"] = compute_metric_difference(first, name)
     for name, other in (added_to or {}).items():
-        figures[name][main][f"this_minus_{other}"] = compare_tables(name, other)
+        figures[name][main][f"this_minus_{other}"] = compute_metric_difference(name, other)
     return Evaluation(figures, predictions)

@@ -22,7 +22,7 @@ def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Co
     return "grade" if name in order and len(words[name]) > 2 else "class"
 
 
-def guess_kind(values: np.ndarray) -> str:
+def guess_label_kind(values: np.ndarray) -> str:
     """Guess the kind of a label from its known values (n,).
 
     A label with two values has classes, a few whole numbers close together are grades, and the rest is regression.
@@ -75,7 +75,7 @@ def recognize_date(values: np.ndarray) -> str:
     if not len(values) or np.any(values != np.rint(values)):
         return ""
     year, month, day = values // 10000, values // 100 % 100, values % 100
-    # The day may be off by one, because labels are float32, which cannot represent odd numbers of eight digits.
+    # Labels are float32, which rounds dates such as 20240131 to even numbers, so the day may be off by one.
     if np.all((year >= 1900) & (year <= 2100) & (month >= 1) & (month <= 12) & (day <= 32)):
         return "dates (year, month, day)"
     if np.all((values >= EXCEL_DATES[0]) & (values <= EXCEL_DATES[1])):
@@ -85,14 +85,14 @@ def recognize_date(values: np.ndarray) -> str:
     return ""
 
 
-def find_survival_problem(time: np.ndarray, event: np.ndarray, fewest: int, a_side: bool = False) -> str:
+def find_survival_problem(time: np.ndarray, event: np.ndarray, min_events: int, has_held_out: bool = False) -> str:
     """Return why survival cannot be predicted from known times and events (n,), or "" if it can.
 
     Args:
         time: (n,) follow-up times.
         event: (n,) events, 0 or 1.
-        fewest: minimum number of events.
-        a_side: True if the subjects are one side of a --held-out split, so that there are no folds.
+        min_events: minimum number of events.
+        has_held_out: True if the subjects are one side of a --held-out split, so that there are no folds.
     """
     if kind := recognize_date(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"
@@ -102,9 +102,13 @@ def find_survival_problem(time: np.ndarray, event: np.ndarray, fewest: int, a_si
         return f"the events contain {event[~np.isin(event, (0, 1))][0]:g}; write 1 if it was observed, 0 if not"
     if not event.any():
         return "no event was observed, every subject is censored"
-    if event.sum() < fewest:
+    if event.sum() < min_events:
         seen = f"{int(event.sum())} events were observed"
-        return f"{seen}; at least {fewest} are needed" if a_side else f"{seen}, fewer than the {fewest} folds"
+        return (
+            f"{seen}; at least {min_events} are needed"
+            if has_held_out
+            else f"{seen}, fewer than the {min_events} folds"
+        )
     if np.ptp(time) == 0:
         return f"all times are {time[0]:g}"
     return ""

@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.evaluation.metrics import r2
 from tools.evaluation.survival import choose_penalty, fit_cox
-from tools.evaluation.vectors import Table, get_fitted_table, join_tables
+from tools.evaluation.vectors import Table, get_features_fitted_to_rows, join_tables
 
 FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # ridge penalties for features with SD 1
@@ -40,13 +40,16 @@ def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
 
 
 def standardize(
-    fitted: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
+    train_features: np.ndarray, test_features: np.ndarray, column_weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise both tables with the mean and SD of ``fitted``, and multiply by ``weights`` (D,) if given."""
-    mean, sd = fitted.mean(0), fitted.std(0)
-    weights = np.ones(len(sd)) if weights is None else weights
-    factor = np.divide(weights, sd, out=np.zeros_like(sd), where=sd > 1e-12)
-    return (fitted - mean) * factor, (others - mean) * factor
+    """Standardise both tables with the mean and SD of ``train_features``.
+
+    Then multiply both by ``column_weights`` (D,), if given.
+    """
+    mean, sd = train_features.mean(0), train_features.std(0)
+    column_weights = np.ones(len(sd)) if column_weights is None else column_weights
+    factor = np.divide(column_weights, sd, out=np.zeros_like(sd), where=sd > 1e-12)
+    return (train_features - mean) * factor, (test_features - mean) * factor
 
 
 def make_ridge():
@@ -56,25 +59,25 @@ def make_ridge():
     return RidgeCV(alphas=PENALTIES)
 
 
-def predict_number(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
+def predict_number(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict numbers (n,) by ridge regression. The features must already be standardised."""
-    return make_ridge().fit(fitted, target).predict(others)
+    return make_ridge().fit(train_features, train_target).predict(test_features)
 
 
-def predict_grade(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
+def predict_grade(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict grades (n,) by ridge regression, clipped to the range of the fitted grades but not rounded."""
-    return np.clip(predict_number(fitted, target, others), target.min(), target.max())
+    return np.clip(predict_number(train_features, train_target, test_features), train_target.min(), train_target.max())
 
 
-def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
+def predict_class(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict probabilities (n, classes) of classes 0, 1, ... by logistic regression.
 
     A class that is missing from the training subjects gets probability 0.
     """
     from sklearn.linear_model import LogisticRegressionCV
 
-    present, counts = np.unique(target, return_counts=True)
-    probabilities = np.zeros((len(others), int(target.max()) + 1))
+    present, counts = np.unique(train_target, return_counts=True)
+    probabilities = np.zeros((len(test_features), int(train_target.max()) + 1))
     if len(present) == 1:
         probabilities[:, int(present[0])] = 1
         return probabilities
@@ -90,33 +93,34 @@ def predict_class(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) ->
         model = LogisticRegressionCV(**settings, class_weight="balanced", max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # warnings about defaults that change in scikit-learn 1.10
-        probabilities[:, present.astype(int)] = model.fit(fitted, target).predict_proba(others)
+        probabilities[:, present.astype(int)] = model.fit(train_features, train_target).predict_proba(test_features)
     return probabilities
 
 
-def predict_risk(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
+def predict_risk(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict risk, (n,): the linear predictor of a ridge Cox regression on times and events (n, 2)."""
-    time, event = target.T
-    penalty = choose_penalty(fitted, time, event, INNER_FOLDS, seed=0)
-    return others @ fit_cox(fitted, time, event, penalty)
+    time, event = train_target.T
+    penalty = choose_penalty(train_features, time, event, INNER_FOLDS, seed=0)
+    return test_features @ fit_cox(train_features, time, event, penalty)
 
 
-def predict_stage(fitted: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
+def predict_copd_stage(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict a COPD stage as the authors of DrasCLR do: by a decision tree on two predicted spirometry values.
 
     Args:
-        fitted: (n, D) features of the fitted subjects.
-        target: (n, 3), the grade and the two values that define it, such as log10 of FEV1 % predicted and of FEV1/FVC.
-        others: (m, D) features of the subjects to predict.
+        train_features: (n, D) features of the fitted subjects.
+        train_target: (n, 3), the grade and the two values that define it, such as log10 of FEV1 % predicted and of
+            FEV1/FVC.
+        test_features: (m, D) features of the subjects to predict.
 
     Returns:
         (m,) grades.
     """
-    return _predict_stage_from_tables([(fitted, others)], target)
+    return _predict_stage_from_tables([(train_features, test_features)], train_target)
 
 
-def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], target: np.ndarray) -> np.ndarray:
-    """Predict a stage like predict_stage, but from several tables.
+def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], train_target: np.ndarray) -> np.ndarray:
+    """Predict a stage like predict_copd_stage, but from several tables.
 
     Predicted spirometry is averaged over the tables, because a mean of predicted stages may be a fraction.
     """
@@ -125,13 +129,13 @@ def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], targ
 
     known, asked = [], []
     for column in (1, 2):
-        values = target[:, column]
+        values = train_target[:, column]
         known.append(
             np.mean([cross_val_predict(make_ridge(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0)
         )
         asked.append(np.mean([predict_number(own, values, others) for own, others in tables], axis=0))
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, random_state=0)
-    tree.fit(np.stack(known, axis=1), target[:, 0])
+    tree.fit(np.stack(known, axis=1), train_target[:, 0])
     return tree.predict(np.stack(asked, axis=1)).astype(float)
 
 
@@ -141,12 +145,12 @@ MODELS: dict[str, Predict] = {
     "grade": predict_grade,
     "class": predict_class,
     "survival": predict_risk,
-    "stage": predict_stage,
+    "stage": predict_copd_stage,
 }
 
 
-def predict_others(
-    model: Predict, features: Table, target: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None
+def fit_and_predict_held_out(
+    model: Predict, features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Fit a model to some subjects and predict the others.
 
@@ -154,40 +158,44 @@ def predict_others(
         model: one of MODELS.
         features: (N, D), or an object that computes features (N, D) for a set of fitted rows.
         target: (N, ...).
-        others: (N,) bool, the rows to predict. The model and the scaling are fitted to the remaining rows.
+        held_out: (N,) bool, the rows to predict. The model and the scaling are fitted to the remaining rows.
         weights: column weights (D,), or (models, D) to average the predictions of several models.
 
     Returns:
         Predictions, (others, ...).
     """
-    features = get_fitted_table(features, ~others)
+    features = get_features_fitted_to_rows(features, ~held_out)
     if weights is not None and weights.ndim == 2:
-        if model is predict_stage:
+        if model is predict_copd_stage:
             return _predict_stage_from_tables(
-                [standardize(features[~others], features[others], row) for row in weights], target[~others]
+                [standardize(features[~held_out], features[held_out], row) for row in weights], target[~held_out]
             )
-        return np.mean([predict_others(model, features, target, others, row) for row in weights], axis=0)
-    if model is predict_stage:
-        fitted, asked = standardize(features[~others], features[others], weights)
-        return _predict_stage_from_tables([(fitted, asked)], target[~others])
-    return model(*_reduce_to_row_space(*standardize(features[~others], features[others], weights), target[~others]))
+        return np.mean([fit_and_predict_held_out(model, features, target, held_out, row) for row in weights], axis=0)
+    if model is predict_copd_stage:
+        fitted, asked = standardize(features[~held_out], features[held_out], weights)
+        return _predict_stage_from_tables([(fitted, asked)], target[~held_out])
+    return model(
+        *_reduce_to_row_space(*standardize(features[~held_out], features[held_out], weights), target[~held_out])
+    )
 
 
-def _reduce_to_row_space(fitted: np.ndarray, asked: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+def _reduce_to_row_space(
+    train_features: np.ndarray, test_features: np.ndarray, train_target: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
-    If a model penalises its squared weights, the weights lie in the row space of ``fitted``. An orthogonal rotation
-    maps this row space to the first r columns. The rotation matrix is computed from the inner products of the rows, (n,
-    n). For 4,096 columns, this is about five times faster than a QR decomposition.
+    If a model penalises its squared weights, the weights lie in the row space of ``train_features``. An orthogonal
+    rotation maps this row space to the first r columns. The rotation matrix is computed from the inner products of the
+    rows, (n, n). For 4,096 columns, this is about five times faster than a QR decomposition.
     """
-    if fitted.shape[1] <= len(fitted):
-        return fitted, target, asked
-    squares, directions = np.linalg.eigh(fitted @ fitted.T)
+    if train_features.shape[1] <= len(train_features):
+        return train_features, train_target, test_features
+    squares, directions = np.linalg.eigh(train_features @ train_features.T)
     kept = squares > squares[-1] * 1e-13
     if not kept.any():  # every column is constant
-        return fitted[:, :1], target, asked[:, :1] * 0
+        return train_features[:, :1], train_target, test_features[:, :1] * 0
     lengths, directions = np.sqrt(squares[kept]), directions[:, kept]  # (r,), (n, r)
-    return directions * lengths, target, asked @ fitted.T @ (directions / lengths)
+    return directions * lengths, train_target, test_features @ train_features.T @ (directions / lengths)
 
 
 def predict_out_of_fold(
@@ -197,7 +205,7 @@ def predict_out_of_fold(
     predicted = None
     for number in np.unique(fold):
         own = fold == number
-        part = predict_others(model, features, target, own, weights)
+        part = fit_and_predict_held_out(model, features, target, own, weights)
         if predicted is None:
             # Use the classes of all subjects: a fold may lack the highest class.
             width = (int(target.max()) + 1,) if part.ndim == 2 else ()
@@ -214,10 +222,10 @@ def score_held_out(
     """Return the R² of the held-out subjects, predicted by a ridge regression that was fitted to the others.
 
     Args:
-        features: (N, D), or an object as in :func:`predict_others`.
+        features: (N, D), or an object as in :func:`fit_and_predict_held_out`.
         target: (N,).
         held_out: (N,) bool.
-        weights: column weights (D,) or (models, D), as in :func:`predict_others`.
+        weights: column weights (D,) or (models, D), as in :func:`fit_and_predict_held_out`.
     """
-    predicted = predict_others(predict_number, features, target, held_out, weights)
+    predicted = fit_and_predict_held_out(predict_number, features, target, held_out, weights)
     return float(r2(target[held_out], predicted, np.ones((len(predicted), 1)))[0])

@@ -32,12 +32,12 @@ def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray, weights: np.nd
     return _divide_or_nan(np.abs(truth - predicted) @ weights, weights.sum(0))
 
 
-def exact(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def exact_agreement(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of subjects for which the rounded prediction is equal to the true grade."""
     return _divide_or_nan((np.rint(predicted) == truth) @ weights.astype(float), weights.sum(0))
 
 
-def within_one(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def share_within_one_grade(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of subjects for which the rounded prediction is at most one grade off."""
     return _divide_or_nan((np.abs(np.rint(predicted) - truth) <= 1) @ weights.astype(float), weights.sum(0))
 
@@ -91,6 +91,6 @@ def balanced_accuracy(truth: np.ndarray, predicted: np.ndarray, weights: np.ndar
 
 METRICS: dict[str, dict[str, Metric]] = {
     "regression": {"r2": r2, "mean_absolute_error": mean_absolute_error},
-    "grade": {"kappa": kappa, "exact": exact, "within_one": within_one},
+    "grade": {"kappa": kappa, "exact": exact_agreement, "within_one": share_within_one_grade},
     "class": {"auroc": auroc, "balanced_accuracy": balanced_accuracy},
 }

@@ -5,7 +5,7 @@ import numpy as np
 FOLDS = 5
 ENOUGH = 20000  # maximum number of patches from which the covariance is estimated
 FEWEST = 10  # minimum number of healthy subjects
-LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file may exceed the memory
+LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file may be larger than the memory
 
 
 class HealthyDensity:
@@ -15,32 +15,34 @@ class HealthyDensity:
 
     Args:
         features: (N, L, D) patch features, in memory or memory-mapped.
-        rows: (n,) rows of the healthy subjects that the density is fitted to.
+        healthy_rows: (n,) rows of the healthy subjects that the density is fitted to.
         seed: random seed for drawing ENOUGH patches, if there are more.
     """
 
-    def __init__(self, features: np.ndarray, rows: np.ndarray, seed: int = 0):
+    def __init__(self, features: np.ndarray, healthy_rows: np.ndarray, seed: int = 0):
         from sklearn.covariance import ledoit_wolf
 
         _, locations, width = features.shape
         self.mean = np.zeros((locations, width))  # (L, D)
         for part in split_locations(locations):
-            self.mean[part] = np.asarray(features[rows, part], dtype=np.float64).mean(axis=0)
-        pairs = np.arange(len(rows) * locations)
+            self.mean[part] = np.asarray(features[healthy_rows, part], dtype=np.float64).mean(axis=0)
+        pairs = np.arange(len(healthy_rows) * locations)
         if len(pairs) > ENOUGH:
             pairs = np.sort(np.random.default_rng(seed).choice(pairs, ENOUGH, replace=False))
         places = pairs % locations
-        deviations = np.asarray(features[rows[pairs // locations], places], dtype=np.float64) - self.mean[places]
+        deviations = (
+            np.asarray(features[healthy_rows[pairs // locations], places], dtype=np.float64) - self.mean[places]
+        )
         scale = deviations.std(axis=0)
         self.factor = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-12)  # (D,)
         covariance, _ = ledoit_wolf(deviations * self.factor, assume_centered=True)
         self.root = np.linalg.cholesky(np.linalg.inv(covariance + 1e-9 * np.eye(width)))  # (D, D)
 
-    def score_rows(self, features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def score_by_mahalanobis_distance(self, features: np.ndarray, subject_rows: np.ndarray) -> np.ndarray:
         """Score some rows by squared Mahalanobis distance / D, about 1 for usual patches: (N, L, D), (n,) -> (n, L)."""
-        scores = np.zeros((len(rows), features.shape[1]))
+        scores = np.zeros((len(subject_rows), features.shape[1]))
         for part in split_locations(features.shape[1]):
-            deviations = np.asarray(features[rows, part], dtype=np.float64) - self.mean[part]
+            deviations = np.asarray(features[subject_rows, part], dtype=np.float64) - self.mean[part]
             scores[:, part] = np.square(deviations * self.factor @ self.root).mean(axis=2)
         return scores
 
@@ -50,7 +52,7 @@ def split_locations(locations: int) -> list[slice]:
     return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
 
 
-def score_patches(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
+def score_patch_abnormality(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
     """Score every patch: features (N, L, D) and healthy (N,) bool -> (N, L).
 
     The density that scores a healthy subject is fitted to other healthy subjects, because a density gives lower scores
@@ -62,6 +64,6 @@ def score_patches(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> n
     scores = np.zeros(features.shape[:2])
     for own in np.array_split(rows, FOLDS):
         density = HealthyDensity(features, np.setdiff1d(rows, own), seed)
-        scores[own] = density.score_rows(features, own)
-        scores[others] += density.score_rows(features, others) / FOLDS
+        scores[own] = density.score_by_mahalanobis_distance(features, own)
+        scores[others] += density.score_by_mahalanobis_distance(features, others) / FOLDS
     return scores

@@ -10,7 +10,9 @@ from tools.evaluation.survival import compute_log_rank, kaplan_meier, split_by_r
 GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "highest third")}
 
 
-def plot_predictions(label: Label, judged: Evaluation, table: str, reported: np.ndarray, path: Path) -> None:
+def plot_predictions(
+    label: Label, evaluation: Evaluation, table_name: str, reported_rows: np.ndarray, path: Path
+) -> None:
     """Plot the predictions of one table.
 
     The plot shows predicted against true numbers, boxes by true grade, calibration curves of classes, or survival
@@ -18,9 +20,9 @@ def plot_predictions(label: Label, judged: Evaluation, table: str, reported: np.
 
     Args:
         label: the label, with the true values of N subjects.
-        judged: evaluation of the label.
-        table: name of the table of features.
-        reported: (N,) bool, the subjects to plot.
+        evaluation: evaluation of the label.
+        table_name: name of the table of features.
+        reported_rows: (N,) bool, the subjects to plot.
         path: PNG file to write.
     """
     import matplotlib
@@ -32,12 +34,12 @@ def plot_predictions(label: Label, judged: Evaluation, table: str, reported: np.
         name=label.name.replace("$", r"\$"), time=label.time.replace("$", r"\$")
     )  # matplotlib would treat a $ as the start of a formula
     figure, panel = plt.subplots(figsize=(4.6, 4.0), layout="constrained")
-    truth, predicted = label.target[reported], judged.predictions[table]
-    main, figures = next(iter(judged.figures[table].items()))
+    truth, predicted = label.target[reported_rows], evaluation.predictions[table_name]
+    main, figures = next(iter(evaluation.figures[table_name].items()))
     draw_one = {"survival": _plot_survival, "class": _plot_calibration, "grade": _plot_grades, "stage": _plot_grades}
     draw_one.get(label.kind, _plot_numbers)(panel, label, truth, predicted)
     interval = f"{figures['mean']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
-    panel.set_title(f"{label.name}, {table}: {main} {interval}", fontsize=9)
+    panel.set_title(f"{label.name}, {table_name}: {main} {interval}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

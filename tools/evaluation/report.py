@@ -14,7 +14,7 @@ def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
     for label, subjects, found in judged:
         metric = next(iter(found.figures["features"]))
-        cells = [_format_interval(found.figures[name][metric], "") for name in names]
+        cells = [_format_mean_and_interval(found.figures[name][metric], "") for name in names]
         lines.append(f"| {_escape_cell(label.name)} | {subjects} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -38,10 +38,10 @@ def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
                     _escape_cell(label.name),
                     metric,
                     _escape_cell(table),
-                    _format_interval(figures, ""),
+                    _format_mean_and_interval(figures, ""),
                     f"{figures['permuted']:.2f}",
                 ]
-                cells += ["" if paired is None else _format_interval(paired, "+") for paired in (more, added)]
+                cells += ["" if paired is None else _format_mean_and_interval(paired, "+") for paired in (more, added)]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -51,8 +51,10 @@ def _escape_cell(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def _format_interval(figures: dict[str, Any], sign: str) -> str:
-    return f"{figures['mean']:{sign}.2f} ({figures['low']:{sign}.2f} to {figures['high']:{sign}.2f})"
+def _format_mean_and_interval(figures: dict[str, Any], sign_format: str) -> str:
+    return (
+        f"{figures['mean']:{sign_format}.2f} ({figures['low']:{sign_format}.2f} to {figures['high']:{sign_format}.2f})"
+    )
 
 
 SHOWN = 0.005  # smallest difference that is visible with two decimals

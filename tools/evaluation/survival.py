@@ -10,7 +10,7 @@ def log_partial_likelihood(risk: np.ndarray, time: np.ndarray, event: np.ndarray
     """Return Breslow's log partial likelihood, averaged over events; risk (n,) is the linear predictor."""
     order = np.argsort(-time, kind="stable")
     risk, time, event = risk[order], time[order], event[order]
-    at_risk = np.logaddexp.accumulate(risk)[_find_last_ties(time)]  # log of the sum over the risk set
+    at_risk = np.logaddexp.accumulate(risk)[_find_last_ties(time)]  # log of the sum of exp(risk) over the risk set
     return float(((risk - at_risk) * event).sum() / max(1, event.sum()))
 
 
@@ -53,7 +53,7 @@ def fit_cox(features: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: 
     for _ in range(STEPS):
         risk = x @ beta
         weight = np.exp(risk - risk.max())
-        total = np.cumsum(weight)[last]  # (n,) sum over the risk set of each subject
+        total = np.cumsum(weight)[last]  # (n,) sum of the weights over the risk set of each subject
         means = np.cumsum(weight[:, None] * x, axis=0)[last] / total[:, None]  # (n, d)
         per_event = np.zeros(len(x))
         np.add.at(per_event, last, event / total)

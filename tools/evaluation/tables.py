@@ -30,7 +30,7 @@ def read_features(path: str) -> pd.DataFrame:
         row, column = np.argwhere(numbers.isna().to_numpy())[0]
         where = f"{table.iat[row, column]!r} in column {table.columns[column]} of sid {table.index[row]}"
         raise StoreError(
-            f"{path} has {where}, which is not a number; write every feature as a number with a decimal point"
+            f"{path} has {where}, which is not a number; write plain numbers with a decimal point, such as 0.5"
         ) from None
     if table.columns.empty:
         raise StoreError(f"{path} has no feature columns, only sid")
@@ -91,13 +91,15 @@ class ChosenVector(NamedTuple):
     patches: Path | None  # file of patch features; None if kind is mean
 
 
-def choose_vector(kind: str | None, features: str, patches: str | None, note: Callable[[str], None]) -> ChosenVector:
-    """Resolve --patient-vector. The default is layers if its file is next to ``features``, else moments, else mean.
+def choose_patient_vector(
+    kind: str | None, features_path: str, patch_features_path: str | None, note: Callable[[str], None]
+) -> ChosenVector:
+    """Resolve --patient-vector. The default is layers or moments if its file is next to ``features_path``, else mean.
 
     Args:
         kind: value of --patient-vector, or None.
-        features: path of patient_features.csv.
-        patches: value of --patch-features, or None for the file next to ``features``.
+        features_path: path of patient_features.csv.
+        patch_features_path: value of --patch-features, or None for the file next to ``features_path``.
         note: function that prints a line of text; called if ``kind`` is None and moments or the mean are chosen.
 
     Raises:
@@ -106,13 +108,13 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
     if kind == "mean":
         return ChosenVector(kind, None)
     if kind is not None:
-        path = Path(patches) if patches else Path(features).with_name(FILES[kind])
+        path = Path(patch_features_path) if patch_features_path else Path(features_path).with_name(FILES[kind])
         if not path.is_file():
             how = "extract_feature.py --layers writes it" if kind == "layers" else "extract_feature.py writes it"
             raise StoreError(f"--patient-vector {kind} needs {path}, which does not exist; {how}")
         return ChosenVector(kind, path)
     for best in ("layers", "moments"):
-        path = Path(features).with_name(FILES[best])
+        path = Path(features_path).with_name(FILES[best])
         if path.is_file() and path.with_name("sid_arr_full.npy").is_file():
             if best == "moments":
                 note(
@@ -120,7 +122,7 @@ def choose_vector(kind: str | None, features: str, patches: str | None, note: Ca
                     f"(extract_feature.py --layers): using --patient-vector moments"
                 )
             return ChosenVector(best, path)
-    note(f"no patch features next to {features}; using --patient-vector mean, which is the table itself")
+    note(f"no patch features next to {features_path}; using --patient-vector mean, which is the table itself")
     return ChosenVector("mean", None)
 
 
@@ -128,7 +130,7 @@ def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[st
     """Read the patient vectors of some subjects, (N, ...).
 
     Args:
-        chosen: result of :func:`choose_vector`.
+        chosen: result of :func:`choose_patient_vector`.
         features: patient_features.csv as read by :func:`read_features`.
         sids: N subjects, one per row.
 
@@ -312,19 +314,19 @@ def match_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str)
         lacking = [sid for sid in first if sid not in there]
         if lacking:
             name = table_paths.get(name, name)
-            hint = _describe_spelling(lacking, index)
-            raise StoreError(f"{name} has none of the subjects of the features, such as {lacking[0]!r}{hint}")
+            hint = _describe_sid_spelling(lacking, index)
+            raise StoreError(f"{name} has none of the subjects that have features, such as {lacking[0]!r}{hint}")
     raise StoreError(f"the tables and {path} have no sid in common")
 
 
-def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
+def _describe_sid_spelling(missing_sids: Sequence[str], present_sids: Sequence[str]) -> str:
     """Return a hint if two tables spell a subject differently (007, 7 or 7.0; a01 or A01), to append to a message."""
 
     def normalize_sid(sid: str) -> str:
         return str(sid).lower().removesuffix(".0").lstrip("0") or "0"
 
-    others = {normalize_sid(sid): sid for sid in there if sid}
-    alike = next(((sid, others[normalize_sid(sid)]) for sid in lacking if normalize_sid(sid) in others), None)
+    others = {normalize_sid(sid): sid for sid in present_sids if sid}
+    alike = next(((sid, others[normalize_sid(sid)]) for sid in missing_sids if normalize_sid(sid) in others), None)
     return (
         f"; it has {alike[1]!r} instead of {alike[0]!r}, but a sid must have the same spelling in both tables"
         if alike
@@ -332,13 +334,21 @@ def _describe_spelling(lacking: Sequence[str], there: Sequence[str]) -> str:
     )
 
 
-def report_unmatched(features: Sequence[str], labels: Sequence[str], path: str, note: Callable[[str], None]) -> None:
+def report_unmatched_subjects(
+    feature_sids: Sequence[str], label_sids: Sequence[str], label_table_path: str, note: Callable[[str], None]
+) -> None:
     """Print a note about subjects that are in only one of the two tables and are left out."""
-    features, labels = list(features), list(labels)
-    unlabelled = sorted(set(features) - set(labels))
-    unknown = sorted(set(labels) - set(features))
+    feature_sids, label_sids = list(feature_sids), list(label_sids)
+    unlabelled = sorted(set(feature_sids) - set(label_sids))
+    unknown = sorted(set(label_sids) - set(feature_sids))
     if unlabelled:
-        hint = _describe_spelling(unlabelled, unknown)
-        note(f"{len(unlabelled)} of {len(features)} subjects have no row in {path}, such as {unlabelled[0]!r}{hint}")
+        hint = _describe_sid_spelling(unlabelled, unknown)
+        note(
+            f"{len(unlabelled)} of {len(feature_sids)} subjects have no row in {label_table_path}, "
+            f"such as {unlabelled[0]!r}{hint}"
+        )
     if unknown:
-        note(f"{len(unknown)} of {len(labels)} subjects of {path} have no features, such as {unknown[0]!r}")
+        note(
+            f"{len(unknown)} of {len(label_sids)} subjects of {label_table_path} have no features, "
+            f"such as {unknown[0]!r}"
+        )

@@ -33,27 +33,27 @@ class Standardization(NamedTuple):
     factor: np.ndarray  # (L, D) float64: 1 / SD, or 0 if a feature does not vary
 
     @classmethod
-    def fit(cls, kind: str, patches: np.ndarray, rows: np.ndarray) -> "Standardization":
-        """Compute the mean and SD over some rows of ``patches`` (N, L, D) in one pass over the file or array."""
+    def fit(cls, vector_kind: str, patch_features: np.ndarray, rows: np.ndarray) -> "Standardization":
+        """Compute the mean and SD over some rows of ``patch_features`` (N, L, D) in one pass over the file or array."""
         total = squares = 0.0
         origin = np.asarray(
-            patches[rows[0]], dtype=np.float64
+            patch_features[rows[0]], dtype=np.float64
         )  # (L, D); subtracting one subject's features from all features keeps the sums of squares accurate
-        for some in _split_rows(patches, rows):
-            apart = np.asarray(patches[some], dtype=np.float64) - origin
+        for some in _split_rows_into_blocks(patch_features, rows):
+            apart = np.asarray(patch_features[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)
             squares = squares + np.einsum("nld,nld->ld", apart, apart)
         mean = total / len(rows)
         sd = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
         factor = np.divide(1, sd, out=np.zeros_like(sd), where=sd > LEAST_SD)
-        return cls(kind, origin + mean, factor)
+        return cls(vector_kind, origin + mean, factor)
 
-    def compute_vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    def compute_patient_vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """Return mean and SD of standardised features over locations: (N, L, D) -> (n, 2 D) float64, means first."""
         rows = np.arange(len(patches)) if rows is None else rows
         found = np.empty((len(rows), 2 * self.mean.shape[1]))
         start = 0
-        for some in _split_rows(patches, rows):
+        for some in _split_rows_into_blocks(patches, rows):
             z = (np.asarray(patches[some], dtype=np.float64) - self.mean) * self.factor  # (n, L, D)
             mean = z.mean(axis=1)
             z -= mean[:, None]
@@ -89,7 +89,7 @@ class Standardization(NamedTuple):
         return found, checkpoint
 
 
-def _split_rows(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+def _split_rows_into_blocks(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     """Split row numbers into parts with about BYTES_AT_ONCE bytes of patch features each."""
     each = max(1, BYTES_AT_ONCE // (8 * max(1, patches[0].size)))
     return [rows[start : start + each] for start in range(0, len(rows), each)]
@@ -98,7 +98,8 @@ def _split_rows(patches: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 class PatientVectors:
     """Patient vectors of N subjects, standardised over the subjects that a model is fitted to.
 
-    PatientVectors can replace a table (N, 2 D): learn.py calls ``fitted_to`` for each set of fitted subjects.
+    PatientVectors can replace a table (N, 2 D): learn.py calls ``compute_standardized_features`` for each set of
+    fitted subjects.
 
     Args:
         kind: moments or layers.
@@ -112,21 +113,21 @@ class PatientVectors:
         # The objects that __getitem__ returns share this cache.
         self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = OrderedDict()
 
-    def __getitem__(self, known: np.ndarray) -> "PatientVectors":
+    def __getitem__(self, row_mask: np.ndarray) -> "PatientVectors":
         """Select some rows."""
-        part = PatientVectors(self.kind, self.patches, self.rows[known])
+        part = PatientVectors(self.kind, self.patches, self.rows[row_mask])
         part._kept = self._kept
         return part
 
-    def fitted_to(self, fitted: np.ndarray) -> np.ndarray:
-        """Return vectors (N, 2 D), standardised with the mean and SD of the subjects in ``fitted``, (N,) bool.
+    def compute_standardized_features(self, fitted_subject_mask: np.ndarray) -> np.ndarray:
+        """Return vectors (N, 2 D), standardised with the mean and SD of the subjects in the mask (N,), bool.
 
         Results are cached, because several tables use the same folds.
         """
-        key = self.rows.tobytes(), fitted.tobytes()
+        key = self.rows.tobytes(), fitted_subject_mask.tobytes()
         if key not in self._kept:
-            standardization = Standardization.fit(self.kind, self.patches, self.rows[fitted])
-            self._kept[key] = standardization.compute_vectors(self.patches, self.rows)
+            standardization = Standardization.fit(self.kind, self.patches, self.rows[fitted_subject_mask])
+            self._kept[key] = standardization.compute_patient_vectors(self.patches, self.rows)
             while len(self._kept) > max(1, KEPT_BYTES // self._kept[key].nbytes):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -143,19 +144,19 @@ class JoinedTable:
             sum(table.shape[1] for table in tables),
         )
 
-    def __getitem__(self, known: np.ndarray) -> "JoinedTable":
-        return JoinedTable(*(table[known] for table in self.tables))
+    def __getitem__(self, rows: np.ndarray) -> "JoinedTable":
+        return JoinedTable(*(table[rows] for table in self.tables))
 
-    def fitted_to(self, fitted: np.ndarray) -> np.ndarray:
-        return np.hstack([get_fitted_table(table, fitted) for table in self.tables])
+    def compute_standardized_features(self, fitted_subject_mask: np.ndarray) -> np.ndarray:
+        return np.hstack([get_features_fitted_to_rows(table, fitted_subject_mask) for table in self.tables])
 
 
 Table = np.ndarray | PatientVectors | JoinedTable
 
 
-def get_fitted_table(table: Table, fitted: np.ndarray) -> np.ndarray:
-    """Return the features (N, D) of a table for a model that is fitted to the rows in ``fitted``, (N,) bool."""
-    return table if isinstance(table, np.ndarray) else table.fitted_to(fitted)
+def get_features_fitted_to_rows(table: Table, fitted_rows: np.ndarray) -> np.ndarray:
+    """Return the features (N, D) of a table for a model that is fitted to the rows in ``fitted_rows``, (N,) bool."""
+    return table if isinstance(table, np.ndarray) else table.compute_standardized_features(fitted_rows)
 
 
 def join_tables(*tables: Table) -> Table:

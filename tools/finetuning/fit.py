@@ -49,9 +49,9 @@ class Data:
             found.append((encoded[:, -count_layer_features(encoder) :] if layers else encoded).cpu())
         return torch.stack(found, dim=1)
 
-    def read_patches(self, rows: np.ndarray, places: np.ndarray) -> torch.Tensor:
+    def read_patches(self, rows: np.ndarray, location_indices: np.ndarray) -> torch.Tensor:
         """Read the patches of some subjects at some locations as network input: (locations x rows, 1, 32, 32, 32)."""
-        patches = np.concatenate([self.store.read(int(place), rows) for place in places])
+        patches = np.concatenate([self.store.read(int(place), rows) for place in location_indices])
         return convert_hu_to_input(torch.from_numpy(patches).to(self.locations.device), torch.float32)
 
 
@@ -76,9 +76,9 @@ class Scaled(NamedTuple):
         mean, sd = float(task.target[train].mean()), float(task.target[train].std()) or 1.0
         return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
 
-    def compute_loss(self, outputs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        """Return cross entropy or mean squared error of outputs (n, outputs) for labels with indices ``numbers``."""
-        wanted = self.target[numbers].to(outputs.device)
+    def compute_loss(self, outputs: torch.Tensor, label_indices: np.ndarray) -> torch.Tensor:
+        """Return the cross-entropy or mean squared error of outputs (n, outputs) for the labels ``label_indices``."""
+        wanted = self.target[label_indices].to(outputs.device)
         if self.weights is not None:
             return F.cross_entropy(outputs, wanted, self.weights.to(outputs.device))
         return F.mse_loss(outputs[:, 0], wanted)
@@ -90,7 +90,7 @@ class Scaled(NamedTuple):
         return outputs[:, 0].double().numpy() * self.sd + self.mean
 
 
-def fit(
+def fine_tune_and_predict(
     task: Task,
     split: Split,
     data: Data,
@@ -98,8 +98,8 @@ def fit(
     layers: str,
     pooling: str,
     seed: int,
-    known: torch.Tensor | None = None,
-    vector: str = "mean",
+    precomputed_features: torch.Tensor | None = None,
+    vector_kind: str = "mean",
 ) -> Fitted:
     """Train on ``split.train``, stop when ``split.validation`` no longer improves, and predict ``split.test``.
 
@@ -115,10 +115,10 @@ def fit(
         layers: one of LAYERS in tools.finetuning.network.
         pooling: one of POOLINGS in tools.finetuning.network.
         seed: random seed for the weights of the head and for the order of the training labels.
-        known: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them. If ``vector`` is
-            "layers", ``known`` contains the summaries of the encoder's layers, (N, L, W).
-        vector: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require ``known``,
-            ``layers`` = "frozen" and ``pooling`` = "mean".
+        precomputed_features: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them.
+            If ``vector_kind`` is "layers", this array contains the summaries of the encoder's layers, (N, L, W).
+        vector_kind: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require
+            ``precomputed_features``, ``layers`` = "frozen" and ``pooling`` = "mean".
     """
     torch.manual_seed(seed)
     parameters = freeze_other_layers(encoder, layers)
@@ -126,22 +126,32 @@ def fit(
     device = data.locations.device
 
     standardization = None
-    if vector != "mean":
-        standardization = Standardization.fit(vector, known.numpy(), np.unique(task.rows[split.train]))
-        known = torch.from_numpy(standardization.compute_vectors(known.numpy())).float()[:, None]  # (N, 1, 2 D)
+    if vector_kind != "mean":
+        standardization = Standardization.fit(
+            vector_kind, precomputed_features.numpy(), np.unique(task.rows[split.train])
+        )
+        precomputed_features = torch.from_numpy(
+            standardization.compute_patient_vectors(precomputed_features.numpy())
+        ).float()[:, None]  # (N, 1, 2 D)
 
-    def represent(numbers: np.ndarray, fresh: bool) -> torch.Tensor:
+    def compute_representations(label_indices: np.ndarray, ignore_precomputed: bool) -> torch.Tensor:
         """Return h (n, patches, rep_dim) for each label: of all patches of the subject, or of the labelled patch."""
-        rows, inverse = np.unique(task.rows[numbers], return_inverse=True)
-        h = data.encode(encoder, rows) if fresh or known is None else known[torch.from_numpy(rows)]
+        rows, inverse = np.unique(task.rows[label_indices], return_inverse=True)
+        h = (
+            data.encode(encoder, rows)
+            if ignore_precomputed or precomputed_features is None
+            else precomputed_features[torch.from_numpy(rows)]
+        )
         h = h[torch.from_numpy(inverse)]  # (n, L, rep_dim)
-        return h if task.places is None else h[torch.arange(len(h)), torch.from_numpy(task.places[numbers])][:, None]
+        return (
+            h if task.places is None else h[torch.arange(len(h)), torch.from_numpy(task.places[label_indices])][:, None]
+        )
 
-    train_h = represent(split.train, fresh=False)
+    train_h = compute_representations(split.train, ignore_precomputed=False)
     head = Head(train_h.shape[-1], count_outputs(task), pooling)
     head.store_standardization(train_h)
     head.to(device)
-    validation_h = represent(split.validation, fresh=False)
+    validation_h = compute_representations(split.validation, ignore_precomputed=False)
 
     def compute_validation_loss(h: torch.Tensor) -> float:
         with torch.no_grad():
@@ -163,11 +173,11 @@ def fit(
 
         def train_encoder_round() -> float:
             _train_encoder_round(task, split.train, data, encoder, head, scaled, descent, rng)
-            return compute_validation_loss(represent(split.validation, fresh=True))
+            return compute_validation_loss(compute_representations(split.validation, ignore_precomputed=True))
 
         best_loss, rounds = _train_until_no_better(train_encoder_round, (head, encoder), layers, best_loss)
     with torch.no_grad():
-        outputs = head(represent(split.test, fresh=bool(parameters)).to(device)).cpu()
+        outputs = head(compute_representations(split.test, ignore_precomputed=bool(parameters)).to(device)).cpu()
     return Fitted(head, encoder, scaled.to_label_unit(outputs), rounds, best_loss, standardization)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.locations import table_fingerprint
 from data.store import PatchStore
-from models.checkpoint import build_query_encoder, check_same_table, check_sha256, read_checkpoint
+from models.checkpoint import build_query_encoder, check_same_location_table, check_sha256, read_checkpoint
 from models.cnn3d import Encoder
 
 POOLINGS = ("mean", "attention")
@@ -25,7 +25,9 @@ def load_encoder(path: str, store: PatchStore, sha256: str | None = None) -> tup
     check_sha256(Path(path), sha256)
     content = read_checkpoint(Path(path))
     encoder, sizes = build_query_encoder(Encoder, content, path)
-    note = check_same_table(content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root)
+    note = check_same_location_table(
+        content, path, store.num_locations, table_fingerprint(store.locations), store.layout.root
+    )
     if note:
         print(f"note: {note}", file=sys.stderr)
     return encoder, sizes

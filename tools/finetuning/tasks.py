@@ -6,7 +6,7 @@ import numpy as np
 
 from data.layout import StoreError
 from data.tables import read_table
-from tools.evaluation.kinds import find_label_problem, guess_kind
+from tools.evaluation.kinds import find_label_problem, guess_label_kind
 
 FEWEST = 10  # minimum number of labelled subjects
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.25
@@ -65,7 +65,7 @@ def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, 
         raise StoreError(
             f"{what} has a value for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
         )
-    kind = kind or guess_kind(values)
+    kind = kind or guess_label_kind(values)
     reason = find_label_problem(values, kind, folds=2)
     if kind == "class" and not reason:
         numbers, counts = np.unique(values, return_counts=True)
@@ -112,7 +112,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     else:
         tested, pool = patients[held_out[patients]], patients[~held_out[patients]]
     if task.kind == "class" and task.places is None:
-        pool = _alternate_classes(pool, task)
+        pool = _reorder_to_alternate_classes(pool, task)
     count = max(FEWEST_DRAWN, round(fraction * len(pool)))
     if count > len(pool):
         raise StoreError(f"there are {len(pool)} labelled subjects to learn from; at least {FEWEST_DRAWN} are needed")
@@ -135,7 +135,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
     return Split(*of)
 
 
-def _alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
+def _reorder_to_alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
     """Reorder subjects so that classes alternate until one class is used up: small fractions need all classes."""
     label = dict(zip(task.rows, task.target))
     kinds = [[p for p in patients if label[p] == number] for number in range(len(task.classes))]

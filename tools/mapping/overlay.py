@@ -11,14 +11,16 @@ GREY = (-1024, 240)  # HU shown as black and as white
 LONGEST = 320  # maximum number of pixels along a side of a panel; larger slices show every n-th voxel
 
 
-def draw_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tuple[float, float], title: str):
+def draw_map(
+    scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, color_limits: tuple[float, float], title: str
+) -> bytes:
     """Draw coronal, sagittal and axial slices through the highest values, with the map in colour over the lungs.
 
     Args:
         scan: the scan.
         scores: the map, on the grid of the scan.
         mask: lung mask, on the grid of the scan.
-        limits: values of the first and the last colour.
+        color_limits: values of the first and the last colour.
         title: title of the picture.
 
     Returns:
@@ -36,7 +38,7 @@ def draw_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tup
     for panel, axis, name, sides in zip(
         figure.subplots(1, 3), (1, 2, 0), ("coronal", "sagittal", "axial"), ("RLHF", "APHF", "RLAP")
     ):
-        weight = np.where(lungs, values - limits[0], 0).clip(min=0).sum(axis=tuple({0, 1, 2} - {axis}))
+        weight = np.where(lungs, values - color_limits[0], 0).clip(min=0).sum(axis=tuple({0, 1, 2} - {axis}))
         where = int(weight.argmax()) if weight.any() else lungs.shape[axis] // 2
         rows, columns = (other for other in range(3) if other != axis)
         step = max(1, -(-max(lungs.shape[rows], lungs.shape[columns]) // LONGEST))
@@ -46,7 +48,7 @@ def draw_map(scan: sitk.Image, scores: sitk.Image, mask: sitk.Image, limits: tup
         )
         panel.imshow(np.take(grey, where, axis)[cut], cmap="gray", vmin=GREY[0], vmax=GREY[1], **picture)
         over = np.ma.masked_where(~np.take(lungs, where, axis)[cut], np.take(values, where, axis)[cut])
-        shown = panel.imshow(over, cmap="inferno", vmin=limits[0], vmax=limits[1], alpha=0.6, **picture)
+        shown = panel.imshow(over, cmap="inferno", vmin=color_limits[0], vmax=color_limits[1], alpha=0.6, **picture)
         panel.set_title(f"{name}, slice {where + 1} of {lungs.shape[axis]}")
         panel.set_xticks([])
         panel.set_yticks([])

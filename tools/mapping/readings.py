@@ -11,7 +11,7 @@ from data.views import convert_hu_to_input
 from misc.progress import progress_bar
 from models.frozen import LOCATIONS_AT_ONCE, freeze_at_locations
 from preprocess.patches import Patches, cut_patches
-from tools.evaluation.baselines import count_voxels
+from tools.evaluation.baselines import count_voxels_by_density
 from tools.evaluation.learn import make_ridge
 from tools.mapping.windows import Windows
 
@@ -19,53 +19,60 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one l
 
 
 class Readers:
-    """Compute features of patches: h of the encoder and, with ``compare``, a histogram and the fraction below -950 HU.
+    """Compute features of patches: h of the encoder.
 
-    In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``compare``.
+    With ``add_density_readings``, also compute a histogram and the fraction of voxels below -950 HU.
+
+    In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``add_density_readings``.
     """
 
     def __init__(
-        self, encoder: torch.nn.Module, rep_dim: int, locations: np.ndarray, device: torch.device, compare: bool
+        self,
+        encoder: torch.nn.Module,
+        rep_dim: int,
+        locations: np.ndarray,
+        device: torch.device,
+        add_density_readings: bool,
     ):
-        self.rep_dim, self.compare = rep_dim, compare
+        self.rep_dim, self.compare = rep_dim, add_density_readings
         self.encoder = encoder.eval().to(device)
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
-    def iterate_locations(self, places: Iterable[int]) -> Iterable[tuple[int, Encode]]:
-        """Yield each location of ``places`` with a function that computes the features of its patches, (n, D)."""
-        places = list(places)
-        for start in range(0, len(places), LOCATIONS_AT_ONCE):
-            some = places[start : start + LOCATIONS_AT_ONCE]
+    def iterate_location_encoders(self, locations: Iterable[int]) -> Iterable[tuple[int, Encode]]:
+        """Yield each location of ``locations`` with a function that computes the features of its patches, (n, D)."""
+        locations = list(locations)
+        for start in range(0, len(locations), LOCATIONS_AT_ONCE):
+            some = locations[start : start + LOCATIONS_AT_ONCE]
             for place, frozen in zip(some, freeze_at_locations(self.encoder, self.locations[some])):
-                yield place, lambda patches, frozen=frozen: self._compute_readings(patches, frozen)
+                yield place, lambda patches, frozen=frozen: self._compute_patch_features(patches, frozen)
 
-    def _compute_readings(self, patches: np.ndarray, frozen) -> np.ndarray:
-        h = frozen(
+    def _compute_patch_features(self, patches: np.ndarray, frozen_encoder: Callable[..., torch.Tensor]) -> np.ndarray:
+        h = frozen_encoder(
             torch.from_numpy(np.ascontiguousarray(patches)).to(self.locations.device), convert_hu_to_input
         )  # (n, rep_dim)
         if not self.compare:
             return h.cpu().numpy()
-        counts = [count_voxels(patch) for patch in patches]
+        counts = [count_voxels_by_density(patch) for patch in patches]
         histograms = np.array([histogram / histogram.sum() for histogram, _, _ in counts])  # (n, BINS)
         density = np.array([[low / max(1, lung)] for _, low, lung in counts])  # (n, 1)
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
-    def split_readings(self, readings: np.ndarray) -> dict[str, np.ndarray]:
+    def split_by_feature_type(self, patch_features: np.ndarray) -> dict[str, np.ndarray]:
         """Split features (..., D) by source: the encoder's features and, with ``compare``, histogram and density."""
-        found = {"features": readings[..., : self.rep_dim]}
+        found = {"features": patch_features[..., : self.rep_dim]}
         if self.compare:
-            found |= {"histogram": readings[..., self.rep_dim : -1], "density": readings[..., -1:]}
+            found |= {"histogram": patch_features[..., self.rep_dim : -1], "density": patch_features[..., -1:]}
         return found
 
 
-def compute_subject_means(
+def average_patch_features(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean features of some subjects of the store: over locations (n, D), and over subjects (L, D)."""
     total: np.ndarray | float = 0.0
     of_place = []
     with progress_bar(no_progress, total=store.num_locations, desc="store", unit="location") as bar:
-        for place, encode in readers.iterate_locations(range(store.num_locations)):
+        for place, encode in readers.iterate_location_encoders(range(store.num_locations)):
             read = encode(store.read(place, rows)).astype(np.float64)
             total = total + read
             of_place.append(read.mean(axis=0))
@@ -74,27 +81,27 @@ def compute_subject_means(
 
 
 def compute_patch_readings(
-    readers: Readers, places: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]
+    readers: Readers, patch_locations: np.ndarray, read_patches: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Compute features (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
         readers: computes the readings.
-        places: (n,) location of each patch, as a row of the location table.
-        read: function that takes a location and the indices (m,) of its patches in ``places``, and returns these
-            patches, (m, 32, 32, 32) in HU.
+        patch_locations: (n,) location of each patch, as a row of the location table.
+        read_patches: function that takes a location and the indices (m,) of its patches in ``patch_locations``, and
+            returns these patches, (m, 32, 32, 32) in HU.
     """
     found: np.ndarray | None = None
-    for place, encode in readers.iterate_locations(np.unique(places).tolist()):
-        own = np.flatnonzero(places == place)
-        part = encode(read(place, own))
-        found = np.zeros((len(places), part.shape[1])) if found is None else found
+    for place, encode in readers.iterate_location_encoders(np.unique(patch_locations).tolist()):
+        own = np.flatnonzero(patch_locations == place)
+        part = encode(read_patches(place, own))
+        found = np.zeros((len(patch_locations), part.shape[1])) if found is None else found
         found[own] = part
     return found
 
 
 def compute_window_readings(
-    readers: Readers, cut: Patches, windows: Windows, patch_size: int, usual: np.ndarray
+    readers: Readers, cut: Patches, windows: Windows, patch_size: int, mean_readings: np.ndarray
 ) -> np.ndarray:
     """Compute the features of each window, minus the mean features at its location: (n, D).
 
@@ -103,17 +110,17 @@ def compute_window_readings(
         cut: the resampled scan.
         windows: the windows.
         patch_size: edge length of a window in voxels.
-        usual: (L, D), mean features of the fitted subjects at each location. Features differ more between locations
-            than between subjects, because each location has its own kernels. The linear model is therefore fitted to
-            deviations from the mean of each location.
+        mean_readings: (L, D), mean features of the fitted subjects at each location. Features differ more between
+            locations than between subjects, because each location has its own kernels. The linear model is therefore
+            fitted to deviations from the mean of each location.
     """
     found = compute_patch_readings(
         readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
     )
-    return found - usual[windows.places]
+    return found - mean_readings[windows.places]
 
 
-def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def fit_probe(features: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a linear model of a label, and return its predict function.
 
     A model fitted to subject means also applies to single patches. This is multiple-instance learning from weak labels
@@ -121,10 +128,10 @@ def fit_probe(readings: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
     prediction for a patch therefore shows how much the patch contributes to the prediction for the subject.
 
     Args:
-        readings: (n, D) features, after subtracting mean features as in :func:`compute_window_readings`.
+        features: (n, D) features, after subtracting mean features as in :func:`compute_window_readings`.
         target: (n,) label values.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), make_ridge()).fit(readings, target).predict
+    return make_pipeline(StandardScaler(), make_ridge()).fit(features, target).predict

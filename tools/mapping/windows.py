@@ -28,10 +28,10 @@ class Windows(NamedTuple):
     stride: int
 
 
-def lay_windows(
-    cut: Patches,
+def place_windows_over_lungs(
+    scan_patches: Patches,
     mask: sitk.Image,
-    table: np.ndarray,
+    atlas_corners: np.ndarray,
     atlas: sitk.Image,
     transform: sitk.Transform,
     stride: int,
@@ -39,19 +39,22 @@ def lay_windows(
 ) -> Windows | None:
     """Place a window at each cell of the grid that contains lung. Returns None if the volume contains no lung.
 
-    The network was only trained at the locations in ``table``. The inverse of the registration therefore maps each
-    window to the atlas, and the window uses the table's nearest location.
+    The network was only trained at the locations in ``atlas_corners``. The inverse of the registration therefore maps
+    each window to the atlas, and the window uses the nearest of these locations.
 
     Args:
-        cut: result of preprocess.patches.cut_scan.
+        scan_patches: result of preprocess.patches.cut_scan.
         mask: lung mask of the scan, on any grid.
-        table: (L, 3) corners (x, y, z) in atlas voxels.
+        atlas_corners: (L, 3) corners (x, y, z) in atlas voxels.
         atlas: lung mask of the atlas.
         transform: maps atlas points to scan points.
         stride: distance between windows in voxels.
         patch_size: edge length of a window in voxels.
     """
-    lungs = sitk.GetArrayFromImage(sitk.Resample(mask, cut.volume, sitk.Transform(), sitk.sitkNearestNeighbor, 0)) > 0
+    lungs = (
+        sitk.GetArrayFromImage(sitk.Resample(mask, scan_patches.volume, sitk.Transform(), sitk.sitkNearestNeighbor, 0))
+        > 0
+    )
     along = [np.flatnonzero(lungs.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]  # z, y, x
     if not len(along[0]):
         return None
@@ -65,13 +68,18 @@ def lay_windows(
     centres = np.stack(np.unravel_index(cells, grid), axis=1) * stride + low + stride // 2  # (n, 3): z, y, x
     corners = centres[:, ::-1] - patch_size // 2  # (n, 3): x, y, z
     return Windows(
-        corners, _find_nearest_locations(corners, cut.volume, table, atlas, transform), cells, grid, low[::-1], stride
+        corners,
+        _find_nearest_locations(corners, scan_patches.volume, atlas_corners, atlas, transform),
+        cells,
+        grid,
+        low[::-1],
+        stride,
     )
 
 
 def _find_nearest_locations(
-    corners, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform
-):
+    corners: np.ndarray, volume: sitk.Image, table: np.ndarray, atlas: sitk.Image, transform: sitk.Transform
+) -> np.ndarray:
     """Return, for each corner, the row of the nearest location in the table, (n,)."""
     from scipy.spatial import cKDTree
 

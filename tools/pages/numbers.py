@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.evaluation.metrics import r2
-from tools.evaluation.normal import score_patches, split_locations
+from tools.evaluation.normal import score_patch_abnormality, split_locations
 
 FOLDS = 5
-PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties for features with SD 1, per fitted subject
+PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties per training subject, for features with SD 1
 FEWEST = 20  # minimum number of subjects with a label
 
 
@@ -47,8 +47,8 @@ def find_nearest(features: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(rows, order, axis=1)[:, :count]
 
 
-def compute_importance(
-    features: np.ndarray, target: np.ndarray, told: Callable[[int], None] = lambda _: None, seed: int = 0
+def compute_location_importance(
+    features: np.ndarray, target: np.ndarray, report_progress: Callable[[int], None] = lambda _: None, seed: int = 0
 ) -> np.ndarray:
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
@@ -58,7 +58,7 @@ def compute_importance(
     Args:
         features: (N, L, D).
         target: (N,), NaN where unknown.
-        told: called after every few locations with the number of locations finished since the last call.
+        report_progress: called after every few locations with the number of locations finished since the last call.
         seed: random seed of the folds.
 
     Returns:
@@ -75,7 +75,7 @@ def compute_importance(
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
             predicted = _predict_out_of_fold(standardize_features(x), y, folds)  # (penalties, n)
             found[:, place] = [r2(y, values, np.ones((len(y), 1)))[0] for values in predicted]
-        told(block.shape[1])
+        report_progress(block.shape[1])
     return found[np.argmax(found.clip(min=0).mean(axis=1))]
 
 
@@ -108,6 +108,6 @@ def find_unusual_locations(features: np.ndarray, healthy: np.ndarray, count: int
     Returns:
         Locations (N, count) and their scores (N, count), highest score first.
     """
-    scores = score_patches(features, healthy)  # (N, L)
+    scores = score_patch_abnormality(features, healthy)  # (N, L)
     places = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return places, np.take_along_axis(scores, places, axis=1)

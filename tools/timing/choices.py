@@ -25,10 +25,10 @@ CHOICES: dict[str, dict[str, object]] = {
 STEPS = 4  # steps per printed line
 
 
-def time_option(store, folder: Path, flags: dict[str, object], args) -> tuple[float, float]:
+def measure_step_time_and_memory(store, folder: Path, train_flags: dict[str, object], args) -> tuple[float, float]:
     """Return seconds per step (the median over all printed lines except the first) and peak memory in GB."""
     sizes = {"batch-size": args.batch, "moco-k": 4096, "epochs": 1, "workers": 1, "device": args.device.type}
-    process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **flags})
+    process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **train_flags})
     rates, peak = [], float("nan")
     try:
         for line in process.stdout:
@@ -41,18 +41,18 @@ def time_option(store, folder: Path, flags: dict[str, object], args) -> tuple[fl
     finally:
         stop_process(process)
     if len(rates) < 4:
-        raise RuntimeError(f"train.py ended early with the flags {flags}")
+        raise RuntimeError(f"train.py ended early with the flags {train_flags}")
     return args.batch / statistics.median(rates[1:]), peak
 
 
-def time_all_options(folder: Path, args) -> list[Row]:
+def time_training_options(folder: Path, args) -> list[Row]:
     """Return one row per option: ms per step, ratio to the published options in the same round, and memory."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}
     for number in range(max(2, args.rounds // 2)):
         for name, flags in CHOICES.items():
             run = folder / f"run{number}" / re.sub(r"\W+", "-", name)
-            found[name].append(time_option(store, run, flags, args))
+            found[name].append(measure_step_time_and_memory(store, run, flags, args))
     rows = []
     for name, values in found.items():
         ratios = [ours[0] / base[0] for ours, base in zip(values, found["as published"])]
@@ -63,7 +63,7 @@ def time_all_options(folder: Path, args) -> list[Row]:
     return rows
 
 
-def format_options(rows: list[Row]) -> str:
+def format_option_timings(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
     lines = ["| option | ms per step | relative to published (range) | peak memory |", "| --- | --- | --- | --- |"]
     for row in rows:

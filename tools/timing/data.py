@@ -24,17 +24,26 @@ def measure_augmentation(args) -> list[Row]:
     try:
         for letters, count, slow_count, goal in (("agc", 64, 64, "0.5 ms; 3 times"), ("e", 32, 2, "10 ms; 10 times")):
             volumes = torch.rand(count, 1, 32, 32, 32) * 1264
-            ours, literal = Augmentation(letters), LiteralAugmentation(letters)
-            parameters, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+            augmentation, literal = Augmentation(letters), LiteralAugmentation(letters)
+            parameter_generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (0, 1))
 
-            def augment(volumes=volumes, ours=ours, parameters=parameters, noise=noise):
+            def augment_volumes(
+                volumes: torch.Tensor = volumes,
+                augmentation: Augmentation = augmentation,
+                parameter_generator: torch.Generator = parameter_generator,
+                noise_generator: torch.Generator = noise_generator,
+            ) -> torch.Tensor:
                 size = volumes.shape[2:]
-                prepared = ours.prepare(ours.draw(len(volumes), size, parameters), size)
-                return ours.apply(volumes, prepared, lambda some: torch.randn(some.shape, generator=noise))
+                prepared = augmentation.prepare_parameters(
+                    augmentation.draw_parameters(len(volumes), size, parameter_generator), size
+                )
+                return augmentation.apply(
+                    volumes, prepared, lambda some: torch.randn(some.shape, generator=noise_generator)
+                )
 
             times = time_in_turns(
                 {
-                    "ours": augment,
+                    "ours": augment_volumes,
                     "literal": lambda literal=literal, volumes=volumes, n=slow_count: [literal(v) for v in volumes[:n]],
                 },
                 args.rounds,
@@ -58,7 +67,7 @@ def measure_augmentation(args) -> list[Row]:
 def measure_reading(folder: Path, args) -> list[Row]:
     """Time the reading of shuffled batches, one location file after another, and compare with dd on the same files."""
     store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
-    paths = [store.layout.grouped(location) for location in range(DISTINCT_FILES)]
+    paths = [store.layout.grouped_patch_file(location) for location in range(DISTINCT_FILES)]
     total = sum(path.stat().st_size for path in paths)
     order = np.random.default_rng(0).permutation(store.num_subjects)
 

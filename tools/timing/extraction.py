@@ -11,7 +11,7 @@ from data.store import PatchStore
 from data.views import convert_hu_to_input
 from models.frozen import LOCATIONS_AT_ONCE, freeze_at_locations
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
-from tools.dev.literal import literal_encode
+from tools.dev.literal import encode_sample_by_sample
 from tools.timing.measure import NO_BF16, Row, list_precisions, make_comparison_row, time_in_turns
 from tools.timing.step import make_encoder
 from tools.timing.training import FORWARD_GFLOP
@@ -36,7 +36,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
 
     x = convert_hu_to_input(read_to_device(0, batches[0]))
     with torch.no_grad():
-        wanted = literal_encode(encoder, x, locations[:1].expand(len(x), 3))[1]
+        wanted = encode_sample_by_sample(encoder, x, locations[:1].expand(len(x), 3))[1]
     kinds = list_precisions(machine)
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
     jobs = {kind: functools.partial(encode_store, dtypes[kind]) for kind in kinds}
@@ -50,7 +50,8 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
         error = float((freeze_at_locations(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        one = store.num_locations / PUBLISHED_LOCATIONS  # fraction of the published locations that "literal" encodes
+        # The literal version of the method encodes only this store's locations, a fraction of the published locations.
+        one = store.num_locations / PUBLISHED_LOCATIONS
         row = make_comparison_row(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"
         rows.append(row)

@@ -52,41 +52,41 @@ def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def make_comparison_row(
-    what: str,
+    row_name: str,
     unit: str,
     ours: list[float],
     literal: list[float] | None,
-    amount: float,
-    literal_amount: float = 0.0,
-    gflop: float = 0.0,
-    rate: float = 0.0,
+    work_per_round: float,
+    literal_work_per_round: float = 0.0,
+    gflop_per_work: float = 0.0,
+    machine_gflop_per_s: float = 0.0,
     **more,
 ) -> Row:
     """Make a table row from the times of this package and, if given, of the literal implementation in the same rounds.
 
     Args:
-        what: name of the row.
+        row_name: name of the row.
         unit: unit of the row; a rate if the unit ends in '/s', otherwise a time per amount of work.
         ours, literal: seconds per round of this package and of the literal implementation.
-        amount, literal_amount: amount of work per round of this package and of the literal implementation.
-        gflop: GFLOP per unit of work.
-        rate: GFLOP/s of the machine in matrix products; the row shows which share of this rate is reached.
+        work_per_round, literal_work_per_round: amount of work per round of each implementation.
+        gflop_per_work: GFLOP per unit of work.
+        machine_gflop_per_s: GFLOP/s of the machine in matrix products; the row shows the fraction of this rate reached.
     """
-    row = Row(what, unit, **more)
+    row = Row(row_name, unit, **more)
     middle = statistics.median(ours)
     is_rate = unit.endswith("/s")
-    row.ours = amount / middle if is_rate else middle / amount
-    if gflop and rate:
-        row.of_matrix_rate = gflop * amount / middle / rate
+    row.ours = work_per_round / middle if is_rate else middle / work_per_round
+    if gflop_per_work and machine_gflop_per_s:
+        row.of_matrix_rate = gflop_per_work * work_per_round / middle / machine_gflop_per_s
     if literal:
         slow = statistics.median(literal)
-        row.literal = literal_amount / slow if is_rate else slow / literal_amount
-        ratios = [(b / literal_amount) / (a / amount) for a, b in zip(ours, literal)]
+        row.literal = literal_work_per_round / slow if is_rate else slow / literal_work_per_round
+        ratios = [(b / literal_work_per_round) / (a / work_per_round) for a, b in zip(ours, literal)]
         row.ratio, row.ratio_low, row.ratio_high = statistics.median(ratios), min(ratios), max(ratios)
     return row
 
 
-def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the GFLOP/s that torch reaches in a large matrix product on this machine."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -130,10 +130,10 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    found["matrix_gflops_float32"] = measure_matrix_rate(device, torch.float32)
+    found["matrix_gflops_float32"] = measure_matmul_gflops(device, torch.float32)
     found["fast_bf16"] = has_fast_bf16(device)
     if found["fast_bf16"]:  # with emulated bfloat16, this measurement would take minutes
-        found["matrix_gflops_bf16"] = measure_matrix_rate(device, torch.bfloat16)
+        found["matrix_gflops_bf16"] = measure_matmul_gflops(device, torch.bfloat16)
     return found
 
 

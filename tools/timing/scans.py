@@ -26,7 +26,7 @@ from tools.timing.runs import read_peak_gb
 LUNGMASK_CLASSES = 3  # number of classes of lungmask's R231 model
 
 
-def time_cores(work: Callable[[], object]) -> float:
+def measure_cpu_seconds(work: Callable[[], object]) -> float:
     """Return the core-seconds that ``work`` takes, summed over all threads of this process."""
     start = time.process_time()
     work()
@@ -73,7 +73,7 @@ def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> Non
     pipe.send(read_peak_gb(os.getpid()))
 
 
-def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> float:
+def measure_scan_peak_memory(image: str, atlas_mask: str, table: np.ndarray) -> float:
     """Return the peak memory in GB that one preprocessing worker needs for a scan."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -85,7 +85,7 @@ def measure_peak_of_scan(image: str, atlas_mask: str, table: np.ndarray) -> floa
     return found
 
 
-def measure_scan(args) -> list[Row]:
+def time_scan_preprocessing(args) -> list[Row]:
     """Measure every part of preprocessing on ``args.scan`` with ``args.atlas_mask`` and ``args.atlas_patch_loc``."""
     limit_threads(1)
     import ants  # noqa: F401 - imported now, so that the time of the registration excludes the import
@@ -110,9 +110,9 @@ def measure_scan(args) -> list[Row]:
     literal: list[float] = []
     for _ in range(args.rounds):
         for name, work in parts.items():
-            times[name].append(time_cores(work))
-        ours.append(time_cores(lambda: cut_scan(scan, transform, atlas, table, PATCH_SIZE)))
-        literal.append(time_cores(lambda: cut_literal_patches(scan, transform, atlas, table)))
+            times[name].append(measure_cpu_seconds(work))
+        ours.append(measure_cpu_seconds(lambda: cut_scan(scan, transform, atlas, table, PATCH_SIZE)))
+        literal.append(measure_cpu_seconds(lambda: cut_literal_patches(scan, transform, atlas, table)))
     rows = [make_comparison_row(name, unit, found, None, 1.0) for name, found in times.items()]
     apart = int(np.abs(cut_literal_patches(scan, transform, atlas, table).astype(int) - cut.patches).max())
     what, note = (
@@ -135,6 +135,9 @@ def measure_scan(args) -> list[Row]:
         row = Row(f"lung mask by lungmask's network, random weights, {where}", "s per slice", ours=each)
         row.note = f"{each * slices:.0f} s for {slices} slices"
     memory = Row(
-        "memory of a worker for all of these", "GB", ours=measure_peak_of_scan(image, atlas_mask, table), goal="2 GB"
+        "memory of a worker for all of these",
+        "GB",
+        ours=measure_scan_peak_memory(image, atlas_mask, table),
+        goal="2 GB",
     )
     return [*rows, row, memory]

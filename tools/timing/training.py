@@ -13,7 +13,7 @@ from tools.timing.measure import NO_BF16, Row, list_precisions, make_comparison_
 from tools.timing.step import TimedStep
 
 FORWARD_GFLOP = 0.194  # encoding one patch, counting multiplications and additions
-STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # three patches forward and backward, and the key only forward
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # 3 patches forward and backward (3 x forward each), and 1 key only forward
 
 
 def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
@@ -22,7 +22,7 @@ def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, floa
     ours, slow = float(fast.compute_loss(fast.make_inputs(batch)).detach()), apart("loss")
     if abs(ours - slow) > 1e-4 * abs(slow):
         raise RuntimeError(
-            f"the losses differ (fast path: {ours}, literal version: {slow}), so the timings are not comparable"
+            f"the losses differ (fast path: {ours}, literal implementation: {slow}), so the timings are not comparable"
         )
     return {"ours": ours, "literal": slow}
 
@@ -36,12 +36,12 @@ def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, mac
     x = torch.randn(B, 1, 32, 32, 32, device=device)
     encoder, loc = steps["float32"].model.encoder_q, steps["float32"].step.table.locations[:1]
 
-    def encode(kind: str) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
+    def run_encoder_forward_backward(precision: str) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             z = encoder(x, loc)[0]
         z.float().sum().backward()
 
-    jobs = {kind: functools.partial(encode, kind) for kind in kinds}
+    jobs = {kind: functools.partial(run_encoder_forward_backward, kind) for kind in kinds}
     encoder_times = time_in_turns({**jobs, "literal": lambda: apart("encode")}, args.rounds)
     jobs = {kind: functools.partial(step.run_steps, args.steps) for kind, step in steps.items()}
     step_times = time_in_turns({**jobs, "literal": lambda: apart("step")}, args.rounds)
@@ -65,24 +65,24 @@ def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, mac
                 row = make_comparison_row(row.what, row.unit, times[kind], times["literal"], ours, literal, gflop, rate)
                 row.goal = goals.get(kind, "")
             rows.append(row)
-    report["profile_ms"] = {kind: time_parts(step, args) for kind, step in steps.items()}
+    report["profile_ms"] = {kind: time_step_parts(step, args) for kind, step in steps.items()}
     return rows
 
 
-def time_parts(step: TimedStep, args) -> dict[str, float]:
+def time_step_parts(step: TimedStep, args) -> dict[str, float]:
     """Return the milliseconds of each part of a step, as the median over steps."""
     parts: dict[str, list[float]] = {}
 
-    def wrap_with_timer(name: str, work: Callable):
-        def run(*inputs, **more):
+    def wrap_with_timer(name: str, function: Callable) -> Callable:
+        def run_and_time(*inputs, **more):
             synchronize()
             start = time.perf_counter()
-            result = work(*inputs, **more)
+            result = function(*inputs, **more)
             synchronize()
             parts.setdefault(name, []).append(time.perf_counter() - start)
             return result
 
-        return run
+        return run_and_time
 
     model = step.model
     inner = {name: getattr(model, name) for name in ("_update_key_encoder", "_encode_keys", "enqueue")}

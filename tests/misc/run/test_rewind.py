@@ -5,7 +5,7 @@ import json
 from tensorboard_logger import Logger
 from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
-from misc.run.rewind import rewind_curves, rewind_log
+from misc.run.rewind import rewind_log, truncate_tensorboard_curves
 
 
 def steps_of(folder, tag="train/loss"):
@@ -35,8 +35,8 @@ def test_each_step_is_told_once(tmp_path):
     assert counts["step"] == 3 and counts["epoch"] == 1 and aside.read_text() == text
     kept = log.read_text().splitlines()
     assert [tuple(json.loads(line).values()) for line in kept[:-1]] == places[:4] and kept[-1] == "next"
-    assert rewind_curves(tmp_path, counts) == 6 and steps_of(tmp_path) == [2, 4, 6]
-    assert rewind_curves(tmp_path, {"step": 0, "epoch": 0}) == 0 and steps_of(tmp_path) == []
+    assert truncate_tensorboard_curves(tmp_path, counts) == 6 and steps_of(tmp_path) == [2, 4, 6]
+    assert truncate_tensorboard_curves(tmp_path, {"step": 0, "epoch": 0}) == 0 and steps_of(tmp_path) == []
 
 
 def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
@@ -46,7 +46,7 @@ def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
         curves.log_value("train/loss", 1.0, step)
         if step > 3:
             curves.log_value("train/loss_neighbor", 1.0, step)
-    assert rewind_curves(tmp_path, {"step": 5, "epoch": 0}) == 5
+    assert truncate_tensorboard_curves(tmp_path, {"step": 5, "epoch": 0}) == 5
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5] and steps_of(tmp_path, "train/loss_neighbor") == [4, 5]
 
 

@@ -26,7 +26,9 @@ def raise_full(*_):
 
 def saver_of(tmp_path, save, aside=None, **more):
     state = SimpleNamespace(save=save, aside=aside)
-    return Saver(state, Experiment(tmp_path), StopRequest(), epochs=3, every=1, minutes=1e-9, **more)
+    return Saver(
+        state, Experiment(tmp_path), StopRequest(), epochs=3, epochs_between_saves=1, minutes_between_saves=1e-9, **more
+    )
 
 
 def meters():
@@ -43,7 +45,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and all("warning: cannot save" in line and "c_0001" in line for line in told)
     with pytest.raises(UserError, match=r"cannot save \(.*No space left.*continue with --resume auto"):
-        saver.save_after_epoch(3)  # an error, because no save follows the last of 3 epochs
+        saver.save_after_epoch(3)  # a failed save after the last epoch is an error, because no other save follows
 
 
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
@@ -102,7 +104,7 @@ def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
 
 def test_a_non_finite_state_names_the_last_good_one(tmp_path):
     def unsound(*_):
-        raise DivergedError("the state has values in w that are not finite or too large at epoch 2, step 3")
+        raise DivergedError("at epoch 2, step 3, w has values that are too large or not finite")
 
     with pytest.raises(DivergedError, match=r"step 3; the last good checkpoint is .*c_0001. Continue .* a lower --lr"):
         saver_of(tmp_path, unsound, good=tmp_path / "c_0001").save_after_step(1, 3, meters())
@@ -112,7 +114,7 @@ def test_the_step_that_diverged_is_named(tmp_path):
     figures = meters()
     figures.add_statistics(torch.full((1,), torch.nan))
     figures.add_statistics(torch.ones(1))
-    read = figures.read_means()
+    read = figures.compute_means_and_reset()
     with pytest.raises(DivergedError, match="not finite at epoch 1, step 9; there is no earlier checkpoint"):
         saver_of(tmp_path, raise_full).check_finite(0, 10, 4, read, figures)
 

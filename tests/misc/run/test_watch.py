@@ -42,14 +42,14 @@ def test_a_silent_rank_is_reported(monkeypatch):
     for moment in range(4):
         for rank in ranks:
             rank.record_position(1, moment + 1)
-            assert rank.publish_and_find_hanging() == ""
+            assert rank.publish_and_find_hanging_ranks() == ""
         clock[0] += 3.0
     for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report rank 2
         clock[0] += 3.0
-        said = [rank.publish_and_find_hanging() for rank in ranks[:2]]
+        said = [rank.publish_and_find_hanging_ranks() for rank in ranks[:2]]
     assert all(text.startswith("rank 2 (") and text.endswith("its process does not respond") for text in said)
     ranks[0].record_position(1, 5)
-    assert ranks[0].publish_and_find_hanging() == ""
+    assert ranks[0].publish_and_find_hanging_ranks() == ""
 
 
 def test_a_rank_without_any_heartbeat_is_reported(monkeypatch):
@@ -58,9 +58,9 @@ def test_a_rank_without_any_heartbeat_is_reported(monkeypatch):
     monkeypatch.setattr("misc.run.watch.time.monotonic", lambda: clock[0])
     watch = Watch(Store(), 0, 2, 60.0)
     watch.record_position(1, 3)
-    assert watch.publish_and_find_hanging() == ""
+    assert watch.publish_and_find_hanging_ranks() == ""
     clock[0] += 61.0
     assert (
-        watch.publish_and_find_hanging()
+        watch.publish_and_find_hanging_ranks()
         == "rank 1 (no sign of life since the start) blocks the others at epoch 1, step 3, its process does not respond"
     )

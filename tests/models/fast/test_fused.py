@@ -27,7 +27,7 @@ def operands(channels, out, size, dtype, layout):
 @pytest.mark.parametrize("stride, padding", (((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (1, 1, 1)), ((1, 2, 1), (1, 0, 1))))
 def test_one_pass_equals_two_passes(monkeypatch, fuses, layout, dtype, tolerance, stride, padding):
     if not fuses:
-        monkeypatch.setattr(fused, "_compile_one_pass", lambda *_: None)
+        monkeypatch.setattr(fused, "_compile_fused_conv_elu", lambda *_: None)
     x, kernel, bias = operands(8, 16, (6, 8, 10), dtype, layout)
     wanted = F.elu(F.conv3d(x.double(), kernel.double(), bias.double(), stride, padding))
     y = conv_elu(x, kernel, bias, stride, padding)
@@ -44,7 +44,7 @@ def fused_calls(work):
 
 def has_fuser(dtype=torch.float32):
     x, kernel, _ = operands(8, 16, (6, 6, 6), dtype, torch.channels_last_3d)
-    return fused._compile_one_pass(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is not None
+    return fused._compile_fused_conv_elu(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is not None
 
 
 @pytest.mark.skipif(not has_fuser(), reason="this torch has no oneDNN fuser: two passes are taken")
@@ -57,7 +57,7 @@ def test_the_frozen_encoder_fuses_every_layer(dtype, one_thread):
     x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
     frozen(x)  # compiles the fused code
     assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13
-    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # too few patches to be worth compiling
+    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # so few patches are not worth compiling
     first, second, rest = x.split(PATCHES_AT_ONCE)
     apart = torch.cat([frozen(first), frozen(second), frozen(rest)])
     assert torch.equal(frozen(x), apart)
@@ -78,20 +78,20 @@ def test_a_kernel_in_another_layout_is_fused_too(layouts):
 def test_all_calls_round_the_same():
     """TorchScript runs the first call unfused. All calls must nevertheless return the fused result."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
-    fused._compile_one_pass.cache_clear()
+    fused._compile_fused_conv_elu.cache_clear()
     first = conv_elu(x, kernel, bias)
     assert all(torch.equal(conv_elu(x, kernel, bias), first) for _ in range(6))
 
 
 def test_one_compiled_function_per_shape():
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
-    fused._compile_one_pass.cache_clear()
+    fused._compile_fused_conv_elu.cache_clear()
     for factor in (1.0, -2.0):
         conv_elu(x, kernel * factor, bias)
         assert torch.allclose(conv_elu(x, kernel * factor, bias), F.elu(F.conv3d(x, kernel * factor, bias)), atol=1e-5)
-    assert fused._compile_one_pass.cache_info().misses == 1
+    assert fused._compile_fused_conv_elu.cache_info().misses == 1
     assert torch.allclose(conv_elu(x[:2], kernel, bias), F.elu(F.conv3d(x[:2], kernel, bias)), atol=1e-5)
-    assert fused._compile_one_pass.cache_info().misses == 2
+    assert fused._compile_fused_conv_elu.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("gone", ("trace", "enable_onednn_fusion", "fails"))
@@ -103,17 +103,17 @@ def test_a_torch_without_the_fuser(monkeypatch, gone):
         monkeypatch.setattr(torch.jit, "trace", fails)
     else:
         monkeypatch.delattr(torch.jit, gone)
-    fused._compile_one_pass.cache_clear()
+    fused._compile_fused_conv_elu.cache_clear()
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
     assert torch.allclose(conv_elu(x, kernel, bias), F.elu(F.conv3d(x, kernel, bias)), atol=1e-5)
-    assert fused._compile_one_pass(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is None
-    fused._compile_one_pass.cache_clear()
+    assert fused._compile_fused_conv_elu(x.shape, kernel.shape, (True, True), x.dtype, 1, 0, 1, 1) is None
+    fused._compile_fused_conv_elu.cache_clear()
 
 
 @pytest.mark.parametrize("before", (False, True))
 def test_the_users_fuser_setting_is_kept(before):
     x, kernel, bias = operands(4, 8, (6, 6, 6), torch.float32, torch.channels_last_3d)
-    fused._compile_one_pass.cache_clear()
+    fused._compile_fused_conv_elu.cache_clear()
     torch.jit.enable_onednn_fusion(before)
     try:
         conv_elu(x, kernel, bias)
@@ -145,12 +145,12 @@ def test_parallel_threads_compile_once_and_restore_the_fuser(monkeypatch):
         return trace(*args, **flags)
 
     monkeypatch.setattr(torch.jit, "trace", slow)
-    fused._compile_one_pass.cache_clear()
+    fused._compile_fused_conv_elu.cache_clear()
     before = torch.jit.onednn_fusion_enabled()
     jobs = [operands(4, out, (5, 5, 5), torch.float32, torch.channels_last_3d) for out in (8, 8, 16)]
     with ThreadPoolExecutor(3) as pool:
         made = list(pool.map(lambda job: conv_elu(*job), jobs))
-    assert torch.jit.onednn_fusion_enabled() == before and fused._compile_one_pass.cache_info().misses == 2
+    assert torch.jit.onednn_fusion_enabled() == before and fused._compile_fused_conv_elu.cache_info().misses == 2
     assert torch.equal(made[0], made[1])
     for job in jobs:
         assert fused_calls(lambda job=job: conv_elu(*job)) == 1

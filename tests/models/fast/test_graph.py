@@ -18,7 +18,7 @@ from models import fast
 from models.builder import DrasCLR
 from models.cnn3d import Encoder
 from models.fast import graph
-from models.fast.graph import RecordedStep, can_record
+from models.fast.graph import RecordedStep, can_record_cuda_graph
 from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer
 
 B, NEAR, L, CPU = 4, 2, 5, torch.device("cpu")
@@ -157,9 +157,9 @@ def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
-    def record(self, inputs, beta, way=RecordedStep._record):
+    def record(self, inputs, beta, way=RecordedStep._record_cuda_graph):
         model, optimizer = self.step.training_step.model, self.optimizer
-        before = copy.deepcopy((model.state_dict(), model.queue_origin(), optimizer.state_dict()))
+        before = copy.deepcopy((model.state_dict(), model.export_key_origins(), optimizer.state_dict()))
         streams = [generator.get_state() for generator in (torch.default_generator, *self.generators)]
         recorded = way(self, inputs, beta)
         model.load_state_dict(before[0])
@@ -179,7 +179,7 @@ def recording(monkeypatch):
         recorded.graph.replay = replay
         return recorded
 
-    monkeypatch.setattr(RecordedStep, "_record", record)
+    monkeypatch.setattr(RecordedStep, "_record_cuda_graph", record)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
 
 
@@ -241,13 +241,13 @@ def test_a_failed_recording_suggests_a_solution(recording, monkeypatch):
 def test_which_runs_are_recorded(monkeypatch):
     step, gpu = build(), torch.device("cuda")
     flags = argparse.Namespace(accumulate=1, compile=False, augmentation="agc")
-    assert can_record(gpu, step, flags) and not can_record(CPU, step, flags)
+    assert can_record_cuda_graph(gpu, step, flags) and not can_record_cuda_graph(CPU, step, flags)
     for name, value in (("accumulate", 2), ("compile", True), ("augmentation", "age")):
-        assert not can_record(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
+        assert not can_record_cuda_graph(gpu, step, argparse.Namespace(**{**vars(flags), name: value}))
     with fast.disable_fast_paths():
-        assert not can_record(gpu, step, flags)
+        assert not can_record_cuda_graph(gpu, step, flags)
     step.training_step = torch.nn.Module()  # stands for a wrapper such as DistributedDataParallel
-    assert not can_record(gpu, step, flags)
+    assert not can_record_cuda_graph(gpu, step, flags)
 
 
 @pytest.mark.gpu

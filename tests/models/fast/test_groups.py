@@ -8,7 +8,7 @@ import torch
 from models import cnn3d
 from models import fast as switch
 from models.cnn3d import Encoder
-from models.fast.groups import encode_groups
+from models.fast.groups import encode_groups_in_parallel
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def test_parallel_groups_equal_a_single_pass(monkeypatch, threads, count, locati
     x, loc = torch.randn(12, 1, 32, 32, 32, dtype=torch.float64), torch.rand(locations, 3, dtype=torch.float64)
     weights = torch.randn(12, 24, dtype=torch.float64)
     taken = []
-    monkeypatch.setattr(cnn3d, "encode_groups", lambda *given: taken.append(encode_groups(*given)) or taken[-1])
+    monkeypatch.setattr(
+        cnn3d, "encode_groups_in_parallel", lambda *given: taken.append(encode_groups_in_parallel(*given)) or taken[-1]
+    )
 
     def step(encoder):
         results = torch.cat(encoder(x, loc), dim=1)

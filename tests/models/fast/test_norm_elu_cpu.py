@@ -82,7 +82,7 @@ def test_one_step_may_use_both_paths():
     norm = make_norm(8, dtype=torch.float32)
     x = torch.randn(4, 8, 1, 1, 1), torch.randn(8, 8, 1, 1, 1)
     x = [value.contiguous(memory_format=torch.channels_last_3d).requires_grad_() for value in x]
-    assert [module.is_faster(value) for value in x] == [False, True]
+    assert [module.is_fused_norm_elu_faster(value) for value in x] == [False, True]
     sum(norm_elu(norm, [value])[0].sum() for value in x).backward()
     assert all(value.grad is not None for value in x)
 

@@ -82,7 +82,9 @@ def test_extraction_with_and_without_fast_paths(monkeypatch, rel):
     frozen = freeze_at_locations(encoder, torch.tensor([[0.3, -0.2, 0.9]]))[0]
     called = []
     monkeypatch.setattr(
-        fused, "_compile_one_pass", lambda *given, way=fused._compile_one_pass: called.append(1) or way(*given)
+        fused,
+        "_compile_fused_conv_elu",
+        lambda *given, way=fused._compile_fused_conv_elu: called.append(1) or way(*given),
     )
     monkeypatch.setattr(pairs.fast, "is_enabled", lambda way=switch.is_enabled: called.append(2) or way())
     ours = frozen(hu, convert_hu_to_input)

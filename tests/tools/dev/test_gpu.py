@@ -31,8 +31,8 @@ def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
     """On a GPU, BatchNorm gets the volumes reshaped to images. Compare the results of both shapes on a CPU."""
     norms, results = [torch.nn.BatchNorm3d(8).double() for _ in range(2)], []
     x = torch.randn(4, 8, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
-    for norm, way in zip(norms, (cnn3d._as_images, lambda x: x.flatten(2, 3))):
-        monkeypatch.setattr(cnn3d, "_as_images", way)
+    for norm, way in zip(norms, (cnn3d._view_as_images_on_gpu, lambda x: x.flatten(2, 3))):
+        monkeypatch.setattr(cnn3d, "_view_as_images_on_gpu", way)
         inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
         with fast.disable_fast_paths():
             (y,) = cnn3d.norm_elu(norm, [inputs], groups=2)

@@ -44,7 +44,7 @@ def make_project(folder, **files):
 
 def run_suite(project, table, rows, **changes):
     arguments = SimpleNamespace(**{**vars(ARGUMENTS), "checkout": project, "table": str(table), **changes})
-    mutate.run_rows(rows, arguments)
+    mutate.run_pending_mutations(rows, arguments)
     return mutate.read_table(table)
 
 
@@ -106,7 +106,7 @@ def test_each_mutation_changes_one_token_and_compiles(rows):
 )
 def test_mutations_of_a_line(line, kind, mutated):
     source = line.encode()
-    edits = [edit for edit in mutations.find_edits(source) if edit[4] == kind]
+    edits = [edit for edit in mutations.find_possible_mutations(source) if edit[4] == kind]
     assert {(source[:start] + text + source[end:]).decode() for _, start, end, text, _ in edits} == mutated
 
 
@@ -142,4 +142,5 @@ def test_moved_and_removed_lines(tmp_path):
     row = dict.fromkeys(mutations.COLUMNS, "") | {"file": "data/numbers_of.py", "line": "7", "after": "    return )"}
     cases = [{**row, "before": text} for text in ("    return a + b", "    return a - b", "")]
     results = [case["old"] for case in run_suite(project, tmp_path / "table.csv", cases)]
-    assert results == ["invalid", "lost", "lost"]  # the three lines are moved to misc/, missing, and present twice
+    # The first line was moved to misc/, the second line is missing, and the third line occurs twice.
+    assert results == ["invalid", "lost", "lost"]

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from tools.dev.soak import Job, fingerprint_files, run_trial
+from tools.dev.soak import Job, make_fingerprint_function, run_trial
 
 SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
 
 
 def job(text):
-    return Job((sys.executable, "-c", SLOWLY + text), (), fingerprint_files("made/*"))
+    return Job((sys.executable, "-c", SLOWLY + text), (), make_fingerprint_function("made/*"))
 
 
 def results(job, folder, wanted, count=4):
@@ -29,19 +29,19 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
     reference = tmp_path / "reference"
     (reference / "made").mkdir(parents=True)
     (reference / "made" / "a").write_text("whole")
-    wanted = fingerprint_files("made/*")(reference)
+    wanted = make_fingerprint_function("made/*")(reference)
     good = results(job(careful), tmp_path, wanted)
     assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 2
     # A job that appends to its file keeps the lines of a killed run, so its result differs.
     careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
     (tmp_path / "more").mkdir()
     (reference / "made" / "a").write_text("line" * 6)
-    bad = results(job(careless), tmp_path / "more", fingerprint_files("made/*")(reference))
+    bad = results(job(careless), tmp_path / "more", make_fingerprint_function("made/*")(reference))
     assert {wrong for _, wrong in bad} - {""} == {"differs in made/a"}
     # A job that leaves a child process behind is reported.
     left = "import subprocess\nsubprocess.Popen(['sleep', '60'])\n"
     (tmp_path / "left").mkdir()
-    orphans = Job((sys.executable, "-c", left), (), fingerprint_files("made/*"))
+    orphans = Job((sys.executable, "-c", left), (), make_fingerprint_function("made/*"))
     import tools.dev.soak as module
 
     before, module.LINGER = module.LINGER, 1.0
@@ -56,7 +56,7 @@ def test_a_short_soak(cohort, tmp_path, run):
     """Run one trial of the grouping. A second call of soak.py must not run the finished trial again."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
-    (prepared / "trained").mkdir()  # grouping does not need this folder's content
+    (prepared / "trained").mkdir()  # this folder must exist, but group_patches does not read it
     flags = ("--work-dir", tmp_path / "s", "--trials", 1, "--num-subjects", 4, "--no-progress")
     flags += ("--jobs", "group_patches")
     shown = run("tools/dev/soak.py", *flags).stdout

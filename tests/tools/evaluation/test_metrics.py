@@ -25,8 +25,10 @@ def test_numbers_and_grades(drawn):
     wanted = library.mean_absolute_error(truth, given)
     assert metrics.mean_absolute_error(truth, given, ones(n))[0] == pytest.approx(wanted)
     rounded = np.clip(np.rint(given), 0, 4)
-    assert metrics.exact(truth, rounded, ones(n))[0] == pytest.approx((truth == rounded).mean())
-    assert metrics.within_one(truth, rounded, ones(n))[0] == pytest.approx((np.abs(truth - rounded) <= 1).mean())
+    assert metrics.exact_agreement(truth, rounded, ones(n))[0] == pytest.approx((truth == rounded).mean())
+    assert metrics.share_within_one_grade(truth, rounded, ones(n))[0] == pytest.approx(
+        (np.abs(truth - rounded) <= 1).mean()
+    )
     wanted = library.cohen_kappa_score(truth.astype(int), rounded.astype(int), weights="quadratic")
     assert metrics.kappa(truth, rounded, ones(n))[0] == pytest.approx(wanted)
     assert metrics.kappa(truth, truth, ones(n))[0] == 1

@@ -9,8 +9,14 @@ import pytest
 
 from misc.command import UserError
 from tools.evaluation import vectors
-from tools.evaluation.learn import MODELS, predict_others, predict_out_of_fold, score_held_out
-from tools.evaluation.vectors import JoinedTable, PatientVectors, Standardization, get_fitted_table, join_tables
+from tools.evaluation.learn import MODELS, fit_and_predict_held_out, predict_out_of_fold, score_held_out
+from tools.evaluation.vectors import (
+    JoinedTable,
+    PatientVectors,
+    Standardization,
+    get_features_fitted_to_rows,
+    join_tables,
+)
 
 N, L, D = 30, 7, 5
 
@@ -41,22 +47,23 @@ def literal_vectors(patches, fitted):
 def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
     monkeypatch.setattr(vectors, "BYTES_AT_ONCE", at_once)
     fitted = np.arange(N) % 3 > 0
-    ours = PatientVectors("moments", patches, np.arange(N)).fitted_to(fitted)
+    ours = PatientVectors("moments", patches, np.arange(N)).compute_standardized_features(fitted)
     np.testing.assert_allclose(ours, literal_vectors(patches, fitted), rtol=1e-9, atol=1e-9)
     some = np.array([4, 9, 11, 2])  # some rows in another order, because a label table may have another order
     part = PatientVectors("moments", patches, np.arange(N))[some]
     np.testing.assert_allclose(
-        part.fitted_to(np.ones(4, dtype=bool)), literal_vectors(patches[some], np.ones(4, dtype=bool))
+        part.compute_standardized_features(np.ones(4, dtype=bool)),
+        literal_vectors(patches[some], np.ones(4, dtype=bool)),
     )
     assert part.shape == (4, 2 * D)
 
 
 def test_held_out_subjects_do_not_change_the_standardisation(patches):
     fitted = np.arange(N) < 20
-    before = PatientVectors("layers", patches, np.arange(N)).fitted_to(fitted)
+    before = PatientVectors("layers", patches, np.arange(N)).compute_standardized_features(fitted)
     changed = patches.copy()
     changed[25:] += 100
-    after = PatientVectors("layers", changed, np.arange(N)).fitted_to(fitted)
+    after = PatientVectors("layers", changed, np.arange(N)).compute_standardized_features(fitted)
     np.testing.assert_array_equal(before[:25], after[:25])
     assert not np.allclose(before[25:], after[25:])
 
@@ -70,7 +77,9 @@ def test_every_fold_is_standardised_separately(patches):
     for number in range(3):
         own = fold == number
         plain = np.hstack([literal_vectors(patches, ~own), np.arange(N)[:, None]])
-        np.testing.assert_allclose(ours[own], predict_others(MODELS["regression"], plain, target, own), rtol=1e-6)
+        np.testing.assert_allclose(
+            ours[own], fit_and_predict_held_out(MODELS["regression"], plain, target, own), rtol=1e-6
+        )
     assert score_held_out(table, target, fold == 0) == pytest.approx(
         score_held_out(np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0),
         abs=1e-6,
@@ -84,10 +93,10 @@ def test_vectors_are_cached_and_shared_with_a_joined_table(patches, monkeypatch)
     joined, known = join_tables(alone, np.zeros((N, 2))), np.arange(N) > 3
     for _ in range(2):
         for table in (alone[known], joined[known]):
-            get_fitted_table(table, np.arange(N - 4) < 12)
+            get_features_fitted_to_rows(table, np.arange(N - 4) < 12)
     assert len(counted) == 1
     monkeypatch.setattr(vectors, "KEPT_BYTES", 1)
-    get_fitted_table(alone, np.arange(N) < 9), get_fitted_table(alone, np.arange(N) < 10)
+    get_features_fitted_to_rows(alone, np.arange(N) < 9), get_features_fitted_to_rows(alone, np.arange(N) < 10)
     assert len(alone._kept) == 1
 
 
@@ -101,11 +110,11 @@ def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
         "class": (signal > 0).astype(int),
         "survival": np.stack([np.exp(-signal), rng.random(40) < 0.8], axis=1),
     }[kind]
-    ours = predict_others(MODELS[kind], features, target, held)
+    ours = fit_and_predict_held_out(MODELS[kind], features, target, held)
     monkeypatch.setattr(
         "tools.evaluation.learn._reduce_to_row_space", lambda fitted, asked, target: (fitted, target, asked)
     )
-    wanted = predict_others(MODELS[kind], features, target, held)
+    wanted = fit_and_predict_held_out(MODELS[kind], features, target, held)
     tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models are fitted by iteration
     np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)
 
@@ -115,7 +124,7 @@ def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
     kept.save(tmp_path / "s.npz", "abc")
     read, checkpoint = Standardization.load(tmp_path / "s.npz")
     assert checkpoint == "abc" and read.kind == "layers"
-    np.testing.assert_array_equal(read.compute_vectors(patches), kept.compute_vectors(patches))
+    np.testing.assert_array_equal(read.compute_patient_vectors(patches), kept.compute_patient_vectors(patches))
     (tmp_path / "other.npz").write_bytes(b"no")
     np.savez(
         tmp_path / "wrong.npz", kind=np.array("layers"), mean=np.zeros(3), factor=np.zeros(3), checkpoint_sha256=""
@@ -196,5 +205,5 @@ def test_explore_and_unusual_use_the_layer_features(extracted, run_here):
 
 def test_a_wide_table_of_constants_predicts_the_mean():
     target = np.arange(12.0)
-    ours = predict_others(MODELS["regression"], np.full((12, 40), 3.0), target, target >= 8)
+    ours = fit_and_predict_held_out(MODELS["regression"], np.full((12, 40), 3.0), target, target >= 8)
     np.testing.assert_allclose(ours, np.full(4, target[:8].mean()))

@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from models.condconv3d import channels_last
 
 
-def convolve_directly(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def convolve_directly(x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor) -> torch.Tensor:
     """Apply both convolutions, the second with stride 2: (B, 1, 32, 32, 32) -> (B, 8, 16, 16, 16)."""
-    return F.conv3d(F.conv3d(x, first, padding=1), second, padding=1, stride=2)
+    return F.conv3d(F.conv3d(x, first_kernel, padding=1), second_kernel, padding=1, stride=2)
 
 
-def convolve_padded(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, channels: int = 8) -> torch.Tensor:
-    """Compute :func:`convolve_directly` after padding the input with zeros to ``channels`` channels."""
-    more = channels - x.shape[1]
+def convolve_padded_channels(
+    x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor, padded_channels: int = 8
+) -> torch.Tensor:
+    """Compute :func:`convolve_directly` after padding the input with zeros to ``padded_channels`` channels."""
+    more = padded_channels - x.shape[1]
     x = channels_last(F.pad(x, (0, 0) * 3 + (0, more)))
-    return convolve_directly(x, channels_last(F.pad(first, (0, 0) * 3 + (0, more))), second)
+    return convolve_directly(x, channels_last(F.pad(first_kernel, (0, 0) * 3 + (0, more))), second_kernel)
 
 
 def space_to_depth(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +53,7 @@ def convert_kernel_to_cubes(kernel: torch.Tensor) -> torch.Tensor:
     return cubes.view(8 * out, 8 * channels, 3, 3, 3)
 
 
-def convert_strided_kernel(kernel: torch.Tensor) -> torch.Tensor:
+def convert_to_space_to_depth_kernel(kernel: torch.Tensor) -> torch.Tensor:
     """Convert a stride-2 kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(out, 2, 2, 2, channels, 3, 3, 3)
@@ -63,15 +65,17 @@ def convert_strided_kernel(kernel: torch.Tensor) -> torch.Tensor:
     return cubes.view(out, 8 * channels, 3, 3, 3)
 
 
-def convolve_cubes(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def convolve_by_space_to_depth(
+    x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor
+) -> torch.Tensor:
     """Compute :func:`convolve_directly` after :func:`space_to_depth`: from 8 to 64 to 8 channels, at 16^3 voxels."""
-    x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_to_cubes(first)), padding=1)
-    return F.conv3d(x, channels_last(convert_strided_kernel(second)), padding=1)
+    x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_to_cubes(first_kernel)), padding=1)
+    return F.conv3d(x, channels_last(convert_to_space_to_depth_kernel(second_kernel)), padding=1)
 
 
 WAYS = {
     "plain": convolve_directly,
-    "padded to 8": convolve_padded,
-    "padded to 16": lambda *given: convolve_padded(*given, 16),
-    "cubes": convolve_cubes,
+    "padded to 8": convolve_padded_channels,
+    "padded to 16": lambda *given: convolve_padded_channels(*given, 16),
+    "cubes": convolve_by_space_to_depth,
 }

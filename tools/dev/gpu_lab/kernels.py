@@ -14,15 +14,15 @@ COUNTS = ("rows", "parts")
 NUMBERS = ("momentum", "eps", "share")
 
 
-def _find_type(argument: str, constants: dict[str, int], dtype: str) -> str:
+def _find_triton_argument_type(argument_name: str, constants: dict[str, int], dtype: str) -> str:
     """Return the type of a kernel's argument as Triton names it."""
-    if argument in constants:
+    if argument_name in constants:
         return "constexpr"
-    if argument in COUNTS:
+    if argument_name in COUNTS:
         return "i32"
-    if argument in NUMBERS:
+    if argument_name in NUMBERS:
         return "fp32"
-    return f"*{dtype if argument in TENSORS else 'fp32'}"
+    return f"*{dtype if argument_name in TENSORS else 'fp32'}"
 
 
 def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") -> dict[str, dict[str, int]]:
@@ -48,7 +48,7 @@ def compile_kernels(channels: int, capability: int = 90, dtype: str = "bf16") ->
             "TRACK": True,
         }
         constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        types = {name: _find_type(name, constants, dtype) for name in kernel.arg_names}
+        types = {name: _find_triton_argument_type(name, constants, dtype) for name in kernel.arg_names}
         named = "constexprs" if "constexprs" in inspect.signature(ASTSource.__init__).parameters else "constants"
         source = ASTSource(kernel, types, **{named: constants})
         code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

@@ -49,9 +49,9 @@ class Lab(NamedTuple):
     def precisions(self) -> tuple[str, ...]:
         return PRECISIONS if self.on_gpu else ("float32",)
 
-    def make_run(self, precision: str | None = None, **choices: Any) -> Run:
+    def make_training_run(self, precision: str | None = None, **options: Any) -> Run:
         gc.collect()  # free the last run's CUDA graph and workers, which reference cycles keep alive
-        return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **choices)
+        return Run(self.store, self.sizes, self.device, precision or self.precisions[0], **options)
 
     def time_jobs(self, jobs: dict[str, Callable[[], object]], warm_up: int = 1) -> dict:
         return time_in_turns(jobs, self.sizes.rounds, self.device, warm_up)
@@ -61,16 +61,16 @@ class Lab(NamedTuple):
 def keep_channels_first() -> Iterator[None]:
     """Replace ``channels_last`` with ``contiguous``, which leaves tensors with one channel in channels-first layout."""
 
-    def convert_layout(x: torch.Tensor) -> torch.Tensor:
+    def convert_to_channels_last(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
 
     with contextlib.ExitStack() as stack:
         for module in (condconv3d, frozen, sys.modules["models.cnn3d"]):
-            stack.enter_context(mock.patch.object(module, "channels_last", convert_layout))
+            stack.enter_context(mock.patch.object(module, "channels_last", convert_to_channels_last))
         yield
 
 
-def measure_ceilings(lab: Lab) -> dict:
+def measure_hardware_limits(lab: Lab) -> dict:
     """Measure the limits of the machine: matrix products, memory copies, kernel launches."""
     size = 8192 if lab.on_gpu else 256
     device = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
@@ -95,32 +95,32 @@ def list_kernel_registers(lab: Lab) -> dict:
     return {str(channels): compile_kernels(channels) for channels in (8, 128)}
 
 
-def record_layouts(lab: Lab) -> dict:
+def record_conv_layouts_and_kernels(lab: Lab) -> dict:
     """Record the strides of every convolution's input, and the kernels that a GPU runs for a training step."""
-    run, strides = lab.make_run(recorded=False), []
+    run, strides = lab.make_training_run(recorded=False), []
     convolve = condconv3d.CondConv3D._convolve
 
-    def record_strides(self, x, kernel):
+    def record_strides_and_convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         strides.append([tuple(x.shape), x.stride()])
         return convolve(self, x, kernel)
 
     run.run_steps(1)
-    with mock.patch.object(condconv3d.CondConv3D, "_convolve", record_strides):
+    with mock.patch.object(condconv3d.CondConv3D, "_convolve", record_strides_and_convolve):
         run.run_steps(1)
     found: dict[str, Any] = {"inputs": strides[: 13 * 3]}
     if lab.on_gpu:
-        found["kernels"] = profile_work(lambda: run.run_steps(1))["kernels"][:40]
+        found["kernels"] = profile_gpu_kernels(lambda: run.run_steps(1))["kernels"][:40]
     return found
 
 
-def check_correctness(lab: Lab) -> dict:
+def check_fast_path_correctness(lab: Lab) -> dict:
     """Compare steps recorded as CUDA graphs with eager steps, and fast paths with plain paths; run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
-        wanted = torch.stack(lab.make_run(precision, recorded=False).run_steps(steps))
-        runs = {"plain": lambda precision=precision: lab.make_run(precision, recorded=False)}
+        wanted = torch.stack(lab.make_training_run(precision, recorded=False).run_steps(steps))
+        runs = {"plain": lambda precision=precision: lab.make_training_run(precision, recorded=False)}
         if lab.on_gpu:
-            runs["recorded"] = lambda precision=precision: lab.make_run(precision, recorded=True)
+            runs["recorded"] = lambda precision=precision: lab.make_training_run(precision, recorded=True)
         for name, make in runs.items():
             with fast.disable_fast_paths() if name == "plain" else contextlib.nullcontext():
                 ours = torch.stack(make().run_steps(steps))
@@ -147,8 +147,10 @@ def time_convolutions(lab: Lab) -> dict:
         shapes = ((8, 1, 3, 3, 3), (8, 8, 3, 3, 3))
         kernels = [torch.randn(*shape, device=lab.device, dtype=dtype, requires_grad=True) for shape in shapes]
 
-        def run_forward_backward(way, x=x, kernels=kernels) -> None:
-            way(x, *kernels).sum().backward()
+        def run_forward_backward(
+            convolve: Callable[..., torch.Tensor], x: torch.Tensor = x, kernels: list[torch.Tensor] = kernels
+        ) -> None:
+            convolve(x, *kernels).sum().backward()
 
         jobs = {name: lambda way=way: run_forward_backward(way) for name, way in WAYS.items()}
         found[precision] = {name: {k: 1e3 * v for k, v in t.items()} for name, t in lab.time_jobs(jobs, 3).items()}
@@ -164,37 +166,37 @@ def time_norms(lab: Lab) -> dict:
         x = torch.randn(lab.sizes.batch, channels, side, side, side, device=lab.device).to(dtype)
         x = condconv3d.channels_last(x).requires_grad_()
 
-        def as_volumes(norm=norm, x=x) -> torch.Tensor:
+        def apply_norm_elu_to_volumes(norm: nn.BatchNorm3d = norm, x: torch.Tensor = x) -> torch.Tensor:
             parts = [F.elu(norm(part)) for part in x.chunk(lab.sizes.groups)]
             return torch.cat(parts)
 
-        def as_images(norm=norm, x=x) -> torch.Tensor:
+        def apply_norm_elu_to_images(norm: nn.BatchNorm3d = norm, x: torch.Tensor = x) -> torch.Tensor:
             with fast.disable_fast_paths():
                 return norm_elu(norm, [x], lab.sizes.groups)[0]
 
         jobs = {
             name: lambda way=way: way().sum().backward()
-            for name, way in (("volumes", as_volumes), ("images", as_images))
+            for name, way in (("volumes", apply_norm_elu_to_volumes), ("images", apply_norm_elu_to_images))
         }
         if lab.on_gpu:
             for tile in (2048, 4096, 8192):
 
-                def in_triton(norm=norm, x=x, tile=tile) -> None:
+                def run_triton_norm_elu(norm=norm, x=x, tile=tile) -> None:
                     with mock.patch.object(norm_elu_gpu, "TILE", tile):
                         norm_elu(norm, [x], lab.sizes.groups)[0].sum().backward()
 
-                jobs[f"Triton, tiles of {tile}"] = in_triton
+                jobs[f"Triton, tiles of {tile}"] = run_triton_norm_elu
         times = lab.time_jobs(jobs, 3)
         found[f"{channels} x {side}^3"] = {name: round(1e3 * value["median"], 3) for name, value in times.items()}
     return {"ms": found}
 
 
-def measure_ablation(lab: Lab) -> dict:
+def measure_fast_path_ablation(lab: Lab) -> dict:
     """Measure samples per second with all fast paths, with files on the GPU, without one fast path, and without any."""
     if not lab.on_gpu:
         ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.disable_fast_paths)}
     else:
-        without_norm = lambda: mock.patch.object(norm_elu_gpu, "is_faster", lambda *_: False)  # noqa: E731
+        without_norm = lambda: mock.patch.object(norm_elu_gpu, "can_fuse_norm_elu", lambda *_: False)  # noqa: E731
         ways = {
             "as it is": ({"recorded": True}, contextlib.nullcontext),
             "files on the GPU": ({"recorded": True, "resident": True}, contextlib.nullcontext),
@@ -206,7 +208,7 @@ def measure_ablation(lab: Lab) -> dict:
     found = {}
     for name, (choices, context) in ways.items():
         with context():
-            run = lab.make_run(**choices)
+            run = lab.make_training_run(**choices)
             run.run_steps(6)
             times = lab.time_jobs({name: lambda run=run: run.run_steps(lab.sizes.steps)}, warm_up=0)
         found |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
@@ -217,7 +219,7 @@ def measure_training(lab: Lab) -> dict:
     """Measure samples per second and loss curves at every precision, for this code and the old commit."""
     found: dict[str, Any] = {"samples_per_s": {}, "curves": {}}
     for precision in lab.precisions:
-        run = lab.make_run(precision, resident=False)
+        run = lab.make_training_run(precision, resident=False)
         losses = torch.stack(run.run_steps(lab.sizes.curve))[:, 2].tolist()
         times = lab.time_jobs({precision: lambda run=run: run.run_steps(lab.sizes.steps)}, warm_up=0)
         found["samples_per_s"] |= convert_to_rates(times, lab.sizes.batch * lab.sizes.steps)
@@ -240,7 +242,7 @@ def measure_training(lab: Lab) -> dict:
     return found
 
 
-def profile_work(work: Callable[[], object]) -> dict:
+def profile_gpu_kernels(work: Callable[[], object]) -> dict:
     """Profile a function on a GPU: busy time, number of launches, and kernels sorted by time."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -267,11 +269,11 @@ def profile_step(lab: Lab) -> dict:
         return {"skipped": "no GPU"}
     found = {}
     for name, recorded in (("recorded", True), ("eager", False)):
-        run = lab.make_run(recorded=recorded)
+        run = lab.make_training_run(recorded=recorded)
         run.run_steps(6)
         batches = [next(run.batches) for _ in range(4)]
         with mock.patch.object(run, "batches", iter(batches)):
-            record = profile_work(lambda run=run: run.run_steps(4))
+            record = profile_gpu_kernels(lambda run=run: run.run_steps(4))
         times = lab.time_jobs({"step": lambda run=run: run.run_steps(10)})["step"]
         found[name] = {
             "wall_ms": round(1e2 * times["median"], 2),
@@ -284,7 +286,7 @@ def profile_step(lab: Lab) -> dict:
 
 def measure_loader(lab: Lab) -> dict:
     """Measure samples per second from the data-loader workers, without and with the copy to the device."""
-    run, steps = lab.make_run(recorded=False), lab.sizes.steps
+    run, steps = lab.make_training_run(recorded=False), lab.sizes.steps
     jobs = {
         "loader": lambda: [next(run.batches) for _ in range(steps)],
         "loader and copies": lambda: [run.carrier(next(run.batches)) for _ in range(steps)],
@@ -319,15 +321,15 @@ def measure_extraction(lab: Lab) -> dict:
 
 
 SECTIONS: dict[str, Callable[[Lab], dict]] = {
-    "ceilings": measure_ceilings,
+    "ceilings": measure_hardware_limits,
     "kernels": list_kernel_registers,
-    "correctness": check_correctness,
+    "correctness": check_fast_path_correctness,
     "training": measure_training,
     "profile": profile_step,
-    "ablation": measure_ablation,
+    "ablation": measure_fast_path_ablation,
     "norms": time_norms,
     "convolutions": time_convolutions,
-    "layouts": record_layouts,
+    "layouts": record_conv_layouts_and_kernels,
     "loader": measure_loader,
     "extraction": measure_extraction,
 }

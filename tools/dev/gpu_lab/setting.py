@@ -48,10 +48,10 @@ TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a check on a CPU that the scri
 class Run:
     """A training run at one precision, with the same parts as in train.py: loader, device, views, step, optimiser."""
 
-    def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **choices: Any):
+    def __init__(self, store: FileStore, sizes: Sizes, device: torch.device, precision: str, **options: Any):
         """Build all parts.
 
-        ``choices`` may contain ``recorded`` (replay the step as a CUDA graph; default on a GPU), ``resident`` (keep the
+        ``options`` may contain ``recorded`` (replay the step as a CUDA graph; default on a GPU), ``resident`` (keep the
         patches on the device; off by default) and ``dense`` (see StepViews).
         """
         on_gpu = device.type == "cuda"
@@ -61,7 +61,7 @@ class Run:
         draws = StepDraws(Augmentation("agc"), 0, groups)
         dataset = PatchDataset(store, sizes.neighbors, draws)
         resident = None
-        if choices.get("resident", False):
+        if options.get("resident", False):
             resident = ResidentPatches(store, dataset.neighbors, device, store.num_locations)
             dataset.read = False
         self.sampler = LocationBatchSampler(store.num_subjects, store.num_locations, sizes.batch, seed=0)
@@ -70,10 +70,10 @@ class Run:
         self.model = DrasCLR(
             Encoder, store.num_locations, 128, 128, 8, 1, sizes.K, 0.999, 0.2, True, bn_groups=sizes.groups
         ).to(device)
-        self.views = StepViews(draws, device, choices.get("dense"))
+        self.views = StepViews(draws, device, options.get("dense"))
         step = TrainingStep(self.model, table, precision == "bf16").train()
         self.whole = WholeStep(self.views, step, Descent(make_optimizer(self.model, 0.01, 0.9, 1e-4)))
-        self.step = RecordedStep(self.whole, self.views.generators) if choices.get("recorded", on_gpu) else self.whole
+        self.step = RecordedStep(self.whole, self.views.generators) if options.get("recorded", on_gpu) else self.whole
         self.carrier, self.batches = BatchCarrier(device, resident), self._iterate_batches_forever()
 
     def _iterate_batches_forever(self) -> Iterator[PatchBatch]:
