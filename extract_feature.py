@@ -268,7 +268,7 @@ def encode_own_pieces(
 ) -> None:
     """Encode this rank's pieces, except those that are already in the folder."""
     rank, world = process.rank(), process.world_size()
-    # Each rank gets consecutive locations, because one call freezes the encoder at several consecutive locations.
+    # Each rank gets consecutive locations, because one call computes the kernels for several consecutive locations.
     share = pieces[len(pieces) * rank // world : len(pieces) * (rank + 1) // world]
     todo = [piece for piece in share if not (folder / piece.name).is_file()]
     locations = torch.from_numpy(normalize_locations(store.locations))  # (L, 3)

@@ -26,7 +26,7 @@ CONTRAST_EPSILON = 1e-7
 FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels; a smaller sigma has no effect, and the kernel is undefined for 0
-DETAIL_SIGMA = 1.0  # voxels; fine detail is the difference from the image smoothed with this sigma
+DETAIL_SIGMA = 1.0  # voxels; fine detail is the image minus a copy smoothed with this sigma
 LUNG_HU, TISSUE_HU = -500.0, 0.0  # voxels below LUNG_HU expand fully with breath, voxels above TISSUE_HU not at all
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # returns normal noise of unit variance in the shape of its argument

@@ -48,9 +48,9 @@ def are_no_and_yes(words: Sequence[str]) -> bool:
 class Labels(NamedTuple):
     """Columns of a label table for a list of subjects."""
 
-    values: np.ndarray  # (N, P) float32, NaN where missing; word columns hold class numbers
+    values: np.ndarray  # (N, P) float32, NaN where missing; text columns hold class numbers
     names: list[str]
-    classes: dict[str, list[str]]  # for each word column, the words that 0, 1, ... stand for
+    classes: dict[str, list[str]]  # for each text column, the words that 0, 1, ... stand for
 
 
 def read_numbers_and_words(
@@ -81,7 +81,7 @@ def read_numbers_and_words(
     for name in table.columns:
         filled, numbers = find_filled_cells_and_numbers(table[name])
         text = table[name].str.strip()
-        words = text.where(filled | text.isin(order.get(name, ())), "")  # keep 'none' if order lists 'none'
+        words = text.where(filled | text.isin(order.get(name, ())), "")  # 'none' is missing unless order lists it
         found = sorted(set(words) - {""}, key=str.lower)
         if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
             continue
@@ -90,7 +90,7 @@ def read_numbers_and_words(
             if other is not None:
                 raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
-        elif are_no_and_yes(found[::-1]):  # no is 0 and yes is 1, even if alphabetical order differs
+        elif are_no_and_yes(found[::-1]):  # "no" is 0 and "yes" is 1, even if the alphabetical order differs
             found.reverse()
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")

@@ -128,7 +128,7 @@ class LocationBatchSampler:
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
-        # The remaining subjects are left out at random, independently of their scores.
+        # Choose at random which subjects are in no full batch, so that the similarity scores do not affect this choice.
         used = self.steps_per_location * self.batch_size
         batches = order[:used][np.argsort(self.draw_similarity_scores(rng)[order[:used]], kind="stable")].reshape(
             -1, self.batch_size

@@ -26,7 +26,7 @@ _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 # A cell of a column with decimal commas: a number with a comma, a whole number, or a missing value.
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", re.IGNORECASE)
 _NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
-# The form in which Excel shows a name of many digits, for example 1.23457E+15.
+# Excel shows long numbers in this form, for example 1.23457E+15.
 _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # maximum number of columns that a message lists
 

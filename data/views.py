@@ -68,7 +68,7 @@ class StepDraws(NamedTuple):
             seed, _ = make_random_stream_seeds(self.seed, index.epoch, index.location, index.step, group)
             generator = torch.Generator().manual_seed(seed)
             views = list(self._draw_packed_parameters(2 * count, size, generator).chunk(2))  # query and key
-            if neighbors:  # one draw per subject, because its k neighbours form one volume
+            if neighbors:  # one draw per subject, shared by its k neighbouring patches
                 views.append(self._draw_packed_parameters(count, size, generator))
             drawn.append(torch.stack(views))
         return torch.cat(drawn, dim=1)

@@ -14,7 +14,7 @@ from models.fast.groups import encode_groups_in_parallel
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
 # The last three layers stay in float32 under autocast, because their outputs have only 8, 8 and 1 voxels per patch.
-# BatchNorm amplifies small differences between so few values, and in bfloat16 the values can round to the same number.
+# With few values per channel, BatchNorm amplifies small differences, and bfloat16 can round all values to one number.
 # If all values are equal, the variance is 0, and BatchNorm multiplies the gradient by 1 / sqrt(eps).
 # With these layers in bfloat16, training with batches of 3 patches collapsed within ten steps.
 # The last three layers account for 3 % of the arithmetic.

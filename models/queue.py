@@ -43,7 +43,7 @@ class KeyQueues(nn.Module):
             raise ValueError(f"negatives is {negatives!r}; it must be 'queue' or 'batch'")
         self.K, self.negatives, self.mask_own, self.one_queue = K, negatives, mask_own, one_queue
 
-        # A step uses one location, which is one contiguous block of (L, K, dim).
+        # A step uses the keys of one location, which form one contiguous block of (L, K, dim).
         # Checkpoints store the queue in the published layout (dim, K, L).
         # _save_to_state_dict and _load_from_state_dict convert between the layouts in memory and on disk.
         queue = torch.randn(num_patch, K, dim)  # (L, K, dim)

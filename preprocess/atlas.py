@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from preprocess.scan import EarlierFailure, ScanError, read_mask
 
-SMALLEST = 1e-3  # smallest accepted volume scaling of a transform; a child's lungs have 1/20 of an adult's volume
+SMALLEST = 1e-3  # smallest accepted volume scaling of a transform; an infant's lungs have 1/20 of an adult's volume
 
 
 def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
@@ -69,7 +69,6 @@ def read_affine(path: Path) -> sitk.Transform:
     if not SMALLEST < volume < 1 / SMALLEST:
         raise ScanError(
             f"{path} scales the volume of the atlas lungs by {volume:.3g}, which is impossible; remove it and register "
-            "the scan "
-            "again"
+            "the scan again"
         )
     return transform

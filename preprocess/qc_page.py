@@ -23,7 +23,7 @@ class Figure(NamedTuple):
     title: str
     low_is_bad: bool
     high_is_bad: bool
-    floor: float  # lower limit of the spread, in the unit of the value; tiny differences then do not raise the score
+    floor: float  # lower limit of the spread, in the unit of the value, so that tiny differences do not raise the score
 
 
 FIGURES = (

@@ -13,7 +13,7 @@ from preprocess.refine import refine_affine
 from preprocess.scan import ScanError
 
 REGISTRATION_SPACING = 8.0  # mm; voxel spacing of the masks that ANTs compares
-REFINED_SPACING = 3.0  # mm; grid spacing of the refinement, which maximises the overlap
+REFINED_SPACING = 3.0  # mm; grid spacing of the refinement, which maximises the overlap of the lungs
 SMALL_ATLAS = 200.0  # mm; a smaller atlas (a phantom) is registered on proportionally finer grids
 ATLAS_LABELS, SCAN_LABELS = (50, 100), (1, 2)  # labels of the right lung and the left lung
 
@@ -63,8 +63,8 @@ def check_overlap(dice_scores: dict[str, float], min_dice: float, source: Path |
     sides = f"right {dice_scores['dice_right']:.2f}, left {dice_scores['dice_left']:.2f}"
     if dice_scores["dice"] >= min_dice and len(low) == 2:
         raise ScanError(
-            f"the lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f}, but each lung has less ({sides}): "
-            f"right (1) and left (2) are swapped in {source}, or the scan is mirrored"
+            f"the lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f}, but each lung alone has less "
+            f"({sides}): right (1) and left (2) are swapped in {source}, or the scan is mirrored"
         )
     raise ScanError(
         f"the registered lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f} ({sides}), "

@@ -16,7 +16,7 @@ from preprocess.scan import AIR, ScanError
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
 GAS_BELOW = -975  # HU; bowel gas and air in cushions have a lower median; lungs have a higher median because of vessels
-INSIDE = 0.05  # minimum fraction of a lung's voxels that are not connected to the image's sides; lower in cushions
+INSIDE = 0.05  # minimum fraction of a lung's voxels not connected to the image's sides; lower for air in cushions
 AIRWAY_BELOW = -880  # HU; the mean over a cross-section of the trachea is at most 80 HU above this value
 ADULT_WIDTH = 320.0  # mm; the lengths below are for scans of this width and are reduced for narrower scans
 

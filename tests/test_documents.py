@@ -120,7 +120,7 @@ def test_flags_exist(path):
     text = dict(SOURCES)[path]
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text)) - ELSEWHERE:
         name = flag[2:].replace("-", "_")
-        assert f'"{flag}"' in CODE or f'add("{name}"' in CODE or f"{flag} " in CODE.replace(text, ""), (
+        assert f'"{flag}"' in CODE or f'add_range_flag("{name}"' in CODE or f"{flag} " in CODE.replace(text, ""), (
             f"{path} mentions {flag}"
         )
 

@@ -38,7 +38,7 @@ def make_checkpoint(path, num_patch=6, seed=0, bare=False, **sizes):
     model = DrasCLR(
         Encoder, num_patch, sizes["rep_dim"], sizes["moco_dim"], sizes["num_experts"], 1, 8, 0.9, 0.2, sizes["mlp"]
     )
-    # One training-mode pass gives BatchNorm realistic statistics. A new network has mean 0 and variance 1.
+    # One pass in training mode gives BatchNorm realistic statistics instead of its initial mean 0 and variance 1.
     model.train()
     with torch.no_grad():
         model.encoder_q(torch.randn(8, 1, 32, 32, 32), torch.zeros(1, 3))

@@ -96,7 +96,7 @@ def test_a_step_does_not_wait_for_the_device(gpu, amp):
             batch = PatchBatch(
                 *(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch._replace(draws=draws))
             )
-            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first two steps may synchronise
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # steps 0 and 1 may wait for the GPU
             views.seed_noise(0, 1, step)
             advance(Inputs(*carry(batch)), 1.0)
     finally:

@@ -27,7 +27,7 @@ def test_five_losses_of_a_seeded_run(tmp_path, make_store, grid, run):
     lines = map(json.loads, (tmp_path / "ssl_exp" / "g" / "log.jsonl").read_text(encoding="utf-8").splitlines())
     steps = [line for line in lines if line["kind"] == "step"][:5]
     # CPUs round differently, and each step doubles the difference.
-    # The difference between a CPU with AVX2 and an Intel CPU with AVX-512 is 4e-4 at the fifth step.
+    # At the fifth step, the losses on a CPU with AVX2 and on an Intel CPU with AVX-512 differ by 4e-4.
     for name in ("loss_patch", "loss_neighbor"):
         np.testing.assert_allclose([step[name] for step in steps], GUARD[name], rtol=1e-3, atol=1e-3, err_msg=name)
 

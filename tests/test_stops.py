@@ -147,6 +147,7 @@ def test_a_non_finite_state_is_never_saved(store, run, tmp_path):
     assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1
     for words in (
         "at epoch 2, step",
+        "has values that are too large or not finite",
         "the last good checkpoint is",
         "checkpoint_patch_0001",
         "a lower --lr",

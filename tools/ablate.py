@@ -47,10 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = ("--beta", "1", "--k-neighbors", "2")  # train both tasks; the small recipe trains only the patch task
 ARMS = {
     "full": FULL,
-    "no-neighbours": (*FULL, "--beta", "0"),  # neighbours then do not affect the BatchNorm statistics either
+    "no-neighbours": (*FULL, "--beta", "0"),  # neighbours are not encoded and do not affect BatchNorm
     "one-expert": (*FULL, "--num-experts", "1"),
     # With --recipe small, all negatives of a step come from one location.
-    # The arms queues and one-queue differ only in the queue: one queue per location, or one queue for all locations.
+    # The arms "queues" and "one-queue" differ only in the queue: one per location, or one for all locations.
     "queues": (*FULL, "--negatives", "queue", "--mask-own"),
     "one-queue": (*FULL, "--negatives", "queue", "--mask-own", "--one-queue", "--moco-k", "1024"),
     "random": ("--lr", "0", "--epochs", "1"),  # one epoch, to estimate the BatchNorm statistics

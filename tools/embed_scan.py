@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("scans", nargs="*", metavar="SCAN", help="image file or folder of DICOM slices; can be repeated")
     add(
         "--input-csv",
-        help="table with sid, image and optionally series (the DICOM series in a folder), instead of SCAN",
+        help="table with the columns sid, image and optionally series (the DICOM series in a folder); replaces SCAN",
     )
     add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")

@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--input-csv",
         required=True,
-        help="table with sid and image of the scans to map; these scans must be in the store",
+        help="table with the columns sid and image, one row per scan to map; the scans must be in the store",
     )
     add("--atlas-mask", required=True, help="atlas lung mask that the store was made with")
     text = "distance between windows in voxels of 1 mm; half the distance gives a finer map and takes 8 times as long"

@@ -56,7 +56,7 @@ from tools.pages.numbers import (
 )
 from tools.pages.sides import make_atlas_views
 
-CATEGORIES = 12  # maximum number of values of a text column, one colour each
+CATEGORIES = 12  # maximum number of different values of a text column; each value gets a colour
 FOLDER = Path(__file__).resolve().parent / "pages"
 
 

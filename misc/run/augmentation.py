@@ -23,19 +23,19 @@ LETTERS = {
 class Ranges(NamedTuple):
     """Ranges from which the transforms draw their parameters. The defaults are the published values."""
 
-    rotate: float = 10.0  # ± degrees about each axis
-    translate: float = 12.0  # ± voxels along each axis
+    rotate: float = 10.0  # largest rotation about each axis, in degrees
+    translate: float = 12.0  # largest shift along each axis, in voxels
     scale: float = 0.1  # zoom factor 1 ± scale on each axis
     elastic: float = float(HU_MAX - HU_MIN)  # largest offset in voxels before smoothing, as in the published code
     noise_prob: float = 0.25
     noise_std: float = 50.0  # largest standard deviation, HU
     contrast_prob: float = 0.25
     gamma: tuple[float, float] = (0.5, 4.5)
-    smooth: float = 2.0  # largest sigma of the blur, voxels; unpublished
-    shift: float = 30.0  # ± HU; unpublished
-    breath: float = 0.2  # lung volume changes by a factor of 1 ± breath; unpublished
-    kernel: float = 0.6  # largest fraction of fine detail to add or remove; unpublished
-    thickness: float = 1.0  # largest sigma of the blur along z, voxels; unpublished
+    smooth: float = 2.0  # largest sigma of the blur, in voxels; not in the published method
+    shift: float = 30.0  # largest offset added to all voxels, in HU; not in the published method
+    breath: float = 0.2  # lung volume changes by a factor of 1 ± breath; not in the published method
+    kernel: float = 0.6  # largest fraction of fine detail to add or remove; not in the published method
+    thickness: float = 1.0  # largest sigma of the blur along z, in voxels; not in the published method
 
 
 PUBLISHED = Ranges()

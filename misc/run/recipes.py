@@ -9,8 +9,8 @@ from misc.command import OneOf, Parser
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {},  # the flags' own defaults
     # This recipe is for about a hundred subjects and for training in minutes on a CPU.
-    # Negatives come from the same step as the key, and the two views share most of a patch.
-    # The neighbour task is off, because a network does not learn this task from so few subjects.
+    # The negatives are keys of the same step, and the two views show mostly the same part of a patch.
+    # The neighbour task is off, because a network does not learn this task from about a hundred subjects.
     # Neighbouring patches have little in common except the subject and the scanner.
     # Without the neighbour task, a training step takes less than half as long.
     # The views differ in sharpness and noise, because sharpness and noise reveal the scanner settings.

@@ -107,7 +107,7 @@ def note_setting_changes(
         )
     if has_pass and not had_pass and step and not starts_new_epoch:
         raise ResumeError(
-            f"{checkpoint_path} was saved partway through an epoch without neighbours; use --beta 0, "
+            f"{checkpoint_path} was saved partway through an epoch trained without neighbours; use --beta 0, "
             f"or --start-epoch {epoch} to start that epoch again"
         )
     for name in SETS_STEPS:

@@ -20,7 +20,7 @@ from misc import process
 from misc.command import LOST, USER_ERROR, exit_at_once
 
 Item = TypeVar("Item")
-BEATS = 20  # number of heartbeats that a rank sends during --patience
+BEATS = 20  # number of heartbeats that a rank sends within the time --patience
 LONGEST_BEAT = 10.0  # longest time between two heartbeats, in seconds
 SILENT_BEATS = 4  # a rank counts as dead after this many missed heartbeats
 

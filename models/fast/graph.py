@@ -53,7 +53,8 @@ class RecordedStep:
             UserError: the step cannot be recorded.
         """
         kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
-        if kind != self._kind:  # keep only one graph, because two take too much memory; beta changes only once
+        # Keep only one graph, because two graphs take too much memory, and beta changes at most once in a training.
+        if kind != self._kind:
             self._kind, self._seen, self._recorded = kind, 0, None
         for group in self.optimizer.param_groups:  # round the learning rate to float32, as in a recorded step
             group["lr"] = float(np.float32(group["lr"]))
@@ -87,7 +88,9 @@ class RecordedStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the first error is more specific than the later error of the recording
+            cause = (
+                error.__context__ or error
+            )  # the original error is more specific than the error at the end of recording
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             # Do not continue without a graph, because some torch versions leave streams and memory in recording mode.

@@ -11,7 +11,7 @@ from models import fast
 
 # Number of patches per piece. The result of a layer for this many patches takes at most tens of MB.
 # The piece size is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
-# In a smaller last piece, the convolution and the ELU are two separate passes.
+# A last piece with fewer patches runs the convolution and the ELU one after the other.
 PATCHES_AT_ONCE = 32
 
 

@@ -16,7 +16,7 @@ from preprocess.reading.values import MIN_EXTENT
 
 # DICOM element -> its name in messages.
 # Slices of a series at the same position belong to different volumes if they differ in one of these elements.
-# Acquisitions stacked along z, as from sequential scanners, are one volume.
+# Acquisitions that are stacked along z, for example by a step-and-shoot scan, form one volume.
 MIXED = {
     "StudyInstanceUID": "study",
     "ConvolutionKernel": "kernel",

@@ -17,7 +17,7 @@ NAMES = {  # file names by which ITK selects its reader
     "MetaImage": re.compile(r"\.((?i:mha)|mhd)$"),
 }
 SUFFIX = {"NIfTI": ".nii", "NRRD": ".nrrd", "MetaImage": ".mha"}
-STRANGERS = {  # first bytes of files that are often mistaken for scans, and the advice for each
+STRANGERS = {  # first bytes of files that are often mistaken for scans, and what the error message says about them
     b"\x1f\x8b": "is compressed with gzip twice; unpack it once with gunzip",
     b"PK\x03\x04": "is a ZIP archive; unpack it and use the scan inside",
     b"version https://git-lfs": "is a Git LFS pointer, not the scan itself; run git lfs pull",

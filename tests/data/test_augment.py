@@ -439,7 +439,7 @@ def test_slice_by_slice_sampling_is_trilinear(size, channels):
     torch.testing.assert_close(resample.sample_trilinearly(noise, voxels), wanted, rtol=0, atol=1e-9 * RANGE)
     single = resample.sample_trilinearly(noise.float(), voxels.float())
     torch.testing.assert_close(single.double(), wanted, rtol=0, atol=1e-4 * RANGE)
-    # At whole-number positions, sampling returns the voxel values.
+    # At integer positions, sampling returns the voxel values.
     whole = resample.sample_trilinearly(noise.float()[:1], voxels.float()[:1])
     index = [voxels[0, axis].clamp(0, length - 1).long() for axis, length in enumerate(size)]
     assert torch.equal(whole[0], noise.float()[0][:, index[0], index[1], index[2]])

@@ -29,7 +29,7 @@ def literal_neighbors(table, k):
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_ties_are_ordered_by_index(grid, k):
     np.testing.assert_array_equal(neighbor_table(grid, k), literal_neighbors(grid, k))
-    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # locations 1, 2 and 4 all have distance 26 from 0
+    assert neighbor_table(grid, 2)[0].tolist() == [1, 2]  # locations 1, 2 and 4 are all at distance 26 from location 0
 
 
 def test_fewer_locations_than_neighbors(grid):
@@ -46,7 +46,7 @@ def test_published_table(reference):
     distances = ((table[:, None] - table[None]) ** 2).sum(-1)
     ties = sum(np.partition(row, 3)[3] == np.partition(row, 2)[2] for row in distances)
     assert ties > 500  # equal distances are common, so their order must be defined
-    # The corner of location 0 is (26, 130, 26), and half the table's maximum is (156, 143, 143).
+    # The corner of location 0 is (26, 130, 26). Half of the largest x, y and z in the table is 156, 143 and 143.
     np.testing.assert_allclose(normalize_locations(table)[0], [26 / 156 - 1, 130 / 143 - 1, 26 / 143 - 1], atol=1e-6)
 
 

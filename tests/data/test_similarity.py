@@ -19,7 +19,7 @@ def table(tmp_path):
     frame = pd.DataFrame(rows).astype(str)
     frame.loc[3, "noise"] = ""
     frame["name"] = [f"n{row}" for row in range(N)]
-    frame.iloc[:-2].to_csv(tmp_path / "t.csv", index=False)  # subjects 000 and 001 have no row
+    frame.iloc[:-2].to_csv(tmp_path / "t.csv", index=False)  # drop the last two rows, subjects 001 and 000
     return tmp_path / "t.csv"
 
 

@@ -28,7 +28,7 @@ from ..conftest import ROOT
 from .phantoms import array, chest, image_of
 from .test_threshold import dice, phantom
 
-# ---------------------------------------------------------------- another file that ITK would read instead
+# ---------------------------------------------------------------- files that ITK would read instead of the given file
 
 
 @pytest.mark.parametrize(

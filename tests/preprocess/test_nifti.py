@@ -84,7 +84,7 @@ def test_sheared_axes_in_other_formats_are_refused(image, tmp_path, suffix, row,
 def test_implausible_lengths_are_refused(image, tmp_path, scale):
     other = image_of(array(image), tuple(length * scale for length in image.GetSpacing()))
     sitk.WriteImage(other, str(tmp_path / "scan.nrrd"))
-    refused(tmp_path / "scan.nrrd", "not in millimetres")
+    refused(tmp_path / "scan.nrrd", "impossible for a CT")
 
 
 # ------------------------------------------------------------ encodings that give the same volume

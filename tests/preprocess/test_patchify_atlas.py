@@ -42,7 +42,7 @@ def test_the_threshold_rises_while_a_thousand_locations_remain():
         find_grid_locations(lung, 4, 2)  # 11**3 patches exceed the lung fractions 0.1 and 0.2; none exceeds 0.3
     assert (
         len(find_grid_locations(lung, 4, 3)) == 8**3
-    )  # 0.1 gives fewer than 1000 locations, so the threshold stays 0.1
+    )  # a threshold of 0.1 gives fewer than 1000 locations, so it is not raised
 
 
 def test_a_share_equal_to_the_threshold_is_dropped():

@@ -73,7 +73,7 @@ def test_patches_equal_the_scan_at_their_positions(cohort):
                 if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
                     value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
                     differences.append(abs(value - patch[z, y, x]))
-        # Noise and rounding by half a voxel cause differences.
+        # Patch corners are rounded to whole voxels of the scan, so the values differ, for example because of noise.
         assert np.median(differences) < 60 and len(differences) > 30
 
 
@@ -278,7 +278,7 @@ def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_g
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Shells let background commands ignore SIGINT, and these tests may run in the background.
+        # Restore SIGINT, because shells make background commands ignore SIGINT and the tests may run in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: list((tmp_path / "s").glob("lung_mask/*.nii.gz")))
@@ -672,7 +672,7 @@ def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     from preprocess.subjects import Subject
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 70 * 10**6))
-    check_disk_space(tmp_path, [Subject("a", "")], 500, 32)  # one subject needs 2 x 33 MB
+    check_disk_space(tmp_path, [Subject("a", "")], 500, 32)  # 500 patches take 33 MB and are stored twice
     with pytest.raises(StoreError, match=r"need 0\.1 GB, but .* has 0\.1 GB free"):
         check_disk_space(tmp_path, [Subject("a", ""), Subject("b", "")], 500, 32)
 

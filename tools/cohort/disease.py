@@ -21,7 +21,8 @@ from tools.cohort.texture import (
     draw_gaussian_noise,
 )
 
-# Fraction of a smoker's lung in each class: quantiles over 2,500 of 9,330 subjects (Chest Imaging Platform).
+# Quantiles of the fraction of a smoker's lung in each emphysema class.
+# Source: Chest Imaging Platform, 2,500 of 9,330 subjects.
 QUANTILES_AT = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARE_QUANTILES = {
     PARASEPTAL: (0.02, 0.05, 0.08, 0.11, 0.14, 0.18, 0.24),

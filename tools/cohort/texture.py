@@ -45,7 +45,7 @@ TEXTURES = (
     Texture((-1030, -1019, -995, -970, -958, -906, -807), 0.68, 1.6, 0.05, 0.005, 14),  # panlobular
     Texture(
         (-1034, -1016, -980, -926, -850, -720, -610), 0.68, 2.8, 0.85, 0.02, 30
-    ),  # paraseptal, next to the chest wall
+    ),  # paraseptal emphysema, next to the chest wall
 )
 
 

@@ -251,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
         "--suite",
         type=OneOf("old", "new"),
         required=True,
-        help="old: test mutations with the old suite; new: test only the mutations that the old suite caught",
+        help="old: test the old suite; new: test the new suite, only on mutations that the old suite caught",
     )
     add(
         "--wanted",
@@ -268,7 +268,12 @@ def parse_arguments() -> argparse.Namespace:
         default=900.0,
         help="time limit in seconds per mutation; raise it on a slow machine",
     )
-    add("--jobs", type=at_least(int, 1), default=1, help="mutations tested in parallel, each in a separate copy")
+    add(
+        "--jobs",
+        type=at_least(int, 1),
+        default=1,
+        help="number of mutations to test in parallel, each in a separate copy",
+    )
     add("--whole", action="store_true", help="run all remaining tests before a mutation counts as missed")
     return parser.parse_args()
 

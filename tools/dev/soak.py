@@ -33,7 +33,7 @@ from misc.command import Parser, UserError, at_least, run
 from misc.progress import add_progress_flag, progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
-# KILL is drawn twice as often as the other signals, because no process can catch it.
+# SIGKILL is drawn twice as often as the other signals, because no process can catch SIGKILL.
 SIGNALS = ("KILL", "KILL", "TERM", "INT", "USR1", "HUP")
 TRAINING = (
     *("--epochs", "2", "--batch-size", "4", "--moco-k", "8", "--rep-dim", "8", "--moco-dim", "4", "--num-experts", "2"),
@@ -282,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--work-dir", required=True, help="working folder; use the same folder to resume")
-    add("--trials", type=at_least(int, 1), default=20, help="trials per job; more trials find rarer faults")
+    add("--trials", type=at_least(int, 1), default=20, help="number of trials per job; more trials find rarer faults")
     add("--jobs", nargs="+", default=list(list_jobs()), metavar="JOB", help=f"jobs to run: {', '.join(list_jobs())}")
     add(
         "--num-subjects",

@@ -30,13 +30,13 @@ from preprocess.scan import ScanError, add_warnings, load_scan
 from tools.evaluation.vectors import Standardization
 
 OUTSIDE = 0.1  # the verdict warns if more than 10 % of the patch voxels lie outside the scan
-OFF = 0.7  # the verdict warns if fewer patch centres lie in the lungs than 0.7 times the number in the atlas
+OFF = 0.7  # the verdict warns if the fraction of patch centres in the lungs is below 0.7 times that in the atlas
 
 
 class Embedded(NamedTuple):
     """Features and reports of one scan."""
 
-    features: np.ndarray  # (rep_dim,) float32: mean over patches, or (width,) for another patient vector
+    features: np.ndarray  # (rep_dim,) float32: mean over patches; (width,) for other kinds of patient vectors
     patches: np.ndarray  # (L, rep_dim) float32
     figures: dict[str, Any]  # the same numbers as in the preprocessing reports
     verdict: str  # one line

@@ -14,7 +14,7 @@ from misc.sizes import HU_MAX, HU_MIN
 BINS = 32  # histogram bins of equal width over [-1024, 240] HU
 EMPHYSEMA_HU = -950  # the clinical threshold for emphysema
 PARENCHYMA_HU = -500  # HU; lung tissue lies below this value, chest wall and heart above
-SMOOTHING = 1.0  # sigma in voxels, to reduce the noise of low-dose scans; on phantoms, 2 and 3 gave worse predictions
+SMOOTHING = 1.0  # sigma in voxels; smoothing reduces noise; on phantoms, a sigma of 2 or 3 gave worse predictions
 ROWS_AT_ONCE = 64
 
 

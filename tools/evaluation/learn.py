@@ -83,7 +83,7 @@ def predict_class(train_features: np.ndarray, train_target: np.ndarray, test_fea
         return probabilities
     settings = dict(Cs=np.logspace(-5, 1, 7), cv=min(INNER_FOLDS, counts.min()), scoring="neg_log_loss")
     if len(present) == 2:
-        # This solver is several times faster than the default. With more classes, it requires scikit-learn 1.6.
+        # This solver is several times faster than the default, but needs scikit-learn 1.6 for more than two classes.
         settings["solver"] = "newton-cholesky"
     if settings["cv"] < 2:
         from sklearn.linear_model import LogisticRegression

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-# Suffix of a scan's name after the name of its patient: a visit, a breathing phase, a repeat.
+# Suffix that a scan's name adds to the patient's name, for example a visit, a breathing phase or a repeat.
 _SCAN = re.compile(
     r"[-_. ]?(?:insp\w*|exp\w*|baseline|followup|follow-up|visit|scan|series|repeat|v|s|t|p)?[-_. ]?\d{1,2}$", re.I
 )

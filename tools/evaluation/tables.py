@@ -88,7 +88,7 @@ class ChosenVector(NamedTuple):
     """The patient vector that a tool uses, and the file that it is computed from."""
 
     kind: str  # one of VECTORS
-    patches: Path | None  # file of patch features; None if kind is mean
+    patches: Path | None  # file of patch features; None if kind is "mean"
 
 
 def choose_patient_vector(

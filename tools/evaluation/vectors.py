@@ -22,7 +22,9 @@ VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
 LEAST_SD = 1e-6  # a feature with a smaller SD at a location is set to 0, for example the SD of a single voxel
 KEPT_BYTES = 2**29  # size of the cache for the vectors of several folds
-BYTES_AT_ONCE = 2**26  # bytes of patch features read at once, so that a memory-mapped file may exceed the memory
+BYTES_AT_ONCE = (
+    2**26
+)  # bytes of patch features read at once, so that a memory-mapped file may be larger than the memory
 
 
 class Standardization(NamedTuple):

@@ -39,7 +39,7 @@ def meters():
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
-    saver = saver_of(tmp_path, raise_full, good=tmp_path / "c_0001")
+    saver = saver_of(tmp_path, raise_full, latest_checkpoint=tmp_path / "c_0001")
     saver.save_after_step(1, 2, meters())
     saver.save_after_epoch(2)
     told = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
         path.write_text(str(state["step"]))
         done.append(path.name)
 
-    saver = saver_of(tmp_path, at_once, aside=aside, keep=2)
+    saver = saver_of(tmp_path, at_once, aside=aside, checkpoints_to_keep=2)
     (tmp_path / "checkpoint_patch_0001.pth.tar").write_text("old")
     state["step"] = 5
     saver.save_after_step(0, 5, meters())
@@ -88,7 +88,7 @@ def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
 
 
 def test_the_next_save_reports_a_failed_background_save(tmp_path, capsys):
-    saver = saver_of(tmp_path, raise_full, aside=lambda *_: raise_full, good=tmp_path / "c_0001")
+    saver = saver_of(tmp_path, raise_full, aside=lambda *_: raise_full, latest_checkpoint=tmp_path / "c_0001")
     saver.save_after_step(1, 2, meters())
     saver.wait_for_writing()
     assert "warning: cannot save" in capsys.readouterr().out and saver.good.name == "c_0001"
@@ -106,8 +106,10 @@ def test_a_non_finite_state_names_the_last_good_one(tmp_path):
     def unsound(*_):
         raise DivergedError("at epoch 2, step 3, w has values that are too large or not finite")
 
-    with pytest.raises(DivergedError, match=r"step 3; the last good checkpoint is .*c_0001. Continue .* a lower --lr"):
-        saver_of(tmp_path, unsound, good=tmp_path / "c_0001").save_after_step(1, 3, meters())
+    with pytest.raises(
+        DivergedError, match=r"not finite; the last good checkpoint is .*c_0001. Continue .* a lower --lr"
+    ):
+        saver_of(tmp_path, unsound, latest_checkpoint=tmp_path / "c_0001").save_after_step(1, 3, meters())
 
 
 def test_the_step_that_diverged_is_named(tmp_path):

@@ -48,7 +48,7 @@ def compare(shape, groups: int, blocks: int, dtype: torch.dtype) -> list[float]:
 
 if __name__ == "__main__":
     norm_elu_gpu.can_fuse_norm_elu = lambda *_: fast.is_enabled()
-    norm_elu_gpu.PROGRAMS = 3  # with 3 programs, each has several tiles
+    norm_elu_gpu.PROGRAMS = 3  # so few that each program processes several tiles
     apart = [[*case, str(dtype), compare(*case, dtype)] for case in CASES for dtype in (torch.float32, torch.bfloat16)]
     norm = nn.BatchNorm3d(8)
     norm_elu(norm, [torch.randn(4, 8, 2, 2, 2)], track=False)

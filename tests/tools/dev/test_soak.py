@@ -32,7 +32,7 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
     wanted = make_fingerprint_function("made/*")(reference)
     good = results(job(careful), tmp_path, wanted)
     assert not any(wrong for _, wrong in good) and sum(bool(sent) for sent, _ in good) >= 2
-    # A job that appends to its file keeps the lines of a killed run, so its result differs.
+    # A job that appends to its file keeps the lines of a killed run, so the result differs from the reference.
     careless = "    pathlib.Path('made').mkdir(exist_ok=True)\n    open('made/a', 'a').write('line')\n"
     (tmp_path / "more").mkdir()
     (reference / "made" / "a").write_text("line" * 6)

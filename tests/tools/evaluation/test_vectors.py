@@ -115,7 +115,7 @@ def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
         "tools.evaluation.learn._reduce_to_row_space", lambda fitted, asked, target: (fitted, target, asked)
     )
     wanted = fit_and_predict_held_out(MODELS[kind], features, target, held)
-    tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models are fitted by iteration
+    tolerance = 1e-9 if kind == "regression" else 2e-3  # the other models are fitted iteratively
     np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)
 
 

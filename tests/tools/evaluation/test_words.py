@@ -57,7 +57,7 @@ def test_words_are_classes_and_ordered_words_are_grades(study, run_here):
     assert done.returncode == 0, done.stderr
     assert found["sex"]["features"]["auroc"]["mean"] > 0.9 and found["smoker"]["features"]["auroc"]["mean"] > 0.9
     assert "auroc" in found["Histology"]["features"] and found["Histology"]["features"]["auroc"]["mean"] > 0.75
-    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6  # Stage is a grade, in the order that --order gives
+    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6  # Stage is of kind "grade", because --order lists it
     assert "column 'sex': 0 is F, 1 is M" in done.stderr and "column 'smoker': 0 is no, 1 is Yes" in done.stderr
     assert "column 'Stage': 0 is II, 1 is I, 2 is IIIa" in done.stderr
     refused, _ = evaluate(run_here, study, labels, "--columns", "name")

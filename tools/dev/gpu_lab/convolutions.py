@@ -57,7 +57,8 @@ def convert_to_space_to_depth_kernel(kernel: torch.Tensor) -> torch.Tensor:
     """Convert a stride-2 kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (out, 8 in, 3, 3, 3)."""
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(out, 2, 2, 2, channels, 3, 3, 3)
-    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))  # (voxel in the cube, offset of the cube, kernel element)
+    # (voxel within a 2 x 2 x 2 cube, offset of that cube, offset of the kernel element) along one axis
+    taps = ((1, -1, -1), (0, 0, 0), (1, 0, 1))
     for pz, tz, kz in taps:
         for py, ty, ky in taps:
             for px, tx, kx in taps:

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 QUICK = Sizes(steps=15, rounds=3, curve=60, locations=24)
-TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a check on a CPU that the script runs
+TINY = Sizes(4, 2, 6, 8, 8, 2, 2, 2, 4, 0)  # for a run on a CPU, which only checks that the script works
 
 
 class Run:

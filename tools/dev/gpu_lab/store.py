@@ -22,7 +22,7 @@ class FileStore:
         grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
         self.locations = (grid * 26 + 5)[:locations]
         paths = [folder / f"{index}.npy" for index in range(locations)]
-        self.layout = SimpleNamespace(grouped=lambda location: paths[location])
+        self.layout = SimpleNamespace(grouped_patch_file=lambda location: paths[location])
         if not all(path.is_file() for path in paths):
             self._write_noise(paths, np.random.default_rng(seed))
         self._mapped = [np.load(path, mmap_mode="r") for path in paths]
