@@ -14,8 +14,8 @@ Train on two machines with four GPUs each. Run this command on the first machine
         train.py --root-dir /data/patches --exp-name published
 
 The output goes to ssl_exp/<exp-name>/: configs.json, checkpoint_patch_{epoch:04d}.pth.tar, TensorBoard curves
-and log.jsonl. A run that is stopped by a signal saves a checkpoint first. --resume auto continues from that
-checkpoint and gives the same result as an uninterrupted run.
+and log.jsonl. A run that is stopped by a signal saves a checkpoint first. --resume auto continues from the
+latest checkpoint and gives the same result as an uninterrupted run.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 # Set OMP_WAIT_POLICY before torch loads OpenMP, so that waiting threads sleep.
 # By default, waiting threads spin and block a core that another process could use.
-# On 2 cores shared with one busy process, a training step takes 262 ms if threads spin and 228 ms if they sleep.
-# On idle cores, a training step takes 149 ms if threads spin and 145 ms if they sleep.
+# On 2 cores shared with a busy process, a training step takes 228 ms if waiting threads sleep, and 262 ms if they spin.
+# On idle cores, a training step takes 145 ms if waiting threads sleep, and 149 ms if they spin.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -66,7 +66,8 @@ from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep,
 def compute_learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Return the learning rate of epoch e, counted from 0. The learning rate is constant within an epoch.
 
-    cosine: lr (1 + cos(pi e / epochs)) / 2. step: lr is divided by 10 for each milestone that epoch e has reached.
+    The schedule ``cosine`` gives lr (1 + cos(pi e / epochs)) / 2 in epoch e. The schedule ``step`` divides lr by 10 for
+    each milestone that epoch e has reached.
     """
     if args.lr_schedule == "cosine":
         return args.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / args.epochs))
@@ -79,7 +80,7 @@ class Data(NamedTuple):
     store: PatchStore
     sampler: LocationBatchSampler
     loader: DataLoader
-    workers: int  # data-loader workers of this rank
+    workers: int  # number of data-loader workers of this rank
     table: LocationTable
     carrier: BatchCarrier
 
@@ -91,7 +92,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
         args: flags of the run.
         device: device that receives the batches.
         neighbors: neighbouring patches to read with each patch; 0 for none.
-        draw: draws the random parameters of the augmentation.
+        draw: function that draws the random parameters of the augmentation.
 
     Raises:
         StoreError: the store cannot be used.

@@ -27,7 +27,7 @@ FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels; a smaller sigma has no effect, and the kernel is undefined for 0
 DETAIL_SIGMA = 1.0  # voxels; fine detail is the image minus a copy smoothed with this sigma
-LUNG_HU, TISSUE_HU = -500.0, 0.0  # voxels below LUNG_HU expand fully with breath, voxels above TISSUE_HU not at all
+LUNG_HU, TISSUE_HU = -500.0, 0.0  # breath changes the density fully below LUNG_HU, and not at all above TISSUE_HU
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # returns normal noise of unit variance in the shape of its argument
 
@@ -246,7 +246,8 @@ def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
     zoom = torch.diag_embed(growth.pow(-1 / 3)[:, None].expand(-1, 3))  # (n, 3, 3)
     volumes = sample_trilinearly(volumes, voxel_coordinates(F.pad(zoom, (0, 1)), volumes.shape[2:]))
     vacuum, lung, tissue = (value - HU_MIN for value in (-1000.0, LUNG_HU, TISSUE_HU))  # volumes hold HU - HU_MIN
-    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)  # fraction of each voxel that expands with breath
+    # Fraction of each voxel that changes volume with breathing.
+    share = ((tissue - volumes) / (tissue - lung)).clamp(0, 1)
     return volumes + share * (volumes - vacuum) * (1 / broadcast_to_volumes(growth) - 1)
 
 
@@ -352,7 +353,7 @@ class Augmentation:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process makes only one or two Augmentation objects
     def prepare_example_parameters(self, size: tuple[int, ...]) -> list[Parameters]:
-        """Prepare the parameters of one sample; :meth:`unpack_parameters` gets all shapes from these parameters."""
+        """Prepare the parameters of one sample as an example of the shapes that :meth:`unpack_parameters` needs."""
         return self.prepare_parameters(self.draw_parameters(1, size, torch.Generator()), size)
 
     def apply(

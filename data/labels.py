@@ -81,7 +81,8 @@ def read_numbers_and_words(
     for name in table.columns:
         filled, numbers = find_filled_cells_and_numbers(table[name])
         text = table[name].str.strip()
-        words = text.where(filled | text.isin(order.get(name, ())), "")  # 'none' is missing unless order lists it
+        # The text 'none' counts as a missing value unless ``order`` lists this text.
+        words = text.where(filled | text.isin(order.get(name, ())), "")
         found = sorted(set(words) - {""}, key=str.lower)
         if name not in order and (numbers[filled].notna().any() or not 2 <= len(found) <= MOST_WORDS):
             continue

@@ -13,7 +13,7 @@ PATCH_SUFFIX = "_patch.npy"
 
 
 class StoreError(UserError):
-    """A patch store is incomplete or inconsistent; the message says what to do."""
+    """Raised if a patch store is incomplete or inconsistent; the message says what to do."""
 
 
 class StoreLayout:
@@ -110,7 +110,7 @@ class StoreLayout:
         return self.grouped_dir / ".partial"
 
     def list_published_tables(self) -> list[Path]:
-        """List the location tables with a file name of the published implementation."""
+        """List the location tables that are named as in the published implementation."""
         return sorted(self.root.glob("*_patch_loc.npy"))
 
     def find_atlas_patch_loc(self) -> Path:

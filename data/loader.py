@@ -21,7 +21,7 @@ STOP_SECONDS = 60
 
 
 class SharedBatches(Dataset):
-    """A dataset that passes batches from data-loader workers through shared memory, and errors as objects.
+    """A dataset that moves the batches of data-loader workers to shared memory, and returns errors as objects.
 
     By default, torch would add a traceback to the error message.
     """

@@ -16,8 +16,8 @@ def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
     """Scale corners by the table's maximum to [-1, 1]: (L, 3) int -> (L, 3) float32.
 
     The published code (data/copd_patch.py) computes ``loc / loc.max(0) * 2 - 1``. Each value depends on the whole
-    table, so another table gives the published weights different coordinates. If the maximum along an axis is 0, all
-    values of this axis become -1.
+    table, so with another table the published weights would get different coordinates. If the maximum along an axis
+    is 0, all values of this axis become -1.
     """
     table = np.asarray(atlas_patch_loc, dtype=np.float64)
     maximum = table.max(axis=0)

@@ -11,7 +11,7 @@ from data.prefetch import read_ahead
 from data.store import PatchStore
 from data.views import convert_hu_to_input
 
-PIECE_SUBJECTS = 64  # subjects per piece if the store has only patch/
+PIECE_SUBJECTS = 64  # subjects per piece if the store has patch/ but no grouped_patch/
 
 
 class Piece(NamedTuple):
@@ -23,7 +23,10 @@ class Piece(NamedTuple):
 
 
 def split_store_into_pieces(store: PatchStore) -> list[Piece]:
-    """List one piece per location or, for patch/, per PIECE_SUBJECTS subjects, so that only one piece reads a file."""
+    """Split the store into pieces, so that each file is read by only one piece.
+
+    A piece of a grouped store is one location. Without grouping, a piece is up to PIECE_SUBJECTS subjects.
+    """
     if store.grouped:
         return [
             Piece(f"location_{index:05d}.npy", range(index, index + 1), range(store.num_subjects))

@@ -38,8 +38,8 @@ class LocationBatchSampler:
         seed: seed of the shuffle.
         rank, world_size: number of this process, and number of processes.
         similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. The subjects
-            of a step then have similar projections onto a random direction, which is drawn for each epoch and location.
-            If ``similarity`` is None, the subjects of a step are drawn at random.
+            of a step have similar projections of these numbers onto a random direction, which is drawn for each epoch
+            and location. If ``similarity`` is None, the subjects of a step are drawn at random.
         order: ``sequential``, as published, takes all steps at a location before the next location. ``interleaved``
             takes a few steps at each location in turn, so that the keys in each queue are less outdated.
 
@@ -99,7 +99,7 @@ class LocationBatchSampler:
         return self.steps_per_location * self.num_locations
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch of the next iteration, given as the number of finished epochs.
+        """Set the epoch to iterate over; ``epoch`` is the number of finished epochs.
 
         The first ``skip`` steps, which an interrupted run has done, are left out; ``len`` still counts these steps.
         """
@@ -128,7 +128,7 @@ class LocationBatchSampler:
         order = rng.permutation(self.num_subjects)
         if self.similarity is None:
             return order
-        # Choose at random which subjects are in no full batch, so that the similarity scores do not affect this choice.
+        # Choose the subjects beyond the last full batch at random, not by their similarity scores.
         used = self.steps_per_location * self.batch_size
         batches = order[:used][np.argsort(self.draw_similarity_scores(rng)[order[:used]], kind="stable")].reshape(
             -1, self.batch_size

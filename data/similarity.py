@@ -1,8 +1,9 @@
 """Describe with numbers how scans were acquired, so that batches can contain similar scans.
 
 If negatives come from another scanner or breath-hold level, the network can distinguish them without looking at the
-disease. If all scans in a batch are similar, the network cannot use differences in acquisition. Such batches are not
-part of the published method; the idea follows BatchSampler (Yang et al., KDD 2023), which selects hard negatives.
+disease. If all scans in a batch are similar, the network cannot distinguish negatives by differences in acquisition.
+Batches of similar scans are not part of the published method. The idea follows BatchSampler (Yang et al., KDD 2023),
+which selects hard negatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from data.layout import StoreError, StoreLayout
 from data.tables import read_table, suggest_column
 
 REPORT = "report"  # value of --batch-by that selects columns of the store's reports
-MOST_WORDS = 20  # a column with more distinct texts is assumed to contain names, not categories
+MOST_WORDS = 20  # a column with more distinct texts than this is assumed to contain names, not categories
 
 
 def read_similarity(
@@ -24,7 +25,7 @@ def read_similarity(
     """Read columns that describe the scan and the breath-hold: (N, C) with mean 0, NaN where unknown.
 
     Args:
-        names: columns of ``table``; or REPORT, for lung volume, mean density, slice thickness and kernel from the
+        names: columns of ``table``; or REPORT, for lung volume, mean density, slice spacing and kernel from the
             store's reports.
         table: CSV with a column sid; None if ``names`` is REPORT.
         layout: layout of the store.
@@ -57,7 +58,7 @@ def read_similarity(
 
 
 def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
-    """Read lung volume, mean lung density, slice thickness and kernel by sid, if the reports have these columns."""
+    """Read each subject's lung volume, mean lung density, slice spacing and kernel from the reports, if recorded."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}
     if {"right_ml", "left_ml"} <= set(masks):
@@ -79,8 +80,8 @@ def _read_report(layout: StoreLayout, script: str) -> pd.DataFrame:
 def standardize_column(column: pd.Series, what: str, note: Callable[[str], None]) -> list[np.ndarray]:
     """Convert a column to arrays (N,) with mean 0.
 
-    A numeric column becomes one array with SD 1. A column with n distinct words becomes one array per word, with SD
-    1 / sqrt(n). Constant arrays are left out.
+    A numeric column becomes one array with SD 1. A column with n distinct words becomes n arrays, one per
+    word, each with SD 1 / sqrt(n). Constant arrays are left out.
     """
     filled, numbers = find_filled_cells_and_numbers(column.astype(object).where(column.notna(), "").astype(str))
     filled = filled.to_numpy()

@@ -19,10 +19,10 @@ from data.tables import read_table
 from misc.files import read_array_header
 from misc.sizes import PATCH_SIZE
 
-SAMPLE_BYTES = 4096  # number of bytes at each end of a file's data that the hash of the store includes
-COMPARED = 20  # largest number of subjects with newer files in patch/ to compare with grouped_patch/
+SAMPLE_BYTES = 4096  # the store's hash includes this many bytes from each end of a file's data
+COMPARED = 20  # maximum number of subjects to compare if their files in patch/ are newer than grouped_patch/
 NAMED = 3  # maximum number of subjects that a message names
-MAX_OPEN = 128  # largest number of mapped files; each needs a file descriptor, and a process may have only 1024
+MAX_OPEN = 128  # maximum number of mapped files; many systems allow only 1024 open files per process
 
 
 class PatchStore:
@@ -65,7 +65,7 @@ class PatchStore:
         self._rows = np.arange(len(self.sids))  # for each selected subject, its row in the files
         if subjects is not None:
             self._select_subjects(subjects)
-        self.check_unchanged()  # grouping may have finished while the files were being opened
+        self.check_unchanged()  # group_patches.py may have finished while the files were being opened
 
     @property
     def num_locations(self) -> int:
@@ -248,8 +248,8 @@ def describe_change(path: Path) -> str:
 class PatchFile:
     """One .npy file of patches, memory-mapped at the first read, so that each data-loader worker makes its own mapping.
 
-    ``mapped_files`` lists all memory-mapped files of the store. With more than MAX_OPEN of these, the oldest mapping is
-    closed.
+    ``mapped_files`` lists all memory-mapped files of the store. If more than MAX_OPEN files are mapped, the oldest
+    mapping is closed.
     """
 
     def __init__(self, path: Path, mapped_files: "deque[PatchFile]"):

@@ -26,7 +26,7 @@ _SAFE_SID = re.compile(r"[^\W_](?:[\w .+=@,-]*[\w+=@-])?")
 # A cell of a column with decimal commas: a number with a comma, a whole number, or a missing value.
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?|NA|N/A|nan|\.|-", re.IGNORECASE)
 _NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
-# Excel shows long numbers in this form, for example 1.23457E+15.
+# Excel shows long numbers in scientific notation, for example 1.23457E+15.
 _SHORTENED = re.compile(r"\d(\.\d+|,\d+)?E\+\d+")
 SHOWN = 8  # maximum number of columns that a message lists
 
@@ -44,8 +44,8 @@ def check_sid(sid: str) -> None:
     """Raise StoreError unless ``sid`` is safe as a part of a file name."""
     if not _SAFE_SID.fullmatch(sid) or ".." in sid or len(sid) > 128:
         raise StoreError(
-            f"sid {sid!r} cannot be a file name; use at most 128 letters, digits, spaces and ._+=@,- only. Begin with "
-            "a letter or digit, do not end with a period or comma, and use no two periods in a row"
+            f"sid {sid!r} cannot be a file name; use at most 128 characters: letters, digits, spaces and ._+=@,- only. "
+            "Begin with a letter or digit, do not end with a period or comma, and use no two periods in a row"
         )
 
 
@@ -62,8 +62,8 @@ def read_table(
         one_row: whether each subject may have only one row.
 
     Raises:
-        StoreError: the file is missing, unreadable or without rows; a required column is missing; a row has more
-            cells than the header; a sid is repeated, or is not safe in a file name.
+        StoreError: the file cannot be read or has no rows; a required column is missing; or a row has more cells than
+            the header. StoreError is also raised if a sid is repeated or is not safe in a file name.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,7 +135,8 @@ def _read_csv_as_text(path: Path) -> pd.DataFrame:
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells[len(header) :]):
-                other = len(header) == 1 and re.search("[;\t]", header[0])  # decimal commas were read as separators
+                # With semicolons or tabs between cells, the decimal commas were read as separators.
+                other = len(header) == 1 and re.search("[;\t]", header[0])
                 hint = "; separate the cells with commas" if other else ""
                 raise ValueError(f"line {lines.line_num} has more cells than the header, which has {len(header)}{hint}")
             if any(cells):

@@ -16,7 +16,7 @@ INPUT_CHUNK = 16  # patches to convert together, so that these patches stay in t
 
 
 def make_random_stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
-    """Return two seeds for one step of one BatchNorm group: for the transform parameters and for the noise.
+    """Return two seeds for one step of one BatchNorm group: one for the transform parameters, one for the noise.
 
     Each combination of the arguments has a separate random stream. A resumed run therefore draws the same numbers as an
     uninterrupted one, with any number of ranks.
@@ -133,7 +133,7 @@ class StepViews:
         draws: torch.Tensor,
         generators: Sequence[torch.Generator],
     ) -> Views:
-        """Make the views of some groups, with one generator per group. Groups consist of consecutive samples."""
+        """Make the views of some BatchNorm groups, with one generator per group. A group has consecutive samples."""
         batch, size = len(patches), patches.shape[1:]
 
         def draw_noise_like(like: torch.Tensor) -> torch.Tensor:

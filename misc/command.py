@@ -46,7 +46,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Bounded:
-    """A number with limits, for use as the ``type`` of a flag. Parser checks the limits and names the flag in errors.
+    """A number with limits, for use as the ``type`` of a flag.
+
+    The class Parser checks the limits and names the flag in errors.
 
     Args:
         number_type: int or float.
@@ -103,7 +105,7 @@ class OneOf:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A help formatter that keeps the description's line breaks and shows defaults and the words of each OneOf."""
+    """A help formatter that keeps the description's line breaks and shows default values and allowed words."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or action.default == "" or action.nargs == 0
@@ -166,7 +168,7 @@ def _raise_stopped(signal_number: int, _: Any) -> NoReturn:
 def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers or --num-workers") -> NoReturn:
     """Run a script's main function and exit. All scripts use the same exit statuses.
 
-    - Status 0, or the value that main returns.
+    - Status 0, or the value that ``main`` returns, if no error occurs.
     - Status 2 with a one-line message after a UserError or a system error (a full disk, a folder without
       write permission), or if memory runs out.
     - Status 128 plus the signal's number after a signal in STOPPING.
@@ -174,7 +176,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
 
     Args:
         main: the script's main function.
-        memory: flags that the out-of-memory message asks to lower.
+        memory: flags whose values the out-of-memory message suggests lowering.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # print backslash escapes for characters that the console cannot encode
@@ -234,7 +236,7 @@ def describe_out_of_memory(error: BaseException, flags_to_lower: str) -> str:
 
 
 class StopRequest:
-    """Records the signals in STOPPING instead of stopping at once, so that a loop can save before it stops.
+    """Records a stop signal (STOPPING) instead of ending the process at once, so that a loop can save before it stops.
 
     Attributes:
         number: number of the first signal received; 0 if none has arrived.

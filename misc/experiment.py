@@ -23,7 +23,7 @@ CHECKPOINT_PATTERN = re.compile(r"checkpoint_patch_(\d{4,})\.pth\.tar")
 
 
 class ExperimentError(UserError):
-    """An experiment folder is in use, already has checkpoints, or lacks a file; the message says what to do."""
+    """Raised if an experiment folder is in use, has checkpoints, or lacks a file; the message says what to do."""
 
 
 def checkpoint_name(epoch: int) -> str:
@@ -66,7 +66,7 @@ class Experiment:
         return self.folder / "configs.json"
 
     def features(self, epoch: int, step: int = 0) -> Path:
-        """Return the folder of features. Features of a checkpoint saved within an epoch get a separate folder."""
+        """Return the folder of a checkpoint's features. A checkpoint saved within an epoch has a separate folder."""
         return self.folder / "patch_rep" / f"{epoch:04d}{f'_step{step}' if step else ''}"
 
     def is_in_experiment_folder(self, path: Path) -> bool:
@@ -82,14 +82,14 @@ class Experiment:
     def find_latest_checkpoint(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
-        """Return the checkpoint with the most training: that of an unfinished epoch, or that with the highest number.
+        """Return the checkpoint with the most steps: that of an unfinished epoch, or that with the highest number.
 
         An unreadable checkpoint is reported, and the previous checkpoint is used.
 
         Args:
-            progress: function that returns the number of finished epochs of a checkpoint and the number of steps in the
-                next epoch. The function raises UserError if the checkpoint is damaged.
-            say: prints a line.
+            progress: function that returns a checkpoint's numbers of finished epochs and of finished steps in the next
+                epoch. The function raises UserError if the checkpoint is damaged.
+            say: function that prints a line.
 
         Raises:
             ExperimentError: checkpoints exist, but none can be read.
@@ -108,7 +108,7 @@ class Experiment:
                 break  # all earlier checkpoints have fewer training steps
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
-        # If two checkpoints have equal progress, max returns the first, which is that of the unfinished epoch.
+        # If two checkpoints have equal progress, max returns the first, which is the unfinished epoch's checkpoint.
         best = max(found, key=lambda item: item[0])[1] if found else None
         for text in damaged:
             say(f"note: {text}; resuming from {best} instead")
@@ -207,14 +207,15 @@ class Experiment:
         write_json(self.configs_json, {**settings, **collect_environment(), "process": describe_process()})
 
     def read_config(self) -> EasyDict:
-        """Read configs.json; its entries become attributes, as in the published scripts.
+        """Read configs.json; each entry becomes an attribute of the result, as in the published scripts.
 
         Raises:
             ExperimentError: the file is missing or is not a JSON object.
         """
         try:
             settings = json.loads(self.configs_json.read_text(encoding="utf-8"))
-            return EasyDict({**settings})  # ** raises TypeError if the JSON is not an object; EasyDict accepts null
+            # ** raises TypeError if the JSON is not an object; EasyDict would accept null.
+            return EasyDict({**settings})
         except FileNotFoundError:
             raise ExperimentError(f"{self.configs_json} does not exist") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -225,8 +226,8 @@ class Experiment:
     def find_checkpoint(self, name: str) -> Path:
         """Find a checkpoint by its name in the folder or by its path.
 
-        If there is no such file, return the path in the folder; reading that path later fails with a message that lists
-        the existing checkpoints.
+        If the checkpoint does not exist, return its path in the experiment folder. Reading that path later fails with a
+        message that lists the existing checkpoints.
 
         Raises:
             ExperimentError: the name lacks the folder ssl_exp/, which only train.py adds to a name.

@@ -46,7 +46,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     After a crash there is either the old or the new file, never a partial one. An error leaves no temporary file.
 
     Raises:
-        OSError: the file cannot be written. The error always has the file name ``path``.
+        OSError: the file cannot be written. If the error has no file name, ``path`` is added.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 def write_via_temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """Provide a temporary path with the same file name, for writers that open files themselves.
 
-    The path is in a temporary folder next to ``path``. When the ``with`` block ends, the file is moved to ``path``;
+    The temporary path is in a new folder next to ``path``. When the ``with`` block ends, the file is moved to ``path``;
     after an error, the file is removed.
     """
     path = Path(path)
@@ -135,7 +135,7 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
     except Exception as error:  # NumPy evaluates the header as Python text and may raise any error
         raise ValueError("not a complete .npy file") from error
     if dtype.hasobject:
-        raise ValueError("a .npy file of Python objects, not of numbers")
+        raise ValueError("the file holds Python objects, not numbers")
     start = stream.tell()
     there, wanted = stream.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
     stream.seek(start)
@@ -176,7 +176,7 @@ def prepare_resumable_folder(folder: Path, key: str) -> None:
 
 
 def is_utf8(path: str | os.PathLike) -> bool:
-    """Return whether a path is valid UTF-8. On Linux, names of files from old archives may contain other bytes."""
+    """Return whether a path is valid UTF-8. On Linux, files from old archives may have names in another encoding."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -198,7 +198,7 @@ def try_lock(stream: TextIO) -> bool:
     return True
 
 
-_noted: set[str] = set()  # reasons that have already been printed
+_noted: set[str] = set()  # causes of missing locks that have already been printed
 
 
 def note_missing_locks(path: str, error: OSError) -> None:

@@ -15,9 +15,9 @@ from misc.files import write_text
 
 
 def encode_array(array: np.ndarray) -> dict[str, Any]:
-    """Encode an array for a page's script as base64 of little-endian numbers, a third of the size of JSON.
+    """Encode an array for a page's script as base64 of little-endian numbers.
 
-    ``unpack`` in misc/page.js decodes the result to a typed array.
+    The result is about a third of the size of JSON. ``unpack`` in misc/page.js decodes the result to a typed array.
     """
     kind = array.dtype.newbyteorder("<")
     data = base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
@@ -37,7 +37,7 @@ def write_page(path: Path, template_folder: Path, template_name: str, title: str
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"@title": html.escape(title), "@script": shared + own, "@data": text}
     assert "@data" in template, f"{template_name}.html has no @data"
-    # All placeholders are replaced in one pass, because the title may contain one: a folder can be named @data.
+    # Replace all placeholders in one pass, because the title may contain "@data", for example in a folder's name.
     write_text(path, re.sub("@title|@script|@data", lambda mark: parts[mark[0]], template))
 
 

@@ -25,9 +25,9 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 
 PATIENCE = 30.0  # minutes that a rank waits for another rank; enough for a slow save or a batch from a slow disk
-FEWEST_FILES = 256  # required limit of open files: up to 128 patch files, and batches from data-loader workers
+FEWEST_FILES = 256  # smallest accepted limit on open files; patches need up to 128, and batches from workers need more
 SLOWER = 1.5  # a slowdown above this factor is reported for --amp bf16
-MORE = 3.0  # minutes that a collective waits after --patience, while misc/run/watch.py names the hanging rank
+MORE = 3.0  # minutes that a collective waits after --patience, so that misc/run/watch.py can report the hanging rank
 MAY_DIFFER = (
     "root_dir",
     "subjects",
@@ -39,7 +39,7 @@ _control: list = []  # the CPU process group for short messages between ranks; e
 
 
 class DeviceError(UserError):
-    """The machine cannot provide the requested device or processes; the message says what to do."""
+    """Raised if the machine cannot provide the requested device or processes; the message says what to do."""
 
 
 # ============================================================ device and process group
@@ -104,7 +104,7 @@ def set_arithmetic(tf32: bool, deterministic: bool) -> None:
 
     Args:
         tf32: compute float32 products in TF32.
-        deterministic: use slower algorithms with reproducible results; torch warns about operations that have none.
+        deterministic: use slower, reproducible algorithms; torch warns about operations that have no such algorithm.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -122,8 +122,8 @@ def find_gpu_matmul_precision() -> str:
 def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    Return 0 on a GPU, or if bfloat16 is at most SLOWER times as slow as float32. CPUs without bfloat16 arithmetic
-    emulate it. Measuring the slowdown takes about 0.2 s.
+    The returned slowdown is 0 on a GPU, or if bfloat16 is at most SLOWER times as slow as float32. CPUs without
+    bfloat16 arithmetic emulate it. Measuring bfloat16 and float32 takes about 0.2 s.
     """
     if device.type != "cpu":
         return 0.0
@@ -322,9 +322,9 @@ def barrier() -> None:
 def wrap_data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a model in DistributedDataParallel if there is a process group; otherwise return it unchanged.
 
-    This function copies the model's buffers from rank 0 to all other ranks, once. Training steps exchange only
-    gradients: each rank keeps its own BatchNorm statistics, and the queues stay equal because every rank enqueues the
-    same gathered keys. By default, torch would broadcast the queue's 1.2 GB at every forward pass.
+    This function copies the model's buffers from rank 0 to all other ranks, once. Training steps do not copy buffers:
+    each rank keeps its own BatchNorm statistics, and the queues stay equal because every rank enqueues the same
+    gathered keys. By default, torch would broadcast the queue's 1.2 GB at every forward pass.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model

@@ -5,7 +5,7 @@ from misc.command import UserError
 PATCH_SIZE = 32  # voxels of 1 mm; the encoder halves the size five times, down to 1
 HU_MIN, HU_MAX = -1024, 240  # patches are clipped to this range of Hounsfield units
 PUBLISHED_GROUPS = 4  # the publication used 4 GPUs, each with separate BatchNorm statistics
-SMALLEST_GROUP = 2  # samples per BatchNorm group; a single sample has no variance
+SMALLEST_GROUP = 2  # minimum number of samples per BatchNorm group; a single sample has no variance
 OPTIMIZERS = ("sgd", "adamw")
 
 
@@ -16,8 +16,8 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     or 4 ranks.
 
     Args:
-        given: number of groups that the user chose. None selects the larger of 4 and the number of ranks, or a smaller
-            number if the ranks or the batch size require it.
+        given: number of groups that the user chose. None selects the largest valid number of groups up to 4, or up to
+            the number of ranks if there are more than 4 ranks.
         batch_size: samples per step over all ranks.
         ranks: number of ranks.
 

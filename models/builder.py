@@ -42,8 +42,8 @@ class DrasCLR(KeyQueues):
         m: momentum of the key encoder.
         T: softmax temperature.
         mlp: put a hidden layer before the projection (MoCo v2).
-        bn_groups: groups of consecutive samples on this rank with separate BatchNorm statistics. The publication
-            used one group per GPU.
+        bn_groups: number of groups of consecutive samples on this rank; each group has its own BatchNorm
+            statistics. The publication used one BatchNorm group per GPU.
         negatives, mask_own, one_queue: unpublished variants; see :meth:`KeyQueues.make_queues`.
 
     Raises:
@@ -69,7 +69,7 @@ class DrasCLR(KeyQueues):
     ):
         super().__init__()
         if num_coordinates != 1:
-            raise ValueError(f"num_coordinates is {num_coordinates}; it must be 1, because a location is one 3-D point")
+            raise ValueError(f"num_coordinates is {num_coordinates}; it must be 1, that is, one 3-D point per location")
         self.m, self.T, self.num_locs, self.bn_groups = m, T, num_patch, bn_groups
 
         sizes = dict(rep_dim=rep_dim, moco_dim=moco_dim, num_experts=num_experts, num_coordinates=num_coordinates)
@@ -113,8 +113,8 @@ class DrasCLR(KeyQueues):
             pch_q: first view of the patches (B, 1, 32, 32, 32) and their locations, (1, 3) or (B, 3).
             pch_k: second view of the same patches and their locations, with the shapes of ``pch_q``.
             ngb_q: one view of each of the k neighbours (B, k, 32, 32, 32) and their locations, (1, k, 3) or (B, k, 3).
-                None leaves out the neighbour task. A location tensor with one row for the whole batch is faster,
-                because each kernel is mixed only once.
+                If ngb_q is None, the neighbour task is left out. A location tensor with one row for the whole batch is
+                faster, because each kernel is mixed only once.
             subjects: (B,) row numbers of the subjects, stored in the queue with their keys.
             move_keys: whether to update the key encoder; False if the query encoder has not changed since the last
                 step.
@@ -194,8 +194,8 @@ class DrasCLR(KeyQueues):
         """Encode the keys of all ranks: (B, 1, 32, 32, 32) on each rank -> (world * B, dim) in rank order.
 
         Shuffled BatchNorm (MoCo, section 3.3): every group encodes a random part of the whole batch,
-        so that a query and its key do not share BatchNorm statistics. With one group, nothing is shuffled, because the
-        order of the samples does not affect the statistics.
+        so that a query and its key do not share BatchNorm statistics. With one BatchNorm group, the patches are not
+        shuffled, because their order does not affect the statistics.
         """
         world, rank = process.world_size(), process.rank()
         batch = patches.shape[0]

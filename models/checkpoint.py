@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from misc.files import hash_file, write_atomically
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing or unreadable, or does not fit the model; the message says what to do."""
+    """Raised if a checkpoint is missing or unreadable, or does not fit the model; the message says what to do."""
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -270,7 +270,7 @@ def check_same_location_table(
 
 
 def extract_query_encoder(content: Mapping[str, Any], source: Path | str) -> dict[str, torch.Tensor]:
-    """Return the entries of ``encoder_q``, without this prefix in their keys.
+    """Return the entries of ``encoder_q``, and remove the prefix ``encoder_q.`` from their keys.
 
     Raises:
         CheckpointError: the checkpoint has no entry of ``encoder_q``.
@@ -306,7 +306,9 @@ def infer_encoder_sizes(state: Mapping[str, torch.Tensor], source: Path | str) -
     }
 
 
-def build_query_encoder(base_encoder, content: Mapping[str, Any], source: Path | str) -> tuple[nn.Module, dict]:
+def build_query_encoder(
+    base_encoder: Callable[..., nn.Module], content: Mapping[str, Any], source: Path | str
+) -> tuple[nn.Module, dict]:
     """Build an encoder in eval mode with the sizes and weights of a checkpoint. Return the encoder and its sizes."""
     state = extract_query_encoder(content, source)
     refuse_nonfinite_or_huge_tensors(state, source)

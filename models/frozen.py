@@ -13,7 +13,7 @@ from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 AT_ONCE = 64  # patches per call in encode_patch_per_location; with 8 experts, the first layer then takes 0.5 GB
 SUMMARIZED = 2**20  # number of values summarised at once on the CPU, so that these values stay in the CPU cache
-LOCATIONS_AT_ONCE = 8  # locations for which one call computes the kernels: 33 MB in float32 at the published sizes
+LOCATIONS_AT_ONCE = 8  # locations per computation of kernels; 33 MB of kernels in float32 at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 

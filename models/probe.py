@@ -1,4 +1,4 @@
-"""Statistics that monitor a training step. No gradient depends on these statistics.
+"""Statistics that monitor a training step, computed without gradients.
 
 accuracy_fresh, alignment and uniformity use only the current step's keys, so old keys in the queue do not affect them.
 """

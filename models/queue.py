@@ -1,6 +1,6 @@
 """A queue of K keys for every location, and the similarities between queries and keys.
 
-The published method takes all keys in the location's queue as negatives. There are three unpublished variants:
+The published method takes all keys in the location's queue as negatives. The queues have three unpublished variants:
 negatives from the current batch, masking of keys from the query's own subject, and one queue for all locations.
 """
 
@@ -30,8 +30,8 @@ class KeyQueues(nn.Module):
             num_patch: L, the number of locations.
             K: number of keys in each location's queue; a multiple of the batch size over all ranks.
             dim: size of a key.
-            negatives: ``queue`` (published) takes the keys in the location's queue. ``batch`` takes the keys of the
-                other subjects in this step, over all ranks.
+            negatives: ``queue`` (published) takes the keys in the location's queue as negatives. ``batch`` takes the
+                keys of the other subjects in this step as negatives, from all ranks.
             mask_own: do not use keys of the query's own subject as negatives from the queue.
             one_queue: put the keys of all locations into the first location's queue and take all negatives from it,
                 as in momentum contrast without locations.

@@ -27,7 +27,7 @@ from models.checkpoint import (
 
 
 class Restored(NamedTuple):
-    """Position and settings read from a checkpoint, in addition to the tensors that were loaded."""
+    """Training position and settings that a checkpoint contains in addition to tensors."""
 
     epoch: int  # finished epochs
     step: int  # finished steps of the current epoch
@@ -79,7 +79,7 @@ class TrainingState:
 
     @property
     def aside(self) -> Callable[..., Callable[[], None]] | None:
-        """Return :meth:`copy_for_saving` on a GPU. Return None on a CPU, where a copy of the queue takes 1.2 GB."""
+        """The function :meth:`copy_for_saving`, or None on a CPU, where a copy of the queue would take 1.2 GB."""
         return self.copy_for_saving if self.device.type == "cuda" else None
 
     def copy_for_saving(self, path: Path, epoch: int, step: int = 0, sums: Sums | None = None) -> Callable[[], None]:
@@ -115,7 +115,7 @@ class TrainingState:
         return checkpoint
 
     def restore(self, path: Path) -> Restored:
-        """Restore the state from a checkpoint. If the checkpoint has only weights, nothing else in the state changes.
+        """Restore the state from a checkpoint. A checkpoint that has only weights changes only the weights.
 
         Raises:
             CheckpointError: the checkpoint is unreadable or not finite, or it belongs to another model or another
@@ -159,8 +159,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> Started:
 
     The queue, the optimiser and the position (epoch, step) stay as in a new run.
 
-    The convolutions must have the same shapes. A projection (``fc``) of another size is not loaded, because it
-    belongs to the loss and not to the representation.
+    The checkpoint and ``model`` must have convolutions of the same shapes. A projection (``fc``) of another size is
+    not loaded, because the projection belongs to the loss and not to the representation.
 
     Raises:
         CheckpointError: the checkpoint is unreadable or has values that are not finite.

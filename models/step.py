@@ -25,7 +25,7 @@ def statistic_names(neighbors: bool) -> tuple[str, ...]:
 
 
 class LocationTable(NamedTuple):
-    """Coordinates of all locations and of their neighbours, on the model's device, so that a step only indexes them."""
+    """Coordinates of all locations and of their neighbours, kept on the model's device and indexed in every step."""
 
     locations: torch.Tensor  # (L, 3), normalised
     neighbors: torch.Tensor  # (L, k, 3)
@@ -135,7 +135,7 @@ class Descent:
 
     def __init__(self, optimizer: torch.optim.Optimizer, accumulate: int = 1):
         self.optimizer, self.accumulate = optimizer, accumulate
-        self.waiting = 0  # number of losses since the last optimiser step
+        self.waiting = 0  # number of losses back-propagated since the last optimiser step
 
     def __call__(self, loss: torch.Tensor, force_update: bool = False) -> bool:
         """Back-propagate one loss and return whether the optimiser took a step.

@@ -34,13 +34,13 @@ def orient(image: sitk.Image, orientation: str) -> sitk.Image:
     if own == orientation:
         return image
     if all(axes in OPPOSITE for axes in zip(own, orientation)):
-        # These axes need only flips. DICOMOrient would make an additional copy.
+        # If the axes need only flips, avoid the additional copy that DICOMOrient makes.
         return sitk.Flip(image, [first != second for first, second in zip(own, orientation)], False)
     return sitk.DICOMOrient(image, orientation)
 
 
 def iterate_slabs(image: sitk.Image, step: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield the first and last slice (exclusive) of slabs of about SLAB voxels, starting at multiples of ``step``."""
+    """Yield the slice range (first, end) of each slab of about SLAB voxels; slabs start at multiples of ``step``."""
     columns, rows, slices = image.GetSize()
     thickness = max(1, SLAB // (columns * rows * step)) * step
     for first in range(0, slices, thickness):
@@ -80,7 +80,7 @@ def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Resample an image to 1 mm by cubic B-splines, with unchanged axes and origin; voxels outside are -1024 HU.
+    """Resample an image to 1 mm by cubic B-splines, with unchanged axes and origin. Outside the image, HU are -1024.
 
     The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz) for nx, ny, nz voxels of sx,
     sy, sz mm.
@@ -118,7 +118,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
         try:
             check_data_size(aside, read_header(aside))
         except ScanError as error:
-            raise make_incomplete_error(path) from error
+            raise make_incomplete_write_error(path) from error
 
 
 def write_transform(transform: sitk.Transform, path: Path) -> None:
@@ -128,12 +128,12 @@ def write_transform(transform: sitk.Transform, path: Path) -> None:
         try:
             written = sitk.ReadTransform(str(aside)).GetParameters()
         except RuntimeError as error:
-            raise make_incomplete_error(path) from error
+            raise make_incomplete_write_error(path) from error
         if written != transform.GetParameters():
-            raise make_incomplete_error(path)
+            raise make_incomplete_write_error(path)
 
 
-def make_incomplete_error(path: Path) -> UserError:
+def make_incomplete_write_error(path: Path) -> UserError:
     """Return the error for a file that was written incompletely."""
     free = shutil.disk_usage(path.parent).free
     return UserError(f"{path} could not be written completely; check the disk, which has {free / 1e6:.0f} MB free")

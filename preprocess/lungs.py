@@ -18,7 +18,7 @@ from preprocess.scan import ScanError, check_extent
 
 MIN_LUNG_ML = 1.0  # smallest volume per lung in ml; a smaller labelled region is not a lung
 SIDES = ("right", "left")
-DENSEST = -300  # HU; a lung with a higher median contains no air; even a half-consolidated lung has a lower median
+DENSEST = -300  # HU; highest accepted median of a lung; even a half-consolidated lung has a lower median
 DENSE = -500  # HU; a lung with a higher median gets a warning
 AIR_HU, AIRY = -500, 0.85  # HU below which a voxel is air; a lung mask with a smaller fraction of air gets a warning
 UNEVEN = 4.0  # ratio of the two lung volumes above which there is a warning
@@ -126,7 +126,7 @@ def lung_volumes(mask: sitk.Image, name: Path | str) -> dict[str, float]:
     millilitres = counts * np.prod(mask.GetSpacing()) / 1000
     if millilitres.min() < MIN_LUNG_ML:
         side = SIDES[int(millilitres.argmin())]
-        raise ScanError(f"{name}: the {side} lung has {millilitres.min():.1f} ml, so no pair of lungs was found")
+        raise ScanError(f"{name}: the {side} lung has only {millilitres.min():.1f} ml, so no pair of lungs was found")
     return {"right_ml": round(float(millilitres[0]), 1), "left_ml": round(float(millilitres[1]), 1)}
 
 
@@ -194,7 +194,7 @@ def measure_air_share(mask: sitk.Image, scan: sitk.Image) -> float:
 
 
 def _sample_voxels(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return about SAMPLES voxels of both arrays, on the same regular grid."""
+    """Return about SAMPLES voxels of each array, from the same regular grid."""
     step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
     return labels[::step, ::step, ::step], values[::step, ::step, ::step]
 

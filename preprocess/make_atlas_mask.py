@@ -4,7 +4,7 @@
     python preprocess/make_atlas_mask.py --lung-mask /data/atlas/lung_mask/007.nii.gz \\
         --output atlas_lung_mask.nii.gz
 
-Choose a scan in deep inspiration of a chest without deformity, and look at its mask first. The script resamples the
+Choose a scan of a normally shaped chest in deep inspiration, and look at its lung mask first. The script resamples the
 mask to 1 mm. The script changes label 1 (right lung) to 50, and label 2 (left lung) to 100. If the mask
 already has labels 50 and 100, the script only resamples it.
 """

@@ -1,11 +1,11 @@
 """Decide whether the existing output of a stage is kept or made again; all stages follow the same rule.
 
-An output without a row in the stage's report counts as the user's own. The stage checks a user's output and keeps it
-regardless of its age; only --overwrite replaces it.
+If the stage's report has no row for an output, the output is assumed to be the user's own file. The stage checks a
+user's output and keeps it regardless of its age; only --overwrite replaces it.
 
 An output with a row in the report was made by the stage. The stage keeps its own output if the output is complete, the
-stamps match the current inputs and settings, and no input is newer. An output that fails one of these checks is removed
-and made again. If a subject's inputs become invalid, later stages therefore do not use old output.
+stamps match the current inputs and settings, and no input is newer. An incomplete or outdated output of the stage
+is removed and made again. If a subject's inputs become invalid, later stages do not use its old output.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def make_file_stamp(path: str, series: str = "") -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _read_change_time(path: Path) -> int:
+def _read_last_change_ns(path: Path) -> int:
     """Return when a file was last changed, in ns.
 
     The result is the earlier of the file's modification time and change time, because a machine with a fast clock can
@@ -68,7 +68,7 @@ class Output:
         pictures: additional files that this stage makes; a user's own output may lack them.
 
     Raises:
-        ValueError: a stamp is not in STAMPS. If the subject failed, its row in the report would lack this stamp.
+        ValueError: a stamp is not in STAMPS, so the report row of a failed subject would lack this stamp.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Output:
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
-        return all(path.is_file() and _read_change_time(path) <= oldest for path in self.inputs)
+        return all(path.is_file() and _read_last_change_ns(path) <= oldest for path in self.inputs)
 
     def skip_if_valid(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
         """Return normally if the output must be made, and raise Skip if the existing output can be kept.

@@ -16,7 +16,7 @@ class Patches(NamedTuple):
     patches: np.ndarray  # (L, p, p, p) int16 HU, each (z, y, x)
     corners: np.ndarray  # (L, 3) int64, lowest corner (x, y, z) in ``volume``
     outside: np.ndarray  # (L,) number of voxels of each patch that lie outside the scan
-    volume: sitk.Image  # the padded scan at 1 mm
+    volume: sitk.Image  # the scan, resampled to 1 mm and padded
     values: np.ndarray  # voxels of ``volume``, (z, y, x) int16 HU
 
 

@@ -29,7 +29,7 @@ from preprocess.geometry import ISO_SPACING
 from preprocess.subjects import add_atlas_flag, add_patch_size_flag, add_store_flag, parse_flags
 
 STEP_SIZE = 26  # distance between corners in voxels, the published value
-MAX_PATCHES = 1000  # the lung threshold rises until fewer patches remain
+MAX_PATCHES = 1000  # the lung threshold rises until fewer than this many patches remain
 
 
 def find_grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np.ndarray:
@@ -53,7 +53,8 @@ def find_grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np
     axes = [np.arange(0, size - patch_size, step_size) for size in lung.shape]
     if min(len(axis) for axis in axes) == 0:
         raise StoreError(
-            f"the atlas of {lung.shape} voxels has no room for patches of {patch_size} voxels; use a larger atlas mask"
+            f"the atlas of {lung.shape} voxels has no room for patches of {patch_size} voxels per axis; "
+            "use a larger atlas mask"
         )
     # With cumulative sums over all three axes, eight look-ups count the lung voxels of a patch.
     total = np.zeros([size + 1 for size in lung.shape], dtype=np.int64)
@@ -71,7 +72,8 @@ def find_grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np
             break
     if not kept.any():
         raise StoreError(
-            f"no patch of {patch_size} voxels contains over 10% lung; check that --atlas-mask is a lung mask at 1 mm"
+            f"no patch of {patch_size} voxels per axis contains more than 10% lung; "
+            "check that --atlas-mask is a lung mask with voxels of 1 mm"
         )
     return corners[kept].astype(np.int64)
 

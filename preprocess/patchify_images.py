@@ -4,8 +4,8 @@
         --atlas-mask atlas_lung_mask.nii.gz --num-workers 4
 
 The script reorients each scan to the atlas, resamples it to 1 mm, pads it with 60 voxels of air and clips it to
-[-1024, 240] HU. The subject's transform maps each corner in atlas_patch_loc.npy to a voxel of this volume, where a
-patch of 32 x 32 x 32 voxels is cut. Voxels outside the scan get -1024.
+[-1024, 240] HU. The subject's transform maps each corner in atlas_patch_loc.npy to a voxel of the resampled scan, where
+a patch of 32 x 32 x 32 voxels is cut. Voxels outside the scan get -1024.
 
 Writes <root-dir>/patch/{sid}_patch.npy, patch_loc/{sid}_patch_loc.npy and qc/{sid}.png. The picture shows the patch
 boxes over the scan and its mask. Look at a few pictures: they are the fastest way to spot a wrong mask or transform.
@@ -64,10 +64,12 @@ def check_patch_array(path: Path, shape: tuple[int, ...]) -> None:
     except (OSError, ValueError) as error:
         raise ScanError(f"{path} cannot be read as an array ({error}); {advice}") from error
     if array.shape != shape or array.dtype.kind not in "iufb":
-        raise ScanError(f"{path} is {array.dtype} {array.shape}, but the table of locations needs {shape}; {advice}")
+        raise ScanError(
+            f"{path} has dtype {array.dtype} and shape {array.shape}, but must be numeric with shape {shape}; {advice}"
+        )
 
 
-def measure_patches(cut: Patches, patch_size: int) -> dict[str, Any]:
+def summarize_patches_for_report(cut: Patches, patch_size: int) -> dict[str, Any]:
     """Return the report values of the patches: their number, how much lies outside the scan, and the lung HU."""
     whole = patch_size**3
     return {
@@ -133,7 +135,7 @@ def patchify_subject(
     check_any_patch_inside_scan(cut, subject.image)
     mask = read_mask(mask_path) if mask_path.is_file() else None
     figures = {
-        **measure_patches(cut, patch_size),
+        **summarize_patches_for_report(cut, patch_size),
         "centres_in_lungs": ""
         if mask is None
         else round(measure_share_inside(cut.corners, patch_size, cut.volume, mask), 4),
@@ -162,8 +164,9 @@ def check_disk_space(root_dir: Path, subjects: list[Subject], num_locations: int
     free = shutil.disk_usage(root_dir).free
     if needed > free:
         raise StoreError(
-            f"{missing} subjects of {each / 1e6:.0f} MB each, stored twice, need {needed / 1e9:.1f} GB, but "
-            f"{root_dir} has {free / 1e9:.1f} GB free; choose another --root-dir or fewer subjects"
+            f"{missing} subjects of {each / 1e6:.0f} MB each, stored in both patch/ and grouped_patch/, need "
+            f"{needed / 1e9:.1f} GB, but {root_dir} has {free / 1e9:.1f} GB free; "
+            f"choose another --root-dir or fewer subjects"
         )
 
 

@@ -13,7 +13,7 @@ from preprocess.report import read_previous_rows
 
 STEPS = ("segment_lung", "register", "patchify_images")
 FEWEST = 8  # minimum number of subjects for estimating the normal range
-STRANGE = 4.0  # robust SDs from the median; 40 normal subjects with about ten values each usually stay below this limit
+STRANGE = 4.0  # limit in robust SDs from the median; 40 normal subjects with about ten values each are usually below
 
 
 class Figure(NamedTuple):
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
     title: str
     low_is_bad: bool
     high_is_bad: bool
-    floor: float  # lower limit of the spread, in the unit of the value, so that tiny differences do not raise the score
+    floor: float  # minimum spread over subjects, in the column's unit, so that tiny differences do not raise the score
 
 
 FIGURES = (
@@ -71,7 +71,7 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
 
 
 def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
-    """Score how unusual each subject is among the others, and list the reasons.
+    """Score how unusual each subject is compared with the others, and list the reasons.
 
     Returns:
         ``score``: the largest deviation of the subject's values towards the bad side, in robust standard deviations

@@ -1,8 +1,8 @@
 """Refine an affine between lung masks by maximising the overlap of both lungs.
 
-ANTs compares intensities. If each lung had its own label value, one lung would weigh more than the other. If both lungs
-had the same value, ANTs could not distinguish right from left. This module therefore starts from the ANTs transform and
-maximises the overlap of the lungs.
+ANTs compares intensities. If the lungs had different label values, one lung would count more than the other in the
+registration. If both lungs had the same value, ANTs could not distinguish right from left. This module therefore
+starts from the ANTs transform and maximises the overlap of the lungs.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def average_lung_fractions(
     shrink = [max(1, round(spacing / own)) for own in labels.GetSpacing()]
     box = ndimage.find_objects((array > 0).view(np.uint8))[0][::-1]  # x, y, z
     labels = sitk.RegionOfInterest(labels, [side.stop - side.start for side in box], [side.start for side in box])
-    # Pad to whole coarse voxels, because incomplete coarse voxels are dropped. A border keeps the lungs inside.
+    # Pad to whole coarse voxels, because averaging drops incomplete ones, and add an empty border around the lungs.
     margin = [factor * 2 for factor in shrink]
     upper = [two + (-n) % factor for n, two, factor in zip(labels.GetSize(), margin, shrink)]
     labels = sitk.ConstantPad(labels, margin, upper, 0)
@@ -110,7 +110,7 @@ def _interpolate_lung_fractions(sampled: Sampled, points: np.ndarray) -> tuple[n
 def compute_soft_dice(
     parameters: np.ndarray, points: Points, sampled: Sampled, centre: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Return the negative sum of three Dice values (right, left, both lungs), and the derivatives by the 12 parameters.
+    """Return the negative sum of the Dice values of the right, the left and both lungs, and its gradient, (12,).
 
     The overlap is evaluated only at the atlas points. The volume of the scan's lungs in atlas space is therefore
     computed as their volume in the scan, divided by the determinant of the matrix.
@@ -125,7 +125,7 @@ def compute_soft_dice(
     both = 2 * (together * shares.sum(axis=1)).sum() / (sizes[0] + sizes[1]).sum()
 
     total = (sizes[0] + sizes[1]).sum()
-    # (P, 2) derivatives with respect to the lung fractions
+    # Derivatives of the sum of all Dice values with respect to the lung fractions at the points, (P, 2).
     pull = 2 * points.weights / (sizes[0] + sizes[1]) + 2 * together[:, None] / total
     by_place = (pull[:, :, None] * slopes).sum(axis=1)  # (P, 3)
     by_matrix = np.einsum("pi,pj->ij", by_place, from_centre)

@@ -63,12 +63,12 @@ def check_overlap(dice_scores: dict[str, float], min_dice: float, source: Path |
     sides = f"right {dice_scores['dice_right']:.2f}, left {dice_scores['dice_left']:.2f}"
     if dice_scores["dice"] >= min_dice and len(low) == 2:
         raise ScanError(
-            f"the lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f}, but each lung alone has less "
-            f"({sides}): right (1) and left (2) are swapped in {source}, or the scan is mirrored"
+            f"the lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f}, but each lung alone overlaps "
+            f"less ({sides}): labels 1 (right) and 2 (left) are swapped in {source}, or the scan is mirrored"
         )
     raise ScanError(
-        f"the registered lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f} ({sides}), "
-        f"less than --min-dice {min_dice}; check {source}"
+        f"the registered lungs overlap the atlas with a Dice of {dice_scores['dice']:.2f} ({sides}); each of the "
+        f"three values must be at least --min-dice {min_dice}; check {source}"
     )
 
 

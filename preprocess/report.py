@@ -25,7 +25,7 @@ def read_previous_rows(layout: StoreLayout, script: str) -> dict[str, dict[str, 
 
 
 def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
-    """Return, by sid, why subjects failed in the last run of any stage before ``script``."""
+    """Find the subjects that failed in the last run of any stage before ``script``, and map each sid to the reason."""
     before = STAGES[: STAGES.index(script)] if script in STAGES else STAGES
     failed: dict[str, str] = {}
     for stage in before:
@@ -38,8 +38,8 @@ def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
 def write_claim_file(layout: StoreLayout, script: str, sid: str) -> None:
     """Record that this stage, and not the user, makes a subject's outputs; call this before changing any file.
 
-    The record is an empty file (claim file) that is removed after the report has been updated. If a run is killed
-    before that update, the claim file stays, and the next run makes the outputs again.
+    A claim file is empty, and is removed after the report has been updated. If a run is killed before it has updated
+    the report, the claim file stays, and the next run makes the outputs again.
     """
     folder = layout.subjects_in_progress_dir(script)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +60,9 @@ def make_interrupted_subject_stamps(layout: StoreLayout, script: str) -> dict[st
 
 
 def select_stamp_columns(report_row: dict[str, Any]) -> dict[str, Any]:
-    """Return the stamps in a failed subject's last report row.
+    """Return the stamp columns (STAMPS) of a failed subject's last report row.
 
-    With these stamps, a leftover output counts as made by this stage, and not by the user.
+    The stamps in the report show that a leftover output was made by this stage, and not by the user.
     """
     return {name: report_row[name] for name in STAMPS if report_row.get(name)}
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
 SLICES = 16  # number of slices converted to float32 at a time; a float32 volume would double the memory
-COLUMNS = 1 << 14  # number of columns of the last matrix product computed at a time
+COLUMNS = 1 << 14  # number of columns of the last matrix product that are computed at once
 SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 

@@ -16,8 +16,10 @@ from preprocess.scan import AIR, ScanError
 RIGHT, LEFT = 1, 2
 AIR_BELOW = -400  # HU; lung and air are below, soft tissue and vessels above
 GAS_BELOW = -975  # HU; bowel gas and air in cushions have a lower median; lungs have a higher median because of vessels
-INSIDE = 0.05  # minimum fraction of a lung's voxels not connected to the image's sides; lower for air in cushions
-AIRWAY_BELOW = -880  # HU; the mean over a cross-section of the trachea is at most 80 HU above this value
+INSIDE = (
+    0.05  # minimum fraction of lung voxels not connected to the image's sides; air in cushions has a lower fraction
+)
+AIRWAY_BELOW = -880  # HU; an air space is rejected as trachea if its mean is more than 80 HU above this value
 ADULT_WIDTH = 320.0  # mm; the lengths below are for scans of this width and are reduced for narrower scans
 
 WORKING_SPACING = 2.0  # mm
@@ -25,10 +27,8 @@ CLOSING_RADIUS = 8.0  # mm; large enough to fill vessels and the hilum
 TRACHEA_AREA = (40.0, 900.0)  # mm2; smallest and largest accepted cross-section of the trachea
 TRACHEA_LENGTH = 20.0  # mm; shortest accepted trachea
 ROUNDING = 1e-3  # accepted rounding error of squared distances between voxels; the exact squares are whole numbers
-THIN, RIM = (
-    2,
-    3,
-)  # voxels of WORKING_SPACING; depth of the erosion of thin structures, width of the rim around an air space
+# In voxels of WORKING_SPACING: depth of the erosion that removes thin structures, and width of the rim around air.
+THIN, RIM = 2, 3
 MERGED_LENGTH = 12.0  # mm; longest stretch of the airway where its wall may be invisible
 
 
@@ -73,7 +73,7 @@ def _resample(image: sitk.Image, spacing: float) -> sitk.Image:
     """Make an isotropic working copy; finer voxels are averaged, not dropped."""
     factors = [max(1, int(spacing / own)) for own in image.GetSpacing()]
     image = average_blocks(image, factors)
-    # Do not go beyond the last voxel: a slice of air above the trachea would connect the lungs to the outside.
+    # Do not extend the image: an added slice of air above the trachea would connect the lungs to the outside.
     size = [max(2, int((n - 1) * own / spacing) + 1) for n, own in zip(image.GetSize(), image.GetSpacing())]
     return sitk.Resample(
         image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), [spacing] * 3, image.GetDirection(), AIR
@@ -126,7 +126,7 @@ def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
 
 
 def _find_body(volume: np.ndarray) -> np.ndarray:
-    """Find the tissue of the body: the largest piece without thin structures, such as a couch that touches the body."""
+    """Find the tissue of the body: the largest piece after thin parts, such as a couch that touches it, are removed."""
     tissue = volume >= AIR_BELOW
     labels, count = ndimage.label(ndimage.binary_erosion(tissue, iterations=THIN))
     if not count:
@@ -175,8 +175,8 @@ def _track_airway_down(
     """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
     If the thin wall between the airway and a lung is invisible in a slice, the previous cross-section is reused, for up
-    to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus has entered the lung. The
-    last slices with a reused cross-section are then removed from the airway.
+    to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus has entered the lung, and
+    the reused cross-sections at the end of the airway are removed.
     """
     airway = np.zeros_like(air)
     airway[top] = seed
@@ -216,7 +216,7 @@ def _split_sides(lungs: np.ndarray) -> np.ndarray:
         if sizes[second] < 0.15 * sizes[first]:
             continue
         centres = ndimage.center_of_mass(np.ones_like(labels), labels, [first, second])
-        # Two lungs lie side by side; two pieces of the same lung lie above each other.
+        # Two lungs lie side by side; two pieces of the same lung lie one above the other.
         if abs(centres[0][2] - centres[1][2]) < 0.25 * np.ptp(np.nonzero(lungs.any(axis=(0, 1)))[0]):
             continue
         right, left = (first, second) if centres[0][2] < centres[1][2] else (second, first)

@@ -78,9 +78,9 @@ class Record:
             self._unwritten.clear()
 
     def make_dead_worker_row(self, sid: str, message: str) -> Row:
-        """Return the row of a subject after its worker died.
+        """Return the report row of a subject after its worker process died.
 
-        Output with a claim file was made by this stage. Output without a claim file may belong to the user.
+        If the subject has a claim file, its output was made by this stage. Otherwise the output may belong to the user.
         """
         stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_stamp_columns(
             self.before.get(sid, {})
@@ -250,7 +250,7 @@ def _open_client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any,
         return
     workers = min(args.num_workers, max(1, subjects))
     # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
-    with _ignore_signal(signal.SIGINT):  # workers inherit this setting, so only this process handles Ctrl-C
+    with _ignore_signal(signal.SIGINT):  # workers also ignore SIGINT, so only this process handles Ctrl-C
         cluster = LocalCluster(
             # Use any free port (0): with its default port, Dask prints a warning if another run uses that port.
             n_workers=workers,

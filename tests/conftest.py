@@ -83,7 +83,7 @@ def leave_test(status: int) -> NoReturn:
 def run_script(*command, cwd=None, check=True, env=None) -> subprocess.CompletedProcess:
     """Run a script of the project as a command in this process, which saves importing torch again.
 
-    Shell scripts, the launcher of ranks and commands with a modified environment run in a separate process.
+    Shell scripts, launch.py, and commands with a modified environment run in a separate process.
     """
     script, *flags = [str(part) for part in command]
     if script.endswith((".sh", "launch.py")) or env:

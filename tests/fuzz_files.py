@@ -44,7 +44,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
 
 
 def readers() -> dict:
-    """Return the function that the commands use to read each kind of file."""
+    """Return, for each kind of file, the function that the commands use to read such files."""
     from data.layout import load_locations
     from data.tables import read_table
     from misc.experiment import Experiment

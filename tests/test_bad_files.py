@@ -1,4 +1,4 @@
-"""Read damaged and foreign files of every input kind, and check a part of each error message."""
+"""Read damaged files and files of a wrong type as every kind of input, and check a part of each error message."""
 
 import gzip
 import io
@@ -333,7 +333,7 @@ IMAGES = [
         "image",
         "a.nii",
         volume(np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)),
-        "has values from 0.000108007 to 0.999997; these are not HU",
+        "has values from 0.000108007 to 0.999997; these values are not HU",
     ),
     Bad(
         "mask",

@@ -36,13 +36,13 @@ def in_eval_mode(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_ranks_equal_one_process(in_eval_mode, world):
-    """With BatchNorm in eval mode, splitting the batch changes neither loss, gradients, queue nor weights."""
+    """With BatchNorm in eval mode, splitting the batch does not change the loss, gradients, queue or weights."""
     results, _ = in_eval_mode
     (wanted,) = results[1]
     for result in results[world]:
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for name, gradient in wanted["gradients"].items():
-            # Compare whole tensors. In single elements, the sum over voxels may cancel and leave only rounding error.
+            # Compare whole tensors, because the terms of a single element may cancel and leave only rounding error.
             assert float((result["gradients"][name] - gradient).norm()) < 1e-3 * float(gradient.norm()) + 1e-6, name
         for name, tensor in wanted["state"].items():
             torch.testing.assert_close(result["state"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -69,7 +69,7 @@ def test_shuffled_batchnorm(tmp_path, world):
         for name, gradient in ranks[0]["gradients"].items():
             assert torch.equal(result["gradients"][name], gradient), name
     assert ranks[0]["state"]["queue_ptr"].tolist() == [TOTAL, TOTAL, 0]
-    # In training mode each rank has separate BatchNorm statistics.
+    # In training mode, each rank has separate BatchNorm statistics.
     name = "encoder_q.bn1.running_mean"
     assert not torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
 

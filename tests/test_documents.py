@@ -55,10 +55,8 @@ def commands(text):
             r"\s*(?:\w+=\S+ )*(?:python|sh) ((?:\w+/)*\w+\.(?:py|sh))( .*)?$", line.split("  #")[0].rstrip()
         )
         if found:
-            yield (
-                found[1],
-                re.split(r"\s{2,}", (found[2] or "").strip())[0],
-            )  # cut off a remark, which follows two or more spaces
+            # Cut off a remark that follows two or more spaces.
+            yield found[1], re.split(r"\s{2,}", (found[2] or "").strip())[0]
 
 
 SOURCES = [*((path, read(path)) for path in DOCUMENTS), *((path, "\n".join(docstrings(path))) for path in PYTHON)]
@@ -66,7 +64,7 @@ SHOWN = sorted({(path, script, rest) for path, text in SOURCES for script, rest 
 
 
 class Parsed(Exception):
-    """Raised once a parser has accepted its arguments."""
+    """Exception that the replaced ``parse_args`` raises after the real one has accepted the arguments."""
 
 
 @pytest.mark.parametrize(("path", "script", "rest"), SHOWN, ids=lambda value: str(value)[:60])

@@ -113,7 +113,7 @@ def test_another_stores_features_do_not_replace_the_experiments_own(tmp_path, ma
     flags = ("--exp-name", tmp_path / "e", "--checkpoint-patch", "checkpoint_patch_0001.pth.tar")
     assert run_here("extract_feature.py", *flags, cwd=tmp_path).returncode == 0
     refused = run_here("extract_feature.py", *flags, "--root-dir", tmp_path / "other", cwd=tmp_path)
-    assert refused.returncode == 2 and "give --out-dir" in refused.stderr
+    assert refused.returncode == 2 and "set --out-dir" in refused.stderr
     (kept,) = (tmp_path / "e" / "patch_rep").glob("*/sid_arr_full.npy")
     assert len(np.load(kept)) == 3
     elsewhere = ("--root-dir", tmp_path / "other", "--out-dir", tmp_path / "o")
@@ -302,7 +302,7 @@ def test_bad_arguments_are_refused(tmp_path, make_store, grid, run_here, monkeyp
 
 @pytest.mark.reference
 def test_published_checkpoint_works_unchanged(reference, tmp_path, make_store, run):
-    """The published experiment folder is read-only and has no configs.json. Its atlas has five locations."""
+    """The published experiment is read-only, has no configs.json, and uses an atlas with five locations."""
     table = np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [0, 0, 26], [26, 26, 26]])
     make_store(tmp_path / "store", 3, table)
     run(
@@ -370,7 +370,7 @@ def test_layer_features_are_channel_means_and_sds(tmp_path, make_store, grid, gr
 
 
 def test_features_have_the_reported_precision(small, tmp_path, run_here, monkeypatch):
-    """By default, torch uses TF32 for convolutions on a GPU. The resulting error of the features is 6e-5."""
+    """By default, torch uses TF32 for convolutions on a GPU. TF32 would change the features by 6e-5."""
     process.set_arithmetic(tf32=True, deterministic=False)
     during, encode = [], FrozenEncoder.__call__
     monkeypatch.setattr(

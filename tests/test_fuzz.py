@@ -147,7 +147,7 @@ def test_any_array_header(tmp_path, header, data, version):
     st.sampled_from(["<i8", ">f4", "|O", "|u1", "<U9", "<c16", "|V0", "[('a', '<i4')]", "nothing"]),
 )
 def test_any_claimed_array_shape(tmp_path, shape, kind):
-    """Only the bytes in the file are read. No memory is allocated for missing bytes that the file's header claims."""
+    """No memory is allocated for bytes that the header of a .npy file claims but the file does not contain."""
     described = kind if kind.startswith("[") else repr(kind)
     text = f"{{'descr': {described}, 'fortran_order': False, 'shape': {tuple(shape)!r}}}\n".encode()
     path = tmp_path / "a.npy"

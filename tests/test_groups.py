@@ -89,7 +89,9 @@ def test_the_first_learning_steps_agree(learning, world):
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("channels", [8, 64])
 def test_each_group_has_its_own_statistics(groups, blocks, quick, channels):
-    """Compare values and gradients with one BatchNorm layer per group. Only group 0 updates the running statistics."""
+    """Compare values and gradients with one BatchNorm layer per group.
+
+    Only BatchNorm group 0 updates the running statistics."""
     torch.manual_seed(0)
     norm, singles = nn.BatchNorm3d(channels).double(), [nn.BatchNorm3d(channels).double() for _ in range(groups)]
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Compare a tiny seeded run with the numbers in guard.json, so that unintended changes are noticed.
 
 The tests in this file need no files from outside the repository. The expected numbers were computed with torch 2.14 and
-with code that reproduced the publication's recorded steps (tests/models/test_reference.py). A commit that changes these
-numbers on purpose updates guard.json and explains why.
+with code that reproduced the publication's recorded steps (tests/models/test_reference.py). A commit that
+changes the expected numbers on purpose must update guard.json and explain why.
 """
 
 import json

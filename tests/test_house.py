@@ -11,7 +11,8 @@ from .conftest import ROOT
 
 LONGEST_FILE = 400  # lines
 SHELL_ALSO = (".py", ".sh")
-FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}  # the key "" is the root folder
+# The key "" stands for the root folder.
+FLOORS = {"misc": 0, "data": 1, "models": 1, "preprocess": 2, "": 3, "tools": 4}
 MAY_IMPORT = {
     "misc": {"misc"},
     "data": {"data", "misc"},

@@ -1,4 +1,4 @@
-"""Test what runs save, print and leave behind if they are stopped, are killed or diverge."""
+"""Test what a training run saves, prints and leaves behind if it is stopped, is killed or diverges."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_a_resumed_run_logs_each_step_once_with_the_same_means(store, run, tmp_p
     assert process.returncode == 128 + signal.SIGUSR1 and "stopped by SIGUSR1; saved" in rest, rest
     whole, ours = (tmp_path / "ssl_exp" / name for name in ("whole", "k"))
     step = torch.load(ours / UNFINISHED, weights_only=True)["step"] if (ours / UNFINISHED).exists() else 0
-    with open(ours / "log.jsonl", "a") as log:  # a SIGKILL may leave log lines of steps after the save
+    with open(ours / "log.jsonl", "a") as log:  # after a SIGKILL, the log may contain later steps than the checkpoint
         log.write(json.dumps({"kind": "step", "epoch": 2, "step": 7, "loss": 0.0}) + '\n{"kind"')
     run(*LAUNCH, ROOT / "train.py", *flags, "--resume", "auto", cwd=tmp_path, env=alike)
     places = [(record["epoch"], record["step"]) for record in read_records(whole)]

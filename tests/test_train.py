@@ -166,7 +166,8 @@ def test_files_of_a_finished_run(trained, store):
     content = torch.load(experiment / "checkpoint_patch_0002.pth.tar", weights_only=True)
     assert content["epoch"] == 2 and content["arch"] == "custom"
     assert content["state_dict"]["module.queue"].shape == (4, 6, 6)
-    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6  # 4 steps with 3 keys each fill 6 rows twice
+    # At each location, 4 steps with 3 keys each fill the queue's 6 rows twice, so that the pointer is 0 again.
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [0] * 6
     assert len(content["optimizer"]["param_groups"][0]["params"]) == 164
     assert "epoch 2/2" in output and "samples/s" in output
 
@@ -278,7 +279,7 @@ def test_a_run_stopped_within_an_epoch_resumes_at_that_step(trained, store, run,
 
 @pytest.mark.slow
 def test_a_run_with_every_option_resumes(store, run, tmp_path):
-    """A stopped run keeps the subjects of the queue's keys, AdamW's state and accumulated gradients."""
+    """A resumed run restores the subjects of the queue's keys, AdamW's state and accumulated gradients."""
     (tmp_path / "some.csv").write_text("sid\n" + "\n".join(PatchStore(store).sids[1:]) + "\n")
     choices = ("--mask-own", "--optimizer", "adamw", "--lr", 1e-3, "--accumulate", 2, "--location-order", "interleaved")
     more = ("--subjects", "some.csv", "--bn-groups", 1)
@@ -330,7 +331,7 @@ def test_without_the_neighbour_task_no_output_mentions_it(store, run, tmp_path):
         elif not ("encoder_q" in name and ".running_" in name):
             torch.testing.assert_close(value, found["state_dict"][name], rtol=0, atol=1e-3, msg=name)
 
-    # The neighbour pass has additional training statistics, so a resume within an epoch must not add this pass.
+    # The neighbour pass adds training statistics, so it must not be switched on within an epoch.
     # A refused run writes nothing.
     first["config"]["neighbor_pass"], first["step"] = False, 4
     torch.save(first, folder / UNFINISHED)
@@ -515,7 +516,7 @@ def test_resuming_within_an_epoch_of_other_steps_is_refused(trained, store, run,
     refused = run("train.py", *flags, "--batch-size", 6, cwd=tmp_path, check=False)
     assert (
         refused.returncode == 2
-        and "saved partway through an epoch with batch_size 3; with the new value 6" in refused.stderr
+        and "saved partway through an epoch with batch_size 3; the rest of this epoch cannot use 6" in refused.stderr
     )
     run("train.py", *flags, "--batch-size", 6, "--start-epoch", 1, cwd=tmp_path)
     (epoch,) = read_records(tmp_path / "ssl_exp" / "u", "epoch")
@@ -570,7 +571,7 @@ def test_bf16_follows_float32(cohort, run, tmp_path, make_store, grid):
     print(f"bf16 against float32: mean {float(apart.mean()):.1e}, largest {float(apart.max()):.1e}")
     assert 0 < float(apart.mean()) < 0.01 and float(apart.max()) < 0.05
 
-    # With --amp bf16 on the command line, weights, statistics and queue also stay in float32.
+    # With --amp bf16, train.py saves weights, BatchNorm statistics and queue in float32.
     make_store(tmp_path / "few", 3, grid[:3])
     flags = ("--root-dir", "few", "--exp-name", "half", "--epochs", 1, *SMALL, "--amp", "bf16", "--device", "cpu")
     run("train.py", *flags, cwd=tmp_path)

@@ -15,7 +15,7 @@ Run the same command again to resume; finished runs are not repeated. The script
     rows/{arm}-{seed}.csv     results of one run: column, table, r2; the tables are the patient vectors (mean, moments,
                               layers), each on its own, and joined with the mean and the histogram
     ablation.csv              the results of all runs
-    ablation.md, ablation.png mean and SD over seeds, and the paired difference to the first arm
+    ablation.md, ablation.png mean and SD over seeds, and the paired difference from the first arm
     ssl_exp/{arm}-{seed}/     the experiments
 """
 
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         "The first arm is the reference"
     )
     add("--arms", nargs="*", default=list(ARMS), help=text)
-    text = "additional arm: a name, and flags of train.py to add to those of the arm 'full'; can be repeated"
+    text = "define an additional arm by its name and the train.py flags that it adds to the arm 'full'; can be repeated"
     add("--arm", action="append", default=[], metavar="NAME=FLAGS", help=text)
     add(
         "--seeds",
@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         help="seed of the first run; change it to split a study over machines",
     )
-    add("--recipe", type=OneOf(*RECIPES), default="small", help="--recipe of train.py for every arm")
+    add("--recipe", type=OneOf(*RECIPES), default="small", help="value of train.py --recipe for all arms")
     add("--epochs", type=at_least(int, 1), help="number of epochs per arm (default: set by --recipe)")
     add_progress_flag(parser)
     args = parser.parse_args()
@@ -215,7 +215,10 @@ class Study:
         return rows
 
     def read_run_tables(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-        """Return tables and column weights of a run: each patient vector, alone and joined with mean and histogram."""
+        """Return the tables and column weights of a run.
+
+        Each patient vector is used alone, and joined with the mean vector and the histogram baseline.
+        """
         path = str(features / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):

@@ -10,7 +10,8 @@ For each row of the table, timings of this code alternate with timings of the li
 The literal implementation runs in a separate process. The literal code processes one sample at a time in every
 convolution and in MONAI's transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at
 once. This package and the literal implementation both use one BatchNorm group. To compare machines, use the ratio of
-the two timings. The table shows the median of the ratio over the rounds, and the smallest and largest ratio.
+the literal timing to this code's timing. The table shows the median of the ratio over the rounds, and the smallest and
+largest ratio.
 
 Both implementations must give the same loss before anything is timed. Rows that this machine cannot measure are marked
 as unmeasured.

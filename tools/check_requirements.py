@@ -2,7 +2,7 @@
 
     python tools/check_requirements.py requirements.txt
 
-The script prints one line per missing package and exits with status 1. If no package is missing, the script prints
+The script prints one line per unmet requirement and exits with status 1. If all requirements are met, the script prints
 nothing and exits with status 0. The script needs only the standard library and pip's copy of the package packaging, so
 it runs in an empty environment without network access.
 """

@@ -17,7 +17,7 @@ The script prints one line per problem, at most 20 of each kind. The exit status
 import argparse
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,9 @@ from preprocess.subjects import read_subjects
 
 SHOWN = 20  # maximum number of problems to print per kind of check
 ROWS_AT_ONCE = 64
-TOLERANCE = 1  # allowed difference in HU between a stored patch and the patch cut again
+TOLERANCE = 1  # allowed difference in HU between a stored patch and the same patch cut again from the scan
+
+Report = Callable[[str, str], None]  # takes the kind of a problem and a sentence about it
 
 
 class Store:
@@ -89,7 +91,9 @@ def check_values(file: PatchFile) -> Iterator[str]:
         yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more rows have the same value in every voxel"
 
 
-def check_grouped_files(store: Store, tell, advance_progress) -> dict[int, PatchFile]:
+def check_grouped_files(
+    store: Store, report_problem: Report, advance_progress: Callable[[], object]
+) -> dict[int, PatchFile]:
     """Check every file of grouped_patch/. Return the readable files in a dictionary with the location as key."""
     files = {}
     rows = len(store.sids) or None
@@ -97,18 +101,23 @@ def check_grouped_files(store: Store, tell, advance_progress) -> dict[int, Patch
         try:
             files[location] = store.open_patch_file(store.layout.grouped_patch_file(location), rows)
             for sentence in check_values(files[location]):
-                tell("grouped_patch/", sentence)
+                report_problem("grouped_patch/", sentence)
         except StoreError as error:
-            tell("grouped_patch/", str(error))
+            report_problem("grouped_patch/", str(error))
         advance_progress()
     if store.layout.grouped_patch_file(len(store.table)).exists():
         extra = store.layout.grouped_patch_file(len(store.table))
-        tell("grouped_patch/", f"{extra} exists, but the location table has only {len(store.table)} rows")
+        report_problem("grouped_patch/", f"{extra} exists, but the location table has only {len(store.table)} rows")
     return files
 
 
 def check_subjects(
-    store: Store, files: dict[int, PatchFile], locations_per_subject: int, seed: int, report_problem, advance_progress
+    store: Store,
+    files: dict[int, PatchFile],
+    locations_per_subject: int,
+    seed: int,
+    report_problem: Report,
+    advance_progress: Callable[[], object],
 ) -> None:
     """Check every file of patch/ and patch_loc/, and each subject's rows in the grouped files."""
     row_of = {sid: row for row, sid in enumerate(store.sids)}
@@ -152,7 +161,12 @@ def _check_corners(store: Store, sid: str) -> None:
 
 
 def _check_grouped_rows(
-    store: Store, patch_file: PatchFile, sid: str, subject_row: int, grouped_files: dict[int, PatchFile], report_problem
+    store: Store,
+    patch_file: PatchFile,
+    sid: str,
+    subject_row: int,
+    grouped_files: dict[int, PatchFile],
+    report_problem: Report,
 ) -> None:
     """Report the first grouped file in which a subject's row is not the subject's patch, and where that patch is."""
     for location, grouped in grouped_files.items():
@@ -172,9 +186,15 @@ def _check_grouped_rows(
 
 
 def check_scans(
-    store: Store, input_csv: str, atlas_mask: str, num_subjects: int, seed: int, report_problem, advance_progress
+    store: Store,
+    input_csv: str,
+    atlas_mask: str,
+    num_subjects: int,
+    seed: int,
+    report_problem: Report,
+    advance_progress: Callable[[], object],
 ) -> int:
-    """Cut the patches of some subjects again and compare them with the store. Return how many were compared."""
+    """Cut the patches of some subjects again and compare them with the store. Return the number of subjects."""
     atlas, there = read_atlas_mask(atlas_mask), set(store.in_patch)
     subjects = [one for one in read_subjects(input_csv) if one.sid in there]
     if not subjects:
@@ -215,7 +235,7 @@ def parse_arguments() -> argparse.Namespace:
         help="table of scans; some of their patches are cut again and compared with the store; needs --atlas-mask",
     )
     add("--atlas-mask", help="atlas lung mask that the store was made with")
-    add("--scans", type=at_least(int, 1), default=5, help="number of scans whose patches are cut again for comparison")
+    add("--scans", type=at_least(int, 1), default=5, help="number of scans to cut again and compare")
     add("--seed", type=at_least(int, 0), default=0, help="random seed for the choice of locations and scans")
     add_progress_flag(parser)
     args = parser.parse_args()

@@ -7,7 +7,7 @@
 
 Each SCAN is a NIfTI, NRRD or MetaImage file, or a folder of DICOM slices. --input-csv takes the same table as
 preprocessing. The script runs all preprocessing stages and the frozen encoder on each scan. The features equal those of
-the preprocessing scripts and extract_feature.py up to float32 rounding, because rounding depends on the batch size.
+extract_feature.py after the preprocessing scripts, except for float32 rounding, which depends on the batch size.
 
 The script writes
 
@@ -17,7 +17,7 @@ The script writes
     --patch-dir        {sid}.npy, (L, rep_dim) float32: features of single patches
 
 By default the features are the mean over patches, as published. --patient-vector moments or layers computes the vectors
-of evaluate.py. Both settings need a --standardization file that evaluate.py wrote for the same checkpoint.
+of evaluate.py, and needs a --standardization file that evaluate.py wrote for the same checkpoint.
 
 If a scan cannot be used, the script reports it and continues with the next one. Run the same command again to resume.
 The features of a scan are computed again if the scan has changed since the last run.
@@ -71,12 +71,15 @@ def parse_arguments() -> argparse.Namespace:
         help="table of locations; required for the published weights (default: the grid made from --atlas-mask)",
     )
     add_segmentation_flags(parser)
-    text = "minimum Dice overlap with the atlas, for both lungs together and for each lung; other scans are refused"
+    text = "minimum Dice overlap with the atlas, for both lungs together and for each lung; scans with less are refused"
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
     add("--out", required=True, help="table of features to write, such as features.csv")
-    text = "features of a scan: mean (as published), moments or layers; the last two need --standardization"
+    text = (
+        "features of a scan: mean over patches (as published), moments (mean and SD over patches) or layers (moments "
+        "of every layer); moments and layers need --standardization"
+    )
     add("--patient-vector", type=OneOf(*VECTORS), default="mean", help=text)
-    text = "standardization.npz written by evaluate.py --out-dir for features of the same checkpoint"
+    text = "standardization.npz that evaluate.py --out-dir wrote for features of this checkpoint"
     add("--standardization", metavar="FILE", help=text)
     add("--patch-dir", help="output folder for the features of single patches")
     add("--no-qc", action="store_true", help="do not draw pictures; saves about one second per scan")
@@ -129,16 +132,16 @@ class OutputTables:
     settings are unchanged.
 
     Args:
-        table_path: path of the feature table OUT.
+        table_path: path of the feature table (OUT in the script's docstring).
         subjects: the scans of this run.
         columns: feature columns.
         provenance: checkpoint, atlas and settings, as text.
-        list_required_files: function that takes a sid and returns its other output files. If one of these files is
-            missing, the row is not kept.
+        list_required_files: function that takes a sid and returns the output files that the subject must have besides
+            the table. The row of a subject without one of its output files is not kept.
 
     Raises:
         UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Writing
-            the new features to OUT would delete its rows.
+            the new features would delete the existing rows of OUT.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class OutputTables:
         if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {provenance}") for made in others):
             raise UserError(
                 f"--out {table_path} has features of another checkpoint, atlas or method; "
-                f"give another file name, or remove it and {self.report}"
+                f"give another file name, or remove the table and {self.report}"
             )
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
         asked = {subject.sid for subject in subjects}

@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--root-dir",
         required=True,
-        help="patch store with grouped patches, and with the masks and transforms of the scans to map",
+        help="patch store with the grouped patches, lung masks and transforms of the scans to map",
     )
     add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
@@ -137,10 +137,13 @@ def fit_probes(
         task = make_patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
-            raise UserError(f"{args.patch_labels} has labels for fewer than {FEWEST} subjects outside --input-csv")
+            raise UserError(
+                f"{args.patch_labels} has labels for fewer than {FEWEST} subjects outside --input-csv, "
+                "which are too few to fit a model"
+            )
         rows, places = task.rows[own], task.places[own]
         read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
-        # Models for patch labels use the features without subtracting the mean features of each location.
+        # For patch labels, do not subtract each location's mean features.
         usual = np.zeros((store.num_locations, read.shape[1]))
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
@@ -153,8 +156,8 @@ def fit_probes(
                 raise UserError(explain_missing_column(args.labels, column, names))
             if column not in dict(args.order) and len(words.get(column, ())) > 2:
                 raise UserError(
-                    f"column {column!r} has the words {', '.join(words[column])}, and a map needs an order; "
-                    f"give their order, --order {column}={','.join(words[column])}"
+                    f"column {column!r} has the values {', '.join(words[column])}, which a map must draw in order; "
+                    f"give the order from low to high, for example --order {column}={','.join(words[column])}"
                 )
             target = values[:, names.index(column)].astype(np.float64)[others]
             known = np.flatnonzero(~np.isnan(target))

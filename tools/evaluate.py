@@ -13,7 +13,7 @@ The script guesses what kind of label each column holds:
 --kind overrides the guess, for example --kind DLCO=log10. The models are ridge regression, logistic regression for
 classes and ridge Cox regression for survival (C-index, survival curves by predicted risk). If the labels also have
 columns whose names begin with FEV1pp and FEV1_FVC, a column GOLD or finalGold is predicted a second time from the
-predictions of these two columns. The result of the second prediction is called GOLD_from_spirometry.
+predictions of these two columns. The second prediction of GOLD is reported as GOLD_from_spirometry.
 
 Penalty and scaling are chosen without the test fold. Intervals are 95 % bootstrap intervals over patients for a
 fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the
@@ -22,8 +22,8 @@ value of the metric for shuffled labels.
 --compare NAME=FILE evaluates another table on the same folds, for example the features of an untrained encoder.
 --baselines STORE evaluates baselines without a network: the fraction of lung below -950 HU, and HU histograms.
 --baselines also evaluates the features together with the histogram, and reports what the features add. The combined
-prediction is the
-mean of two models: one uses only the histogram, the other uses the histogram, the features and the mean over locations.
+prediction is the mean of two models. One model uses only the histogram, and the other uses the histogram, the features
+and the mean over locations.
 --held-out COLUMN fits the models to the subjects with 0 in that column and evaluates them on the subjects with 1.
 
 --patient-vector selects the features. The default is `layers` if the file from extract_feature.py --layers exists.
@@ -101,10 +101,10 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="COLUMN=KIND",
-        help=f"set the kind of a column if the guess is wrong: {', '.join(KINDS)}; can be repeated",
+        help=f"set the kind of a label column if it is guessed wrongly: {', '.join(KINDS)}; can be repeated",
     )
     add_label_flags(parser)
-    text = "numeric covariates, such as age; every model uses the covariates, and one model uses only the covariates"
+    text = "numeric covariates, such as age; every model uses them, and one additional model uses nothing else"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
     text = "label column with the patient of each scan; all scans of a patient then share a fold"
     add("--group-column", metavar="COLUMN", help=text)
@@ -116,11 +116,11 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--event-column",
         metavar="COLUMN",
-        help="label column with 1 or yes if the event was observed, 0 or no if censored; give other words with --order",
+        help="label column with 1 or yes if the event was observed, 0 or no if censored; for other words, set --order",
     )
     text = (
-        "patch store of the same subjects; also evaluates density and histogram baselines, and the features together "
-        "with the histogram"
+        "patch store of the subjects in --features; with this flag, the script also evaluates density and histogram "
+        "baselines, and features and histogram combined"
     )
     add("--baselines", metavar="STORE", help=text)
     text = "label column: models are fitted to the subjects with 0 and evaluated on the subjects with 1"
@@ -166,7 +166,8 @@ def parse_arguments() -> argparse.Namespace:
 def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[str, pd.DataFrame]:
     """Read all tables named on the command line, and return them by name.
 
-    The first table of the result is ``features``. It contains the means over locations; main() replaces them if needed.
+    The first table of the result, ``features``, contains the means over locations. main() replaces these means if
+    another patient vector is chosen.
     """
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
@@ -224,7 +225,7 @@ def remove_pictures(out_dir: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     if os.getloadavg()[0] > count_usable_cores():
-        threadpool_limits(1)  # on a busy machine, BLAS threads that wait for each other take ten times as long
+        threadpool_limits(1)  # on a busy machine, several BLAS threads wait for each other and are ten times slower
     notes: list[str] = []  # notes to print after all checks have passed
     chosen = choose_patient_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = read_named_tables(args, chosen)

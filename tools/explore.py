@@ -72,8 +72,11 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         help="label columns to use (default: all); fewer columns make the page smaller and faster",
     )
-    add("--patch-features", metavar="NPY", help="pred_arr_patch_full.npy, with sid_arr_full.npy in the same folder")
-    add("--root-dir", help="patch store of the same subjects; the page shows its locations and its qc/ pictures")
+    add("--patch-features", metavar="NPY", help="pred_arr_patch_full.npy; sid_arr_full.npy must be in the same folder")
+    add(
+        "--root-dir",
+        help="patch store of the subjects in --features; the page shows its locations and its qc/ pictures",
+    )
     add("--atlas-mask", help="atlas lung mask that the store was made with")
     text = "label column with 1 for the healthy subjects that all subjects are compared to (default: all subjects)"
     add("--healthy", metavar="COLUMN", help=text)
@@ -87,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--no-tsne",
         action="store_true",
-        help="show principal components only; t-SNE takes a minute for 10,000 subjects",
+        help="show only principal components; skipping t-SNE saves about a minute for 10,000 subjects",
     )
     add("--out", required=True, help="HTML file to write, such as page.html")
     add_progress_flag(parser)
@@ -113,7 +116,7 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
 
     Returns:
         For each column, the values (N,) float32, NaN if missing, and a list of texts. Each value of a text column is
-        an index into the column's list of texts. A numeric column has None instead of a list.
+        an index into the column's list of texts. For a numeric column, None replaces the list of texts.
 
     Raises:
         StoreError: the table cannot be read.
@@ -210,7 +213,8 @@ def main() -> None:
         raise UserError(f"{args.features} has {len(sids)} subjects; a map needs at least 3")
     if is_constant(table.to_numpy()):
         raise UserError(
-            f"{args.features}: all subjects have the same features, so there is no map; has the training collapsed?"
+            f"{args.features}: all subjects have the same features, so no map can be drawn; "
+            "check whether the training collapsed"
         )
     colours = read_colours(args.labels, sids, args.columns) if args.labels else {}
     healthy = np.ones(len(sids), dtype=bool)
@@ -228,7 +232,7 @@ def main() -> None:
         features = read_patch_features(args.patch_features, sids)
         if locations is not None and len(locations) != features.shape[1]:
             raise UserError(
-                f"{args.patch_features} has {features.shape[1]} locations but --root-dir {args.root_dir} has "
+                f"{args.patch_features} has {features.shape[1]} locations, but --root-dir {args.root_dir} has "
                 f"{len(locations)}; give the store that the features were extracted from"
             )
         places = make_location_data(args, features, colours, healthy)

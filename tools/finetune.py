@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         "--labels",
         help="CSV with a sid column and label columns, each numeric or categorical (at most 10 distinct words)",
     )
-    add("--column", help="column of --labels to learn")
+    add("--column", help="column of --labels to predict")
     add_label_flags(parser)
     add(
         "--patch-labels",
@@ -77,10 +77,10 @@ def parse_arguments() -> argparse.Namespace:
         help="CSV with the columns sid, patch and value, one labelled patch per row; replaces --labels",
     )
     kinds = tuple(kind for kind in KINDS if kind != "log10")
-    add("--kind", type=OneOf(*kinds), help="kind of the label; set it if the guess from the values is wrong")
-    text = "column of --labels, 1 for the test subjects (default: 30 %% of the subjects, drawn for each seed)"
+    add("--kind", type=OneOf(*kinds), help="kind of the label (default: guessed from the values)")
+    text = "column of --labels: 1 for test subjects, 0 for others (default: 30 %% of the subjects, drawn for each seed)"
     add("--held-out", metavar="COLUMN", help=text)
-    text = "fractions of the labelled non-test subjects to learn from; each fraction is one point of the learning curve"
+    text = "fractions of the labelled training subjects to use; each fraction is one point of the learning curve"
     add("--fractions", nargs="+", type=between(float, 0, 1), default=[0.05, 0.1, 0.25, 0.5, 1.0], help=text)
     add(
         "--layers",
@@ -91,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     text = "how the patches of a subject are combined; use attention if only a few patches show the disease"
     add("--pooling", type=OneOf(*POOLINGS), default="mean", help=text)
     text = "features of a frozen encoder: mean, moments (mean and SD over patches, standardised per location) or layers"
-    text += " (moments of every layer) (default: layers; mean with --patch-labels or any other --layers or --pooling)"
+    text += (
+        " (moments of every layer) (default: layers; mean with --patch-labels, or if --layers or --pooling is changed)"
+    )
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add(
         "--seeds",
@@ -124,7 +126,7 @@ class Arm:
 
     Args:
         checkpoint_or_random: path of a checkpoint, or "random".
-        model_sizes: sizes of the encoder for random weights, or None for the default sizes.
+        model_sizes: sizes of an encoder with random weights; None for the default sizes.
         store: the patch store.
         sha256: expected SHA-256 of the checkpoint.
     """
@@ -153,7 +155,7 @@ class Arm:
 def calibrate_batchnorm(encoder: Encoder, data: Data, rows: np.ndarray) -> None:
     """Compute BatchNorm statistics for random weights from the patches of a few subjects at every location.
 
-    Without these BatchNorm statistics, the representations carry no information.
+    With the initial BatchNorm statistics, the representations would carry no information.
     """
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
@@ -185,7 +187,7 @@ def make_checkpoint(task: Task, fitted: Fitted) -> dict:
 
 
 def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.ndarray | None]:
-    """Read the labels to learn and, with --held-out, the held-out subjects (N,) bool. Raises StoreError."""
+    """Read the labels to predict and, with --held-out, the held-out subjects (N,) bool. Raises StoreError."""
     if args.patch_labels:
         return make_patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 

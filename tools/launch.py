@@ -42,7 +42,10 @@ def should_keep_log_record(record: logging.LogRecord) -> bool:
 
 
 def limit_threads_per_rank(torchrun_arguments: list[str] | None = None) -> None:
-    """Divide this machine's cores among its ranks. By default, torchrun uses one thread per rank and warns about it."""
+    """Divide this machine's cores among its ranks.
+
+    By default, torchrun uses one thread per rank and prints a warning.
+    """
     ranks = parse_args(torchrun_arguments or sys.argv[1:]).nproc_per_node
     if ranks.isdigit() and int(ranks) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_usable_cores() // int(ranks))))

@@ -7,7 +7,7 @@ The first command makes procedural phantoms. The second command makes deformed c
 diseases are emphysema of five subtypes with the texture of real lungs, reticulation, and lesions. The same flags give
 byte-identical files. Run an interrupted command again to make only the missing subjects. The script writes
 
-    image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slices vary
+    image/{sid}.nii.gz            int16 HU; anatomy, spacing, orientation, pose, dose, kernel and slice thickness vary
     dataset.csv                   sid, image: the input of preprocess/run_preprocess.sh
     labels.csv                    sid, held_out (1 for the test set, three in ten subjects), and the ground truth:
                                   shares of the lung in each subtype, visual grades, spirometry, exacerbations, survival
@@ -62,7 +62,7 @@ def make_phantom(
     """Write the files of subject ``index``, and return the rows of this subject in labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
-    if one_scanner:  # replace the scanner after all draws, so that subjects equal those of --scanners varied
+    if one_scanner:  # replaced after the draw, so that all other draws are the same as with --scanners varied
         acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
@@ -90,7 +90,7 @@ def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
 def make_subject_once(
     finished_dir: Path, make_subject: Callable[..., tuple[dict, dict]], seed: int, index: int, *job_arguments: object
 ) -> tuple[dict, dict]:
-    """Return a subject's table rows, from ``finished_dir`` if an earlier run made them, else by ``make_subject``."""
+    """Return a subject's table rows: read the rows that an earlier run made, or else call ``make_subject``."""
     sid, out_dir = subject_name(index), job_arguments[-1]
     path = finished_dir / f"{sid}.json"
     if path.is_file() and (out_dir / "image" / f"{sid}.nii.gz").is_file():
@@ -128,8 +128,8 @@ def parse_arguments() -> argparse.Namespace:
         "--scanners",
         type=OneOf("varied", "one"),
         default="varied",
-        help="varied: dose, kernel, slice thickness and inspiration differ between subjects, as in a clinic; one: all "
-        "four are the same for every subject",
+        help="varied: dose, kernel, slice thickness and depth of inspiration differ between subjects, as in clinical "
+        "data; one: all four are the same for every subject",
     )
     add(
         "--template-mask",

@@ -3,15 +3,16 @@
     python tools/unusual.py --features-dir ssl_exp/NAME/patch_rep/0020 --labels labels.csv --healthy never_smoker \\
         --out-dir unusual
 
-The script fits a density to the patch features of the subjects with 1 in the column --healthy. The density has one
-mean per location and one covariance for all locations. The score of a patch is its squared Mahalanobis distance divided
-by the number of features, which is about 1 for usual patches. A subject's score is the mean of its patch scores. A
-healthy subject is scored by a density that was fitted without this subject. The script writes
+The script fits a normal distribution to the patch features of the subjects with 1 in the column --healthy. The
+distribution has one mean per location and one covariance for all locations. The score of a patch is its squared
+Mahalanobis distance divided by the number of features, which is about 1 for typical patches. A subject's score is the
+mean of its patch scores. A healthy subject is scored with a distribution that was fitted without this subject. The
+script writes
 
     unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
     patch_scores.csv    sid, patch, value: input for emphysema_map.py --patch-labels, which maps scores over a scan
     unusual.json        AUROC of the score for separating healthy subjects from all others, with its 95 % interval;
-                        with --baselines STORE also the AUROC of a density of patch histograms
+                        with --baselines STORE also the AUROC of the same score of patch histograms
 """
 
 import argparse
@@ -42,21 +43,22 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--features-dir", required=True, help="output folder of extract_feature.py")
     text = (
-        "patch features to score; layers: mean and SD of every layer's channels; mean or moments: the encoder output h"
+        "patch features to score: layers uses the mean and SD of every layer's channels; mean and moments both use the "
+        "encoder output h"
     )
-    text += " (default: layers if extract_feature.py --layers wrote the file, else h)"
+    text += " (default: layers if extract_feature.py ran with --layers, else mean)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)
     add("--labels", required=True, help="CSV with a sid column and the column named by --healthy")
     add(
         "--healthy",
         required=True,
         metavar="COLUMN",
-        help="label column: 1 for the healthy subjects that the density is fitted to, 0 for all others",
+        help="label column: 1 for healthy subjects, which define the normal features; 0 for all others",
     )
     add(
         "--baselines",
         metavar="STORE",
-        help="patch store of the same subjects; the histograms of their patches are scored as a baseline",
+        help="patch store of the subjects in --features-dir; the histograms of their patches are scored as a baseline",
     )
     add("--out-dir", required=True, help="output folder")
     add_progress_flag(parser)

@@ -99,5 +99,5 @@ def add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def collect_ranges(args: argparse.Namespace) -> Ranges:
-    """Collect the ranges from parsed flags."""
+    """Collect the ranges of the augmentation from the parsed flags."""
     return Ranges(**{name: value for name, value in vars(args).items() if name in Ranges._fields})

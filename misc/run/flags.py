@@ -42,14 +42,14 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
             "--init-from starts a new run, but --resume continues an earlier run; drop one flag, or use --resume auto"
         )
     if args.batch_by and (args.batch_by == ["report"]) == bool(args.batch_table):
-        raise UserError("--batch-by takes either the word report alone, or column names together with --batch-table")
+        raise UserError("--batch-by takes either the single word 'report', or column names together with --batch-table")
     if args.batch_table and not args.batch_by:
         raise UserError("--batch-table needs --batch-by with column names from that table")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed} is too large; use a number below 2^32")
     if args.num_coordinates != 1:
         raise UserError(
-            f"--num-coordinates {args.num_coordinates} is not supported; use 1, because a location is one 3-D point"
+            f"--num-coordinates {args.num_coordinates} is not supported; use 1, that is, one 3-D point per location"
         )
     if not 0 < args.moco_t < math.inf:
         raise UserError(f"--moco-t {args.moco_t} must be a finite number above 0")
@@ -188,8 +188,8 @@ def add_hyperparameter_flags(parser: Parser) -> None:
         None,
         "groups with separate BatchNorm statistics (default: 4, or as the ranks and the batch size require)",
     )
-    text = "put similar scans in the same batch, so that scanner and breath-hold do not reveal the positive key"
-    text += "; report uses volume, density, slices and kernel in the store's reports; columns are in --batch-table"
+    text = "put similar scans in the same batch, so that scanner and breath-hold level do not reveal the positive key"
+    text += "; report compares lung volume, density, slice thickness and kernel; other columns need --batch-table"
     add("--batch-by", str, None, text, nargs="+", metavar="COLUMN")
     add("--batch-table", str, None, "CSV with sid and the scan parameters that --batch-by names", metavar="CSV")
     add(

@@ -1,4 +1,4 @@
-"""Recipes: sets of training defaults. A flag on the command line overrides its recipe."""
+"""Recipes: sets of training defaults. A flag on the command line overrides the recipe's value."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The neighbour task is off, because a network does not learn this task from about a hundred subjects.
     # Neighbouring patches have little in common except the subject and the scanner.
     # Without the neighbour task, a training step takes less than half as long.
-    # The views differ in sharpness and noise, because sharpness and noise reveal the scanner settings.
+    # The two views of a patch differ in sharpness and noise, which would otherwise reveal the scanner settings.
     # A network that recognises the scanner settings could solve the patch task without learning about disease.
     # The measurements behind these settings are in README.md (Results) and misc/results.
     "small": {

@@ -33,7 +33,7 @@ CONSEQUENCES = {  # effects of a changed setting that are not clear from the nam
 
 
 class ResumeError(UserError):
-    """A run cannot resume or start from a checkpoint; the message names the flag to change."""
+    """Raised if a run cannot resume or start from a checkpoint; the message names the flag to change."""
 
 
 def did_encode_neighbors(checkpoint_settings: Mapping[str, Any]) -> bool:
@@ -73,7 +73,7 @@ def note_setting_changes(
         checkpoint_path: the checkpoint.
         checkpoint_position: numbers of finished epochs and of finished steps in the next epoch, at the time of saving.
         starts_new_epoch: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
-        say: prints a line.
+        say: function that prints a line.
 
     Raises:
         ResumeError: a changed setting would alter the steps of the unfinished epoch, or --optimizer differs.
@@ -114,7 +114,7 @@ def note_setting_changes(
         if name in changed and step and not starts_new_epoch:
             raise ResumeError(
                 f"{checkpoint_path} was saved partway through an epoch with {name} {checkpoint_settings[name]}; "
-                f"with the new value {new_settings[name]}, the remaining steps would differ; use the old value, "
+                f"the rest of this epoch cannot use {new_settings[name]}. Use the old value, "
                 f"or --start-epoch {epoch} to start that epoch again"
             )
 

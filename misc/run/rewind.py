@@ -74,7 +74,7 @@ class Record(NamedTuple):
 
 
 def read_tensorboard_records(path: Path) -> Iterator[Record]:
-    """Read the complete records of a TensorBoard file. A killed run may leave an incomplete record at its end."""
+    """Read the complete records of a TensorBoard file. A killed run may leave an incomplete last record."""
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     data, offset = path.read_bytes(), 0
@@ -95,8 +95,8 @@ def truncate_tensorboard_curves(folder: Path, points_to_keep: dict[str, int]) ->
 
     Args:
         folder: folder with the events.out.tfevents.* files.
-        points_to_keep: number of points to keep in the longest ``train/`` curve (step) and the longest ``epoch/`` curve
-            (epoch). All other curves are cut at the same step as the longest curve.
+        points_to_keep: numbers of points to keep: ``step`` for the longest ``train/`` curve, ``epoch`` for the longest
+            ``epoch/`` curve. All other curves are cut at the same step as the longest curve.
 
     Returns:
         The last step that remains in the ``train/`` curves; 0 if no step remains.

@@ -16,15 +16,18 @@ from misc.command import UserError
 from misc.progress import progress_bar
 from misc.run.rewind import rewind_log, truncate_tensorboard_curves
 
-NEAR_CHANCE = 1.2  # multiple of chance level; a lower accuracy against the current keys means that nothing is learnt
+NEAR_CHANCE = 1.2  # multiple of chance level; an epoch with a lower accuracy against fresh keys gets a warning
 
 
 class DivergedError(UserError):
-    """The loss or the weights are not finite."""
+    """Raised if the loss or the weights are not finite."""
 
 
 class Sums(NamedTuple):
-    """Sums of statistics, for resuming within an epoch. The mean over ranks is stored, so their number may change."""
+    """Sums of statistics, for resuming within an epoch.
+
+    The mean over ranks is stored, so a resumed run may use another number of ranks.
+    """
 
     totals: torch.Tensor  # (n,) float64, sums over the steps of the epoch so far
     since: torch.Tensor  # (n,) float32, sums over the steps since the last call of Meters.read
@@ -49,7 +52,9 @@ class Meters:
         self._finite = torch.zeros(2, device=device)
         self.steps = 0  # number of steps since the last call of read()
         self.last_count = 0  # number of steps that the last call of read() averaged
-        self.finite_steps = 0  # number of averaged steps before the first non-finite step
+        self.finite_steps = (
+            0  # of the steps that the last call of read() averaged, the number before the first non-finite step
+        )
         self._epoch = torch.zeros(len(statistic_names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | Sums | None = None) -> None:
@@ -98,7 +103,7 @@ class Meters:
         return dict(zip(self.names, mean))
 
     def compute_sums_for_checkpoint(self) -> Sums:
-        """Return the sums that a checkpoint within an epoch contains.
+        """Return the sums of the statistics for a checkpoint within an epoch.
 
         Every rank must call this method, which waits for the device.
         """
@@ -117,7 +122,7 @@ class Meters:
 def make_curve_logger(folder: str) -> Any:
     """Return a tensorboard_logger Logger that can write pictures.
 
-    The package's own Logger calls a function that SciPy has removed.
+    The Logger of tensorboard_logger itself calls a function that SciPy has removed.
     """
     from PIL import Image
     from tensorboard_logger import Logger
@@ -149,7 +154,7 @@ class RunLog:
     """
 
     def __init__(self, stream: TextIO | None, folder: Any, epochs: int, steps: int, batch_size: int, no_progress: bool):
-        self.chance_fresh = 100 / batch_size  # chance level of the accuracy against the keys of the same step, %
+        self.chance_fresh = 100 / batch_size  # %; chance of picking the positive key out of all keys of the step
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self._stream, self._curves, self._bar = stream, None, None
         self._no_progress, self._pictured = no_progress, False
@@ -171,7 +176,7 @@ class RunLog:
         aside = self._folder / f"superseded-{time.strftime('%Y%m%d-%H%M%S')}-log.jsonl"
         counts = rewind_log(self._stream, (epoch, step) if source else (0, 0), aside)
         told = truncate_tensorboard_curves(self._folder, counts)
-        # The step numbers of the curves continue after the last point, even if earlier epochs had more steps.
+        # If earlier epochs had more steps, shift the step numbers so that the curves continue after their last point.
         self._offset = max(0, told - (step + self.steps * epoch))
         if source:
             self._write_log_line({"kind": "resume", "epoch": epoch, "step": step, "from": source.name})
@@ -194,7 +199,7 @@ class RunLog:
     def record_step(self, picture: Callable[[], np.ndarray] | None = None) -> None:
         """Record that a step is done.
 
-        ``picture`` returns the step's input as an image, (H, W, 3) uint8. A run logs only its first image.
+        ``picture`` returns the step's input as an image, (H, W, 3) uint8. Only the first image of a run is logged.
         """
         self._bar.update()
         if self._pictured or picture is None or not self.is_writer:
@@ -202,7 +207,7 @@ class RunLog:
         self._pictured = True
         try:
             self._curves.log_images("train/views", [picture()], step=0)
-        except (ImportError, RuntimeError) as error:  # for example because torchvision does not match torch
+        except (ImportError, RuntimeError) as error:  # torchvision may be missing or may not match torch
             print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 
     def log_step(
@@ -269,7 +274,7 @@ class RunLog:
             self._stream.close()
 
     def add_curve_point(self, name: str, value: float, step: int) -> None:
-        """Add a point to a curve. If the disk is full, the curve lacks this point."""
+        """Add a point to a curve. If the disk is full, print a warning and leave the point out."""
         try:
             self._curves.log_value(name, value, step)
         except OSError as error:

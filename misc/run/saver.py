@@ -24,10 +24,10 @@ class Saver:
     Args:
         state: object that writes the state of the run. ``state.save`` takes the path, the number of finished epochs,
             the number of finished steps in the next epoch, and the sums of the statistics over these steps.
-            ``state.aside`` is None, or copies the state for the same arguments and returns a function that writes the
-            copy. A thread calls the returned function while training continues. Without this thread, a slow disk would
+            ``state.aside`` is None, or takes the same arguments, copies the state and returns a function that writes
+            the copy. A thread calls this function while training continues. Without this thread, a slow disk would
             stall training for seconds, because a queue of the published size takes 1.2 GB. After a stop signal and
-            after the last epoch, the checkpoint is written without a thread.
+            after the last epoch, the main thread writes the checkpoint.
         experiment: the experiment folder to save to.
         stop: records the stop signals that this rank receives.
         epochs: number of epochs of the run; the last epoch is always saved.
@@ -169,7 +169,7 @@ class Saver:
         thread.start()
 
     def wait_for_writing(self) -> None:
-        """Wait for the thread that writes a checkpoint. Raise an OSError of this thread, unless the disk was full."""
+        """Wait for the thread that writes a checkpoint. Raise its OSError, if any, unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None

@@ -1,9 +1,9 @@
 """Detect hanging ranks and report their numbers.
 
 Ranks wait for each other in every step, so one hanging rank blocks all ranks, and no rank can report the problem from
-within the step. A thread of each rank therefore publishes the rank's current step at regular intervals, as a sign of
-life. If a rank stops publishing, its process no longer responds. A rank that gives signs of life but stays behind the
-other ranks hangs, usually while it reads from its disk.
+within the step. A thread of each rank therefore publishes the rank's current step at regular intervals, as a
+heartbeat. If a rank stops publishing its step, its process counts as unresponsive. A rank that still publishes its step
+but is behind the other ranks is hanging, usually while it reads from its disk.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SILENT_BEATS = 4  # a rank counts as dead after this many missed heartbeats
 
 
 class Place(NamedTuple):
-    """The step of a rank at its last sign of life."""
+    """The step of a rank at its last heartbeat."""
 
     epoch: int  # counted from 1
     step: int
@@ -34,17 +34,17 @@ class Place(NamedTuple):
     beat: int  # number of heartbeats so far
 
 
-NEVER_HEARD = Place(0, 0, "no sign of life since the start", 0)
+NEVER_HEARD = Place(0, 0, "no heartbeat since the start", 0)
 
 
 def describe_hanging_ranks(places: Mapping[int, Place], silent: set[int]) -> str:
     """Describe which ranks the others wait for, and why.
 
-    If no rank is silent or behind, all ranks are at the same step, and a device or the network does not respond.
+    If no rank is silent and all ranks are at the same step, a device or the network does not respond.
 
     Args:
         places: the last known step of each rank.
-        silent: ranks that have not given a sign of life recently.
+        silent: ranks without a recent heartbeat.
     """
     furthest = max((place.epoch, place.step) for place in places.values())
     behind = {rank for rank, place in places.items() if (place.epoch, place.step) < furthest}

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from models import fast
 
-# Compiling switches torch's fuser on and off for all threads.
-# Only one thread may compile at a time, because a second thread could switch torch's fuser off too early.
+# Only one thread may compile at a time, because compiling switches torch's fuser on and off for all threads.
 _compiling = threading.Lock()
 
 
@@ -31,8 +30,8 @@ def conv_elu(
     """Compute F.elu(F.conv3d(...)) without gradients: (B, in, D, H, W) -> (B, out, D', H', W').
 
     The first call for each combination of shapes compiles the function, which takes as long as about ten calls.
-    Use few different shapes. A single pass is possible only for float32 or bfloat16 tensors on the CPU and with a bias.
-    For all other inputs, convolution and ELU are two separate passes.
+    Use few different shapes. Convolution and ELU share one pass only for float32 or bfloat16 tensors on the CPU, and
+    only with a bias. For all other inputs, convolution and ELU are two separate passes.
     """
     plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or bias is None
     if fast.is_enabled() and not plain and not torch.is_autocast_enabled("cpu"):

@@ -1,7 +1,7 @@
 """A training step recorded as one CUDA graph, so that one call from Python launches all of its kernels.
 
-A step has about a thousand kernels of a few microseconds each. Python takes longer to launch the kernels of a step one
-by one than the GPU takes to run them.
+A step launches about a thousand kernels that take a few microseconds each. Python takes longer to launch the kernels
+of a step one by one than the GPU takes to run them.
 """
 
 import argparse
@@ -31,18 +31,20 @@ class Recorded(NamedTuple):
 class RecordedStep:
     """A WholeStep that is recorded once for each combination of input shapes and beta, and then replayed.
 
-    A replay computes the same numbers as the step. Recording requires one process and an optimiser update in each step.
+    A replay computes the same numbers as the original step. Recording requires one process and an optimiser update in
+    each step.
 
     Args:
         step: the step to record. The tensor sizes in ``step.make_views`` must not depend on random draws.
-        generators: random generators that the views use for noise. The caller may seed them before every step.
+        generators: random generators that the views use for noise. The caller may seed the generators before each
+            step.
     """
 
     def __init__(self, step: WholeStep, generators: Sequence[torch.Generator]):
         self.step, self.generators = step, generators
         self.optimizer = step.descend.optimizer
         self._rate: torch.Tensor | None = None
-        self._kind: tuple = ()  # weight beta and input shapes of the recorded steps, or of the warm-up steps
+        self._kind: tuple = ()  # loss weight beta and input shapes of the recorded step or warm-up steps
         self._seen = 0  # number of steps so far with this beta and these input shapes
         self._recorded: Recorded | None = None
 
@@ -71,7 +73,7 @@ class RecordedStep:
         return self._recorded.done
 
     def _record_cuda_graph(self, inputs: Inputs, beta: float) -> Recorded:
-        """Record the step as a graph without running it. Raises UserError if the recording fails."""
+        """Record the step as a graph without running it. Raises UserError if the graph cannot be recorded."""
         kept = Inputs(*(None if value is None else value.clone() for value in inputs))
         self._rate = torch.zeros((), device=inputs.patches.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -88,12 +90,11 @@ class RecordedStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 done = self.step(kept, beta)
         except RuntimeError as error:
-            cause = (
-                error.__context__ or error
-            )  # the original error is more specific than the error at the end of recording
+            # The original error is more specific than the error raised when the recording ends.
+            cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            # Do not continue without a graph, because some torch versions leave streams and memory in recording mode.
+            # Stop if recording fails, because some torch versions leave streams and memory in recording mode.
             raise UserError(
                 f"the training step cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}); set the "
                 "environment variable DRASCLR_FAST=off and continue with --resume auto"
@@ -115,9 +116,9 @@ def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) 
 def can_record_cuda_graph(device: torch.device, step: WholeStep, args: argparse.Namespace) -> bool:
     """Return whether the steps of a run with these flags can be recorded.
 
-    Steps cannot be recorded as a CUDA graph with ``--accumulate``, because only some steps update the weights.
-    Recording is not possible with the elastic transform, because its offsets are too large to keep in memory twice.
-    Recording is also not possible with ``--compile`` or with several processes.
+    A CUDA graph cannot record steps with ``--accumulate``, because only some steps update the weights.
+    A CUDA graph cannot record the elastic transform, because its offsets are too large to keep in memory twice.
+    A CUDA graph is also not used with ``--compile`` or with several processes.
     """
     alone = isinstance(step.training_step, TrainingStep)  # not wrapped in DistributedDataParallel
     plain = args.accumulate == 1 and not args.compile and "e" not in args.augmentation

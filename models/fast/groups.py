@@ -16,15 +16,15 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 def encode_groups_in_parallel(
     encoder: nn.Module, patches: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int
 ) -> Pair | None:
-    """Run ``encoder.encode`` on each group in parallel, because no data passes between groups.
+    """Run ``encoder.encode`` on each BatchNorm group in parallel, because no data passes between groups.
 
     Cores that work on the same layer wait for each other at the end of the layer. With one group per core, the cores
     wait for each other only twice in a pass, and the batch is not split and joined in every layer. On 2 cores with
-    AVX2, a training step with 16 samples in 2 groups is 1.26 times faster (1.25 to 1.28) with parallel groups. With 32
-    samples in 4 groups, parallel groups make a training step 1.28 times faster (1.21 to 1.37).
+    AVX2, parallel groups make a training step with 16 samples in 2 groups 1.26 times as fast (1.25 to 1.28). A step
+    with 32 samples in 4 groups becomes 1.28 times as fast (1.21 to 1.37).
 
     Args:
-        encoder: models.cnn3d.Encoder. Only group 0 updates the encoder's running statistics.
+        encoder: models.cnn3d.Encoder. Only BatchNorm group 0 updates the encoder's running statistics.
         patches, kernels, groups: see :meth:`models.cnn3d.Encoder.encode`.
 
     Returns:
@@ -62,10 +62,10 @@ def encode_groups_in_parallel(
 
 
 class _Encode(torch.autograd.Function):
-    """Forward and backward pass of each group in a separate autograd graph, with all groups in parallel.
+    """Runs the forward and backward passes of each group in a separate autograd graph, with all groups in parallel.
 
-    The inputs are the mixed kernels, which all groups share, and the encoder's parameters. The outputs are z and h of
-    the first group, z and h of the second group, and so on.
+    The tensors in ``inputs`` are the mixed kernels, which all groups share, and the encoder's parameters. The outputs
+    are z and h of the first group, z and h of the second group, and so on.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class _Encode(torch.autograd.Function):
 
 
 def _sum_present(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the sum of the tensors that are not None. Return None if every entry is None.
+    """Return the sum of the tensors that are not None, or None if there is no such tensor.
 
     The gradients of the experts and their routing are None, because the kernels are mixed outside :class:`_Encode`.
     """

@@ -53,8 +53,8 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            # Write through .data, so that the version counters of the running statistics do not change.
-            # Otherwise, autograd would refuse the backward pass of an earlier call that saved the running statistics.
+            # Autograd refuses a backward pass if the version counter of a saved tensor, such as running_mean, changes.
+            # Write through .data, which does not change the version counters of the running statistics.
             norm.running_mean.data.lerp_(mean, norm.momentum)
             norm.running_var.data.lerp_(variance * (count / (count - 1)), norm.momentum)
     return y

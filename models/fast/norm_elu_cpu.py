@@ -16,8 +16,8 @@ def is_fused_norm_elu_faster(x: torch.Tensor) -> bool:
     """Return whether x is on the CPU and channels-last with few channels.
 
     For channels-last tensors with few channels, torch's BatchNorm is a scalar loop over the channels.
-    Measured for 32 float32 volumes with 8 channels at 32^3, on 2 cores with AVX-512: a forward and backward pass with
-    ELU takes 43 ms with torch's BatchNorm and 17 ms with this module.
+    For 32 float32 volumes with 8 channels at 32^3, a forward and backward pass takes 43 ms with torch's BatchNorm and
+    ELU, and 17 ms with this module (2 cores with AVX-512).
     """
     channels = x.shape[1]
     return (

@@ -1,6 +1,6 @@
 """BatchNorm3d followed by ELU on a GPU: Triton kernels for all groups of a batch at once, channels last.
 
-torch processes one group after another, and reads the result of a layer five times in the forward pass (mean and
+torch processes one group after another. torch reads the result of a layer five times in the forward pass (mean and
 variance, normalisation, ELU) and once more in the backward pass. This module reads the result of a layer twice in the
 forward pass and twice in the backward pass. The backward kernels recompute the ELU. The mean and the sum of squares of
 successive tiles are merged (Chan, Golub and LeVeque, 1979). The order of merging is fixed, so the result is
@@ -45,7 +45,7 @@ def apply_norm_elu(
     """Compute elu(norm(x)) for all blocks, and update the running statistics if ``track`` is set.
 
     Args:
-        norm: an affine layer with running statistics and a fixed momentum.
+        norm: a BatchNorm layer with weight and bias, running statistics and a fixed momentum.
         blocks, groups, track: see :func:`models.cnn3d.norm_elu`.
     """
     running = None
@@ -133,7 +133,7 @@ if triton is not None:
 
     @triton.jit
     def _tile_moments(x, partial, rows, CHANNELS: tl.constexpr, TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Compute count, mean and sum of squared deviations of every channel over the tiles of one program."""
+        """Compute count, mean and sum of squared deviations of every channel over the tiles of one Triton program."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS
@@ -256,7 +256,7 @@ if triton is not None:
         TILE_ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Sum g, the gradient at the ELU's input, and g * x_hat over the tiles of one program."""
+        """Sum g, the gradient at the ELU's input, and g * x_hat over the tiles of one Triton program."""
         tile, group = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, COLUMNS)
         inside = column < CHANNELS

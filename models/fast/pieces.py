@@ -9,9 +9,9 @@ import torch
 
 from models import fast
 
-# Number of patches per piece. The result of a layer for this many patches takes at most tens of MB.
+# Number of patches per piece. A layer's output for one piece takes at most tens of MB.
 # The piece size is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
-# A last piece with fewer patches runs the convolution and the ELU one after the other.
+# If the last piece has fewer patches, its convolution and ELU run one after the other.
 PATCHES_AT_ONCE = 32
 
 

@@ -4,8 +4,8 @@ from misc.command import UserError
 
 
 class ScanError(UserError):
-    """One subject's scan, mask or transform cannot be used; the message gives the reason."""
+    """Raised if a subject's scan, mask or transform cannot be used; the message gives the reason."""
 
 
 class EarlierFailure(ScanError):
-    """An earlier stage failed for this subject and reported the reason."""
+    """Raised if an earlier stage failed for this subject and reported the reason."""

@@ -50,7 +50,9 @@ def check_voxel_data_complete(path: Path, file_format: str) -> None:
     if claim.packed is False and there < claim.bytes:
         raise ScanError(f"{claim.data} is cut short: {there} of {claim.bytes} bytes of data; copy it again")
     if claim.bytes > MOST_PACKED * max(there, 1):
-        raise ScanError(f"{path} claims {claim.bytes} bytes of data, but {claim.data} has {there}; copy it again")
+        raise ScanError(
+            f"{path} declares {claim.bytes} bytes of data, but {claim.data} has only {there}; copy the scan again"
+        )
     if claim.packed:
         check_packed_data(claim)
 

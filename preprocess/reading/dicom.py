@@ -181,7 +181,8 @@ def read_frame_pixels(frames: list[Frame], warnings: list[str]) -> np.ndarray:
     count = int(read_text(frames[0].header, "NumberOfFrames"))
     if values.shape != (count, *frames[0].shape):
         raise ScanError(
-            f"{path} has {count} frames, but ITK reads an array of {values.shape}; export it as one file per slice"
+            f"{path} has {count} frames, but ITK reads an array of shape {values.shape}; "
+            "export it as one file per slice"
         )
     return values[[frame.index for frame in frames]]
 

@@ -26,7 +26,7 @@ NO_SLICE = re.compile(
     r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVIEW|CT_SOM\d (TOP|PROT)|SCREEN ?(SAVE|SHOT)|DOSE.*|REPORT|PROTOCOL|M(AX|IN)?_?IP"
     r"|PROJECTION( IMAGE)?|BOLUS ?TRACK.*|MONITOR.*"
 )
-# Values of RescaleType for maps without HU, for example of iodine or atomic number. US means unspecified.
+# RescaleType of maps that are not in HU, for example maps of iodine or atomic number. US means unspecified.
 NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)
 TAGS = """
     SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
@@ -58,7 +58,7 @@ def read_text(dataset: Dataset, name: str) -> str:
 def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndarray | None:
     """Return ``count`` numbers of an element, or None if the element is missing or empty.
 
-    Raises ScanError if the element has any other content.
+    Raises ScanError if the element does not consist of ``count`` finite numbers.
     """
     if name not in dataset:
         return None
@@ -71,7 +71,7 @@ def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndar
         found = np.full(count, np.nan)
     if not np.isfinite(found).all():
         raise ScanError(
-            f"{file}: {name} is not {count} number{'s' * (count > 1)}; export the file again from the original"
+            f"{file}: {name} must hold {count} number{'s' * (count > 1)}; export the file again from the original"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Sort DICOM slices, and check that every slice lies within 0.1 mm of its position in one volume."""
+"""Sort DICOM slices, and check that every slice lies within 0.1 mm of its position on an evenly spaced grid."""
 
 from collections import Counter
 from collections.abc import Hashable
@@ -13,7 +13,7 @@ from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
 ONE_PLACE = 0.2  # slices closer together than this fraction of the usual step count as slices at the same position
-DIGITS = 5  # number of decimals of a spacing in mm; a file may contain 0.9999999 mm instead of 1 mm
+DIGITS = 5  # decimals to which a spacing in mm is rounded; a file may contain 0.9999999 mm instead of 1 mm
 
 
 class Grid(NamedTuple):
@@ -30,7 +30,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     Raises:
         ScanError: the slices do not form a grid. The message names the first wrong slice along the normal.
     """
-    check_slice_elements(frames, folder)
+    check_required_slice_elements(frames, folder)
     usual = find_typical_slice(frames)
     row, column = compute_axes(usual, folder)
     normal = np.cross(row, column)
@@ -60,7 +60,7 @@ def compute_offset_to_midrange(values: np.ndarray) -> float:
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
 
 
-def check_slice_elements(frames: list[Frame], folder: Path) -> None:
+def check_required_slice_elements(frames: list[Frame], folder: Path) -> None:
     """Raise ScanError unless there are several slices, each with a position, an orientation and a pixel spacing."""
     for name, tag, lost in (
         ("position", "0020,0032", "their order and distance are"),
@@ -124,15 +124,15 @@ def _check_same_slice_geometry(frames: list[Frame], typical_frame: Frame, folder
     for frame in frames:
         if frame.shape != typical_frame.shape:
             raise ScanError(
-                f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, but others have "
+                f"{folder}: {frame.name} has a matrix of {frame.shape[0]} x {frame.shape[1]}, but other slices have "
                 f"{typical_frame.shape[0]} x {typical_frame.shape[1]} ({typical_frame.name}); "
                 f"{advise_on_odd_slice(frame, typical_frame)}"
             )
         if (np.abs(compute_slice_extent(frame) - compute_slice_extent(typical_frame)) > PLACE).any():
             raise ScanError(
                 f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, "
-                f"but others have {typical_frame.spacing[0]:g} x {typical_frame.spacing[1]:g} ({typical_frame.name}); "
-                f"{advise_on_odd_slice(frame, typical_frame)}"
+                f"but other slices have {typical_frame.spacing[0]:g} x {typical_frame.spacing[1]:g} mm "
+                f"({typical_frame.name}); {advise_on_odd_slice(frame, typical_frame)}"
             )
         ends = [
             f.orientation.reshape(2, 3) * compute_slice_extent(typical_frame)[::-1, None]
@@ -150,7 +150,7 @@ def _check_same_slice_geometry(frames: list[Frame], typical_frame: Frame, folder
 
 
 def advise_on_odd_slice(frame: Frame, usual: Frame) -> str:
-    """Return the advice for a slice that differs from the others."""
+    """Return advice on what to do with a slice that differs from the other slices."""
     if frame.traits["Plane"] != usual.traits["Plane"]:
         return "it may be a localizer: remove it from the folder"
     return "keep only the slices of one reconstruction in the folder"
@@ -188,7 +188,7 @@ def _check_slice_spacing(frames: list[Frame], slice_positions: np.ndarray, folde
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
             f"{folder} has unevenly spaced slices: {between}, first between {frames[at].name} and {frames[at + 1].name}"
-            f". With even spacing, slices would be up to {away.max():.1f} mm from their positions; {_EVEN}"
+            f". Evenly spaced slices would be up to {away.max():.1f} mm from these positions; {_EVEN}"
         )
 
 
@@ -198,8 +198,8 @@ _EVEN = "reconstruct the scan with even spacing, or keep only slices with the sa
 def fit_evenly_spaced_values(values: np.ndarray) -> tuple[float, float]:
     """Fit evenly spaced positions to ``values``; return the first position, and the last minus the first, in mm.
 
-    A line is fitted to uneven positions, for example after rounding to 0.1 mm. For even positions, the first and last
-    position are used, because a fit would change their last digits.
+    A line is fitted to unevenly spaced positions, for example after rounding to 0.1 mm. Evenly spaced positions are not
+    fitted, because a fit would change the last digits of the first and last position.
     """
     along = np.linspace(0, 1, len(values))
     start, length = float(values[0]), float(values[-1] - values[0])
@@ -229,8 +229,8 @@ def check_sideways_jumps(
     at = int((jumps > PLACE).argmax()) + 1 if (jumps > PLACE).any() else max(int((away > PLACE).argmax()), 1)
     raise ScanError(
         f"{folder}: {frames[at].name} is shifted sideways from the slice before it ({frames[at - 1].name}) by "
-        f"{np.linalg.norm(moves[at - 1]):.1f} mm, unlike the others; keep the slices on one side of the jump, or "
-        "reconstruct all with one field of view"
+        f"{np.linalg.norm(moves[at - 1]):.1f} mm, unlike the other slices; keep only slices on one side of "
+        "the jump, or reconstruct all slices with the same field of view"
     )
 
 
@@ -244,8 +244,8 @@ def _check_tilt(frames: list[Frame], positions: np.ndarray, axes: np.ndarray, fo
     told = f", GantryDetectorTilt {tilt}" if tilt else ""
     raise ScanError(
         f"{folder}: its slices are sheared by {np.rad2deg(np.arctan2(off, whole[2])):.1f} degrees (tilted gantry{told})"
-        f": from {frames[1].name} on, each slice is shifted sideways from the slice before it, by {off:.1f} mm in "
-        "total. Use a copy resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
+        f": from {frames[1].name} on, each slice is shifted sideways relative to the previous slice, {off:.1f} mm "
+        "over the whole stack. Use a copy resampled to remove the tilt (dcm2niix writes one whose name ends in _Tilt)"
     )
 
 
@@ -260,6 +260,6 @@ def check_slice_corners(frames: list[Frame], volume_grid: Grid, folder: Path) ->
             off = float(np.linalg.norm(own - (np.array(volume_grid.origin) + axes @ (x, y, number))))
             if off > PLACE + 1e-6:
                 raise ScanError(
-                    f"{folder}: {frame.name} lies up to {off:.2f} mm from its position in an evenly spaced stack, but "
-                    f"only {PLACE} mm is allowed; {_EVEN}"
+                    f"{folder}: a corner of {frame.name} is {off:.2f} mm from its position in an evenly spaced stack, "
+                    f"but only {PLACE} mm is allowed; {_EVEN}"
                 )

@@ -15,7 +15,7 @@ from preprocess.reading.itk import PLACE
 from preprocess.reading.values import MIN_EXTENT
 
 # DICOM element -> its name in messages.
-# Slices of a series at the same position belong to different volumes if they differ in one of these elements.
+# Slices at the same position belong to different volumes if they differ in an element that MIXED lists.
 # Acquisitions that are stacked along z, for example by a step-and-shoot scan, form one volume.
 MIXED = {
     "StudyInstanceUID": "study",
@@ -35,7 +35,7 @@ MIXED = {
     "Matrix": "matrix",
 }
 MOST_LISTED = 8
-# Elements that may also change within one volume. They split a series only if every part is evenly spaced.
+# These DICOM elements may change within one volume, so they split a series only if every part is evenly spaced.
 LOOSE = ("AcquisitionNumber", "ImageType", "ContrastBolusAgent", "KVP", "SliceThickness")
 NONE = "none"  # stands for a missing DICOM element in messages and in the input table
 
@@ -79,7 +79,7 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
         groups = [(header,)] * count
 
     def find_sequence_item(group: tuple[Dataset, ...], sequence: str) -> Dataset:
-        """Return the first item of a sequence, of the frame or of all frames; if missing, the file's header."""
+        """Return the first item of a frame's sequence, or of the sequence for all frames; else the file's header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
@@ -205,13 +205,13 @@ def do_slice_groups_overlap(groups: list[list[Frame]]) -> bool:
 
 
 def are_evenly_spaced(parts: list[list[Frame]]) -> bool:
-    """Return whether the slices of each part are evenly spaced."""
+    """Return whether the slices within every part are evenly spaced."""
     heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
 def split_mixed_series(candidate: Candidate) -> list[Candidate]:
-    """Split a candidate into overlapping volumes, by the first element in MIXED that separates them."""
+    """Split a candidate with overlapping volumes by the first DICOM element in MIXED that separates the volumes."""
     if not have_positions(candidate.frames):
         return [candidate]
     for name in MIXED:

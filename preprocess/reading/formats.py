@@ -84,7 +84,10 @@ def check_file_suffix(path: Path, kind: str, packed: bool) -> None:
 
 
 def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:
-    """Raise ScanError with advice for a file that cannot be a scan. ITK decides later about all other files."""
+    """Raise ScanError with advice for a file that cannot be a scan.
+
+    For all other files, ITK decides later whether they can be read.
+    """
     if not head and not packed:
         raise ScanError(f"{path} is empty (0 bytes); copy it again")
     for start, words in STRANGERS.items():

@@ -39,9 +39,9 @@ def shorten_warning(warning: str) -> str:
 
 @contextlib.contextmanager
 def catch_itk_errors(path: Path, file_kind: str, warnings: list[str]) -> Iterator[None]:
-    """Reduce ITK's errors in this block to one line with the file's name, and add ITK's warnings to ``warnings``.
+    """Shorten ITK's errors in a ``with`` block to one line with the file name; add ITK's warnings to ``warnings``.
 
-    ITK's logger and warning switch are global to the process, so both are restored after the block.
+    ITK's logger and warning switch are global to the process, so both are restored when the ``with`` block ends.
 
     Raises:
         ScanError: ITK cannot read the file.

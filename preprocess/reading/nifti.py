@@ -21,7 +21,7 @@ from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_he
 from preprocess.reading.itk import PLACE, check_right_angles, measure_affine_distance
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm.
-CONTRADICTION = 1.0  # mm; an sform and a qform that differ by more contradict each other
+CONTRADICTION = 1.0  # mm; largest accepted distance between the positions that sform and qform give to a voxel
 LPS = np.diag([-1.0, -1.0, 1.0])  # converts RAS to LPS
 SINGLE_OFFSET = 352  # 348 bytes of header, and 4 bytes that mark extensions
 UNITS = {1: "metres", 3: "micrometres"}  # xyzt_units; 2 means millimetres, and 0 (unknown) is read as millimetres

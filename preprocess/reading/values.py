@@ -1,7 +1,7 @@
 """Check that voxel values are HU of a chest: find the peaks of air and soft tissue in a histogram without padding.
 
-Padding fills the image outside the field of view with one exact value that reaches the image's faces. Padding is found
-first, because padding would otherwise count as air or bone.
+Padding is one exact value that fills the image outside the field of view, up to the outer faces of the volume. Padding
+is found first, because padding would otherwise count as air or bone.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from scipy import ndimage, signal
 
 from preprocess.reading import ScanError
 
-AIR = -1024  # HU; value outside a scan
+AIR = -1024  # HU; value of voxels outside the scan
 MIN_EXTENT = 50.0  # mm; shortest accepted length of a scan along each axis
 MAX_HU = 32767
 AIR_BELOW = -850  # HU; air and much of a lung lie below this, but not if the values are halved or shifted
-PADDING_BELOW = -1500  # HU; lower values are a scanner's padding, higher values are noise around air
-LOWEST_AIR = -1100  # HU; lowest value of air, including a scanner's offset; lower values are padding
+PADDING_BELOW = -1500  # HU; lower values are a scanner's padding; values between this and air are noise
+LOWEST_AIR = -1100  # HU; lowest accepted value of air, including a scanner's offset; lower padding is not air
 BRIGHT = 1500  # HU; a large uniform area above this value at a face of the image cannot be part of the body
 SATURATED = 3071  # HU; highest 12-bit value; lower values can be bone or metal, higher values are padding or metal
 SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
@@ -50,13 +50,13 @@ def keep_edge_parts(mask: np.ndarray) -> np.ndarray:
 def fill_padding(
     values: np.ndarray, ranges: Sequence[tuple[float, float]], where: slice | list[int], warnings: list[str]
 ) -> np.ndarray:
-    """Replace the padding that a file declares with air.
+    """Set voxels to air if their value is the padding value that the file declares.
 
     Args:
         values: (slices, rows, columns) in HU; changed in place if their type can hold -1024, otherwise copied.
         ranges: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
         where: indices of the slices to change.
-        warnings: list to which a warning is appended if the padding value is in or above the range of a body.
+        warnings: list to which a warning is appended if the padding value is higher than the HU of air.
 
     Returns:
         The values with air in place of padding.
@@ -70,7 +70,7 @@ def fill_padding(
         mask = (part >= low - 0.01) & (part <= high + 0.01)
         if not mask.any():
             continue
-        # Tissue may have the padding value, so fill only parts at the edge of a slice.
+        # Tissue may have the padding value too, so fill only regions that touch the edge of a slice.
         if high >= LOWEST_AIR and low <= SATURATED:
             mask = keep_edge_parts(mask)
             if mask.mean() < 0.001:
@@ -102,7 +102,7 @@ def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list
     found = [value for value in even if value > BRIGHT]
     ends = values[:: values.shape[0] - 1, :: values.shape[1] - 1, :: values.shape[2] - 1]
     sides = (values.take(end, axis) for axis in range(3) for end in (0, -1))
-    # Zeros may surround the image, or pad it to a size such as a multiple of 32, so that some faces are all 0.
+    # Zeros outside a round field of view fill all corners; zeros that pad the scan to a fixed size fill a whole face.
     if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
@@ -133,7 +133,7 @@ class Peaks(NamedTuple):
 
 
 def find_histogram_peaks(values: np.ndarray) -> Peaks:
-    """Find the peaks of a volume's histogram, without possible padding (uniform low values at the faces)."""
+    """Find the peaks of a volume's histogram, excluding possible padding (uniform low values at the faces)."""
     step = max(1, int((values.size / SAMPLE) ** (1 / 3)))
     sample = values[::step, ::step, ::step]
     aside = [value for value in find_frequent_values(collect_face_values(values), 0.05) if value < AIR_BELOW]
@@ -170,8 +170,8 @@ def find_histogram_peaks(values: np.ndarray) -> Peaks:
 def is_narrow_peak(values: np.ndarray, peak: float) -> bool:
     """Return whether a peak is as narrow as noise around one value.
 
-    Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. A peak of one exact value
-    comes from a phantom and does not count as narrow.
+    Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. If most values of
+    a peak are exactly equal, the peak comes from a phantom and does not count as narrow.
     """
     near = values[np.abs(values - peak) < 25]
     wide = (np.abs(values - peak) < 75).sum()
@@ -189,8 +189,8 @@ def describe_wrong_peaks(peaks: Peaks) -> str:
     beside = f" next to padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
     air = f"air is at about {lowest:.0f}{beside} instead of -1000"
     body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
-    # The peaks of fat (-100 HU) and muscle (45 HU) are the main tissue peaks, and at least one of them is tall.
-    # Ignore peaks up to -450 HU, which may be dense lungs, and low peaks, which may be bone.
+    # In a normal scan, fat (-100 HU) or muscle (45 HU) has the tallest tissue peak.
+    # Ignore peaks up to -450 HU, which may be dense lungs, and small peaks, which may be bone.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))
     main = max(place for place, height in tall.items() if height >= 0.4 * max(tall.values()))
@@ -212,8 +212,8 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     """Check that values can be HU of a chest, and return them as int16, or as float32 if they have fractions.
 
     Padding becomes -1024, so that interpolation does not ring at the edge of the padding. Padding means values below
-    -1500 HU, NaN, and uniform areas at the image's faces that cannot be part of the body. This function keeps noise
-    around air, because patches are clipped at -1024 after resampling.
+    -1500 HU, NaN, and uniform areas at the image's faces that cannot be part of the body. Noise in air is kept, even
+    below -1024 HU, because patches are clipped at -1024 HU after resampling.
 
     Args:
         image: a volume.
@@ -232,11 +232,11 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     if low == high:
         raise ScanError(f"{seen}: the image is empty; copy or export it again")
     if high <= 5:
-        raise ScanError(f"{seen}; these are not HU but look rescaled; use the original CT")
+        raise ScanError(f"{seen}; these values are not HU but look rescaled; use the original CT")
     if low >= 0:
         raise ScanError(
-            f"{seen}; these are not HU, because air should be about -1000; the rescale intercept (often -1024) was "
-            "not applied"
+            f"{seen}; these values are not HU, because air should be about -1000; the rescale intercept (often "
+            "-1024) was not applied"
         )
     if high > BRIGHT or low < AIR_BELOW:
         values = fill_undeclared_padding(values, path, warnings)
@@ -244,11 +244,11 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
     tissue = float(((values > -200) & (values < 300)).mean())
     if air < 0.01 or tissue < 0.01:
         raise ScanError(
-            f"{seen}; these are not HU of a chest: {air:.1%} of the voxels are air (below {AIR_BELOW}) and "
+            f"{seen}; these values are not HU of a chest: {air:.1%} of the voxels are air (below {AIR_BELOW}) and "
             f"{tissue:.1%} are soft tissue (-200 to 300), but at least 1% of each is expected"
         )
     if wrong := describe_wrong_peaks(find_histogram_peaks(values)):
-        raise ScanError(f"{seen}; these are not HU: {wrong}; use the original CT")
+        raise ScanError(f"{seen}; these values are not HU: {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
         return image  # most scans need no change, and a copy would double the memory
     whole = values.dtype.kind in "iu" or bool((values == np.rint(values)).all())

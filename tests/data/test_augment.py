@@ -83,9 +83,9 @@ def test_affine_is_monais(dtype, size):
 
 
 def test_affine_conventions_in_closed_form():
-    """Check on a linear ramp that output voxel x reads the input at R (s x + t), measured from the centre.
+    """Check on a linear ramp that output voxel x is the input at R (s x + t): rotation R, scale s, translation t.
 
-    R is the rotation, s the scale and t the translation."""
+    Coordinates are measured from the centre of the volume."""
     z, y, x = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
     ramp = torch.from_numpy(2.0 * z - 3.0 * y + 5.0 * x)[None, None]
     a, b, c = 0.10, -0.07, 0.05
@@ -119,7 +119,7 @@ def test_elastic_equals_monais(dtype):
     inputs = volumes(3, 2, dtype)
     drawn = augment.draw_elastic(3, SIZE, generator(3))
     drawn["sigma"][0], drawn["sigma"][1] = 8.1667, 9.5  # cut-offs (3 sigma) of 24.5001 and 28.5 voxels, both rounded up
-    # A smaller magnitude than in training keeps most sampled positions inside the volume.
+    # Use smaller displacements than in training, so that most sampled positions lie inside the volume.
     drawn["magnitude"] = drawn["magnitude"] / 8
     ours = apply("elastic", inputs, drawn)
     monai = Rand3DElastic((8, 12), (0, RANGE), prob=1.0, padding_mode="border", spatial_size=SIZE)

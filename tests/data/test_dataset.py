@@ -50,7 +50,7 @@ def test_a_workers_error_is_one_line(tmp_path, make_store, grid):
 
 
 def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store, grid):
-    """torch sends SIGTERM to a worker that ends slowly. The worker must not forward torch's SIGTERM to the trainer."""
+    """torch sends SIGTERM to a worker that exits slowly. The worker must not forward torch's SIGTERM to the trainer."""
     make_store(tmp_path, 4, grid)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -68,7 +68,7 @@ def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store,
 def test_a_failing_trainer_ends_at_once(tmp_path, make_store, grid, workers):
     """Workers must end at once if the trainer fails.
 
-    By default, torch waits 5 s for each worker, and each worker lives for another minute.
+    By default, torch waits 5 s for each data-loader worker, and each worker keeps running for another minute.
     """
     make_store(tmp_path, 4, grid)
     code = (

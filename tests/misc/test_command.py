@@ -119,7 +119,7 @@ def test_all_project_errors_are_user_errors():
 
 
 def test_an_unexpected_error_shows_a_traceback_and_exits_at_once(tmp_path):
-    """A thread that never ends would delay an ordinary exit."""
+    """An ordinary exit would wait for a thread that runs for 10 minutes."""
     (tmp_path / "x.py").write_text(
         f"import sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom misc.command import run\n"
         "def main():\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise IndexError('oh')\n"
@@ -153,7 +153,7 @@ def test_a_stop_request_keeps_the_first_signal():
 
 
 def test_a_low_hard_file_limit_is_refused_and_a_soft_one_raised():
-    """Often only the soft limit of open files is low. A process may raise its soft limit, so no message is needed."""
+    """Often only the soft limit of open files is low. The process then raises this limit without a message."""
     code = (
         "import resource, sys\nfrom misc.command import run\nfrom misc.process import set_up_process\n"
         "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"

@@ -1,4 +1,4 @@
-"""DrasCLR's training step, compared with explicit loops, and its state on disk."""
+"""Compare DrasCLR's training step with explicit loops, and test saving and loading of its state."""
 
 import copy
 import math
@@ -186,7 +186,7 @@ def test_num_coordinates_must_be_one():
         DrasCLR(Encoder, L, 8, DIM, 2, 2, K, 0.9, 0.2, True)
 
 
-# ---------------------------------------------------------------- options that were not published
+# ---------------------------------------------------------------- options that are not in the published method
 
 
 def unit(x):
@@ -221,7 +221,10 @@ def step(model, index, inputs, subjects=None):
 
 @torch.no_grad()
 def test_negatives_from_the_batch():
-    """Negatives of patches and of neighbours are the keys of the step's other subjects. Keys still enter the queue."""
+    """Negatives of patches and of neighbours are the keys of the step's other subjects.
+
+    The step also adds its keys to the queue.
+    """
     model, inputs = calibrated(negatives="batch"), draw_inputs()
     q, r, keys = encoded(model, 1, inputs)
     patch, neighbor, labels = step(model, 1, inputs)[:3]
@@ -256,7 +259,11 @@ def test_a_subjects_own_keys_are_masked():
     subjects = torch.tensor([3, 8, 9, 9])
     masked, free = (step(one, 1, draw_inputs(2), subjects)[:2] for one in (model, plain))
     wanted = torch.zeros(B, 1 + K, dtype=torch.bool)
-    for row, column in ((0, 1), (2, 3), (3, 3)):  # subject 3 is in queue row 1, subject 9 in row 3
+    for row, column in (
+        (0, 1),
+        (2, 3),
+        (3, 3),
+    ):  # queue row 1 holds a key of subject 3, and row 3 holds a key of subject 9
         wanted[row, 1 + column] = True
     for ours, theirs in zip(masked, free):
         assert torch.equal(torch.isneginf(ours), wanted)

@@ -1,4 +1,4 @@
-"""Test that the optimiser step averages accumulated gradients, and that the key encoder only changes afterwards."""
+"""Test that an optimiser step averages accumulated gradients, and that the key encoder changes only after a step."""
 
 import copy
 

@@ -94,7 +94,7 @@ def test_a_metaimage_without_geometry_is_a_warning(tmp_path, dropped, warned):
 
 
 def nifti(path, edits):
-    """Write a single-file NIfTI with a qform only, and change bytes of its header."""
+    """Write a NIfTI file with a qform but no sform, and set the header values in ``edits``."""
     sitk.WriteImage(chest(), str(path))
     content = bytearray(path.read_bytes())
     struct.pack_into("<h", content, 254, 0)
@@ -116,7 +116,7 @@ def test_a_nifti_without_a_voxel_size_is_refused(tmp_path, edits):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 348.0])
 def test_a_voxel_offset_within_the_header_is_refused(tmp_path, offset):
-    """For a voxel offset below 352, ITK reads voxels from byte 348; the file's length shows whether that is right."""
+    """If vox_offset is below 352, ITK reads voxels from byte 348; the file's length shows whether they start there."""
     path = nifti(tmp_path / "a.nii", [(108, "<f", offset)])
     with pytest.raises(ScanError, match=rf"begin at byte {offset:g} \(vox_offset\), within the header"):
         load_scan(path)
@@ -194,13 +194,13 @@ def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
 
 
 def test_a_modification_time_in_the_future_counts_as_now(tmp_path):
-    from preprocess.outputs import _read_change_time
+    from preprocess.outputs import _read_last_change_ns
 
     (tmp_path / "m").write_text("")
     os.utime(tmp_path / "m", (time.time() + 3600,) * 2)
-    assert _read_change_time(tmp_path / "m") <= time.time_ns()
+    assert _read_last_change_ns(tmp_path / "m") <= time.time_ns()
     os.utime(tmp_path / "m", (time.time() - 3600,) * 2)
-    assert _read_change_time(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
+    assert _read_last_change_ns(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
 
 
 # ---------------------------------------------------------------- air outside the body, and padding
@@ -316,7 +316,7 @@ def test_a_console_that_is_not_utf8(tmp_path):
 
 
 def test_slow_bf16_is_measured(monkeypatch):
-    """The measurement runs on a CPU only and draws nothing from torch's random stream."""
+    """The bfloat16 slowdown is measured only on a CPU, without using torch's global random generator."""
     before = torch.get_rng_state()
     assert process.measure_bf16_slowdown(torch.device("cuda")) == 0
     assert process.measure_bf16_slowdown(torch.device("cpu")) >= 0 and torch.equal(torch.get_rng_state(), before)

@@ -39,7 +39,7 @@ def tilted(image, degrees, about="x"):
 
 
 def thick_then_thin(image):
-    """Keep every second slice of the first 16, and all later slices. Most spacings between slices stay unchanged."""
+    """Keep every second slice of the first 16, and all later slices. Only the first slices are then farther apart."""
     return [d for k, d in enumerate(slices(image)) if k > 15 or k % 2 == 0]
 
 
@@ -417,7 +417,7 @@ def test_truncated_slices_are_named(image, tmp_path, form, share):
     [(0, 63536, 63536), (1, -2000, -2000), (0, 65535, 65535), (0, 3000, 3000), (1, 0, 0), (0, 1064, 1064)],
 )
 def test_padding_of_any_value_becomes_air(image, tmp_path, sign, stored, tag):
-    """The padding value outside an ellipse is above all HU, below all HU, or within the range of tissue."""
+    """The voxels outside an ellipse have a padding value above all HU, below all HU, or in the HU range of tissue."""
     y, x = np.mgrid[-1:1:34j, -1:1:42j]
     outside = x**2 + y**2 > 1
     intercept = 0 if sign else -1024

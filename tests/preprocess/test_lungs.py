@@ -1,4 +1,4 @@
-"""Test the check that a mask's labels are the lungs of its scan; cut, dense or swapped lungs are reported."""
+"""Test the check that a lung mask matches its scan: cut, dense or swapped lungs are reported."""
 
 import subprocess
 import sys

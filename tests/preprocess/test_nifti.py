@@ -61,7 +61,7 @@ def test_an_incomplete_header_is_a_warning(image, tmp_path):
 
 
 def test_itk_warnings_are_kept_and_the_setting_is_restored(image, tmp_path):
-    """The scales of sform and pixdim differ by less than 0.1 mm over the volume, and ITK warns."""
+    """The scales of the sform and pixdim differ by less than 0.1 mm over the volume, and ITK issues a warning."""
     path = nifti(image, tmp_path / "scan.nii", pixdim=np.array([1, 3, 3.5, 2.502, 0, 0, 0, 0]))
     limit_threads(1)
     for _ in range(2):
@@ -176,7 +176,7 @@ def test_encodings_of_one_scan(image, tmp_path, form):
 
 
 def test_oblique_headers_are_accepted(image, tmp_path):
-    """Test random rotations, including almost 180 degrees, where a quaternion is least exact."""
+    """Test random rotations, including angles near 180 degrees, where a quaternion is least exact."""
     rng = np.random.default_rng(3)
     for axis in rng.normal(size=(6, 3)):
         for angle in (0.2, 1.5, np.pi - 1e-4):

@@ -1,4 +1,4 @@
-"""Test which existing outputs are kept: the rule depends on a file's owner, inputs and completeness."""
+"""Test which existing outputs are kept, depending on who made the output, its inputs and its completeness."""
 
 import os
 
@@ -98,9 +98,9 @@ def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
 
 
 def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
-    """A stamp without a report column would be lost if the stage failed.
+    """The report keeps a stamp after a failed stage only if the stamp has a report column.
 
-    Without a stamp, an output counts as the user's own file.
+    An output without a stamp in the report counts as the user's own file.
     """
     with pytest.raises(ValueError, match=r"report columns \['threshold'\] would be lost after a failure"):
         make_output(tmp_path, files, {}, threshold="-950")

@@ -284,7 +284,10 @@ def test_pixel_types_give_the_same_image(thorax, tmp_path, kind):
 
 @pytest.mark.reference
 def test_every_orientation_gives_the_same_volume(thorax):
-    """Compare the volumes of all 48 orientations. test_reference_patches tests the later preprocessing stages."""
+    """Store a scan in all 48 orientations, and compare the reoriented volumes.
+
+    test_reference_patches tests the later preprocessing stages.
+    """
     wanted_code = find_orientation(thorax.atlas)
     raw = thorax.raw[::5, ::4, ::3]
     wanted = orient(raw, wanted_code)

@@ -54,7 +54,7 @@ def test_fractions_stay_fractions(spacing):
 
 
 def test_geometry_is_kept():
-    """Origin, direction and size equal those of the published code. The values of 1 mm voxels stay unchanged."""
+    """Origin, direction and size equal those of the published code. Voxels of 1 mm keep their values."""
     image = sitk.DICOMOrient(volume((1.0, 1.0, 1.0)), "RAS")
     found = resample_isotropic(image)
     assert found.GetSize() == (27, 31, 22) and found.GetSpacing() == (1.0, 1.0, 1.0)

@@ -73,7 +73,7 @@ def test_patches_equal_the_scan_at_their_positions(cohort):
                 if all(1 <= i < n - 2 for i, n in zip(index, scan.GetSize())):
                     value = np.clip(scan.EvaluateAtPhysicalPoint(place, sitk.sitkLinear), -1024, 240)
                     differences.append(abs(value - patch[z, y, x]))
-        # Patch corners are rounded to whole voxels of the scan, so the values differ, for example because of noise.
+        # Patch corners are rounded to whole voxels of the resampled scan, so the patch and the scan differ slightly.
         assert np.median(differences) < 60 and len(differences) > 30
 
 
@@ -287,7 +287,7 @@ def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_g
     assert process.returncode == 128 + number
     assert errors.strip() == "stopped; start again to continue"
     wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
-    # Every finished mask is either listed in the report or claimed by a worker.
+    # Every finished mask has a row in the report or a worker's claim file.
     made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
     claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
     path = tmp_path / "s" / "report" / "segment_lung.csv"

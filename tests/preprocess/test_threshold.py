@@ -125,7 +125,7 @@ def test_real_scan(reference):
 
 
 def test_distances_equal_scipys():
-    """Compute all distance maps before comparing: an array in the memory of a deleted ITK image could change."""
+    """Compute all distance maps first, because an array that uses the memory of a deleted ITK image could change."""
     rng = np.random.default_rng(0)
     masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
     found = [threshold._squared_distance(mask) for mask in masks]

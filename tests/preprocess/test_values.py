@@ -73,7 +73,7 @@ def test_padding_with_impossible_values_becomes_air(values, kind, radius, code):
     dtype, padding = BRIGHT[kind]
     where = outside_mask(values, radius)
     scan = values.copy()
-    scan[20, 22, 26] = padding  # one voxel inside the body has the padding value, which metal can also have
+    scan[20, 22, 26] = padding  # one voxel inside the body also has the padding value, but must not become air
     warnings = []
     image = sitk.DICOMOrient(image_of(np.where(where, padding, scan).astype(dtype)), code)
     found = array(sitk.DICOMOrient(check_hounsfield(image, "x", warnings), "LPS"))

@@ -132,7 +132,7 @@ def wait_for(happened, seconds=90):
 
 @pytest.mark.slow
 def test_killed_workers_and_stages_change_no_byte(tmp_path, cohort):
-    """Masks made on a cluster with killed workers and stages equal those of an undisturbed run.
+    """Killing workers and stages on a cluster does not change the masks.
 
     A cluster without workers is reported.
     """

@@ -29,7 +29,9 @@ def test_differences_are_paired_by_seed():
 
 
 def test_held_out_subjects_are_not_used_for_fitting():
-    """Random labels get a low score. A relation in the fitted subjects predicts the held-out subjects."""
+    """Random labels get a low score, and labels that depend on a feature get a high score.
+
+    If the dependence has the opposite sign in the held-out subjects, the score is negative."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
     assert score_held_out(features, rng.normal(size=80), held) < 0.2
@@ -40,7 +42,7 @@ def test_held_out_subjects_are_not_used_for_fitting():
 
 
 def test_joined_tables_average_two_models():
-    """One model uses the second table; the other uses both tables. Neither model sees labels of held-out subjects."""
+    """One model is fitted to the second table, the other to both tables. Labels of held-out subjects have no effect."""
     rng, model = np.random.default_rng(0), MODELS["regression"]
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
@@ -121,7 +123,7 @@ def test_bad_arguments_are_refused(tmp_path, run_here, flags, message):
 
 @pytest.mark.parametrize("recipe", ["small", "published"])
 def test_arms_differ_from_full_only_as_named(monkeypatch, recipe):
-    """Each arm of any recipe, even without the neighbour task, differs from the full arm only as its name says.
+    """With any recipe, each arm differs from the full arm only in the settings that the arm's name states.
 
     User-defined arms also start from the full arm.
     """

@@ -42,7 +42,7 @@ def test_shares_and_histograms(store, grid):
 
 
 def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
-    """At -850 HU with noise of 60 HU, the largest bin holds a third of the voxels before smoothing and most afterwards.
+    """Smoothing more than doubles the share of voxels in the largest bin, for noise of SD 60 HU around -850 HU.
 
     The smoothed histogram equals that of scipy's Gaussian filter.
     """
@@ -61,7 +61,7 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
 
 
 def test_command(tmp_path, make_store, grid, run):
-    """The density predicts a label of density. Random features predict this label only together with the histogram."""
+    """Density predicts a label that rises with HU. Random features predict it only together with the histogram."""
     rng = np.random.default_rng(0)
     patches = make_store(tmp_path / "s", 24, grid)
     for location in range(len(grid)):
@@ -83,7 +83,7 @@ def test_command(tmp_path, make_store, grid, run):
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
     assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    # The row has three intervals: of the metric, of the gain over features, and of the gain over the histogram.
+    # The row has three intervals: for the metric, the gain over the features, and the gain over the histogram.
     assert row.count(" to ") == 3
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2

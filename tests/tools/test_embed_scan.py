@@ -111,7 +111,7 @@ def test_a_foreign_table_is_not_overwritten(study, run_here, tmp_path):
 
 @pytest.mark.parametrize("kind", ["moments", "layers"])
 def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kind):
-    """Vectors of a scan and of the store are equal. A standardisation of another checkpoint or kind is refused."""
+    """A scan gets the same vector as in the store. A standardisation file of another checkpoint or kind is refused."""
     root, folder = study
     patches = np.load(root / "features" / FILES[kind])
     rng = np.random.default_rng(0)
@@ -163,8 +163,8 @@ def test_a_verdict_names_the_problems(study):
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        ((0.4, 0.4, 0.4), "Dice of 0.40 (right 0.40, left 0.40), less than --min-dice 0.5"),
-        ((0.7, 0.9, 0.1), "(right 0.90, left 0.10), less than --min-dice"),
+        ((0.4, 0.4, 0.4), "(right 0.40, left 0.40); each of the three values must be at least --min-dice 0.5"),
+        ((0.7, 0.9, 0.1), "(right 0.90, left 0.10); each of the three values must be at least --min-dice"),
         ((0.94, 0.0, 0.0), "or the scan is mirrored"),
     ],
 )

@@ -187,7 +187,7 @@ def test_bad_arguments_are_refused(world, run_here, tmp_path, flags, message):
 
 
 def test_a_label_in_words(world, run_here, tmp_path):
-    """A label column with two different words is read as 0 and 1. A column with three words needs --order."""
+    """A label column with two different words is read as 0 and 1. A column with three different words needs --order."""
     dark = pd.read_csv(world / "labels.csv", dtype={"sid": str})
     third = np.digitize(dark["dark"], dark["dark"].quantile([1 / 3, 2 / 3]))
     words = dark.assign(grade=np.array(["mild", "light", "severe"])[third], much=np.where(third > 1, "yes", "no"))
@@ -197,7 +197,7 @@ def test_a_label_in_words(world, run_here, tmp_path):
     ).to_csv(tmp_path / "one.csv", index=False)
     given = ("--labels", tmp_path / "l.csv", "--input-csv", tmp_path / "one.csv")
     refused = run_here("tools/emphysema_map.py", *GIVEN, *given, "--column", "grade", "--out-dir", tmp_path, cwd=world)
-    assert refused.returncode == 2 and "give their order, --order grade=light,mild,severe" in refused.stderr
+    assert refused.returncode == 2 and "for example --order grade=light,mild,severe" in refused.stderr
     asked = ("--column", "much", "number", "grade", "--order", "grade=light,mild,severe", "--stride", 16)
     done = run_here("tools/emphysema_map.py", *GIVEN, *given, *asked, "--out-dir", tmp_path / "o", cwd=world)
     assert done.returncode == 0, done.stderr

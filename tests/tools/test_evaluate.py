@@ -46,7 +46,7 @@ def test_covariates_are_hardly_penalised(kind):
 
 
 def test_the_gain_from_a_table_is_paired():
-    """Predictions from two tables share the label's noise, so the interval of the difference of metrics is narrower."""
+    """Predictions from two tables share the label's noise, which narrows the interval of the difference in R2."""
     rng = np.random.default_rng(2)
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
@@ -69,7 +69,9 @@ def test_r2_does_not_depend_on_the_unit():
 
 
 def test_two_models_together_predict_a_whole_stage():
-    """Averaging the spirometry of two models gives a whole stage. Averaging predicted stages may give a fraction."""
+    """A stage that is computed from the mean spirometry of two models is a whole number.
+
+    The mean of the stages that two models predict may be a fraction."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(150, 4))
     values = x[:, :2] + x[:, 2:] + 0.3 * rng.normal(size=(150, 2))
@@ -209,7 +211,7 @@ def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
 
 
 def test_held_out_subjects_are_evaluated(tmp_path, run):
-    """If the relation to the label is reversed in the held-out subjects, the prediction fails for these subjects."""
+    """If held-out subjects have the opposite relation between feature and label, predicting their labels fails."""
     rng = np.random.default_rng(0)
     sids = [f"s{index:02d}" for index in range(40)]
     values = rng.normal(size=40)
@@ -426,7 +428,7 @@ def test_subjects_missing_from_one_table_are_reported(tmp_path, run_here):
 
 
 def test_row_numbers_are_not_features(tmp_path, run_here):
-    """pandas saves row numbers as a column without a name. If saved again, the column is called 'Unnamed: 0'."""
+    """pandas saves row numbers as a column without a name, and calls the column 'Unnamed: 0' in a second save."""
     features, _ = held_out_tables(tmp_path)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
     without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout
@@ -465,7 +467,7 @@ def test_the_gain_over_a_histogram_is_explained():
     found["d"] = figures(0.0, 1e-15, 0.1)  # equal up to rounding
     found["e"] = figures(float("nan"), float("nan"), float("nan"))
     useless = figures(0.1, 0.2, 0.3)
-    useless["features+histogram"]["r2"]["mean"] = -1.1  # the histogram alone has r2 = -1.3
+    useless["features+histogram"]["r2"]["mean"] = -1.1  # a gain of 0.2, so the histogram alone has an r2 of -1.3
     (line,) = explain_results(found | {"f": useless})
     assert "improves 2 of 4 label(s)" in line and "Even together they do not predict f." in line
     assert explain_results({"a": {"features": found["a"]["features"]}}) == []

@@ -207,8 +207,11 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         (("--out", "labels.csv/page.html"), "--out: cannot write to"),
         (("--labels", "labels.csv", "--columns", "age"), "labels.csv has no column 'age'; it has grade, sex"),
         (("--labels", "other.csv"), "such as '000'; its sids look like '0'"),
-        (("--patch-features", "patches.npy"), "lacks subject '001' of the patient features"),
-        (("--patch-features", "few.npy", "--root-dir", STORE), f"few.npy has 2 locations but --root-dir {STORE} has 6"),
+        (("--patch-features", "patches.npy"), "has no features of subject '001'"),
+        (
+            ("--patch-features", "few.npy", "--root-dir", STORE),
+            f"few.npy has 2 locations, but --root-dir {STORE} has 6",
+        ),
         (
             ("--labels", "labels.csv", "--patch-features", "pred_arr_patch_full.npy", "--healthy", "sex"),
             "must be 1 (healthy)",

@@ -152,7 +152,7 @@ def test_fractions_are_nested_and_splits_are_disjoint():
         (("--patch-labels", "bad.csv"), "bad.csv, line 3: patch '9' is not a whole number from 0 to 5"),
         (("--patch-labels", "who.csv"), "who.csv, line 2: sid 'x' is not in the store"),
         (("--patch-labels", "sup.csv"), "sup.csv, line 2: patch '²' is not a whole number from 0 to 5"),
-        (("--patch-labels", "sep.csv"), "column 'value' of sep.csv has a value for 1 subjects"),
+        (("--patch-labels", "sep.csv"), "column 'value' of sep.csv has values for 1 subjects"),
         (("--patch-labels", "l.csv"), "l.csv has no column 'patch'"),
         (("--labels", "l.csv", "--column", "sick", "--checkpoint", "no.tar"), "no checkpoint at no.tar"),
     ],
@@ -187,7 +187,7 @@ def test_training_keeps_the_best_model(monkeypatch, losses, start, best, kept, r
         return next(following)
 
     assert fitting._train_until_no_better(one_round, (model,), "last", start) == (best, rounds)
-    assert model.weight.item() == kept  # the weight is the number of rounds up to the best round
+    assert model.weight.item() == kept  # each round adds 1, so the weight is the number of the best round
 
 
 def test_ordered_words_are_grades(tmp_path):

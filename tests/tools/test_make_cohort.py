@@ -1,4 +1,4 @@
-"""The synthetic cohort is reproducible, in HU, and contains the disease that its labels state."""
+"""Test that the synthetic cohort is reproducible, has values in HU, and contains the disease that its labels state."""
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from tools.make_cohort import make_phantom, make_subject_once
 
 @pytest.fixture
 def phantoms(tmp_path):
-    """Make subject 5 with seed 3 (twice), with seed 4, and with fixed scanner settings; return each (folder, rows)."""
+    """Make subject 5 with seed 3 (twice), seed 4, and fixed scanner settings; return (folder, rows) for each result."""
     how = {"first": (3, False, True), "again": (3, False, False), "other": (4, True, False), "one": (3, True, True)}
     return {
         name: (tmp_path / name, make_phantom(seed, 4, "tiny", one, maps, tmp_path / name))
@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_bytes(phantoms):
     for name, share in zip(CLASSES, counts / counts.sum()):
         assert rows["first"][0][f"{name}_fraction"] == pytest.approx(share, abs=1e-4)
 
-    # The subjects are the same with one scanner as with many scanners.
+    # The subjects are the same whether the cohort has one scanner or many.
     (labels, scanned), (with_many, scanned_by_many) = phantoms["one"][1], phantoms["first"][1]
     assert scanned == {"sid": "0005", **ONE_SCANNER._asdict(), "inflation_hu": 0.0} != scanned_by_many
     assert phantoms["other"][1][1] == scanned
@@ -242,13 +242,13 @@ def test_labels_depend_on_subtype_and_region_and_density():
     assert table["FEV1pp"].between(14, 132).all() and table["FEV1_FVC"].between(0.19, 0.92).all()
     assert 0.2 < table["died"].mean() < 0.8 and table["exacerbations"].max() > 3
 
-    # At equal total destruction, more destruction at the base lowers lung function and survival.
+    # At equal total emphysema, more emphysema at the base lowers lung function and survival.
     destroyed = table["upper_centrilobular_fraction"] + table["lower_centrilobular_fraction"]
     x = np.column_stack([np.ones(len(table)), destroyed, table["lower_centrilobular_fraction"]])
     for label in (np.log10(table["FEV1pp"]), -table["died"]):
         slopes = np.linalg.lstsq(x, label, rcond=None)[0]
         assert slopes[2] < -0.2
-    # Reticulation and mild emphysema also affect the labels, although density does not show these changes.
+    # Reticulation and mild emphysema affect the labels even if there is little moderate and severe emphysema.
     quiet = table[destroyed < 0.1]
     assert quiet["FEV1pp"].corr(quiet["reticulation_fraction"]) < -0.4
     assert quiet["exacerbations"].corr(quiet["mild_centrilobular_fraction"]) > 0.1

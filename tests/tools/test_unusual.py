@@ -1,4 +1,4 @@
-"""Test a density model of healthy subjects: scores are Mahalanobis distances; only sick subjects have high scores."""
+"""Test the scores of unusual.py: they are Mahalanobis distances, and only sick subjects have high scores."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_scores_are_mahalanobis_distances():
 
 
 def test_healthy_subjects_are_scored_without_themselves():
-    """With many features, a density fitted to few subjects would give these subjects lower scores than new subjects."""
+    """With many features, a fit to few subjects would give these subjects lower scores than new subjects."""
     rng = np.random.default_rng(1)
     features = rng.normal(size=(60, 3, 40)) @ rng.normal(size=(40, 40))
     healthy = np.arange(60) < 30

@@ -7,7 +7,7 @@ import numpy as np
 SIZES = {"tiny": 0.38, "small": 0.62, "full": 1.0}  # size relative to an adult's thorax
 # Variation between subjects, relative to the variation between adults. Small phantoms vary less than large phantoms.
 # In small phantoms, patches of 32 mm mostly contain edges of the lung.
-# With full variation, patches of small phantoms would mainly show the shape of the lung.
+# If small phantoms varied as much as adults, their patches would mainly show the shape of the lung.
 VARIATION = {"tiny": 0.4, "small": 0.7, "full": 1.0}
 # Range of the voxel spacing in mm. The range is the same for all phantom sizes, because textures are not scaled.
 SPACING = (0.65, 0.9)  # in the axial plane
@@ -18,7 +18,7 @@ SLICES = (0.8, 1.5)  # between slices
 class Anatomy:
     """Geometry of one subject. Angles are in radians.
 
-    Lengths are those of an adult in mm. All lengths except ``fat`` are multiplied by ``scale``. If the fat in the chest
+    Lengths are in mm, for an adult. All lengths except ``fat`` are multiplied by ``scale``. If the fat in the chest
     wall were scaled, patches at the pleura of a small phantom would contain air outside the body.
     """
 

@@ -21,8 +21,8 @@ from tools.cohort.texture import (
     draw_gaussian_noise,
 )
 
-# Quantiles of the fraction of a smoker's lung in each emphysema class.
-# Source: Chest Imaging Platform, 2,500 of 9,330 subjects.
+# For each emphysema class, quantiles over smokers of the fraction of the lung in this class.
+# The quantiles come from 2,500 of the 9,330 subjects in the data of the Chest Imaging Platform.
 QUANTILES_AT = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARE_QUANTILES = {
     PARASEPTAL: (0.02, 0.05, 0.08, 0.11, 0.14, 0.18, 0.24),
@@ -31,7 +31,7 @@ SHARE_QUANTILES = {
     MODERATE: (0.0, 0.007, 0.03, 0.09, 0.28, 0.51, 0.65),
     SEVERE: (0.0, 0.0, 0.0, 0.002, 0.02, 0.17, 0.5),
 }
-# Correlations between the normal scores of the class fractions. Pairs that are missing in the source are guesses.
+# Correlations between the normal scores of the class fractions. Values that the source does not give are guesses.
 SHARE_CORRELATION = np.array(
     [
         [1.00, 0.55, 0.35, 0.84, 0.60],
@@ -141,7 +141,8 @@ def plant_disease(
     """Add emphysema, reticulation and a lesion to ``hu``. The textures are not scaled with the lungs.
 
     Args:
-        hu: (z, y, x) float32, modified in place; z points to the head. Lung above -800 HU (vessels) gets no texture.
+        hu: (z, y, x) float32, modified in place; z points to the head. Lung voxels above -800 HU (vessels) get no
+            texture.
         lung: labels (z, y, x): 0 outside the lungs, 1 right lung, 2 left lung.
         spacing: voxel spacing in mm, (x, y, z).
         disease: disease to add.
@@ -183,7 +184,7 @@ def plant_disease(
 
 
 def _add_reticulation(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """Thicken septa near the base and the surface of the lungs in ``hu``. Return the affected fraction of the lungs."""
+    """Thicken septa near the base and the surface of the lungs in ``hu``. Return the changed fraction of the lungs."""
     if wanted <= 0:
         return 0.0
     score = -1.5 * (2 * lungs.height - 1) - lungs.depth / 8 + 0.7 * lungs.draw_smooth_noise(10.0, rng)
@@ -197,7 +198,7 @@ def _add_reticulation(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.rando
 
 
 def _plant_lesion(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
-    """Add a bumpy solid nodule away from the pleura to ``hu``. Return the diameter in mm, or 0 if no nodule fits."""
+    """Add to ``hu`` a bumpy solid nodule away from the pleura. Return the diameter in mm, or 0 if no nodule fits."""
     inner = np.flatnonzero(lungs.mask.ravel())[lungs.depth > 0.6 * wanted] if wanted else ()
     if not len(inner):
         return 0.0

@@ -4,7 +4,7 @@ import numpy as np
 
 from tools.cohort.anatomy import Anatomy
 
-AIR = -1000.0  # in HU, like the values on the next line
+AIR = -1000.0  # HU; the values on the next line are also in HU
 LUNG_HU, TISSUE_HU, FAT_HU, BONE_HU, BLOOD_HU, TABLE_HU = -860.0, 40.0, -90.0, 450.0, 45.0, -300.0
 
 
@@ -25,7 +25,7 @@ class Phantom:
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat_adult = a.fat / s  # thickness of the fat at adult scale, like the lengths in _build
+        self.fat_adult = a.fat / s  # thickness of the fat in mm at adult scale, which _build_thorax uses
         half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
@@ -112,12 +112,12 @@ class Phantom:
     def _measure_tube_distance(
         self, start: np.ndarray, end: np.ndarray, radius: float
     ) -> tuple[tuple[slice, ...], np.ndarray]:
-        """Return the grid box around a tube segment, and the distance of its voxels to the axis in radii."""
+        """Return the grid box around a tube segment, and each voxel's distance to the axis in units of the radius."""
         a = self.anatomy
         turn, centre = rotation_matrix(a.rotation), np.array([0, 0, 130.0])
         reach = radius + 3 * self.spacing.max() / a.scale
         ends = np.stack([start, end])
-        ends = (ends - centre) @ turn + centre  # from patient back to grid coordinates
+        ends = (ends - centre) @ turn + centre  # from patient coordinates back to grid coordinates
         low = np.floor(((ends.min(0) - reach) * a.scale - self.origin) / self.spacing).astype(int)
         high = np.ceil(((ends.max(0) + reach) * a.scale - self.origin) / self.spacing).astype(int) + 1
         low, high = np.clip(low, 0, self.size), np.clip(high, 0, self.size)

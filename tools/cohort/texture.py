@@ -22,7 +22,7 @@ VESSEL_HU = 40.0
 _VESSEL_MM = 1.8  # width of two Gaussian fields; vessels run along the lines where both fields are 0
 _VESSEL_EDGE = (0.3, 0.7)  # values of the vessel profile at which the vessel fraction of a voxel is 0 and 1
 _REGION_MM = 12.0  # width of the Gaussian field that shifts the mean HU of each region
-_AT = np.linspace(-3.0, 3.0, 7)  # field values, in SD, for which Texture.hu lists the HU
+_AT = np.linspace(-3.0, 3.0, 7)  # field values, in SD, at which Texture.hu gives the HU
 
 
 class Texture(NamedTuple):
@@ -55,9 +55,9 @@ def draw_gaussian_noise(
     """Return smooth noise with mean 0 and SD 1, (z, y, x) float32.
 
     The autocorrelation at distance d is exp(-d^2 / (4 width^2)), with d and width in mm. Averaging over
-    voxels larger than 0.6 mm widens the field and lowers its SD below 1.
+    voxels larger than 0.6 mm makes the noise smoother and lowers its SD below 1.
     """
-    # Averaging over a voxel blurs the field. This variance is the extra blur of voxels larger than MEASURED_SPACING.
+    # The variable box is the variance of the blur that voxels larger than MEASURED_SPACING add to the field.
     box = np.maximum(0.0, sampling**2 - MEASURED_SPACING**2) / 12
     wide = np.sqrt(width**2 + box)
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), wide / sampling, mode="wrap")
@@ -65,7 +65,7 @@ def draw_gaussian_noise(
 
 
 class Parenchyma:
-    """Random fields for the textures of one subject. The fields take as much memory as six float32 volumes.
+    """Random fields for the textures of one subject. The random fields take the memory of six float32 volumes.
 
     Args:
         shape: shape of the volume, (z, y, x).

@@ -1,6 +1,8 @@
 """Run the literal implementation of the method in a separate process, with the system's default memory allocation."""
 
+import argparse
 import multiprocessing
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -13,7 +15,7 @@ from tools.timing.step import TimedStep, make_encoder
 PUBLISHED_LOCATIONS = 581
 
 
-def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.device) -> None:
+def run_literal_jobs(pipe: Connection, store_folder: str, K: int, batch: int, device: torch.device) -> None:
     """Receive names of jobs from ``pipe``, run each job with the literal implementation, and send back the result."""
     fast = TimedStep(
         PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
@@ -53,7 +55,7 @@ def run_literal_jobs(pipe, store_folder: str, K: int, batch: int, device: torch.
 class LiteralProcess:
     """A process that runs the slow reference implementation. Call the object with a job's name to run the job."""
 
-    def __init__(self, store: PatchStore, K: int, args):
+    def __init__(self, store: PatchStore, K: int, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         inputs = (theirs, str(store.layout.root), K, args.batch, args.device)

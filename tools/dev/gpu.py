@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out-dir", required=True, help="folder for the results and for the random patches that are used as input")
-    add("--quick", action="store_true", help="take fewer measurements, on fewer locations")
+    add("--quick", action="store_true", help="take fewer measurements, at fewer locations")
     add(
         "--device",
         type=OneOf("auto", "cpu", "cuda"),

@@ -11,8 +11,8 @@ After changing the tests, run the mutations that the old suite caught, two at a 
 
     python tools/dev/mutate.py run --table tests/mutations.csv --suite new --jobs 2
 
-Mutations are made in temporary copies of the tracked files. The tests of the mutated module run first. The test
-of a mutation ends at the first failure that does not also occur without the mutation. The results are
+Mutations are made in temporary copies of the tracked files. The tests of the mutated module run first. The tests
+of a mutation end at the first test that fails only with the mutation. The results are
 
     caught      a test failed
     missed      no test failed; "missed (limit)" if --limit was reached
@@ -58,7 +58,7 @@ def find_mutated_line(checkout: Path, mutation: Row) -> tuple[Path, int] | None:
     """Return the file and line index of a mutation, or None if the line is not found or not unique.
 
     The line is searched for at its original line number, in its original file, in files of the same name, and in all
-    files. The first of these searches that finds the line must find it only once.
+    files. The first search that finds the line must find a single match.
     """
     paths = [path for path in sorted(checkout.rglob("*.py")) if not path.is_relative_to(checkout / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
@@ -109,7 +109,7 @@ def iterate_test_stages(
 class Runner:
     """Test mutations in temporary copies of the checkout.
 
-    Setting the event ``stop`` ends all tests. ``flaky`` stores for a test whether the test fails without a mutation.
+    Setting the event ``stop`` ends all tests. ``flaky`` maps each test to True if the test fails without a mutation.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -118,7 +118,8 @@ class Runner:
     def run_pytest(self, tree: Path, flags: list[str], seconds: float) -> tuple[int | None, str]:
         """Run pytest. Return the exit status (None if pytest exceeded the time limit) and the output."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a .pyc file could keep a mutation
+        # Do not write .pyc files, because they could keep an old mutation.
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [self.args.python, *PYTEST, f"--rootdir={tree}", f"--basetemp={tree.parent / 'temporary'}", *flags]
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
@@ -138,11 +139,13 @@ class Runner:
         if test not in self.flaky:
             flags = () if "::" in test else ("--collect-only",)
             status, output = self.run_pytest(tree, [test, *flags], self.args.limit)
-            if "::" not in test and status not in (0, 2, 5):  # exit status 2: an error in the test file itself
+            # With exit status 2, the test file has errors and is ignored below.
+            if "::" not in test and status not in (0, 2, 5):
                 raise UserError(
                     f"pytest cannot collect {test} even without a mutation; fix the test file. {output.strip()[-400:]}"
                 )
-            self.flaky[test] = status not in (0, 4, 5)  # pytest exits with 4 if the original code has no such test
+            # pytest exits with status 4 if the test does not exist.
+            self.flaky[test] = status not in (0, 4, 5)
             if self.flaky[test]:
                 print(f"{test} fails without a mutation and is ignored", flush=True)
         return self.flaky[test]
@@ -237,7 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     for command in (draw, test):
         command.add_argument("--table", required=True, help="CSV with one row per mutation")
         command.add_argument(
-            "--checkout", type=Path, default=ROOT, help="git checkout with the sources and tests to run"
+            "--checkout", type=Path, default=ROOT, help="git checkout with the sources to mutate and the tests to run"
         )
     draw.add_argument("--seed", type=at_least(int, 0), default=1, help="random seed for drawing the mutations")
     draw.add_argument(
@@ -251,15 +254,15 @@ def parse_arguments() -> argparse.Namespace:
         "--suite",
         type=OneOf("old", "new"),
         required=True,
-        help="old: test the old suite; new: test the new suite, only on mutations that the old suite caught",
+        help="old: run the old test suite; new: run the new test suite, only on mutations that the old suite caught",
     )
     add(
         "--wanted",
         type=at_least(int, 1),
         default=30,
-        help="with --suite old, total number of mutations to catch",
+        help="with --suite old: stop when the old suite has caught this many mutations",
     )
-    text = "with --suite old, minimum number of mutations to catch in each folder"
+    text = "with --suite old: do not stop before the old suite has caught this many mutations in each folder"
     add("--least", type=at_least(int, 0), default=4, help=text)
     add("--python", type=os.path.abspath, default=sys.executable, help="Python interpreter that runs the tests")
     add(
@@ -274,7 +277,11 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         help="number of mutations to test in parallel, each in a separate copy",
     )
-    add("--whole", action="store_true", help="run all remaining tests before a mutation counts as missed")
+    add(
+        "--whole",
+        action="store_true",
+        help="before a mutation counts as missed, run all tests, not only those for the mutated file",
+    )
     return parser.parse_args()
 
 

@@ -37,7 +37,7 @@ Row = dict[str, str]  # keys are COLUMNS
 
 
 def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
-    """Return whether a node must not be mutated, for example a text, flag, annotation, decorator or __main__ block."""
+    """Return whether a node must not be mutated, for example an f-string, flag, annotation or decorator."""
     match node:
         case ast.Call():
             is_flag = any(ast.unparse(argument).startswith("'--") for argument in node.args)
@@ -53,7 +53,7 @@ def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
 
 
 def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST | None]]:
-    """Yield each node that may be mutated, with its parent."""
+    """Yield each node of a syntax tree that may be mutated, with its parent."""
     if not is_skipped(node, parent):
         yield node, parent
         for child in ast.iter_child_nodes(node):

@@ -5,8 +5,8 @@
 The jobs are training on one rank, training on two ranks, each stage of preprocessing, grouping of patches, and feature
 extraction. Each job runs once undisturbed. Each trial starts the job in a new folder and sends a random signal to one
 or all of its processes at a random moment, once or twice. After the signals, the trial restarts the job until the job
-ends by itself. The results must be identical to those of the undisturbed run, and no process may remain. 20 trials of
-all jobs take at least an hour on two cores.
+ends by itself. The results must be identical to those of the undisturbed run, and no process may remain. Twenty
+trials of each job take at least an hour on two cores.
 
 The script prints one line per job. The exit status is 1 if a trial failed. <work-dir>/trials.csv lists every trial with
 its result. Run the same command again to resume after the finished trials. Folders of failed trials are not deleted.
@@ -50,7 +50,7 @@ class Job(NamedTuple):
     Attributes:
         command: command line, run in the folder of the trial.
         needs: parts of the prepared folder that the job reads.
-        made: function that returns the fingerprints of the results in a folder, by name.
+        made: function that returns a fingerprint of each result in a folder, by the result's name.
     """
 
     command: tuple[str, ...]
@@ -161,7 +161,10 @@ def prepare_inputs(folder: Path, subjects: int) -> None:
     ):
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
-            raise UserError(f"undisturbed {Path(command[1]).name} failed with {done.returncode}: {done.stderr[-400:]}")
+            raise UserError(
+                f"{Path(command[1]).name} failed with exit status {done.returncode}, although no signal was sent: "
+                f"{done.stderr[-400:]}"
+            )
     shutil.move(folder / "ssl_exp" / "run", folder / "trained")
 
 
@@ -232,7 +235,7 @@ def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) ->
 
 
 def wait_until_ended(process: subprocess.Popen) -> str:
-    """Wait for the end of all processes of a job, and kill those that do not end. Return the problem, if any."""
+    """Wait for the end of all processes of a job, and kill those that do not end. Return an error text, or ``""``."""
     try:
         process.wait(TIME_LIMIT)
     except subprocess.TimeoutExpired:
@@ -290,7 +293,7 @@ def parse_arguments() -> argparse.Namespace:
         default=5,
         help="size of the synthetic cohort; larger cohorts take longer",
     )
-    add("--seed", type=at_least(int, 0), default=0, help="random seed for when and how jobs are killed")
+    add("--seed", type=at_least(int, 0), default=0, help="random seed that decides when and how jobs are killed")
     add_progress_flag(parser)
     args = parser.parse_args()
     unknown = [name for name in args.jobs if name not in list_jobs()]
@@ -318,7 +321,8 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
     process = start_job(job, plain)
     if wait_until_ended(process) or process.returncode:
         raise UserError(
-            f"{name} failed in the undisturbed run with exit status {process.returncode}; see {plain / 'output.txt'}"
+            f"{name} failed with exit status {process.returncode}, although no signal was sent; "
+            f"see {plain / 'output.txt'}"
         )
     seconds, wanted = time.monotonic() - began, job.made(plain)
     for number in missing:

@@ -24,13 +24,13 @@ from preprocess.atlas import read_atlas_mask
 from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_any_patch_inside_scan, cut_scan, measure_share_inside
 from preprocess.patchify_atlas import STEP_SIZE, make_location_table
-from preprocess.patchify_images import measure_patches
+from preprocess.patchify_images import summarize_patches_for_report
 from preprocess.registration import check_overlap, measure_overlap, register_masks
 from preprocess.scan import ScanError, add_warnings, load_scan
 from tools.evaluation.vectors import Standardization
 
-OUTSIDE = 0.1  # the verdict warns if more than 10 % of the patch voxels lie outside the scan
-OFF = 0.7  # the verdict warns if the fraction of patch centres in the lungs is below 0.7 times that in the atlas
+OUTSIDE = 0.1  # the report warns if more than 10 % of the patch voxels lie outside the scan
+OFF = 0.7  # the report warns if the fraction of patch centres in the lungs is below 0.7 times the atlas's fraction
 
 
 class Embedded(NamedTuple):
@@ -53,7 +53,7 @@ class Embedder:
         atlas_patch_loc: table of patch corners (default: made from the mask).
         method: ``lungmask`` or ``threshold``.
         lungmask_weights: file with the weights of the lungmask network.
-        min_dice: minimum Dice overlap with the atlas; scans below it are refused.
+        min_dice: minimum Dice overlap with the atlas; scans with a lower overlap are refused.
         sha256: expected SHA-256 of the checkpoint.
         device: device of the encoder.
         patient_vector: one of VECTORS; all except mean need ``standardization``.
@@ -107,7 +107,7 @@ class Embedder:
         """Encode patches: (L, 32, 32, 32) int16 HU -> h (L, rep_dim) float32.
 
         The result equals that of extract_feature.py for a store with one subject. With the patient vector ``layers``,
-        each row also contains the summaries of all layers after h, as in models.frozen.
+        each row contains h and then the summaries of all layers, as in models.frozen.
         """
         layers, hu = self.vector == "layers", torch.from_numpy(patches)
         if self.locations.device.type != "cpu":
@@ -136,11 +136,11 @@ class Embedder:
         cut = cut_scan(scan.image, transform, self.atlas, self.table, PATCH_SIZE)
         check_any_patch_inside_scan(cut, path)
         inside = measure_share_inside(cut.corners, PATCH_SIZE, cut.volume, mask)
-        figures |= {**measure_patches(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
+        figures |= {**summarize_patches_for_report(cut, PATCH_SIZE), "centres_in_lungs": round(inside, 4)}
         encoded = self.encode(cut.patches)
         if not np.isfinite(encoded).all():
             raise ScanError(
-                f"{path} gives features that are not finite, so the training diverged; use another checkpoint"
+                f"the features of {path} are not finite, probably because training diverged; use another checkpoint"
             )
         patches = encoded[:, : self.rep_dim]
         if self.standardization is None:
@@ -173,13 +173,13 @@ def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: 
     if kind == "mean":
         if path:
             raise UserError(
-                f"--standardization {path} has no effect with --patient-vector mean; give moments or layers"
+                f"--standardization {path} has no effect with --patient-vector mean; choose moments or layers"
             )
         return None
     if not path:
         raise UserError(
             f"--patient-vector {kind} needs --standardization FILE with the mean and SD of other subjects; give the "
-            "standardization.npz of evaluate.py --out-dir"
+            "standardization.npz that evaluate.py --out-dir writes"
         )
     found, made_of = Standardization.load(path)
     if found.kind != kind:

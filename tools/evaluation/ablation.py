@@ -7,15 +7,15 @@ import pandas as pd
 
 
 def summarize_runs(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Compute mean and SD of R² over seeds, and the paired difference to a reference arm.
+    """Compute mean and SD of R² over seeds, and the paired difference from a reference arm.
 
     Args:
         rows: table with arm, seed, column, table, r2; the arm ``baseline`` has one row per column and table.
-        reference: the arm that is subtracted from the other arms.
+        reference: the arm that the other arms are compared with.
 
     Returns:
-        One row per column, arm and table, with mean, sd and seeds. Other arms than ``baseline`` and the reference also
-        have the mean and SD of their difference to the reference over shared seeds (difference, difference_sd). An
+        One row per column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the reference
+        also have the mean and SD of the difference from the reference over shared seeds (difference, difference_sd). An
         undefined number is NaN, for example the SD of one seed.
     """
     found = []
@@ -47,7 +47,7 @@ def format_markdown(table: pd.DataFrame, held_out: np.ndarray) -> str:
     heads = [name if arm == "baseline" else f"{arm}: {name}" for arm, name in names]
     lines = [
         f"R² of {int(held_out.sum())} held-out subjects, fitted to {int((~held_out).sum())} other subjects. "
-        "Mean ± SD over seeds, and in parentheses the paired difference to the first arm.",
+        "Mean ± SD over seeds, and in parentheses the paired difference from the first arm.",
         "",
         "| label | " + " | ".join(heads) + " |",
         "| --- |" + " --- |" * len(heads),

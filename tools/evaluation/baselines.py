@@ -50,7 +50,8 @@ class Counts(NamedTuple):
 def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: bool = True) -> Counts:
     """Count the voxels of every patch of a store by their HU.
 
-    Smoothing takes most of the time. Without ``smoothed``, the patches are not smoothed and ``Counts.smoothed`` is 0.
+    Smoothing takes most of the computing time. Without ``smoothed``, the patches are not smoothed and
+    ``Counts.smoothed`` is 0.
     """
     shape = (store.num_subjects, store.num_locations)
     sizes = ((*shape, BINS), (shape[0], BINS), shape, shape)
@@ -73,13 +74,13 @@ def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: b
 def make_baseline_tables(
     store: PatchStore, no_progress: bool = False, smoothed: bool = True
 ) -> dict[str, pd.DataFrame]:
-    """Return the baseline tables, indexed by sid. The baselines are evaluated like the features.
+    """Return the baseline tables, indexed by sid. Baselines are evaluated in the same way as features.
 
     Returns:
         density: share of the lung below -950 HU, one number per subject.
         density_by_location: share of the lung below -950 HU in each patch.
         histogram: 32 bins over all patches of a subject.
-        histogram_smoothed: histogram after smoothing with a Gaussian of SD 1 voxel; only with ``smoothed``.
+        histogram_smoothed: histogram after smoothing with a Gaussian of SD 1 voxel; missing if ``smoothed`` is False.
         histogram_by_location: 32 bins for each patch.
     """
     histogram, of_smoothed, low, lung = count_store_voxels(store, no_progress, smoothed)

@@ -221,7 +221,7 @@ def _note_missing_value_code(column: str, column_values: np.ndarray) -> None:
 
 
 def find_missing_value_code_problem(values: np.ndarray) -> str:
-    """Return why values (n,) cannot be predicted if they are 0, 1 and a code for missing values; else return ""."""
+    """Return a description of the problem if values (n,) are 0, 1 and a code for missing values, else ""."""
     code = find_missing_code(values)
     if code is None or not set(values) - {code} <= {0.0, 1.0}:
         return ""
@@ -231,7 +231,7 @@ def find_missing_value_code_problem(values: np.ndarray) -> str:
 def make_stage_label(
     cohort: EvaluatedSubjects, name: str, values: np.ndarray, known: np.ndarray, folds: int
 ) -> tuple[Label, np.ndarray] | None:
-    """Return a label that predicts a COPD stage from predicted spirometry, or None if that is not possible."""
+    """Return a label for predicting a COPD stage from predicted spirometry, or None if this is not possible."""
     columns = [next((other for other in cohort.names if other.startswith(start)), None) for start in SPIROMETRY]
     if name not in STAGES or None in columns:
         return None

@@ -25,7 +25,7 @@ class Label(NamedTuple):
         name: name of the label column; for survival, of the event column.
         kind: regression, log10, grade, class, survival or stage.
         target: (N,) numbers, or class numbers 0, 1, ... for classes. For survival, (N, 2): times and events. For a
-            stage, (N, 3): the stage and the two values that define a stage.
+            disease stage, (N, 3): the stage and the two spirometry values that define it.
         classes: the original value of each class number.
         time: name of the column of follow-up times; only for survival.
     """
@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
 
 
 def select_metrics(kind: str) -> dict[str, Metric]:
-    """Return the metrics of a kind of label, by name. The first metric is used to compare tables."""
+    """Return the metrics for a kind of label, by metric name. The first metric is used to compare tables."""
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
@@ -82,10 +82,10 @@ def evaluate_label(
         weights: column weights of a table, (D,), or (models, D) to average several models (default: ones).
         held_out: (N,) bool, test subjects for a model that is fitted to all others; None for cross-validation.
         seed: random seed of folds, bootstrap and permutations.
-        added_to: maps the name of a joined table to the name of the part that other columns were added to.
+        added_to: maps the name of each joined table to the name of the table that other columns were added to.
 
     Returns:
-        Metrics and predictions. For the first metric, each further table also has its paired difference to the first
+        Metrics and predictions. For the first metric, every other table also has its paired difference from the first
         table, ``{first}_minus_this``, with an interval. A table in ``added_to`` also has ``this_minus_{other}``.
     """
     metrics, repeats = select_metrics(label.kind), 1 if held_out is not None else REPEATS[label.kind]

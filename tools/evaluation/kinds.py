@@ -9,7 +9,7 @@ MOST_GRADES = 10  # maximum number of different values of a grade or class label
 MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
 EXCEL_DATES = (20000, 60000)  # Excel's day numbers for 1954 to 2064; follow-up times of so many days are implausible
-FEWEST = 5  # minimum number of patients in the held-out part, and of events in the training and the held-out part
+FEWEST = 5  # minimum number of held-out patients, of training events, and of held-out events
 
 
 def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Collection[str]) -> str:
@@ -25,7 +25,7 @@ def guess_kind_of_words(name: str, words: Mapping[str, Sequence[str]], order: Co
 def guess_label_kind(values: np.ndarray) -> str:
     """Guess the kind of a label from its known values (n,).
 
-    A label with two values has classes, a few whole numbers close together are grades, and the rest is regression.
+    The kind is "class" for two distinct values, "grade" for a few whole numbers close together, else "regression".
     """
     distinct = np.unique(values)
     if len(distinct) == 2:
@@ -56,7 +56,7 @@ def find_label_problem(values: np.ndarray, kind: str, folds: int) -> str:
 def find_missing_code(values: np.ndarray) -> float | None:
     """Return the lowest or highest of known values (n,) if it looks like a code for missing values, else None.
 
-    A code for missing values is a number that is often used for this purpose and is far from all other values.
+    A code for missing values is a number that is often used as one and does not fit the other values.
     """
     if len(values) < 2:
         return None
@@ -71,7 +71,7 @@ def find_missing_code(values: np.ndarray) -> float | None:
 
 
 def recognize_date(values: np.ndarray) -> str:
-    """Return what kind of date known times (n,) look like, or "" if they may be follow-up times."""
+    """Return the kind of date that known times (n,) look like, or "" if they may be follow-up times."""
     if not len(values) or np.any(values != np.rint(values)):
         return ""
     year, month, day = values // 10000, values // 100 % 100, values % 100

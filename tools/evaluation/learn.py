@@ -11,7 +11,7 @@ from tools.evaluation.vectors import Table, get_features_fitted_to_rows, join_ta
 
 FOLDS = 5
 PENALTIES = np.logspace(-1, 5, 25)  # ridge penalties for features with SD 1
-COVARIATE_WEIGHT = 10.0  # column weight of covariates, so that the ridge penalty hardly affects their coefficients
+COVARIATE_WEIGHT = 10.0  # factor for covariates, so large that the ridge penalty hardly shrinks their coefficients
 INNER_FOLDS = 3
 
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # features, labels, new features -> predictions
@@ -42,9 +42,9 @@ def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
 def standardize(
     train_features: np.ndarray, test_features: np.ndarray, column_weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise both tables with the mean and SD of ``train_features``.
+    """Standardise training and test features with the mean and SD of ``train_features``.
 
-    Then multiply both by ``column_weights`` (D,), if given.
+    If ``column_weights`` (D,) are given, multiply the columns of both tables by these weights.
     """
     mean, sd = train_features.mean(0), train_features.std(0)
     column_weights = np.ones(len(sd)) if column_weights is None else column_weights
@@ -53,7 +53,7 @@ def standardize(
 
 
 def make_ridge():
-    """Return a ridge regression for columns with SD 1, which chooses its penalty on the fitted subjects."""
+    """Return a ridge regression for columns with SD 1, which chooses its penalty on the training subjects."""
     from sklearn.linear_model import RidgeCV
 
     return RidgeCV(alphas=PENALTIES)
@@ -108,7 +108,7 @@ def predict_copd_stage(train_features: np.ndarray, train_target: np.ndarray, tes
     """Predict a COPD stage as the authors of DrasCLR do: by a decision tree on two predicted spirometry values.
 
     Args:
-        train_features: (n, D) features of the fitted subjects.
+        train_features: (n, D) features of the training subjects.
         train_target: (n, 3), the grade and the two values that define it, such as log10 of FEV1 % predicted and of
             FEV1/FVC.
         test_features: (m, D) features of the subjects to predict.
@@ -156,9 +156,9 @@ def fit_and_predict_held_out(
 
     Args:
         model: one of MODELS.
-        features: (N, D), or an object that computes features (N, D) for a set of fitted rows.
+        features: (N, D), or an object that computes features (N, D) for the rows that the model is fitted to.
         target: (N, ...).
-        held_out: (N,) bool, the rows to predict. The model and the scaling are fitted to the remaining rows.
+        held_out: (N,) bool, the rows to predict. The model and the scaling are fitted to all other rows.
         weights: column weights (D,), or (models, D) to average the predictions of several models.
 
     Returns:
@@ -184,9 +184,9 @@ def _reduce_to_row_space(
 ) -> tuple[np.ndarray, ...]:
     """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
 
-    If a model penalises its squared weights, the weights lie in the row space of ``train_features``. An orthogonal
-    rotation maps this row space to the first r columns. The rotation matrix is computed from the inner products of the
-    rows, (n, n). For 4,096 columns, this is about five times faster than a QR decomposition.
+    If a model penalises its squared weights, the weights lie in the row space of ``train_features``. A rotation
+    maps the row space of ``train_features`` to r columns. The rotation matrix is computed from the inner products of
+    the rows, (n, n). For 4,096 columns, this method is about five times faster than a QR decomposition.
     """
     if train_features.shape[1] <= len(train_features):
         return train_features, train_target, test_features

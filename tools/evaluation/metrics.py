@@ -2,7 +2,7 @@
 
 Each function takes the truth (n,), the prediction (n,) or (n, classes), and weights (n, b). A weight is the number of
 times that a subject occurs in a resample. The result has one value per resample, (b,), which is NaN if the metric is
-undefined for the resample. Weights of 1 give the plain metric.
+undefined for the resample. If all weights are 1, the result is the ordinary metric.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _divide_or_nan(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def r2(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Coefficient of determination, 1 - SSE / SST; negative if predictions are worse than the mean of all subjects."""
     count, middle = weights.sum(0), truth.mean()
-    truth, predicted = truth - middle, predicted - middle  # centring avoids a loss of digits if the mean is large
+    truth, predicted = truth - middle, predicted - middle  # centring avoids a loss of precision if the mean is large
     mean = _divide_or_nan(truth @ weights, count)  # (b,)
     squares = np.square(truth) @ weights
     total = squares - count * mean**2

@@ -1,4 +1,4 @@
-"""A density of patch features in healthy subjects, and scores of how unusual a patch is."""
+"""The normal distribution of patch features in healthy subjects, and scores of how unusual a patch is."""
 
 import numpy as np
 
@@ -9,14 +9,14 @@ LOCATIONS_AT_ONCE = 16  # locations read at once, so that a memory-mapped file m
 
 
 class HealthyDensity:
-    """A normal density of patch features, with one mean per location and one covariance for all locations.
+    """A normal distribution of patch features, with one mean per location and one covariance for all locations.
 
     The covariance is shrunk towards the identity by the method of Ledoit and Wolf (2004), so that few subjects suffice.
 
     Args:
         features: (N, L, D) patch features, in memory or memory-mapped.
-        healthy_rows: (n,) rows of the healthy subjects that the density is fitted to.
-        seed: random seed for drawing ENOUGH patches, if there are more.
+        healthy_rows: (n,) rows of the healthy subjects that the distribution is fitted to.
+        seed: random seed for choosing ENOUGH patches if the healthy subjects have more patches.
     """
 
     def __init__(self, features: np.ndarray, healthy_rows: np.ndarray, seed: int = 0):
@@ -39,7 +39,10 @@ class HealthyDensity:
         self.root = np.linalg.cholesky(np.linalg.inv(covariance + 1e-9 * np.eye(width)))  # (D, D)
 
     def score_by_mahalanobis_distance(self, features: np.ndarray, subject_rows: np.ndarray) -> np.ndarray:
-        """Score some rows by squared Mahalanobis distance / D, about 1 for usual patches: (N, L, D), (n,) -> (n, L)."""
+        """Score some rows by squared Mahalanobis distance / D: (N, L, D), (n,) -> (n, L).
+
+        The score is about 1 for typical patches.
+        """
         scores = np.zeros((len(subject_rows), features.shape[1]))
         for part in split_locations(features.shape[1]):
             deviations = np.asarray(features[subject_rows, part], dtype=np.float64) - self.mean[part]
@@ -55,9 +58,9 @@ def split_locations(locations: int) -> list[slice]:
 def score_patch_abnormality(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:
     """Score every patch: features (N, L, D) and healthy (N,) bool -> (N, L).
 
-    The density that scores a healthy subject is fitted to other healthy subjects, because a density gives lower scores
-    to the subjects it was fitted to. Subjects who are not healthy get the mean score over the densities of all folds.
-    Each density is fitted to about the same number of healthy subjects.
+    The distribution that scores a healthy subject is fitted to other healthy subjects, because a distribution gives
+    lower scores to the subjects it was fitted to. Subjects who are not healthy get the mean score over the
+    distributions of all folds. Each distribution is fitted to about the same number of healthy subjects.
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(healthy))
     others = np.flatnonzero(~healthy)

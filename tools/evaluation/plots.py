@@ -1,11 +1,15 @@
 """Plots of an evaluation."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tools.evaluation.judge import Evaluation, Label
 from tools.evaluation.survival import compute_log_rank, kaplan_meier, split_by_risk
+
+if TYPE_CHECKING:  # importing matplotlib is slow, so only the plotting function imports it
+    from matplotlib.axes import Axes
 
 GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "highest third")}
 
@@ -13,7 +17,7 @@ GROUP_NAMES = {2: ("lower", "higher"), 3: ("lowest third", "middle third", "high
 def plot_predictions(
     label: Label, evaluation: Evaluation, table_name: str, reported_rows: np.ndarray, path: Path
 ) -> None:
-    """Plot the predictions of one table.
+    """Plot the predictions from one feature table.
 
     The plot shows predicted against true numbers, boxes by true grade, calibration curves of classes, or survival
     curves by predicted risk.
@@ -44,7 +48,7 @@ def plot_predictions(
     plt.close(figure)
 
 
-def _plot_numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_numbers(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     if label.kind == "log10":
         truth = np.log10(truth)
     panel.scatter(truth, predicted, s=9, alpha=0.6)
@@ -55,7 +59,7 @@ def _plot_numbers(panel, label: Label, truth: np.ndarray, predicted: np.ndarray)
     panel.set_ylabel("predicted")
 
 
-def _plot_grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_grades(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     truth = truth[:, 0] if truth.ndim == 2 else truth
     grades = np.unique(truth)
     panel.boxplot([predicted[truth == grade] for grade in grades], positions=grades, widths=0.6)
@@ -64,7 +68,7 @@ def _plot_grades(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) 
     panel.set_ylabel("predicted")
 
 
-def _plot_calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_calibration(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     """Plot the observed share of each class in groups of subjects with similar predicted probabilities."""
     for number in range(1 if len(label.classes) == 2 else 0, len(label.classes)):
         probability, own = predicted[:, number], truth == number
@@ -77,7 +81,7 @@ def _plot_calibration(panel, label: Label, truth: np.ndarray, predicted: np.ndar
     panel.legend(fontsize=8)
 
 
-def _plot_survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_survival(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     time, event = truth.T
     number = 3 if len(time) >= 60 else 2
     group = split_by_risk(predicted, number)
@@ -95,14 +99,14 @@ def _plot_survival(panel, label: Label, truth: np.ndarray, predicted: np.ndarray
         at_risk = {moment: int((time[rows] >= moment).sum()) for moment in np.linspace(0, time.max(), 5)}
         _write_numbers_at_risk(panel, at_risk, position, line.get_color())
     panel.set_ylim(0, 1.02)
-    text = f"{label.time or 'time'} (numbers above: at risk; ticks: censored)"
+    text = f"{label.time or 'time'} (numbers above: subjects at risk; ticks: censored)"
     panel.set_xlabel(text, labelpad=4 + 10 * len(there), fontsize=8)
     panel.set_ylabel(f"share without the event ({label.name})")
     title = f"log-rank p = {compute_log_rank(time, event, group):.2g}" if len(there) > 1 else "all risks are equal"
     panel.legend(fontsize=8, title=title, title_fontsize=8)
 
 
-def _write_numbers_at_risk(panel, at_risk: dict[float, int], line: int, color: str) -> None:
+def _write_numbers_at_risk(panel: "Axes", at_risk: dict[float, int], line: int, color: str) -> None:
     """Write the numbers of subjects at risk in one group on a line below the axis."""
     for moment, count in at_risk.items():
         place = dict(

@@ -20,7 +20,7 @@ def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
 
 
 def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
-    """Return one row per label, metric and table: value, 95 % interval, permuted labels, and paired differences.
+    """Return one row per label, metric and table: value, interval, value for permuted labels, and paired differences.
 
     The column "features minus this" is the metric of the features minus the metric of the table. If the table includes
     another table, the column "gain" is the metric of the table minus the metric of the included table.
@@ -94,7 +94,7 @@ def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> l
             continue
         if figures["mean"] > CHANCE.get(metric, -np.inf):
             added[label] = difference
-        else:  # features and histogram together are not better than chance, so a difference is not a gain
+        else:  # the combination is not better than chance, so its difference from the histogram is not a gain
             useless.append(label)
     if not added:
         return []

@@ -11,7 +11,7 @@ _SCAN = re.compile(
 
 
 def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the fold of every subject, (n,). Each group is in one fold, and strata are spread evenly over the folds.
+    """Draw the fold of every subject, (n,). No group is split between folds, and every fold has about the same strata.
 
     Args:
         strata: (n,) numbers, such as the class or the rank of the label. The first subject of a group determines the
@@ -35,7 +35,10 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
 
 
 def make_strata(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
-    """Return strata (n,) to balance the folds by: the values of classes and grades, the ranks of other labels."""
+    """Return strata (n,) for balanced folds.
+
+    Each class or grade is a stratum. Other labels are split by rank into ``bins`` strata.
+    """
     if kind in ("class", "grade"):
         return np.unique(values, return_inverse=True)[1]
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
@@ -54,7 +57,7 @@ def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tupl
     """Find a patient with scans inside and outside the held-out part.
 
     Return the rows of two scans of this patient, first the scan that is not held out. Return None if no patient
-    has both kinds of scans.
+    has scans in both parts.
     """
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):

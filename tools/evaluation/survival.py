@@ -15,7 +15,7 @@ def log_partial_likelihood(risk: np.ndarray, time: np.ndarray, event: np.ndarray
 
 
 def _find_last_ties(time: np.ndarray) -> np.ndarray:
-    """Return, for each of the descending times, the index of the last equal time."""
+    """Return the index of the last equal time for each time; times are sorted in descending order."""
     return np.searchsorted(-time, -time, side="right") - 1
 
 

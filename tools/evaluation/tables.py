@@ -65,8 +65,8 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
         raise StoreError(f"{path} cannot be read as an array: {error}") from error
     if features.ndim != 3 or len(there) != len(features) or features.dtype.kind != "f":
         raise StoreError(
-            f"{path} is {features.dtype} {features.shape} for {len(there)} subjects; the shape must be (subjects, "
-            "patches, features)"
+            f"{path} has dtype {features.dtype} and shape {features.shape} for {len(there)} subjects; it must hold "
+            "floats of shape (subjects, patches, features)"
         )
     for row in range(len(features)):
         if not np.isfinite(features[row]).all():
@@ -79,7 +79,8 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{path} lacks subject {lacking!r} of the patient features; use features of one extraction only"
+            f"{path} has no features of subject {lacking!r}, unlike the patient features; use files that one run of "
+            "extract_feature.py wrote"
         )
     return features[[rows[sid] for sid in sids]]
 
@@ -143,8 +144,8 @@ def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[st
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{chosen.patches} lacks subject {lacking!r} of the patient features; use features of one "
-            "extraction only, or --patient-vector mean"
+            f"{chosen.patches} has no features of subject {lacking!r}, unlike the patient features; use files that "
+            "one run of extract_feature.py wrote, or --patient-vector mean"
         )
     return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
 
@@ -196,7 +197,7 @@ def read_patch_sids(path: Path) -> list[str]:
 def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
     """Read a column of zeros and ones.
 
-    Return which subjects are healthy (1), and which subjects have a value, (N,) bool each.
+    Return two (N,) bool arrays: which subjects are healthy (value 1), and which subjects have a value.
 
     Raises:
         StoreError: the column is missing, has other values, or has fewer healthy subjects than ``fewest``.

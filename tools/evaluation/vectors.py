@@ -4,8 +4,9 @@
 - `moments` first standardises each location by mean and SD over the subjects that a model is fitted to, because
   features differ more between locations than between subjects. The vector is the mean and the SD of the standardised
   features over locations.
-- `layers` is computed like `moments`, but from the mean and SD of every layer's channels within each patch, which
-  extract_feature.py --layers writes. These features describe finer scales than h, and the variation within a patch.
+- `layers` is computed like `moments`, but from the output of extract_feature.py --layers: the mean and SD of every
+  layer's channels within each patch. The features in `layers` describe finer structures than h does, and
+  also the variation within a patch.
 """
 
 import os
@@ -20,8 +21,8 @@ from misc.files import write_atomically
 
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
-LEAST_SD = 1e-6  # a feature with a smaller SD at a location is set to 0, for example the SD of a single voxel
-KEPT_BYTES = 2**29  # size of the cache for the vectors of several folds
+LEAST_SD = 1e-6  # features with a smaller SD over subjects at a location are set to 0, for example constant features
+KEPT_BYTES = 2**29  # bytes; maximum size of the cache for the vectors of several folds
 BYTES_AT_ONCE = (
     2**26
 )  # bytes of patch features read at once, so that a memory-mapped file may be larger than the memory
@@ -101,7 +102,7 @@ class PatientVectors:
     """Patient vectors of N subjects, standardised over the subjects that a model is fitted to.
 
     PatientVectors can replace a table (N, 2 D): learn.py calls ``compute_standardized_features`` for each set of
-    fitted subjects.
+    subjects that a model is fitted to.
 
     Args:
         kind: moments or layers.
@@ -122,7 +123,7 @@ class PatientVectors:
         return part
 
     def compute_standardized_features(self, fitted_subject_mask: np.ndarray) -> np.ndarray:
-        """Return vectors (N, 2 D), standardised with the mean and SD of the subjects in the mask (N,), bool.
+        """Return vectors (N, 2 D), standardised with the mean and SD of the subjects in a mask (N,) bool.
 
         Results are cached, because several tables use the same folds.
         """
@@ -137,7 +138,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Feature tables joined by columns. At least one table depends on the subjects that a model is fitted to."""
+    """Feature tables joined side by side. At least one table is computed anew for each set of fitted subjects."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables

@@ -18,8 +18,8 @@ from tools.finetuning.tasks import Split, Task
 
 HEAD_RATE, FITTED_HEAD_RATE, ENCODER_RATE, DECAY = 1e-2, 1e-3, 1e-4, 1e-2
 ROUNDS = {"frozen": 300, "last": 15, "all": 15}  # maximum number of passes over the training labels
-PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # rounds without a better validation loss, after which training stops
-PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # subjects per step that trains the encoder, and patches per subject
+PATIENCE = {"frozen": 30, "last": 4, "all": 4}  # stop after this many rounds without a better validation loss
+PATIENTS_AT_ONCE, PATCHES_AT_ONCE = 4, 16  # subjects per training step of the encoder, and patches per subject
 
 
 class Fitted(NamedTuple):
@@ -41,7 +41,7 @@ class Data:
 
     @torch.no_grad()
     def encode(self, encoder: nn.Module, rows: np.ndarray, layers: bool = False) -> torch.Tensor:
-        """Encode all patches of some subjects. Return h (n, L, rep_dim), or layer features (n, L, W)."""
+        """Encode all patches of n subjects. Return the representations (n, L, rep_dim), or layer features (n, L, W)."""
         frozen, found = FrozenLocations(encoder.eval(), self.locations), []
         for location in range(len(self.locations)):
             patches = torch.from_numpy(self.store.read(location, rows)).to(self.locations.device)
@@ -116,7 +116,7 @@ def fine_tune_and_predict(
         pooling: one of POOLINGS in tools.finetuning.network.
         seed: random seed for the weights of the head and for the order of the training labels.
         precomputed_features: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them.
-            If ``vector_kind`` is "layers", this array contains the summaries of the encoder's layers, (N, L, W).
+            For the vector kind "layers", this argument is the summaries of the encoder's layers, (N, L, W).
         vector_kind: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require
             ``precomputed_features``, ``layers`` = "frozen" and ``pooling`` = "mean".
     """
@@ -187,7 +187,7 @@ def _train_until_no_better(
     """Run rounds until the validation loss stops improving, then restore ``models`` to their best state.
 
     Args:
-        one_round: trains for one round and returns the validation loss.
+        one_round: function that trains for one round and returns the validation loss.
         models: the trained models.
         layers: one of LAYERS; selects the limits in ROUNDS and PATIENCE.
         best_loss: validation loss before the first round.

@@ -1,4 +1,4 @@
-"""Labels to learn, of subjects or of patches, and their split into training, validation and test sets."""
+"""Labels to predict, of subjects or of patches, and their split into training, validation and test sets."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ FEWEST_OF_CLASS = 4  # minimum number of labels per class
 
 
 class Task(NamedTuple):
-    """Labels to learn.
+    """Labels to predict.
 
     Attributes:
         kind: regression, grade or class.
@@ -63,7 +63,7 @@ def make_patch_task(path: str, sids: list[str], locations: int, kind: str | None
 def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what: str, kind: str | None) -> Task:
     if len(np.unique(rows)) < FEWEST:
         raise StoreError(
-            f"{what} has a value for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
+            f"{what} has values for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
         )
     kind = kind or guess_label_kind(values)
     reason = find_label_problem(values, kind, folds=2)
@@ -136,7 +136,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
 
 
 def _reorder_to_alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
-    """Reorder subjects so that classes alternate until one class is used up: small fractions need all classes."""
+    """Reorder subjects so that classes alternate until one is used up, and small fractions contain all classes."""
     label = dict(zip(task.rows, task.target))
     kinds = [[p for p in patients if label[p] == number] for number in range(len(task.classes))]
     shortest = min(map(len, kinds))

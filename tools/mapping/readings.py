@@ -19,7 +19,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one l
 
 
 class Readers:
-    """Compute features of patches: h of the encoder.
+    """Compute features of patches: the encoder's representation h.
 
     With ``add_density_readings``, also compute a histogram and the fraction of voxels below -950 HU.
 
@@ -58,7 +58,7 @@ class Readers:
         return np.concatenate([h.cpu().numpy(), histograms, density], axis=1)
 
     def split_by_feature_type(self, patch_features: np.ndarray) -> dict[str, np.ndarray]:
-        """Split features (..., D) by source: the encoder's features and, with ``compare``, histogram and density."""
+        """Split features (..., D) by source: encoder and, if ``self.compare`` is set, histogram and density."""
         found = {"features": patch_features[..., : self.rep_dim]}
         if self.compare:
             found |= {"histogram": patch_features[..., self.rep_dim : -1], "density": patch_features[..., -1:]}
@@ -86,7 +86,7 @@ def compute_patch_readings(
     """Compute features (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
-        readers: computes the readings.
+        readers: computes the features of patches at each location.
         patch_locations: (n,) location of each patch, as a row of the location table.
         read_patches: function that takes a location and the indices (m,) of its patches in ``patch_locations``, and
             returns these patches, (m, 32, 32, 32) in HU.
@@ -106,11 +106,11 @@ def compute_window_readings(
     """Compute the features of each window, minus the mean features at its location: (n, D).
 
     Args:
-        readers: computes the readings.
+        readers: object that computes the features.
         cut: the resampled scan.
         windows: the windows.
         patch_size: edge length of a window in voxels.
-        mean_readings: (L, D), mean features of the fitted subjects at each location. Features differ more between
+        mean_readings: (L, D), mean features of the training subjects at each location. Features differ more between
             locations than between subjects, because each location has its own kernels. The linear model is therefore
             fitted to deviations from the mean of each location.
     """

@@ -35,8 +35,8 @@ def format_summary(rows: pd.DataFrame) -> str:
     """Format means over scans, and the 95 % interval of average precision: one row per label and table.
 
     Args:
-        rows: table with column, table, sid, share, average_precision and dice of each map. Scans without an
-            average precision (NaN) are left out.
+        rows: one row per map, with columns named column, table, sid, share, average_precision and dice. Scans without
+            an average precision (NaN) are left out.
     """
     lines = [
         "| label | map from | scans | chance | average precision | best Dice |",

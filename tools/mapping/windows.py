@@ -13,7 +13,7 @@ class Windows(NamedTuple):
 
     Attributes:
         corners: (n, 3) lowest corners (x, y, z) in the padded volume.
-        places: (n,) the nearest location of each window, as a row of the location table.
+        places: (n,) row, in the location table, of the location nearest to each window.
         cells: (n,) flat index of each window in ``grid``.
         grid: number of cells (z, y, x). Each cell is a cube of ``stride`` voxels with the same centre as its window.
         origin: (x, y, z) of the lowest voxel of the first cell in the padded volume.
@@ -37,10 +37,10 @@ def place_windows_over_lungs(
     stride: int,
     patch_size: int,
 ) -> Windows | None:
-    """Place a window at each cell of the grid that contains lung. Returns None if the volume contains no lung.
+    """Place a window at the centre of each grid cell that contains lung. Returns None if the volume contains no lung.
 
-    The network was only trained at the locations in ``atlas_corners``. The inverse of the registration therefore maps
-    each window to the atlas, and the window uses the nearest of these locations.
+    The network was only trained at the locations in ``atlas_corners``. Each window is therefore mapped to
+    the atlas by the inverse of the registration, and is encoded with the nearest location in ``atlas_corners``.
 
     Args:
         scan_patches: result of preprocess.patches.cut_scan.

@@ -53,11 +53,11 @@ def compute_location_importance(
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
     All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Because
-    the penalty is not chosen for each location, the choice hardly raises the R² of a single location.
+    all locations share the penalty, choosing the penalty hardly raises the R² of a single location.
 
     Args:
         features: (N, L, D).
-        target: (N,), NaN where unknown.
+        target: (N,) values of the label, NaN where unknown.
         report_progress: called after every few locations with the number of locations finished since the last call.
         seed: random seed of the folds.
 
@@ -102,7 +102,7 @@ def find_unusual_locations(features: np.ndarray, healthy: np.ndarray, count: int
 
     Args:
         features: (N, L, D).
-        healthy: (N,) bool, the subjects that the density is fitted to; see tools.evaluation.normal.
+        healthy: (N,) bool, the subjects that the normal distribution is fitted to; see tools.evaluation.normal.
         count: number of locations per subject.
 
     Returns:

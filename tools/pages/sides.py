@@ -72,7 +72,9 @@ def _draw_lung_thickness(mask: np.ndarray, side: Side) -> str:
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = mask.sum(axis=depth).astype(float)  # (across, up), because across < up in every view
+    thickness = mask.sum(axis=depth).astype(
+        float
+    )  # axes (across, up), because the axis across has the lower number in every view
     picture = thickness.T  # (up, across), because the first axis of a picture is vertical
     if side.upwards:
         picture = picture[::-1]

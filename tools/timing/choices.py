@@ -1,5 +1,6 @@
 """Measure the step time and memory of each option of train.py."""
 
+import argparse
 import re
 import statistics
 from pathlib import Path
@@ -25,7 +26,9 @@ CHOICES: dict[str, dict[str, object]] = {
 STEPS = 4  # steps per printed line
 
 
-def measure_step_time_and_memory(store, folder: Path, train_flags: dict[str, object], args) -> tuple[float, float]:
+def measure_step_time_and_memory(
+    store: Path, folder: Path, train_flags: dict[str, object], args: argparse.Namespace
+) -> tuple[float, float]:
     """Return seconds per step (the median over all printed lines except the first) and peak memory in GB."""
     sizes = {"batch-size": args.batch, "moco-k": 4096, "epochs": 1, "workers": 1, "device": args.device.type}
     process = launch_training(store, folder, 1, {**sizes, "print-freq": STEPS, **train_flags})
@@ -45,7 +48,7 @@ def measure_step_time_and_memory(store, folder: Path, train_flags: dict[str, obj
     return args.batch / statistics.median(rates[1:]), peak
 
 
-def time_training_options(folder: Path, args) -> list[Row]:
+def time_training_options(folder: Path, args: argparse.Namespace) -> list[Row]:
     """Return one row per option: ms per step, ratio to the published options in the same round, and memory."""
     store = make_store(folder / "store", 37, 4 * args.batch)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in CHOICES}

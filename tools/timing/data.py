@@ -1,5 +1,6 @@
 """Time augmentation and reading, and return the rows for the benchmark table."""
 
+import argparse
 import os
 import subprocess
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tools.timing.measure import Row, make_comparison_row, time_in_turns, time_s
 from tools.timing.store import DISTINCT_FILES, make_store
 
 
-def measure_augmentation(args) -> list[Row]:
+def measure_augmentation(args: argparse.Namespace) -> list[Row]:
     """Time the augmentation of one view of one patch on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def measure_augmentation(args) -> list[Row]:
     return rows
 
 
-def measure_reading(folder: Path, args) -> list[Row]:
+def measure_reading(folder: Path, args: argparse.Namespace) -> list[Row]:
     """Time the reading of shuffled batches, one location file after another, and compare with dd on the same files."""
     store = make_store(folder, DISTINCT_FILES, args.reading_subjects)
     paths = [store.layout.grouped_patch_file(location) for location in range(DISTINCT_FILES)]
@@ -85,7 +86,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
             for start in range(0, len(order), 32):
                 fresh.read(location, order[start : start + 32])
 
-    def read_with_dd() -> None:
+    def read_files_with_dd() -> None:
         for path in paths:
             subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
 
@@ -93,7 +94,7 @@ def measure_reading(folder: Path, args) -> list[Row]:
     for cold, ahead in ((True, False), (True, True), (False, True)):
         times: dict[str, list[float]] = {"ours": [], "dd": []}
         for _ in range(args.rounds):
-            jobs = {"ours": (lambda: read_batches(prefetch_files)) if ahead else read_batches, "dd": read_with_dd}
+            jobs = {"ours": (lambda: read_batches(prefetch_files)) if ahead else read_batches, "dd": read_files_with_dd}
             for name, work in jobs.items():
                 if cold:
                     drop_page_cache()

@@ -1,5 +1,6 @@
 """Time feature extraction, and return the rows for the benchmark table."""
 
+import argparse
 import functools
 import math
 
@@ -19,7 +20,7 @@ from tools.timing.training import FORWARD_GFLOP
 EXTRACT_BATCH = 256  # the default of extract_feature.py
 
 
-def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: dict) -> list[Row]:
+def measure_extraction(store: PatchStore, apart: LiteralProcess, args: argparse.Namespace, machine: dict) -> list[Row]:
     """Time feature extraction per subject of 581 patches, in a cohort that is encoded location by location."""
     device, N = args.device, store.num_subjects
     encoder = make_encoder(device)
@@ -50,7 +51,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args, machine: 
         error = float((freeze_at_locations(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        # The literal version of the method encodes only this store's locations, a fraction of the published locations.
+        # The literal version is timed on this store's locations only, which are fewer than the published locations.
         one = store.num_locations / PUBLISHED_LOCATIONS
         row = make_comparison_row(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"

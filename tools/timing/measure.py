@@ -41,7 +41,7 @@ def time_seconds(work: Callable[[], object]) -> float:
 
 
 def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Call each job once to warm up, then time each job once per round. Return the seconds of each job."""
+    """Call each job once to warm up, then time each job once per round. Return the times of each job in seconds."""
     for work in jobs.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -70,7 +70,8 @@ def make_comparison_row(
         ours, literal: seconds per round of this package and of the literal implementation.
         work_per_round, literal_work_per_round: amount of work per round of each implementation.
         gflop_per_work: GFLOP per unit of work.
-        machine_gflop_per_s: GFLOP/s of the machine in matrix products; the row shows the fraction of this rate reached.
+        machine_gflop_per_s: GFLOP/s of the machine in matrix products. The row shows which fraction of this rate this
+            package reaches.
     """
     row = Row(row_name, unit, **more)
     middle = statistics.median(ours)

@@ -1,5 +1,6 @@
 """Measure runs of train.py, and training steps of several sizes."""
 
+import argparse
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def read_peak_gb(pid: int) -> float:
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e9
 
 
-def measure_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
+def measure_memory(store: PatchStore, K: int, folder: Path, args: argparse.Namespace) -> Row:
     """Measure the peak memory of train.py, as counted by the operating system."""
     row = Row(f"memory of train.py, {store.num_locations} locations, K {K}, batch {args.batch}", "GB", goal="3 GB")
     if not Path("/proc/self/status").exists():
@@ -70,7 +71,7 @@ def measure_memory(store: PatchStore, K: int, folder: Path, args) -> Row:
     return row
 
 
-def measure_ranks_rate(folder: Path, ranks: int, args) -> float | None:
+def measure_ranks_rate(folder: Path, ranks: int, args: argparse.Namespace) -> float | None:
     """Return samples per second of train.py on several ranks that share the batch, or None after a timeout."""
     store = make_store(folder / "store", 8, 64)
     sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
@@ -86,7 +87,7 @@ def measure_ranks_rate(folder: Path, ranks: int, args) -> float | None:
     return steps * args.batch / epochs[-1]["seconds"]
 
 
-def measure_scaling(folder: Path, args) -> list[dict]:
+def measure_scaling(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Measure the milliseconds per step as one size grows and the others stay constant."""
     base = dict(batch=args.batch, locations=37, subjects=64, K=1024)
     cases: list[dict] = []

@@ -1,10 +1,12 @@
 """Measure core-seconds and memory of preprocessing a scan, and return the rows for the benchmark table."""
 
+import argparse
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,7 @@ def save_random_lungmask(folder: Path) -> str:
     return str(path)
 
 
-def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe) -> None:
+def _run_all_stages(image: str, atlas_mask: str, table: np.ndarray, pipe: Connection) -> None:
     """Run the five preprocessing stages once, and send the peak memory of this process in GB to ``pipe``."""
     limit_threads(1)
     scan, atlas = load_scan(image).image, load_atlas(atlas_mask)
@@ -85,7 +87,7 @@ def measure_scan_peak_memory(image: str, atlas_mask: str, table: np.ndarray) -> 
     return found
 
 
-def time_scan_preprocessing(args) -> list[Row]:
+def time_scan_preprocessing(args: argparse.Namespace) -> list[Row]:
     """Measure every part of preprocessing on ``args.scan`` with ``args.atlas_mask`` and ``args.atlas_patch_loc``."""
     limit_threads(1)
     import ants  # noqa: F401 - imported now, so that the time of the registration excludes the import

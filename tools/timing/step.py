@@ -19,7 +19,7 @@ from models.step import Descent, Done, Inputs, LocationTable, TrainingStep, Whol
 
 
 class TimedStep:
-    """Read a batch, make its views and train for a step, with the functions that train.py calls and in their order."""
+    """Read a batch, make its views and train for a step, with the same functions in the same order as train.py."""
 
     def __init__(self, store: PatchStore, batch: int, K: int, device: torch.device, bf16: bool, workers: int = 0):
         torch.manual_seed(0)

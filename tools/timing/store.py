@@ -12,7 +12,7 @@ DISTINCT_FILES = 8  # number of different location files; the others are hard li
 
 
 def make_store(folder: Path, locations: int, subjects: int, seed: int = 0) -> PatchStore:
-    """Make a grouped store of smooth random patches. Most location files are links to the first few."""
+    """Make a grouped store of smooth random patches. Most location files are hard links to the first few files."""
     from scipy import ndimage
 
     rng = np.random.default_rng(seed)

@@ -1,5 +1,6 @@
 """Time the training step and its parts, and return the rows for the benchmark table."""
 
+import argparse
 import functools
 import statistics
 import time
@@ -12,8 +13,9 @@ from tools.dev.apart import LiteralProcess
 from tools.timing.measure import NO_BF16, Row, list_precisions, make_comparison_row, synchronize, time_in_turns
 from tools.timing.step import TimedStep
 
-FORWARD_GFLOP = 0.194  # encoding one patch, counting multiplications and additions
-STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)  # 3 patches forward and backward (3 x forward each), and 1 key only forward
+FORWARD_GFLOP = 0.194  # cost of encoding one patch; multiplications and additions both count
+# 3 patches with a backward pass (3 times the cost of a forward pass), and 1 key without a backward pass.
+STEP_GFLOP = FORWARD_GFLOP * (3 * 3 + 1)
 
 
 def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, float]:
@@ -27,7 +29,9 @@ def check_equal_losses(fast: TimedStep, apart: LiteralProcess) -> dict[str, floa
     return {"ours": ours, "literal": slow}
 
 
-def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, machine: dict, report: dict) -> list[Row]:
+def measure_training(
+    store: PatchStore, K: int, apart: LiteralProcess, args: argparse.Namespace, machine: dict, report: dict
+) -> list[Row]:
     """Time the encoder, and the whole training step with reading and augmentation."""
     device, B = args.device, args.batch
     kinds = list_precisions(machine)
@@ -69,12 +73,12 @@ def measure_training(store: PatchStore, K: int, apart: LiteralProcess, args, mac
     return rows
 
 
-def time_step_parts(step: TimedStep, args) -> dict[str, float]:
+def time_step_parts(step: TimedStep, args: argparse.Namespace) -> dict[str, float]:
     """Return the milliseconds of each part of a step, as the median over steps."""
     parts: dict[str, list[float]] = {}
 
     def wrap_with_timer(name: str, function: Callable) -> Callable:
-        def run_and_time(*inputs, **more):
+        def run_and_time(*inputs: object, **more: object) -> object:
             synchronize()
             start = time.perf_counter()
             result = function(*inputs, **more)

@@ -40,7 +40,7 @@ def test_each_step_is_told_once(tmp_path):
 
 
 def test_a_curve_that_began_later_is_cut_at_the_same_step(tmp_path):
-    """For example, the curve of the neighbour loss begins when --beta is changed from 0."""
+    """The curve of the neighbour loss begins later than other curves if --beta was 0 at first."""
     curves = Logger(str(tmp_path))
     for step in range(1, 8):
         curves.log_value("train/loss", 1.0, step)

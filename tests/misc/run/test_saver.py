@@ -51,7 +51,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
     """Training continues while a slow disk writes a checkpoint.
 
-    The next save, a stop and the last epoch wait until the write in the background has finished.
+    A write in the background must finish before the next save starts, and before training stops or ends.
     """
     state, free, done = {"step": 0}, threading.Event(), []
 

@@ -44,7 +44,7 @@ def test_a_silent_rank_is_reported(monkeypatch):
             rank.record_position(1, moment + 1)
             assert rank.publish_and_find_hanging_ranks() == ""
         clock[0] += 3.0
-    for _ in range(25):  # rank 2's process is stopped; after a minute the waiting ranks report rank 2
+    for _ in range(25):  # rank 2 sends no heartbeats; after a minute, ranks 0 and 1 report rank 2
         clock[0] += 3.0
         said = [rank.publish_and_find_hanging_ranks() for rank in ranks[:2]]
     assert all(text.startswith("rank 2 (") and text.endswith("its process does not respond") for text in said)
@@ -62,5 +62,5 @@ def test_a_rank_without_any_heartbeat_is_reported(monkeypatch):
     clock[0] += 61.0
     assert (
         watch.publish_and_find_hanging_ranks()
-        == "rank 1 (no sign of life since the start) blocks the others at epoch 1, step 3, its process does not respond"
+        == "rank 1 (no heartbeat since the start) blocks the others at epoch 1, step 3, its process does not respond"
     )

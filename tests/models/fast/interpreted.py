@@ -17,7 +17,7 @@ from models.fast import norm_elu_gpu
 CASES = [  # shape, groups, blocks
     ((12, 8, 4, 4, 4), 1, 1),
     ((12, 8, 4, 4, 4), 2, 3),
-    ((12, 5, 2, 2, 2), 4, 1),  # 5 channels do not fill a tile
+    ((12, 5, 2, 2, 2), 4, 1),  # 5 channels are rounded up to 8 columns
     ((24, 128, 1, 1, 1), 4, 3),
     ((8, 8, 16, 16, 16), 2, 1),  # each program has several tiles, and the last tile is only partly full
 ]
@@ -48,7 +48,7 @@ def compare(shape, groups: int, blocks: int, dtype: torch.dtype) -> list[float]:
 
 if __name__ == "__main__":
     norm_elu_gpu.can_fuse_norm_elu = lambda *_: fast.is_enabled()
-    norm_elu_gpu.PROGRAMS = 3  # so few that each program processes several tiles
+    norm_elu_gpu.PROGRAMS = 3  # a small number of programs, so that each program processes several tiles
     apart = [[*case, str(dtype), compare(*case, dtype)] for case in CASES for dtype in (torch.float32, torch.bfloat16)]
     norm = nn.BatchNorm3d(8)
     norm_elu(norm, [torch.randn(4, 8, 2, 2, 2)], track=False)

@@ -57,7 +57,7 @@ def test_the_frozen_encoder_fuses_every_layer(dtype, one_thread):
     x = torch.rand(2 * PATCHES_AT_ONCE + 3, 1, 32, 32, 32) * 2 - 1
     frozen(x)  # compiles the fused code
     assert fused_calls(lambda: frozen(x[: 2 * PATCHES_AT_ONCE])) == 2 * 13
-    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # so few patches are not worth compiling
+    assert fused_calls(lambda: frozen(x[: PATCHES_AT_ONCE - 1])) == 0  # nothing is compiled for so few patches
     first, second, rest = x.split(PATCHES_AT_ONCE)
     apart = torch.cat([frozen(first), frozen(second), frozen(rest)])
     assert torch.equal(frozen(x), apart)
@@ -76,7 +76,7 @@ def test_a_kernel_in_another_layout_is_fused_too(layouts):
 
 
 def test_all_calls_round_the_same():
-    """TorchScript runs the first call unfused. All calls must nevertheless return the fused result."""
+    """TorchScript runs the first call unfused, but every call of ``conv_elu`` must return the fused result."""
     x, kernel, bias = operands(4, 24, (5, 5, 5), torch.float32, torch.channels_last_3d)
     fused._compile_fused_conv_elu.cache_clear()
     first = conv_elu(x, kernel, bias)

@@ -68,7 +68,12 @@ class Trace(TorchDispatchMode):
         return operation(*given, **(named or {}))
 
 
-READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")  # operations that make the host wait for a value
+READ_BACK = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal.",
+)  # operations that make the CPU wait for a value from the GPU
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "bincount")
 MOVED = ("pin_memory", "_copy_from", "to.device")
 
@@ -89,13 +94,13 @@ def test_two_steps_have_the_same_operations(variants, optimizer):
         step(begin(step, 0, 0), 1.0)  # creates the optimiser's state
     first, second = trace_of(step, 1, 1), trace_of(step, 4, 2)
     apart = [pair for pair in zip(first, second) if pair[0] != pair[1]]
-    # On a CPU, AdamW passes the step count as a Python number, so the traces of two steps differ.
+    # On a CPU, AdamW uses the step count as a Python number, so the recorded operations of two steps differ.
     assert len(first) == len(second) and (optimizer == "adamw" or not apart), apart[:3]
     words = READ_BACK + SIZED_BY_VALUES + MOVED
     if optimizer == "sgd":
         assert not [entry for entry in first if any(word in entry[0] for word in words)]
     indexed = [entry for entry in first if entry[0].startswith("aten.index.Tensor")]
-    # With a boolean mask as an index, the size of the result would depend on values.
+    # With a boolean mask as an index, the size of the result would depend on the values of the mask.
     assert indexed and not any("torch.bool" in str(entry) for entry in indexed)
 
 
@@ -112,7 +117,7 @@ def test_the_trace_shows_differences():
 
 @pytest.mark.parametrize("letters", ["agc", "fag", "ecsi", ""])
 def test_dense_views_equal_sparse_views(letters):
-    """The noise is 0 here, because sparse views do not draw noise for every sample as dense views do."""
+    """The noise SD is 0, because dense views draw noise for every sample, and sparse views only for some samples."""
     draws = StepDraws(Augmentation(letters, PUBLISHED._replace(noise_std=0.0)), 0, GROUPS)
     inputs = begin(build(letters), 2, 3)._replace(draws=draws(BatchIndex(0, 2, 3, np.arange(B)), True))
     results = [StepViews(draws, CPU, dense)(inputs.patches, inputs.neighbors, inputs.draws) for dense in (True, False)]
@@ -121,7 +126,7 @@ def test_dense_views_equal_sparse_views(letters):
 
 
 def test_dense_noise_depends_only_on_the_group():
-    """A group's noise is the same with and without other groups on the same rank."""
+    """The noise of a BatchNorm group is the same with and without other groups on the same rank."""
     hu = torch.full((4, 32, 32, 32), -500, dtype=torch.int16)
     augmentation = Augmentation("g", PUBLISHED._replace(noise_prob=1.0))
 
@@ -138,7 +143,8 @@ def test_dense_noise_depends_only_on_the_group():
             assert torch.equal(whole[rows], alone)
     query, key, _ = together
     assert not torch.equal(query[0], query[2]) and not torch.equal(query, key)
-    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)  # noise SDs are drawn from 0 to 50
+    # The SD of each view's noise is drawn from 0 to 50 HU.
+    assert float((query + 1 - 524 / 632).std() * 632) == pytest.approx(29, abs=20)
 
 
 # ---------------------------------------------------------------- the recording
@@ -153,7 +159,10 @@ class Graph:
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Let graph.py record as on a GPU. Recording a CUDA graph executes no kernel, so the state must stay unchanged."""
+    """Replace torch's CUDA graphs, so that graph.py records steps on the CPU.
+
+    Recording a CUDA graph executes no kernel, so the state must stay unchanged.
+    """
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 

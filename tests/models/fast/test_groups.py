@@ -1,4 +1,4 @@
-"""Compare groups encoded in parallel with a single pass that splits the groups at every layer."""
+"""Compare BatchNorm groups encoded in parallel with a single pass that splits the groups at every layer."""
 
 import copy
 

@@ -111,7 +111,7 @@ class Layers(nn.Module):
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same_also_twice_in_a_step():
-    """Patches and neighbours pass through one encoder.
+    """A training step runs the same encoder twice: on patches and on neighbours.
 
     The backward pass must not use statistics that the second call has changed.
     """

@@ -28,7 +28,10 @@ def test_space_to_depth_convolution_is_exact():
 
 
 def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
-    """On a GPU, BatchNorm gets the volumes reshaped to images. Compare the results of both shapes on a CPU."""
+    """On a GPU, the volumes are reshaped to images for BatchNorm.
+
+    Test on a CPU that BatchNorm gives the same results for volumes and for reshaped volumes.
+    """
     norms, results = [torch.nn.BatchNorm3d(8).double() for _ in range(2)], []
     x = torch.randn(4, 8, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
     for norm, way in zip(norms, (cnn3d._view_as_images_on_gpu, lambda x: x.flatten(2, 3))):

@@ -53,7 +53,7 @@ def test_jobs_that_do_and_do_not_survive_a_kill(tmp_path):
 
 @pytest.mark.slow
 def test_a_short_soak(cohort, tmp_path, run):
-    """Run one trial of the grouping. A second call of soak.py must not run the finished trial again."""
+    """Run one trial of the job that groups patches. A second call of soak.py must not run the finished trial again."""
     prepared = tmp_path / "s" / "prepared"
     shutil.copytree(cohort[1], prepared / "store")
     (prepared / "trained").mkdir()  # this folder must exist, but group_patches does not read it

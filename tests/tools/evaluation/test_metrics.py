@@ -1,4 +1,4 @@
-"""Compare metrics with a library and closed forms, and weights with repeated rows."""
+"""Compare metrics with scikit-learn and closed forms, and weighted metrics with metrics of repeated rows."""
 
 import numpy as np
 import pytest

@@ -25,7 +25,7 @@ N, L, D = 30, 7, 5
 def patches():
     rng = np.random.default_rng(0)
     found = rng.normal(size=(N, L, D)) * rng.uniform(0.1, 9, (L, D)) + rng.normal(size=(L, D)) * 50
-    found[:, :, 3] = 2.5  # a constant feature, such as the SD of a single voxel
+    found[:, :, 3] = 2.5  # this feature is the same for all subjects and locations
     return found.astype(np.float32)
 
 
@@ -69,7 +69,7 @@ def test_held_out_subjects_do_not_change_the_standardisation(patches):
 
 
 def test_every_fold_is_standardised_separately(patches):
-    """Compare the cross-validation of a table that depends on the fold with a loop over the folds."""
+    """Cross-validate a table that is standardised in each fold, and compare the result with a loop over the folds."""
     target, fold = patches[:, 2, 1].astype(float), np.arange(N) % 3
     table = join_tables(PatientVectors("moments", patches, np.arange(N)), np.arange(N, dtype=float)[:, None])
     assert isinstance(table, JoinedTable) and table.shape == (N, 2 * D + 1)

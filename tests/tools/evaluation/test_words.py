@@ -57,7 +57,8 @@ def test_words_are_classes_and_ordered_words_are_grades(study, run_here):
     assert done.returncode == 0, done.stderr
     assert found["sex"]["features"]["auroc"]["mean"] > 0.9 and found["smoker"]["features"]["auroc"]["mean"] > 0.9
     assert "auroc" in found["Histology"]["features"] and found["Histology"]["features"]["auroc"]["mean"] > 0.75
-    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6  # Stage is of kind "grade", because --order lists it
+    # Stage is a grade, because --order gives the order of its words; kappa is a metric of grades.
+    assert found["Stage"]["features"]["kappa"]["mean"] > 0.6
     assert "column 'sex': 0 is F, 1 is M" in done.stderr and "column 'smoker': 0 is no, 1 is Yes" in done.stderr
     assert "column 'Stage': 0 is II, 1 is I, 2 is IIIa" in done.stderr
     refused, _ = evaluate(run_here, study, labels, "--columns", "name")
@@ -96,7 +97,7 @@ def test_bad_orders_are_refused(study, run_here, order, message):
 
 
 def test_events_in_other_languages_and_other_words(study, run_here):
-    """Words for yes become 1 in several languages. For other pairs of words, --order determines which word is 1."""
+    """Words for yes become 1 in several languages. For words other than yes and no, --order chooses the word for 1."""
     _, labels = study
     survival = ("--time-column", "years", "--event-column", "died")
     wanted = evaluate(run_here, study, labels, *survival)[1]["died"]["features"]["c_index"]["mean"]
@@ -133,7 +134,7 @@ def test_numbers_mixed_with_words_are_refused(tmp_path):
         ([0, 1, 2, 3, 9, 9], 9),
         ([1.5, 2.5, 3.5, 88, 88], 88),
         ([60, 70, 80, -999], -999),
-        ([60, 70, 80, 999], None),  # a single 999 is an outlier
+        ([60, 70, 80, 999], None),  # a single 999 counts as an outlier, not as a code for missing values
         ([80, 85, 90, 99, 99], None),  # 99 may be a true value, such as an age
         ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], None),
         ([0, 0, 9, 9], None),

@@ -1,8 +1,9 @@
-"""Three equivalent implementations of the first two convolutions, which need 59 % of a step's arithmetic.
+"""Three equivalent implementations of the first two convolutions, which account for 59 % of a step's arithmetic.
 
 Tensor cores multiply blocks of 8 or 16 channels, but these layers have inputs with 1 and 8 channels. The padded
-implementation adds input channels that contain zeros. Space to depth turns the 8 voxels of a 2 x 2 x 2 cube into
-channels of one voxel. Space to depth needs more arithmetic, but the larger number of channels suits tensor cores.
+implementation adds input channels that contain zeros. The space-to-depth implementation turns the 8 voxels of a
+2 x 2 x 2 cube into channels of one voxel. Space to depth needs more arithmetic than the direct convolution, but its
+larger number of channels suits tensor cores.
 """
 
 import torch
@@ -69,7 +70,7 @@ def convert_to_space_to_depth_kernel(kernel: torch.Tensor) -> torch.Tensor:
 def convolve_by_space_to_depth(
     x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor
 ) -> torch.Tensor:
-    """Compute :func:`convolve_directly` after :func:`space_to_depth`: from 8 to 64 to 8 channels, at 16^3 voxels."""
+    """Compute :func:`convolve_directly` on the 8 channels of :func:`space_to_depth`, which become 64 and again 8."""
     x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_to_cubes(first_kernel)), padding=1)
     return F.conv3d(x, channels_last(convert_to_space_to_depth_kernel(second_kernel)), padding=1)
 

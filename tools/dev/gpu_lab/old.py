@@ -2,7 +2,7 @@
 
     python tools/dev/gpu_lab/old.py TREE FOLDER SIZES DEVICE PRECISION STEPS_OF_CURVE OUT
 
-The script calls the functions of commit 4eccfb9. To time another commit, change the script if needed.
+The script calls the functions of commit 4eccfb9. If another commit has other functions, change this script accordingly.
 """
 
 import importlib.util

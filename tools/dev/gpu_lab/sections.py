@@ -59,7 +59,7 @@ class Lab(NamedTuple):
 
 @contextlib.contextmanager
 def keep_channels_first() -> Iterator[None]:
-    """Replace ``channels_last`` with ``contiguous``, which leaves tensors with one channel in channels-first layout."""
+    """Make ``channels_last`` call ``contiguous``, which leaves tensors with one channel in channels-first layout."""
 
     def convert_to_channels_last(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -192,7 +192,7 @@ def time_norms(lab: Lab) -> dict:
 
 
 def measure_fast_path_ablation(lab: Lab) -> dict:
-    """Measure samples per second with all fast paths, with files on the GPU, without one fast path, and without any."""
+    """Measure samples per second with all fast paths, with files on the GPU, and with one or all fast paths off."""
     if not lab.on_gpu:
         ways = {"as it is": ({}, contextlib.nullcontext), "plain": ({}, fast.disable_fast_paths)}
     else:
