@@ -135,7 +135,7 @@ def open_store(root_dir: str, content: Mapping[str, Any], checkpoint: Path, say:
     """Open the store and check that it has the checkpoint's table of locations. Raises StoreError, CheckpointError."""
     store = PatchStore(root_dir)
     table = (store.num_locations, table_fingerprint(store.locations), store.layout.root)
-    for text in (check_same_location_table(content, checkpoint, *table), *store.describe_grouping_differences()):
+    for text in (check_same_location_table(content, checkpoint, *table), *store.describe_outdated_grouped_files()):
         if text:
             say(f"note: {text}")
     return store
@@ -159,7 +159,9 @@ def collect_feature_origin(
     }
 
 
-def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def refuse_features_of_other_checkpoint(
+    out_dir: Path, new_settings: Mapping[str, Any], print_note: Callable[[str], None]
+) -> None:
     """Raise StoreError if the folder has features of another checkpoint.
 
     Print a note if features of the same checkpoint will be replaced because the store version or --amp changed.
@@ -169,17 +171,17 @@ def refuse_features_of_other_checkpoint(out_dir: Path, ours: Mapping[str, Any], 
         before = {name: theirs.get(name) for name in ("checkpoint_sha256", "store_version", "amp")}
     except (OSError, ValueError, AttributeError):
         return  # the folder has no features, or no valid MADE_BY file
-    if before["checkpoint_sha256"] != ours["checkpoint_sha256"]:
+    if before["checkpoint_sha256"] != new_settings["checkpoint_sha256"]:
         raise StoreError(
             f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')}: its SHA-256 starts with "
-            f"{str(before['checkpoint_sha256'])[:12]}, not {ours['checkpoint_sha256'][:12]}. Give another --out-dir, "
-            "or remove these features"
+            f"{str(before['checkpoint_sha256'])[:12]}, not {new_settings['checkpoint_sha256'][:12]}. "
+            "Give another --out-dir, or remove these features"
         )
     for name in ("store_version", "amp"):
-        if before[name] != ours[name]:
-            say(
+        if before[name] != new_settings[name]:
+            print_note(
                 f"note: the features in {out_dir} are replaced, because {name.replace('_', ' ')} changed from "
-                f"{before[name]} to {ours[name]}"
+                f"{before[name]} to {new_settings[name]}"
             )
 
 
@@ -207,31 +209,38 @@ def refuse_nonfinite_features(features: np.ndarray, piece: Piece, store: PatchSt
 def hash_inputs(checkpoint: Path, store: PatchStore, amp: str, layers: bool = False) -> str:
     """Hash everything that the features depend on, so that pieces of another extraction are not reused."""
     digest = hashlib.sha256()
-    for path in (checkpoint, *store.files):
+    for path in (checkpoint, *store.patch_file_paths):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     digest.update(repr((store.grouped, store.sids, store.locations.tolist(), amp, layers)).encode())
     return digest.hexdigest()
 
 
-def iterate_features(folder: Path, pieces: list[Piece], store: PatchStore, width: int) -> Iterator[np.ndarray]:
+def iterate_features_from_pieces(
+    pieces_folder: Path, pieces: list[Piece], store: PatchStore, num_features: int
+) -> Iterator[np.ndarray]:
     """Read the pieces and yield features of a few subjects at a time, in row order: (n, L, width) float32."""
     if not store.grouped:
         for piece in pieces:
-            yield np.load(folder / piece.name)
+            yield np.load(pieces_folder / piece.name)
         return
-    step = max(1, ASSEMBLY_BYTES // (store.num_locations * width * 4))
+    step = max(1, ASSEMBLY_BYTES // (store.num_locations * num_features * 4))
     for start in range(0, store.num_subjects, step):
         count = min(step, store.num_subjects - start)
-        features = np.empty((count, store.num_locations, width), dtype=np.float32)
+        features = np.empty((count, store.num_locations, num_features), dtype=np.float32)
         # Open one file at a time, because many systems allow only 1024 open files per process.
         for index, piece in enumerate(pieces):
-            features[:, index] = np.load(folder / piece.name, mmap_mode="r")[start : start + count, 0]
+            features[:, index] = np.load(pieces_folder / piece.name, mmap_mode="r")[start : start + count, 0]
         yield features
 
 
-def write_features(
-    out_dir: Path, folder: Path, pieces: list[Piece], store: PatchStore, rep_dim: int, width: int = 0
+def join_pieces_into_feature_files(
+    out_dir: Path,
+    pieces_folder: Path,
+    pieces: list[Piece],
+    store: PatchStore,
+    rep_dim: int,
+    num_layer_features: int = 0,
 ) -> None:
     """Join the pieces into the output files, and also write the mean of each subject's features over locations."""
     means = np.empty((store.num_subjects, rep_dim), dtype=np.float32)
@@ -240,9 +249,9 @@ def write_features(
     def write_feature_files(patch_stream: BinaryIO, layer_stream: BinaryIO | None = None) -> None:
         patch_stream.write(make_array_header((*shape, rep_dim), np.dtype("<f4")))
         if layer_stream is not None:
-            layer_stream.write(make_array_header((*shape, width), np.dtype("<f4")))
+            layer_stream.write(make_array_header((*shape, num_layer_features), np.dtype("<f4")))
         row = 0
-        for found in iterate_features(folder, pieces, store, rep_dim + width):
+        for found in iterate_features_from_pieces(pieces_folder, pieces, store, rep_dim + num_layer_features):
             features = found[:, :, :rep_dim]
             means[row : row + len(features)] = features.mean(axis=1, dtype=np.float64)
             patch_stream.write(np.ascontiguousarray(features, dtype="<f4").data)
@@ -252,7 +261,9 @@ def write_features(
 
     patch_file, layer_file = out_dir / "pred_arr_patch_full.npy", out_dir / LAYERS
     layer_file.unlink(missing_ok=True)
-    if width:  # the calls are nested, so that an error in ``write_feature_files`` leaves neither file behind
+    if (
+        num_layer_features
+    ):  # the calls are nested, so that an error in ``write_feature_files`` leaves neither file behind
         write_atomically(
             patch_file,
             lambda patches: write_atomically(layer_file, lambda layers: write_feature_files(patches, layers)),
@@ -335,10 +346,10 @@ def extract_features(args: argparse.Namespace, device: torch.device) -> None:
 
         # ---------------------------------------------------- assemble
         if rank == 0:
-            store.check_unchanged()
+            store.check_store_files_unchanged()
             (out_dir / MADE_BY).unlink(missing_ok=True)  # rewritten below, after all other files are complete
             width = count_layer_features(encoder) if args.layers else 0
-            write_features(out_dir, folder, pieces, store, sizes["rep_dim"], width)
+            join_pieces_into_feature_files(out_dir, folder, pieces, store, sizes["rep_dim"], width)
             for name in ("feature_arr_patch_full.npy", "label_names.json"):
                 (out_dir / name).unlink(missing_ok=True)
             if labels is not None:

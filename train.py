@@ -116,7 +116,7 @@ def open_data(args: argparse.Namespace, device: torch.device, neighbors: int, dr
 
 def describe_store(args: argparse.Namespace, store: PatchStore) -> Iterator[str]:
     """Yield notes about the store that the user should read before training."""
-    yield from store.describe_grouping_differences()
+    yield from store.describe_outdated_grouped_files()
     if args.moco_k > store.num_subjects:
         yield (
             f"--moco-k {args.moco_k} exceeds the {store.num_subjects} subjects, so a queue holds several keys of each "

@@ -27,7 +27,7 @@ FLIP_PROB = 0.5
 SMOOTH_CUTOFF = 4.0  # standard deviations, as monai.transforms.GaussianSmooth
 SMOOTH_LEAST = 0.05  # voxels; a smaller sigma has no effect, and the kernel is undefined for 0
 DETAIL_SIGMA = 1.0  # voxels; fine detail is the image minus a copy smoothed with this sigma
-LUNG_HU, TISSUE_HU = -500.0, 0.0  # breath changes the density fully below LUNG_HU, and not at all above TISSUE_HU
+LUNG_HU, TISSUE_HU = -500.0, 0.0  # breathing has its full effect on density below LUNG_HU, and none above TISSUE_HU
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # returns normal noise of unit variance in the shape of its argument
 

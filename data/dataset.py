@@ -34,11 +34,11 @@ class PatchDataset(Dataset):
         store: grouped store.
         k_neighbors: number of neighbouring locations to read with each location; 0 reads none.
         draw: function that draws the transform parameters; its arguments are the index and whether neighbours are used.
-        read: if False, batches have no patches, for example because the patches are already on the device.
+        read_patches: if False, batches have no patches, for example because the patches are already on the device.
     """
 
-    def __init__(self, store: PatchStore, k_neighbors: int, draw: Draw | None = None, read: bool = True):
-        self.store, self.draw, self.read = store, draw, read
+    def __init__(self, store: PatchStore, k_neighbors: int, draw: Draw | None = None, read_patches: bool = True):
+        self.store, self.draw, self.read = store, draw, read_patches
         self.neighbors = neighbor_table(store.locations, k_neighbors)  # (L, k)
         self._location = -1
 

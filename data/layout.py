@@ -57,7 +57,7 @@ class StoreLayout:
         return self.grouped_dir / f"patch_loc_{location}.npy"
 
     @property
-    def subjects(self) -> Path:
+    def subjects_csv(self) -> Path:
         return self.root / "subjects.csv"
 
     def report_path(self, script: str) -> Path:
@@ -95,7 +95,7 @@ class StoreLayout:
         return [name.removesuffix(PATCH_SUFFIX) for name in sorted(names) if name.endswith(PATCH_SUFFIX)]
 
     @property
-    def grouped_inputs_path(self) -> Path:
+    def grouping_inputs_record_path(self) -> Path:
         """File that describes the inputs of the grouped files; stores made by the published code lack this file."""
         return self.grouped_dir / "grouped.json"
 
@@ -105,11 +105,11 @@ class StoreLayout:
         return self.root / "report" / ".group_patches.lock"
 
     @property
-    def grouping_dir(self) -> Path:
+    def temporary_grouping_dir(self) -> Path:
         """Temporary folder for grouped files; it exists only during grouping and after an interruption."""
         return self.grouped_dir / ".partial"
 
-    def list_published_tables(self) -> list[Path]:
+    def list_published_location_tables(self) -> list[Path]:
         """List the location tables that are named as in the published implementation."""
         return sorted(self.root.glob("*_patch_loc.npy"))
 
@@ -123,7 +123,7 @@ class StoreLayout:
             return self.atlas_patch_loc
         if not self.root.is_dir():
             raise StoreError(f"--root-dir {self.root} is not a folder; make a store with preprocess/run_preprocess.sh")
-        older = self.list_published_tables()
+        older = self.list_published_location_tables()
         if len(older) == 1:
             return older[0]
         found = f"; rename one of {', '.join(p.name for p in older)} to atlas_patch_loc.npy" if older else ""

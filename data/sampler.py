@@ -106,7 +106,7 @@ class LocationBatchSampler:
         self.epoch = epoch
         self.skip = skip
 
-    def iterate_steps(self) -> Iterator[tuple[int, int]]:
+    def iterate_locations_and_steps(self) -> Iterator[tuple[int, int]]:
         """Yield (location, step within the location) for each step of an epoch, in order."""
         steps = self.steps_per_location
         length = steps if self.order == "sequential" else VISIT_STEPS
@@ -118,7 +118,7 @@ class LocationBatchSampler:
     def __iter__(self) -> Iterator[BatchIndex]:
         share = self.batch_size // self.world_size
         permutation = functools.lru_cache(maxsize=2)(self.draw_permutation)
-        for location, step in itertools.islice(self.iterate_steps(), self.skip, None):
+        for location, step in itertools.islice(self.iterate_locations_and_steps(), self.skip, None):
             start = step * self.batch_size + self.rank * share
             yield BatchIndex(self.epoch, location, step, permutation(location)[start : start + share])
 
@@ -130,13 +130,13 @@ class LocationBatchSampler:
             return order
         # Choose the subjects beyond the last full batch at random, not by their similarity scores.
         used = self.steps_per_location * self.batch_size
-        batches = order[:used][np.argsort(self.draw_similarity_scores(rng)[order[:used]], kind="stable")].reshape(
-            -1, self.batch_size
-        )
+        batches = order[:used][
+            np.argsort(self.project_similarity_on_random_axis(rng)[order[:used]], kind="stable")
+        ].reshape(-1, self.batch_size)
         batches = rng.permuted(batches, axis=1)[rng.permutation(len(batches))]
         return np.concatenate([batches.ravel(), order[used:]])
 
-    def draw_similarity_scores(self, rng: np.random.Generator) -> np.ndarray:
+    def project_similarity_on_random_axis(self, rng: np.random.Generator) -> np.ndarray:
         """Project the subjects' similarity values onto a random direction and add noise: scores (N,)."""
         known = ~np.isnan(self.similarity)  # (N, C)
         direction = rng.normal(size=self.similarity.shape[1])

@@ -36,7 +36,7 @@ def read_similarity(
         StoreError: the table or a column is missing, or all subjects have equal or unknown values.
     """
     if list(names) == [REPORT]:
-        columns, source = read_report_columns(layout), f"{layout.root / 'report'}"
+        columns, source = read_scan_properties_from_reports(layout), f"{layout.root / 'report'}"
     else:
         columns, source = read_table(table, file_names=False).set_index("sid"), str(table)
         unknown = next((name for name in names if name not in columns), None)
@@ -57,7 +57,7 @@ def read_similarity(
     return values
 
 
-def read_report_columns(layout: StoreLayout) -> pd.DataFrame:
+def read_scan_properties_from_reports(layout: StoreLayout) -> pd.DataFrame:
     """Read each subject's lung volume, mean lung density, slice spacing and kernel from the reports, if recorded."""
     masks, patches = (_read_report(layout, script) for script in ("segment_lung", "patchify_images"))
     found = {}

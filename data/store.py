@@ -48,8 +48,12 @@ class PatchStore:
     ):
         self.layout = StoreLayout(root)
         self._mapped: deque[PatchFile] = deque()
-        self._tables = (self.layout.find_atlas_patch_loc(), self.layout.subjects, self.layout.grouped_inputs_path)
-        self._stamps = [read_file_stamp(path) for path in self._tables]
+        self._tables = (
+            self.layout.find_atlas_patch_loc(),
+            self.layout.subjects_csv,
+            self.layout.grouping_inputs_record_path,
+        )
+        self._stamps = [read_inode_size_and_mtime_ns(path) for path in self._tables]
         self.locations = load_locations(self._tables[0])
         self.grouped = self.layout.grouped_patch_file(0).is_file()
         if self.grouped:
@@ -65,7 +69,7 @@ class PatchStore:
         self._rows = np.arange(len(self.sids))  # for each selected subject, its row in the files
         if subjects is not None:
             self._select_subjects(subjects)
-        self.check_unchanged()  # group_patches.py may have finished while the files were being opened
+        self.check_store_files_unchanged()  # group_patches.py may have finished while the files were being opened
 
     @property
     def num_locations(self) -> int:
@@ -76,7 +80,7 @@ class PatchStore:
         return len(self.sids)
 
     @property
-    def files(self) -> list[Path]:
+    def patch_file_paths(self) -> list[Path]:
         """All files from which patches are read."""
         return [file.path for file in self._files]
 
@@ -90,11 +94,11 @@ class PatchStore:
         and the first and last SAMPLE_BYTES of each file. A store made by the published code has no grouped.json.
         """
         digest = hashlib.sha256(repr((self._stored, self.sids, table_fingerprint(self.locations))).encode())
-        if self.grouped and self.layout.grouped_inputs_path.is_file():
-            digest.update(self.layout.grouped_inputs_path.read_bytes())
+        if self.grouped and self.layout.grouping_inputs_record_path.is_file():
+            digest.update(self.layout.grouping_inputs_record_path.read_bytes())
         for file in self._files:
             digest.update(repr((file.shape, file.dtype.str, file.fortran)).encode() + file.read_first_and_last_bytes())
-        self.check_unchanged()
+        self.check_store_files_unchanged()
         return digest.hexdigest()[:16]
 
     def collect_identity(self) -> dict[str, object]:
@@ -106,15 +110,15 @@ class PatchStore:
         table = {"location_table": table_fingerprint(self.locations)}
         return {"num_subjects": self.num_subjects, "store_version": self.version, **table}
 
-    def check_unchanged(self) -> None:
+    def check_store_files_unchanged(self) -> None:
         """Raise StoreError if a table or a patch file has changed since the store was opened."""
         for path, stamp in zip(self._tables, self._stamps):
-            if read_file_stamp(path) != stamp:
-                raise StoreError(describe_change(path))
+            if read_inode_size_and_mtime_ns(path) != stamp:
+                raise StoreError(explain_changed_store_file(path))
         for file in self._files:
-            file.check_unchanged()
+            file.check_file_unchanged()
 
-    def describe_grouping_differences(self) -> Iterator[str]:
+    def describe_outdated_grouped_files(self) -> Iterator[str]:
         """Yield a message for each difference between patch/ and the grouped files."""
         there = self.layout.patch_sids() if self.grouped else []
         if not there:  # patch/ may have been removed after grouping
@@ -129,8 +133,8 @@ class PatchStore:
         if gone:
             names = summarize_sids(gone)
             yield f"{names} in grouped_patch/ but no longer in patch/ will be read; run {again} to drop them"
-        if self.layout.grouped_inputs_path.is_file():
-            grouped_at = self.layout.grouped_inputs_path.stat().st_mtime_ns
+        if self.layout.grouping_inputs_record_path.is_file():
+            grouped_at = self.layout.grouping_inputs_record_path.stat().st_mtime_ns
             newer = [sid for sid in there if sid in grouped and self.layout.patch(sid).stat().st_mtime_ns > grouped_at]
             if newer and self.do_patches_differ_from_grouped(newer[:COMPARED]):
                 changed = f"{summarize_sids(newer)} in patch/ changed after grouping"
@@ -154,10 +158,10 @@ class PatchStore:
         self._files = [
             PatchFile(self.layout.grouped_patch_file(index), self._mapped) for index in range(self.num_locations)
         ]
-        if self.layout.subjects.is_file():
-            self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
-            source = self.layout.subjects
-        elif self.layout.grouping_dir.is_dir():
+        if self.layout.subjects_csv.is_file():
+            self.sids = read_table(self.layout.subjects_csv, file_names=False)["sid"].tolist()
+            source = self.layout.subjects_csv
+        elif self.layout.temporary_grouping_dir.is_dir():
             raise StoreError(
                 f"{self.layout.grouped_dir} is incomplete because grouping was interrupted; run "
                 f"python preprocess/group_patches.py --root-dir {self.layout.root} to finish it"
@@ -226,19 +230,19 @@ def summarize_sids(sids: list[str]) -> str:
     return f"{len(sids)} subject{'s' if len(sids) > 1 else ''} ({names})"
 
 
-def read_file_stamp(path: Path) -> tuple[int, int, int] | None:
+def read_inode_size_and_mtime_ns(path: Path) -> tuple[int, int, int] | None:
     """Return inode, size and modification time of a file, or None if the file does not exist."""
     try:
-        return make_stamp_from_stat(os.stat(path))
+        return select_inode_size_and_mtime_ns(os.stat(path))
     except OSError:
         return None
 
 
-def make_stamp_from_stat(status: os.stat_result) -> tuple[int, int, int]:
+def select_inode_size_and_mtime_ns(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def describe_change(path: Path) -> str:
+def explain_changed_store_file(path: Path) -> str:
     return (
         f"{path} has changed since this run opened the store, for example because patches were grouped again or a "
         "subject was added. Wait until preprocessing has finished, then start again"
@@ -269,13 +273,13 @@ class PatchFile:
         if self.dtype.kind not in "iufb":
             raise StoreError(f"{path} has dtype {self.dtype}, but patches must be real numbers in HU")
         expected = self.offset + int(np.prod(self.shape)) * self.dtype.itemsize
-        self._stamp, self._end = make_stamp_from_stat(status), expected
+        self._stamp, self._end = select_inode_size_and_mtime_ns(status), expected
         self._array = None
 
-    def check_unchanged(self) -> None:
+    def check_file_unchanged(self) -> None:
         """Raise StoreError if the file was replaced or written to after it was opened."""
-        if read_file_stamp(self.path) != self._stamp:
-            raise StoreError(describe_change(self.path))
+        if read_inode_size_and_mtime_ns(self.path) != self._stamp:
+            raise StoreError(explain_changed_store_file(self.path))
 
     def read_first_and_last_bytes(self) -> bytes:
         """Read the first and the last SAMPLE_BYTES of the patches."""
@@ -287,12 +291,12 @@ class PatchFile:
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
         """Read rows, and convert the values to HU with :func:`to_hu`."""
-        return to_hu(self.read_stored_rows(rows))
+        return to_hu(self.read_rows_in_stored_dtype(rows))
 
-    def read_stored_rows(self, rows: np.ndarray) -> np.ndarray:
+    def read_rows_in_stored_dtype(self, rows: np.ndarray) -> np.ndarray:
         """Read rows in the stored dtype."""
         array = self._array  # keep a local reference, because another thread may close the mapping
-        self.check_unchanged()  # check before reading, because reading a truncated mapped file kills the process
+        self.check_file_unchanged()  # check before reading, because reading a truncated mapped file kills the process
         if array is None:
             order = "F" if self.fortran else "C"
             array = self._array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
@@ -300,5 +304,5 @@ class PatchFile:
             if len(self._mapped) > MAX_OPEN:
                 self._mapped.popleft()._array = None
         patches = np.asarray(array[rows])
-        self.check_unchanged()  # check again, to detect writes during the read
+        self.check_file_unchanged()  # check again, to detect writes during the read
         return patches

@@ -78,7 +78,7 @@ def read_table(
         if name not in table.columns:
             raise StoreError(
                 f"{path} has no column {name!r}; its columns are {summarize_columns(table.columns)}"
-                f"{hint_missing_column(name, table.columns)}"
+                f"{suggest_fix_for_missing_column(name, table.columns)}"
             )
     if table.empty:
         raise StoreError(f"{path} has a header but no rows")
@@ -108,12 +108,12 @@ def suggest_column(name: str, columns: Sequence[str]) -> str:
     return f"; did you mean {meant}?" if meant else f"; it has {summarize_columns(columns)}"
 
 
-def hint_missing_column(name: str, columns: Sequence[str]) -> str:
+def suggest_fix_for_missing_column(missing_name: str, columns: Sequence[str]) -> str:
     """Return a hint on the usual reason for a missing column, or an empty string."""
     if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
         return "; separate the cells with commas"
-    other = next((column for column in columns if column.lower() == name), None)
-    return f"; write {name} instead of {other}" if other else ""
+    other = next((column for column in columns if column.lower() == missing_name), None)
+    return f"; write {missing_name} instead of {other}" if other else ""
 
 
 def _read_csv_as_text(path: Path) -> pd.DataFrame:

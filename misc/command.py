@@ -183,7 +183,7 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
             stream.reconfigure(errors="backslashreplace")
     if "RANK" not in os.environ:  # the launcher sends SIGTERM to a rank if another rank has failed and printed why
         for number in STOPPING:
-            if number != signal.SIGINT and reacts_to_signal(number):
+            if number != signal.SIGINT and should_handle_signal(number):
                 signal.signal(number, _raise_stopped)
     try:
         status = main() or 0
@@ -209,9 +209,9 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def reacts_to_signal(number: int) -> bool:
+def should_handle_signal(signal_number: int) -> bool:
     """Return whether this process reacts to a signal. Under nohup, SIGHUP is ignored and must stay ignored."""
-    return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    return signal_number != signal.SIGHUP or signal.getsignal(signal_number) is not signal.SIG_IGN
 
 
 # ============================================================ memory
@@ -248,7 +248,7 @@ class StopRequest:
     def start_recording_signals(self) -> None:
         """Start to record the signals in STOPPING."""
         for number in STOPPING:
-            if reacts_to_signal(number):
+            if should_handle_signal(number):
                 signal.signal(number, self._record_signal)
 
     def _record_signal(self, number: int, _: Any) -> None:

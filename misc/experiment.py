@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from easydict import EasyDict
 
 from misc.command import UserError
-from misc.files import describe_process, remove_leftovers, try_lock, write_json
+from misc.files import describe_process_host_and_time, remove_old_partial_files, try_lock, write_json
 
 CODE = Path(__file__).resolve().parent.parent
 METHOD = ("*.py", "misc/**/*.py", "data/*.py", "models/**/*.py")  # source files that training and extraction use
@@ -123,20 +123,20 @@ class Experiment:
     def find_resume_checkpoint(
         self,
         resume: str,
-        progress: Callable[[Path], tuple[int, int]],
-        say: Callable[[str], None] = lambda _: None,
+        read_progress: Callable[[Path], tuple[int, int]],
+        print_note: Callable[[str], None] = lambda _: None,
     ) -> Path | None:
         """Find the checkpoint that --resume selects; None means a new run.
 
         Args:
             resume: '', auto, the name of a checkpoint in the folder, or a path.
-            progress, say: as in :meth:`find_latest_checkpoint`.
+            read_progress, print_note: as in :meth:`find_latest_checkpoint`.
 
         Raises:
             ExperimentError: the checkpoint does not exist, or the run would overwrite other checkpoints.
         """
         if resume == "auto":
-            return self.find_latest_checkpoint(progress, say)
+            return self.find_latest_checkpoint(read_progress, print_note)
         occupied = any(self.folder.glob("checkpoint_patch_*.pth.tar"))
         if not resume:
             if occupied:
@@ -190,7 +190,7 @@ class Experiment:
                 f"{self.folder} is in use by another run{self.describe_owner_process()}; wait until it ends, or use "
                 "another --exp-name"
             )
-        remove_leftovers(self.folder)
+        remove_old_partial_files(self.folder)
         return log
 
     def describe_owner_process(self) -> str:
@@ -204,7 +204,9 @@ class Experiment:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """Write configs.json with the settings, the commit and the package versions."""
-        write_json(self.configs_json, {**settings, **collect_environment(), "process": describe_process()})
+        write_json(
+            self.configs_json, {**settings, **collect_environment(), "process": describe_process_host_and_time()}
+        )
 
     def read_config(self) -> EasyDict:
         """Read configs.json; each entry becomes an attribute of the result, as in the published scripts.

@@ -156,7 +156,7 @@ def load_array(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
     return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
-def remove_leftovers(*folders: Path) -> None:
+def remove_old_partial_files(*folders: Path) -> None:
     """Remove old partial files and folders that killed runs left."""
     for folder in folders:
         for path in (*folder.glob(".partial-*"), *folder.glob(".*.partial")):
@@ -220,7 +220,7 @@ def hash_file(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def describe_process() -> str:
+def describe_process_host_and_time() -> str:
     """Describe this process for messages of other processes: process id, host and time."""
     return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
@@ -250,7 +250,7 @@ def hold_lock_or_raise(path: Path, resource_name: str) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             stream.truncate(0)
-            stream.write(describe_process())
+            stream.write(describe_process_host_and_time())
             stream.flush()
             try:
                 yield

@@ -14,7 +14,7 @@ import numpy as np
 from misc.files import write_text
 
 
-def encode_array(array: np.ndarray) -> dict[str, Any]:
+def encode_array_as_base64(array: np.ndarray) -> dict[str, Any]:
     """Encode an array for a page's script as base64 of little-endian numbers.
 
     The result is about a third of the size of JSON. ``unpack`` in misc/page.js decodes the result to a typed array.

@@ -45,14 +45,14 @@ class DeviceError(UserError):
 # ============================================================ device and process group
 
 
-def set_up_process(device: str, patience: float = PATIENCE) -> torch.device:
+def set_up_process(device: str, timeout_minutes: float = PATIENCE) -> torch.device:
     """Choose the device of this process, set float32 arithmetic and, under torchrun, join the process group.
 
     The group uses NCCL on GPUs and Gloo on CPUs. A single process without torchrun does not need a process group.
 
     Args:
         device: ``auto`` (a GPU if available), ``cuda`` or ``cpu``.
-        patience: minutes that a rank waits for another rank.
+        timeout_minutes: minutes that a rank waits for another rank.
 
     Returns:
         The device.
@@ -85,7 +85,7 @@ def set_up_process(device: str, patience: float = PATIENCE) -> torch.device:
             request_signal_on_parent_exit(signal.SIGTERM)
         try:
             more = {"device_id": chosen} if use_gpu else {}
-            longest = timedelta(minutes=patience + MORE)
+            longest = timedelta(minutes=timeout_minutes + MORE)
             dist.init_process_group("nccl" if use_gpu else "gloo", timeout=longest, **more)
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -122,7 +122,7 @@ def find_gpu_matmul_precision() -> str:
 def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    The returned slowdown is 0 on a GPU, or if bfloat16 is at most SLOWER times as slow as float32. CPUs without
+    The returned slowdown is 0 if bfloat16 does not slow down training: on a GPU, or below a slowdown of SLOWER. CPUs without
     bfloat16 arithmetic emulate it. Measuring bfloat16 and float32 takes about 0.2 s.
     """
     if device.type != "cpu":

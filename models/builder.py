@@ -146,7 +146,9 @@ class DrasCLR(KeyQueues):
             logits = [
                 similarity / self.T for similarity in self.compute_similarities(queries, keys, own, patch_idx, subjects)
             ]
-            statistics = compute_step_statistics(queries[0], keys, own, subjects, *self.find_key_origins(patch_idx))
+            statistics = compute_step_statistics(
+                queries[0], keys, own, subjects, *self.find_key_subjects_and_ages(patch_idx)
+            )
         labels = torch.zeros(batch, dtype=torch.long, device=z.device)  # (B,)
 
         self.enqueue(keys, patch_idx, None if subjects is None else process.all_gather_rows(subjects))

@@ -69,7 +69,7 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
     """Compute elu(norm(x)) for x (B, C, D, H, W), the samples of one group."""
     if track and norm.momentum is None:  # the layer averages its statistics over all passes
         return F.elu(norm(x), inplace=True)
-    images = _view_as_images_on_gpu(x)
+    images = _flatten_volumes_to_images_on_gpu(x)
     running = (norm.running_mean, norm.running_var) if track else (None, None)
     if track:
         norm.num_batches_tracked += 1
@@ -77,13 +77,13 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
     return F.elu(y, inplace=True).view(x.shape)  # in place, because no backward pass needs y
 
 
-def _view_as_images_on_gpu(x: torch.Tensor) -> torch.Tensor:
+def _flatten_volumes_to_images_on_gpu(volumes: torch.Tensor) -> torch.Tensor:
     """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, where channels-last BatchNorm supports only images.
 
     On a CPU, return x itself, because BatchNorm on a CPU is faster for volumes than for images. For 4 volumes with 8
     channels at 32^3, a forward and backward pass of BatchNorm and ELU takes 6.3 ms for volumes and 10.0 ms for images.
     """
-    return x if x.device.type == "cpu" else x.flatten(2, 3)
+    return volumes if volumes.device.type == "cpu" else volumes.flatten(2, 3)
 
 
 def count_location_blocks(x: torch.Tensor, kernels: Sequence[torch.Tensor]) -> int:

@@ -47,7 +47,7 @@ class FrozenEncoder:
         Args:
             x: patches (B, 1, 32, 32, 32) in [-1, 1], or a tensor that ``prepare`` converts to such patches.
             prepare: called as ``prepare(x, dtype)`` on each piece of the batch before it is encoded.
-            layers: whether to append the result of :func:`summarize_channels` for every layer.
+            layers: whether to append the result of :func:`compute_channel_means_and_sds` for every layer.
 
         Returns:
             h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
@@ -71,7 +71,7 @@ class FrozenEncoder:
                     dense_conv3d(patches, kernel, bias, stride, padding, convolve=F.conv3d)
                 )  # (B, out, D, H, W)
             if add_layer_features:
-                summaries.append(summarize_channels(patches))
+                summaries.append(compute_channel_means_and_sds(patches))
         return torch.cat([patches.flatten(1).float(), *summaries], dim=1)  # (B, rep_dim [+ W])
 
 
@@ -80,7 +80,7 @@ def count_layer_features(encoder: Encoder) -> int:
     return sum(2 * conv.out_channels for conv, _ in encoder.layers())
 
 
-def summarize_channels(x: torch.Tensor) -> torch.Tensor:
+def compute_channel_means_and_sds(x: torch.Tensor) -> torch.Tensor:
     """Compute mean and SD of every channel in each patch: (B, C, D, H, W) -> (B, 2 C) float32, means first."""
     some = max(1, SUMMARIZED // x[0].numel()) if x.device.type == "cpu" else len(x)
     found = []
@@ -128,7 +128,7 @@ def encode_patch_per_location(
             mixed = torch.einsum("ne,neodhw->nodhw", routing, apart.unflatten(1, (conv.num_experts, -1)))
             some = F.elu_(norm(mixed + conv.bias[:, None, None, None]))
             if add_layer_features:
-                summaries.append(summarize_channels(some))
+                summaries.append(compute_channel_means_and_sds(some))
         results.append(torch.cat([some.flatten(1), *summaries], dim=1))
     return torch.cat(results)
 

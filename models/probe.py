@@ -12,7 +12,7 @@ STATISTICS = ("accuracy_fresh", "alignment", "uniformity", "queue_own", "queue_a
 def compute_step_statistics(
     query: torch.Tensor,
     keys: torch.Tensor,
-    own: torch.Tensor,
+    own_key_rows: torch.Tensor,
     subjects: torch.Tensor | None,
     queue_subject: torch.Tensor,
     queue_age: torch.Tensor,
@@ -22,7 +22,7 @@ def compute_step_statistics(
     Args:
         query: (B, dim), normalised.
         keys: (world * B, dim), the keys of this step, normalised.
-        own: (B,) row of each query's own key in ``keys``.
+        own_key_rows: (B,) row of each query's own key in ``keys``.
         subjects: (B,) subjects of the queries, or None.
         queue_subject, queue_age: (K,) subject and age of each key in the location's queue; -1 if unknown.
 
@@ -45,8 +45,8 @@ def compute_step_statistics(
     if subjects is not None:
         shared = 100 * (queue_subject == subjects[:, None]).float().mean()  # (B, K) -> ()
     return {
-        "accuracy_fresh": 100 * (nearest == own).float().mean(),
-        "alignment": (query - keys[own]).square().sum(dim=1).mean(),
+        "accuracy_fresh": 100 * (nearest == own_key_rows).float().mean(),
+        "alignment": (query - keys[own_key_rows]).square().sum(dim=1).mean(),
         "uniformity": pairs.log(),
         "queue_own": shared,
         "queue_age": age.float(),

@@ -52,7 +52,7 @@ class KeyQueues(nn.Module):
         self.register_buffer("queue", queue)
         self.register_buffer("queue_ptr", torch.zeros(num_patch, dtype=torch.long))  # (L,)
 
-        # The subject and step of each key are not part of the published state dict; see export_key_origins.
+        # The subject and step of each key are not part of the published state dict; see export_key_subjects_and_steps.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int32), persistent=False)
         unknown = torch.full((num_patch, K), -1, dtype=torch.int32)  # (L, K)
         self.register_buffer("queue_subject", unknown, persistent=False)
@@ -85,7 +85,7 @@ class KeyQueues(nn.Module):
             total = keys.shape[0]
             order = (own[:, None] + torch.arange(total, device=own.device)) % total  # (B, world * B), own key first
             return [(query @ keys.t()).gather(1, order) for query in queries]
-        where = self._find_queue(patch_idx)  # (1,)
+        where = self._get_queue_index(patch_idx)  # (1,)
         negatives = self.queue[where][0]  # (K, dim), a copy, because the queue changes before backward()
         similarities = []
         for query in queries:
@@ -105,7 +105,7 @@ class KeyQueues(nn.Module):
             patch_idx: index l of the location, as an int or as a (1,) tensor.
             subjects: (world * B,) subjects of the keys, or None.
         """
-        where = self._find_queue(patch_idx)  # (1,)
+        where = self._get_queue_index(patch_idx)  # (1,)
         count = keys.shape[0]
         pointer = self.queue_ptr[where]  # (1,)
         # Compute the indices on the device. Reading the pointer would make the CPU wait for the device at every step.
@@ -117,13 +117,13 @@ class KeyQueues(nn.Module):
         if subjects is not None:
             self.queue_subject.flatten().index_copy_(0, rows, subjects.to(torch.int32))
 
-    def find_key_origins(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_key_subjects_and_ages(self, patch_idx: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the subject and the age in steps of each key at a location, (K,) each; -1 if unknown."""
-        where = self._find_queue(patch_idx)
+        where = self._get_queue_index(patch_idx)
         step = self.queue_step[where][0]  # (K,)
         return self.queue_subject[where][0], torch.where(step >= 0, self.steps + 1 - step, -1)
 
-    def _find_queue(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
+    def _get_queue_index(self, patch_idx: int | torch.Tensor) -> torch.Tensor:
         """Return the index of a location's queue as a (1,) tensor on the device of the queue.
 
         With a tensor index, a CUDA graph of the step works for every location.
@@ -133,15 +133,15 @@ class KeyQueues(nn.Module):
 
     # ------------------------------------------------------------ on disk
 
-    def export_key_origins(self) -> dict[str, Any]:
+    def export_key_subjects_and_steps(self) -> dict[str, Any]:
         """Return the subject and step of each key, (L, K) each, -1 if unknown, and the number of steps so far."""
         return {"subject": self.queue_subject, "step": self.queue_step, "steps": int(self.steps)}
 
-    def load_queue_origin(self, origin: dict[str, Any]) -> None:
-        """Restore the subjects and steps of the keys from the result of :meth:`export_key_origins`."""
-        self.queue_subject.copy_(origin["subject"])
-        self.queue_step.copy_(origin["step"])
-        self.steps.fill_(int(origin["steps"]))
+    def restore_key_subjects_and_steps(self, exported_origins: dict[str, Any]) -> None:
+        """Restore the subjects and steps of the keys from the result of :meth:`export_key_subjects_and_steps`."""
+        self.queue_subject.copy_(exported_origins["subject"])
+        self.queue_step.copy_(exported_origins["step"])
+        self.steps.fill_(int(exported_origins["steps"]))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

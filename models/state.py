@@ -106,7 +106,7 @@ class TrainingState:
             "totals": torch.zeros(0, dtype=torch.float64) if sums is None else sums.totals,
             "rng_state": torch.get_rng_state(),
             "config": self.settings,
-            "queue_origin": self.model.export_key_origins(),
+            "queue_origin": self.model.export_key_subjects_and_steps(),
         }
         if sums is not None:
             checkpoint["since_print"] = {"sums": sums.since, "steps": sums.steps}
@@ -130,7 +130,7 @@ class TrainingState:
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
         if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
-            self.model.load_queue_origin(content["queue_origin"])
+            self.model.restore_key_subjects_and_steps(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
                 self.model.queue_subject.fill_(-1)  # the saved row numbers of subjects belong to another store
         if "rng_state" in content:

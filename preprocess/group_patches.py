@@ -112,23 +112,23 @@ class Grouping:
         self.header = make_array_header((len(sids), *patch_shape), np.dtype(np.int16))
         self.patch_bytes = int(np.prod(patch_shape)) * 2
         self.file_bytes = len(self.header) + len(sids) * self.patch_bytes
-        self.done_file = layout.grouped_inputs_path
-        self.state_file = layout.grouping_dir / "state.json"
+        self.done_file = layout.grouping_inputs_record_path
+        self.state_file = layout.temporary_grouping_dir / "state.json"
 
     def is_done(self) -> bool:
         """Return whether all grouped files exist, are complete and contain exactly the subjects of this store."""
-        if not (self.done_file.is_file() and self.layout.subjects.is_file()):
+        if not (self.done_file.is_file() and self.layout.subjects_csv.is_file()):
             return False
         if json.loads(self.done_file.read_text()).get("key") != self.key:
             return False
-        if read_table(self.layout.subjects, file_names=False)["sid"].tolist() != self.sids:
+        if read_table(self.layout.subjects_csv, file_names=False)["sid"].tolist() != self.sids:
             return False
         files = [self.layout.grouped_patch_file(index) for index in range(self.count)]
         return all(file.is_file() and file.stat().st_size == self.file_bytes for file in files)
 
     def get_temporary_path(self, location: int) -> Path:
         """Return the temporary path where a location's file is written before it gets its final name."""
-        return self.layout.grouping_dir / self.layout.grouped_patch_file(location).name
+        return self.layout.temporary_grouping_dir / self.layout.grouped_patch_file(location).name
 
     def start_or_resume_grouping(self) -> int:
         """Continue an interrupted run, or create the temporary files anew.
@@ -143,31 +143,31 @@ class Grouping:
             state = json.loads(self.state_file.read_text())
             if state["key"] == self.key and state["rows"]:
                 return state["rows"]
-        shutil.rmtree(self.layout.grouping_dir, ignore_errors=True)
+        shutil.rmtree(self.layout.temporary_grouping_dir, ignore_errors=True)
         free, needed = shutil.disk_usage(self.layout.root).free, self.file_bytes * self.count
         if needed > free:
             raise StoreError(
                 f"{len(self.sids)} subjects at {self.count} locations need {needed / 1e9:.1f} GB, but "
                 f"{self.layout.root} has {free / 1e9:.1f} GB free; free some space or group fewer subjects"
             )
-        self.layout.grouping_dir.mkdir(parents=True)
+        self.layout.temporary_grouping_dir.mkdir(parents=True)
         for index in range(self.count):
             self.get_temporary_path(index).write_bytes(self.header)
         _write_state_json(self.state_file, {"key": self.key, "rows": 0})
         return 0
 
-    def write_chunk(self, row: int) -> int:
-        """Write the next chunk of subjects, starting at row ``row``, and return their number."""
-        sids = self.sids[row : row + max(1, CHUNK_BYTES // (self.patch_bytes * self.count))]
+    def write_subject_chunk(self, first_row: int) -> int:
+        """Write the next chunk of subjects, starting at row ``first_row``, and return their number."""
+        sids = self.sids[first_row : first_row + max(1, CHUNK_BYTES // (self.patch_bytes * self.count))]
         patches = np.stack([load_patches(self.layout.patch(sid)) for sid in sids], axis=1)  # (L, n, z, y, x)
         for index in range(self.count):
             with open(self.get_temporary_path(index), "r+b") as stream:
-                stream.seek(len(self.header) + row * self.patch_bytes)
+                stream.seek(len(self.header) + first_row * self.patch_bytes)
                 stream.write(np.ascontiguousarray(patches[index]).data)
-        _write_state_json(self.state_file, {"key": self.key, "rows": row + len(sids)})
+        _write_state_json(self.state_file, {"key": self.key, "rows": first_row + len(sids)})
         return len(sids)
 
-    def _find_current_file(self, location: int) -> Path:
+    def _find_temporary_or_final_file(self, location: int) -> Path:
         """Return the path of a location's new file: temporary, or final if a run stopped while it renamed the files."""
         return (
             self.get_temporary_path(location)
@@ -185,25 +185,26 @@ class Grouping:
             StoreError: a file differs from what was written; the next run makes all files again.
         """
         for index in range(self.count):
-            with open(self._find_current_file(index), "rb") as stream:
+            with open(self._find_temporary_or_final_file(index), "rb") as stream:
                 os.fsync(stream.fileno())
                 size = stream.seek(0, os.SEEK_END)
             if size != self.file_bytes:
                 self._remove_files_and_raise(
-                    f"{self._find_current_file(index)} has {size} of {self.file_bytes} bytes; is the disk full?"
+                    f"{self._find_temporary_or_final_file(index)} has {size} of {self.file_bytes} bytes; "
+                    "is the disk full?"
                 )
         drawn = np.random.default_rng(0).integers(self.count, size=len(self.sids))
         for row, (sid, index) in enumerate(zip(self.sids, drawn.tolist())):
             own = convert_to_hu(np.asarray(load_array(self.layout.patch(sid), mapped=True)[index]))
-            with open(self._find_current_file(index), "rb") as stream:
+            with open(self._find_temporary_or_final_file(index), "rb") as stream:
                 stream.seek(len(self.header) + row * self.patch_bytes)
                 if stream.read(self.patch_bytes) != own.tobytes():
                     self._remove_files_and_raise(
-                        f"{self._find_current_file(index)}, row {row}, is not the patch of {sid}."
+                        f"{self._find_temporary_or_final_file(index)}, row {row}, is not the patch of {sid}."
                     )
 
     def _remove_files_and_raise(self, reason: str) -> None:
-        shutil.rmtree(self.layout.grouping_dir, ignore_errors=True)
+        shutil.rmtree(self.layout.temporary_grouping_dir, ignore_errors=True)
         raise StoreError(f"{reason} The previous grouped files are unchanged; run group_patches.py again")
 
     def give_files_final_names(self) -> None:
@@ -212,14 +213,14 @@ class Grouping:
         subjects.csv is removed first and written last, so that the store counts as incomplete in between.
         """
         self.verify_new_files()
-        self.layout.subjects.unlink(missing_ok=True)
+        self.layout.subjects_csv.unlink(missing_ok=True)
         self.done_file.unlink(missing_ok=True)
         for index in range(self.count):
             with contextlib.suppress(FileNotFoundError):  # an interrupted run may have moved this file already
                 os.replace(self.get_temporary_path(index), self.layout.grouped_patch_file(index))
-        write_text(self.layout.subjects, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
+        write_text(self.layout.subjects_csv, pd.DataFrame({"sid": self.sids}).to_csv(index=False, lineterminator="\n"))
         _write_state_json(self.done_file, {"key": self.key})
-        shutil.rmtree(self.layout.grouping_dir)
+        shutil.rmtree(self.layout.temporary_grouping_dir)
 
 
 def group_patches_by_location(args: argparse.Namespace) -> int:
@@ -241,7 +242,7 @@ def _group_patches_by_location(args: argparse.Namespace, layout: StoreLayout, lo
     bar = progress_bar(args.no_progress, total=len(sids), initial=row, desc="group_patches", unit="subject")
     with bar:
         while row < len(sids):
-            written = grouping.write_chunk(row)
+            written = grouping.write_subject_chunk(row)
             row += written
             bar.update(written)
     grouping.give_files_final_names()

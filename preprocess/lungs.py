@@ -28,7 +28,7 @@ ENDS = (("right", "left"), ("front", "back"), ("bottom", "top"))  # names of the
 
 
 @lru_cache(maxsize=1)
-def load_lungmask(weights: str | None):
+def load_lungmask_network(weights: str | None):
     """Load lungmask's R231 network (Hofmanninger et al., 2020) once per process.
 
     Raises:
@@ -89,7 +89,7 @@ def segment_with_network(scan: sitk.Image, weights: str | None) -> sitk.Image:
     Raises:
         UserError: the weights cannot be loaded.
     """
-    inferer = load_lungmask(weights)
+    inferer = load_lungmask_network(weights)
     with reserve_gpu() as gpu:
         if gpu is not None:
             inferer.device = gpu
@@ -155,7 +155,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
             "correct the mask"
         )
     said = []
-    sampled, hu = _sample_voxels(labels, values)
+    sampled, hu = _subsample_voxels_on_regular_grid(labels, values)
     for label, side, extent in zip((1, 2), SIDES, extents):
         inside = hu[sampled == label]
         median = float(np.median(inside)) if inside.size else DENSE
@@ -188,12 +188,12 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
 
 def measure_air_share(mask: sitk.Image, scan: sitk.Image) -> float:
     """Return the fraction of lung voxels below AIR_HU: 0.97 in healthy lungs, 0.77 for a mask flipped front to back."""
-    labels, hu = _sample_voxels(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
+    labels, hu = _subsample_voxels_on_regular_grid(sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan))
     inside = hu[labels > 0]
     return float(np.mean(inside < AIR_HU)) if inside.size else 0.0
 
 
-def _sample_voxels(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _subsample_voxels_on_regular_grid(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return about SAMPLES voxels of each array, from the same regular grid."""
     step = max(1, round((labels.size / SAMPLES) ** (1 / 3)))
     return labels[::step, ::step, ::step], values[::step, ::step, ::step]

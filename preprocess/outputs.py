@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import StoreLayout
-from preprocess.report import STAMPS, write_claim_file
+from preprocess.report import STAMPS, write_in_progress_file
 from preprocess.scan import EarlierFailure, ScanError
 
 FAILED_BEFORE = "failed_before"  # key in a subject's row: why an earlier stage of this run failed
@@ -44,7 +44,7 @@ def make_file_stamp(path: str, series: str = "") -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _read_last_change_ns(path: Path) -> int:
+def _read_earlier_of_mtime_and_ctime_ns(path: Path) -> int:
     """Return when a file was last changed, in ns.
 
     The result is the earlier of the file's modification time and change time, because a machine with a fast clock can
@@ -91,12 +91,12 @@ class Output:
             )
         self.ours = any(previous.get(name) for name in stamps)
 
-    def _matches_inputs(self) -> bool:
+    def _was_made_from_current_inputs(self) -> bool:
         """Return whether the stamps of an output made by this stage are current and no input is newer."""
         if any(self.previous.get(name) != value for name, value in self.stamps.items()):
             return False
         oldest = min(target.stat().st_mtime_ns for target in self.targets)
-        return all(path.is_file() and _read_last_change_ns(path) <= oldest for path in self.inputs)
+        return all(path.is_file() and _read_earlier_of_mtime_and_ctime_ns(path) <= oldest for path in self.inputs)
 
     def skip_if_valid(self, verify: Callable[[], dict[str, Any]], overwrite: bool = False) -> None:
         """Return normally if the output must be made, and raise Skip if the existing output can be kept.
@@ -115,7 +115,7 @@ class Output:
             raise EarlierFailure(reason)
         if overwrite or not all(target.is_file() for target in self.targets):
             return
-        if self.ours and not (self._matches_inputs() and all(path.is_file() for path in self.pictures)):
+        if self.ours and not (self._was_made_from_current_inputs() and all(path.is_file() for path in self.pictures)):
             return
         try:
             figures = verify()
@@ -127,7 +127,7 @@ class Output:
 
     def claim_and_remove_old_files(self) -> None:
         """Record that this stage makes the output, and remove the files that this stage made before."""
-        write_claim_file(self.layout, self.script, self.sid)
+        write_in_progress_file(self.layout, self.script, self.sid)
         if self.ours:
             for path in (*self.targets, *self.pictures):
                 path.unlink(missing_ok=True)

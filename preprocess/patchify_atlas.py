@@ -90,20 +90,20 @@ def check_table_inside_atlas(table: np.ndarray, size: tuple[int, int, int], patc
 
 
 def make_location_table(
-    mask: sitk.Image, adopted: str | os.PathLike | None, patch_size: int, step_size: int
+    mask: sitk.Image, given_table_path: str | os.PathLike | None, patch_size: int, step_size: int
 ) -> np.ndarray:
-    """Return the corners (L, 3) for an atlas, from the table ``adopted`` or, without such a table, from a new grid.
+    """Return the corners (L, 3) for an atlas: from the table ``given_table_path``, or from a new grid if it is None.
 
     Raises StoreError.
     """
-    if adopted:
-        table = load_locations(Path(adopted))
-        check_table_inside_atlas(table, mask.GetSize(), patch_size, str(adopted))
+    if given_table_path:
+        table = load_locations(Path(given_table_path))
+        check_table_inside_atlas(table, mask.GetSize(), patch_size, str(given_table_path))
         return table
-    return find_grid_locations(_read_lungs(mask), patch_size, step_size)
+    return find_grid_locations(_convert_mask_to_lung_array(mask), patch_size, step_size)
 
 
-def _read_lungs(mask: sitk.Image) -> np.ndarray:
+def _convert_mask_to_lung_array(mask: sitk.Image) -> np.ndarray:
     """Return the lungs of an atlas mask as a bool array (x, y, z)."""
     return sitk.GetArrayViewFromImage(mask).transpose(2, 1, 0) > 0  # (z, y, x) -> (x, y, z)
 
@@ -123,7 +123,7 @@ def write_locations(args: argparse.Namespace) -> int:
 
     layout = StoreLayout(args.root_dir)
     target = layout.atlas_patch_loc
-    if target.exists() or layout.list_published_tables():
+    if target.exists() or layout.list_published_location_tables():
         target = layout.find_atlas_patch_loc()
         there = load_locations(target)
         if not np.array_equal(there, table):
@@ -135,7 +135,7 @@ def write_locations(args: argparse.Namespace) -> int:
         print(f"patchify_atlas: {target} exists already, {len(table)} locations")
         return 0
     save_array(target, table)
-    inside = _read_lungs(mask)[tuple((table + args.patch_size // 2).T)].mean()
+    inside = _convert_mask_to_lung_array(mask)[tuple((table + args.patch_size // 2).T)].mean()
     print(f"patchify_atlas: {len(table)} locations, {inside:.2f} of the patch centres in the atlas lungs; {target}")
     return 0
 

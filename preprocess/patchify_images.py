@@ -116,7 +116,7 @@ def patchify_subject(
     )
     if not patch_path.is_file():
         read_affine(transform_path)  # raises if there is no transform, before any file changes
-    subject.check_image()
+    subject.check_image_exists()
     stamps = {"atlas": atlas, "image_stamp": make_file_stamp(subject.image, subject.series)}
     inputs = [transform_path, *([mask_path] if mask_path.is_file() else [])]
     files, pictures = [patch_path, corner_path], [picture_path] if qc else []

@@ -59,7 +59,7 @@ def make_patch_figure(
 
     low, high = corners.min(0), corners.max(0) + patch_size
     if mask is not None:
-        first, last = _find_extent(mask, volume)
+        first, last = _find_mask_index_bounds(mask, volume)
         low, high = np.minimum(low, first), np.maximum(high, last)
     shown = np.clip(low - MARGIN, 0, None), np.minimum(high + MARGIN, volume.GetSize())
     figure = Figure(figsize=(15, 5.6))
@@ -74,7 +74,7 @@ def make_patch_figure(
     return figure
 
 
-def _find_extent(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+def _find_mask_index_bounds(mask: sitk.Image, volume: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and highest index (x, y, z) in ``volume`` of the labelled voxels of a mask."""
     labels = sitk.GetArrayViewFromImage(mask)
     ends = []

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from data.layout import StoreLayout
-from misc.page import encode_array, make_link, write_page
+from misc.page import encode_array_as_base64, make_link, write_page
 from misc.sizes import PATCH_SIZE
 from preprocess.report import read_previous_rows
 
@@ -70,7 +70,7 @@ def read_reports(layout: StoreLayout) -> pd.DataFrame:
     return table
 
 
-def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
+def score_how_unusual_subjects_are(report_table: pd.DataFrame) -> pd.DataFrame:
     """Score how unusual each subject is compared with the others, and list the reasons.
 
     Returns:
@@ -80,9 +80,9 @@ def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
         ``reasons``: the subject's message, its warnings, and each value that deviates by more than 4 robust standard
         deviations, together with the usual value.
     """
-    score, reasons = np.zeros(len(table)), [[] for _ in range(len(table))]
+    score, reasons = np.zeros(len(report_table)), [[] for _ in range(len(report_table))]
     for figure in FIGURES:
-        values = table[figure.name].to_numpy()
+        values = report_table[figure.name].to_numpy()
         known = ~np.isnan(values)
         if known.sum() < FEWEST:
             continue
@@ -93,10 +93,11 @@ def score_subjects(table: pd.DataFrame) -> pd.DataFrame:
         score = np.maximum(score, np.minimum(bad, 99.0))
         for row in np.flatnonzero(bad > STRANGE):
             reasons[row].append(f"{figure.title} {values[row]:.4g} (usual {usual:.4g})")
-    status = table["status"].to_numpy()
+    status = report_table["status"].to_numpy()
     score = score + np.where(status == "failed", 1000, np.where(status == "unfinished", 500, 0))
     texts = [
-        "; ".join(filter(None, [row.message, row.warnings, *own])) for row, own in zip(table.itertuples(), reasons)
+        "; ".join(filter(None, [row.message, row.warnings, *own]))
+        for row, own in zip(report_table.itertuples(), reasons)
     ]
     return pd.DataFrame({"score": score, "reasons": texts})
 
@@ -109,7 +110,7 @@ def write_qc_page(root_dir: str | Path) -> Path:
     layout = StoreLayout(root_dir)
     page = layout.qc_page
     table = read_reports(layout)
-    judged = score_subjects(table)
+    judged = score_how_unusual_subjects_are(table)
     order = np.lexsort((table["sid"], -judged["score"]))
     table, judged = table.iloc[order], judged.iloc[order]
     pictures = np.array([layout.qc_picture(sid).is_file() for sid in table["sid"]], dtype=np.uint8)
@@ -117,10 +118,13 @@ def write_qc_page(root_dir: str | Path) -> Path:
         "sids": table["sid"].tolist(),
         "status": table["status"].tolist(),
         "reasons": judged["reasons"].tolist(),
-        "scores": encode_array(judged["score"].to_numpy(dtype=np.float32)),
-        "pictures": {"known": encode_array(pictures), "folder": make_link(layout.qc_picture("x").parent, page)},
+        "scores": encode_array_as_base64(judged["score"].to_numpy(dtype=np.float32)),
+        "pictures": {
+            "known": encode_array_as_base64(pictures),
+            "folder": make_link(layout.qc_picture("x").parent, page),
+        },
         "figures": [
-            {"title": figure.title, "values": encode_array(table[figure.name].to_numpy(dtype=np.float32))}
+            {"title": figure.title, "values": encode_array_as_base64(table[figure.name].to_numpy(dtype=np.float32))}
             for figure in FIGURES
         ],
         "strange": STRANGE,

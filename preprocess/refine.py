@@ -82,12 +82,12 @@ def sample_lung_fractions(mask: sitk.Image, lung_labels: tuple[int, int], spacin
     )
 
 
-def _interpolate_lung_fractions(sampled: Sampled, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _interpolate_fractions_and_gradients(sampled: Sampled, points_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interpolate the lung fractions (P, 2) at points in mm, and their derivatives with respect to x, y, z (P, 2, 3).
 
     The interpolation is trilinear, and the fractions are 0 outside the grid.
     """
-    index = points @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
+    index = points_mm @ sampled.to_index[:, :3].T + sampled.to_index[:, 3]  # (P, 3)
     size = np.array(sampled.shares.shape[:3])
     index = np.clip(index, 0, size - 1.001)  # move points outside the grid to its border, where the fractions are 0
     low = index.astype(np.int64)
@@ -117,7 +117,7 @@ def compute_soft_dice(
     """
     matrix, shift = parameters[:9].reshape(3, 3) / LENGTH, parameters[9:]
     from_centre = points.places - centre  # (P, 3)
-    shares, slopes = _interpolate_lung_fractions(sampled, from_centre @ matrix.T + centre + shift)
+    shares, slopes = _interpolate_fractions_and_gradients(sampled, from_centre @ matrix.T + centre + shift)
     determinant = abs(np.linalg.det(matrix))
     sizes = points.weights.sum(axis=0), sampled.volumes / determinant  # (2,) ml each
     sides = 2 * (points.weights * shares).sum(axis=0) / (sizes[0] + sizes[1])  # (2,)

@@ -35,31 +35,31 @@ def find_earlier_failures(layout: StoreLayout, script: str) -> dict[str, str]:
     return failed
 
 
-def write_claim_file(layout: StoreLayout, script: str, sid: str) -> None:
+def write_in_progress_file(layout: StoreLayout, script: str, sid: str) -> None:
     """Record that this stage, and not the user, makes a subject's outputs; call this before changing any file.
 
-    A claim file is empty, and is removed after the report has been updated. If a run is killed before it has updated
-    the report, the claim file stays, and the next run makes the outputs again.
+    The in-progress file is empty, and is removed after the report has been updated. If a run is killed before it has
+    updated the report, the in-progress file stays, and the next run makes the outputs again.
     """
     folder = layout.subjects_in_progress_dir(script)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / sid).touch()
 
 
-def remove_claim_files(layout: StoreLayout, script: str, sids: list[str]) -> None:
-    """Remove the claim files of subjects that are now in the report."""
+def remove_in_progress_files(layout: StoreLayout, script: str, sids: list[str]) -> None:
+    """Remove the in-progress files of subjects that are now in the report."""
     for sid in sids:
         (layout.subjects_in_progress_dir(script) / sid).unlink(missing_ok=True)
 
 
 def make_interrupted_subject_stamps(layout: StoreLayout, script: str) -> dict[str, dict[str, str]]:
-    """For each subject with a claim file from an interrupted run, return stamps that do not match any output."""
+    """For each subject with an in-progress file from an interrupted run, return stamps that do not match any output."""
     folder = layout.subjects_in_progress_dir(script)
     sids = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     return {sid: dict.fromkeys(STAMPS, "interrupted") for sid in sids}
 
 
-def select_stamp_columns(report_row: dict[str, Any]) -> dict[str, Any]:
+def select_provenance_columns(report_row: dict[str, Any]) -> dict[str, Any]:
     """Return the stamp columns (STAMPS) of a failed subject's last report row.
 
     The stamps in the report show that a leftover output was made by this stage, and not by the user.

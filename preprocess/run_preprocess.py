@@ -22,7 +22,7 @@ from preprocess.patchify_atlas import add_location_flags, write_locations
 from preprocess.patchify_images import add_cutting_flags, make_cutting_step
 from preprocess.qc_page import write_qc_page
 from preprocess.register import add_registration_flags, make_registration_step
-from preprocess.segment_lung import add_segmentation_flags, check_segmentation, make_segmentation_step
+from preprocess.segment_lung import add_segmentation_flags, check_segmentation_flags, make_segmentation_step
 from preprocess.subjects import (
     add_atlas_flag,
     add_patch_size_flag,
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    check_segmentation(args)
+    check_segmentation_flags(args)
     subjects = read_subjects(args.input_csv)
     load_atlas(args.atlas_mask)
     write_locations(args)

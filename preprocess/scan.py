@@ -74,7 +74,7 @@ def _read_any_format(path: Path, series: str, warnings: list[str]) -> tuple[sitk
         check_voxel_data_complete(path, kind)
         warn_missing_geometry(path, kind, warnings)
     told: list[str] = []
-    with catch_itk_errors(path, "an image", told), nifti.isolate_from_similar_files(path) as only:
+    with catch_itk_errors(path, "an image", told), nifti.link_if_itk_would_read_another_file(path) as only:
         image = sitk.ReadImage(str(only))
     warnings += told
     image = _drop_extra_axes(image, path)

@@ -29,7 +29,7 @@ from data.layout import StoreError, StoreLayout
 from misc.command import OneOf, Parser, run
 from misc.progress import add_progress_flag
 from preprocess.geometry import have_same_grid, write_image
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes, measure_air_share
+from preprocess.lungs import check_lungs, load_lungmask_network, lung_mask, lung_volumes, measure_air_share
 from preprocess.outputs import Output, make_file_stamp
 from preprocess.scan import FACTS, ScanError, add_warnings, read_mask
 from preprocess.subjects import Subject, add_store_flag, add_subject_flags, parse_flags, read_subjects
@@ -40,7 +40,7 @@ def segment_subject(
     subject: Subject, previous: dict, *, root_dir: str, method: str, weights: str | None, settings: str, overwrite: bool
 ) -> dict[str, Any]:
     """Segment the lungs of one subject and return its report values; see Step.work. Raises ScanError, Skip."""
-    subject.check_image()
+    subject.check_image_exists()
     layout = StoreLayout(root_dir)
     target = layout.lung_mask(subject.sid)
     stamps = {"method": settings, "image_stamp": make_file_stamp(subject.image, subject.series)}
@@ -87,7 +87,7 @@ def add_segmentation_flags(parser: Parser) -> None:
     parser.add_argument("--lungmask-weights", metavar="FILE", help=text)
 
 
-def check_segmentation(args: argparse.Namespace) -> None:
+def check_segmentation_flags(args: argparse.Namespace) -> None:
     """Raise StoreError if the flags contradict each other or if the weights file is missing."""
     if args.lungmask_weights and args.method != "lungmask":
         raise StoreError(
@@ -99,14 +99,14 @@ def check_segmentation(args: argparse.Namespace) -> None:
 
 def make_segmentation_step(args: argparse.Namespace) -> Step:
     """Build the stage from its flags. Raises UserError."""
-    check_segmentation(args)
+    check_segmentation_flags(args)
     settings, weights = args.method, None
     if args.lungmask_weights:
         weights = os.path.abspath(args.lungmask_weights)
         with open(weights, "rb") as stream:
             settings += "-" + hashlib.sha256(stream.read()).hexdigest()[:12]
     if args.method == "lungmask" and not args.scheduler:
-        load_lungmask(weights)  # report a failed download once, not once per subject
+        load_lungmask_network(weights)  # report a failed download once, not once per subject
     made_by = dict(method=args.method, weights=weights, settings=settings)
     where = dict(root_dir=os.path.abspath(args.root_dir), overwrite=args.overwrite)
     return Step("segment_lung", segment_subject, {**where, **made_by})
@@ -114,7 +114,7 @@ def make_segmentation_step(args: argparse.Namespace) -> Step:
 
 def main() -> int:
     args = parse_flags(__doc__, add_subject_flags, add_store_flag, add_segmentation_flags, add_progress_flag)
-    check_segmentation(args)
+    check_segmentation_flags(args)
     subjects = read_subjects(args.input_csv)  # check the table before downloading weights
     return run_steps([make_segmentation_step(args)], subjects, args)
 

@@ -19,7 +19,7 @@ class Subject(NamedTuple):
     image: str  # absolute path; empty if the table has no path
     series: str = ""  # the DICOM series to read if the path is a folder
 
-    def check_image(self) -> None:
+    def check_image_exists(self) -> None:
         """Raise ScanError if the table has no image for the subject or the image does not exist."""
         if not self.image:
             raise ScanError("the input table has no image for this subject; fill in its image column")

@@ -205,7 +205,7 @@ def _track_airway_down(
 def _split_sides(lungs: np.ndarray) -> np.ndarray:
     """Label the subject's right (1) and left (2) lung, even if the lungs touch."""
     markers = None
-    depth = np.sqrt(_squared_distance(~lungs).astype(np.float64))
+    depth = np.sqrt(_compute_squared_distance_to_mask(~lungs).astype(np.float64))
     for step in range(0, int(depth.max()) + 1):
         labels, count = ndimage.label(depth > step)
         sizes = _count_voxels(labels, count)
@@ -246,14 +246,14 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
     for label, box in zip((RIGHT, LEFT), ndimage.find_objects(labels, LEFT)):
         own, part = labels[box], filled[box]  # closing never extends beyond the lung's bounding box
         side = np.pad(own == label, margin)  # pad, because the ball extends beyond the box; the margin is cropped below
-        dilated = _squared_distance(side) <= radius**2 + ROUNDING
-        closed = (_squared_distance(~dilated) > radius**2 + ROUNDING) | side
+        dilated = _compute_squared_distance_to_mask(side) <= radius**2 + ROUNDING
+        closed = (_compute_squared_distance_to_mask(~dilated) > radius**2 + ROUNDING) | side
         closed = ndimage.binary_fill_holes(closed[margin:-margin, margin:-margin, margin:-margin])
         part[closed & (own != RIGHT + LEFT - label) & (part == 0)] = label
     return filled
 
 
-def _squared_distance(mask: np.ndarray) -> np.ndarray:
+def _compute_squared_distance_to_mask(mask: np.ndarray) -> np.ndarray:
     """Compute the squared distance in voxels from each voxel to the nearest voxel of ``mask``; float32, 0 inside.
 
     The distance transform of ITK is 15 times as fast as the one of SciPy.

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from data.layout import StoreError, StoreLayout
 from misc.command import UserError, count_usable_cores
-from misc.files import remove_leftovers
+from misc.files import remove_old_partial_files
 from misc.progress import progress_bar
 from preprocess.outputs import FAILED_BEFORE, Skip, make_file_stamp
 from preprocess.report import (
     find_earlier_failures,
     make_interrupted_subject_stamps,
     read_previous_rows,
-    remove_claim_files,
-    select_stamp_columns,
+    remove_in_progress_files,
+    select_provenance_columns,
     write_report,
 )
 from preprocess.scan import EarlierFailure, Scan, limit_threads, load_scan
@@ -67,22 +67,22 @@ class Record:
         self.rows: dict[str, Row] = {}
         self._unwritten: list[str] = []
 
-    def add_row(self, row: Row) -> None:
-        self.rows[row["sid"]] = row
-        self._unwritten.append(row["sid"])
+    def add_report_row(self, report_row: Row) -> None:
+        self.rows[report_row["sid"]] = report_row
+        self._unwritten.append(report_row["sid"])
 
     def write_report_rows(self) -> None:
         if self.rows:
             write_report(self.layout, self.script, self.rows)
-            remove_claim_files(self.layout, self.script, self._unwritten)
+            remove_in_progress_files(self.layout, self.script, self._unwritten)
             self._unwritten.clear()
 
     def make_dead_worker_row(self, sid: str, message: str) -> Row:
         """Return the report row of a subject after its worker process died.
 
-        If the subject has a claim file, its output was made by this stage. Otherwise the output may belong to the user.
+        If the subject has an in-progress file, its output was made by this stage. Otherwise the output may belong to the user.
         """
-        stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_stamp_columns(
+        stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_provenance_columns(
             self.before.get(sid, {})
         )
         return {"sid": sid, "status": "failed", "seconds": 0.0, "message": message, **stamps}
@@ -96,14 +96,14 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     """
     layout = StoreLayout(args.root_dir)
     records = [Record(layout, step.script) for step in steps]
-    remove_leftovers(*layout.subject_dirs)
+    remove_old_partial_files(*layout.subject_dirs)
     name = steps[0].script if len(steps) == 1 else "preprocess"
     written, failed = time.monotonic(), 0
     bar = progress_bar(args.no_progress, total=len(subjects), desc=name, unit="subject")
     try:
         for rows in _run_subjects(steps, subjects, records, args):
             for record, row in zip(records, rows):
-                record.add_row(row)
+                record.add_report_row(row)
             if time.monotonic() - written > REPORT_SECONDS:
                 for record in records:
                     record.write_report_rows()
@@ -183,7 +183,7 @@ def run_step_or_record_error(
         status = "failed"
         message = f"{type(error).__name__}: {reason} ({Path(where.filename).name}, line {where.lineno})"
     if status == "failed":
-        figures = select_stamp_columns(previous)
+        figures = select_provenance_columns(previous)
     message = " ".join(message.split())
     return {
         "sid": subject.sid,
@@ -227,16 +227,16 @@ def _run_subjects(
     works = [(step.work, step.settings) for step in steps]
     failed = find_earlier_failures(records[0].layout, records[0].script)
     for subject in subjects:
-        before = _previous_rows(records, subject.sid)
+        before = _collect_previous_report_rows(records, subject.sid)
         yield run_steps_or_record_errors(works, subject, before, count_usable_cores(), failed.get(subject.sid, ""))
 
 
-def _previous_rows(records: list[Record], sid: str) -> list[dict[str, str]]:
+def _collect_previous_report_rows(records: list[Record], sid: str) -> list[dict[str, str]]:
     return [record.before.get(sid, {}) for record in records]
 
 
 @contextlib.contextmanager
-def _open_client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any, int]]:
+def _open_dask_client(args: argparse.Namespace, num_subjects: int) -> Iterator[tuple[Any, int]]:
     """Yield a Dask client and the number of threads that each of its workers may use. Raises StoreError."""
     from dask.distributed import Client, LocalCluster
 
@@ -248,7 +248,7 @@ def _open_client(args: argparse.Namespace, subjects: int) -> Iterator[tuple[Any,
         with client, _note_missing_workers(client, args.scheduler):
             yield client, 1
         return
-    workers = min(args.num_workers, max(1, subjects))
+    workers = min(args.num_workers, max(1, num_subjects))
     # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
     with _ignore_signal(signal.SIGINT):  # workers also ignore SIGINT, so only this process handles Ctrl-C
         cluster = LocalCluster(
@@ -311,11 +311,16 @@ def _run_distributed(
             works, runner.Subject(*subject_fields), previous_rows, threads, earlier_failure
         )
 
-    with _open_client(args, len(subjects)) as (client, threads):
+    with _open_dask_client(args, len(subjects)) as (client, threads):
         futures = {
             client.submit(
                 run_steps_on_worker,
-                *(tuple(subject), _previous_rows(records, subject.sid), threads, failed.get(subject.sid, "")),
+                *(
+                    tuple(subject),
+                    _collect_previous_report_rows(records, subject.sid),
+                    threads,
+                    failed.get(subject.sid, ""),
+                ),
                 pure=False,
                 retries=0,
             ): subject

@@ -24,7 +24,7 @@ from preprocess.subjects import read_subjects
 from .fuzz_files import readers
 from .preprocess.phantoms import chest, image_of, save, slices
 
-READERS = {**readers(), "subjects": lambda path: [subject.check_image() for subject in read_subjects(path)]}
+READERS = {**readers(), "subjects": lambda path: [subject.check_image_exists() for subject in read_subjects(path)]}
 
 
 class Bad(NamedTuple):

@@ -39,8 +39,8 @@ from misc.run.recipes import RECIPES
 from tools.evaluation.ablation import format_markdown, plot_runs, summarize_runs
 from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.kinds import find_label_problem
-from tools.evaluation.learn import FOLDS, join_with_even_weights, score_held_out
-from tools.evaluation.tables import choose_patient_vector, read_features, read_held_out, read_vectors
+from tools.evaluation.learn import FOLDS, compute_held_out_ridge_r2, join_tables_with_even_weights
+from tools.evaluation.tables import choose_patient_vector, read_features, read_held_out_subjects, read_vectors
 from tools.evaluation.vectors import VECTORS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,20 +158,20 @@ class Study:
         patches = PatchStore(store)
         self.sids = patches.sids
         values, names = read_labels(labels, self.sids, lambda text: print(f"note: {text}", file=sys.stderr))
-        self.held_out = read_held_out(values, names, args.held_out, str(labels))
+        self.held_out = read_held_out_subjects(values, names, args.held_out, str(labels))
         self.labels = pd.DataFrame(values.astype(np.float64), index=self.sids, columns=names)
         wanted = args.columns or (names if args.root_dir else COHORT_COLUMNS)
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise UserError(explain_missing_column(labels, unknown[0], names))
-        self.columns = [name for name in wanted if name != args.held_out and not self.note_label_problem(name)]
+        self.columns = [name for name in wanted if name != args.held_out and not self.warn_unusable_label_column(name)]
         self.subjects = out_dir / "trained_on.csv"
         trained = [sid for sid, held in zip(self.sids, self.held_out) if not held]
         write_text(self.subjects, pd.DataFrame({"sid": trained}).to_csv(index=False))
         baselines = make_baseline_tables(patches, args.no_progress)
         self.baselines = {name: table.loc[self.sids].to_numpy() for name, table in baselines.items()}
 
-    def note_label_problem(self, column: str) -> str:
+    def warn_unusable_label_column(self, column: str) -> str:
         values = self.labels[column].to_numpy()
         reasons = [
             find_label_problem(values[rows & ~np.isnan(values)], "regression", FOLDS)
@@ -191,7 +191,7 @@ class Study:
             target = self.labels[column].to_numpy()
             known = ~np.isnan(target)
             for name, table in tables.items():
-                score = score_held_out(table[known], target[known], self.held_out[known], weights.get(name))
+                score = compute_held_out_ridge_r2(table[known], target[known], self.held_out[known], weights.get(name))
                 rows.append({"arm": arm, "seed": seed, "column": column, "table": name, "r2": round(score, 4)})
         return pd.DataFrame(rows)
 
@@ -210,23 +210,23 @@ class Study:
         run_command(
             log, sys.executable, ROOT / "extract_feature.py", *given, "--layers", "--out-dir", folder / "features"
         )
-        rows = self.evaluate_tables(*self.read_run_tables(folder / "features"), arm, seed)
+        rows = self.evaluate_tables(*self.read_features_and_column_weights(folder / "features"), arm, seed)
         write_text(kept, rows.to_csv(index=False))
         return rows
 
-    def read_run_tables(self, features: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
+    def read_features_and_column_weights(self, features_folder: Path) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
         """Return the tables and column weights of a run.
 
         Each patient vector is used alone, and joined with the mean vector and the histogram baseline.
         """
-        path = str(features / "patient_features.csv")
+        path = str(features_folder / "patient_features.csv")
         table, alone = read_features(path), {}
         for kind in reversed(VECTORS):
             alone[kind] = read_vectors(choose_patient_vector(kind, path, None, print), table, self.sids)
         both, weights = {}, {}
         for kind, table in alone.items():
             together = [table, *([alone["mean"]] if kind != "mean" else []), self.baselines["histogram"]]
-            both[f"{kind}+histogram"], weights[f"{kind}+histogram"] = join_with_even_weights(*together)
+            both[f"{kind}+histogram"], weights[f"{kind}+histogram"] = join_tables_with_even_weights(*together)
         return alone | both, weights
 
 

@@ -34,7 +34,7 @@ from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
 from tools.timing.choices import format_option_timings, time_training_options
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
-from tools.timing.measure import describe_machine, format_rows
+from tools.timing.measure import describe_machine, format_timing_table
 from tools.timing.runs import measure_memory, measure_scaling
 from tools.timing.scans import time_scan_preprocessing
 from tools.timing.store import make_store
@@ -106,7 +106,7 @@ def main() -> None:
         folder = Path(scratch)
         if args.choices or args.scan:
             rows = time_scan_preprocessing(args) if args.scan else time_training_options(folder / "choices", args)
-            print(format_rows(rows) if args.scan else format_option_timings(rows))
+            print(format_timing_table(rows) if args.scan else format_option_timings(rows))
             if args.json:
                 write_json(args.json, {**report, "rows": [asdict(row) for row in rows]})
             return
@@ -118,7 +118,7 @@ def main() -> None:
         rows += measure_augmentation(args)
         rows += measure_reading(folder / "reading", args)
         rows.append(measure_memory(store, K, folder / "memory_run", args))
-        print(format_rows(rows))
+        print(format_timing_table(rows))
         print(f"\nloss of the first step: {report['first_step_loss']}")
         for name, parts in report["profile_ms"].items():
             listed = ", ".join(

@@ -51,8 +51,8 @@ class Store:
         self.table = load_locations(self.layout.find_atlas_patch_loc())
         self.in_patch = self.layout.patch_sids()
         self.grouped = self.layout.grouped_dir.is_dir() and any(self.layout.grouped_dir.glob("patch_loc_*.npy"))
-        if self.layout.subjects.is_file():
-            self.sids = read_table(self.layout.subjects, file_names=False)["sid"].tolist()
+        if self.layout.subjects_csv.is_file():
+            self.sids = read_table(self.layout.subjects_csv, file_names=False)["sid"].tolist()
         else:
             self.sids = self.in_patch
         if not self.grouped and not self.in_patch:
@@ -68,12 +68,12 @@ class Store:
         return file
 
 
-def check_values(file: PatchFile) -> Iterator[str]:
+def describe_invalid_hu_values(patch_file: PatchFile) -> Iterator[str]:
     """Yield one message for each problem with the values in a file of patches."""
     low, high, bad = np.inf, -np.inf, 0
     constant: list[int] = []
-    for start in range(0, file.shape[0], ROWS_AT_ONCE):
-        block = file.read_stored_rows(np.arange(start, min(start + ROWS_AT_ONCE, file.shape[0])))
+    for start in range(0, patch_file.shape[0], ROWS_AT_ONCE):
+        block = patch_file.read_rows_in_stored_dtype(np.arange(start, min(start + ROWS_AT_ONCE, patch_file.shape[0])))
         if block.dtype.kind == "f":
             bad += int((~np.isfinite(block)).sum())
             block = np.nan_to_num(block, nan=HU_MIN, posinf=HU_MIN, neginf=HU_MIN)
@@ -82,13 +82,18 @@ def check_values(file: PatchFile) -> Iterator[str]:
         low, high = min(low, lowest.min()), max(high, highest.max())
         constant += (start + np.flatnonzero((lowest == highest) & (lowest != HU_MIN))).tolist()
     if bad:
-        yield f"{file.path} has {bad} values that are not finite; they are read as {HU_MIN}"
+        yield f"{patch_file.path} has {bad} values that are not finite; they are read as {HU_MIN}"
     if low < HU_MIN or high > HU_MAX:
-        yield f"{file.path} has values from {low:g} to {high:g}, outside [{HU_MIN}, {HU_MAX}] HU; reading clips them"
+        yield (
+            f"{patch_file.path} has values from {low:g} to {high:g}, outside [{HU_MIN}, {HU_MAX}] HU; "
+            "values outside are clipped when the file is read"
+        )
     if low >= 0:
-        yield f"{file.path} has no value below 0, so its values are not Hounsfield units"
+        yield f"{patch_file.path} has no value below 0, so its values are not Hounsfield units"
     if constant:
-        yield f"{file.path}: row {constant[0]} and {len(constant) - 1} more rows have the same value in every voxel"
+        yield (
+            f"{patch_file.path}: row {constant[0]} and {len(constant) - 1} more rows have the same value in every voxel"
+        )
 
 
 def check_grouped_files(
@@ -100,7 +105,7 @@ def check_grouped_files(
     for location in range(len(store.table)):
         try:
             files[location] = store.open_patch_file(store.layout.grouped_patch_file(location), rows)
-            for sentence in check_values(files[location]):
+            for sentence in describe_invalid_hu_values(files[location]):
                 report_problem("grouped_patch/", sentence)
         except StoreError as error:
             report_problem("grouped_patch/", str(error))
@@ -125,9 +130,9 @@ def check_subjects(
     for number, sid in enumerate(store.in_patch):
         try:
             file = store.open_patch_file(store.layout.patch(sid), len(store.table))
-            for sentence in check_values(file):
+            for sentence in describe_invalid_hu_values(file):
                 report_problem("patch/", sentence)
-            _check_corners(store, sid)
+            _check_patch_corner_file_shape(store, sid)
         except StoreError as error:
             report_problem("patch/", str(error))
             advance_progress()
@@ -148,7 +153,7 @@ def check_subjects(
         advance_progress()
 
 
-def _check_corners(store: Store, sid: str) -> None:
+def _check_patch_corner_file_shape(store: Store, sid: str) -> None:
     path = store.layout.patch_loc(sid)
     if not path.is_file():
         return  # the published code does not write files in patch_loc/
@@ -185,7 +190,7 @@ def _check_grouped_rows(
         return
 
 
-def check_scans(
+def recut_scans_and_compare_with_store(
     store: Store,
     input_csv: str,
     atlas_mask: str,
@@ -203,7 +208,7 @@ def check_scans(
     for number in drawn:
         subject = subjects[number]
         try:
-            subject.check_image()
+            subject.check_image_exists()
             transform = read_affine(store.layout.transform(subject.sid))
             stored = store.open_patch_file(store.layout.patch(subject.sid), len(store.table)).read_rows(
                 np.arange(len(store.table))
@@ -258,7 +263,9 @@ def main() -> int:
         check_subjects(store, files, args.locations, args.seed, report_problem, bar.update)
         cut = 0
         if args.input_csv:
-            cut = check_scans(store, args.input_csv, args.atlas_mask, args.scans, args.seed, report_problem, bar.update)
+            cut = recut_scans_and_compare_with_store(
+                store, args.input_csv, args.atlas_mask, args.scans, args.seed, report_problem, bar.update
+            )
     subjects = len(store.sids) or "unnamed"
     compared = min(args.locations, len(store.table)) if files and store.in_patch else 0
     print(

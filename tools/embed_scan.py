@@ -45,10 +45,10 @@ from misc.sizes import PATCH_SIZE
 from models.fast.memory import keep_freed_memory
 from preprocess.outputs import make_file_stamp
 from preprocess.picture import render_patch_picture
-from preprocess.segment_lung import add_segmentation_flags, check_segmentation
+from preprocess.segment_lung import add_segmentation_flags, check_segmentation_flags
 from preprocess.subjects import Subject, read_subjects
 from preprocess.workers import run_step_or_record_error
-from tools.embedding.embed import Embedded, Embedder, name_scan
+from tools.embedding.embed import Embedded, Embedder, derive_sid_from_path
 from tools.evaluation.vectors import VECTORS
 
 SAVE_SECONDS = 20  # minimum time between two writes of the tables
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.scans) == bool(args.input_csv):
         parser.error("give either SCAN arguments or --input-csv")
-    check_segmentation(args)
+    check_segmentation_flags(args)
     return args
 
 
@@ -103,7 +103,7 @@ def read_scans(args: argparse.Namespace) -> list[Subject]:
         return read_subjects(args.input_csv)
     found: dict[str, Subject] = {}
     for scan in args.scans:
-        sid = name_scan(scan)
+        sid = derive_sid_from_path(scan)
         try:
             check_sid(sid)
         except UserError as error:
@@ -179,11 +179,11 @@ class OutputTables:
         self.rows |= {sid: row for sid, row in rows.items() if sid not in asked}
         for subject in subjects:
             row = rows.get(subject.sid, {})
-            same = row.get("status") == "ok" and row.get("made_from") == self.describe_scan_and_settings(subject)
+            same = row.get("status") == "ok" and row.get("made_from") == self.make_scan_and_settings_id(subject)
             if same and subject.sid in texts and all(path.is_file() for path in list_required_files(subject.sid)):
                 self.features[subject.sid], self.rows[subject.sid] = texts[subject.sid], row
 
-    def describe_scan_and_settings(self, subject: Subject) -> str:
+    def make_scan_and_settings_id(self, subject: Subject) -> str:
         """Return a string that identifies the scan, checkpoint and settings, or "" if the scan does not exist."""
         there = os.path.exists(subject.image)
         return f"{make_file_stamp(subject.image, subject.series)} {self.made_by}" if there else ""
@@ -193,7 +193,7 @@ class OutputTables:
         if features is not None:
             self.features[sid] = format_features(features)
 
-    def write_tables(self) -> None:
+    def write_features_and_report(self) -> None:
         """Write the features and the report: first the rows of other scans, then the rows of this run's scans."""
         earlier = [sid for sid in self.rows if sid not in {subject.sid for subject in self.subjects}]
         sids = [*earlier, *(subject.sid for subject in self.subjects)]
@@ -221,7 +221,7 @@ def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables
     features: list[np.ndarray] = []
 
     def embed_and_save(subject: Subject, _: dict) -> dict[str, Any]:
-        subject.check_image()
+        subject.check_image_exists()
         found = embedder(subject.image, subject.series)
         picture, patches = name_picture_and_feature_files(args, subject.sid)
         if patches:
@@ -229,7 +229,7 @@ def embed_one(args: argparse.Namespace, embedder: Embedder, tables: OutputTables
         if picture:
             draw_patches(picture, subject.sid, found)
         features.append(found.features)
-        return {"verdict": found.verdict, "made_from": tables.describe_scan_and_settings(subject), **found.figures}
+        return {"verdict": found.verdict, "made_from": tables.make_scan_and_settings_id(subject), **found.figures}
 
     row = run_step_or_record_error(embed_and_save, subject, {}, count_usable_cores(), {})
     row.setdefault("verdict", "refused")
@@ -275,11 +275,11 @@ def main() -> int:
                 bar.write(embed_one(args, embedder, tables, subject))
                 bar.update()
                 if time.monotonic() - written > SAVE_SECONDS:
-                    tables.write_tables()
+                    tables.write_features_and_report()
                     written = time.monotonic()
     finally:
         if tables.rows:
-            tables.write_tables()
+            tables.write_features_and_report()
     done = len(tables.features) - len(tables.kept)
     beside = f", {len(tables.kept)} other scans kept" if tables.kept else ""
     print(f"embed_scan: {done} of {len(subjects)} scans embedded{beside}; {out}")

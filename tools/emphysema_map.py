@@ -52,16 +52,16 @@ from preprocess.scan import ScanError, read_mask, read_scan
 from preprocess.subjects import Subject, read_subjects
 from tools.evaluation.tables import add_label_flags
 from tools.finetuning.network import load_encoder
-from tools.finetuning.tasks import FEWEST, make_patch_task
+from tools.finetuning.tasks import FEWEST, read_patch_label_task
 from tools.mapping.overlay import draw_map
 from tools.mapping.readings import (
     Readers,
-    average_patch_features,
-    compute_patch_readings,
-    compute_window_readings,
+    compute_patch_features,
+    compute_subject_and_location_means,
+    compute_window_features,
     fit_probe,
 )
-from tools.mapping.truth import format_summary, score_map
+from tools.mapping.truth import format_map_accuracy_table, score_map
 from tools.mapping.windows import place_windows_over_lungs, resample_to_scan
 
 
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def fit_probes(
-    args: argparse.Namespace, store: PatchStore, readers: Readers, mapped: set[str]
+    args: argparse.Namespace, store: PatchStore, readers: Readers, mapped_sids: set[str]
 ) -> tuple[dict, np.ndarray]:
     """Fit a model for each column and each kind of features (from the encoder or a baseline).
 
@@ -128,13 +128,13 @@ def fit_probes(
         ...). Before prediction, subtract the mean features of a patch's location from the features of the patch.
     """
 
-    def print_relevant_note(text: str) -> None:
+    def print_note_on_used_columns(text: str) -> None:
         if not text.startswith("column") or any(f"column {name!r}" in text for name in args.column):
             print(f"note: {text}", file=sys.stderr)
 
-    others = np.array([sid not in mapped for sid in store.sids])
+    others = np.array([sid not in mapped_sids for sid in store.sids])
     if args.patch_labels:
-        task = make_patch_task(args.patch_labels, store.sids, store.num_locations, "regression")
+        task = read_patch_label_task(args.patch_labels, store.sids, store.num_locations, "regression")
         own = others[task.rows]
         if len(np.unique(task.rows[own])) < FEWEST:
             raise UserError(
@@ -142,13 +142,13 @@ def fit_probes(
                 "which are too few to fit a model"
             )
         rows, places = task.rows[own], task.places[own]
-        read = compute_patch_readings(readers, places, lambda place, some: store.read(place, rows[some]))
+        read = compute_patch_features(readers, places, lambda place, some: store.read(place, rows[some]))
         # For patch labels, do not subtract each location's mean features.
         usual = np.zeros((store.num_locations, read.shape[1]))
         targets = {"value": (np.arange(len(read)), task.target[own])}
     else:
         values, names, words = read_numbers_and_words(
-            args.labels, store.sids, print_relevant_note, dict(args.order), args.missing
+            args.labels, store.sids, print_note_on_used_columns, dict(args.order), args.missing
         )
         targets = {}
         for column in args.column:
@@ -167,7 +167,7 @@ def fit_probes(
                     f"least {FEWEST} subjects and at least two different values"
                 )
             targets[column] = (known, target[known])
-        read, usual = average_patch_features(readers, store, np.flatnonzero(others), args.no_progress)
+        read, usual = compute_subject_and_location_means(readers, store, np.flatnonzero(others), args.no_progress)
         read -= usual.mean(axis=0)
     probes = {
         column: (
@@ -179,27 +179,27 @@ def fit_probes(
     return probes, usual
 
 
-def map_scan(
+def write_maps_of_scan(
     subject: Subject,
     args: argparse.Namespace,
     store: PatchStore,
     readers: Readers,
-    fitted: tuple[dict, np.ndarray],
-    atlas: sitk.Image,
+    probes_and_location_means: tuple[dict, np.ndarray],
+    atlas_mask: sitk.Image,
 ) -> list[dict]:
     """Write the maps of one scan, and return the scan's rows of maps.csv. Raises ScanError."""
     start = time.perf_counter()
-    probes, usual = fitted
-    subject.check_image()
+    probes, usual = probes_and_location_means
+    subject.check_image_exists()
     scan, mask = read_scan(subject.image, subject.series), read_mask(store.layout.lung_mask(subject.sid))
     if not have_same_grid(mask, scan):
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is not on the same grid as {subject.image}")
     transform = read_affine(store.layout.transform(subject.sid))
-    cut = cut_scan(scan, transform, atlas, store.locations[:0], PATCH_SIZE)
-    windows = place_windows_over_lungs(cut, mask, store.locations, atlas, transform, args.stride, PATCH_SIZE)
+    cut = cut_scan(scan, transform, atlas_mask, store.locations[:0], PATCH_SIZE)
+    windows = place_windows_over_lungs(cut, mask, store.locations, atlas_mask, transform, args.stride, PATCH_SIZE)
     if windows is None:
         raise ScanError(f"{store.layout.lung_mask(subject.sid)} is empty")
-    readings = readers.split_by_feature_type(compute_window_readings(readers, cut, windows, PATCH_SIZE, usual))
+    readings = readers.split_by_feature_type(compute_window_features(readers, cut, windows, PATCH_SIZE, usual))
     lungs = sitk.GetArrayFromImage(mask) > 0
     truth = None
     if args.truth:
@@ -255,13 +255,13 @@ def main() -> int:
         device = process.set_up_process(args.device)
         if device.type == "cpu":
             keep_freed_memory()
-        readers = Readers(encoder, sizes["rep_dim"], store.locations, device, add_density_readings=bool(args.truth))
+        readers = Readers(encoder, sizes["rep_dim"], store.locations, device, add_density_features=bool(args.truth))
         fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
         write_json(out_dir / "settings.json", settings)
         with progress_bar(args.no_progress, total=len(todo), desc="emphysema_map", unit="scan") as bar:
             for subject in todo:
                 try:
-                    rows = map_scan(subject, args, store, readers, fitted, atlas)
+                    rows = write_maps_of_scan(subject, args, store, readers, fitted, atlas)
                 except UserError as error:
                     print(f"{subject.sid}: {error}", file=sys.stderr)
                     rows = [{"sid": subject.sid, "status": "failed", "message": str(error)}]
@@ -271,7 +271,7 @@ def main() -> int:
     done = table[table["status"] == "ok"]
     print(f"emphysema_map: {done['sid'].nunique()} of {len(subjects)} scans mapped; {out_dir}")
     if "average_precision" in done:
-        print(format_summary(done))
+        print(format_map_accuracy_table(done))
     return 0 if len(done) else 1
 
 

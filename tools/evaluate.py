@@ -58,20 +58,20 @@ from tools.evaluation.baselines import make_baseline_tables
 from tools.evaluation.cohort import EvaluatedSubjects, make_labels, print_note
 from tools.evaluation.judge import Evaluation, Label, evaluate_label
 from tools.evaluation.kinds import KINDS
-from tools.evaluation.learn import add_covariate_weights, join_with_even_weights
+from tools.evaluation.learn import join_tables_with_even_weights, prepend_covariate_weights
 from tools.evaluation.plots import plot_predictions
-from tools.evaluation.report import explain_results, format_details, format_overview
+from tools.evaluation.report import explain_results, format_metric_overview, format_metrics_table
 from tools.evaluation.tables import (
     ChosenVector,
     add_label_flags,
     add_vector_flags,
     choose_patient_vector,
-    describe_other_store,
+    describe_store_mismatch,
     is_constant,
     match_sids,
     read_features,
     read_vectors,
-    refuse_leaks,
+    refuse_label_columns_in_features,
     report_unmatched_subjects,
 )
 from tools.evaluation.vectors import JoinedTable, Standardization, Table, join_tables
@@ -189,7 +189,7 @@ def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[st
             store = PatchStore(args.baselines)
         except StoreError as error:
             raise StoreError(re.sub("^--root-dir ", "--baselines ", str(error))) from error
-        told = describe_other_store(args.features, store, "--baselines")
+        told = describe_store_mismatch(args.features, store, "--baselines")
         if told:
             print_note(told)
         tables |= make_baseline_tables(store, args.no_progress)
@@ -231,7 +231,7 @@ def main() -> None:
     tables = read_named_tables(args, chosen)
     table = read_table(args.labels, file_names=False)
     sids = match_sids(tables, table, args.labels)
-    refuse_leaks(tables, table.columns, args.labels)
+    refuse_label_columns_in_features(tables, table.columns, args.labels)
     report_unmatched_subjects(tables["features"].index, table["sid"], args.labels, print_note)
     if len(sids) < (there := tables["features"].index.isin(table["sid"]).sum()):
         print_note(
@@ -248,12 +248,12 @@ def main() -> None:
     added_to: dict[str, str] = {}
     if args.baselines:
         together = [arrays[name] for name in ("features", "mean", "histogram") if name in arrays]
-        arrays["features+histogram"], weights["features+histogram"] = join_with_even_weights(*together)
+        arrays["features+histogram"], weights["features+histogram"] = join_tables_with_even_weights(*together)
         added_to["features+histogram"] = "histogram"
     covariates = cohort.covariates
     if args.covariates:
         count = covariates.shape[1]
-        weights = {name: add_covariate_weights(count, weights[name]) for name in arrays}
+        weights = {name: prepend_covariate_weights(count, weights[name]) for name in arrays}
         arrays = {name: join_tables(covariates, table) for name, table in arrays.items()} | {"covariates": covariates}
     labels = make_labels(cohort, args)
     for text in notes:
@@ -279,7 +279,7 @@ def main() -> None:
             results[label.name] = found.figures
             bar.update()
     listed = [(label, int(reported.sum()), found) for label, reported, found in judged]
-    text = format_overview(listed)
+    text = format_metric_overview(listed)
     words = "\n".join(explain_results(results))
     print(text, words, sep="\n" if words else "", flush=True)
     if args.out_dir:
@@ -288,7 +288,7 @@ def main() -> None:
         remove_pictures(out_dir)
         write_json(out_dir / "evaluation.json", results)
         save_standardization(out_dir / STANDARDIZATION, arrays["features"], args.features)
-        write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{format_details(listed)}\n")
+        write_text(out_dir / "evaluation.md", f"{text}\n\n{words}\n\n{format_metrics_table(listed)}\n")
         for label, reported, found in judged:
             plot_predictions(label, found, "features", reported, out_dir / f"{make_safe_name(label.name)}.png")
     if args.json:

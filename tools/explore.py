@@ -31,7 +31,7 @@ from data.store import PatchStore
 from data.tables import read_table
 from misc.command import Parser, UserError, at_least, run
 from misc.files import check_writable
-from misc.page import encode_array, make_link, write_page
+from misc.page import encode_array_as_base64, make_link, write_page
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
 from preprocess.atlas import read_atlas_mask
@@ -39,17 +39,17 @@ from tools.evaluation.normal import FEWEST
 from tools.evaluation.tables import (
     add_vector_flags,
     choose_patient_vector,
-    describe_other_store,
+    describe_store_mismatch,
     is_constant,
     read_features,
-    read_healthy,
+    read_healthy_and_known_masks,
     read_patch_features,
     read_vectors,
 )
 from tools.evaluation.vectors import get_features_fitted_to_rows
 from tools.pages.numbers import (
     compute_location_importance,
-    find_nearest,
+    find_nearest_subjects,
     find_unusual_locations,
     project_subjects,
     standardize_features,
@@ -156,7 +156,7 @@ def make_colour_data(name: str, values: np.ndarray, names: list[str] | None) -> 
     low, high = (float(np.quantile(known, q)) if len(known) else 0.0 for q in (0.02, 0.98))
     if low == high and len(known):
         low, high = float(known.min()), float(known.max())
-    return {"name": name, "values": encode_array(values), "names": names, "low": low, "high": high}
+    return {"name": name, "values": encode_array_as_base64(values), "names": names, "low": low, "high": high}
 
 
 def make_location_data(
@@ -173,14 +173,14 @@ def make_location_data(
         for name, values in numbers.items():
             own = compute_location_importance(features, values, bar.update)
             if not np.isnan(own).all():
-                told.append({"label": name, "values": encode_array(own.astype(np.float32))})
+                told.append({"label": name, "values": encode_array_as_base64(own.astype(np.float32))})
     found: dict[str, Any] = {"importance": told, "telling": None}
     if healthy.sum() >= FEWEST:
         places, scores = find_unusual_locations(features, healthy, count)
         whom = "healthy subjects" if args.healthy else "the average subject"
         found["telling"] = {
-            "places": encode_array(places.astype(np.uint16)),
-            "scores": encode_array(scores.astype(np.float32)),
+            "places": encode_array_as_base64(places.astype(np.uint16)),
+            "scores": encode_array_as_base64(scores.astype(np.float32)),
             "healthy": whom,
         }
     else:
@@ -188,14 +188,14 @@ def make_location_data(
     return found
 
 
-def make_picture_data(root_dir: str | None, sids: list[str], page: Path) -> dict[str, Any]:
+def make_picture_links(root_dir: str | None, sids: list[str], page_path: Path) -> dict[str, Any]:
     """Return the folder of the preprocessing pictures relative to the page, and which subjects have a picture."""
     known, folder = np.zeros(len(sids), dtype=np.uint8), ""
     if root_dir:
         layout = StoreLayout(root_dir)
         known[:] = [layout.qc_picture(sid).is_file() for sid in sids]
-        folder = make_link(layout.qc_picture(sids[0]).parent, page)
-    return {"known": encode_array(known), "folder": folder}
+        folder = make_link(layout.qc_picture(sids[0]).parent, page_path)
+    return {"known": encode_array_as_base64(known), "folder": folder}
 
 
 def main() -> None:
@@ -219,10 +219,10 @@ def main() -> None:
     colours = read_colours(args.labels, sids, args.columns) if args.labels else {}
     healthy = np.ones(len(sids), dtype=bool)
     if args.healthy:
-        healthy, _ = read_healthy(args.labels, sids, args.healthy, FEWEST)
+        healthy, _ = read_healthy_and_known_masks(args.labels, sids, args.healthy, FEWEST)
     if args.root_dir:
         with contextlib.suppress(StoreError):  # --root-dir may contain only the table of locations
-            told = describe_other_store(args.features, PatchStore(args.root_dir), "--root-dir")
+            told = describe_store_mismatch(args.features, PatchStore(args.root_dir), "--root-dir")
             if told:
                 print(f"note: {told}", file=sys.stderr)
     locations = load_locations(StoreLayout(args.root_dir).find_atlas_patch_loc()) if args.root_dir else None
@@ -247,13 +247,15 @@ def main() -> None:
         "about": f"{len(sids)} subjects, {values.shape[1]} features ({chosen.kind}, standardised, Euclidean distance) "
         f"from {args.features}",
         "maps": [
-            {"name": name, "places": encode_array(own)}
+            {"name": name, "places": encode_array_as_base64(own)}
             for name, own in project_subjects(values, tsne=not args.no_tsne).items()
         ],
         "labels": [make_colour_data(name, *one) for name, one in colours.items()],
-        "nearest": encode_array(find_nearest(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)),
-        "sides": [{**side, "places": encode_array(side["places"])} for side in sides],
-        "pictures": make_picture_data(args.root_dir, sids, page),
+        "nearest": encode_array_as_base64(
+            find_nearest_subjects(values, min(args.neighbours, len(sids) - 1)).astype(np.uint32)
+        ),
+        "sides": [{**side, "places": encode_array_as_base64(side["places"])} for side in sides],
+        "pictures": make_picture_links(args.root_dir, sids, page),
         "without": without,
         **places,
     }

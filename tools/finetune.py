@@ -45,12 +45,12 @@ from models.cnn3d import Encoder
 from models.fast.memory import keep_freed_memory
 from tools.evaluation.kinds import KINDS, guess_kind_of_words
 from tools.evaluation.metrics import METRICS
-from tools.evaluation.tables import add_label_flags, read_held_out
+from tools.evaluation.tables import add_label_flags, read_held_out_subjects
 from tools.evaluation.vectors import VECTORS
 from tools.finetuning.curve import format_markdown, plot_curve
 from tools.finetuning.fit import Data, Fitted, fine_tune_and_predict
 from tools.finetuning.network import LAYERS, POOLINGS, load_encoder
-from tools.finetuning.tasks import Split, Task, draw_split, make_patch_task, make_subject_task
+from tools.finetuning.tasks import Split, Task, draw_split, make_subject_task, read_patch_label_task
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -186,10 +186,10 @@ def make_checkpoint(task: Task, fitted: Fitted) -> dict:
     return {"state_dict": state, "head": head}
 
 
-def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.ndarray | None]:
+def read_task_and_held_out_mask(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.ndarray | None]:
     """Read the labels to predict and, with --held-out, the held-out subjects (N,) bool. Raises StoreError."""
     if args.patch_labels:
-        return make_patch_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
+        return read_patch_label_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 
     def print_column_note(text: str) -> None:
         if repr(args.column) in text:
@@ -200,7 +200,7 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
     )
     if args.column not in names:
         raise StoreError(explain_missing_column(args.labels, args.column, names))
-    held_out = read_held_out(values, names, args.held_out, args.labels) if args.held_out else None
+    held_out = read_held_out_subjects(values, names, args.held_out, args.labels) if args.held_out else None
     target = values[:, names.index(args.column)].astype(np.float64)
     kind = args.kind or guess_kind_of_words(args.column, words, dict(args.order)) or None
     task = make_subject_task(store.sids, target, args.column, kind)
@@ -210,7 +210,7 @@ def read_task(args: argparse.Namespace, store: PatchStore) -> tuple[Task, np.nda
 def main() -> None:
     args = parse_arguments()
     store = PatchStore(args.root_dir, require_grouped=True)
-    task, held_out = read_task(args, store)
+    task, held_out = read_task_and_held_out_mask(args, store)
     device = process.set_up_process(args.device)
     if device.type == "cpu":
         keep_freed_memory()

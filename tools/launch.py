@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser, main, parse_args
 
-from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, print_error, reacts_to_signal
+from misc.command import LOST, STOPPING, USER_ERROR, count_usable_cores, print_error, should_handle_signal
 
 SAVE_SECONDS = 600  # time limit for ranks to stop: enough for one step and for saving 1.2 GB to a slow disk
 MEET_SECONDS = 600  # time limit for reaching the first machine
@@ -55,7 +55,7 @@ def add_default_torchrun_flags(arguments: list[str]) -> list[str]:
     """Return torchrun's arguments, preceded by our defaults for the flags that were not given."""
     args = parse_args(arguments)
     known = get_args_parser().format_help()  # older versions of torchrun lack some of the flags
-    heard = [signal.SIGQUIT, *(number for number in STOPPING if reacts_to_signal(number))]
+    heard = [signal.SIGQUIT, *(number for number in STOPPING if should_handle_signal(number))]
     ours = {"--signals-to-handle": ",".join(number.name for number in heard), "--shutdown-timeout": str(SAVE_SECONDS)}
     if args.standalone:  # the host name may not resolve, and the loopback address is enough here
         ours["--local-addr"] = "127.0.0.1"

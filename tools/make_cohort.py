@@ -37,7 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, request_signal_on_parent_exit, run
 from misc.experiment import read_git_commit
-from misc.files import hash_file, hold_lock_or_raise, prepare_resumable_folder, remove_leftovers, write_json, write_text
+from misc.files import (
+    hash_file,
+    hold_lock_or_raise,
+    prepare_resumable_folder,
+    remove_old_partial_files,
+    write_json,
+    write_text,
+)
 from misc.progress import add_progress_flag, progress_bar
 from preprocess.geometry import write_image
 from tools.cohort.anatomy import SIZES, SLICES, SPACING, Anatomy, draw_anatomy
@@ -178,7 +185,7 @@ def main() -> None:
         else:
             make_phantom_atlas(args.seed, args.size, out_dir)
             job, given = make_phantom, args.size
-        remove_leftovers(out_dir, out_dir / "image", out_dir / "class")
+        remove_old_partial_files(out_dir, out_dir / "image", out_dir / "class")
         prepare_resumable_folder(made, fingerprint_flags_and_code(args))
         how = (given, args.scanners == "one", args.class_maps, out_dir)
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]

@@ -32,7 +32,7 @@ from tools.evaluation.baselines import BINS, make_baseline_tables
 from tools.evaluation.metrics import auroc
 from tools.evaluation.normal import FEWEST, score_patch_abnormality
 from tools.evaluation.splits import draw_resamples
-from tools.evaluation.tables import read_healthy, read_patch_features, read_patch_sids
+from tools.evaluation.tables import read_healthy_and_known_masks, read_patch_features, read_patch_sids
 from tools.evaluation.vectors import FILES, VECTORS
 
 RESAMPLES = 1000
@@ -81,7 +81,7 @@ def main() -> None:
         args.patient_vector = "layers"
     path = Path(args.features_dir) / FILES["layers" if args.patient_vector == "layers" else "moments"]
     features, sids = read_patch_features(path), read_patch_sids(path)
-    healthy, known = read_healthy(args.labels, sids, args.healthy, FEWEST)
+    healthy, known = read_healthy_and_known_masks(args.labels, sids, args.healthy, FEWEST)
     scores = {"features": score_patch_abnormality(features, healthy)}
     if args.baselines:
         store = PatchStore(args.baselines)

@@ -110,7 +110,7 @@ class Meters:
         since = process.all_reduce_mean(self._since.clone()).cpu()
         return Sums(self._epoch + since, since, self.steps)
 
-    def compute_epoch_totals(self) -> torch.Tensor:
+    def compute_epoch_statistic_sums(self) -> torch.Tensor:
         """Return the sums over the epoch so far, (n,) float64, averaged over ranks. All ranks must call this method."""
         return self.compute_sums_for_checkpoint().totals
 
@@ -196,17 +196,18 @@ class RunLog:
             unit="step",
         )
 
-    def record_step(self, picture: Callable[[], np.ndarray] | None = None) -> None:
+    def record_step(self, make_input_picture: Callable[[], np.ndarray] | None = None) -> None:
         """Record that a step is done.
 
-        ``picture`` returns the step's input as an image, (H, W, 3) uint8. Only the first image of a run is logged.
+        ``make_input_picture`` returns the step's input as an image, (H, W, 3) uint8. Only the first image of a run is
+        logged.
         """
         self._bar.update()
-        if self._pictured or picture is None or not self.is_writer:
+        if self._pictured or make_input_picture is None or not self.is_writer:
             return
         self._pictured = True
         try:
-            self._curves.log_images("train/views", [picture()], step=0)
+            self._curves.log_images("train/views", [make_input_picture()], step=0)
         except (ImportError, RuntimeError) as error:  # torchvision may be missing or may not match torch
             print(f"note: no picture of the views in TensorBoard, because torchvision does not work ({error})")
 

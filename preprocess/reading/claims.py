@@ -54,7 +54,7 @@ def check_voxel_data_complete(path: Path, file_format: str) -> None:
             f"{path} declares {claim.bytes} bytes of data, but {claim.data} has only {there}; copy the scan again"
         )
     if claim.packed:
-        check_packed_data(claim)
+        verify_compressed_voxel_data(claim)
 
 
 ANATOMICAL = ("posterior", "anterior", "superior", "inferior", "ras", "las", "lps")
@@ -88,7 +88,7 @@ def warn_missing_geometry(path: Path, file_format: str, warnings: list[str]) -> 
         warnings.append("the header has no voxel sizes (ElementSpacing); 1 mm is assumed")
 
 
-def check_packed_data(data_spec: DataSpec) -> None:
+def verify_compressed_voxel_data(data_spec: DataSpec) -> None:
     """Unpack the data in blocks and verify their checksum. Raise ScanError if the data are incomplete."""
     found, unpacker = 0, zlib.decompressobj(zlib.MAX_WBITS | 32)  # accepts zlib and gzip
     try:

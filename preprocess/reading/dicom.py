@@ -58,7 +58,7 @@ def read_dicom(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image
         )
     chosen = choose_series(group_slices(slices), series, path, others)
     frames, place = sort_slices(chosen.frames, path)
-    values = read_pixels(frames, path, warnings)
+    values = read_voxels_in_hu(frames, path, warnings)
     image = sitk.GetImageFromArray(values)
     image.SetOrigin(place.origin)
     image.SetSpacing(place.spacing)
@@ -117,7 +117,7 @@ def read_multiframe_header(path: Path) -> tuple[Path, object]:
 # ------------------------------------------------------------ pixels
 
 
-def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
+def read_voxels_in_hu(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
     """Return the voxels (slices, rows, columns) in HU, with padding set to air."""
     lut = next((frame.name for frame in frames if "ModalityLUTSequence" in frame.header), None)
     if lut:
@@ -132,7 +132,9 @@ def read_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.nd
         )
     told: list[str] = []
     many = read_text(frames[0].header, "NumberOfFrames") not in ("", "1")
-    values = read_frame_pixels(frames, told) if many else read_file_pixels(frames, folder, told)
+    values = (
+        read_voxels_from_multiframe_file(frames, told) if many else read_voxels_from_slice_files(frames, folder, told)
+    )
     warnings += [warning for warning in told if not CHECKED.search(warning)]
     paddings = {index: read_padding_ranges(frame) for index, frame in enumerate(frames)}
     for padding in sorted({found for found in paddings.values() if found}):
@@ -152,7 +154,7 @@ def read_rescale(frame: Frame) -> tuple[float, float]:
     return (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
 
 
-def read_file_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
+def read_voxels_from_slice_files(frames: list[Frame], folder: Path, warnings: list[str]) -> np.ndarray:
     """Return the voxels (slices, rows, columns) of a series with one file per slice, in the order of ``frames``."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(frame.path) for frame in frames])
@@ -169,7 +171,7 @@ def read_file_pixels(frames: list[Frame], folder: Path, warnings: list[str]) -> 
     return sitk.GetArrayFromImage(image)
 
 
-def read_frame_pixels(frames: list[Frame], warnings: list[str]) -> np.ndarray:
+def read_voxels_from_multiframe_file(frames: list[Frame], warnings: list[str]) -> np.ndarray:
     """Return the voxels (slices, rows, columns) of a multi-frame file, in the order of ``frames``."""
     path = frames[0].path
     scales = {read_rescale(frame) for frame in frames}

@@ -32,7 +32,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     """
     check_required_slice_elements(frames, folder)
     usual = find_typical_slice(frames)
-    row, column = compute_axes(usual, folder)
+    row, column = compute_row_and_column_directions(usual, folder)
     normal = np.cross(row, column)
     frames = sorted(frames, key=lambda frame: (frame.position @ normal, frame.name))
     _check_same_slice_geometry(frames, usual, folder)
@@ -95,26 +95,26 @@ def find_typical_slice(frames: list[Frame]) -> Frame:
     return frames[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
 
-def compute_axes(usual: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def compute_row_and_column_directions(typical_frame: Frame, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return unit vectors along rows and columns. Raises ScanError unless rows and columns are at right angles."""
-    row, column = usual.orientation[:3], usual.orientation[3:]
+    row, column = typical_frame.orientation[:3], typical_frame.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > 0.01:
-        raise ScanError(f"{folder}: {usual.name}'s orientation (0020,0037) is invalid: its vectors have lengths "
-                        f"{lengths[0]:.3f} and {lengths[1]:.3f} instead of 1; export the series again")  # fmt: skip
+        raise ScanError(f"{folder}: {typical_frame.name}'s orientation (0020,0037) is invalid: its vectors have "
+                        f"lengths {lengths[0]:.3f} and {lengths[1]:.3f} instead of 1; export the series again")  # fmt: skip
     row, column = row / lengths[0], column / lengths[1]
-    extent = min(usual.shape[0] * usual.spacing[0], usual.shape[1] * usual.spacing[1])
+    extent = min(typical_frame.shape[0] * typical_frame.spacing[0], typical_frame.shape[1] * typical_frame.spacing[1])
     if (off := abs(row @ column) * extent) > PLACE:
         angle = np.rad2deg(np.arcsin(min(1.0, abs(row @ column))))
         raise ScanError(
-            f"{folder}: {usual.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off a "
-            f"right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner"
+            f"{folder}: {typical_frame.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off "
+            f"a right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner"
         )
     column = column - row * (row @ column)
     return row, column / np.linalg.norm(column)
 
 
-def compute_slice_extent(frame: Frame) -> np.ndarray:
+def compute_slice_size_mm(frame: Frame) -> np.ndarray:
     """Return the lengths in mm from first to last voxel along columns and rows, in the order of ``spacing``."""
     return (np.array(frame.shape) - 1) * frame.spacing
 
@@ -128,14 +128,14 @@ def _check_same_slice_geometry(frames: list[Frame], typical_frame: Frame, folder
                 f"{typical_frame.shape[0]} x {typical_frame.shape[1]} ({typical_frame.name}); "
                 f"{advise_on_odd_slice(frame, typical_frame)}"
             )
-        if (np.abs(compute_slice_extent(frame) - compute_slice_extent(typical_frame)) > PLACE).any():
+        if (np.abs(compute_slice_size_mm(frame) - compute_slice_size_mm(typical_frame)) > PLACE).any():
             raise ScanError(
                 f"{folder}: {frame.name} has a pixel spacing of {frame.spacing[0]:g} x {frame.spacing[1]:g} mm, "
                 f"but other slices have {typical_frame.spacing[0]:g} x {typical_frame.spacing[1]:g} mm "
                 f"({typical_frame.name}); {advise_on_odd_slice(frame, typical_frame)}"
             )
         ends = [
-            f.orientation.reshape(2, 3) * compute_slice_extent(typical_frame)[::-1, None]
+            f.orientation.reshape(2, 3) * compute_slice_size_mm(typical_frame)[::-1, None]
             for f in (frame, typical_frame)
         ]
         if np.linalg.norm(ends[0] - ends[1], axis=1).max() > PLACE:
@@ -149,9 +149,9 @@ def _check_same_slice_geometry(frames: list[Frame], typical_frame: Frame, folder
             )
 
 
-def advise_on_odd_slice(frame: Frame, usual: Frame) -> str:
+def advise_on_odd_slice(frame: Frame, typical_frame: Frame) -> str:
     """Return advice on what to do with a slice that differs from the other slices."""
-    if frame.traits["Plane"] != usual.traits["Plane"]:
+    if frame.traits["Plane"] != typical_frame.traits["Plane"]:
         return "it may be a localizer: remove it from the folder"
     return "keep only the slices of one reconstruction in the folder"
 

@@ -204,9 +204,9 @@ def do_slice_groups_overlap(groups: list[list[Frame]]) -> bool:
     return False
 
 
-def are_evenly_spaced(parts: list[list[Frame]]) -> bool:
+def are_slices_evenly_spaced_per_group(slice_groups: list[list[Frame]]) -> bool:
     """Return whether the slices within every part are evenly spaced."""
-    heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in parts]
+    heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in slice_groups]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
@@ -219,7 +219,11 @@ def split_mixed_series(candidate: Candidate) -> list[Candidate]:
         for frame in candidate.frames:
             groups.setdefault(frame.traits.get(name, ""), []).append(frame)
         parts = list(groups.values())
-        if len(groups) > 1 and do_slice_groups_overlap(parts) and (name not in LOOSE or are_evenly_spaced(parts)):
+        if (
+            len(groups) > 1
+            and do_slice_groups_overlap(parts)
+            and (name not in LOOSE or are_slices_evenly_spaced_per_group(parts))
+        ):
             found = [Candidate(frames, [*candidate.apart, name]) for frames in parts]
             return [part for whole in found for part in split_mixed_series(whole)]
     return [candidate]

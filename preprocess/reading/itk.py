@@ -87,9 +87,11 @@ def list_corner_indices(size: tuple[int, ...]) -> np.ndarray:
     return np.array([(*index, 1.0) for index in product(*((0, count - 1) for count in size))])
 
 
-def measure_affine_distance(first: np.ndarray, second: np.ndarray, size: tuple[int, ...]) -> float:
+def measure_max_corner_distance_mm(
+    first_affine: np.ndarray, second_affine: np.ndarray, volume_size: tuple[int, ...]
+) -> float:
     """Return the largest distance in mm between the positions that two affines (3, 4) give to a corner voxel."""
-    return float(np.linalg.norm(list_corner_indices(size) @ (first - second).T, axis=1).max())
+    return float(np.linalg.norm(list_corner_indices(volume_size) @ (first_affine - second_affine).T, axis=1).max())
 
 
 def straighten_axes(affine: np.ndarray) -> np.ndarray:
@@ -112,7 +114,7 @@ def check_right_angles(affine: np.ndarray, size: tuple[int, ...], name: str) -> 
         raise ScanError(
             f"{name} gives voxel positions that are not finite, or an axis of length 0; export the scan again"
         )
-    off = measure_affine_distance(affine, straighten_axes(affine), size)
+    off = measure_max_corner_distance_mm(affine, straighten_axes(affine), size)
     if off <= PLACE:
         return
     unit = axes / np.linalg.norm(axes, axis=0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from preprocess.reading import ScanError
 from preprocess.reading.formats import NIFTI_NAME, count_unpacked_bytes, read_head_and_detect_gzip
-from preprocess.reading.itk import PLACE, check_right_angles, measure_affine_distance
+from preprocess.reading.itk import PLACE, check_right_angles, measure_max_corner_distance_mm
 
 # A qform is a float32 quaternion. At a rotation of half a turn, rounding moves a far corner by 0.3 mm.
 CONTRADICTION = 1.0  # mm; largest accepted distance between the positions that sform and qform give to a voxel
@@ -115,7 +115,7 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def isolate_from_similar_files(path: Path) -> Iterator[Path]:
+def link_if_itk_would_read_another_file(path: Path) -> Iterator[Path]:
     """Yield a path from which ITK reads exactly this file.
 
     If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If another NIfTI file has the same name apart from
@@ -184,7 +184,7 @@ def check_sform_and_qform(path: Path, header: Header, warnings: list[str]) -> No
         if form is not None:
             check_right_angles(form, header.size, f"{path}: its {name}")
     if header.sform is not None and header.qform is not None:
-        off = measure_affine_distance(header.sform, header.qform, header.size)
+        off = measure_max_corner_distance_mm(header.sform, header.qform, header.size)
         if off > CONTRADICTION:
             raise ScanError(
                 f"{path}: its sform and its qform contradict each other by up to {off:.1f} mm; "
@@ -202,7 +202,7 @@ def check_affine(path: Path, header: Header, affine: np.ndarray) -> None:
             "writes; export it again in millimetres (xyzt_units 2)"
         )
     forms = [form for form in (header.sform, header.qform) if form is not None]
-    off = min((measure_affine_distance(form, affine, header.size) for form in forms), default=0.0)
+    off = min((measure_max_corner_distance_mm(form, affine, header.size) for form in forms), default=0.0)
     if off > PLACE:
         raise ScanError(
             f"{path}: its voxel sizes (pixdim) contradict its sform, by up to {off:.1f} mm at the volume's corners; "

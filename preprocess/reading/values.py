@@ -28,7 +28,7 @@ SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
 # ------------------------------------------------------------ padding
 
 
-def keep_edge_parts(mask: np.ndarray) -> np.ndarray:
+def keep_parts_touching_slice_edge(mask: np.ndarray) -> np.ndarray:
     """Return the connected parts of a mask (z, y, x) that touch an edge of their slice.
 
     A ring around the field of view touches the edge, but metal inside the body does not.
@@ -72,7 +72,7 @@ def fill_padding(
             continue
         # Tissue may have the padding value too, so fill only regions that touch the edge of a slice.
         if high >= LOWEST_AIR and low <= SATURATED:
-            mask = keep_edge_parts(mask)
+            mask = keep_parts_touching_slice_edge(mask)
             if mask.mean() < 0.001:
                 continue
         part[mask] = AIR
@@ -106,7 +106,7 @@ def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list
     if values.min() < AIR_BELOW and ((ends == 0).all() or any((side == 0).all() for side in sides)):
         found.append(0)
     for value in found:
-        mask = keep_edge_parts(values == value)
+        mask = keep_parts_touching_slice_edge(values == value)
         if mask.mean() < 0.001:
             continue  # probably bone or metal at a face of the image
         rest = values[~mask]
@@ -139,7 +139,7 @@ def find_histogram_peaks(values: np.ndarray) -> Peaks:
     aside = [value for value in find_frequent_values(collect_face_values(values), 0.05) if value < AIR_BELOW]
     kept = np.ones(sample.shape, dtype=bool)
     for value in aside:
-        kept &= ~keep_edge_parts(sample == value)
+        kept &= ~keep_parts_touching_slice_edge(sample == value)
     low = sample < PADDING_BELOW  # a scanner's padding may also lie inside the image
     if low.any():
         constant = list(find_frequent_values(sample[low], 0.05))
@@ -163,24 +163,24 @@ def find_histogram_peaks(values: np.ndarray) -> Peaks:
         if near >= 0.02 and prominence > 0.2 * smooth[at]:
             found[float(middle[at])] = float(smooth[at])
     places = sorted(found)
-    sharp = bool(places) and is_narrow_peak(rest, places[0])
+    sharp = bool(places) and is_peak_as_narrow_as_noise(rest, places[0])
     return Peaks(places, [found[place] for place in places], float((rest < -700).mean()), sharp, aside)
 
 
-def is_narrow_peak(values: np.ndarray, peak: float) -> bool:
+def is_peak_as_narrow_as_noise(hu_values: np.ndarray, peak_hu: float) -> bool:
     """Return whether a peak is as narrow as noise around one value.
 
     Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. If most values of
     a peak are exactly equal, the peak comes from a phantom and does not count as narrow.
     """
-    near = values[np.abs(values - peak) < 25]
-    wide = (np.abs(values - peak) < 75).sum()
-    if near.size < 0.1 * values.size or near.size < 0.65 * wide:
+    near = hu_values[np.abs(hu_values - peak_hu) < 25]
+    wide = (np.abs(hu_values - peak_hu) < 75).sum()
+    if near.size < 0.1 * hu_values.size or near.size < 0.65 * wide:
         return False
     return np.unique(near, return_counts=True)[1].max() < 0.5 * near.size
 
 
-def describe_wrong_peaks(peaks: Peaks) -> str:
+def describe_misplaced_air_tissue_peaks(peaks: Peaks) -> str:
     """Return what is wrong with the positions of air and tissue in the histogram; ``""`` if both are normal."""
     if not peaks.places:
         return ""
@@ -247,7 +247,7 @@ def check_hounsfield(image: sitk.Image, path: str | Path, warnings: list[str] | 
             f"{seen}; these values are not HU of a chest: {air:.1%} of the voxels are air (below {AIR_BELOW}) and "
             f"{tissue:.1%} are soft tissue (-200 to 300), but at least 1% of each is expected"
         )
-    if wrong := describe_wrong_peaks(find_histogram_peaks(values)):
+    if wrong := describe_misplaced_air_tissue_peaks(find_histogram_peaks(values)):
         raise ScanError(f"{seen}; these values are not HU: {wrong}; use the original CT")
     if low >= PADDING_BELOW and high <= MAX_HU and values is given and given.dtype == np.int16:
         return image  # most scans need no change, and a copy would double the memory

@@ -25,7 +25,7 @@ def store(tmp_path, make_store, grid):
 def test_resident_files_give_the_loaders_batches(store, k, device):
     device = torch.device(device)
     draws = StepDraws(Augmentation("ag"), 0, range(1))
-    reading, leaving = PatchDataset(store, k, draws), PatchDataset(store, k, draws, read=False)
+    reading, leaving = PatchDataset(store, k, draws), PatchDataset(store, k, draws, read_patches=False)
     resident = ResidentPatches(store, reading.neighbors, device, max_cached_locations=1 + k)
     plain, gathering = BatchCarrier(device), BatchCarrier(device, resident)
     for location in (0, 1, 2, 5, 0):

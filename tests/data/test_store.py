@@ -226,7 +226,7 @@ def test_a_changed_store_stops_a_run(tmp_path, make_store, grid, change, mapped)
         store.read(3, np.arange(5))
     change(tmp_path / "grouped_patch" / "patch_loc_3.npy")
     store.read(2, np.arange(5))
-    for look in (lambda: store.read(3, np.arange(5)), store.check_unchanged):
+    for look in (lambda: store.read(3, np.arange(5)), store.check_store_files_unchanged):
         with pytest.raises(StoreError, match=r"patch_loc_3\.npy has changed since this run opened the store"):
             look()
 
@@ -236,7 +236,7 @@ def test_a_changed_subject_list_stops_a_run(tmp_path, make_store, grid):
     store = PatchStore(tmp_path)
     (tmp_path / "subjects.csv").write_text("sid\n001\n000\n")
     with pytest.raises(StoreError, match=r"subjects\.csv has changed"):
-        store.check_unchanged()
+        store.check_store_files_unchanged()
 
 
 def test_the_version_depends_on_the_content(tmp_path, make_store, grid):
@@ -256,11 +256,11 @@ def test_the_version_depends_on_the_content(tmp_path, make_store, grid):
 
 def test_differences_between_patch_and_grouped_files_are_noted(tmp_path, make_store, grid):
     patches = make_store(tmp_path, 3, grid)
-    assert not list(PatchStore(tmp_path).describe_grouping_differences())  # patch/ may be missing
+    assert not list(PatchStore(tmp_path).describe_outdated_grouped_files())  # patch/ may be missing
     (tmp_path / "patch").mkdir()
     for sid in ("000", "002", "003", "004", "005", "006"):
         np.save(tmp_path / "patch" / f"{sid}_patch.npy", patches[0])
-    new, gone = PatchStore(tmp_path).describe_grouping_differences()
+    new, gone = PatchStore(tmp_path).describe_outdated_grouped_files()
     assert (
         "4 subjects (003, 004, 005, ...) in patch/ but not in grouped_patch/ will not be read" in new
         and "group_patches.py" in new
@@ -268,5 +268,5 @@ def test_differences_between_patch_and_grouped_files_are_noted(tmp_path, make_st
     assert "1 subject (001) in grouped_patch/ but no longer in patch/ will be read" in gone
     (tmp_path / "grouped_patch" / "grouped.json").write_text("{}")
     os.utime(tmp_path / "patch" / "002_patch.npy", (0, 9e9))
-    *_, newer = PatchStore(tmp_path).describe_grouping_differences()
+    *_, newer = PatchStore(tmp_path).describe_outdated_grouped_files()
     assert "1 subject (002) in patch/ changed after grouping" in newer

@@ -18,7 +18,7 @@ from misc.files import (
     hash_file,
     hold_lock_or_raise,
     make_array_header,
-    remove_leftovers,
+    remove_old_partial_files,
     save_array,
     try_lock,
     wait_for_lock,
@@ -107,7 +107,7 @@ def test_old_leftovers_are_removed(tmp_path):
     (tmp_path / ".partial-x").mkdir()
     for name in (".a.7.partial", ".partial-x", "a"):
         os.utime(tmp_path / name, (0, time.time() - LEFTOVER_SECONDS - 5))
-    remove_leftovers(tmp_path, tmp_path / "not there")
+    remove_old_partial_files(tmp_path, tmp_path / "not there")
     assert {path.name for path in tmp_path.iterdir()} == {".b.8.partial", "a"}
 
 

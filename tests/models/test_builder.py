@@ -240,7 +240,7 @@ def test_negatives_from_the_batch():
 
 @torch.no_grad()
 def test_one_queue_holds_keys_of_all_locations():
-    """A step at a second location uses the first location's keys as negatives, unlike with one queue per location."""
+    """With a single queue, a step at a second location uses the first location's keys as negatives."""
     model, inputs, others = calibrated(one_queue=True), draw_inputs(), draw_inputs()
     first = encoded(model, 1, inputs)[2]
     step(model, 1, inputs)
@@ -318,7 +318,7 @@ def test_the_queue_origin_is_saved_and_loaded():
     step(model, 2, draw_inputs(), torch.tensor([4, 1, 0, 2]))
     assert not any("subject" in name or "step" in name for name in model.state_dict())  # only the published keys
     other = calibrated()
-    other.load_queue_origin(copy.deepcopy(model.export_key_origins()))
+    other.restore_key_subjects_and_steps(copy.deepcopy(model.export_key_subjects_and_steps()))
     assert torch.equal(other.queue_subject, model.queue_subject) and other.steps == 1
     assert other.queue_subject[2, :B].tolist() == [4, 1, 0, 2] and (other.queue_subject[:2] == -1).all()
 

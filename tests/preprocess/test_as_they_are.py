@@ -194,13 +194,13 @@ def test_later_stages_leave_out_a_failed_subject(cohort, tmp_path, run, apart):
 
 
 def test_a_modification_time_in_the_future_counts_as_now(tmp_path):
-    from preprocess.outputs import _read_last_change_ns
+    from preprocess.outputs import _read_earlier_of_mtime_and_ctime_ns
 
     (tmp_path / "m").write_text("")
     os.utime(tmp_path / "m", (time.time() + 3600,) * 2)
-    assert _read_last_change_ns(tmp_path / "m") <= time.time_ns()
+    assert _read_earlier_of_mtime_and_ctime_ns(tmp_path / "m") <= time.time_ns()
     os.utime(tmp_path / "m", (time.time() - 3600,) * 2)
-    assert _read_last_change_ns(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
+    assert _read_earlier_of_mtime_and_ctime_ns(tmp_path / "m") <= time.time_ns() - 3599 * 10**9
 
 
 # ---------------------------------------------------------------- air outside the body, and padding

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from data.layout import StoreLayout
-from preprocess.qc_page import read_reports, score_subjects, write_qc_page
+from preprocess.qc_page import read_reports, score_how_unusual_subjects_are, write_qc_page
 from tests.browser import browse
 
 SPOILED = {
@@ -47,7 +47,7 @@ def write_reports(root, count, spoiled=SPOILED, failed=FAILED):
 def test_suspicious_subjects_come_first_with_reasons(tmp_path):
     write_reports(tmp_path, 40)
     table = read_reports(StoreLayout(tmp_path))
-    judged = score_subjects(table).set_index(table["sid"]).sort_values("score", ascending=False)
+    judged = score_how_unusual_subjects_are(table).set_index(table["sid"]).sort_values("score", ascending=False)
     assert set(judged.index[:5]) == {FAILED, *SPOILED} and judged.index[0] == FAILED
     assert judged["score"].iloc[5] < 4
     assert "Dice, left 0.31 (usual 0.8" in judged.loc["012", "reasons"]
@@ -58,7 +58,7 @@ def test_suspicious_subjects_come_first_with_reasons(tmp_path):
 
 def test_few_subjects_are_not_compared(tmp_path):
     write_reports(tmp_path, 5, {"003": {"dice": 0.1}}, "none")
-    assert (score_subjects(read_reports(StoreLayout(tmp_path)))["score"] == 0).all()
+    assert (score_how_unusual_subjects_are(read_reports(StoreLayout(tmp_path)))["score"] == 0).all()
 
 
 def test_a_subject_without_reports_is_listed(tmp_path):

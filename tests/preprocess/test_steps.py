@@ -314,7 +314,7 @@ def test_two_runs_share_a_report(tmp_path):
 
 
 def test_old_leftovers_of_killed_runs_are_removed(tmp_path):
-    from misc.files import LEFTOVER_SECONDS, remove_leftovers
+    from misc.files import LEFTOVER_SECONDS, remove_old_partial_files
 
     names = ("transform/.partial-old", "transform/.partial-new", "patch/.x_patch.npy.12.partial", "patch/x_patch.npy")
     for name in names:
@@ -323,7 +323,7 @@ def test_old_leftovers_of_killed_runs_are_removed(tmp_path):
         path.mkdir() if "partial-" in name else path.touch()
         if "new" not in name:
             os.utime(path, (0, time.time() - LEFTOVER_SECONDS - 1))
-    remove_leftovers(*StoreLayout(tmp_path).subject_dirs)
+    remove_old_partial_files(*StoreLayout(tmp_path).subject_dirs)
     assert [name for name in names if (tmp_path / name).exists()] == [names[1], names[3]]
 
 

@@ -128,6 +128,6 @@ def test_distances_equal_scipys():
     """Compute all distance maps first, because an array that uses the memory of a deleted ITK image could change."""
     rng = np.random.default_rng(0)
     masks = [rng.random((60, 90, 100)) < share for share in (0.001, 0.01, 0.1)]
-    found = [threshold._squared_distance(mask) for mask in masks]
+    found = [threshold._compute_squared_distance_to_mask(mask) for mask in masks]
     for mask, squared in zip(masks, found):
         np.testing.assert_allclose(squared, np.square(ndimage.distance_transform_edt(~mask)), atol=1e-2)

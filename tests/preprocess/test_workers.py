@@ -11,7 +11,7 @@ import pytest
 
 from data.layout import StoreLayout
 from preprocess import workers
-from preprocess.report import write_claim_file
+from preprocess.report import write_in_progress_file
 from preprocess.scan import ScanError
 from preprocess.subjects import Subject
 from preprocess.workers import EARLIER, Record, Step, clear_kept_scan, load_scan_once, run_steps
@@ -113,7 +113,7 @@ def test_failures_and_the_worst_overlaps_are_reported(tmp_path, capsys):
 
 def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     layout = StoreLayout(tmp_path)
-    write_claim_file(layout, "register", "a")
+    write_in_progress_file(layout, "register", "a")
     record = Record(layout, "register")
     row = record.make_dead_worker_row("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"

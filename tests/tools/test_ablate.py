@@ -9,7 +9,7 @@ import pytest
 from misc.run.flags import parse_arguments
 from tools import ablate
 from tools.evaluation.ablation import format_markdown, summarize_runs
-from tools.evaluation.learn import MODELS, fit_and_predict_held_out, make_even_weights, score_held_out
+from tools.evaluation.learn import MODELS, compute_held_out_ridge_r2, fit_and_predict_held_out, make_even_table_weights
 
 
 def test_differences_are_paired_by_seed():
@@ -34,11 +34,11 @@ def test_held_out_subjects_are_not_used_for_fitting():
     If the dependence has the opposite sign in the held-out subjects, the score is negative."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
-    assert score_held_out(features, rng.normal(size=80), held) < 0.2
+    assert compute_held_out_ridge_r2(features, rng.normal(size=80), held) < 0.2
     signal = features[:, 0] + 0.1 * rng.normal(size=80)
-    assert score_held_out(features, signal, held) > 0.8
+    assert compute_held_out_ridge_r2(features, signal, held) > 0.8
     signal[held] = -signal[held]
-    assert score_held_out(features, signal, held) < -1
+    assert compute_held_out_ridge_r2(features, signal, held) < -1
 
 
 def test_joined_tables_average_two_models():
@@ -47,7 +47,7 @@ def test_joined_tables_average_two_models():
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
     both = np.hstack([one, other])
-    found = fit_and_predict_held_out(model, both, target, held, make_even_weights(60, 4))
+    found = fit_and_predict_held_out(model, both, target, held, make_even_table_weights(60, 4))
     evenly = np.repeat([np.sqrt(4 / 60), 1], [60, 4])  # the squared weights of each table sum to 4
     each = [
         fit_and_predict_held_out(model, other, target, held),
@@ -55,12 +55,12 @@ def test_joined_tables_average_two_models():
     ]
     np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-9)
     target[held] = rng.normal(size=60)
-    assert (fit_and_predict_held_out(model, both, target, held, make_even_weights(60, 4)) == found).all()
+    assert (fit_and_predict_held_out(model, both, target, held, make_even_table_weights(60, 4)) == found).all()
 
 
 def test_a_wide_table_does_not_drown_a_narrow_one():
     """In a model of three tables, each table has the same sum of squares."""
-    weights = make_even_weights(2000, 7, 30)
+    weights = make_even_table_weights(2000, 7, 30)
     assert weights.shape == (2, 2037) and (weights[0] == np.repeat([0, 0, 1], [2000, 7, 30])).all()
     shares = [float(part @ part) for part in np.split(weights[1], [2000, 2007])]
     assert shares == pytest.approx([30, 30, 30])
@@ -75,11 +75,11 @@ def test_gain_from_an_added_table():
     known, noise, held = rng.normal(size=(120, 4)), rng.normal(size=(120, 60)), np.arange(120) >= 60
     hidden = rng.normal(size=120)
     target = known.sum(axis=1) + hidden
-    alone, weights = score_held_out(known, target, held), make_even_weights(60, 4)
+    alone, weights = compute_held_out_ridge_r2(known, target, held), make_even_table_weights(60, 4)
     telling, beside_noise = np.hstack([hidden[:, None] + 0.3 * noise, known]), np.hstack([noise, known])
-    assert score_held_out(telling, target, held, weights) > alone + 0.1
-    plainly = score_held_out(beside_noise, target, held)
-    assert alone > score_held_out(beside_noise, target, held, weights) > (alone + plainly) / 2
+    assert compute_held_out_ridge_r2(telling, target, held, weights) > alone + 0.1
+    plainly = compute_held_out_ridge_r2(beside_noise, target, held)
+    assert alone > compute_held_out_ridge_r2(beside_noise, target, held, weights) > (alone + plainly) / 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from data.store import PatchStore
 from tools.evaluation.baselines import BINS, make_baseline_tables
-from tools.evaluation.tables import describe_other_store
+from tools.evaluation.tables import describe_store_mismatch
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_another_store_with_the_same_sids_is_reported(tmp_path, make_store, grid
     mine, theirs = PatchStore(tmp_path / "a"), PatchStore(tmp_path / "b")
     made = {"store_version": mine.version, "root_dir": "/data/a"}
     (tmp_path / "features.json").write_text(json.dumps(made))
-    assert describe_other_store(tmp_path / "f.csv", mine, "--baselines") == ""
-    told = describe_other_store(tmp_path / "f.csv", theirs, "--baselines")
+    assert describe_store_mismatch(tmp_path / "f.csv", mine, "--baselines") == ""
+    told = describe_store_mismatch(tmp_path / "f.csv", theirs, "--baselines")
     assert "f.csv was extracted from /data/a, but --baselines" in told and "is another store" in told
     for text in ("", "[]", "{}"):  # not written by extract_feature.py
         (tmp_path / "features.json").write_text(text)
-        assert describe_other_store(tmp_path / "f.csv", theirs, "--baselines") == ""
+        assert describe_store_mismatch(tmp_path / "f.csv", theirs, "--baselines") == ""

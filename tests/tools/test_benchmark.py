@@ -13,7 +13,7 @@ from tools.dev.literal import LiteralAugmentation, encode_sample_by_sample, make
 from tools.timing import scans
 from tools.timing.data import measure_augmentation, measure_reading
 from tools.timing.extraction import measure_extraction
-from tools.timing.measure import Row, format_rows, make_comparison_row
+from tools.timing.measure import Row, format_timing_table, make_comparison_row
 from tools.timing.runs import measure_memory
 from tools.timing.store import DISTINCT_FILES, make_store
 from tools.timing.training import measure_training
@@ -47,7 +47,7 @@ def test_a_row_shows_the_measurement():
     assert row.of_matrix_rate == pytest.approx(0.15)
     row = make_comparison_row("x", "s", [2.0], [12.0], 4.0, 1.0)
     assert row.ours == pytest.approx(0.5) and row.literal == pytest.approx(12) and row.ratio == pytest.approx(24)
-    assert "unmeasured" in format_rows([Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
+    assert "unmeasured" in format_timing_table([Row("gpu", "samples/s", note="unmeasured: no GPU at hand")])
 
 
 def test_the_store_has_every_location(tmp_path):

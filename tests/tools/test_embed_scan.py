@@ -15,7 +15,7 @@ from models.cnn3d import Encoder
 from preprocess.registration import check_overlap
 from preprocess.scan import ScanError
 from tests.conftest import calibrate
-from tools.embedding.embed import Embedder, embed_scans, name_scan
+from tools.embedding.embed import Embedder, derive_sid_from_path, embed_scans
 from tools.evaluation.vectors import FILES, Standardization
 
 
@@ -177,7 +177,12 @@ def test_each_lung_must_overlap(figures, message):
 
 
 def test_sids_from_file_names():
-    assert [name_scan(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == ["b", "b.v2", "scan", "c.d"]
+    assert [derive_sid_from_path(name) for name in ("a/b.nii.gz", "b.v2.mha", "x/scan.NII", "c.d")] == [
+        "b",
+        "b.v2",
+        "scan",
+        "c.d",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from models.cnn3d import Encoder
 from preprocess.patches import cut_scan
-from tools.mapping.truth import format_summary, score_map
+from tools.mapping.truth import format_map_accuracy_table, score_map
 from tools.mapping.windows import place_windows_over_lungs, resample_to_scan
 
 from ..conftest import calibrate
@@ -81,7 +81,7 @@ def test_the_summary_interval_is_over_scans():
         for table, values in (("features", [0.2] * 6), ("density", [0.1, 0.5] * 3), ("none", [np.nan] * 6))
         for n, value in enumerate(values)
     ]
-    lines = format_summary(pd.DataFrame(rows)).splitlines()
+    lines = format_map_accuracy_table(pd.DataFrame(rows)).splitlines()
     assert lines[2] == "| c | features | 6 | 0.10 | 0.20 (0.20 to 0.20) | 0.50 |"
     low, high = map(float, lines[3].split("(")[1].split(")")[0].split(" to "))
     assert "0.30 (" in lines[3] and 0.1 <= low < 0.25 and 0.35 < high <= 0.5

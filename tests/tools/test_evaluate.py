@@ -8,7 +8,7 @@ import pytest
 
 from misc.files import make_safe_name
 from tools.evaluation.judge import Label, evaluate_label
-from tools.evaluation.learn import MODELS, add_covariate_weights, fit_and_predict_held_out, predict_out_of_fold
+from tools.evaluation.learn import MODELS, fit_and_predict_held_out, predict_out_of_fold, prepend_covariate_weights
 from tools.evaluation.metrics import r2
 from tools.evaluation.report import explain_results
 
@@ -41,7 +41,7 @@ def test_covariates_are_hardly_penalised(kind):
     def found(weights):
         return evaluate_label(label, table, np.arange(100), 5, weights).figures["features"][metric]["mean"]
 
-    weighted = found({"features": add_covariate_weights(1, np.ones(200))})
+    weighted = found({"features": prepend_covariate_weights(1, np.ones(200))})
     assert weighted > 0.85 and weighted > found(None) + 0.2
 
 
@@ -51,7 +51,7 @@ def test_the_gain_from_a_table_is_paired():
     known, new, error = rng.normal(size=(3, 200))
     label = Label("label", "regression", known + 0.5 * new + error)
     tables = {"features": new[:, None], "known": known[:, None], "both": np.column_stack([new, known])}
-    figures = evaluate_label(label, tables, np.arange(200), 5, added_to={"both": "known"}).figures
+    figures = evaluate_label(label, tables, np.arange(200), 5, base_table_names={"both": "known"}).figures
     one, both = figures["known"]["r2"], figures["both"]["r2"]
     added = both["this_minus_known"]
     assert added["mean"] == pytest.approx(both["mean"] - one["mean"]) and 0 < added["low"] < added["high"]

@@ -7,10 +7,15 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from misc.page import encode_array, write_page
+from misc.page import encode_array_as_base64, write_page
 from tests.browser import browse
 from tools.explore import FOLDER
-from tools.pages.numbers import compute_location_importance, find_nearest, find_unusual_locations, standardize_features
+from tools.pages.numbers import (
+    compute_location_importance,
+    find_nearest_subjects,
+    find_unusual_locations,
+    standardize_features,
+)
 from tools.pages.sides import make_atlas_views
 
 N, D = 60, 6
@@ -91,7 +96,7 @@ def test_importance_equals_ridge_regression():
 
 def test_twins_are_nearest_and_the_unusual_place_first(study):
     patches = np.load(study / "pred_arr_patch_full.npy")
-    rows = find_nearest(standardize_features(patches.mean(axis=1)), 4)
+    rows = find_nearest_subjects(standardize_features(patches.mean(axis=1)), 4)
     assert rows.shape == (N, 4) and rows[3, 0] == 7 and rows[7, 0] == 3 and (rows != np.arange(N)[:, None]).all()
     places, scores = find_unusual_locations(patches, np.arange(N) != 9, 3)
     assert places[9, 0] == 2 and scores[9, 0] > 2 * scores[:, 1].max()
@@ -168,22 +173,25 @@ def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
         "about": "",
         "without": "",
         "maps": [
-            {"name": name, "places": encode_array(rng.normal(size=(count, 2)).astype(np.float32))} for name in "ab"
+            {"name": name, "places": encode_array_as_base64(rng.normal(size=(count, 2)).astype(np.float32))}
+            for name in "ab"
         ],
         "labels": [
-            {"name": name, "values": encode_array(own), "names": None, "low": -2, "high": 2}
+            {"name": name, "values": encode_array_as_base64(own), "names": None, "low": -2, "high": 2}
             for name, own in zip(named, values)
         ],
-        "nearest": encode_array(rng.integers(count, size=(count, 6)).astype(np.uint32)),
-        "pictures": {"known": encode_array(np.ones(count, dtype=np.uint8)), "folder": "qc"},
-        "importance": [{"label": name, "values": encode_array(rng.random(places, dtype=np.float32))} for name in named],
+        "nearest": encode_array_as_base64(rng.integers(count, size=(count, 6)).astype(np.uint32)),
+        "pictures": {"known": encode_array_as_base64(np.ones(count, dtype=np.uint8)), "folder": "qc"},
+        "importance": [
+            {"label": name, "values": encode_array_as_base64(rng.random(places, dtype=np.float32))} for name in named
+        ],
         "telling": {
-            "places": encode_array(rng.integers(places, size=(count, 10)).astype(np.uint16)),
-            "scores": encode_array(rng.random((count, 10), dtype=np.float32)),
+            "places": encode_array_as_base64(rng.integers(places, size=(count, 10)).astype(np.uint16)),
+            "scores": encode_array_as_base64(rng.random((count, 10), dtype=np.float32)),
             "healthy": "all",
         },
         "sides": [
-            {**side, "places": encode_array(side["places"])}
+            {**side, "places": encode_array_as_base64(side["places"])}
             for side in make_atlas_views(rng.integers(300, size=(places, 3)), 32, None)
         ],
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.cnn3d import Encoder
-from tools.finetune import read_task
+from tools.finetune import read_task_and_held_out_mask
 from tools.finetuning import fit as fitting
 from tools.finetuning.network import Head
 from tools.finetuning.tasks import Task, draw_split
@@ -198,6 +198,6 @@ def test_ordered_words_are_grades(tmp_path):
         labels=str(tmp_path / "l.csv"), column="stage", patch_labels=None, held_out=None, kind=None, missing=[]
     )
     for order, kind in (([], "class"), ([("stage", ["II", "I", "IIIa"])], "grade")):
-        task, _ = read_task(argparse.Namespace(**given, order=order), store)
+        task, _ = read_task_and_held_out_mask(argparse.Namespace(**given, order=order), store)
         assert task.kind == kind
     assert (task.target == np.array([1, 0, 2])[np.arange(30) % 3]).all()

@@ -94,7 +94,7 @@ def test_a_taken_endpoint_is_reported_in_one_line(capsys, monkeypatch):
 
 def test_flags_override_the_defaults(monkeypatch):
     # Pretend that no signal is ignored, even if the tests run under nohup.
-    monkeypatch.setattr(launch, "reacts_to_signal", lambda number: True)
+    monkeypatch.setattr(launch, "should_handle_signal", lambda number: True)
     flags = launch.add_default_torchrun_flags(
         ["--standalone", "--nproc-per-node", "2", "train.py", "--local-addr", "x"]
     )
@@ -106,7 +106,7 @@ def test_flags_override_the_defaults(monkeypatch):
     assert not any(
         "127" in flag for flag in launch.add_default_torchrun_flags(["--standalone", "--local_addr", "h", "train.py"])
     )
-    monkeypatch.setattr(launch, "reacts_to_signal", lambda number: number != signal.SIGHUP)
+    monkeypatch.setattr(launch, "should_handle_signal", lambda number: number != signal.SIGHUP)
     assert not any("SIGHUP" in flag for flag in launch.add_default_torchrun_flags(["train.py"]))
 
 

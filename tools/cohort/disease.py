@@ -197,16 +197,16 @@ def _add_reticulation(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.rando
     return count / len(score)
 
 
-def _plant_lesion(hu: np.ndarray, lungs: Lungs, wanted: float, rng: np.random.Generator) -> float:
+def _plant_lesion(hu: np.ndarray, lungs: Lungs, diameter_mm: float, rng: np.random.Generator) -> float:
     """Add to ``hu`` a bumpy solid nodule away from the pleura. Return the diameter in mm, or 0 if no nodule fits."""
-    inner = np.flatnonzero(lungs.mask.ravel())[lungs.depth > 0.6 * wanted] if wanted else ()
+    inner = np.flatnonzero(lungs.mask.ravel())[lungs.depth > 0.6 * diameter_mm] if diameter_mm else ()
     if not len(inner):
         return 0.0
     centre = np.array(np.unravel_index(rng.choice(inner), hu.shape))
-    reach = np.ceil(0.75 * wanted / lungs.sampling).astype(int) + 1
+    reach = np.ceil(0.75 * diameter_mm / lungs.sampling).astype(int) + 1
     box = tuple(slice(max(0, c - r), min(n, c + r + 1)) for c, r, n in zip(centre, reach, hu.shape))
     distance = np.sqrt(sum(((g - c) * d) ** 2 for g, c, d in zip(np.ogrid[box], centre, lungs.sampling)))
     bumps = ndimage.gaussian_filter(rng.normal(size=distance.shape), 2) * 2.0
-    share = np.clip(0.5 - (distance - wanted / 2 - bumps) / 1.2, 0, 1)
+    share = np.clip(0.5 - (distance - diameter_mm / 2 - bumps) / 1.2, 0, 1)
     hu[box] = np.maximum(hu[box], hu[box] + (35 - hu[box]) * share)
-    return wanted
+    return diameter_mm

@@ -30,7 +30,7 @@ def write_subject(
     Args:
         seed: random seed of the cohort.
         index: index of the subject.
-        images: the scan, and the class map or None to write no class map.
+        images: the scan and the class map. A class map that is None is not written.
         disease_strengths: strengths of the simulated disease.
         scanner_settings: scanner settings of the scan.
     """

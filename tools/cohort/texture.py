@@ -69,16 +69,16 @@ class Parenchyma:
 
     Args:
         shape: shape of the volume, (z, y, x).
-        sampling: voxel spacing in mm, (z, y, x).
+        voxel_spacing: voxel spacing in mm, (z, y, x).
         rng: random generator for the fields.
     """
 
-    def __init__(self, shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator):
+    def __init__(self, shape: tuple[int, ...], voxel_spacing: np.ndarray, rng: np.random.Generator):
         widths = sorted({width for texture in TEXTURES for width in (texture.fine_mm, texture.coarse_mm)})
-        self._fields = {width: draw_gaussian_noise(shape, sampling, width, rng) for width in widths}
-        one, two = (draw_gaussian_noise(shape, sampling, _VESSEL_MM, rng) for _ in range(2))
+        self._fields = {width: draw_gaussian_noise(shape, voxel_spacing, width, rng) for width in widths}
+        one, two = (draw_gaussian_noise(shape, voxel_spacing, _VESSEL_MM, rng) for _ in range(2))
         self._off_axis = one**2 + two**2  # this field is 0 along curves, which become the vessels
-        self._region = draw_coarse_noise(shape, sampling, _REGION_MM, rng)
+        self._region = draw_coarse_noise(shape, voxel_spacing, _REGION_MM, rng)
 
     def render_class_texture(self, class_index: int, where: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return HU of class ``class_index`` at the voxels ``where`` (a boolean mask or a slice), float32."""
@@ -94,14 +94,16 @@ class Parenchyma:
 
 
 def draw_coarse_noise(
-    shape: tuple[int, ...], sampling: np.ndarray, width: float, rng: np.random.Generator
+    shape: tuple[int, ...], voxel_spacing: np.ndarray, width: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Return noise like :func:`draw_gaussian_noise`, but drawn on a coarse grid and interpolated, for large widths."""
-    step = np.maximum(1, np.floor(width / 2 / sampling)).astype(int)
+    step = np.maximum(1, np.floor(width / 2 / voxel_spacing)).astype(int)
     coarse = tuple(int(np.ceil(n / k)) + 1 for n, k in zip(shape, step))
-    field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (sampling * step))
+    field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), width / (voxel_spacing * step))
     # Divide by the theoretical SD, not by the SD of this draw, because a draw may have few independent regions.
-    field /= np.sqrt(np.prod([np.sum(_make_gaussian_kernel(width / (k * d)) ** 2) for k, d in zip(step, sampling)]))
+    field /= np.sqrt(
+        np.prod([np.sum(_make_gaussian_kernel(width / (k * d)) ** 2) for k, d in zip(step, voxel_spacing)])
+    )
     at = np.ix_(*[np.arange(n, dtype=np.float32) / k for n, k in zip(shape, step)])
     return ndimage.map_coordinates(field, np.broadcast_arrays(*at), order=1).astype(np.float32)
 

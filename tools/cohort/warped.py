@@ -26,14 +26,14 @@ from tools.cohort.subject import write_subject
 NORMAL_HU = -893.0  # median HU of the texture of normal lung
 
 
-def draw_diffeomorphism(shape: tuple[int, ...], sampling: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_diffeomorphism(shape: tuple[int, ...], voxel_spacing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a smooth, invertible displacement in mm, (3, z, y, x): the exponential of a random velocity field.
 
     The displacement is computed by scaling and squaring (Arsigny et al., 2006) on a coarse grid of about 8 mm.
     """
-    step = np.maximum(1, np.round(8 / sampling)).astype(int)
+    step = np.maximum(1, np.round(8 / voxel_spacing)).astype(int)
     coarse = [int(np.ceil(n / k)) + 1 for n, k in zip(shape, step)]
-    spacing = sampling * step
+    spacing = voxel_spacing * step
     velocity = np.stack([ndimage.gaussian_filter(rng.normal(size=coarse), 40 / spacing) for _ in range(3)])
     velocity *= rng.uniform(4, 8) / np.sqrt((velocity**2).sum(0)).max()
     flow = velocity / 2**5

@@ -24,9 +24,11 @@ from misc.files import write_atomically
 QUERY, NEIGHBOR, KEY, INK = "#1f77b4", "#2a9d4a", "#d1622b", "#222222"
 
 
-def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_query_key_and_neighbor_views(
+    store: PatchStore, subject_row: int, location: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and neighbours of one subject, at ``location`` or at the location that shows the most lung."""
-    patches = np.stack([store.read(index, np.array([row]))[0] for index in range(store.num_locations)])
+    patches = np.stack([store.read(index, np.array([subject_row]))[0] for index in range(store.num_locations)])
     middle = patches[:, patches.shape[1] // 2]  # draw the middle slice of each patch
     lung = ((middle > -1000) & (middle < -500)).mean(axis=(1, 2))
     neighbors = neighbor_table(store.locations, 2)
@@ -38,7 +40,7 @@ def draw_views(store: PatchStore, row: int, location: int | None) -> tuple[torch
     return views(
         torch.from_numpy(patches[location : location + 1].copy()),
         torch.from_numpy(patches[neighbors[location]][None].copy()),
-        draws(BatchIndex(0, location, 0, np.array([row])), True),
+        draws(BatchIndex(0, location, 0, np.array([subject_row])), True),
     )
 
 
@@ -145,7 +147,9 @@ def main() -> None:
     store = PatchStore(args.store)
     row = store.sids.index(args.sid) if args.sid in store.sids else 0
     canvas = Canvas()
-    draw_inputs(canvas, draw_views(store, row, args.location), store.layout.qc_picture(store.sids[row]))
+    draw_inputs(
+        canvas, make_query_key_and_neighbor_views(store, row, args.location), store.layout.qc_picture(store.sids[row])
+    )
     draw_method(canvas)
     write_atomically(args.out, lambda stream: canvas.figure.savefig(stream, dpi=80, format="png"))
     print(f"draw_method: wrote {args.out}")

@@ -36,7 +36,7 @@ Edit = tuple[int, int, int, bytes, str]  # line, first and last column in bytes,
 Row = dict[str, str]  # keys are COLUMNS
 
 
-def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
+def is_excluded_from_mutation(node: ast.AST, parent: ast.AST | None) -> bool:
     """Return whether a node must not be mutated, for example an f-string, flag, annotation or decorator."""
     match node:
         case ast.Call():
@@ -54,7 +54,7 @@ def is_skipped(node: ast.AST, parent: ast.AST | None) -> bool:
 
 def walk_code(node: ast.AST, parent: ast.AST | None = None) -> Iterator[tuple[ast.AST, ast.AST | None]]:
     """Yield each node of a syntax tree that may be mutated, with its parent."""
-    if not is_skipped(node, parent):
+    if not is_excluded_from_mutation(node, parent):
         yield node, parent
         for child in ast.iter_child_nodes(node):
             yield from walk_code(child, node)
@@ -74,11 +74,11 @@ def replace_operators(lines: list[bytes], node: ast.AST, signs: dict[str, tuple[
             yield right.lineno, start, start + len(sign), other.encode(), kind
 
 
-def iterate_rule_edits(lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
+def iterate_rule_mutations(source_lines: list[bytes], node: ast.AST, parent: ast.AST | None) -> Iterator[Edit]:
     """Yield the edits that RULES make to a syntax node, if the node lies on a single line."""
     if getattr(node, "lineno", 0) != getattr(node, "end_lineno", None):
         return
-    text = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
+    text = source_lines[node.lineno - 1][node.col_offset : node.end_col_offset]
     ignores_order = isinstance(parent, ast.Compare | ast.For | ast.comprehension | ast.keyword)  # x in (0, 1)
     is_indexed = isinstance(parent, (ast.Attribute, ast.Subscript))
     for nodes, pattern, new in RULES:
@@ -88,7 +88,7 @@ def iterate_rule_edits(lines: list[bytes], node: ast.AST, parent: ast.AST | None
             yield node.lineno, start, end, found.expand(new), AXIS
 
 
-def drop_checks(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
+def mutate_raise_condition(lines: list[bytes], node: ast.AST) -> Iterator[Edit]:
     """Yield edits that make a condition before ``raise`` always false, or that negate a part of the condition."""
     if not isinstance(node, ast.If) or not isinstance(node.body[0], ast.Raise):
         return
@@ -105,7 +105,7 @@ def find_possible_mutations(source: bytes) -> list[Edit]:
     """Return all mutations of a file. An integer that is an axis gets no off-by-one mutation."""
     lines, edits = source.split(b"\n"), []
     for node, parent in walk_code(ast.parse(source)):
-        edits += [*drop_checks(lines, node), *iterate_rule_edits(lines, node, parent)]
+        edits += [*mutate_raise_condition(lines, node), *iterate_rule_mutations(lines, node, parent)]
         edits += replace_operators(lines, node, OPERATORS)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             edits.append((node.lineno, node.col_offset, node.col_offset + 1, b"", SIGN))

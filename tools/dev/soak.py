@@ -146,7 +146,7 @@ def list_jobs() -> dict[str, Job]:
     }
 
 
-def prepare_inputs(folder: Path, subjects: int) -> None:
+def make_store_and_trained_experiment(folder: Path, subjects: int) -> None:
     """Make the inputs of the jobs without sending signals: a cohort, its store and a trained experiment."""
     if (folder / "trained").is_dir():
         return
@@ -180,7 +180,7 @@ def copy_inputs(prepared: Path, folder: Path, needs: tuple[str, ...]) -> None:
 # ============================================================ killing
 
 
-def list_processes(session_id: int) -> list:
+def list_running_session_processes(session_id: int) -> list:
     """Return the processes of a session that are still running."""
     import psutil
 
@@ -209,17 +209,17 @@ def start_job(job: Job, folder: Path) -> subprocess.Popen:
         )
 
 
-def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) -> str:
-    """Send a signal after ``moment`` seconds if the process still runs.
+def send_random_signal_after_delay(process: subprocess.Popen, rng: random.Random, delay_seconds: float) -> str:
+    """Send a signal after ``delay_seconds`` seconds if the process still runs.
 
     Return a text that names the signal and its targets, or ``""`` if the process has already ended.
     """
     try:
-        process.wait(moment)
+        process.wait(delay_seconds)
         return ""
     except subprocess.TimeoutExpired:
         pass
-    name, there = rng.choice(SIGNALS), list_processes(process.pid)
+    name, there = rng.choice(SIGNALS), list_running_session_processes(process.pid)
     target = rng.choice(("main", "any", "all"))
     chosen = {
         "main": [p for p in there if p.pid == process.pid],
@@ -231,7 +231,7 @@ def send_signal(process: subprocess.Popen, rng: random.Random, moment: float) ->
             os.kill(one.pid, getattr(signal, f"SIG{name}"))
         except ProcessLookupError:
             continue
-    return f"{name} to {target} after {moment:.1f} s"
+    return f"{name} to {target} after {delay_seconds:.1f} s"
 
 
 def wait_until_ended(process: subprocess.Popen) -> str:
@@ -242,24 +242,24 @@ def wait_until_ended(process: subprocess.Popen) -> str:
         wrong = f"did not end within {TIME_LIMIT:.0f} s"
     else:
         until = time.monotonic() + LINGER
-        while (there := list_processes(process.pid)) and time.monotonic() < until:
+        while (there := list_running_session_processes(process.pid)) and time.monotonic() < until:
             time.sleep(0.2)
         wrong = f"left {len(there)} processes" if there else ""
-    for one in list_processes(process.pid):
+    for one in list_running_session_processes(process.pid):
         one.kill()
     process.wait()
     return wrong
 
 
-def run_trial(
-    job: Job, folder: Path, expected_fingerprints: dict[str, str], longest_delay: float, rng: random.Random
+def run_interrupted_job_and_compare(
+    job: Job, folder: Path, expected_fingerprints: dict[str, str], max_delay_seconds: float, rng: random.Random
 ) -> tuple[list[str], str]:
     """Run one trial. Return the signals that were sent, and how the result is wrong (``""`` if it is correct)."""
     sent = []
     for number in range(STARTS):
         process = start_job(job, folder)
         kills = number < rng.choice((1, 2))
-        if kills and (text := send_signal(process, rng, rng.uniform(0.0, longest_delay))):
+        if kills and (text := send_random_signal_after_delay(process, rng, rng.uniform(0.0, max_delay_seconds))):
             sent.append(text)
         if wrong := wait_until_ended(process):
             return sent, wrong
@@ -329,7 +329,7 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
         rng, folder = random.Random(f"{args.seed} {name} {number}"), work / "trials" / f"{plain.name}-{number}"
         copy_inputs(prepared, folder, job.needs)
         began = time.monotonic()
-        sent, wrong = run_trial(job, folder, wanted, seconds, rng)
+        sent, wrong = run_interrupted_job_and_compare(job, folder, wanted, seconds, rng)
         if not wrong:
             shutil.rmtree(folder)
         took = f"{time.monotonic() - began:.1f}"
@@ -340,7 +340,7 @@ def main() -> int:
     args = parse_arguments()
     work = Path(args.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    prepare_inputs(work / "prepared", args.num_subjects)
+    make_store_and_trained_experiment(work / "prepared", args.num_subjects)
     path = work / "trials.csv"
     done, every = read_trials(path), list_jobs()
     columns = ("job", "trial", "seconds", "sent", "wrong")

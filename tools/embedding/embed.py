@@ -21,7 +21,7 @@ from models.cnn3d import Encoder
 from models.fast.pieces import run_in_parallel
 from models.frozen import LOCATIONS_AT_ONCE, FrozenLocations, count_layer_features, encode_patch_per_location
 from preprocess.atlas import read_atlas_mask
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask, lung_volumes
+from preprocess.lungs import check_lungs, load_lungmask_network, lung_mask, lung_volumes
 from preprocess.patches import Patches, check_any_patch_inside_scan, cut_scan, measure_share_inside
 from preprocess.patchify_atlas import STEP_SIZE, make_location_table
 from preprocess.patchify_images import summarize_patches_for_report
@@ -78,7 +78,7 @@ class Embedder:
     ):
         self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
         if method == "lungmask":
-            load_lungmask(lungmask_weights)  # raises here if weights are missing, instead of for every scan
+            load_lungmask_network(lungmask_weights)  # raises here if weights are missing, instead of for every scan
         self.atlas = read_atlas_mask(atlas_mask)
         self.table = make_location_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
@@ -205,7 +205,7 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
         UserError: a scan, the checkpoint or another input cannot be used.
     """
     embedder = Embedder(checkpoint, atlas_mask, **choices)
-    sids = [name_scan(path) for path in scans]
+    sids = [derive_sid_from_path(path) for path in scans]
     if len(set(sids)) < len(sids):
         twice = next(sid for sid in sids if sids.count(sid) > 1)
         raise UserError(f"two scans are called {twice!r}; rename one of the files")
@@ -215,11 +215,11 @@ def embed_scans(scans: Sequence[str | os.PathLike], checkpoint: str, atlas_mask:
     return table
 
 
-def name_scan(path: str | os.PathLike) -> str:
+def derive_sid_from_path(scan_path: str | os.PathLike) -> str:
     """Return the sid of a scan: the name of the file or folder without the suffixes of image formats."""
-    path = Path(os.path.abspath(path))
-    name = path.name
-    if not path.is_dir():
+    scan_path = Path(os.path.abspath(scan_path))
+    name = scan_path.name
+    if not scan_path.is_dir():
         for suffix in (".gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img", ".dcm"):
             name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     return name

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 
-def summarize_runs(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+def summarize_runs(scores_per_run: pd.DataFrame, reference_arm: str) -> pd.DataFrame:
     """Compute mean and SD of R² over seeds, and the paired difference from a reference arm.
 
     Args:
-        rows: table with arm, seed, column, table, r2; the arm ``baseline`` has one row per column and table.
-        reference: the arm that the other arms are compared with.
+        scores_per_run: table with arm, seed, column, table, r2; the arm ``baseline`` has one row per column and table.
+        reference_arm: the arm that the other arms are compared with.
 
     Returns:
         One row per column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the reference
@@ -19,8 +19,10 @@ def summarize_runs(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         undefined number is NaN, for example the SD of one seed.
     """
     found = []
-    paired = rows[rows["arm"] == reference].set_index(["column", "table", "seed"])["r2"].sort_index()
-    for (column, arm, table), group in rows.groupby(["column", "arm", "table"], sort=False):
+    paired = (
+        scores_per_run[scores_per_run["arm"] == reference_arm].set_index(["column", "table", "seed"])["r2"].sort_index()
+    )
+    for (column, arm, table), group in scores_per_run.groupby(["column", "arm", "table"], sort=False):
         values = group.set_index("seed")["r2"]
         row = {
             "column": column,
@@ -31,7 +33,7 @@ def summarize_runs(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
             "seeds": len(values),
         }
         both = paired.loc[(column, table)].reindex(values.index).dropna() if (column, table) in paired.index else ()
-        if arm not in (reference, "baseline") and len(both):
+        if arm not in (reference_arm, "baseline") and len(both):
             difference = values.loc[both.index] - both
             row |= {"difference": difference.mean(), "difference_sd": difference.std()}
         found.append(row)

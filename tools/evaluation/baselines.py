@@ -18,14 +18,18 @@ SMOOTHING = 1.0  # sigma in voxels; smoothing reduces noise; on phantoms, a sigm
 ROWS_AT_ONCE = 64
 
 
-def count_histogram(patch: np.ndarray) -> np.ndarray:
+def count_voxels_per_hu_bin(patch: np.ndarray) -> np.ndarray:
     """Count the voxels of a patch (HU) in each histogram bin, (BINS,)."""
     return np.histogram(np.clip(patch, HU_MIN, HU_MAX), BINS, (HU_MIN, HU_MAX))[0]
 
 
 def count_voxels_by_density(patch: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Return the histogram (BINS,) of a patch in HU, and its numbers of voxels below -950 HU and below -500 HU."""
-    return count_histogram(patch), np.count_nonzero(patch < EMPHYSEMA_HU), np.count_nonzero(patch < PARENCHYMA_HU)
+    return (
+        count_voxels_per_hu_bin(patch),
+        np.count_nonzero(patch < EMPHYSEMA_HU),
+        np.count_nonzero(patch < PARENCHYMA_HU),
+    )
 
 
 def smooth_patches(patches: np.ndarray) -> np.ndarray:
@@ -66,7 +70,7 @@ def count_store_voxels(store: PatchStore, no_progress: bool = False, smoothed: b
                     counts.histogram[row, location], low, lung = count_voxels_by_density(patch)
                     counts.low[row, location], counts.lung[row, location] = low, lung
                 for row, patch in zip(rows, smooth_patches(patches) if smoothed else ()):
-                    counts.smoothed[row] += count_histogram(patch)
+                    counts.smoothed[row] += count_voxels_per_hu_bin(patch)
             bar.update()
     return counts
 

@@ -18,8 +18,8 @@ from tools.evaluation.kinds import (
     guess_kind_of_words,
     guess_label_kind,
 )
-from tools.evaluation.splits import find_patient_in_both_parts, find_scans_of_one_patient
-from tools.evaluation.tables import number_patients, read_held_out
+from tools.evaluation.splits import find_patient_in_both_parts, find_sids_that_look_like_one_patient
+from tools.evaluation.tables import number_patients, read_held_out_subjects
 
 STAGES = ("GOLD", "finalGold")  # columns of the COPD stage, which is derived from spirometry
 SPIROMETRY = ("FEV1pp", "FEV1_FVC")  # how the names of the spirometry columns begin
@@ -43,17 +43,19 @@ class EvaluatedSubjects:
         asked = {*(args.columns or ()), *args.covariates, args.held_out, args.time_column, args.event_column}
         told = [f"column {name!r}" for name in filter(None, asked)] if args.columns or args.time_column else [""]
 
-        def print_relevant_note(text: str) -> None:
+        def print_note_on_used_columns(text: str) -> None:
             if args.group_column and f"column {args.group_column!r}" in text:
                 return  # omit notes about the patient column, because it is not a label
             if "column" not in text or any(name in text for name in told):
                 print_note(text)
 
-        labels = read_numbers_and_words(args.labels, sids, print_relevant_note, dict(args.order), args.missing)
+        labels = read_numbers_and_words(args.labels, sids, print_note_on_used_columns, dict(args.order), args.missing)
         self.names, self.words = labels.names, labels.classes
         self.order = set(dict(args.order))
         self.values = labels.values.astype(np.float64)
-        self.held_out = read_held_out(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
+        self.held_out = (
+            read_held_out_subjects(labels.values, self.names, args.held_out, args.labels) if args.held_out else None
+        )
         self.covariates = np.column_stack(
             [np.empty((len(sids), 0)), *(self.get_column(name) for name in args.covariates)]
         )
@@ -77,7 +79,7 @@ class EvaluatedSubjects:
                 )
         else:
             self.groups = np.arange(len(sids))
-            alike = find_scans_of_one_patient(sids)
+            alike = find_sids_that_look_like_one_patient(sids)
             if alike:
                 print_note(
                     f"sids {', '.join(alike[:3])} look like scans of one patient; give --group-column, or a model may "

@@ -49,11 +49,15 @@ def select_metrics(kind: str) -> dict[str, Metric]:
     if kind == "survival":
         return {"c_index": c_index}
     if kind == "stage":
-        return {name: functools.partial(_apply_metric_to_stage, metric) for name, metric in METRICS["grade"].items()}
+        return {
+            name: functools.partial(_apply_metric_to_disease_stage, metric) for name, metric in METRICS["grade"].items()
+        }
     return METRICS["regression" if kind == "log10" else kind]
 
 
-def _apply_metric_to_stage(metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _apply_metric_to_disease_stage(
+    metric: Metric, truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     return metric(truth[:, 0], predicted, weights)
 
 
@@ -65,7 +69,7 @@ def evaluate_label(
     weights: Mapping[str, np.ndarray] | None = None,
     held_out: np.ndarray | None = None,
     seed: int = 0,
-    added_to: Mapping[str, str] | None = None,
+    base_table_names: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Evaluate tables by nested, repeated cross-validation; every fold chooses its own penalty and scaling.
 
@@ -82,11 +86,12 @@ def evaluate_label(
         weights: column weights of a table, (D,), or (models, D) to average several models (default: ones).
         held_out: (N,) bool, test subjects for a model that is fitted to all others; None for cross-validation.
         seed: random seed of folds, bootstrap and permutations.
-        added_to: maps the name of each joined table to the name of the table that other columns were added to.
+        base_table_names: maps the name of each joined table to the name of the table that other columns were added to.
 
     Returns:
         Metrics and predictions. For the first metric, every other table also has its paired difference from the first
-        table, ``{first}_minus_this``, with an interval. A table in ``added_to`` also has ``this_minus_{other}``.
+        table, ``{first}_minus_this``, with an interval. A table in ``base_table_names`` also has
+        ``this_minus_{other}``.
     """
     metrics, repeats = select_metrics(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out
@@ -131,6 +136,6 @@ def evaluate_label(
     for name in samples:
         if name != first:
             figures[name][main][f"{first}_minus_this"] = compute_metric_difference(first, name)
-    for name, other in (added_to or {}).items():
+    for name, other in (base_table_names or {}).items():
         figures[name][main][f"this_minus_{other}"] = compute_metric_difference(name, other)
     return Evaluation(figures, predictions)

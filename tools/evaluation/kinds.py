@@ -70,17 +70,17 @@ def find_missing_code(values: np.ndarray) -> float | None:
     return None
 
 
-def recognize_date(values: np.ndarray) -> str:
+def describe_date_format_of_times(follow_up_times: np.ndarray) -> str:
     """Return the kind of date that known times (n,) look like, or "" if they may be follow-up times."""
-    if not len(values) or np.any(values != np.rint(values)):
+    if not len(follow_up_times) or np.any(follow_up_times != np.rint(follow_up_times)):
         return ""
-    year, month, day = values // 10000, values // 100 % 100, values % 100
+    year, month, day = follow_up_times // 10000, follow_up_times // 100 % 100, follow_up_times % 100
     # Labels are float32, which rounds dates such as 20240131 to even numbers, so the day may be off by one.
     if np.all((year >= 1900) & (year <= 2100) & (month >= 1) & (month <= 12) & (day <= 32)):
         return "dates (year, month, day)"
-    if np.all((values >= EXCEL_DATES[0]) & (values <= EXCEL_DATES[1])):
+    if np.all((follow_up_times >= EXCEL_DATES[0]) & (follow_up_times <= EXCEL_DATES[1])):
         return "Excel dates (days since 1900)"
-    if np.all((values >= 1900) & (values <= 2100)) and np.ptp(values) > 0:
+    if np.all((follow_up_times >= 1900) & (follow_up_times <= 2100)) and np.ptp(follow_up_times) > 0:
         return "calendar years"
     return ""
 
@@ -94,7 +94,7 @@ def find_survival_problem(time: np.ndarray, event: np.ndarray, min_events: int, 
         min_events: minimum number of events.
         has_held_out: True if the subjects are one side of a --held-out split, so that there are no folds.
     """
-    if kind := recognize_date(time):
+    if kind := describe_date_format_of_times(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"
     if time.min() < 0:
         return f"the times contain {time.min():g}, but follow-up must be 0 or more"

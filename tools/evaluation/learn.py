@@ -17,7 +17,7 @@ INNER_FOLDS = 3
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # features, labels, new features -> predictions
 
 
-def make_even_weights(*widths: int) -> np.ndarray:
+def make_even_table_weights(*widths: int) -> np.ndarray:
     """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
     Each row is a model: the first model uses only the last table, and the second model uses all tables. In the second
@@ -29,14 +29,16 @@ def make_even_weights(*widths: int) -> np.ndarray:
     return np.stack([alone, np.repeat(np.sqrt(widths[-1] / np.array(widths)), widths)])
 
 
-def join_with_even_weights(*tables: Table) -> tuple[Table, np.ndarray]:
-    """Join tables, and return the result with the weights of :func:`make_even_weights`."""
-    return join_tables(*tables), make_even_weights(*(table.shape[1] for table in tables))
+def join_tables_with_even_weights(*tables: Table) -> tuple[Table, np.ndarray]:
+    """Join tables, and return the result with the weights of :func:`make_even_table_weights`."""
+    return join_tables(*tables), make_even_table_weights(*(table.shape[1] for table in tables))
 
 
-def add_covariate_weights(count: int, weights: np.ndarray) -> np.ndarray:
-    """Return the column weights of a table with ``count`` covariates in front of its other columns."""
-    return np.concatenate([np.full((*weights.shape[:-1], count), COVARIATE_WEIGHT), weights], axis=-1)
+def prepend_covariate_weights(covariate_count: int, column_weights: np.ndarray) -> np.ndarray:
+    """Return the column weights of a table with ``covariate_count`` covariates in front of its other columns."""
+    return np.concatenate(
+        [np.full((*column_weights.shape[:-1], covariate_count), COVARIATE_WEIGHT), column_weights], axis=-1
+    )
 
 
 def standardize(
@@ -52,21 +54,25 @@ def standardize(
     return (train_features - mean) * factor, (test_features - mean) * factor
 
 
-def make_ridge():
+def make_ridge_regression():
     """Return a ridge regression for columns with SD 1, which chooses its penalty on the training subjects."""
     from sklearn.linear_model import RidgeCV
 
     return RidgeCV(alphas=PENALTIES)
 
 
-def predict_number(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
+def predict_by_ridge_regression(
+    train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray
+) -> np.ndarray:
     """Predict numbers (n,) by ridge regression. The features must already be standardised."""
-    return make_ridge().fit(train_features, train_target).predict(test_features)
+    return make_ridge_regression().fit(train_features, train_target).predict(test_features)
 
 
 def predict_grade(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
     """Predict grades (n,) by ridge regression, clipped to the range of the fitted grades but not rounded."""
-    return np.clip(predict_number(train_features, train_target, test_features), train_target.min(), train_target.max())
+    return np.clip(
+        predict_by_ridge_regression(train_features, train_target, test_features), train_target.min(), train_target.max()
+    )
 
 
 def predict_class(train_features: np.ndarray, train_target: np.ndarray, test_features: np.ndarray) -> np.ndarray:
@@ -131,17 +137,19 @@ def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], trai
     for column in (1, 2):
         values = train_target[:, column]
         known.append(
-            np.mean([cross_val_predict(make_ridge(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0)
+            np.mean(
+                [cross_val_predict(make_ridge_regression(), own, values, cv=INNER_FOLDS) for own, _ in tables], axis=0
+            )
         )
-        asked.append(np.mean([predict_number(own, values, others) for own, others in tables], axis=0))
+        asked.append(np.mean([predict_by_ridge_regression(own, values, others) for own, others in tables], axis=0))
     tree = DecisionTreeClassifier(max_depth=4, min_samples_leaf=5, random_state=0)
     tree.fit(np.stack(known, axis=1), train_target[:, 0])
     return tree.predict(np.stack(asked, axis=1)).astype(float)
 
 
 MODELS: dict[str, Predict] = {
-    "regression": predict_number,
-    "log10": predict_number,
+    "regression": predict_by_ridge_regression,
+    "log10": predict_by_ridge_regression,
     "grade": predict_grade,
     "class": predict_class,
     "survival": predict_risk,
@@ -216,7 +224,7 @@ def predict_out_of_fold(
     return predicted
 
 
-def score_held_out(
+def compute_held_out_ridge_r2(
     features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
     """Return the R² of the held-out subjects, predicted by a ridge regression that was fitted to the others.
@@ -227,5 +235,5 @@ def score_held_out(
         held_out: (N,) bool.
         weights: column weights (D,) or (models, D), as in :func:`fit_and_predict_held_out`.
     """
-    predicted = fit_and_predict_held_out(predict_number, features, target, held_out, weights)
+    predicted = fit_and_predict_held_out(predict_by_ridge_regression, features, target, held_out, weights)
     return float(r2(target[held_out], predicted, np.ones((len(predicted), 1)))[0])

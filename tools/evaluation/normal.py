@@ -24,7 +24,7 @@ class HealthyDensity:
 
         _, locations, width = features.shape
         self.mean = np.zeros((locations, width))  # (L, D)
-        for part in split_locations(locations):
+        for part in split_locations_into_chunks(locations):
             self.mean[part] = np.asarray(features[healthy_rows, part], dtype=np.float64).mean(axis=0)
         pairs = np.arange(len(healthy_rows) * locations)
         if len(pairs) > ENOUGH:
@@ -44,15 +44,15 @@ class HealthyDensity:
         The score is about 1 for typical patches.
         """
         scores = np.zeros((len(subject_rows), features.shape[1]))
-        for part in split_locations(features.shape[1]):
+        for part in split_locations_into_chunks(features.shape[1]):
             deviations = np.asarray(features[subject_rows, part], dtype=np.float64) - self.mean[part]
             scores[:, part] = np.square(deviations * self.factor @ self.root).mean(axis=2)
         return scores
 
 
-def split_locations(locations: int) -> list[slice]:
+def split_locations_into_chunks(num_locations: int) -> list[slice]:
     """Split the locations into slices of LOCATIONS_AT_ONCE locations."""
-    return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, locations, LOCATIONS_AT_ONCE)]
+    return [slice(start, start + LOCATIONS_AT_ONCE) for start in range(0, num_locations, LOCATIONS_AT_ONCE)]
 
 
 def score_patch_abnormality(features: np.ndarray, healthy: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -41,14 +41,14 @@ def plot_predictions(
     truth, predicted = label.target[reported_rows], evaluation.predictions[table_name]
     main, figures = next(iter(evaluation.figures[table_name].items()))
     draw_one = {"survival": _plot_survival, "class": _plot_calibration, "grade": _plot_grades, "stage": _plot_grades}
-    draw_one.get(label.kind, _plot_numbers)(panel, label, truth, predicted)
+    draw_one.get(label.kind, _plot_predicted_against_true)(panel, label, truth, predicted)
     interval = f"{figures['mean']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
     panel.set_title(f"{label.name}, {table_name}: {main} {interval}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _plot_numbers(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
+def _plot_predicted_against_true(panel: "Axes", label: Label, truth: np.ndarray, predicted: np.ndarray) -> None:
     if label.kind == "log10":
         truth = np.log10(truth)
     panel.scatter(truth, predicted, s=9, alpha=0.6)

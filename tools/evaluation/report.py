@@ -7,19 +7,19 @@ import numpy as np
 from tools.evaluation.judge import Evaluation, Label
 
 
-def format_overview(judged: list[tuple[Label, int, Evaluation]]) -> str:
+def format_metric_overview(evaluations: list[tuple[Label, int, Evaluation]]) -> str:
     """Return a row per label and a column per table: the first metric for this kind of label with its 95 % interval."""
-    names = list(dict.fromkeys(name for *_, found in judged for name in found.figures))
+    names = list(dict.fromkeys(name for *_, found in evaluations for name in found.figures))
     head = " | ".join(map(_escape_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]
-    for label, subjects, found in judged:
+    for label, subjects, found in evaluations:
         metric = next(iter(found.figures["features"]))
         cells = [_format_mean_and_interval(found.figures[name][metric], "") for name in names]
         lines.append(f"| {_escape_cell(label.name)} | {subjects} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def format_details(judged: list[tuple[Label, int, Evaluation]]) -> str:
+def format_metrics_table(judged: list[tuple[Label, int, Evaluation]]) -> str:
     """Return one row per label, metric and table: value, interval, value for permuted labels, and paired differences.
 
     The column "features minus this" is the metric of the features minus the metric of the table. If the table includes
@@ -81,10 +81,10 @@ def explain_results(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) ->
             f"Not distinguishable from chance with these subjects ({', '.join(chance)}): the interval of the features "
             "includes 0 (0.5 for AUROC and C-index)."
         )
-    return lines + _explain_gain(results)
+    return lines + _explain_gain_over_histogram(results)
 
 
-def _explain_gain(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
+def _explain_gain_over_histogram(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> list[str]:
     """Return a line that states whether adding the features to the histogram improves the predictions."""
     added, useless = {}, []
     for label, tables in results.items():

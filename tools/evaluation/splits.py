@@ -66,7 +66,7 @@ def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tupl
     return int(np.flatnonzero(own & ~held_out)[0]), int(np.flatnonzero(own & held_out)[0])
 
 
-def find_scans_of_one_patient(sids: list[str]) -> list[str]:
+def find_sids_that_look_like_one_patient(sids: list[str]) -> list[str]:
     """Return two or more sids that look like scans of one patient, or an empty list if there are none.
 
     Sids of one patient differ only in the suffix that identifies the scan. Plain subject numbers, such as 001 and 002,

@@ -194,45 +194,51 @@ def read_patch_sids(path: Path) -> list[str]:
         raise StoreError(f"{beside} cannot be read as an array: {error}") from error
 
 
-def read_healthy(labels: str, sids: list[str], column: str, fewest: int) -> tuple[np.ndarray, np.ndarray]:
+def read_healthy_and_known_masks(
+    labels_path: str, sids: list[str], column: str, min_healthy: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Read a column of zeros and ones.
 
     Return two (N,) bool arrays: which subjects are healthy (value 1), and which subjects have a value.
 
     Raises:
-        StoreError: the column is missing, has other values, or has fewer healthy subjects than ``fewest``.
+        StoreError: the column is missing, has other values, or has fewer healthy subjects than ``min_healthy``.
     """
     values, names, words = read_numbers_and_words(
-        labels, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
+        labels_path, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
     )
     if column not in names:
-        raise StoreError(explain_missing_column(labels, column, names, "--healthy"))
+        raise StoreError(explain_missing_column(labels_path, column, names, "--healthy"))
     found = values[:, names.index(column)]
     known, healthy = ~np.isnan(found), found == 1
     strange = column in words and not are_no_and_yes(words[column])
     if strange or not np.isin(found[known], (0, 1)).all():
-        raise StoreError(f"column {column!r} of {labels} must be 1 (healthy), 0 (not healthy) or empty")
-    if healthy.sum() < fewest:
+        raise StoreError(f"column {column!r} of {labels_path} must be 1 (healthy), 0 (not healthy) or empty")
+    if healthy.sum() < min_healthy:
         raise StoreError(
-            f"column {column!r} of {labels} has {healthy.sum()} healthy subjects; at least {fewest} are needed"
+            f"column {column!r} of {labels_path} has {healthy.sum()} healthy subjects; "
+            f"at least {min_healthy} are needed"
         )
     return healthy, known
 
 
-def read_held_out(values: np.ndarray, names: list[str], column: str, labels: str, fewest: int = 5) -> np.ndarray:
+def read_held_out_subjects(
+    values: np.ndarray, names: list[str], column: str, label_table_path: str, min_subjects: int = 5
+) -> np.ndarray:
     """Read the held-out subjects, (N,) bool, from a column of 0 and 1. Raises StoreError."""
     if column not in names:
-        raise StoreError(explain_missing_column(labels, column, names, "--held-out"))
+        raise StoreError(explain_missing_column(label_table_path, column, names, "--held-out"))
     held = values[:, names.index(column)]
     counts = (held == 0).sum(), (held == 1).sum()
     if sum(counts) < len(held):
         raise StoreError(
-            f"--held-out {column} must be 0 or 1 for every subject; {labels} has an empty cell or another value"
+            f"--held-out {column} must be 0 or 1 for every subject; "
+            f"{label_table_path} has an empty cell or another value"
         )
-    if min(counts) < fewest:
+    if min(counts) < min_subjects:
         raise StoreError(
             f"--held-out {column} has {counts[0]} subjects with 0 and {counts[1]} with 1; "
-            f"at least {fewest} of each are needed"
+            f"at least {min_subjects} of each are needed"
         )
     return held == 1
 
@@ -266,32 +272,34 @@ def is_constant(features: np.ndarray) -> bool:
     return bool((features == features[:1]).all())
 
 
-def describe_other_store(features: str | os.PathLike, store: PatchStore, flag: str) -> str:
-    """Return a warning if extract_feature.py computed ``features`` from another store than ``store``, else "".
+def describe_store_mismatch(features_path: str | os.PathLike, store: PatchStore, store_flag: str) -> str:
+    """Return a warning if extract_feature.py computed ``features_path`` from another store than ``store``, else "".
 
     Different stores can have subjects with equal names, such as 0001.
     """
     try:
-        made = json.loads(Path(features).with_name("features.json").read_text(encoding="utf-8"))
+        made = json.loads(Path(features_path).with_name("features.json").read_text(encoding="utf-8"))
         theirs, where = made["store_version"], made.get("root_dir", "another store")
     except (OSError, ValueError, TypeError, KeyError):
         return ""  # features without features.json were made by hand or by embed_scan.py
     if theirs == store.version:
         return ""
     return (
-        f"{features} was extracted from {where}, but {flag} {store.layout.root} is another store or has changed since; "
-        "results are wrong for any sid that means different subjects in the two"
+        f"{features_path} was extracted from {where}, but {store_flag} {store.layout.root} is another store "
+        "or has changed since; results are wrong for any sid that means different subjects in the two"
     )
 
 
-def refuse_leaks(tables: dict[str, pd.DataFrame], labels: Sequence[str], path: str) -> None:
+def refuse_label_columns_in_features(
+    feature_tables: dict[str, pd.DataFrame], label_columns: Sequence[str], labels_path: str
+) -> None:
     """Raise StoreError if a feature table contains a label column, which would then be predicted from itself."""
-    for name, table in tables.items():
+    for name, table in feature_tables.items():
         name = table.attrs.get("path", name)
-        shared = [str(column) for column in table.columns if str(column) in set(labels) - {"sid"}]
+        shared = [str(column) for column in table.columns if str(column) in set(label_columns) - {"sid"}]
         if shared:
             raise StoreError(
-                f"{name} has column {shared[0]!r}, which is also in {path}; remove the column from the features"
+                f"{name} has column {shared[0]!r}, which is also in {labels_path}; remove the column from the features"
             )
 
 

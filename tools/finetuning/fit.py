@@ -68,12 +68,14 @@ class Scaled(NamedTuple):
     weights: torch.Tensor | None  # weight of each class; None unless labels are classes
 
     @classmethod
-    def from_task(cls, task: Task, train: np.ndarray) -> "Scaled":
+    def from_task(cls, task: Task, train_label_indices: np.ndarray) -> "Scaled":
         if task.kind == "class":
-            counts = np.bincount(task.target[train].astype(int), minlength=len(task.classes))
-            weights = torch.tensor(len(train) / np.maximum(counts, 1) / len(task.classes), dtype=torch.float32)
+            counts = np.bincount(task.target[train_label_indices].astype(int), minlength=len(task.classes))
+            weights = torch.tensor(
+                len(train_label_indices) / np.maximum(counts, 1) / len(task.classes), dtype=torch.float32
+            )
             return cls(torch.from_numpy(task.target.astype(np.int64)), 0.0, 1.0, weights)
-        mean, sd = float(task.target[train].mean()), float(task.target[train].std()) or 1.0
+        mean, sd = float(task.target[train_label_indices].mean()), float(task.target[train_label_indices].std()) or 1.0
         return cls(torch.from_numpy(((task.target - mean) / sd).astype(np.float32)), mean, sd, None)
 
     def compute_loss(self, outputs: torch.Tensor, label_indices: np.ndarray) -> torch.Tensor:
@@ -159,23 +161,23 @@ def fine_tune_and_predict(
 
     optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=DECAY)
 
-    def train_head_round() -> float:
+    def train_head_step_and_validate() -> float:
         optimizer.zero_grad(set_to_none=True)
         scaled.compute_loss(head(train_h.to(device)), split.train).backward()
         optimizer.step()
         return compute_validation_loss(validation_h)
 
-    best_loss, rounds = _train_until_no_better(train_head_round, (head,), "frozen", float("inf"))
+    best_loss, rounds = _train_until_no_better(train_head_step_and_validate, (head,), "frozen", float("inf"))
     if parameters:
         groups = [{"params": head.parameters(), "lr": FITTED_HEAD_RATE}, {"params": parameters, "lr": ENCODER_RATE}]
         descent = torch.optim.AdamW(groups, weight_decay=DECAY)
         rng = np.random.default_rng([seed, 11])
 
-        def train_encoder_round() -> float:
+        def train_encoder_and_validate() -> float:
             _train_encoder_round(task, split.train, data, encoder, head, scaled, descent, rng)
             return compute_validation_loss(compute_representations(split.validation, ignore_precomputed=True))
 
-        best_loss, rounds = _train_until_no_better(train_encoder_round, (head, encoder), layers, best_loss)
+        best_loss, rounds = _train_until_no_better(train_encoder_and_validate, (head, encoder), layers, best_loss)
     with torch.no_grad():
         outputs = head(compute_representations(split.test, ignore_precomputed=bool(parameters)).to(device)).cpu()
     return Fitted(head, encoder, scaled.to_label_unit(outputs), rounds, best_loss, standardization)
@@ -211,7 +213,7 @@ def _train_until_no_better(
 
 def _train_encoder_round(
     task: Task,
-    train: np.ndarray,
+    train_indices: np.ndarray,
     data: Data,
     encoder: nn.Module,
     head: Head,
@@ -222,11 +224,11 @@ def _train_encoder_round(
     """Train on every training label once, with a few subjects or patches per step and fixed BatchNorm statistics."""
     encoder.eval()
     if task.places is None:
-        steps = np.array_split(rng.permutation(train), -(-len(train) // PATIENTS_AT_ONCE))
+        steps = np.array_split(rng.permutation(train_indices), -(-len(train_indices) // PATIENTS_AT_ONCE))
     else:  # patch labels: each step uses patches of one location, so that they share the same kernels
         steps = []
-        for place in np.unique(task.places[train]):
-            own = rng.permutation(train[task.places[train] == place])
+        for place in np.unique(task.places[train_indices]):
+            own = rng.permutation(train_indices[task.places[train_indices] == place])
             steps += np.array_split(own, -(-len(own) // (PATIENTS_AT_ONCE * PATCHES_AT_ONCE)))
         rng.shuffle(steps)
     for numbers in steps:

@@ -35,35 +35,43 @@ class Task(NamedTuple):
 def make_subject_task(sids: list[str], values: np.ndarray, column: str, kind: str | None) -> Task:
     """Make a task from a label column (N,), which is NaN where unknown. Raises StoreError."""
     rows = np.flatnonzero(~np.isnan(values))
-    return _make_task(rows, None, values[rows], f"column {column!r}", kind)
+    return _make_finetuning_task(rows, None, values[rows], f"column {column!r}", kind)
 
 
-def make_patch_task(path: str, sids: list[str], locations: int, kind: str | None) -> Task:
+def read_patch_label_task(labels_path: str, sids: list[str], num_locations: int, label_kind: str | None) -> Task:
     """Make a task from a CSV with columns sid, patch and value. Raises StoreError and names an invalid line."""
-    table = read_table(path, ("sid", "patch", "value"), file_names=False, one_row=False)
+    table = read_table(labels_path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
     rows, places, values = [], [], []
     for line, (sid, place, value) in enumerate(zip(table["sid"], table["patch"], table["value"]), start=2):
         if sid not in row_of:
-            raise StoreError(f"{path}, line {line}: sid {sid!r} is not in the store; its sids look like {sids[0]!r}")
-        if not place.isdecimal() or int(place) >= locations:
-            raise StoreError(f"{path}, line {line}: patch {place!r} is not a whole number from 0 to {locations - 1}")
+            raise StoreError(
+                f"{labels_path}, line {line}: sid {sid!r} is not in the store; its sids look like {sids[0]!r}"
+            )
+        if not place.isdecimal() or int(place) >= num_locations:
+            raise StoreError(
+                f"{labels_path}, line {line}: patch {place!r} is not a whole number from 0 to {num_locations - 1}"
+            )
         try:
             number = float(value)
         except ValueError:
             number = np.nan
         if not np.isfinite(number):
-            raise StoreError(f"{path}, line {line}: value {value!r} is not a finite number")
+            raise StoreError(f"{labels_path}, line {line}: value {value!r} is not a finite number")
         rows.append(row_of[sid])
         places.append(int(place))
         values.append(number)
-    return _make_task(np.array(rows), np.array(places), np.array(values), f"column 'value' of {path}", kind)
+    return _make_finetuning_task(
+        np.array(rows), np.array(places), np.array(values), f"column 'value' of {labels_path}", label_kind
+    )
 
 
-def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, what: str, kind: str | None) -> Task:
+def _make_finetuning_task(
+    rows: np.ndarray, label_locations: np.ndarray | None, values: np.ndarray, label_source: str, kind: str | None
+) -> Task:
     if len(np.unique(rows)) < FEWEST:
         raise StoreError(
-            f"{what} has values for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
+            f"{label_source} has values for {len(np.unique(rows))} subjects of the store; at least {FEWEST} are needed"
         )
     kind = kind or guess_label_kind(values)
     reason = find_label_problem(values, kind, folds=2)
@@ -75,10 +83,10 @@ def _make_task(rows: np.ndarray, places: np.ndarray | None, values: np.ndarray, 
             )
             reason += "needed for training, validation and test"
     if reason:
-        raise StoreError(f"{what} cannot be learned: {reason}")
+        raise StoreError(f"{label_source} cannot be learned: {reason}")
     classes = tuple(np.unique(values)) if kind == "class" else ()
     target = np.searchsorted(classes, values) if classes else values
-    return Task(kind, rows, places, target.astype(np.float64), classes)
+    return Task(kind, rows, label_locations, target.astype(np.float64), classes)
 
 
 class Split(NamedTuple):

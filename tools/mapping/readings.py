@@ -12,7 +12,7 @@ from misc.progress import progress_bar
 from models.frozen import LOCATIONS_AT_ONCE, freeze_at_locations
 from preprocess.patches import Patches, cut_patches
 from tools.evaluation.baselines import count_voxels_by_density
-from tools.evaluation.learn import make_ridge
+from tools.evaluation.learn import make_ridge_regression
 from tools.mapping.windows import Windows
 
 Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one location -> (n, D)
@@ -21,9 +21,9 @@ Encode = Callable[[np.ndarray], np.ndarray]  # (n, 32, 32, 32) int16 HU at one l
 class Readers:
     """Compute features of patches: the encoder's representation h.
 
-    With ``add_density_readings``, also compute a histogram and the fraction of voxels below -950 HU.
+    With ``add_density_features``, also compute a histogram and the fraction of voxels below -950 HU.
 
-    In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``add_density_readings``.
+    In the docstrings of this module, D is rep_dim, or rep_dim + BINS + 1 with ``add_density_features``.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Readers:
         rep_dim: int,
         locations: np.ndarray,
         device: torch.device,
-        add_density_readings: bool,
+        add_density_features: bool,
     ):
-        self.rep_dim, self.compare = rep_dim, add_density_readings
+        self.rep_dim, self.compare = rep_dim, add_density_features
         self.encoder = encoder.eval().to(device)
         self.locations = torch.from_numpy(normalize_locations(locations)).to(device)
 
@@ -65,7 +65,7 @@ class Readers:
         return found
 
 
-def average_patch_features(
+def compute_subject_and_location_means(
     readers: Readers, store: PatchStore, rows: np.ndarray, no_progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean features of some subjects of the store: over locations (n, D), and over subjects (L, D)."""
@@ -80,7 +80,7 @@ def average_patch_features(
     return total / store.num_locations, np.array(of_place)
 
 
-def compute_patch_readings(
+def compute_patch_features(
     readers: Readers, patch_locations: np.ndarray, read_patches: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Compute features (n, D) of patches at several locations, one location at a time to save memory.
@@ -100,24 +100,24 @@ def compute_patch_readings(
     return found
 
 
-def compute_window_readings(
-    readers: Readers, cut: Patches, windows: Windows, patch_size: int, mean_readings: np.ndarray
+def compute_window_features(
+    readers: Readers, resampled_scan: Patches, windows: Windows, patch_size: int, mean_features_per_location: np.ndarray
 ) -> np.ndarray:
     """Compute the features of each window, minus the mean features at its location: (n, D).
 
     Args:
         readers: object that computes the features.
-        cut: the resampled scan.
+        resampled_scan: the resampled scan.
         windows: the windows.
         patch_size: edge length of a window in voxels.
-        mean_readings: (L, D), mean features of the training subjects at each location. Features differ more between
-            locations than between subjects, because each location has its own kernels. The linear model is therefore
+        mean_features_per_location: (L, D), mean features of the training subjects at each location. Features differ
+            more between locations than between subjects, because each location has its own kernels. The linear model is therefore
             fitted to deviations from the mean of each location.
     """
-    found = compute_patch_readings(
-        readers, windows.places, lambda _, own: cut_patches(cut.values, windows.corners[own], patch_size)[0]
+    found = compute_patch_features(
+        readers, windows.places, lambda _, own: cut_patches(resampled_scan.values, windows.corners[own], patch_size)[0]
     )
-    return found - mean_readings[windows.places]
+    return found - mean_features_per_location[windows.places]
 
 
 def fit_probe(features: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -128,10 +128,10 @@ def fit_probe(features: np.ndarray, target: np.ndarray) -> Callable[[np.ndarray]
     prediction for a patch therefore shows how much the patch contributes to the prediction for the subject.
 
     Args:
-        features: (n, D) features, after subtracting mean features as in :func:`compute_window_readings`.
+        features: (n, D) features, after subtracting mean features as in :func:`compute_window_features`.
         target: (n,) label values.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), make_ridge()).fit(features, target).predict
+    return make_pipeline(StandardScaler(), make_ridge_regression()).fit(features, target).predict

@@ -31,18 +31,18 @@ def score_map(scores: sitk.Image, truth: np.ndarray, mask: np.ndarray) -> dict[s
     return {"share": share, "average_precision": area, "dice": float(dice.max())}
 
 
-def format_summary(rows: pd.DataFrame) -> str:
+def format_map_accuracy_table(scores_per_map: pd.DataFrame) -> str:
     """Format means over scans, and the 95 % interval of average precision: one row per label and table.
 
     Args:
-        rows: one row per map, with columns named column, table, sid, share, average_precision and dice. Scans without
-            an average precision (NaN) are left out.
+        scores_per_map: one row per map, with columns named column, table, sid, share, average_precision and dice.
+            Scans without an average precision (NaN) are left out.
     """
     lines = [
         "| label | map from | scans | chance | average precision | best Dice |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for (column, table), group in rows.groupby(["column", "table"], sort=False):
+    for (column, table), group in scores_per_map.groupby(["column", "table"], sort=False):
         known = group.dropna(subset=["average_precision"]).sort_values("sid")
         if known.empty:
             lines.append(f"| {column} | {table} | 0 | | no positive voxels | |")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.evaluation.metrics import r2
-from tools.evaluation.normal import score_patch_abnormality, split_locations
+from tools.evaluation.normal import score_patch_abnormality, split_locations_into_chunks
 
 FOLDS = 5
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # ridge penalties per training subject, for features with SD 1
@@ -36,15 +36,15 @@ def project_subjects(features: np.ndarray, tsne: bool, seed: int = 0) -> dict[st
     return {name: places.astype(np.float32) for name, places in found.items()}
 
 
-def find_nearest(features: np.ndarray, count: int) -> np.ndarray:
+def find_nearest_subjects(features: np.ndarray, neighbor_count: int) -> np.ndarray:
     """Find the nearest other subjects: standardised features (N, D) -> rows (N, count), nearest first."""
     from sklearn.neighbors import NearestNeighbors
 
-    rows = NearestNeighbors(n_neighbors=count + 1).fit(features).kneighbors(features, return_distance=False)
+    rows = NearestNeighbors(n_neighbors=neighbor_count + 1).fit(features).kneighbors(features, return_distance=False)
     own = np.arange(len(features))[:, None]
     # Drop the subject itself, which is not always the first neighbour if several subjects have equal features.
     order = np.argsort(rows == own, axis=1, kind="stable")
-    return np.take_along_axis(rows, order, axis=1)[:, :count]
+    return np.take_along_axis(rows, order, axis=1)[:, :neighbor_count]
 
 
 def compute_location_importance(
@@ -70,7 +70,7 @@ def compute_location_importance(
         return found[0]
     y = target[known].astype(np.float64)
     folds = np.array_split(np.random.default_rng(seed).permutation(len(known)), FOLDS)
-    for part in split_locations(features.shape[1]):
+    for part in split_locations_into_chunks(features.shape[1]):
         block = np.asarray(features[known, part], dtype=np.float64)  # (n, some, D)
         for place, x in zip(range(part.start, features.shape[1]), block.transpose(1, 0, 2)):
             predicted = _predict_out_of_fold(standardize_features(x), y, folds)  # (penalties, n)

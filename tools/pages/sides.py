@@ -60,19 +60,19 @@ def make_atlas_views(locations: np.ndarray, patch_size: int, atlas: sitk.Image |
                 "name": side.name,
                 "letters": side.letters if atlas is not None else "",
                 "shape": round(float(extent[side.across] / extent[side.up]), 4),
-                "image": "" if mask is None else _draw_lung_thickness(mask, side),
+                "image": "" if mask is None else _draw_lung_thickness_as_data_url(mask, side),
                 "places": places.astype(np.float32),
             }
         )
     return found
 
 
-def _draw_lung_thickness(mask: np.ndarray, side: Side) -> str:
+def _draw_lung_thickness_as_data_url(lung_mask: np.ndarray, side: Side) -> str:
     """Draw the thickness of the lungs along the viewing direction, and return a PNG as a data URL."""
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = mask.sum(axis=depth).astype(
+    thickness = lung_mask.sum(axis=depth).astype(
         float
     )  # axes (across, up), because the axis across has the lower number in every view
     picture = thickness.T  # (up, across), because the first axis of a picture is vertical

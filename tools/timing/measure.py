@@ -138,7 +138,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     return found
 
 
-def format_rows(rows: list[Row]) -> str:
+def format_timing_table(rows: list[Row]) -> str:
     """Format the rows as a Markdown table."""
 
     def format_number(value: float | None, unit: str) -> str:

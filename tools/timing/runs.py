@@ -71,7 +71,7 @@ def measure_memory(store: PatchStore, K: int, folder: Path, args: argparse.Names
     return row
 
 
-def measure_ranks_rate(folder: Path, ranks: int, args: argparse.Namespace) -> float | None:
+def measure_multi_rank_samples_per_second(folder: Path, ranks: int, args: argparse.Namespace) -> float | None:
     """Return samples per second of train.py on several ranks that share the batch, or None after a timeout."""
     store = make_store(folder / "store", 8, 64)
     sizes = {"batch-size": args.batch, "moco-k": 4 * args.batch, "epochs": 2, "workers": 1, "device": args.device.type}
@@ -110,7 +110,7 @@ def measure_scaling(folder: Path, args: argparse.Namespace) -> list[dict]:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 4
     for ranks in (1, 2, 4):
         if ranks <= gpus:
-            rate = measure_ranks_rate(folder / f"ranks_{ranks}", ranks, args)
+            rate = measure_multi_rank_samples_per_second(folder / f"ranks_{ranks}", ranks, args)
             cases.append(
                 {"grown": "ranks", "value": ranks, "ms_per_step": None if rate is None else 1e3 * args.batch / rate}
             )

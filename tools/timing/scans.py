@@ -16,7 +16,7 @@ import torch
 from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 from preprocess.atlas import load_atlas
 from preprocess.geometry import PADDING, find_orientation, orient
-from preprocess.lungs import check_lungs, load_lungmask, lung_mask, segment_with_network
+from preprocess.lungs import check_lungs, load_lungmask_network, lung_mask, segment_with_network
 from preprocess.patches import cut_scan, map_corners
 from preprocess.patchify_atlas import STEP_SIZE, make_location_table
 from preprocess.picture import render_patch_picture
@@ -52,7 +52,7 @@ def cut_literal_patches(
     return np.stack(cut)
 
 
-def save_random_lungmask(folder: Path) -> str:
+def save_random_lungmask_weights(folder: Path) -> str:
     """Save random weights for lungmask's network and return their path. The weights do not affect the run time."""
     from lungmask.resunet import UNet
 
@@ -125,10 +125,10 @@ def time_scan_preprocessing(args: argparse.Namespace) -> list[Row]:
     together = sum(np.median(found) for found in (*times.values(), ours))
     rows.append(Row("all of these", unit, ours=float(together), goal="10 core-seconds"))
     with tempfile.TemporaryDirectory(prefix="drasclr-lungmask-") as folder:
-        weights = save_random_lungmask(Path(folder))
+        weights = save_random_lungmask_weights(Path(folder))
         where = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
         slices = scan.GetSize()[2]
-        few = min(slices, load_lungmask(weights).batch_size)
+        few = min(slices, load_lungmask_network(weights).batch_size)
         # Time only one batch of slices, because a slice takes up to a second on a CPU.
         some = scan[:, :, (slices - few) // 2 : (slices + few) // 2]
         start = time.perf_counter()

@@ -17,11 +17,11 @@ def test_means_since_the_last_read_and_over_the_epoch():
         meters.add_statistics(torch.tensor([loss, 10 * loss]))
         if loss == 2.0:
             assert meters.steps == 2 and meters.compute_means_and_reset() == {"loss": 1.5, "accuracy": 15.0}
-    assert meters.compute_epoch_totals().tolist() == [14.0, 140.0]  # includes unread steps
+    assert meters.compute_epoch_statistic_sums().tolist() == [14.0, 140.0]  # includes unread steps
     meters.compute_means_and_reset()
     assert meters.epoch_means(5) == {"loss": 2.8, "accuracy": 28.0}
     meters.start_epoch()
-    assert meters.compute_epoch_totals().tolist() == [0.0, 0.0]
+    assert meters.compute_epoch_statistic_sums().tolist() == [0.0, 0.0]
 
 
 def test_sums_of_other_statistics_are_refused():

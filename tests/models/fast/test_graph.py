@@ -168,11 +168,11 @@ def recording(monkeypatch):
 
     def record(self, inputs, beta, way=RecordedStep._record_cuda_graph):
         model, optimizer = self.step.training_step.model, self.optimizer
-        before = copy.deepcopy((model.state_dict(), model.export_key_origins(), optimizer.state_dict()))
+        before = copy.deepcopy((model.state_dict(), model.export_key_subjects_and_steps(), optimizer.state_dict()))
         streams = [generator.get_state() for generator in (torch.default_generator, *self.generators)]
         recorded = way(self, inputs, beta)
         model.load_state_dict(before[0])
-        model.load_queue_origin(before[1])
+        model.restore_key_subjects_and_steps(before[1])
         optimizer.load_state_dict(before[2])
         for generator, state in zip((torch.default_generator, *self.generators), streams):
             generator.set_state(state)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import cnn3d, fast
-from tools.dev.gpu_lab.convolutions import WAYS, convert_kernel_to_cubes, space_to_depth
+from tools.dev.gpu_lab.convolutions import WAYS, convert_kernel_for_space_to_depth, space_to_depth
 
 from ...conftest import ROOT
 
@@ -24,7 +24,9 @@ def test_the_first_convolutions_three_ways(name):
 def test_space_to_depth_convolution_is_exact():
     x, kernel = torch.randn(2, 3, 8, 6, 4, dtype=torch.float64), torch.randn(5, 3, 3, 3, 3, dtype=torch.float64)
     wanted = space_to_depth(torch.conv3d(x, kernel, padding=1))
-    torch.testing.assert_close(torch.conv3d(space_to_depth(x), convert_kernel_to_cubes(kernel), padding=1), wanted)
+    torch.testing.assert_close(
+        torch.conv3d(space_to_depth(x), convert_kernel_for_space_to_depth(kernel), padding=1), wanted
+    )
 
 
 def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
@@ -34,8 +36,8 @@ def test_batchnorm_on_images_equals_batchnorm_on_volumes(monkeypatch):
     """
     norms, results = [torch.nn.BatchNorm3d(8).double() for _ in range(2)], []
     x = torch.randn(4, 8, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
-    for norm, way in zip(norms, (cnn3d._view_as_images_on_gpu, lambda x: x.flatten(2, 3))):
-        monkeypatch.setattr(cnn3d, "_view_as_images_on_gpu", way)
+    for norm, way in zip(norms, (cnn3d._flatten_volumes_to_images_on_gpu, lambda x: x.flatten(2, 3))):
+        monkeypatch.setattr(cnn3d, "_flatten_volumes_to_images_on_gpu", way)
         inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
         with fast.disable_fast_paths():
             (y,) = cnn3d.norm_elu(norm, [inputs], groups=2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools.dev.soak import Job, make_fingerprint_function, run_trial
+from tools.dev.soak import Job, make_fingerprint_function, run_interrupted_job_and_compare
 
 SLOWLY = "import os, time, pathlib\nfor n in range(6):\n    time.sleep(0.1)\n"
 
@@ -20,7 +20,7 @@ def results(job, folder, wanted, count=4):
     found = []
     for number in range(count):
         (folder / str(number)).mkdir()
-        found.append(run_trial(job, folder / str(number), wanted, 0.7, random.Random(number)))
+        found.append(run_interrupted_job_and_compare(job, folder / str(number), wanted, 0.7, random.Random(number)))
     return found
 
 

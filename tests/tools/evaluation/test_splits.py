@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.evaluation.splits import draw_folds, draw_resamples, find_scans_of_one_patient, make_strata
+from tools.evaluation.splits import draw_folds, draw_resamples, find_sids_that_look_like_one_patient, make_strata
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,4 +50,4 @@ def test_the_bootstrap_draws_a_patient_with_all_scans():
     ],
 )
 def test_sids_that_look_like_one_patient(sids, alike):
-    assert find_scans_of_one_patient(sids) == alike
+    assert find_sids_that_look_like_one_patient(sids) == alike

@@ -9,7 +9,7 @@ import pytest
 
 from misc.command import UserError
 from tools.evaluation import vectors
-from tools.evaluation.learn import MODELS, fit_and_predict_held_out, predict_out_of_fold, score_held_out
+from tools.evaluation.learn import MODELS, compute_held_out_ridge_r2, fit_and_predict_held_out, predict_out_of_fold
 from tools.evaluation.vectors import (
     JoinedTable,
     PatientVectors,
@@ -80,8 +80,10 @@ def test_every_fold_is_standardised_separately(patches):
         np.testing.assert_allclose(
             ours[own], fit_and_predict_held_out(MODELS["regression"], plain, target, own), rtol=1e-6
         )
-    assert score_held_out(table, target, fold == 0) == pytest.approx(
-        score_held_out(np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0),
+    assert compute_held_out_ridge_r2(table, target, fold == 0) == pytest.approx(
+        compute_held_out_ridge_r2(
+            np.hstack([literal_vectors(patches, fold > 0), np.arange(N)[:, None]]), target, fold == 0
+        ),
         abs=1e-6,
     )
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from data.labels import read_numbers_and_words
-from tools.evaluation.kinds import find_missing_code, recognize_date
+from tools.evaluation.kinds import describe_date_format_of_times, find_missing_code
 
 N = 90
 SIDS = [f"s{row:03d}" for row in range(N)]
@@ -97,7 +97,10 @@ def test_bad_orders_are_refused(study, run_here, order, message):
 
 
 def test_events_in_other_languages_and_other_words(study, run_here):
-    """Words for yes become 1 in several languages. For words other than yes and no, --order chooses the word for 1."""
+    """The word "yes" in several languages is read as 1.
+
+    For words other than yes and no, --order chooses the word for 1.
+    """
     _, labels = study
     survival = ("--time-column", "years", "--event-column", "died")
     wanted = evaluate(run_here, study, labels, *survival)[1]["died"]["features"]["c_index"]["mean"]
@@ -175,9 +178,9 @@ def test_missing_codes_are_reported_and_removed(study, run_here):
 )
 def test_dates_are_recognised(values, what):
     assert (
-        what in recognize_date(np.array(values, dtype=np.float32))
+        what in describe_date_format_of_times(np.array(values, dtype=np.float32))
         if what
-        else not recognize_date(np.array(values, dtype=float))
+        else not describe_date_format_of_times(np.array(values, dtype=float))
     )
 
 

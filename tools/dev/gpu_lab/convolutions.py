@@ -37,7 +37,7 @@ def space_to_depth(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
-def convert_kernel_to_cubes(kernel: torch.Tensor) -> torch.Tensor:
+def convert_kernel_for_space_to_depth(kernel: torch.Tensor) -> torch.Tensor:
     """Convert a kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
 
     Along each axis, voxel a of an output cube depends on voxel p of the input cube at offset t (a and p are 0 or 1).
@@ -71,7 +71,7 @@ def convolve_by_space_to_depth(
     x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor
 ) -> torch.Tensor:
     """Compute :func:`convolve_directly` on the 8 channels of :func:`space_to_depth`, which become 64 and again 8."""
-    x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_to_cubes(first_kernel)), padding=1)
+    x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_for_space_to_depth(first_kernel)), padding=1)
     return F.conv3d(x, channels_last(convert_to_space_to_depth_kernel(second_kernel)), padding=1)
 
 

@@ -117,10 +117,10 @@ def time_in_turns(jobs: dict[str, Callable[[], object]], rounds: int, device: to
     for _ in range(rounds):
         for name, work in jobs.items():
             times[name].append(time_seconds(work, device))
-    return {name: summarize(values) for name, values in times.items()}
+    return {name: summarize_by_median_and_range(values) for name, values in times.items()}
 
 
-def summarize(values: Sequence[float], digits: int = 7) -> dict[str, float]:
+def summarize_by_median_and_range(values: Sequence[float], digits: int = 7) -> dict[str, float]:
     found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return {name: round(value, digits) for name, value in found.items()}
 
