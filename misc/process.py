@@ -122,8 +122,8 @@ def find_gpu_matmul_precision() -> str:
 def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    The returned slowdown is 0 if bfloat16 does not slow down training: on a GPU, or below a slowdown of SLOWER. CPUs without
-    bfloat16 arithmetic emulate it. Measuring bfloat16 and float32 takes about 0.2 s.
+    Return 0 if bfloat16 does not slow down training: on a GPU, or below a slowdown of SLOWER. CPUs without bfloat16
+    arithmetic emulate it. Measuring bfloat16 and float32 takes about 0.2 s.
     """
     if device.type != "cpu":
         return 0.0

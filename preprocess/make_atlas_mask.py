@@ -23,7 +23,7 @@ from preprocess.geometry import ISO_SPACING, write_image
 from preprocess.scan import ScanError, read_mask
 
 
-def make_atlas(mask: sitk.Image) -> sitk.Image:
+def resample_and_relabel_atlas_mask(mask: sitk.Image) -> sitk.Image:
     """Resample a mask to 1 mm with the same origin and axes, and set the labels 50 (right lung) and 100 (left lung).
 
     Raises:
@@ -53,7 +53,7 @@ def main() -> int:
     if target.exists():
         raise StoreError(f"--output {target} exists already; choose another name")
     try:
-        atlas = make_atlas(read_mask(args.lung_mask))
+        atlas = resample_and_relabel_atlas_mask(read_mask(args.lung_mask))
     except ScanError as error:
         raise StoreError(f"--lung-mask {args.lung_mask}: {error}") from error
     write_image(atlas, target)

@@ -80,7 +80,8 @@ class Record:
     def make_dead_worker_row(self, sid: str, message: str) -> Row:
         """Return the report row of a subject after its worker process died.
 
-        If the subject has an in-progress file, its output was made by this stage. Otherwise the output may belong to the user.
+        If the subject has an in-progress file, its output was made by this stage. Otherwise the output may belong to
+        the user.
         """
         stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_provenance_columns(
             self.before.get(sid, {})
@@ -268,7 +269,7 @@ def _note_missing_workers(client: Any, address: str) -> Iterator[None]:
     """Print a note if a cluster has had no worker for a while, because the run would otherwise wait silently."""
     ended = threading.Event()
 
-    def note_if_no_workers() -> None:
+    def print_note_if_no_dask_workers() -> None:
         seconds, told = NO_WORKER_SECONDS[0], False
         while not ended.wait(seconds):
             with contextlib.suppress(Exception):  # the main thread reports a lost scheduler
@@ -278,7 +279,7 @@ def _note_missing_workers(client: Any, address: str) -> Iterator[None]:
                 told = not there
             seconds = NO_WORKER_SECONDS[1]
 
-    thread = threading.Thread(target=note_if_no_workers, daemon=True)
+    thread = threading.Thread(target=print_note_if_no_dask_workers, daemon=True)
     thread.start()
     try:
         yield

@@ -55,7 +55,7 @@ class RecordedStep:
             UserError: the step cannot be recorded.
         """
         kind = (beta, *(None if value is None else (value.shape, value.dtype) for value in inputs))
-        # Keep only one graph, because two graphs take too much memory, and beta changes at most once in a training.
+        # Keep only one graph, because two graphs take too much memory, and beta changes at most once per run.
         if kind != self._kind:
             self._kind, self._seen, self._recorded = kind, 0, None
         for group in self.optimizer.param_groups:  # round the learning rate to float32, as in a recorded step

@@ -44,8 +44,8 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     _check_tilt(frames, places, axes, folder)
     first, length = fit_evenly_spaced_values(heights)
     start = places[0] + axes @ (
-        compute_offset_to_midrange(across),
-        compute_offset_to_midrange(down),
+        compute_offset_from_first_to_midrange(across),
+        compute_offset_from_first_to_midrange(down),
         first - heights[0],
     )
     spacing = (usual.spacing[1], usual.spacing[0], round(length / (len(frames) - 1), DIGITS))
@@ -54,7 +54,7 @@ def sort_slices(frames: list[Frame], folder: Path) -> tuple[list[Frame], Grid]:
     return frames, place
 
 
-def compute_offset_to_midrange(values: np.ndarray) -> float:
+def compute_offset_from_first_to_midrange(values: np.ndarray) -> float:
     """Return the distance from the first value to the midpoint of the range; 0 if values differ only by rounding."""
     away = values - values[0]
     return float(away.min() + away.max()) / 2 if np.abs(away).max() > PLACE / 2 else 0.0
@@ -100,15 +100,17 @@ def compute_row_and_column_directions(typical_frame: Frame, folder: Path) -> tup
     row, column = typical_frame.orientation[:3], typical_frame.orientation[3:]
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > 0.01:
-        raise ScanError(f"{folder}: {typical_frame.name}'s orientation (0020,0037) is invalid: its vectors have "
-                        f"lengths {lengths[0]:.3f} and {lengths[1]:.3f} instead of 1; export the series again")  # fmt: skip
+        raise ScanError(
+            f"{folder}: {typical_frame.name}'s orientation (0020,0037) is invalid: its vectors have lengths "
+            f"{lengths[0]:.3f} and {lengths[1]:.3f} instead of 1; export the series again"
+        )
     row, column = row / lengths[0], column / lengths[1]
     extent = min(typical_frame.shape[0] * typical_frame.spacing[0], typical_frame.shape[1] * typical_frame.spacing[1])
     if (off := abs(row @ column) * extent) > PLACE:
         angle = np.rad2deg(np.arcsin(min(1.0, abs(row @ column))))
         raise ScanError(
-            f"{folder}: {typical_frame.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees off "
-            f"a right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner"
+            f"{folder}: {typical_frame.name}'s rows and columns (0020,0037) are not orthogonal, {angle:.2f} degrees "
+            f"off a right angle, which displaces voxels by {off:.1f} mm; export the series again from the scanner"
         )
     column = column - row * (row @ column)
     return row, column / np.linalg.norm(column)

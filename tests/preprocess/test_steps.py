@@ -287,7 +287,7 @@ def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_g
     assert process.returncode == 128 + number
     assert errors.strip() == "stopped; start again to continue"
     wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
-    # Every finished mask has a row in the report or a worker's claim file.
+    # Every finished mask has a row in the report or a worker's in-progress file.
     made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
     claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
     path = tmp_path / "s" / "report" / "segment_lung.csv"
@@ -463,7 +463,7 @@ def test_lungmask_weights_are_loaded_and_applied(cohort, tmp_path, run):
     volumes = [(wanted == label).sum() * np.prod(scan.GetSpacing()) / 1000 for label in (1, 2)]
     if min(volumes) < 1:  # a network with random weights may find only one lung, which is reported
         assert result.returncode == 1 and "no pair of lungs was found" in figures["message"]
-        assert f"has {min(volumes):.1f} ml" in figures["message"]
+        assert f"has only {min(volumes):.1f} ml" in figures["message"]
     else:
         assert result.returncode == 0 and figures["method"].startswith("lungmask-")
         mask = sitk.ReadImage(str(tmp_path / "s" / "lung_mask" / "a.nii.gz"))

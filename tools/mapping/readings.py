@@ -111,8 +111,8 @@ def compute_window_features(
         windows: the windows.
         patch_size: edge length of a window in voxels.
         mean_features_per_location: (L, D), mean features of the training subjects at each location. Features differ
-            more between locations than between subjects, because each location has its own kernels. The linear model is therefore
-            fitted to deviations from the mean of each location.
+            more between locations than between subjects, because each location has its own kernels. The linear model
+            is therefore fitted to deviations from the mean of each location.
     """
     found = compute_patch_features(
         readers, windows.places, lambda _, own: cut_patches(resampled_scan.values, windows.corners[own], patch_size)[0]
