@@ -1,4 +1,4 @@
-"""Read and write the report of a stage, with one row per subject, and mark unfinished outputs with in-progress files."""
+"""Read and write the report of a stage, with one row per subject. Mark unfinished outputs with in-progress files."""
 
 import os
 from typing import Any

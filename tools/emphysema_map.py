@@ -83,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         "--column",
         nargs="+",
         default=[],
-        help="label columns to map; in a column with two words, such as no and yes, the words become 0 and 1; the map shows "
-        "the predicted number",
+        help="label columns to map; in a column with two words, such as no and yes, the words become 0 and 1; "
+        "the map shows the predicted number",
     )
     add_label_flags(parser)
     add(
