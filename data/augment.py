@@ -216,11 +216,13 @@ def apply_smooth(volumes: torch.Tensor, parameters: Parameters, noise: Noise, de
     return smooth_along_axes(volumes, parameters)
 
 
-def draw_shift(count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED) -> Parameters:
+def draw_intensity_shift(
+    count: int, size: Sequence[int], generator: torch.Generator, ranges: Ranges = PUBLISHED
+) -> Parameters:
     return {"offset": draw_uniform((count,), -ranges.shift, ranges.shift, generator)}
 
 
-def apply_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
+def apply_intensity_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
     """Reproduce monai.transforms.RandShiftIntensity: add the same HU to all voxels.
 
     This transform is not in the published method.
@@ -305,7 +307,7 @@ TRANSFORMS = {  # the names and ranges of the transforms are in misc/run/augment
     "g": Transform(draw_noise, apply_noise),
     "c": Transform(draw_contrast, apply_contrast),
     "s": Transform(draw_smooth, apply_smooth, prepare_smooth),
-    "i": Transform(draw_shift, apply_shift),
+    "i": Transform(draw_intensity_shift, apply_intensity_shift),
     "b": Transform(draw_breath, apply_breath),
     "k": Transform(draw_recon_kernel, apply_recon_kernel, prepare_recon_kernel),
     "t": Transform(draw_thickness, apply_thickness, prepare_thickness),

@@ -80,7 +80,7 @@ class StoreLayout:
         return self.root / "qc" / "index.html"
 
     @property
-    def subject_dirs(self) -> tuple[Path, ...]:
+    def dirs_with_files_per_subject(self) -> tuple[Path, ...]:
         """Folders in which preprocessing writes one file per subject."""
         return tuple(
             name("x").parent for name in (self.lung_mask, self.transform, self.patch, self.patch_loc, self.qc_picture)

@@ -135,7 +135,7 @@ def _read_csv_as_text(path: Path) -> pd.DataFrame:
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells[len(header) :]):
-                # With semicolons or tabs between cells, the decimal commas were read as separators.
+                # If the file separates cells with semicolons or tabs, the CSV reader splits cells at decimal commas.
                 other = len(header) == 1 and re.search("[;\t]", header[0])
                 hint = "; separate the cells with commas" if other else ""
                 raise ValueError(f"line {lines.line_num} has more cells than the header, which has {len(header)}{hint}")

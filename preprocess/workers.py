@@ -97,7 +97,7 @@ def run_steps(steps: Sequence[Step], subjects: list[Subject], args: argparse.Nam
     """
     layout = StoreLayout(args.root_dir)
     records = [Record(layout, step.script) for step in steps]
-    remove_old_partial_files(*layout.subject_dirs)
+    remove_old_partial_files(*layout.dirs_with_files_per_subject)
     name = steps[0].script if len(steps) == 1 else "preprocess"
     written, failed = time.monotonic(), 0
     bar = progress_bar(args.no_progress, total=len(subjects), desc=name, unit="subject")

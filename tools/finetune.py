@@ -141,7 +141,9 @@ class Arm:
         if not self.random:
             self._encoder, self.sizes = load_encoder(checkpoint_or_random, store, sha256)
 
-    def prepare_encoder(self, seed: int, data: Data, task: Task, layers: bool) -> tuple[Encoder, torch.Tensor]:
+    def prepare_encoder_and_features(
+        self, seed: int, data: Data, task: Task, layers: bool
+    ) -> tuple[Encoder, torch.Tensor]:
         """Return the encoder and its representations of all patches, (N, L, D). ``seed`` sets random weights."""
         encoder = self._encoder
         if self.random:
@@ -238,7 +240,10 @@ def main() -> None:
                 if not kept.is_file():
                     drawn = seed if arm.random else 0  # only random weights depend on the seed
                     if prepared is None or prepared[0] != drawn:
-                        prepared = (drawn, *arm.prepare_encoder(drawn, data, task, args.patient_vector == "layers"))
+                        prepared = (
+                            drawn,
+                            *arm.prepare_encoder_and_features(drawn, data, task, args.patient_vector == "layers"),
+                        )
                     given = (
                         copy.deepcopy(prepared[1]),
                         args.layers,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 from misc.files import write_atomically, write_text
 
 
-def parse_log_line(line: str) -> tuple[str, tuple[int, int]] | None:
+def parse_log_line_kind_and_position(line: str) -> tuple[str, tuple[int, int]] | None:
     """Return the kind and the position of a line of log.jsonl, or None for a partial line.
 
     The position consists of the number of finished epochs and the number of steps in the next epoch.
@@ -45,7 +45,7 @@ def rewind_log(log: TextIO, position: tuple[int, int], copy_path: Path) -> dict[
     text = os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace")
     kept, counts, last = [], {"step": 0, "epoch": 0}, {}
     for line in text.splitlines(keepends=True):
-        told = parse_log_line(line)
+        told = parse_log_line_kind_and_position(line)
         if told is None or not line.endswith("\n"):
             continue
         kind, place = told

@@ -230,8 +230,8 @@ def test_smoothing_with_sigma_zero_changes_nothing():
 def test_shift_equals_monais(dtype):
     inputs = volumes(4, 2, dtype)
     before = inputs.clone()
-    drawn = augment.draw_shift(4, SIZE, generator(6))
-    ours = apply("shift", inputs, drawn)
+    drawn = augment.draw_intensity_shift(4, SIZE, generator(6))
+    ours = apply("intensity_shift", inputs, drawn)
     assert torch.equal(inputs, before)
     for index in range(4):
         wanted = ShiftIntensity(float(drawn["offset"][index]))(inputs[index])
@@ -321,7 +321,7 @@ def test_drawn_parameters_have_monais_distributions():
     for _ in range(count):
         shift.randomize()
         values.append(shift._offset)
-    assert ks_2samp(augment.draw_shift(count, SIZE, generator(7))["offset"].numpy(), values).pvalue > 1e-3
+    assert ks_2samp(augment.draw_intensity_shift(count, SIZE, generator(7))["offset"].numpy(), values).pvalue > 1e-3
 
     elastic = augment.draw_elastic(300, (4, 4, 4), generator(3))
     monai = Rand3DElastic((8, 12), (0, 1264), prob=1.0)

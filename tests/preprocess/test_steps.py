@@ -323,7 +323,7 @@ def test_old_leftovers_of_killed_runs_are_removed(tmp_path):
         path.mkdir() if "partial-" in name else path.touch()
         if "new" not in name:
             os.utime(path, (0, time.time() - LEFTOVER_SECONDS - 1))
-    remove_old_partial_files(*StoreLayout(tmp_path).subject_dirs)
+    remove_old_partial_files(*StoreLayout(tmp_path).dirs_with_files_per_subject)
     assert [name for name in names if (tmp_path / name).exists()] == [names[1], names[3]]
 
 
