@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.condconv3d import CondConv3D, channels_last
-from models.fast.groups import encode_groups_in_parallel
+from models.fast.groups import encode_bn_groups_in_parallel
 from models.fast.norm_elu import norm_elu as fast_norm_elu
 
 # The last three layers stay in float32 under autocast, because their outputs have only 8, 8 and 1 voxels per patch.
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
             z (B, moco_dim) and h (B, rep_dim).
         """
         kernels = kernels or self.mix_kernels(loc)
-        encoded = encode_groups_in_parallel(self, x, kernels, self.bn_groups)
+        encoded = encode_bn_groups_in_parallel(self, x, kernels, self.bn_groups)
         return self.encode(x, kernels, self.bn_groups) if encoded is None else encoded
 
     def mix_kernels(self, loc: torch.Tensor) -> list[torch.Tensor]:

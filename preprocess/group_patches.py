@@ -32,10 +32,12 @@ from preprocess.subjects import add_store_flag, parse_flags
 CHUNK_BYTES = 512 * 2**20  # maximum bytes of patches held in memory at a time
 
 
-def find_usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tuple[int, ...]]:
+def find_complete_subjects_and_patch_shape(
+    layout: StoreLayout, num_locations: int
+) -> tuple[list[str], tuple[int, ...]]:
     """Find the subjects in patch/ that can be grouped, sorted by file name.
 
-    A file is usable if it has one patch for each of the ``count`` locations and the most common patch shape.
+    A file is usable if it has one patch for each of the ``num_locations`` locations and the most common patch shape.
 
     Returns:
         The sids, and the shape of one patch.
@@ -55,9 +57,9 @@ def find_usable_subjects(layout: StoreLayout, count: int) -> tuple[list[str], tu
         except (OSError, ValueError) as error:
             print(f"group_patches: {sid} left out: {path} cannot be read ({error})", file=sys.stderr)
             continue
-        if patches.ndim != 4 or len(patches) != count or patches.dtype.kind not in "iufb":
+        if patches.ndim != 4 or len(patches) != num_locations or patches.dtype.kind not in "iufb":
             print(
-                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not an array of {count} "
+                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not an array of {num_locations} "
                 "patches",
                 file=sys.stderr,
             )
@@ -232,7 +234,7 @@ def group_patches_by_location(args: argparse.Namespace) -> int:
 
 
 def _group_patches_by_location(args: argparse.Namespace, layout: StoreLayout, location_count: int) -> int:
-    sids, shape = find_usable_subjects(layout, location_count)
+    sids, shape = find_complete_subjects_and_patch_shape(layout, location_count)
     grouping = Grouping(layout, sids, shape, location_count)
     found = f"{len(sids)} subjects at {location_count} locations"
     if grouping.is_done():

@@ -71,7 +71,10 @@ def parse_arguments() -> argparse.Namespace:
         help="table of locations; required for the published weights (default: the grid made from --atlas-mask)",
     )
     add_segmentation_flags(parser)
-    text = "minimum Dice overlap with the atlas, for both lungs together and for each lung; scans with a lower overlap are refused"
+    text = (
+        "minimum Dice overlap with the atlas, for both lungs together and for each lung; "
+        "scans with a lower overlap are refused"
+    )
     add("--min-dice", type=between(float, 0, 1), default=0.5, help=text)
     add("--out", required=True, help="table of features to write, such as features.csv")
     text = (

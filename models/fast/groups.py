@@ -13,8 +13,8 @@ from models.fast.pieces import run_in_parallel
 Pair = tuple[torch.Tensor, torch.Tensor]  # z and h
 
 
-def encode_groups_in_parallel(
-    encoder: nn.Module, patches: torch.Tensor, kernels: Sequence[torch.Tensor], groups: int
+def encode_bn_groups_in_parallel(
+    encoder: nn.Module, patches: torch.Tensor, layer_kernels: Sequence[torch.Tensor], bn_groups: int
 ) -> Pair | None:
     """Run ``encoder.encode`` on each BatchNorm group in parallel, because no data passes between groups.
 
@@ -25,18 +25,20 @@ def encode_groups_in_parallel(
 
     Args:
         encoder: models.cnn3d.Encoder. Only BatchNorm group 0 updates the encoder's running statistics.
-        patches, kernels, groups: see :meth:`models.cnn3d.Encoder.encode`.
+        patches, layer_kernels, bn_groups: see :meth:`models.cnn3d.Encoder.encode`.
 
     Returns:
         z (B, moco_dim) and h (B, rep_dim), or None if this fast path does not apply.
     """
-    if groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.is_enabled():
+    if bn_groups == 1 or not encoder.training or torch.compiler.is_compiling() or not fast.is_enabled():
         return None
-    own = len(kernels[0]) == len(patches)  # if each sample has its own kernel, the kernels are split into groups too
-    blocks = 1 if own else len(kernels[0])
-    if patches.device.type != "cpu" or patches.requires_grad or len(patches) % (groups * blocks):
+    own = len(layer_kernels[0]) == len(
+        patches
+    )  # if each sample has its own kernel, the kernels are split into groups too
+    blocks = 1 if own else len(layer_kernels[0])
+    if patches.device.type != "cpu" or patches.requires_grad or len(patches) % (bn_groups * blocks):
         return None
-    parts = patches.unflatten(0, (blocks, groups, -1)).unbind(1)  # (blocks, b, 1, 32, 32, 32) for each group
+    parts = patches.unflatten(0, (blocks, bn_groups, -1)).unbind(1)  # (blocks, b, 1, 32, 32, 32) for each group
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in encoder.parameters())
 
@@ -45,16 +47,16 @@ def encode_groups_in_parallel(
         casts = torch.autocast("cpu", autocast[1], enabled=autocast[0], cache_enabled=False)
         with torch.set_grad_enabled(needs_grad), casts:
             if own:
-                kernels = [kernel.chunk(groups)[group] for kernel in kernels]
+                kernels = [kernel.chunk(bn_groups)[group] for kernel in kernels]
             return encoder.encode(parts[group].flatten(0, 1), kernels, track=group == 0)
 
     if needs_grad:
         parameters = [value for value in encoder.parameters() if value.requires_grad]
-        encoded = _Encode.apply(encode_group, groups, len(kernels), *kernels, *parameters)
+        encoded = _Encode.apply(encode_group, bn_groups, len(layer_kernels), *layer_kernels, *parameters)
     else:
         encoded = [
             value
-            for pair in run_in_parallel(lambda group: encode_group(group, kernels), range(groups))
+            for pair in run_in_parallel(lambda group: encode_group(group, layer_kernels), range(bn_groups))
             for value in pair
         ]
     z, h = (torch.stack([value.unflatten(0, (blocks, -1)) for value in encoded[i::2]], dim=1) for i in (0, 1))

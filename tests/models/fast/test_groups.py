@@ -8,7 +8,7 @@ import torch
 from models import cnn3d
 from models import fast as switch
 from models.cnn3d import Encoder
-from models.fast.groups import encode_groups_in_parallel
+from models.fast.groups import encode_bn_groups_in_parallel
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def test_parallel_groups_equal_a_single_pass(monkeypatch, threads, count, locati
     weights = torch.randn(12, 24, dtype=torch.float64)
     taken = []
     monkeypatch.setattr(
-        cnn3d, "encode_groups_in_parallel", lambda *given: taken.append(encode_groups_in_parallel(*given)) or taken[-1]
+        cnn3d,
+        "encode_bn_groups_in_parallel",
+        lambda *given: taken.append(encode_bn_groups_in_parallel(*given)) or taken[-1],
     )
 
     def step(encoder):
