@@ -69,7 +69,7 @@ from models.checkpoint import (
     read_checkpoint,
 )
 from models.cnn3d import Encoder
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from models.frozen import FrozenLocations, count_layer_features
 
 MADE_BY = "features.json"  # file that records the checkpoint, the store and the settings of the features
@@ -118,7 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse_features_of_other_store(out_dir: Path, experiment: Experiment, store: PatchStore) -> None:
-    """Raise StoreError if --out-dir is not given, but its default has features of another store."""
+    """Raise StoreError if --out-dir is not given and its default folder has features from a different store."""
     try:
         own = Path(experiment.root_dir())
     except (UserError, OSError):
@@ -162,7 +162,7 @@ def collect_feature_origin(
 def refuse_features_of_other_checkpoint(
     out_dir: Path, new_settings: Mapping[str, Any], print_note: Callable[[str], None]
 ) -> None:
-    """Raise StoreError if the folder has features of another checkpoint.
+    """Raise StoreError if the folder has features from a different checkpoint.
 
     Print a note if features of the same checkpoint will be replaced because the store version or --amp changed.
     """
@@ -173,7 +173,7 @@ def refuse_features_of_other_checkpoint(
         return  # the folder has no features, or no valid MADE_BY file
     if before["checkpoint_sha256"] != new_settings["checkpoint_sha256"]:
         raise StoreError(
-            f"{out_dir} has features of another checkpoint, {theirs.get('checkpoint')}: its SHA-256 starts with "
+            f"{out_dir} has features from a different checkpoint, {theirs.get('checkpoint')}: its SHA-256 starts with "
             f"{str(before['checkpoint_sha256'])[:12]}, not {new_settings['checkpoint_sha256'][:12]}. "
             "Give another --out-dir, or remove these features"
         )
@@ -308,7 +308,7 @@ def extract_features(args: argparse.Namespace, device: torch.device) -> None:
     rank = process.rank()
     say = print if rank == 0 else (lambda _: None)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory_in_process()
 
     # -------------------------------------------------------- inputs
     experiment = Experiment(args.exp_name)

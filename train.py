@@ -57,7 +57,7 @@ from models.builder import DrasCLR
 from models.checkpoint import read_config, verify_checkpoint
 from models.cnn3d import Encoder
 from models.fast.graph import RecordedStep, can_record_cuda_graph
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from models.probe import effective_rank
 from models.state import TrainingState, load_initial_weights
 from models.step import Descent, Inputs, LocationTable, TrainingStep, WholeStep, make_optimizer, statistic_names
@@ -149,7 +149,7 @@ def train(args: argparse.Namespace, device: torch.device, stop: StopRequest) -> 
     # -------------------------------------------------------- process and experiment
     rank, world = process.rank(), process.world_size()
     say = print if rank == 0 else (lambda _: None)
-    keep_freed_memory(device)
+    keep_freed_memory_in_process(device)
     torch.manual_seed(args.seed)
     process.set_arithmetic(args.tf32, args.deterministic)
     args.bn_groups = choose_bn_groups(args.bn_groups, args.batch_size, world)

@@ -223,7 +223,7 @@ def draw_intensity_shift(
 
 
 def apply_intensity_shift(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Reproduce monai.transforms.RandShiftIntensity: add the same HU to all voxels.
+    """Reproduce monai.transforms.RandShiftIntensity: add one HU offset to all voxels of a volume.
 
     This transform is not in the published method.
 
@@ -240,7 +240,7 @@ def draw_breath(count: int, size: Sequence[int], generator: torch.Generator, ran
 
 
 def apply_breath(volumes: torch.Tensor, parameters: Parameters, noise: Noise, dense: bool) -> torch.Tensor:
-    """Expand the lung by a factor and reduce its density to keep its mass; tissue keeps its density.
+    """Expand the lung by a factor and reduce its density to preserve its mass; the density of soft tissue is unchanged.
 
     This transform is not in the published method.
     """
@@ -329,7 +329,7 @@ class Augmentation:
         self.letters, self.ranges = transform_letters, ranges
 
     def draw_parameters(self, count: int, size: Sequence[int], generator: torch.Generator) -> list[Parameters]:
-        """Draw the parameters of ``count`` samples with spatial shape ``size``; return one entry per letter."""
+        """Draw the parameters of ``count`` samples with spatial shape ``size``; return one entry per transform."""
         return [TRANSFORMS[letter].draw(count, size, generator, self.ranges) for letter in self.letters]
 
     def prepare_parameters(self, drawn_parameters: Sequence[Parameters], size: Sequence[int]) -> list[Parameters]:

@@ -24,7 +24,7 @@ class Copier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return the tensors on the device. Copying pinned tensors does not block. Missing tensors stay None."""
+        """Return copies of the tensors on the device. Copying pinned tensors does not block. None stays None."""
         if self._stream is None:
             return [None if tensor is None else tensor.to(self.device) for tensor in tensors]
         with torch.cuda.stream(self._stream):
@@ -71,7 +71,7 @@ class ResidentPatches:
         store: grouped store.
         neighbors: (L, k) indices of each location's neighbours.
         device: device on which the files are kept.
-        max_cached_locations: number of files to keep; the least recently used one is dropped.
+        max_cached_locations: maximum number of files to keep; the least recently used file is dropped first.
     """
 
     def __init__(self, store: PatchStore, neighbors: np.ndarray, device: torch.device, max_cached_locations: int):

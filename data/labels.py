@@ -14,7 +14,7 @@ NO_AND_YES = (  # pairs of words for 0 and 1, in lower case
     *(["no", "yes"], ["false", "true"], ["n", "y"], ["f", "t"], ["nein", "ja"], ["nee", "ja"], ["nej", "ja"]),
     *(["non", "oui"], ["no", "si"], ["no", "sí"], ["não", "sim"]),
 )
-MOST_WORDS = 10  # a column with more distinct words is assumed to contain names, not classes
+MOST_WORDS = 10  # a column with more distinct words than this is assumed to contain names, not classes
 MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none", "#n/a", "<na>"}  # in lower case
 
 
@@ -64,8 +64,8 @@ def read_numbers_and_words(
 
     Args:
         path, sids, note: as in :func:`read_labels`; ``note`` also receives the meaning of each class number.
-        order: for each column, its words in the order of their class numbers, from 0. Words of other columns are
-            numbered alphabetically, except that no is 0 and yes is 1 in several languages.
+        order: for each column, its words in the order of their class numbers, from 0. In columns that are
+            not in ``order``, words are numbered alphabetically, except that no is 0 and yes is 1 in several languages.
         missing: numbers that stand for missing values in numeric columns, for example 999.
 
     Raises:
@@ -91,7 +91,7 @@ def read_numbers_and_words(
             if other is not None:
                 raise StoreError(f"--order {name}: {path} also has {other!r}; list every word of the column")
             found = list(order[name])
-        elif are_no_and_yes(found[::-1]):  # "no" is 0 and "yes" is 1, even if the alphabetical order differs
+        elif are_no_and_yes(found[::-1]):  # code "no" as 0 even if it sorts after "yes", as "nein" does after "ja"
             found.reverse()
         classes[name] = found
         coded[name] = words.map({word: str(number) for number, word in enumerate(found)}).fillna("")
@@ -119,7 +119,7 @@ def read_labels(
         path: CSV with a column sid and at most one row per subject. A column is skipped if a filled
             cell is not a number. NA, N/A, null and similar words are missing values.
         sids: subjects in the order of the returned rows.
-        note: receives a message for each skipped column and for subjects without a row.
+        note: function that receives a message for each skipped column and for subjects without a row.
 
     Returns:
         (N, P) float32, NaN where the subject or the value is missing; and the P column names.

@@ -68,7 +68,7 @@ class StoreLayout:
         return self.root / "report" / f".{script}.lock"
 
     def subjects_in_progress_dir(self, script: str) -> Path:
-        """Return the folder that holds one file per subject until the subject is in the report."""
+        """Return the folder of in-progress files, one for each subject that is not yet in the report."""
         return self.root / "report" / f".claims-{script}"
 
     def qc_picture(self, sid: str) -> Path:

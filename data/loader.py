@@ -88,7 +88,7 @@ def iterate_batches(loader: DataLoader, note: Callable[[str], Any] = print) -> I
 
 
 def forward_signals_to_trainer(worker: int) -> None:
-    """Forward a stop signal from a data-loader worker to the trainer, which saves before it stops.
+    """Forward a stop signal from a data-loader worker to the trainer, which saves a checkpoint before it stops.
 
     The worker ends at most STOP_SECONDS after the signal, so that a failing trainer does not wait for the worker.
     The worker ends at once if the trainer itself sent the signal or if the trainer ends.
@@ -102,7 +102,7 @@ def forward_signals_to_trainer(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
         return
     # Block the stop signals in all threads, so that wait_and_forward_signal() can receive each signal.
-    # A signal handler would not know the sender of the signal.
+    # Do not use a signal handler, because a handler cannot determine which process sent the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
 
     def wait_and_forward_signal() -> None:

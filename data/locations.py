@@ -16,7 +16,7 @@ def normalize_locations(atlas_patch_loc: np.ndarray) -> np.ndarray:
     """Scale corners by the table's maximum to [-1, 1]: (L, 3) int -> (L, 3) float32.
 
     The published code (data/copd_patch.py) computes ``loc / loc.max(0) * 2 - 1``. Each value depends on the whole
-    table, so with another table the published weights would get different coordinates. If the maximum along an axis
+    table, so a different table would give the published weights different coordinates. If the maximum along an axis
     is 0, all values of this axis become -1.
     """
     table = np.asarray(atlas_patch_loc, dtype=np.float64)
@@ -32,7 +32,7 @@ def neighbor_table(atlas_patch_loc: np.ndarray, k: int) -> np.ndarray:
     published atlas has neighbours at equal distances.
 
     Raises:
-        StoreError: there are fewer than k other locations.
+        StoreError: the table has fewer than k + 1 locations.
     """
     table = np.asarray(atlas_patch_loc)
     if not 0 <= k < len(table):

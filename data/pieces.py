@@ -25,7 +25,8 @@ class Piece(NamedTuple):
 def split_store_into_pieces(store: PatchStore) -> list[Piece]:
     """Split the store into pieces, so that each file is read by only one piece.
 
-    A piece of a grouped store is one location. Without grouping, a piece is up to PIECE_SUBJECTS subjects.
+    In a grouped store, a piece covers all subjects at one location. Without grouping, a piece covers all locations of
+    up to PIECE_SUBJECTS subjects.
     """
     if store.grouped:
         return [
@@ -40,7 +41,7 @@ def split_store_into_pieces(store: PatchStore) -> list[Piece]:
 
 
 class Batch(NamedTuple):
-    """Some subjects of a piece at one location, which are encoded together."""
+    """Patches that are encoded together: some subjects of a piece, at one location."""
 
     piece: Piece
     column: int  # index into the piece's locations

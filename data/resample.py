@@ -33,7 +33,7 @@ def rotation_matrix(angles: torch.Tensor) -> torch.Tensor:
 def affine_matrix(parameters: Parameters) -> torch.Tensor:
     """Return matrices (n, 3, 4) that map output voxels to input voxels, relative to the patch centre.
 
-    A voxel x is mapped to rotation (scale x + translation).
+    A voxel x is mapped to rotation @ (scale * x + translation).
     """
     rotation = rotation_matrix(parameters["rotation"])
     linear = rotation * parameters["scale"][:, None, :]

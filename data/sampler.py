@@ -37,9 +37,9 @@ class LocationBatchSampler:
         batch_size: B, the number of subjects per step over all ranks.
         seed: seed of the shuffle.
         rank, world_size: number of this process, and number of processes.
-        similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. The subjects
-            of a step have similar projections of these numbers onto a random direction, which is drawn for each epoch
-            and location. If ``similarity`` is None, the subjects of a step are drawn at random.
+        similarity: (N, C) numbers that describe how subjects were scanned, NaN where unknown. A
+            random direction is drawn for each epoch and location, and the subjects of a step have similar projections
+            of their numbers onto this direction. If ``similarity`` is None, the subjects of a step are drawn at random.
         order: ``sequential``, as published, takes all steps at a location before the next location. ``interleaved``
             takes a few steps at each location in turn, so that the keys in each queue are less outdated.
 
@@ -101,7 +101,7 @@ class LocationBatchSampler:
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Set the epoch to iterate over; ``epoch`` is the number of finished epochs.
 
-        The first ``skip`` steps, which an interrupted run has done, are left out; ``len`` still counts these steps.
+        The first ``skip`` steps, which an interrupted run has completed, are skipped, but ``len`` still counts them.
         """
         self.epoch = epoch
         self.skip = skip

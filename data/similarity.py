@@ -16,7 +16,7 @@ from data.layout import StoreError, StoreLayout
 from data.tables import read_table, suggest_column
 
 REPORT = "report"  # value of --batch-by that selects columns of the store's reports
-MOST_WORDS = 20  # a column with more distinct texts than this is assumed to contain names, not categories
+MOST_WORDS = 20  # a column with more distinct text values than this is assumed to contain names, not categories
 
 
 def read_similarity(
@@ -30,7 +30,7 @@ def read_similarity(
         table: CSV with a column sid; None if ``names`` is REPORT.
         layout: layout of the store.
         sids: subjects in the order of the returned rows.
-        note: receives messages about columns and subjects that are left out.
+        note: function that receives messages about columns and subjects that are left out.
 
     Raises:
         StoreError: the table or a column is missing, or all subjects have equal or unknown values.

@@ -45,7 +45,7 @@ def check_sid(sid: str) -> None:
     if not _SAFE_SID.fullmatch(sid) or ".." in sid or len(sid) > 128:
         raise StoreError(
             f"sid {sid!r} cannot be a file name; use at most 128 characters: letters, digits, spaces and ._+=@,- only. "
-            "Begin with a letter or digit, do not end with a period or comma, and use no two periods in a row"
+            "Begin with a letter or digit, do not end with a period or comma, and do not use two periods in a row"
         )
 
 
@@ -55,8 +55,8 @@ def read_table(
     """Read a CSV with every cell as a string, and check its sid column.
 
     Args:
-        path: a CSV with a header. Columns without a name are dropped, as are empty cells after a
-            spreadsheet's trailing commas.
+        path: a CSV with a header. Unnamed columns are dropped, and so are the empty cells that
+            trailing commas create.
         required: columns that the table must have.
         file_names: whether each sid must be safe as part of a file name.
         one_row: whether each subject may have only one row.
@@ -102,7 +102,7 @@ def read_table(
 
 
 def suggest_column(name: str, columns: Sequence[str]) -> str:
-    """Return the end of a message on a missing column: the column with the most similar name, or a list of columns."""
+    """Return the end of a message about a missing column: the most similar column name, or a list of columns."""
     near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], 1, 0.5)
     meant = next((column for column in columns if near and column.lower() == near[0]), None)
     return f"; did you mean {meant}?" if meant else f"; it has {summarize_columns(columns)}"

@@ -12,7 +12,7 @@ from misc.sizes import HU_MAX, HU_MIN, PATCH_SIZE
 
 HALF_RANGE = (HU_MAX - HU_MIN) / 2  # 632 HU; intensities are (HU + 1024) / 632 - 1, in [-1, 1]
 PATCH = (PATCH_SIZE,) * 3
-INPUT_CHUNK = 16  # patches to convert together, so that these patches stay in the CPU cache
+INPUT_CHUNK = 16  # number of patches to convert at a time, so that they stay in the CPU cache
 
 
 def make_random_stream_seeds(seed: int, epoch: int, location: int, step: int, group: int) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class StepViews:
         draws: torch.Tensor,
         generators: Sequence[torch.Generator],
     ) -> Views:
-        """Make the views of some BatchNorm groups, with one generator per group. A group has consecutive samples."""
+        """Make the views of some BatchNorm groups of consecutive samples, with one generator per group."""
         batch, size = len(patches), patches.shape[1:]
 
         def draw_noise_like(like: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ STOPPING = (
     signal.SIGUSR1,
     signal.SIGHUP,
 )  # signals on which a program shuts down in an orderly way
-LATER_SECONDS = 5  # time for the launcher to end the other ranks; the launcher checks its processes ten times a second
+LATER_SECONDS = 5  # wait before ranks other than rank 0 print an error; the launcher usually ends these ranks sooner
 
 
 class UserError(ValueError):
@@ -152,7 +152,7 @@ def print_error(message: object) -> None:
     """Print one line on standard error.
 
     All ranks usually fail for the same reason, so rank 0 prints its error first. The other ranks wait LATER_SECONDS
-    before they print an error, and the launcher usually ends these ranks first.
+    before they print an error, because the launcher usually ends them within this time.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -210,7 +210,7 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 def should_handle_signal(signal_number: int) -> bool:
-    """Return whether this process reacts to a signal. Under nohup, SIGHUP is ignored and must stay ignored."""
+    """Return whether this process should handle a signal. Under nohup, SIGHUP is ignored and must stay ignored."""
     return signal_number != signal.SIGHUP or signal.getsignal(signal_number) is not signal.SIG_IGN
 
 
@@ -246,7 +246,7 @@ class StopRequest:
         self.number = 0
 
     def start_recording_signals(self) -> None:
-        """Start to record the signals in STOPPING."""
+        """Start recording the signals in STOPPING."""
         for number in STOPPING:
             if should_handle_signal(number):
                 signal.signal(number, self._record_signal)

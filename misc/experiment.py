@@ -54,7 +54,7 @@ class Experiment:
         return self.folder / checkpoint_name(epoch)
 
     @property
-    def unfinished_checkpoint(self) -> Path:
+    def checkpoint_of_unfinished_epoch(self) -> Path:
         return self.folder / UNFINISHED
 
     @property
@@ -82,13 +82,13 @@ class Experiment:
     def find_latest_checkpoint(
         self, progress: Callable[[Path], tuple[int, int]], say: Callable[[str], None] = lambda _: None
     ) -> Path | None:
-        """Return the checkpoint with the most steps: that of an unfinished epoch, or that with the highest number.
+        """Return the checkpoint with the most steps: that of the unfinished epoch or of the last finished epoch.
 
         An unreadable checkpoint is reported, and the previous checkpoint is used.
 
         Args:
-            progress: function that returns a checkpoint's numbers of finished epochs and of finished steps in the next
-                epoch. The function raises UserError if the checkpoint is damaged.
+            progress: function that returns a checkpoint's number of finished epochs, and its number of finished steps
+                in the next epoch. The function raises UserError if the checkpoint is damaged.
             say: function that prints a line.
 
         Raises:
@@ -97,15 +97,15 @@ class Experiment:
         found: list[tuple[tuple[int, int], Path]] = []
         damaged: list[str] = []
         numbered = self.list_epoch_checkpoints()
-        candidates = [self.unfinished_checkpoint] if self.unfinished_checkpoint.is_file() else []
+        candidates = [self.checkpoint_of_unfinished_epoch] if self.checkpoint_of_unfinished_epoch.is_file() else []
         for path in [*candidates, *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]:
             try:
                 found.append((progress(path), path))
             except UserError as error:
                 damaged.append(str(error))
                 continue
-            if path != self.unfinished_checkpoint:
-                break  # all earlier checkpoints have fewer training steps
+            if path != self.checkpoint_of_unfinished_epoch:
+                break  # all earlier checkpoints were saved after fewer training steps
         if damaged and not found:
             raise ExperimentError(f"{damaged[0]}; {self.folder} has no other checkpoint that can be read")
         # If two checkpoints have equal progress, max returns the first, which is the unfinished epoch's checkpoint.
@@ -169,8 +169,11 @@ class Experiment:
         if not self.is_in_experiment_folder(resumed):
             return []
         later = [path for number, path in self.list_epoch_checkpoints().items() if number > epoch]
-        if self.unfinished_checkpoint.is_file() and self.unfinished_checkpoint.resolve() != resumed.resolve():
-            later.append(self.unfinished_checkpoint)
+        if (
+            self.checkpoint_of_unfinished_epoch.is_file()
+            and self.checkpoint_of_unfinished_epoch.resolve() != resumed.resolve()
+        ):
+            later.append(self.checkpoint_of_unfinished_epoch)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for path in later:
             path.rename(self.folder / f"superseded-{stamp}-{path.name}")
@@ -228,11 +231,11 @@ class Experiment:
     def find_checkpoint(self, name: str) -> Path:
         """Find a checkpoint by its name in the folder or by its path.
 
-        If the checkpoint does not exist, return its path in the experiment folder. Reading that path later fails with a
-        message that lists the existing checkpoints.
+        If the checkpoint does not exist, return its path in the experiment folder. Reading the missing checkpoint later
+        raises an error that lists the existing checkpoints.
 
         Raises:
-            ExperimentError: the name lacks the folder ssl_exp/, which only train.py adds to a name.
+            ExperimentError: the name does not start with ssl_exp/; only train.py adds this prefix.
         """
         inside = self.folder / name
         for path in (inside, Path(name)):
@@ -244,7 +247,7 @@ class Experiment:
         return inside
 
     def root_dir(self) -> str:
-        """Return the patch store of the training. Raises ExperimentError if configs.json does not record the store."""
+        """Return the patch store used for training. Raises ExperimentError if configs.json does not record it."""
         try:
             root = self.read_config().get("root_dir")
         except ExperimentError as error:

@@ -64,7 +64,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 
 @contextlib.contextmanager
 def write_via_temporary_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Provide a temporary path with the same file name, for writers that open files themselves.
+    """Provide a temporary path with the file name of ``path``, for writers that open files themselves.
 
     The temporary path is in a new folder next to ``path``. When the ``with`` block ends, the file is moved to ``path``;
     after an error, the file is removed.
@@ -132,7 +132,7 @@ def read_array_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype
         shape, fortran, dtype = reader(stream)
     except OSError:
         raise
-    except Exception as error:  # NumPy evaluates the header as Python text and may raise any error
+    except Exception as error:  # NumPy parses the header as a Python literal and may raise any error
         raise ValueError("not a complete .npy file") from error
     if dtype.hasobject:
         raise ValueError("the file holds Python objects, not numbers")
@@ -157,7 +157,7 @@ def load_array(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
 
 
 def remove_old_partial_files(*folders: Path) -> None:
-    """Remove old partial files and folders that killed runs left."""
+    """Remove old partial files and folders that killed runs left behind."""
     for folder in folders:
         for path in (*folder.glob(".partial-*"), *folder.glob(".*.partial")):
             with contextlib.suppress(FileNotFoundError):
@@ -198,7 +198,7 @@ def try_lock(stream: TextIO) -> bool:
     return True
 
 
-_noted: set[str] = set()  # causes of missing locks that have already been printed
+_noted: set[str] = set()  # reasons for missing lock support that have already been printed
 
 
 def note_missing_locks(path: str, error: OSError) -> None:

@@ -17,7 +17,7 @@ from misc.files import write_text
 def encode_array_as_base64(array: np.ndarray) -> dict[str, Any]:
     """Encode an array for a page's script as base64 of little-endian numbers.
 
-    The result is about a third of the size of JSON. ``unpack`` in misc/page.js decodes the result to a typed array.
+    The result is about a third as large as JSON text. ``unpack`` in misc/page.js decodes the result to a typed array.
     """
     kind = array.dtype.newbyteorder("<")
     data = base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
@@ -42,5 +42,5 @@ def write_page(path: Path, template_folder: Path, template_name: str, title: str
 
 
 def make_link(target: Path, page: Path) -> str:
-    """Return a relative link from a page to a file or folder, so that both can be moved together."""
+    """Return a relative link from a page to a file or folder, so that page and target can be moved together."""
     return quote(Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix())

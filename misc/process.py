@@ -25,9 +25,9 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 
 
 PATIENCE = 30.0  # minutes that a rank waits for another rank; enough for a slow save or a batch from a slow disk
-FEWEST_FILES = 256  # smallest accepted limit on open files; patches need up to 128, and batches from workers need more
+FEWEST_FILES = 256  # smallest accepted limit on open files; patch files take up to 128, and worker batches take more
 SLOWER = 1.5  # a slowdown above this factor is reported for --amp bf16
-MORE = 3.0  # minutes that a collective waits after --patience, so that misc/run/watch.py can report the hanging rank
+MORE = 3.0  # minutes that a collective waits beyond --patience, so that misc/run/watch.py can report the hanging rank
 MAY_DIFFER = (
     "root_dir",
     "subjects",
@@ -59,7 +59,7 @@ def set_up_process(device: str, timeout_minutes: float = PATIENCE) -> torch.devi
 
     Raises:
         DeviceError: there is no GPU, or there are fewer GPUs than processes on this machine.
-        UserError: the limit of open files is too low.
+        UserError: the limit on open files is too low.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = find_local_rank(gpus)
@@ -122,8 +122,8 @@ def find_gpu_matmul_precision() -> str:
 def measure_bf16_slowdown(device: torch.device) -> float:
     """Measure how many times slower a convolution is in bfloat16 than in float32.
 
-    Return 0 if bfloat16 does not slow down training: on a GPU, or below a slowdown of SLOWER. CPUs without bfloat16
-    arithmetic emulate it. Measuring bfloat16 and float32 takes about 0.2 s.
+    Return 0 if bfloat16 does not slow down training: on a GPU, or if the slowdown is at most SLOWER. CPUs without
+    bfloat16 arithmetic emulate it. The measurement takes about 0.2 s.
     """
     if device.type != "cpu":
         return 0.0
@@ -274,7 +274,7 @@ def wait_for_ranks_before_exit() -> None:
 
 
 def wait_for_slow_ranks() -> None:
-    """Wait for ranks that may finish hours apart, by polling the shared store instead of a collective."""
+    """Wait for ranks that may finish hours apart, by polling torch's key-value store instead of using a collective."""
     if not _control:
         return
     store = dist.distributed_c10d._get_default_store()

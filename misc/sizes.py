@@ -12,12 +12,12 @@ OPTIMIZERS = ("sgd", "adamw")
 def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     """Choose the number of BatchNorm groups. The global batch is split into groups of consecutive samples.
 
-    Each group has separate BatchNorm statistics. Every rank holds whole groups, so a run gives the same results on 1, 2
-    or 4 ranks.
+    Each group has separate BatchNorm statistics. Every rank holds whole BatchNorm groups, so a run gives the same
+    results on 1, 2 or 4 ranks.
 
     Args:
-        given: number of groups that the user chose. None selects the largest valid number of groups up to 4, or up to
-            the number of ranks if there are more than 4 ranks.
+        given: number of BatchNorm groups that the user chose. None selects the largest valid number of groups up to 4,
+            or up to the number of ranks if there are more than 4 ranks.
         batch_size: samples per step over all ranks.
         ranks: number of ranks.
 
@@ -35,7 +35,8 @@ def choose_bn_groups(given: int | None, batch_size: int, ranks: int) -> int:
     if given is not None:
         if explain_invalid_group_count(given):
             raise UserError(
-                f"--bn-groups {given} must be {explain_invalid_group_count(given)}, so that each rank has whole groups"
+                f"--bn-groups {given} must be {explain_invalid_group_count(given)}; "
+                "all groups must have the same size, at least 2, and no group may be split between ranks"
             )
         return given
     most = max(PUBLISHED_GROUPS, ranks)

@@ -142,7 +142,7 @@ class DrasCLR(KeyQueues):
         # -------- logits: compare with the queue before adding this step's keys
         with torch.autocast(z.device.type, enabled=False):
             if neighbors is not None:
-                queries.append(neighbors.sum(dim=1))  # (B, dim); its dot product with a key is a sum over neighbours
+                queries.append(neighbors.sum(dim=1))  # (B, dim); the similarity to a key is summed over neighbours
             logits = [
                 similarity / self.T for similarity in self.compute_similarities(queries, keys, own, patch_idx, subjects)
             ]

@@ -85,7 +85,7 @@ def check_sha256(path: Path, wanted: str | None) -> None:
 
 
 def read_progress(path: Path) -> tuple[int, int]:
-    """Read the numbers of finished epochs and of finished steps in the next epoch. Raises CheckpointError."""
+    """Read the number of finished epochs, and of finished steps in the next epoch. Raises CheckpointError."""
     content = read_checkpoint(path, tensors=False)
     return find_epoch_and_step(content, path)
 
@@ -113,7 +113,7 @@ def verify_checkpoint(path: Path) -> tuple[int, int]:
 
 
 def find_epoch_and_step(content: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Return a checkpoint's numbers of finished epochs and of finished steps in the next epoch.
+    """Return a checkpoint's number of finished epochs, and its number of finished steps in the next epoch.
 
     For a bare state dict, the epoch is the first number in the file name, or 0 if the name has no number.
 

@@ -16,7 +16,7 @@ from models.fast.norm_elu import norm_elu as fast_norm_elu
 # The last three layers stay in float32 under autocast, because their outputs have only 8, 8 and 1 voxels per patch.
 # With few values per channel, BatchNorm amplifies small differences, and bfloat16 can round all values to one number.
 # If all values are equal, the variance is 0, and BatchNorm multiplies the gradient by 1 / sqrt(eps).
-# With these layers in bfloat16, training with batches of 3 patches collapsed within ten steps.
+# With the last three layers in bfloat16, training with batches of 3 patches collapsed within ten steps.
 # Float32 costs little time here, because the last three layers perform only 3 % of the arithmetic.
 FLOAT32_LAYERS = 3
 
@@ -80,8 +80,8 @@ def _norm_elu_in_training(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) ->
 def _flatten_volumes_to_images_on_gpu(volumes: torch.Tensor) -> torch.Tensor:
     """View (B, C, D, H, W) as images (B, C, D H, W) on a GPU, where channels-last BatchNorm supports only images.
 
-    On a CPU, return x itself, because BatchNorm on a CPU is faster for volumes than for images. For 4 volumes with 8
-    channels at 32^3, a forward and backward pass of BatchNorm and ELU takes 6.3 ms for volumes and 10.0 ms for images.
+    On a CPU, return ``volumes`` unchanged, because BatchNorm on a CPU is faster for volumes than for images. For shape
+    (4, 8, 32, 32, 32), a forward and backward pass of BatchNorm and ELU takes 6.3 ms, but 10.0 ms after flattening.
     """
     return volumes if volumes.device.type == "cpu" else volumes.flatten(2, 3)
 

@@ -68,8 +68,8 @@ class CondConv3D(_ConvNd):
     """3-D convolution with a kernel that depends on the location of the patch.
 
     The parameters are ``weight`` (experts, out, in / groups, k, k, k), one ``bias`` (out,) shared by the
-    experts, and ``_routing_fn.fc``. The parameter names match the published checkpoint. All arguments except
-    ``num_experts`` and ``num_coordinates`` work as in :class:`torch.nn.Conv3d`.
+    experts, and ``_routing_fn.fc``. The parameter names match those in the published checkpoint. All
+    arguments except ``num_experts`` and ``num_coordinates`` work as in :class:`torch.nn.Conv3d`.
     """
 
     def __init__(

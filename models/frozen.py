@@ -13,7 +13,7 @@ from models.fast.pieces import PATCHES_AT_ONCE, encode_in_pieces
 
 AT_ONCE = 64  # patches per call in encode_patch_per_location; with 8 experts, the first layer then takes 0.5 GB
 SUMMARIZED = 2**20  # number of values summarised at once on the CPU, so that these values stay in the CPU cache
-LOCATIONS_AT_ONCE = 8  # locations per computation of kernels; 33 MB of kernels in float32 at the published sizes
+LOCATIONS_AT_ONCE = 8  # number of locations to compute kernels for at a time; 33 MB in float32 at the published sizes
 
 Prepare = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -50,7 +50,7 @@ class FrozenEncoder:
             layers: whether to append the result of :func:`compute_channel_means_and_sds` for every layer.
 
         Returns:
-            h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``, where W is :func:`count_layer_features`.
+            h (B, rep_dim) float32, or (B, rep_dim + W) with ``layers``; :func:`count_layer_features` returns W.
         """
         encoded = encode_in_pieces(lambda piece: self._compute_representations(piece, prepare, layers), x)
         return self._compute_representations(x, prepare, layers) if encoded is None else encoded

@@ -58,7 +58,7 @@ def effective_rank(representations: torch.Tensor) -> float:
 
     The result is the effective rank of Roy and Vetterli (2007), computed from the covariance: the exponential of the
     entropy of the normalised variances along the principal axes. The effective rank is 1 if all points lie on a line,
-    and at most n - 1.
+    and at most n - 1 for n points.
     """
     centred = representations.detach().float().cpu()
     if not torch.isfinite(centred).all():

@@ -115,11 +115,11 @@ class TrainingState:
         return checkpoint
 
     def restore(self, path: Path) -> Restored:
-        """Restore the state from a checkpoint. A checkpoint that has only weights changes only the weights.
+        """Restore the state from a checkpoint. If the checkpoint has only weights, only the weights change.
 
         Raises:
-            CheckpointError: the checkpoint is unreadable or not finite, or it belongs to another model or another
-                table of locations.
+            CheckpointError: the checkpoint is unreadable or not finite, or it belongs to a different model or a
+                different table of locations.
         """
         content, settings = read_checkpoint(path), self.settings
         state, config = strip_module_prefix(content["state_dict"]), content.get("config") or {}
@@ -132,7 +132,7 @@ class TrainingState:
         if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
             self.model.restore_key_subjects_and_steps(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
-                self.model.queue_subject.fill_(-1)  # the saved row numbers of subjects belong to another store
+                self.model.queue_subject.fill_(-1)  # the saved row numbers of subjects belong to a different store
         if "rng_state" in content:
             torch.set_rng_state(content["rng_state"])
             if self.device.type == "cuda" and "cuda_rng_state" in content:
@@ -159,12 +159,12 @@ def load_initial_weights(model: nn.Module, path: Path) -> Started:
 
     The queue, the optimiser and the position (epoch, step) stay as in a new run.
 
-    The checkpoint and ``model`` must have convolutions of the same shapes. A projection (``fc``) of another size is
-    not loaded, because the projection belongs to the loss and not to the representation.
+    The checkpoint and ``model`` must have convolutions of the same shapes. A projection (``fc``) of a different size
+    is not loaded, because the projection belongs to the loss and not to the representation.
 
     Raises:
         CheckpointError: the checkpoint is unreadable or has values that are not finite.
-        ResumeError: the encoder in the checkpoint has other sizes than the model; the message names a flag to change.
+        ResumeError: the checkpoint's encoder and the model differ in size; the message names a flag to change.
     """
     content = read_checkpoint(path)
     state = extract_query_encoder(content, path)

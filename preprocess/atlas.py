@@ -17,7 +17,7 @@ def read_atlas_mask(path: str | os.PathLike) -> sitk.Image:
     """Read the lung mask of the atlas: 0 outside, 50 right lung, 100 left lung.
 
     Raises:
-        ScanError: the mask has other labels or lacks a lung.
+        ScanError: the mask lacks a lung, or has labels other than 0, 50 and 100.
     """
     try:
         mask = read_mask(path)
@@ -50,9 +50,9 @@ def atlas_fingerprint(mask: sitk.Image) -> str:
 
 
 def read_affine(path: Path) -> sitk.Transform:
-    """Read an ITK affine from atlas points to scan points.
+    """Read an ITK affine transform that maps atlas points to scan points.
 
-    Raises ScanError, or EarlierFailure if the file is missing.
+    Raises ScanError if the transform cannot be used, and EarlierFailure if the file is missing.
     """
     if not path.is_file():
         raise EarlierFailure(

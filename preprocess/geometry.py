@@ -80,10 +80,10 @@ def resample_to_slab(moving: sitk.Image, grid: sitk.Image, first: int, last: int
 
 
 def resample_isotropic(image: sitk.Image) -> sitk.Image:
-    """Resample an image to 1 mm by cubic B-splines, with unchanged axes and origin. Outside the image, HU are -1024.
+    """Resample an image to 1 mm by cubic B-splines, with unchanged axes and origin.
 
-    The size is that of the published code: floor(nx sx), floor(ny sy), floor((nz - 1) sz) for nx, ny, nz voxels of sx,
-    sy, sz mm.
+    Voxels outside the image are set to -1024 HU. The size is that of the published code: floor(nx sx), floor(ny sy),
+    floor((nz - 1) sz) for nx, ny, nz voxels of sx, sy, sz mm.
     """
     size, spacing = image.GetSize(), image.GetSpacing()
     wanted = int(size[0] * spacing[0]), int(size[1] * spacing[1]), int((size[2] - 1) * spacing[2])
@@ -91,7 +91,7 @@ def resample_isotropic(image: sitk.Image) -> sitk.Image:
 
 
 def pad_with_air(image: sitk.Image) -> sitk.Image:
-    """Pad with 60 voxels of -1024 on every side; index 0 moves, but voxels keep their physical positions."""
+    """Pad with 60 voxels of -1024 HU on every side; the physical positions of the original voxels do not change."""
     return sitk.ConstantPad(image, [PADDING] * 3, [PADDING] * 3, AIR)
 
 

@@ -59,8 +59,8 @@ def find_complete_subjects_and_patch_shape(
             continue
         if patches.ndim != 4 or len(patches) != num_locations or patches.dtype.kind not in "iufb":
             print(
-                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, not an array of {num_locations} "
-                "patches",
+                f"group_patches: {sid} left out: {path} is {patches.dtype} {patches.shape}, "
+                f"not an array of {num_locations} patches",
                 file=sys.stderr,
             )
             continue
@@ -170,7 +170,7 @@ class Grouping:
         return len(sids)
 
     def _find_temporary_or_final_file(self, location: int) -> Path:
-        """Return the path of a location's new file: temporary, or final if a run stopped while it renamed the files."""
+        """Return the path of a location's new file: temporary, or final if a run stopped while renaming the files."""
         return (
             self.get_temporary_path(location)
             if self.get_temporary_path(location).is_file()

@@ -32,7 +32,7 @@ class Skip(Exception):
 def make_file_stamp(path: str, series: str = "") -> str:
     """Return a stamp that identifies a version of a file or folder by the sizes and modification times of its files.
 
-    The stamp also depends on ``series``, because another series in the same folder is another scan.
+    The stamp also depends on ``series``, because a different series in the same folder is a different scan.
     """
     if series:
         return f"{make_file_stamp(path)}-{hashlib.sha256(series.encode()).hexdigest()[:8]}"
@@ -45,7 +45,7 @@ def make_file_stamp(path: str, series: str = "") -> str:
 
 
 def _read_earlier_of_mtime_and_ctime_ns(path: Path) -> int:
-    """Return when a file was last changed, in ns.
+    """Return the time in ns at which a file was last changed.
 
     The result is the earlier of the file's modification time and change time, because a machine with a fast clock can
     set a modification time in the future.
@@ -87,7 +87,8 @@ class Output:
         self.inputs, self.pictures = inputs, pictures
         if unknown := set(stamps) - set(STAMPS):
             raise ValueError(
-                f"report columns {sorted(unknown)} would be lost after a failure; add the names to STAMPS in report.py"
+                f"report columns {sorted(unknown)} would be lost if a subject fails; "
+                "add the names to STAMPS in report.py"
             )
         self.ours = any(previous.get(name) for name in stamps)
 
@@ -107,7 +108,7 @@ class Output:
 
         Raises:
             Skip: the output is kept.
-            ScanError: the user's own output is incomplete.
+            ScanError: the existing output is incomplete and is the user's own file.
             EarlierFailure: the subject failed in an earlier stage; output made by this stage is removed.
         """
         if reason := self.previous.get(FAILED_BEFORE):

@@ -36,8 +36,8 @@ def find_grid_locations(lung: np.ndarray, patch_size: int, step_size: int) -> np
     """Return the corners of the grid patches that contain enough lung.
 
     A patch is kept if the fraction of lung voxels is strictly above a threshold. The threshold starts at 0.1 and rises
-    by 0.1 while 1000 patches or more are kept. Corners are ordered by x, then y, then z (z changes fastest). Each
-    coordinate is less than size - patch_size, as in the published code.
+    in steps of 0.1 until fewer than 1000 patches are kept. Corners are ordered by x, then y, then z (z changes
+    fastest). Each coordinate is less than size - patch_size, as in the published code.
 
     Args:
         lung: (x, y, z) bool lung mask.

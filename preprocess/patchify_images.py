@@ -5,7 +5,7 @@
 
 The script reorients each scan to the atlas, resamples it to 1 mm, pads it with 60 voxels of air and clips it to
 [-1024, 240] HU. The subject's transform maps each corner in atlas_patch_loc.npy to a voxel of the resampled scan, where
-a patch of 32 x 32 x 32 voxels is cut. Voxels outside the scan get -1024.
+a patch of 32 x 32 x 32 voxels is cut. Voxels outside the scan are set to -1024 HU.
 
 Writes <root-dir>/patch/{sid}_patch.npy, patch_loc/{sid}_patch_loc.npy and qc/{sid}.png. The picture shows the patch
 boxes over the scan and its mask. Look at a few pictures: they are the fastest way to spot a wrong mask or transform.
@@ -82,7 +82,7 @@ def summarize_patches_for_report(cut: Patches, patch_size: int) -> dict[str, Any
 
 
 def measure_lung_hu(patches: np.ndarray) -> float | str:
-    """Return the median HU of voxels between -1024 (outside) and -500 (denser than lung), a measure of lung air."""
+    """Return the median HU of voxels above -1024 (padding) and below -500 (denser tissue), a measure of lung air."""
     values = patches[(patches > HU_MIN) & (patches < LUNG_BELOW)]
     return round(float(np.median(values)), 1) if len(values) else ""
 

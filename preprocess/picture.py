@@ -137,7 +137,7 @@ def _draw_slice(
 
 
 def _set_view(panel: Any, plane: Plane, volume: sitk.Image, visible_range: tuple[np.ndarray, np.ndarray]) -> None:
-    """Set the visible range in radiological orientation, and draw the orientation letters at the picture's edges."""
+    """Set the axis limits, flip axes to radiological orientation, and draw orientation letters at the edges."""
     across, up = plane.across, plane.up
     (low, high), direction = visible_range, np.array(volume.GetDirection()).reshape(3, 3)
     panel.set_xlim(low[across], high[across])

@@ -13,7 +13,7 @@ from preprocess.report import read_previous_rows
 
 STEPS = ("segment_lung", "register", "patchify_images")
 FEWEST = 8  # minimum number of subjects for estimating the normal range
-STRANGE = 4.0  # limit in robust SDs from the median; 40 normal subjects with about ten values each are usually below
+STRANGE = 4.0  # limit in robust SDs from the median, usually not exceeded by 40 normal subjects with ten values each
 
 
 class Figure(NamedTuple):
@@ -74,9 +74,9 @@ def score_how_unusual_subjects_are(report_table: pd.DataFrame) -> pd.DataFrame:
     """Score how unusual each subject is compared with the others, and list the reasons.
 
     Returns:
-        ``score``: the largest deviation of the subject's values towards the bad side, in robust standard deviations
-        (distance from the median, divided by 1.4826 times the median absolute deviation). A failed stage adds 1,000 to
-        the score, and a missing stage adds 500.
+        ``score``: the largest deviation of the subject's values in the unfavourable direction, in robust standard
+        deviations (distance from the median, divided by 1.4826 times the median absolute deviation). A failed stage
+        adds 1,000 to the score, and a missing stage adds 500.
         ``reasons``: the subject's message, its warnings, and each value that deviates by more than 4 robust standard
         deviations, together with the usual value.
     """

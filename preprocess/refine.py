@@ -72,7 +72,7 @@ def make_atlas_points(atlas: sitk.Image, values: tuple[int, int], spacing: float
 
 
 def sample_lung_fractions(mask: sitk.Image, lung_labels: tuple[int, int], spacing: float) -> Sampled:
-    """Average the lungs of a scan onto a grid of about ``spacing`` mm."""
+    """Compute the lung fractions of a scan on a grid with a voxel spacing of about ``spacing`` mm."""
     shares, grid = average_lung_fractions(mask, lung_labels, spacing)
     to_point = _make_index_to_point(grid)
     inverse = np.linalg.inv(to_point[:, :3])
@@ -152,7 +152,7 @@ def refine_affine(
         mask: lung mask of the scan.
         mask_values: labels of the right and left lung in the scan.
         transform: affine from atlas points to scan points, from which the optimisation starts.
-        spacing: spacing in mm of the coarse grid that the scan's mask is averaged to.
+        spacing: spacing in mm of the coarse grid on which the scan's mask is averaged.
     """
     from scipy.optimize import minimize
 

@@ -79,8 +79,8 @@ def register_masks(atlas: sitk.Image, mask: sitk.Image) -> sitk.Transform:
     give a bit-identical transform.
 
     Args:
-        atlas: lung mask of the atlas, 50 right, 100 left.
-        mask: lung mask of the scan, 1 right, 2 left.
+        atlas: lung mask of the atlas (50 right, 100 left).
+        mask: lung mask of the scan (1 right, 2 left).
 
     Raises:
         ScanError: ANTs wrote no transform.

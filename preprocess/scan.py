@@ -49,7 +49,7 @@ class Scan(NamedTuple):
 
 
 def _read_any_format(path: Path, series: str, warnings: list[str]) -> tuple[sitk.Image, dict[str, str]]:
-    """Read an image of any format, and the facts about its DICOM series (empty for other formats)."""
+    """Read an image in any supported format, and the facts about its DICOM series (empty for other formats)."""
     if not is_utf8(path):
         raise ScanError(f"{str(path)!a} has a name that is not UTF-8, so ITK cannot open it; rename it")
     if not path.exists():

@@ -15,7 +15,7 @@ COLUMNS = 1 << 14  # number of columns of the last matrix product that are compu
 SNAP = 256.0  # rounding to 1 / 256 absorbs float32 errors before the truncation; ITK computes in float64
 
 
-def compute_spline_matrix(
+def compute_spline_matrix_and_inside_mask(
     source_count: int, source_spacing: float, target_count: int, target_spacing: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the matrix that resamples one axis.
@@ -27,8 +27,8 @@ def compute_spline_matrix(
         target_spacing: voxel size of the new grid, mm.
 
     Returns:
-        (wanted, count) float32 matrix, including the prefilter; and (wanted,) bool, whether each new voxel lies in the
-        volume.
+        (target_count, source_count) float32 matrix, including the prefilter; and (target_count,) bool, whether each
+        new voxel lies in the volume.
     """
     places = np.arange(target_count) * target_spacing / source_spacing
     inside = (places >= -0.5) & (places < source_count - 0.5)
@@ -61,7 +61,7 @@ def resample_spline(image: sitk.Image, size: tuple[int, int, int], step: float, 
         outside: value of voxels outside the volume.
     """
     axes = zip(image.GetSize(), image.GetSpacing(), size)
-    (x, inside_x), (y, inside_y), (z, inside_z) = (compute_spline_matrix(*axis, step) for axis in axes)
+    (x, inside_x), (y, inside_y), (z, inside_z) = (compute_spline_matrix_and_inside_mask(*axis, step) for axis in axes)
     volume = sitk.GetArrayViewFromImage(image)  # (z, y, x)
     kind = np.float32 if volume.dtype.kind == "f" else volume.dtype
     planes = np.empty((len(volume), size[1], size[0]), dtype=np.float32)

@@ -87,10 +87,10 @@ def _count_voxels(labels: np.ndarray, count: int) -> np.ndarray:
 def _find_air_in_body(volume: np.ndarray) -> np.ndarray:
     """Find the air inside the body, without small pockets and bowel gas.
 
-    Air counts as inside if it is not connected to the image's sides within its axial slice. Each slice is checked
-    separately, because in 3-D the trachea may connect the lungs to outside air: rotated or tilt-corrected scans end in
-    slices of pure padding. A lung that is cut by the field of view reaches the image's side, but is kept
-    because of its density and because the lung lies inside the body in other slices.
+    Air counts as inside the body if it is not connected to the image's sides within its axial slice. Each slice is
+    checked separately, because in 3-D the trachea may connect the lungs to outside air: rotated or tilt-corrected scans
+    end in slices of pure padding. A lung that is cut off by the field of view reaches a side of the image, but
+    is kept because of its density and because the lung lies inside the body in other slices.
     """
     air = volume < AIR_BELOW
     within_slice = np.zeros((3, 3, 3), dtype=bool)
@@ -174,9 +174,9 @@ def _track_airway_down(
 ) -> np.ndarray:
     """Track the airway down from ``seed`` through cross-sections that overlap and do not grow into a lung.
 
-    If the thin wall between the airway and a lung is invisible in a slice, the previous cross-section is reused, for up
-    to ``most_merged`` slices. If the airway does not separate from the lung again, a bronchus has entered the lung, and
-    the reused cross-sections at the end of the airway are removed.
+    If the thin wall between the airway and a lung is invisible in a slice, the previous cross-section is copied, for up
+    to ``most_merged`` slices. If the airway stays merged with the lung, a bronchus has entered the lung, and the copied
+    cross-sections at the end of the airway are removed.
     """
     airway = np.zeros_like(air)
     airway[top] = seed
@@ -256,7 +256,7 @@ def _fill_vessels(labels: np.ndarray, radius: float) -> np.ndarray:
 def _compute_squared_distance_to_mask(mask: np.ndarray) -> np.ndarray:
     """Compute the squared distance in voxels from each voxel to the nearest voxel of ``mask``; float32, 0 inside.
 
-    The distance transform of ITK is 15 times as fast as the one of SciPy.
+    ITK's distance transform is 15 times as fast as SciPy's.
     """
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     # Keep a reference to the image, because an array view does not keep the image alive.

@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
 
 class Record:
-    """The report rows of one stage, from this run and from the last run."""
+    """The report rows of one stage, from this run and from the previous run."""
 
     def __init__(self, layout: StoreLayout, script: str):
         self.layout, self.script = layout, script
@@ -80,7 +80,7 @@ class Record:
     def make_dead_worker_row(self, sid: str, message: str) -> Row:
         """Return the report row of a subject after its worker process died.
 
-        If the subject has an in-progress file, its output was made by this stage. Otherwise the output may belong to
+        If a subject has an in-progress file, this stage made the subject's output. Otherwise, the output may belong to
         the user.
         """
         stamps = make_interrupted_subject_stamps(self.layout, self.script).get(sid) or select_provenance_columns(
@@ -150,7 +150,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
 
 
 def _list_lowest_dice_subjects(rows: list[Row]) -> str:
-    """List the subjects with the lowest Dice of their worse lung; empty for a stage that does not measure Dice."""
+    """List the subjects with the lowest Dice coefficient of the worse lung; empty if Dice is not measured."""
     told = []
     for row in rows:
         sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]
@@ -250,7 +250,7 @@ def _open_dask_client(args: argparse.Namespace, num_subjects: int) -> Iterator[t
             yield client, 1
         return
     workers = min(args.num_workers, max(1, num_subjects))
-    # Dask restarts a worker that dies (out of memory, a crash in a library); only its current subject fails.
+    # Dask restarts a worker that crashes or runs out of memory; only the worker's current subject fails.
     with _ignore_signal(signal.SIGINT):  # workers also ignore SIGINT, so only this process handles Ctrl-C
         cluster = LocalCluster(
             # Use any free port (0): with its default port, Dask prints a warning if another run uses that port.

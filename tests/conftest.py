@@ -151,8 +151,9 @@ def rel():
 def calibrate(*encoders: nn.Module, batch: int = 16) -> None:
     """Give every BatchNorm realistic statistics, so that outputs in eval mode differ between patches.
 
-    In a new network, every BatchNorm layer has running mean 0 and running variance 1. With mean 0 and variance 1, the
-    network's small kernels give every patch nearly the same output, and a comparison would not notice swapped patches.
+    In a new network, every BatchNorm layer has running mean 0 and running variance 1. With mean 0 and
+    variance 1 in every layer, the network's small kernels give all patches nearly the same output, and a comparison
+    would not notice swapped patches.
     """
     generator = torch.Generator().manual_seed(5)
     patches = torch.randn(batch, 1, 32, 32, 32, generator=generator)
@@ -199,7 +200,7 @@ def make_store():
 
 @pytest.fixture(scope="session")
 def grid():
-    """Return six locations, some of them with equal distances."""
+    """Return six locations; some of the distances between them are equal."""
     return np.array([[0, 0, 0], [26, 0, 0], [0, 26, 0], [26, 26, 0], [0, 0, 26], [52, 0, 0]], dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Read damaged copies of a file in a separate process. A crash, a hang or a large allocation ends only this process.
+"""Read damaged copies of a file in a separate process. A crash, a hang or a large allocation affects only this process.
 
     python tests/fuzz_files.py KIND FILE SEED COUNT
 
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 EXTREMES = (b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"99999999", b"-1", b"\x00\x00\xc0\x7f")
-MEMORY = 3 << 30  # bytes of address space in addition to what the libraries use
+MEMORY = 3 << 30  # limit in bytes on the address space, in addition to what the libraries use
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:

@@ -1,4 +1,4 @@
-"""Read damaged files and files of a wrong type as every kind of input, and check a part of each error message."""
+"""Read damaged files and files of the wrong type as every kind of input, and check part of each error message."""
 
 import gzip
 import io
@@ -267,7 +267,7 @@ IMAGES = [
     Bad("image", "a.nii", b"", "is empty (0 bytes); copy it again"),
     Bad("image", "a.nii", b"hello", "cannot be read as an image: its content is not NIfTI, NRRD or"),
     Bad("image", "a.nii", PNG, "is a picture (PNG), not a scan"),
-    Bad("image", "a.mha", nifti(), "is NIfTI, but its name has another ending"),
+    Bad("image", "a.mha", nifti(), "is NIfTI, but ITK cannot recognise this from its name"),
     Bad(
         "image",
         "a.nii",

@@ -51,7 +51,7 @@ def test_several_ranks_equal_one_process(in_eval_mode, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_shuffled_batchnorm(tmp_path, world):
-    """Ranks encode each other's keys. Every patch is encoded once, with its own location. Queues stay bit-identical."""
+    """Ranks encode shuffled key patches. Every patch is encoded once, with its own location. All queues are equal."""
     ranks = results_of(tmp_path / "r", world, "rows")
     for step in range(2):
         _, key, _, locs = inputs(step)

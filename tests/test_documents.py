@@ -125,7 +125,7 @@ def test_flags_exist(path):
 
 @pytest.mark.parametrize("path", PYTHON)
 def test_names_in_docstrings_exist(path):
-    """Check that files, and targets of :func:, :class: and :meth:, exist."""
+    """Check that the files and the targets of :func:, :class: and :meth: in docstrings exist."""
     for text in docstrings(path):
         for target in re.findall(r":(?:func|class|meth|attr|data):`[~.]?([\w.]+)`", text):
             assert target.split(".")[-1] in WORDS, f"{path} refers to {target}"

@@ -151,7 +151,7 @@ def test_sigterm_prints_how_to_resume(tmp_path, make_store, grid, monkeypatch, c
 
 
 def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
-    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # the extraction stops within a block of locations
+    monkeypatch.setattr(frozen, "LOCATIONS_AT_ONCE", 4)  # the extraction stops in the middle of a block of locations
     make_store(tmp_path / "store", 4, grid)
     make_checkpoint(tmp_path / "c.pth.tar")
     flags = (
@@ -191,7 +191,7 @@ def test_a_stopped_extraction_resumes(tmp_path, make_store, grid, monkeypatch):
     np.testing.assert_array_equal(first, second)
     assert not (tmp_path / "a" / ".pieces").exists()
 
-    # Partial results of other patches or of another checkpoint are not reused.
+    # Partial results from different patches or from a different checkpoint are not reused.
     key = extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
     os.utime(tmp_path / "store" / "grouped_patch" / "patch_loc_3.npy")
     assert key != extract_feature.hash_inputs(tmp_path / "c.pth.tar", PatchStore(tmp_path / "store"), "off")
@@ -395,7 +395,7 @@ def test_who_made_the_features_and_nobody_else_replaces_them(small, tmp_path, ru
     make_checkpoint(tmp_path / "superseded_0003.pth.tar", seed=4)
     other = ("--checkpoint-patch", "superseded_0003.pth.tar", *small[2:])
     refused = run_here("extract_feature.py", *other, cwd=tmp_path)
-    assert refused.returncode == 2 and "has features of another checkpoint" in refused.stderr
+    assert refused.returncode == 2 and "has features from a different checkpoint" in refused.stderr
     assert (tmp_path / "o" / "patient_features.csv").read_bytes() == before
     again = run_here("extract_feature.py", *small, "--amp", "bf16", cwd=tmp_path)
     assert again.returncode == 0 and "amp changed from off to bf16" in again.stdout

@@ -64,7 +64,7 @@ def test_gpu_augmentation_equals_the_cpus(gpu, letters):
     drawn = augmentation.draw_parameters(B, (32, 32, 32), torch.Generator().manual_seed(3))
     for parameters in drawn:
         if "magnitude" in parameters:
-            parameters["magnitude"] = parameters["magnitude"] / 8  # small offsets keep most sampled positions inside
+            parameters["magnitude"] = parameters["magnitude"] / 8  # keep most sampled positions inside the patch
     prepared = augmentation.prepare_parameters(drawn, (32, 32, 32))
     ours = augmentation.apply(volumes.to(gpu), prepared, torch.zeros_like, dense=True)
     wanted = augmentation.apply(volumes, prepared, torch.zeros_like)

@@ -124,7 +124,7 @@ def test_every_package_in_requirements_is_used():
 
 
 def test_preprocessing_workers_do_not_import_torch():
-    """Importing torch would cost each worker 2 s and 470 MB."""
+    """Importing torch would cost each preprocessing worker 2 s and 470 MB."""
     code = "import sys, preprocess.workers, preprocess.register; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

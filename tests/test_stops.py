@@ -70,7 +70,7 @@ def wait_until_ended(pids):
 
 @pytest.mark.slow
 def test_a_resumed_run_logs_each_step_once_with_the_same_means(store, run, tmp_path):
-    """Two ranks resume within an epoch. The means over rank 0 alone would differ from those over both ranks."""
+    """Two ranks resume within an epoch. The logged losses must be means over both ranks, not over rank 0 alone."""
     flags = flags_of(store, "k", "--epochs", 2, "--print-freq", 5)
     alike = {"OMP_NUM_THREADS": "1"}  # rounding depends on the number of threads
     run(*LAUNCH, ROOT / "train.py", *flags, "--exp-name", "whole", cwd=tmp_path, env=alike)

@@ -212,7 +212,7 @@ def test_workers_do_not_change_the_losses(trained, store, run, tmp_path, workers
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert f"{workers} data-loader workers" in result.stdout
-    # The cosine schedules of one and of two epochs differ only after the first epoch.
+    # The cosine schedules for one epoch and for two epochs differ only after the first epoch.
     ours = [record["loss"] for record in read_records(tmp_path / "ssl_exp" / "w")]
     assert ours == [record["loss"] for record in read_records(trained[0] / "ssl_exp" / "a") if record["epoch"] == 1]
 
@@ -527,7 +527,7 @@ def test_resuming_within_an_epoch_of_other_steps_is_refused(trained, store, run,
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 3), (2, 4)])
 def test_sigterm_to_the_launcher_saves(store, tmp_path, ranks, batch):
-    """Schedulers and containers stop a job with SIGTERM. Neither a rank nor torchrun prints a traceback."""
+    """If a scheduler or container stops a job with SIGTERM, neither the ranks nor torchrun print a traceback."""
     flags = ("--root-dir", store, "--exp-name", "t", "--epochs", 50, "--print-freq", 1, *SMALL, "--workers", 2)
     flags += ("--batch-size", batch, "--moco-k", 4 * batch, "--device", "cpu")
     launcher = (str(ROOT / "tools" / "launch.py"), "--standalone", "--nproc-per-node", str(ranks))

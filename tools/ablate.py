@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         help="size of the synthetic cohort; more subjects give less noisy results",
     )
     text = (
-        f"arms to run: {', '.join(ARMS)}; give no name to run only the arms that --arm defines. "
+        f"arms to run: {', '.join(ARMS)}; to run only arms defined with --arm, give --arms without a name. "
         "The first arm is the reference"
     )
     add("--arms", nargs="*", default=list(ARMS), help=text)
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "--first-seed",
         type=at_least(int, 0),
         default=0,
-        help="seed of the first run; change it to split a study over machines",
+        help="seed of the first run; change it to split a study across machines",
     )
     add("--recipe", type=OneOf(*RECIPES), default="small", help="value of train.py --recipe for all arms")
     add("--epochs", type=at_least(int, 1), help="number of epochs per arm (default: set by --recipe)")
@@ -185,7 +185,7 @@ class Study:
     def evaluate_tables(
         self, tables: dict[str, Table], weights: dict[str, np.ndarray], arm: str, seed: int
     ) -> pd.DataFrame:
-        """Evaluate tables. Return one row per column and table, with arm, seed, column, table and r2."""
+        """Evaluate tables. Return one row per label column and table, with arm, seed, column, table and r2."""
         rows = []
         for column in self.columns:
             target = self.labels[column].to_numpy()

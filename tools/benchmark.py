@@ -10,11 +10,11 @@ For each row of the table, timings of this code alternate with timings of the li
 The literal implementation runs in a separate process. The literal code processes one sample at a time in every
 convolution and in MONAI's transforms, keeps a queue of shape (moco_dim, K, L), and encodes all patches of a subject at
 once. This package and the literal implementation both use one BatchNorm group. To compare machines, use the ratio of
-the literal timing to this code's timing. The table shows the median of the ratio over the rounds, and the smallest and
-largest ratio.
+the literal timing to this code's timing. Each row of the table shows the median, smallest and largest ratio over the
+rounds.
 
-Both implementations must give the same loss before anything is timed. Rows that this machine cannot measure are marked
-as unmeasured.
+Both implementations must give the same loss before anything is timed. Rows that cannot be measured on this machine are
+marked as unmeasured.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from misc.command import OneOf, Parser, at_least, run
 from misc.files import write_json
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from tools.dev.apart import PUBLISHED_LOCATIONS, LiteralProcess
 from tools.timing.choices import format_option_timings, time_training_options
 from tools.timing.data import measure_augmentation, measure_reading
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory_in_process()
     machine = describe_machine(args.device)
     print(
         ", ".join(

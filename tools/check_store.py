@@ -233,7 +233,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--root-dir", required=True, help="folder of the patch store")
-    text = "number of locations per subject at which patch/ and grouped_patch/ are compared; raise it after a crash"
+    text = (
+        "number of locations per subject at which patch/ and grouped_patch/ are compared; after a crash, compare more"
+    )
     add("--locations", type=at_least(int, 1), default=5, help=text)
     add(
         "--input-csv",

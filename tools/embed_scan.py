@@ -42,7 +42,7 @@ from misc.command import OneOf, Parser, UserError, between, count_usable_cores, 
 from misc.files import check_writable, hash_file, save_array, write_atomically, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from preprocess.outputs import make_file_stamp
 from preprocess.picture import render_patch_picture
 from preprocess.segment_lung import add_segmentation_flags, check_segmentation_flags
@@ -101,7 +101,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_scans(args: argparse.Namespace) -> list[Subject]:
-    """Return the scans to embed. Raises StoreError for an invalid table, UserError for an invalid or repeated name."""
+    """Return the scans to embed.
+
+    Raises StoreError if the table is invalid, and UserError if a scan's name is invalid or repeated.
+    """
     if args.input_csv:
         return read_subjects(args.input_csv)
     found: dict[str, Subject] = {}
@@ -131,8 +134,8 @@ def name_picture_and_feature_files(args: argparse.Namespace, sid: str) -> tuple[
 class OutputTables:
     """The output tables OUT and OUT.report.csv, including rows from earlier runs.
 
-    Rows of scans that are not part of this run are kept. Rows of this run's scans are kept if scan, checkpoint and
-    settings are unchanged.
+    Rows of scans that are not part of this run are kept. An existing row of a scan in
+    this run is kept if the scan, checkpoint and settings are unchanged.
 
     Args:
         table_path: path of the feature table (OUT in the script's docstring).
@@ -140,11 +143,11 @@ class OutputTables:
         columns: feature columns.
         provenance: checkpoint, atlas and settings, as text.
         list_required_files: function that takes a sid and returns the output files that the subject must have besides
-            the table. The row of a subject without one of its output files is not kept.
+            the table. An existing row is not reused if one of the subject's output files is missing.
 
     Raises:
-        UserError: OUT has features of another checkpoint, atlas or method, or is not a feature table. Writing
-            the new features would delete the existing rows of OUT.
+        UserError: OUT is not a feature table, has no report, or has features from a different checkpoint, atlas or
+            method. Without this error, the new features would replace all rows of OUT.
     """
 
     def __init__(
@@ -172,7 +175,7 @@ class OutputTables:
         others = [row["made_from"] for row in rows.values() if row.get("made_from")]
         if list(table.columns) != ["sid", *columns] or any(not made.endswith(f" {provenance}") for made in others):
             raise UserError(
-                f"--out {table_path} has features of another checkpoint, atlas or method; "
+                f"--out {table_path} has features from a different checkpoint, atlas or method; "
                 f"give another file name, or remove the table and {self.report}"
             )
         texts = {row[0]: list(row[1:]) for row in table.itertuples(index=False)}
@@ -248,7 +251,7 @@ def main() -> int:
     check_writable(out.parent, "--out")
     device = process.set_up_process(args.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory_in_process()
     choices = dict(method=args.method, lungmask_weights=args.lungmask_weights, min_dice=args.min_dice)
     vector = dict(patient_vector=args.patient_vector, standardization=args.standardization)
     embedder = Embedder(

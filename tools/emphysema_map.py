@@ -44,7 +44,7 @@ from misc.command import OneOf, Parser, UserError, at_least, run
 from misc.files import write_atomically, write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from misc.sizes import PATCH_SIZE
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from preprocess.atlas import read_affine, read_atlas_mask
 from preprocess.geometry import have_same_grid, write_image
 from preprocess.patches import cut_scan
@@ -83,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         "--column",
         nargs="+",
         default=[],
-        help="label columns to map; in a column with two words, such as no and yes, the words become 0 and 1; "
-        "the map shows the predicted number",
+        help="label columns to map; a column with two categories, such as no and yes, is converted to 0 and 1, "
+        "and the map shows the predicted number",
     )
     add_label_flags(parser)
     add(
@@ -156,7 +156,7 @@ def fit_probes(
                 raise UserError(explain_missing_column(args.labels, column, names))
             if column not in dict(args.order) and len(words.get(column, ())) > 2:
                 raise UserError(
-                    f"column {column!r} has the values {', '.join(words[column])}, which a map must draw in order; "
+                    f"column {column!r} has the values {', '.join(words[column])}, which have no known order; "
                     f"give the order from low to high, for example --order {column}={','.join(words[column])}"
                 )
             target = values[:, names.index(column)].astype(np.float64)[others]
@@ -225,7 +225,7 @@ def write_maps_of_scan(
 
 
 def check_settings_unchanged(args: argparse.Namespace, settings_path: Path) -> dict:
-    """Return the settings to save at ``settings_path``. Raises UserError if existing maps have other settings."""
+    """Return the settings to save at ``settings_path``. Raises UserError if existing maps used different settings."""
     free = ("sha256", "input_csv", "out_dir", "device", "no_progress")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     if settings_path.is_file():
@@ -234,7 +234,7 @@ def check_settings_unchanged(args: argparse.Namespace, settings_path: Path) -> d
         if other:
             flag = other[0].replace("_", "-")
             raise UserError(
-                f"--out-dir {settings_path.parent} has maps made with another --{flag}; give another folder"
+                f"--out-dir {settings_path.parent} has maps made with a different --{flag}; give another folder"
             )
     return settings
 
@@ -254,7 +254,7 @@ def main() -> int:
     if todo:
         device = process.set_up_process(args.device)
         if device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory_in_process()
         readers = Readers(encoder, sizes["rep_dim"], store.locations, device, add_density_features=bool(args.truth))
         fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
         write_json(out_dir / "settings.json", settings)

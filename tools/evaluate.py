@@ -16,14 +16,14 @@ columns whose names begin with FEV1pp and FEV1_FVC, a column GOLD or finalGold i
 predictions of these two columns. The second prediction of GOLD is reported as GOLD_from_spirometry.
 
 Penalty and scaling are chosen without the test fold. Intervals are 95 % bootstrap intervals over patients for a
-fixed set of folds. Another --seed draws other folds and changes a metric by a few hundredths. `permuted` is the
+fixed set of folds. A different --seed draws different folds and changes a metric by a few hundredths. `permuted` is the
 value of the metric for shuffled labels.
 
 --compare NAME=FILE evaluates another table on the same folds, for example the features of an untrained encoder.
 --baselines STORE evaluates baselines without a network: the fraction of lung below -950 HU, and HU histograms.
 --baselines also evaluates the features together with the histogram, and reports what the features add. The combined
-prediction is the mean of two models. One model uses only the histogram, and the other uses the histogram, the features
-and the mean over locations.
+prediction is the mean of two models' predictions. One model uses only the histogram, and the other uses the histogram,
+the features and the mean over locations.
 --held-out COLUMN fits the models to the subjects with 0 in that column and evaluates them on the subjects with 1.
 
 --patient-vector selects the features. The default is `layers` if the file from extract_feature.py --layers exists.
@@ -104,9 +104,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"set the kind of a label column if it is guessed wrongly: {', '.join(KINDS)}; can be repeated",
     )
     add_label_flags(parser)
-    text = "numeric covariates, such as age; every model uses them, and one additional model uses nothing else"
+    text = "numeric covariates, such as age; every model uses them, and one additional model uses only the covariates"
     add("--covariates", nargs="+", default=[], metavar="COLUMN", help=text)
-    text = "label column with the patient of each scan; all scans of a patient then share a fold"
+    text = "label column with the patient of each scan; all scans of a patient are then in the same fold"
     add("--group-column", metavar="COLUMN", help=text)
     add(
         "--time-column",
@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     text = (
         "patch store of the subjects in --features; with this flag, the script also evaluates density and histogram "
-        "baselines, and features and histogram combined"
+        "baselines, and the features combined with the histogram"
     )
     add("--baselines", metavar="STORE", help=text)
     text = "label column: models are fitted to the subjects with 0 and evaluated on the subjects with 1"
@@ -166,8 +166,8 @@ def parse_arguments() -> argparse.Namespace:
 def read_named_tables(args: argparse.Namespace, chosen: ChosenVector) -> dict[str, pd.DataFrame]:
     """Read all tables named on the command line, and return them by name.
 
-    The first table of the result, ``features``, contains the means over locations. main() replaces these means if
-    another patient vector is chosen.
+    The first table of the result, ``features``, contains the means over locations. If another patient vector is
+    chosen, main() replaces the means in ``features``.
     """
     tables = {"features": read_features(args.features)}
     tables["features"].attrs["path"] = args.features
@@ -225,7 +225,8 @@ def remove_pictures(out_dir: Path) -> None:
 def main() -> None:
     args = parse_arguments()
     if os.getloadavg()[0] > count_usable_cores():
-        threadpool_limits(1)  # on a busy machine, several BLAS threads wait for each other and are ten times slower
+        # On a busy machine, several BLAS threads wait for each other and are ten times slower than one.
+        threadpool_limits(1)
     notes: list[str] = []  # notes to print after all checks have passed
     chosen = choose_patient_vector(args.patient_vector, args.features, args.patch_features, notes.append)
     tables = read_named_tables(args, chosen)

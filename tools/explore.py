@@ -115,8 +115,8 @@ def read_colours(path: str, sids: list[str], columns: list[str]) -> dict[str, tu
     Text columns with too many different values are left out with a note.
 
     Returns:
-        For each column, the values (N,) float32, NaN if missing, and a list of texts. Each value of a text column is
-        an index into the column's list of texts. For a numeric column, None replaces the list of texts.
+        For each column, its values (N,) float32, NaN if missing, and its list of different texts. Each value of a text
+        column is an index into the column's list of texts. For a numeric column, None replaces the list of texts.
 
     Raises:
         StoreError: the table cannot be read.

@@ -42,7 +42,7 @@ from misc.files import write_json, write_text
 from misc.progress import add_progress_flag, progress_bar
 from models.checkpoint import save_checkpoint
 from models.cnn3d import Encoder
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from tools.evaluation.kinds import KINDS, guess_kind_of_words
 from tools.evaluation.metrics import METRICS
 from tools.evaluation.tables import add_label_flags, read_held_out_subjects
@@ -215,7 +215,7 @@ def main() -> None:
     task, held_out = read_task_and_held_out_mask(args, store)
     device = process.set_up_process(args.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory_in_process()
     arms, sizes = [], None
     for given in sorted(
         args.checkpoint, key=lambda given: given == "random"

@@ -69,7 +69,7 @@ def make_phantom(
     """Write the files of subject ``index``, and return the rows of this subject in labels.csv and scans.csv."""
     rng = np.random.default_rng([seed, index])
     anatomy, disease, acquisition = draw_anatomy(rng, size), draw_disease(rng), draw_acquisition(rng)
-    if one_scanner:  # replaced after the draw, so that all other draws are the same as with --scanners varied
+    if one_scanner:  # replace the scanner after drawing it, so that all other draws equal those with --scanners varied
         acquisition, anatomy.inflation = ONE_SCANNER, 0.0
     in_plane = rng.uniform(*SPACING)
     spacing = np.array([in_plane, in_plane, rng.uniform(*SLICES)])
@@ -83,7 +83,7 @@ def make_phantom(
 
 
 def make_phantom_atlas(seed: int, size: str, out_dir: Path) -> None:
-    """Write a healthy subject of average anatomy at 1 mm, and its lung mask."""
+    """Write a scan of a healthy subject with average anatomy, with 1 mm voxels, and the lung mask of the scan."""
     rng = np.random.default_rng([seed, 2**31])
     spacing = np.ones(3)
     phantom = Phantom(Anatomy(scale=SIZES[size]), tuple(spacing), rng)
@@ -191,7 +191,7 @@ def main() -> None:
         jobs = [(made, job, args.seed, index, *how) for index in range(args.num_subjects)]
         bar = progress_bar(args.no_progress, total=len(jobs), desc="make_cohort", unit="subject")
         rows = []
-        # Workers are killed with this process, because they could otherwise write into the folder of the next run.
+        # Workers are killed when this process ends. Otherwise, they could write into the folder of the next run.
         with bar, ProcessPoolExecutor(args.num_workers, None, request_signal_on_parent_exit, (signal.SIGKILL,)) as pool:
             futures = [pool.submit(make_subject_once, *job) for job in jobs]
             try:

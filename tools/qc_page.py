@@ -27,7 +27,7 @@ def main() -> None:
     root = parse_arguments().root_dir
     layout = StoreLayout(root)
     if not any(layout.report_path(step).is_file() for step in STEPS):
-        raise UserError(f"--root-dir {root} has no report of preprocessing; run preprocess/run_preprocess.sh")
+        raise UserError(f"--root-dir {root} has no preprocessing report; run preprocess/run_preprocess.sh")
     print(f"qc_page: open {write_qc_page(root)} in a browser")
 
 

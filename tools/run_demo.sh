@@ -48,7 +48,7 @@ step() {
     echo "== $1  ($(($(date +%s) - started)) s)"
 }
 
-step "1/5 synthetic cohort: $subjects chest CTs from one scanner, with planted emphysema of five subtypes"
+step "1/5 synthetic cohort: $subjects chest CTs from one scanner, with simulated emphysema of five subtypes"
 if [ -f "$data/cohort/labels.csv" ]; then
     echo "make_cohort: $data/cohort already exists"
 else

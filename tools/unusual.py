@@ -3,11 +3,11 @@
     python tools/unusual.py --features-dir ssl_exp/NAME/patch_rep/0020 --labels labels.csv --healthy never_smoker \\
         --out-dir unusual
 
-The script fits a normal distribution to the patch features of the subjects with 1 in the column --healthy. The
-distribution has one mean per location and one covariance for all locations. The score of a patch is its squared
-Mahalanobis distance divided by the number of features, which is about 1 for typical patches. A subject's score is the
-mean of its patch scores. A healthy subject is scored with a distribution that was fitted without this subject. The
-script writes
+The script fits a normal distribution to the patch features of the subjects with 1 in the column given by
+--healthy. The distribution has one mean per location and one covariance for all locations. The score of a patch is
+its squared Mahalanobis distance divided by the number of features, which is about 1 for typical patches. A subject's
+score is the mean of its patch scores. A healthy subject is scored with a distribution that was fitted without this
+subject. The script writes
 
     unusual.csv         sid, score, worst_patch (row of atlas_patch_loc.npy)
     patch_scores.csv    sid, patch, value: input for emphysema_map.py --patch-labels, which maps scores over a scan

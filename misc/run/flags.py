@@ -36,7 +36,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    """Raise UserError for invalid values and contradicting flags that the bounds of a single flag cannot catch."""
+    """Raise UserError for invalid values and conflicting flags that the bounds of a single flag cannot catch."""
     if args.init_from and args.resume not in ("", "auto"):
         raise UserError(
             "--init-from starts a new run, but --resume continues an earlier run; drop one flag, or use --resume auto"

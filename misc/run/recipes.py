@@ -13,7 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The neighbour task is off, because a network does not learn this task from about a hundred subjects.
     # Neighbouring patches have little in common except the subject and the scanner.
     # Without the neighbour task, a training step takes less than half as long.
-    # The two views of a patch differ in sharpness and noise, which would otherwise reveal the scanner settings.
+    # The augmentation varies sharpness and noise, because these would otherwise reveal the scanner settings.
     # A network that recognises the scanner settings could solve the patch task without learning about disease.
     # The measurements behind these settings are in README.md (Results) and misc/results.
     "small": {

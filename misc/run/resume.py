@@ -71,7 +71,7 @@ def note_setting_changes(
         checkpoint_settings: settings of the checkpoint.
         new_settings: settings of the resumed run.
         checkpoint_path: the checkpoint.
-        checkpoint_position: numbers of finished epochs and of finished steps in the next epoch, at the time of saving.
+        checkpoint_position: number of finished epochs, and number of finished steps in the next epoch, when saved.
         starts_new_epoch: whether the run starts at the beginning of an epoch instead of within an unfinished epoch.
         say: function that prints a line.
 
@@ -120,7 +120,7 @@ def note_setting_changes(
 
 
 def refuse_other_encoder(source: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ResumeError if the encoder in ``source`` has other sizes than this run's; the message names the flag."""
+    """Raise ResumeError if the encoder in ``source`` differs in size from this run's; the message names the flag."""
     for name in ("rep_dim", "num_experts"):
         if theirs[name] != ours[name]:
             flag = f"--{name.replace('_', '-')}"

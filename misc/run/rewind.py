@@ -17,7 +17,7 @@ from misc.files import write_atomically, write_text
 def parse_log_line_kind_and_position(line: str) -> tuple[str, tuple[int, int]] | None:
     """Return the kind and the position of a line of log.jsonl, or None for a partial line.
 
-    The position consists of the number of finished epochs and the number of steps in the next epoch.
+    The position consists of the number of finished epochs and the number of finished steps in the next epoch.
     """
     try:
         record: dict[str, Any] = json.loads(line)
@@ -35,11 +35,11 @@ def rewind_log(log: TextIO, position: tuple[int, int], copy_path: Path) -> dict[
     Args:
         log: the file, open for reading and appending. This function does not open the file again,
             because a process loses its lock on a file when it closes another stream of the same file.
-        position: numbers of finished epochs and of finished steps in the next epoch.
+        position: number of finished epochs, and number of finished steps in the next epoch.
         copy_path: path for the copy of the whole file.
 
     Returns:
-        The number of remaining lines of each kind.
+        The number of lines of each kind, such as "step" and "epoch", that remain in the log.
     """
     file = log.fileno()
     text = os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace")
@@ -95,7 +95,7 @@ def truncate_tensorboard_curves(folder: Path, points_to_keep: dict[str, int]) ->
 
     Args:
         folder: folder with the events.out.tfevents.* files.
-        points_to_keep: numbers of points to keep: ``step`` for the longest ``train/`` curve, ``epoch`` for the longest
+        points_to_keep: how many points to keep: ``step`` for the longest ``train/`` curve, ``epoch`` for the longest
             ``epoch/`` curve. All other curves are cut at the same step as the longest curve.
 
     Returns:

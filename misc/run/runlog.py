@@ -16,7 +16,7 @@ from misc.command import UserError
 from misc.progress import progress_bar
 from misc.run.rewind import rewind_log, truncate_tensorboard_curves
 
-NEAR_CHANCE = 1.2  # multiple of chance level; an epoch with a lower accuracy against fresh keys gets a warning
+NEAR_CHANCE = 1.2  # warn if an epoch's accuracy against fresh keys is below this multiple of chance level
 
 
 class DivergedError(UserError):
@@ -26,16 +26,16 @@ class DivergedError(UserError):
 class Sums(NamedTuple):
     """Sums of statistics, for resuming within an epoch.
 
-    The mean over ranks is stored, so a resumed run may use another number of ranks.
+    The mean over ranks is stored, so a resumed run may use a different number of ranks.
     """
 
     totals: torch.Tensor  # (n,) float64, sums over the steps of the epoch so far
-    since: torch.Tensor  # (n,) float32, sums over the steps since the last call of Meters.read
-    steps: int  # number of steps since the last call of Meters.read
+    since: torch.Tensor  # (n,) float32, sums over the steps since the last call of compute_means_and_reset()
+    steps: int  # number of steps since the last call of compute_means_and_reset()
 
 
 class Meters:
-    """Averages training statistics over all ranks, both since the last call of ``read`` and over an epoch.
+    """Averages training statistics over all ranks, both for a whole epoch and since the last reset.
 
     The statistics stay on the device until they are read, so that a step does not wait for the device. The
     number of steps before the first non-finite statistic is also counted on the device.
@@ -50,11 +50,9 @@ class Meters:
         self._since = torch.zeros(len(statistic_names), device=device)
         # whether all steps were finite (1 or 0), and the number of steps before the first non-finite step
         self._finite = torch.zeros(2, device=device)
-        self.steps = 0  # number of steps since the last call of read()
-        self.last_count = 0  # number of steps that the last call of read() averaged
-        self.finite_steps = (
-            0  # of the steps that the last call of read() averaged, the number before the first non-finite step
-        )
+        self.steps = 0  # number of steps since the last call of compute_means_and_reset()
+        self.last_count = 0  # number of steps over which compute_means_and_reset() last averaged
+        self.finite_steps = 0  # how many of the last_count steps came before the first non-finite step
         self._epoch = torch.zeros(len(statistic_names), dtype=torch.float64)
 
     def start_epoch(self, totals: torch.Tensor | Sums | None = None) -> None:
@@ -122,7 +120,7 @@ class Meters:
 def make_curve_logger(folder: str) -> Any:
     """Return a tensorboard_logger Logger that can write pictures.
 
-    The Logger of tensorboard_logger itself calls a function that SciPy has removed.
+    The unmodified Logger of tensorboard_logger calls a function that SciPy has removed.
     """
     from PIL import Image
     from tensorboard_logger import Logger
@@ -145,7 +143,7 @@ class RunLog:
     """Writes the statistics of a run. Every rank has a RunLog, but only rank 0 writes.
 
     Args:
-        stream: the open log.jsonl; None on other ranks.
+        stream: the open log.jsonl on rank 0; None on other ranks.
         folder: folder of the TensorBoard curves.
         epochs: number of epochs in the run.
         steps: number of steps per epoch.
@@ -168,7 +166,7 @@ class RunLog:
         """Remove from the logs what an earlier run wrote after the position where this run continues.
 
         Args:
-            epoch, step: numbers of finished epochs and of finished steps in the next epoch.
+            epoch, step: number of finished epochs, and number of finished steps in the next epoch.
             source: the checkpoint in this folder that the run resumes from; None for a new run, which empties the logs.
         """
         if not self.is_writer:

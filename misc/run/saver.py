@@ -24,10 +24,10 @@ class Saver:
     Args:
         state: object that writes the state of the run. ``state.save`` takes the path, the number of finished epochs,
             the number of finished steps in the next epoch, and the sums of the statistics over these steps.
-            ``state.aside`` is None, or takes the same arguments, copies the state and returns a function that writes
-            the copy. A thread calls this function while training continues. Without this thread, a slow disk would
-            stall training for seconds, because a queue of the published size takes 1.2 GB. After a stop signal and
-            after the last epoch, the main thread writes the checkpoint.
+            ``state.aside`` is None, or takes the arguments of ``state.save``, copies the state and returns a function
+            that writes the copy. A thread calls this function while training continues. Without this thread, a slow
+            disk would stall training for seconds, because a queue of the published size takes 1.2 GB. After a stop
+            signal and after the last epoch, the main thread writes the checkpoint.
         experiment: the experiment folder to save to.
         stop: records the stop signals that this rank receives.
         epochs: number of epochs of the run; the last epoch is always saved.
@@ -66,7 +66,7 @@ class Saver:
         stopped, due = process.all_reduce_max(self.stop.number, int(bool(due) and not process.rank()))
         if not (due or stopped):  # a signal that arrives from now on is handled after the next step
             return
-        path, sums = self.experiment.unfinished_checkpoint, meters.compute_sums_for_checkpoint()
+        path, sums = self.experiment.checkpoint_of_unfinished_epoch, meters.compute_sums_for_checkpoint()
         saved = self._save_checkpoint(path, epoch, steps_done, sums, wait_until_written=bool(stopped))
         if stopped:
             self.stop.number = stopped
@@ -169,7 +169,7 @@ class Saver:
         thread.start()
 
     def wait_for_writing(self) -> None:
-        """Wait for the thread that writes a checkpoint. Raise its OSError, if any, unless the disk was full."""
+        """Wait for the thread that writes a checkpoint. Raise any OSError of the thread, unless the disk was full."""
         if self._writing:
             thread, wrong = self._writing
             self._writing = None
@@ -183,7 +183,7 @@ class Saver:
 
     def remove_replaced_checkpoints(self) -> None:
         """Remove the checkpoints that the new epoch checkpoint replaces."""
-        self.experiment.unfinished_checkpoint.unlink(missing_ok=True)
+        self.experiment.checkpoint_of_unfinished_epoch.unlink(missing_ok=True)
         self.experiment.remove_old_checkpoints(self.keep)
 
     def warn_disk_full(self, error: OSError) -> None:

@@ -20,7 +20,7 @@ from misc import process
 from misc.command import LOST, USER_ERROR, exit_at_once
 
 Item = TypeVar("Item")
-BEATS = 20  # number of heartbeats that a rank sends within the time --patience
+BEATS = 20  # minimum number of heartbeats that a rank sends within --patience minutes
 LONGEST_BEAT = 10.0  # longest time between two heartbeats, in seconds
 SILENT_BEATS = 4  # a rank counts as dead after this many missed heartbeats
 
@@ -68,7 +68,7 @@ class Watch:
     Args:
         key_value_store: key-value store shared by the ranks, with the methods set, get, check and add.
         rank, world_size: number of this rank, and number of ranks.
-        timeout_seconds: longest time without progress.
+        timeout_seconds: seconds without a new step after which a rank counts as hanging.
     """
 
     def __init__(self, key_value_store: Any, rank: int, world_size: int, timeout_seconds: float):
@@ -131,7 +131,7 @@ def watch_steps(items: Iterable[Item], epoch: int, steps_done: int, timeout_minu
         items: batches.
         epoch: current epoch, counted from 0.
         steps_done: number of steps of this epoch that are already finished.
-        timeout_minutes: longest time without progress.
+        timeout_minutes: minutes without a new step after which a rank counts as hanging.
     """
     if process.world_size() > 1 and not _watch:
         store = dist.distributed_c10d._get_default_store()

@@ -17,7 +17,7 @@ from misc.command import UserError
 from models import fast
 from models.step import Done, Inputs, TrainingStep, WholeStep
 
-WARM_UP = 3  # steps before recording, in which libraries choose algorithms and the optimiser creates its state
+WARM_UP = 3  # steps before recording, during which libraries choose algorithms and the optimiser creates its state
 
 
 class Recorded(NamedTuple):

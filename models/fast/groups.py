@@ -20,8 +20,8 @@ def encode_bn_groups_in_parallel(
 
     Cores that work on the same layer wait for each other at the end of the layer. With one group per core, the cores
     wait for each other only twice in a pass, and the batch is not split and joined in every layer. On 2 cores with
-    AVX2, parallel groups make a training step with 16 samples in 2 groups 1.26 times as fast (1.25 to 1.28). A step
-    with 32 samples in 4 groups becomes 1.28 times as fast (1.21 to 1.37).
+    AVX2, parallel groups make a training step with 16 samples in 2 groups 1.26 times as fast (range
+    1.25 to 1.28). A step with 32 samples in 4 groups becomes 1.28 times as fast (range 1.21 to 1.37).
 
     Args:
         encoder: models.cnn3d.Encoder. Only BatchNorm group 0 updates the encoder's running statistics.

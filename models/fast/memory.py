@@ -10,7 +10,7 @@ from models import fast
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # parameters of mallopt(3)
 
 
-def keep_freed_memory(device: torch.device | None = None) -> None:
+def keep_freed_memory_in_process(device: torch.device | None = None) -> None:
     """Make glibc keep large freed memory blocks instead of returning them to the operating system.
 
     The activations of a batch need memory blocks of tens of MB. By default, every step returns its memory blocks and

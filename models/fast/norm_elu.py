@@ -63,9 +63,9 @@ def _norm_elu_cpu(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.T
 def _norm_elu_compiled(norm: nn.BatchNorm3d, x: torch.Tensor, track: bool) -> torch.Tensor:
     """Compute elu(norm(x)) under torch.compile, and update the running statistics separately from the BatchNorm call.
 
-    A compiled graph saves BatchNorm's running statistics for the backward pass. Patches and then neighbours pass
-    through each layer, so the neighbours would change the statistics that were saved for the patches. No running
-    statistics are therefore passed to the BatchNorm function.
+    A compiled graph saves BatchNorm's running statistics for the backward pass. A step runs each layer on the patches
+    and then on their neighbours, and the second run would change the statistics saved by the first run. Therefore,
+    the BatchNorm function is called without running statistics.
     """
     y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
     if track:

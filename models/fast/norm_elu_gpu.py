@@ -25,7 +25,7 @@ except ImportError:  # torch without CUDA
     triton = None
 
 TILE = 4096  # values per tile
-PROGRAMS = 1024  # largest number of Triton programs per block, over all groups; an H100 has 132 multiprocessors
+PROGRAMS = 1024  # maximum number of Triton programs per input block, over all groups; an H100 has 132 multiprocessors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # supported data types of the blocks; sums are in float32
 
 
@@ -51,7 +51,7 @@ def apply_norm_elu(
     running = None
     if track:
         norm.num_batches_tracked += 1
-        # Detach the statistics. An earlier forward pass may have saved them, but no backward pass uses their values.
+        # The kernel updates these statistics in place, which is safe because no backward pass uses their values.
         running = norm.running_mean.detach(), norm.running_var.detach(), norm.momentum
     return list(_NormELU.apply(norm.weight, norm.bias, running, norm.eps, groups, *blocks))
 

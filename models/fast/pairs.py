@@ -18,7 +18,7 @@ def convolve_one_channel_in_pairs(
     """Run a 3 x 3 x 3 convolution of one channel with padding 1 on the CPU.
 
     The output voxels 2 X and 2 X + 1 of a line form a pair, which depends on the input voxels 2 X - 1 to 2 X + 2 of
-    the line. In a line padded with one voxel at both ends, input voxels 2 X - 1 to 2 X + 2 are two pairs.
+    the line. After the line is padded with one voxel at both ends, input voxels 2 X - 1 to 2 X + 2 form two pairs.
     Each pair of input voxels becomes one voxel with two channels, which halves the width. The kernel over pairs has
     2 x out output channels and a width of 2, and a quarter of its taps are zero. oneDNN has fast code for two channels
     but not for one.

@@ -11,7 +11,7 @@ from models import fast
 
 # Number of patches per piece. A layer's output for one piece takes at most tens of MB.
 # The piece size is fixed, because oneDNN compiles the fused convolution and ELU separately for each batch size.
-# If the last piece has fewer patches, its convolution and ELU run one after the other.
+# The last piece may be smaller; its convolution and ELU then run one after the other.
 PATCHES_AT_ONCE = 32
 
 

@@ -1,4 +1,4 @@
-"""Scan readers and their checks, one module per task. ``preprocess.scan`` is the entry point."""
+"""Scan readers and their checks, one module per task. ``preprocess.scan`` calls the readers."""
 
 from misc.command import UserError
 

@@ -1,4 +1,4 @@
-"""Check that the data of a NRRD or MetaImage file are complete.
+"""Check that the data of an NRRD or MetaImage file are complete.
 
 ITK allocates as much memory as the header claims. ITK reads damaged compressed MetaImage data as zeros.
 """
@@ -65,7 +65,7 @@ UNPLACED = (
 
 
 def warn_missing_geometry(path: Path, file_format: str, warnings: list[str]) -> None:
-    """Warn if a NRRD or MetaImage header lacks the patient's axes or the voxel sizes; ITK then uses defaults."""
+    """Warn if an NRRD or MetaImage header lacks the patient's axes or the voxel sizes; ITK then uses defaults."""
     with open(path, "rb") as stream:
         head = stream.read(LONGEST_HEADER)
     if file_format == "NRRD":
@@ -140,7 +140,7 @@ def read_nrrd_spec(path: Path, head: bytes) -> DataSpec | None:
 
 
 def read_meta_spec(path: Path, head: bytes) -> DataSpec | None:
-    """Return the data that a MetaImage header describes, or None if only ITK can check the data."""
+    """Return the size, file and compression of a MetaImage's data, or None if only ITK can check the data."""
     end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
     if end is None:
         return None

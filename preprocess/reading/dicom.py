@@ -192,8 +192,8 @@ def read_voxels_from_multiframe_file(frames: list[Frame], warnings: list[str]) -
 def read_padding_ranges(frame: Frame) -> tuple[tuple[float, float], ...]:
     """Return the possible HU ranges (lowest, highest) of a slice's padding; empty if the slice declares no padding.
 
-    Several ranges are possible, because the padding element and the pixels may differ in signedness, and ITK drops the
-    bits above BitsStored.
+    A slice can have several padding ranges, because the padding element and the pixels may differ in signedness, and
+    ITK drops the bits above BitsStored.
     """
     first = read_numbers(frame.header, "PixelPaddingValue", 1, frame.path)
     if first is None:

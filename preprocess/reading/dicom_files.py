@@ -26,7 +26,7 @@ NO_SLICE = re.compile(
     r"LOCALI[SZ]ER|SCOUT|TOPOGRAM|SURVIEW|CT_SOM\d (TOP|PROT)|SCREEN ?(SAVE|SHOT)|DOSE.*|REPORT|PROTOCOL|M(AX|IN)?_?IP"
     r"|PROJECTION( IMAGE)?|BOLUS ?TRACK.*|MONITOR.*"
 )
-# RescaleType of maps that are not in HU, for example maps of iodine or atomic number. US means unspecified.
+# Matches the RescaleType of maps that are not in HU, such as maps of iodine or atomic number, but not US (unspecified).
 NO_HU = re.compile(r"(?!HU|US|H U|$).*", re.IGNORECASE)
 TAGS = """
     SOPClassUID SOPInstanceUID Modality ImageType StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription
@@ -71,7 +71,7 @@ def read_numbers(dataset: Dataset, name: str, count: int, file: Path) -> np.ndar
         found = np.full(count, np.nan)
     if not np.isfinite(found).all():
         raise ScanError(
-            f"{file}: {name} must hold {count} number{'s' * (count > 1)}; export the file again from the original"
+            f"{file}: {name} must hold {count} number{'s' * (count > 1)}; export the file again from the original scan"
         )
     return found
 

@@ -12,7 +12,7 @@ from preprocess.reading.dicom_files import read_text
 from preprocess.reading.dicom_series import Frame
 from preprocess.reading.itk import PLACE
 
-ONE_PLACE = 0.2  # slices closer together than this fraction of the usual step count as slices at the same position
+ONE_PLACE = 0.2  # slices closer together than this fraction of the usual spacing are at the same position
 DIGITS = 5  # decimals to which a spacing in mm is rounded; a file may contain 0.9999999 mm instead of 1 mm
 
 
@@ -63,16 +63,16 @@ def compute_offset_from_first_to_midrange(values: np.ndarray) -> float:
 def check_required_slice_elements(frames: list[Frame], folder: Path) -> None:
     """Raise ScanError unless there are several slices, each with a position, an orientation and a pixel spacing."""
     for name, tag, lost in (
-        ("position", "0020,0032", "their order and distance are"),
-        ("orientation", "0020,0037", "their direction is"),
-        ("spacing", "0028,0030", "their pixel size is"),
+        ("position", "0020,0032", "their order and distance"),
+        ("orientation", "0020,0037", "their direction"),
+        ("spacing", "0028,0030", "their pixel size"),
     ):
         without = [frame for frame in frames if getattr(frame, name) is None]
         if without:
             which = "the slices have" if len(without) == len(frames) else f"{len(without)} of {len(frames)} slices have"
             what = "pixel spacing" if name == "spacing" else name
             raise ScanError(
-                f"{folder}: {which} no {what} ({tag}), first in {without[0].name}, so {lost} unknown; "
+                f"{folder}: {which} no {what} ({tag}), first in {without[0].name}, so {lost} cannot be determined; "
                 "anonymise or export the series again and keep this element"
             )
     for frame in frames:
@@ -189,8 +189,8 @@ def _check_slice_spacing(frames: list[Frame], slice_positions: np.ndarray, folde
         change = np.flatnonzero(np.abs(np.diff(steps)) > PLACE)  # empty if the slice spacing drifts slowly
         at = int(change[0]) + 1 if len(change) else max(int((away > PLACE).argmax()) - 1, 0)
         raise ScanError(
-            f"{folder} has unevenly spaced slices: {between}, first between {frames[at].name} and {frames[at + 1].name}"
-            f". Evenly spaced slices would be up to {away.max():.1f} mm from these positions; {_EVEN}"
+            f"{folder} has unevenly spaced slices: {between}, for example between {frames[at].name} and "
+            f"{frames[at + 1].name}. The slices are up to {away.max():.1f} mm from evenly spaced positions; {_EVEN}"
         )
 
 
@@ -200,8 +200,8 @@ _EVEN = "reconstruct the scan with even spacing, or keep only slices with the sa
 def fit_evenly_spaced_values(values: np.ndarray) -> tuple[float, float]:
     """Fit evenly spaced positions to ``values``; return the first position, and the last minus the first, in mm.
 
-    A line is fitted to unevenly spaced positions, for example after rounding to 0.1 mm. Evenly spaced positions are not
-    fitted, because a fit would change the last digits of the first and last position.
+    A line is fitted to positions that are unevenly spaced, for example because they were rounded to 0.1 mm. Evenly
+    spaced positions are not fitted, because a fit would change the last digits of the first and last position.
     """
     along = np.linspace(0, 1, len(values))
     start, length = float(values[0]), float(values[-1] - values[0])
@@ -252,7 +252,7 @@ def _check_tilt(frames: list[Frame], positions: np.ndarray, axes: np.ndarray, fo
 
 
 def check_slice_corners(frames: list[Frame], volume_grid: Grid, folder: Path) -> None:
-    """Raise ScanError unless the corners of every slice are at their positions in the volume."""
+    """Raise ScanError if a corner of a slice is not at its expected position in the volume."""
     axes = np.array(volume_grid.direction).reshape(3, 3) * volume_grid.spacing
     for number, frame in enumerate(frames):
         rows, columns = frame.shape

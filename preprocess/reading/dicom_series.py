@@ -79,7 +79,7 @@ def read_frames(path: Path, header: Dataset) -> list[Frame]:
         groups = [(header,)] * count
 
     def find_sequence_item(group: tuple[Dataset, ...], sequence: str) -> Dataset:
-        """Return the first item of a frame's sequence, or of the sequence for all frames; else the file's header."""
+        """Return the first item of a frame's sequence, or of the sequence shared by all frames, or else the header."""
         return next((item[sequence][0] for item in group if item.get(sequence)), header)
 
     frames = []
@@ -205,13 +205,13 @@ def do_slice_groups_overlap(groups: list[list[Frame]]) -> bool:
 
 
 def are_slices_evenly_spaced_per_group(slice_groups: list[list[Frame]]) -> bool:
-    """Return whether the slices within every part are evenly spaced."""
+    """Return whether the slices within every group are evenly spaced."""
     heights = [np.sort([frame.position @ part[0].normal for frame in part]) for part in slice_groups]
     return all(np.ptp(np.diff(height)) < 2 * PLACE for height in heights if len(height) > 2)
 
 
 def split_mixed_series(candidate: Candidate) -> list[Candidate]:
-    """Split a candidate with overlapping volumes by the first DICOM element in MIXED that separates the volumes."""
+    """Split slices of overlapping volumes by the first DICOM element in MIXED that separates the volumes."""
     if not have_positions(candidate.frames):
         return [candidate]
     for name in MIXED:
@@ -249,7 +249,7 @@ def choose_series(found: list[Candidate], series: str, folder: Path, others: Cou
         others: numbers of files left out, by reason; this function adds the slices of the other candidates.
 
     Raises:
-        ScanError: several candidates match, or no candidate matches ``series``. The error lists the candidates.
+        ScanError: several candidates match, or no candidate matches ``series``. The error lists the available series.
     """
     advice = (
         "select one in a column `series` of the table by its number, description, kernel or UID, or by several "

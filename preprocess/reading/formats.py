@@ -70,17 +70,17 @@ def check_file_suffix(path: Path, kind: str, packed: bool) -> None:
     """Raise ScanError, with a suggested file name, if ITK cannot select a reader by the file's name."""
     if not kind or kind == "DICOM":
         return
+    if packed and kind != "NIfTI":
+        raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not supported; unpack it with gunzip")
     suffix = SUFFIX[kind] + (".gz" if packed else "")
     if not NAMES[kind].search(path.name):
         stem = re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)
-        raise ScanError(f"{path} is {kind}, but its name has another ending; give it a name that ends in {suffix}: "
-                        f"{stem}{suffix}")  # fmt: skip
+        raise ScanError(f"{path} is {kind}, but ITK cannot recognise this from its name; use a name that ends in "
+                        f"{suffix}, for example {stem}{suffix}")  # fmt: skip
     if packed and not path.name.lower().endswith(".gz"):
-        if kind == "NIfTI":
-            raise ScanError(
-                f"{path} is compressed with gzip, but its name does not end in .gz; rename it to {path.name}.gz"
-            )
-        raise ScanError(f"{path} is a {kind} file compressed with gzip, which is not supported; unpack it with gunzip")
+        raise ScanError(
+            f"{path} is compressed with gzip, but its name does not end in .gz; rename it to {path.name}.gz"
+        )
 
 
 def refuse_foreign_file(path: Path, head: bytes, packed: bool) -> None:

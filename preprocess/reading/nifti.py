@@ -116,7 +116,7 @@ ONE_PIECE = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 @contextlib.contextmanager
 def link_if_itk_would_read_another_file(path: Path) -> Iterator[Path]:
-    """Yield a path from which ITK reads exactly this file.
+    """Yield a path that makes ITK read this file, and not a file with a similar name.
 
     If ct.nii exists, ITK silently reads it in place of ct.nii.gz. If another NIfTI file has the same name apart from
     the suffix, or if the suffix has capitals, the path is a link in a temporary folder.
@@ -145,7 +145,7 @@ def find_data_file(path: Path) -> Path:
 
 
 def check_voxel_size_and_offset(path: Path, header: Header) -> None:
-    """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or if the voxels overlap the header."""
+    """Raise ScanError if the header has no voxel size (ITK assumes 1 mm) or if the voxel data overlap the header."""
     if header.sform is None and not all(np.isfinite(size) and size > 0 for size in header.voxel):
         sizes = " x ".join(f"{size:g}" for size in header.voxel)
         raise ScanError(
@@ -170,7 +170,7 @@ def check_data_size(path: Path, header: Header) -> None:
 
 
 def check_sform_and_qform(path: Path, header: Header, warnings: list[str]) -> None:
-    """Check that a header is consistent about the voxel positions. Appends to ``warnings``.
+    """Check that the voxel positions in a header are consistent. Appends to ``warnings``.
 
     Raises:
         ScanError: the sform or the qform is sheared, or the two contradict each other.

@@ -17,9 +17,9 @@ from preprocess.reading import ScanError
 AIR = -1024  # HU; value of voxels outside the scan
 MIN_EXTENT = 50.0  # mm; shortest accepted length of a scan along each axis
 MAX_HU = 32767
-AIR_BELOW = -850  # HU; air and much of a lung lie below this, but not if the values are halved or shifted
-PADDING_BELOW = -1500  # HU; lower values are a scanner's padding; values between this and air are noise
-LOWEST_AIR = -1100  # HU; lowest accepted value of air, including a scanner's offset; lower padding is not air
+AIR_BELOW = -850  # HU; air and much of a lung are below this value, unless the scan's values are halved or shifted
+PADDING_BELOW = -1500  # HU; lower values are a scanner's padding; higher values, up to that of air, are noise
+LOWEST_AIR = -1100  # HU; lowest accepted value of air, allowing for a scanner's offset; padding below it is not air
 BRIGHT = 1500  # HU; a large uniform area above this value at a face of the image cannot be part of the body
 SATURATED = 3071  # HU; highest 12-bit value; lower values can be bone or metal, higher values are padding or metal
 SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
@@ -31,7 +31,7 @@ SAMPLE = 3_000_000  # number of voxels sampled to locate the peaks
 def keep_parts_touching_slice_edge(mask: np.ndarray) -> np.ndarray:
     """Return the connected parts of a mask (z, y, x) that touch an edge of their slice.
 
-    A ring around the field of view touches the edge, but metal inside the body does not.
+    A ring around the field of view touches the edge of the slice, but metal inside the body does not.
     """
     kept = np.zeros_like(mask)
     for plane, target in zip(mask, kept):
@@ -123,7 +123,7 @@ def fill_undeclared_padding(values: np.ndarray, name: str | Path, warnings: list
 
 
 class Peaks(NamedTuple):
-    """Peaks of a volume's histogram, without padding."""
+    """Peaks of a volume's histogram, excluding padding."""
 
     places: list[float]  # positions of the peaks, HU, ascending
     heights: list[float]  # heights of the peaks: smoothed fraction of voxels per 10 HU
@@ -168,7 +168,7 @@ def find_histogram_peaks(values: np.ndarray) -> Peaks:
 
 
 def is_peak_as_narrow_as_noise(hu_values: np.ndarray, peak_hu: float) -> bool:
-    """Return whether a peak is as narrow as noise around one value.
+    """Return whether a histogram peak is as narrow as noise around a single value.
 
     Noise around one value spreads over less than 28 HU, and lung tissue over at least 35 HU. If most values of
     a peak are exactly equal, the peak comes from a phantom and does not count as narrow.
@@ -189,7 +189,7 @@ def describe_misplaced_air_tissue_peaks(peaks: Peaks) -> str:
     beside = f" next to padding of {', '.join(f'{value:g}' for value in peaks.padding)}" if peaks.padding else ""
     air = f"air is at about {lowest:.0f}{beside} instead of -1000"
     body = f"and the body at {', '.join(f'{place:.0f}' for place in tissue)} instead of -100 and 45" if tissue else ""
-    # In a normal scan, fat (-100 HU) or muscle (45 HU) has the tallest tissue peak.
+    # In a normal scan, the tallest tissue peak of the histogram is fat (-100 HU) or muscle (45 HU).
     # Ignore peaks up to -450 HU, which may be dense lungs, and small peaks, which may be bone.
     tall = {place: height for place, height in zip(*peaks[:2]) if place in tissue and place > -450}
     tall = tall or dict(zip(*peaks[:2]))

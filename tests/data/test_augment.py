@@ -205,7 +205,7 @@ def test_flip_equals_monais():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [SIZE, (16, 24, 32)])
 def test_smoothing_equals_monais_and_keeps_the_rim(dtype, size):
-    """MONAI pads with zeros. Dividing MONAI's result by that for a volume of ones removes the effect of the padding."""
+    """MONAI pads with zeros. Dividing by MONAI's result for a volume of ones removes the effect of the padding."""
     inputs = volumes(4, 2, dtype, size)
     before = inputs.clone()
     drawn = augment.draw_smooth(4, size, generator(5))

@@ -68,7 +68,7 @@ def test_a_worker_ended_by_torch_does_not_stop_the_trainer(tmp_path, make_store,
 def test_a_failing_trainer_ends_at_once(tmp_path, make_store, grid, workers):
     """Workers must end at once if the trainer fails.
 
-    By default, torch waits 5 s for each data-loader worker, and each worker keeps running for another minute.
+    Normally, torch waits 5 s for each data-loader worker, and a worker may run for a minute after a stop signal.
     """
     make_store(tmp_path, 4, grid)
     code = (

@@ -114,7 +114,7 @@ def start_worker():
 
 
 def test_a_worker_survives_a_sigterm_for_a_limited_time(monkeypatch):
-    """The worker asks the trainer to stop and gives it time to save, but never blocks a failing trainer forever."""
+    """The worker passes the signal to the trainer, and ends after STOP_SECONDS even if the trainer never responds."""
     monkeypatch.setattr(loader_module, "STOP_SECONDS", 1)
     asked = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))

@@ -26,7 +26,7 @@ def test_patches_are_read_as_written(tmp_path, make_store, grid, grouped):
 
 
 def test_the_published_layout_is_read(tmp_path, make_store, grid):
-    """The published layout has another table name and no subjects.csv. The sorted file names give the order of rows."""
+    """The published layout has a different table name and no subjects.csv, so sorted file names give the row order."""
     make_store(tmp_path, 2, grid)
     (tmp_path / "atlas_patch_loc.npy").rename(tmp_path / "19676E_INSP_patch_loc.npy")
     (tmp_path / "subjects.csv").unlink()

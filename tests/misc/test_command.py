@@ -153,7 +153,7 @@ def test_a_stop_request_keeps_the_first_signal():
 
 
 def test_a_low_hard_file_limit_is_refused_and_a_soft_one_raised():
-    """Often only the soft limit of open files is low. The process then raises this limit without a message."""
+    """Often the soft limit on open files is low, but the hard limit is not. The soft limit is then raised silently."""
     code = (
         "import resource, sys\nfrom misc.command import run\nfrom misc.process import set_up_process\n"
         "soft, hard = int(sys.argv[1]), int(sys.argv[2])\nresource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"

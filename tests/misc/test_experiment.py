@@ -46,17 +46,17 @@ def test_the_latest_checkpoint_has_the_most_progress(tmp_path):
     for epoch in (1, 2, 10):
         save(experiment.checkpoint(epoch), epoch)
     assert experiment.find_latest_checkpoint(read_progress) == experiment.checkpoint(10)
-    save(experiment.unfinished_checkpoint, 9, 3)
+    save(experiment.checkpoint_of_unfinished_epoch, 9, 3)
     assert experiment.find_latest_checkpoint(read_progress) == experiment.checkpoint(10)
-    save(experiment.unfinished_checkpoint, 10, 3)
-    assert experiment.find_resume_checkpoint("auto", read_progress) == experiment.unfinished_checkpoint
+    save(experiment.checkpoint_of_unfinished_epoch, 10, 3)
+    assert experiment.find_resume_checkpoint("auto", read_progress) == experiment.checkpoint_of_unfinished_epoch
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
     experiment = Experiment(tmp_path / "e")
     for epoch in (1, 2, 3):
         save(experiment.checkpoint(epoch), epoch)
-    save(experiment.unfinished_checkpoint, 3, 5)
+    save(experiment.checkpoint_of_unfinished_epoch, 3, 5)
     moved = experiment.rename_later_checkpoints(experiment.checkpoint(1), 1)
     assert moved == [checkpoint_name(2), checkpoint_name(3), UNFINISHED]
     assert sorted(experiment.list_epoch_checkpoints()) == [1]
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_previous_one_used(tmp_path):
     path.write_bytes(damaged)
     assert experiment.find_resume_checkpoint("auto", verify_checkpoint, notes.append) == experiment.checkpoint(2)
     assert "checkpoint_patch_0003.pth.tar cannot be read" in notes[0] and "resuming from" in notes[0]
-    experiment.unfinished_checkpoint.write_bytes(b"")
+    experiment.checkpoint_of_unfinished_epoch.write_bytes(b"")
     assert experiment.find_latest_checkpoint(verify_checkpoint) == experiment.checkpoint(2)
     for epoch in (1, 2):
         experiment.checkpoint(epoch).write_bytes(b"PK")

@@ -56,7 +56,7 @@ def is_convolution_bias(name):
 
 @pytest.fixture(scope="module", params=["one process", "DistributedDataParallel"])
 def replayed(golden, request, tmp_path_factory):
-    """Repeat two recorded steps; return the results of each step and the state after both steps."""
+    """Repeat two recorded training steps; return the results of each step and the state after both steps."""
     bare = golden.build()
     load_strict(bare, strip_module_prefix(golden.before["state_dict"]), "before")
     optimizer = make_optimizer(bare, 0.01, 0.9, 1e-4)

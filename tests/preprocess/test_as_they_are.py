@@ -297,6 +297,15 @@ def test_a_doubly_gzipped_file_is_refused(tmp_path):
         load_scan(tmp_path / "b.nii.gz")
 
 
+@pytest.mark.parametrize("name", ["a.nrrd.gz", "a.mha.gz", "a.nrrd"])
+def test_a_gzipped_nrrd_or_metaimage_is_refused_with_advice_that_helps(tmp_path, name):
+    whole = tmp_path / f"whole.{name.split('.')[1]}"
+    sitk.WriteImage(chest(), str(whole))
+    (tmp_path / name).write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(ScanError, match="not supported; unpack it with gunzip$"):
+        load_scan(tmp_path / name)
+
+
 @pytest.mark.parametrize("title", ["@data", "a @script b", "<@title>"])
 def test_a_folder_named_like_a_template_placeholder(tmp_path, title):
     (tmp_path / "p.html").write_text("<h1>@title</h1><script>@script</script><p>@data</p>")

@@ -39,7 +39,7 @@ def tilted(image, degrees, about="x"):
 
 
 def thick_then_thin(image):
-    """Keep every second slice of the first 16, and all later slices. Only the first slices are then farther apart."""
+    """Keep every second slice of the first 16, and all later slices, so that the spacing changes."""
     return [d for k, d in enumerate(slices(image)) if k > 15 or k % 2 == 0]
 
 
@@ -226,7 +226,7 @@ def implicit_without_preamble(image):
 
 
 def sequential(image):
-    """Give every three slices a new acquisition number, as sequential scanners do."""
+    """Give each group of three slices its own acquisition number, as sequential scanners do."""
     made = slices(image)
     for k, d in enumerate(made):
         d.AcquisitionNumber = k // 3

@@ -1,4 +1,4 @@
-"""Test that peak memory is a small multiple of a scan's 430 MB.
+"""Test that peak memory is a small multiple of the size of a scan (430 MB).
 
 Processing float32 and wider types in slabs gives the same results as processing whole arrays."""
 

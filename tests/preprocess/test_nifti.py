@@ -176,7 +176,7 @@ def test_encodings_of_one_scan(image, tmp_path, form):
 
 
 def test_oblique_headers_are_accepted(image, tmp_path):
-    """Test random rotations, including angles near 180 degrees, where a quaternion is least exact."""
+    """Test random rotations, including angles near 180 degrees, where a quaternion is least accurate."""
     rng = np.random.default_rng(3)
     for axis in rng.normal(size=(6, 3)):
         for angle in (0.2, 1.5, np.pi - 1e-4):

@@ -1,4 +1,4 @@
-"""Test which existing outputs are kept, depending on who made the output, its inputs and its completeness."""
+"""Test that a stage keeps a user's own files, and keeps its own outputs if they are complete and up to date."""
 
 import os
 
@@ -98,9 +98,9 @@ def test_any_stamp_marks_an_output_as_ours(tmp_path, files):
 
 
 def test_a_stamp_without_a_report_column_is_refused(tmp_path, files):
-    """The report keeps a stamp after a failed stage only if the stamp has a report column.
+    """After a stage fails for a subject, the report row keeps only the stamp columns that are listed in STAMPS.
 
     An output without a stamp in the report counts as the user's own file.
     """
-    with pytest.raises(ValueError, match=r"report columns \['threshold'\] would be lost after a failure"):
+    with pytest.raises(ValueError, match=r"report columns \['threshold'\] would be lost if a subject fails"):
         make_output(tmp_path, files, {}, threshold="-950")

@@ -37,7 +37,7 @@ def test_grid_is_the_rule_written_out(shape, patch, step):
 
 def test_the_threshold_rises_while_a_thousand_locations_remain():
     lung = np.zeros((26, 26, 26), dtype=bool)
-    lung[:, :, ::4] = True  # a quarter of each patch is lung, so thresholds 0.1 and 0.2 keep the patch
+    lung[:, :, ::4] = True  # a quarter of each patch is lung, so thresholds of 0.1 and 0.2 keep the patch
     with pytest.raises(StoreError, match="no patch"):
         find_grid_locations(lung, 4, 2)  # all 11**3 patches pass thresholds 0.1 and 0.2; none passes 0.3
     assert (
@@ -134,7 +134,7 @@ def test_atlas_with_other_labels(tmp_path, run):
 
 
 def test_a_lung_mask_becomes_an_atlas(tmp_path, run_here):
-    """Resampling a mask of two half-ellipsoids to 1 mm keeps their shape and sets the labels of the atlas."""
+    """Resampling a mask of two half-ellipsoids to 1 mm keeps their shape; the labels become 50 and 100."""
     z, y, x = np.meshgrid(np.arange(30) * 3.0, np.arange(50) * 2.0, np.arange(60) * 2.0, indexing="ij")
     body = ((z - 43) / 40) ** 2 + ((y - 49) / 45) ** 2 + ((x - 59) / 55) ** 2 < 1
     mask = sitk.GetImageFromArray((body * np.where(x < 59, 1, 2)).astype(np.uint8))

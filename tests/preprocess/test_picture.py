@@ -36,7 +36,7 @@ def test_side_letters_match_the_patients_sides(orientation):
             horizontal = place[0] != 0.5
             limits, index = (panel.get_xlim(), across) if horizontal else (panel.get_ylim(), up)
             towards = np.sign(place[0 if horizontal else 1] - 0.5) * np.sign(limits[1] - limits[0])
-            # towards is 1 if the voxel index increases towards the edge with this letter, and -1 if it decreases.
+            # towards is 1 if the voxel index increases towards the edge that shows the letter, and otherwise -1.
             assert np.dot(direction[:, index] * towards, SIDES[letter]) == pytest.approx(1)
             assert left is None or (place[0] < 0.1) == (letter == left)
             assert (place[1] > 0.9) == (letter == top)

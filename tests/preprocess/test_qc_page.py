@@ -127,4 +127,4 @@ def test_no_store(tmp_path, run_here, there):
     if there:
         root.mkdir()
     result = run_here("tools/qc_page.py", "--root-dir", root, cwd=tmp_path)
-    assert result.returncode == 2 and "no report of preprocessing" in result.stderr and not (root / "qc").exists()
+    assert result.returncode == 2 and "no preprocessing report" in result.stderr and not (root / "qc").exists()

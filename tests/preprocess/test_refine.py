@@ -1,4 +1,4 @@
-"""Test the refined overlap: it is the Dice coefficient, its gradient is correct, and known transforms are recovered."""
+"""Test the refinement of a registration: overlap and gradient are correct, and known transforms are recovered."""
 
 import numpy as np
 import pytest

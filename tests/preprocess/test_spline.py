@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from preprocess.geometry import orient, resample_isotropic
 from preprocess.scan import AIR
-from preprocess.spline import compute_spline_matrix, resample_spline
+from preprocess.spline import compute_spline_matrix_and_inside_mask, resample_spline
 
 
 def by_itk(image, size, step=1.0):
@@ -34,7 +34,7 @@ SPACINGS = [(0.7, 0.7, 1.25), (1.0, 1.0, 1.0), (0.98, 0.98, 3.0), (1.5, 1.5, 1.5
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("more", [0, 9])
 def test_equals_itk(spacing, more):
-    """The result equals ITK's, also for white noise and outside the volume."""
+    """The result equals ITK's, even for white noise and outside the volume."""
     image = sitk.DICOMOrient(volume(spacing), "LAS")
     size = [int(n * s) + more for n, s in zip(image.GetSize(), image.GetSpacing())]
     found = sitk.GetArrayFromImage(resample_spline(image, tuple(size), 1.0, AIR)).astype(int)
@@ -54,7 +54,7 @@ def test_fractions_stay_fractions(spacing):
 
 
 def test_geometry_is_kept():
-    """Origin, direction and size equal those of the published code. Voxels of 1 mm keep their values."""
+    """Origin, direction and size equal those of the published code. Voxels that are already 1 mm keep their values."""
     image = sitk.DICOMOrient(volume((1.0, 1.0, 1.0)), "RAS")
     found = resample_isotropic(image)
     assert found.GetSize() == (27, 31, 22) and found.GetSpacing() == (1.0, 1.0, 1.0)
@@ -64,12 +64,14 @@ def test_geometry_is_kept():
 
 def test_a_cubic_is_reproduced():
     """A cubic spline reproduces a cubic polynomial everywhere except near the ends."""
-    weights, inside = compute_spline_matrix(40, 1.3, 52, 1.0)
+    weights, inside = compute_spline_matrix_and_inside_mask(40, 1.3, 52, 1.0)
     places = np.arange(52.0)
     cubic = lambda x: 0.01 * x**3 - 0.3 * x**2 + x  # noqa: E731
     middle = (places > 12) & (places < 40)
     np.testing.assert_allclose((weights @ cubic(np.arange(40) * 1.3))[middle], cubic(places)[middle], atol=2e-2)
-    assert inside.all() and compute_spline_matrix(4, 1.0, 6, 1.0)[1].tolist() == [True] * 4 + [False] * 2
+    assert (
+        inside.all() and compute_spline_matrix_and_inside_mask(4, 1.0, 6, 1.0)[1].tolist() == [True] * 4 + [False] * 2
+    )
 
 
 @pytest.mark.reference

@@ -248,7 +248,7 @@ def test_registration_without_a_transform_fails_in_that_stage(cohort, tmp_path, 
 
 
 def processes_of(folder):
-    """Return the command lines of running processes that contain a folder's name."""
+    """Return all command lines of running processes in which a folder's name occurs."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -287,7 +287,7 @@ def test_a_signal_stops_the_running_stage(cohort, tmp_path, script, number, to_g
     assert process.returncode == 128 + number
     assert errors.strip() == "stopped; start again to continue"
     wait_until(lambda: not processes_of(tmp_path / "s"), seconds=10)
-    # Every finished mask has a row in the report or a worker's in-progress file.
+    # Every finished mask has a row in the report or an in-progress file.
     made = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "s" / "lung_mask").glob("*.nii.gz")}
     claimed = {path.name for path in (tmp_path / "s" / "report" / ".claims-segment_lung").iterdir()}
     path = tmp_path / "s" / "report" / "segment_lung.csv"

@@ -1,4 +1,4 @@
-"""Test that values other than HU are refused despite padding, that padding becomes air, and that HU stay unchanged."""
+"""Test that values other than HU are refused even in padded scans, padding becomes air, and HU stay unchanged."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_what_padding_hides(values, kind, padding):
 
 
 def test_an_offset_hidden_by_padding_is_refused(values):
-    """Test padding at both ends of a volume, as resampling of a tilted scan creates, and padding around the body."""
+    """Test padding at both ends of a volume, as created by resampling a tilted scan, and padding around the body."""
     wrong = values + 1024
     wrong[:6], wrong[-6:] = -1024, -1024
     cut = np.where(body_mask(values), values + 1024, -1024)

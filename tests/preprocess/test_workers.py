@@ -117,9 +117,8 @@ def test_a_lost_worker_leaves_its_output_claimed(tmp_path):
     record = Record(layout, "register")
     row = record.make_dead_worker_row("a", f"{EARLIER}its worker process died")
     assert row["atlas"] == "interrupted" and row["status"] == "failed"
-    assert "atlas" not in record.make_dead_worker_row(
-        "b", "x"
-    )  # no worker claimed "b", so its file may be the user's own
+    # "b" has no in-progress file, so its output may be the user's own.
+    assert "atlas" not in record.make_dead_worker_row("b", "x")
 
 
 def wait_for(happened, seconds=90):
@@ -132,7 +131,7 @@ def wait_for(happened, seconds=90):
 
 @pytest.mark.slow
 def test_killed_workers_and_stages_change_no_byte(tmp_path, cohort):
-    """Killing workers and stages on a cluster does not change the masks.
+    """On a cluster, the masks do not change if workers or the stage are killed and started again.
 
     A cluster without workers is reported.
     """

@@ -31,7 +31,7 @@ def test_differences_are_paired_by_seed():
 def test_held_out_subjects_are_not_used_for_fitting():
     """Random labels get a low score, and labels that depend on a feature get a high score.
 
-    If the dependence has the opposite sign in the held-out subjects, the score is negative."""
+    If the labels of the held-out subjects are given the opposite sign, the score is negative."""
     rng = np.random.default_rng(0)
     features, held = rng.normal(size=(80, 20)), np.arange(80) >= 50
     assert compute_held_out_ridge_r2(features, rng.normal(size=80), held) < 0.2
@@ -42,7 +42,10 @@ def test_held_out_subjects_are_not_used_for_fitting():
 
 
 def test_joined_tables_average_two_models():
-    """One model is fitted to the second table, the other to both tables. Labels of held-out subjects have no effect."""
+    """One model is fitted to the second table, and the other to both.
+
+    The labels of held-out subjects have no effect on the predictions.
+    """
     rng, model = np.random.default_rng(0), MODELS["regression"]
     one, other, held = rng.normal(size=(120, 60)), rng.normal(size=(120, 4)), np.arange(120) >= 60
     target = one[:, 0] + other.sum(axis=1) + rng.normal(size=120)
@@ -59,7 +62,7 @@ def test_joined_tables_average_two_models():
 
 
 def test_a_wide_table_does_not_drown_a_narrow_one():
-    """In a model of three tables, each table has the same sum of squares."""
+    """In a model of three tables, the squared column weights of each table have the same sum."""
     weights = make_even_table_weights(2000, 7, 30)
     assert weights.shape == (2, 2037) and (weights[0] == np.repeat([0, 0, 1], [2000, 7, 30])).all()
     shares = [float(part @ part) for part in np.split(weights[1], [2000, 2007])]

@@ -44,7 +44,7 @@ def test_shares_and_histograms(store, grid):
 def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
     """Smoothing more than doubles the share of voxels in the largest bin, for noise of SD 60 HU around -850 HU.
 
-    The smoothed histogram equals that of scipy's Gaussian filter.
+    The smoothed histogram equals the result of scipy's Gaussian filter.
     """
     noise = np.random.default_rng(0).normal(-850, 60, (3, len(grid), 32, 32, 32)).astype(np.int16)
     for location in range(len(grid)):
@@ -61,7 +61,7 @@ def test_smoothing_takes_noise_out_of_a_histogram(store, grid):
 
 
 def test_command(tmp_path, make_store, grid, run):
-    """Density predicts a label that rises with HU. Random features predict it only together with the histogram."""
+    """The histogram predicts a label that rises with HU. Random features predict this label only with the histogram."""
     rng = np.random.default_rng(0)
     patches = make_store(tmp_path / "s", 24, grid)
     for location in range(len(grid)):
@@ -77,13 +77,13 @@ def test_command(tmp_path, make_store, grid, run):
     version = PatchStore(tmp_path / "s").version
     (tmp_path / "features.json").write_text(json.dumps({"store_version": version, "root_dir": "there"}))
     result = run("tools/evaluate.py", *flags, "--out-dir", "o", cwd=tmp_path)
-    assert "another store" not in result.stderr
+    assert "different store" not in result.stderr
     assert "Adding the features to the histogram improves 0 of 1 label(s)" in result.stdout
     (row,) = [
         line for line in (tmp_path / "o" / "evaluation.md").read_text().splitlines() if "| r2 | features+h" in line
     ]
     assert "Adding the features to the histogram" in (tmp_path / "o" / "evaluation.md").read_text()
-    # The row has three intervals: for the metric, the gain over the features, and the gain over the histogram.
+    # The row has three intervals: the metric, the gain over features alone, and the gain over the histogram alone.
     assert row.count(" to ") == 3
     scores = {name: row["r2"]["mean"] for name, row in json.loads((tmp_path / "e.json").read_text())["density"].items()}
     assert scores["histogram"] > 0.95 and scores["features+histogram"] > 0.9 and scores["features"] < 0.2
@@ -101,7 +101,7 @@ def test_another_store_with_the_same_sids_is_reported(tmp_path, make_store, grid
     (tmp_path / "features.json").write_text(json.dumps(made))
     assert describe_store_mismatch(tmp_path / "f.csv", mine, "--baselines") == ""
     told = describe_store_mismatch(tmp_path / "f.csv", theirs, "--baselines")
-    assert "f.csv was extracted from /data/a, but --baselines" in told and "is another store" in told
+    assert "f.csv was extracted from /data/a, but --baselines" in told and "is a different store" in told
     for text in ("", "[]", "{}"):  # not written by extract_feature.py
         (tmp_path / "features.json").write_text(text)
         assert describe_store_mismatch(tmp_path / "f.csv", theirs, "--baselines") == ""

@@ -66,7 +66,7 @@ def args(tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_training_and_extraction(tmp_path, args):
-    """Both implementations have the same loss in the first step and give the same features."""
+    """This package and the literal implementation compute the same first loss and the same features."""
     store, report = make_store(tmp_path / "store", 8, 4), {}
     machine = {"fast_bf16": False, "matrix_gflops_float32": 100.0}
     apart = LiteralProcess(store, 8, args)

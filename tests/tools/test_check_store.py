@@ -34,7 +34,7 @@ def test_an_intact_store(store, run_here):
 def test_a_store_of_the_published_code(store, run_here):
     """check_store.py can read a store that the published code made.
 
-    The published code uses another table name, may write float patches with NaN, and writes no subjects.csv.
+    The published code uses a different table name, may write float patches with NaN, and writes no subjects.csv.
     """
     (store / "atlas_patch_loc.npy").rename(store / "its_patch_loc.npy")
     (store / "subjects.csv").unlink()

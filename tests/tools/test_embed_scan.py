@@ -92,7 +92,9 @@ def test_rows_of_other_scans_are_kept_and_another_checkpoint_refused(study, run,
         stream.write(b" ")  # now a different file
     other = [flag if flag != root / "c_0003.pth.tar" else tmp_path / "other.pth.tar" for flag in flags]
     refused = run("tools/embed_scan.py", folder / "image" / "0002.nii.gz", *other, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "f.csv has features of another checkpoint, atlas or method" in refused.stderr
+    assert (
+        refused.returncode == 2 and "f.csv has features from a different checkpoint, atlas or method" in refused.stderr
+    )
     assert (tmp_path / "f.csv").read_text().splitlines() == both
 
 
@@ -111,7 +113,10 @@ def test_a_foreign_table_is_not_overwritten(study, run_here, tmp_path):
 
 @pytest.mark.parametrize("kind", ["moments", "layers"])
 def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kind):
-    """A scan gets the same vector as in the store. A standardisation file of another checkpoint or kind is refused."""
+    """embed_scan.py computes the same patient vector as extraction from the store.
+
+    A standardisation file for a different checkpoint or a different kind of patient vector is refused.
+    """
     root, folder = study
     patches = np.load(root / "features" / FILES[kind])
     rng = np.random.default_rng(0)
@@ -129,7 +134,7 @@ def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kin
     for change, message in (
         (dict(patient_vector="mean"), "has no effect with --patient-vector mean"),
         (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is for --patient-vector {kind}"),
-        (dict(sha="0" * 64), "was made for another checkpoint"),
+        (dict(sha="0" * 64), "was made for a different checkpoint"),
         (dict(locations=3), "has .locations, features."),
     ):
         wrong = kept._replace(mean=kept.mean[: change.pop("locations", None)])

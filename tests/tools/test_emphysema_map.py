@@ -157,7 +157,7 @@ def test_planted_disease_is_located(world, run, tmp_path):
     again = run("tools/emphysema_map.py", *flags, cwd=world)
     assert again.stdout == result.stdout and (tmp_path / "000_dark.nii.gz").stat().st_mtime_ns == before
     other = run("tools/emphysema_map.py", *flags, "--stride", 16, cwd=world, check=False)
-    assert other.returncode == 2 and "has maps made with another --stride; give another folder" in other.stderr
+    assert other.returncode == 2 and "has maps made with a different --stride; give another folder" in other.stderr
 
 
 @pytest.mark.slow

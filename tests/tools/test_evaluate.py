@@ -211,7 +211,7 @@ def test_a_patients_scans_stay_in_one_fold(run, tmp_path):
 
 
 def test_held_out_subjects_are_evaluated(tmp_path, run):
-    """If held-out subjects have the opposite relation between feature and label, predicting their labels fails."""
+    """If the relation between feature and label is opposite in the held-out subjects, their R² is below -1."""
     rng = np.random.default_rng(0)
     sids = [f"s{index:02d}" for index in range(40)]
     values = rng.normal(size=40)
@@ -247,7 +247,7 @@ def write_features(path, sids, value="0.5"):
 def write_labels(path, sids):
     """Write labels: `age` is known for all subjects, `few` for three; `same` is constant, `far` has an infinite cell.
 
-    The other columns are for tests of classes and survival.
+    The columns not described here are for tests of classes and survival.
     """
     count = len(sids)
     table = pd.DataFrame({"sid": sids, "age": range(count), "same": 7, "far": range(count), "one": "p"})
@@ -262,8 +262,8 @@ def write_labels(path, sids):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--compare", "others.csv"), "others.csv has none of the subjects that have features, such as 's00'"),
-        (("--compare", "zeros=zeros.csv"), "such as 's00'"),
+        (("--compare", "others.csv"), "others.csv lacks subject 's00'"),
+        (("--compare", "zeros=zeros.csv"), "zeros.csv lacks subject 's00'"),
         (("--compare", "nan.csv"), "nan.csv has nan in column f000 of sid s01"),
         (("--compare", "text.csv"), "text.csv has 'high' in column f000 of sid s01"),
         (("--compare", "a=f.csv", "--compare", "a=f.csv"), "--compare a=f.csv: another table is already called a"),
@@ -314,10 +314,7 @@ def test_sids_without_leading_zeros_are_reported(tmp_path, run_here):
     write_features(tmp_path / "f.csv", [f"{index:03d}" for index in range(1, 13)])
     write_labels(tmp_path / "l.csv", [str(index) for index in range(1, 13)])
     result = run_here("tools/evaluate.py", "--features", "f.csv", "--labels", "l.csv", cwd=tmp_path)
-    assert (
-        result.returncode == 2
-        and "has none of the subjects that have features, such as '001'; it has '1'" in result.stderr
-    )
+    assert result.returncode == 2 and "lacks subject '001'; it has '1'" in result.stderr
 
 
 def test_unusable_columns_are_left_out_with_a_note(tmp_path, run):
@@ -428,7 +425,7 @@ def test_subjects_missing_from_one_table_are_reported(tmp_path, run_here):
 
 
 def test_row_numbers_are_not_features(tmp_path, run_here):
-    """pandas saves row numbers as a column without a name, and calls the column 'Unnamed: 0' in a second save."""
+    """pandas saves row numbers as an unnamed column, and calls it 'Unnamed: 0' if the file is read and saved again."""
     features, _ = held_out_tables(tmp_path)
     flags = ("--features", "f.csv", "--labels", "l.csv", "--columns", "y")
     without = run_here("tools/evaluate.py", *flags, cwd=tmp_path).stdout
@@ -467,7 +464,7 @@ def test_the_gain_over_a_histogram_is_explained():
     found["d"] = figures(0.0, 1e-15, 0.1)  # equal up to rounding
     found["e"] = figures(float("nan"), float("nan"), float("nan"))
     useless = figures(0.1, 0.2, 0.3)
-    useless["features+histogram"]["r2"]["mean"] = -1.1  # a gain of 0.2, so the histogram alone has an r2 of -1.3
+    useless["features+histogram"]["r2"]["mean"] = -1.1  # the gain is 0.2, so the histogram alone has an r2 of -1.3
     (line,) = explain_results(found | {"f": useless})
     assert "improves 2 of 4 label(s)" in line and "Even together they do not predict f." in line
     assert explain_results({"a": {"features": found["a"]["features"]}}) == []

@@ -164,7 +164,7 @@ def test_a_page_from_features_only(study, run):
 
 
 def test_a_page_of_ten_thousand_subjects_opens_quickly(tmp_path):
-    """With ten labels and ten locations per subject, the page has less than 5 MB and is drawn quickly."""
+    """With ten labels and ten locations per subject, the page is smaller than 5 MB and is drawn quickly."""
     rng, count, places = np.random.default_rng(0), 10_000, 581
     named = [f"label {n}" for n in range(10)]
     values = rng.normal(size=(10, count)).astype(np.float32)

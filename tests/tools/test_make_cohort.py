@@ -149,8 +149,9 @@ def shares(**given):
 
 
 def test_subtypes_lie_in_realistic_regions():
-    """The share of each subtype equals its label. Centrilobular disease lies at the apex or as requested, panlobular
-    disease at the base, and paraseptal disease at the pleura. There is no disease outside the lungs."""
+    """The reported fraction of each subtype equals the requested fraction. Centrilobular emphysema lies at the apex or,
+    if requested, at the base. Panlobular emphysema lies at the base, and paraseptal emphysema at the pleura. There is
+    no disease outside the lungs."""
     for upper, more in ((2.0, "upper"), (-2.0, "lower")):
         hu, lung, spacing, rng = block()
         wanted = shares(moderate_centrilobular=0.2, severe_centrilobular=0.05, panlobular=0.1, paraseptal=0.1)

@@ -21,7 +21,7 @@ from tools.cohort.texture import (
     draw_gaussian_noise,
 )
 
-# For each emphysema class, quantiles over smokers of the fraction of the lung in this class.
+# For each emphysema class: quantiles, among smokers, of the fraction of the lung in this class.
 # The quantiles come from 2,500 of the 9,330 subjects in the data of the Chest Imaging Platform.
 QUANTILES_AT = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARE_QUANTILES = {

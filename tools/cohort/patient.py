@@ -6,7 +6,7 @@ import numpy as np
 GRADES_AT = (0.07, 0.12, 0.20, 0.34, 0.55)
 # Thresholds between the visual grades of paraseptal emphysema: none, mild, substantial.
 PARASEPTAL_AT = (0.09, 0.14)
-GOLD_AT = (80.0, 50.0, 30.0)  # FEV1 in % of the predicted value; thresholds between the GOLD stages 1 to 4
+GOLD_AT = (80.0, 50.0, 30.0)  # FEV1 as % of the predicted value; thresholds between GOLD stages 1 to 4
 
 
 def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dict[str, float]:
@@ -15,8 +15,8 @@ def simulate_patient(rng: np.random.Generator, planted: dict[str, float]) -> dic
     Labels depend on the subtype and location of disease, not only on density. In the simulation, severe and panlobular
     emphysema reduce lung function more than moderate emphysema of the same extent. Moderate emphysema is simulated to
     reduce lung function three times as much in the lower half of the lungs as in the upper half. Simulated reticulation
-    reduces lung function and survival without lowering density. Simulated mild emphysema causes exacerbations, although
-    the mean density is not lower.
+    reduces lung function and survival without lowering density. Simulated mild emphysema causes exacerbations
+    without lowering the mean density.
 
     Args:
         rng: random generator for the noise.

@@ -25,7 +25,7 @@ class Phantom:
     def __init__(self, anatomy: Anatomy, spacing: tuple[float, float, float], rng: np.random.Generator):
         self.anatomy, self.spacing, self.rng = anatomy, np.array(spacing), rng
         a, s = anatomy, anatomy.scale
-        self.fat_adult = a.fat / s  # thickness of the fat in mm at adult scale, which _build_thorax uses
+        self.fat_adult = a.fat / s  # fat thickness in mm, in the adult-scale coordinates of _build_thorax
         half_x, half_y = (a.width + self.fat_adult + 30) * s, (a.depth + self.fat_adult + 40) * s
         low = np.array([-half_x, -half_y, -32 * s])
         high = np.array([half_x, half_y, (a.height + 30) * s])
@@ -91,7 +91,7 @@ class Phantom:
         hu[np.broadcast_to(muscle, hu.shape)] = TISSUE_HU
         hu[np.broadcast_to(heart < 1, hu.shape) & (hu > -500)] = BLOOD_HU
 
-        # Ribs slope down to the front. Each rib is a band in a shell around the thoracic cavity.
+        # Ribs slope downwards towards the front. Each rib is a band in a shell around the thoracic cavity.
         phase = (z - 0.35 * y + 200) % 27
         shell = (cavity > 1.06) & (cavity < 1.26) & (t > 0.02) & (t < 0.97) & (np.abs(x) > 16)
         hu[shell & (phase < 9)] = BONE_HU
@@ -112,7 +112,7 @@ class Phantom:
     def _measure_tube_distance(
         self, start: np.ndarray, end: np.ndarray, radius: float
     ) -> tuple[tuple[slice, ...], np.ndarray]:
-        """Return the grid box around a tube segment, and each voxel's distance to the axis in units of the radius."""
+        """Return the box of voxels around a tube segment, and each voxel's distance to the axis in tube radii."""
         a = self.anatomy
         turn, centre = rotation_matrix(a.rotation), np.array([0, 0, 130.0])
         reach = radius + 3 * self.spacing.max() / a.scale

@@ -1,4 +1,4 @@
-"""Simulate a scanner's effects on a thorax, and store the scan."""
+"""Simulate the effects of a scanner on an image of the thorax, and store the scan."""
 
 from typing import NamedTuple
 

@@ -26,7 +26,7 @@ _AT = np.linspace(-3.0, 3.0, 7)  # field values, in SD, at which Texture.hu give
 
 
 class Texture(NamedTuple):
-    """Texture of one class of lung tissue: vessels, and a Gaussian random field of two widths, converted to HU."""
+    """Texture of one class of lung tissue: vessels, and a Gaussian field with a fine and a coarse part, in HU."""
 
     hu: tuple[float, ...]  # HU at field values of -3, -2, ... 3 SD
     fine_mm: float  # Gaussian widths of the fine and the coarse part of the field
@@ -65,7 +65,7 @@ def draw_gaussian_noise(
 
 
 class Parenchyma:
-    """Random fields for the textures of one subject. The random fields take the memory of six float32 volumes.
+    """Random fields for the textures of one subject. The random fields take as much memory as six float32 volumes.
 
     Args:
         shape: shape of the volume, (z, y, x).
@@ -86,7 +86,7 @@ class Parenchyma:
         fine, coarse = (self._fields[width][where] for width in (texture.fine_mm, texture.coarse_mm))
         field = np.sqrt(1 - texture.coarse) * fine + np.sqrt(texture.coarse) * coarse
         hu = np.interp(field, _AT, texture.hu) + texture.region * self._region[where]
-        # P(off_axis < r) = 1 - exp(-r / 2). HU exceeds -700 if the vessel fraction of a voxel exceeds about 0.2.
+        # P(off_axis < r) = 1 - exp(-r / 2). A voxel is above -700 HU if its vessel fraction exceeds about 0.2.
         low, high = _VESSEL_EDGE
         breadth = np.log1p(-texture.vessels) / np.log(low + 0.2 * (high - low))
         share = np.clip((np.exp(-self._off_axis[where] / (2 * breadth)) - low) / (high - low), 0, 1)

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from misc.command import OneOf, Parser, run
-from models.fast.memory import keep_freed_memory
+from models.fast.memory import keep_freed_memory_in_process
 from tools.dev.gpu_lab.sections import ROOT, SECTIONS, Lab
 from tools.dev.gpu_lab.setting import QUICK, TINY, Sizes, write_result
 from tools.dev.gpu_lab.store import FileStore
@@ -58,7 +58,7 @@ def export_commit(commit: str, folder: Path) -> Path:
 def main() -> None:
     args = parse_arguments()
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    keep_freed_memory(device)
+    keep_freed_memory_in_process(device)
     sizes = TINY if device.type == "cpu" else QUICK if args.quick else Sizes()
     out = Path(args.out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)

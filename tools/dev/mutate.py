@@ -58,7 +58,7 @@ def find_mutated_line(checkout: Path, mutation: Row) -> tuple[Path, int] | None:
     """Return the file and line index of a mutation, or None if the line is not found or not unique.
 
     The line is searched for at its original line number, in its original file, in files of the same name, and in all
-    files. The first search that finds the line must find a single match.
+    files. If the first successful search finds several matches, the line counts as not unique.
     """
     paths = [path for path in sorted(checkout.rglob("*.py")) if not path.is_relative_to(checkout / "tests")]
     lines = ((path, number, line) for path in paths for number, line in enumerate(path.read_bytes().split(b"\n")))
@@ -75,9 +75,9 @@ def iterate_test_stages(
 ) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the test files and the pytest flags of each stage for a mutated file.
 
-    The first four stages run quick tests: tests named after the file, tests that import the file, tests in the same
-    folder, and tests at the top level. The next stage runs the slow tests that are named after the file or import the
-    file. With ``add_all_tests``, the last stages run all remaining tests.
+    The first four stages run quick tests: tests named after the mutated file, tests that import this file, tests in
+    the same folder, and tests at the top level. The next stage runs the slow tests that are named after the mutated
+    file or import this file. With ``add_all_tests``, the last stages run all remaining tests.
     """
     tests = [str(path.relative_to(checkout)) for path in sorted(checkout.glob("tests/**/test_*.py"))]
     parts = Path(mutated_file.removesuffix("/__init__.py")).with_suffix("").parts
@@ -139,7 +139,7 @@ class Runner:
         if test not in self.flaky:
             flags = () if "::" in test else ("--collect-only",)
             status, output = self.run_pytest(tree, [test, *flags], self.args.limit)
-            # With exit status 2, the test file has errors and is ignored below.
+            # A test file with errors gives exit status 2 and is ignored below.
             if "::" not in test and status not in (0, 2, 5):
                 raise UserError(
                     f"pytest cannot collect {test} even without a mutation; fix the test file. {output.strip()[-400:]}"
@@ -293,7 +293,8 @@ def main() -> int:
         kept = read_table(args.table) if Path(args.table).exists() else []
         if any(old[name] != new[name] for old, new in itertools.zip_longest(kept, rows[: len(kept)]) for name in DRAWN):
             raise UserError(
-                f"--table {args.table} has mutations from another --seed or other sources; choose another file"
+                f"--table {args.table} has mutations drawn with a different --seed or from different sources; "
+                "choose another file"
             )
         write_table(args.table, kept + rows[len(kept) :])
         return 0

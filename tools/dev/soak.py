@@ -147,7 +147,7 @@ def list_jobs() -> dict[str, Job]:
 
 
 def make_store_and_trained_experiment(folder: Path, subjects: int) -> None:
-    """Make the inputs of the jobs without sending signals: a cohort, its store and a trained experiment."""
+    """Without sending any signals, make the inputs of the jobs: a cohort, its store and a trained experiment."""
     if (folder / "trained").is_dir():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def make_store_and_trained_experiment(folder: Path, subjects: int) -> None:
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             raise UserError(
-                f"{Path(command[1]).name} failed with exit status {done.returncode}, although no signal was sent: "
+                f"{Path(command[1]).name} failed with exit status {done.returncode} while the inputs were prepared: "
                 f"{done.stderr[-400:]}"
             )
     shutil.move(folder / "ssl_exp" / "run", folder / "trained")
@@ -212,7 +212,7 @@ def start_job(job: Job, folder: Path) -> subprocess.Popen:
 def send_random_signal_after_delay(process: subprocess.Popen, rng: random.Random, delay_seconds: float) -> str:
     """Send a signal after ``delay_seconds`` seconds if the process still runs.
 
-    Return a text that names the signal and its targets, or ``""`` if the process has already ended.
+    Return the name of the signal and its targets, or ``""`` if the process has already ended.
     """
     try:
         process.wait(delay_seconds)
@@ -254,7 +254,7 @@ def wait_until_ended(process: subprocess.Popen) -> str:
 def run_interrupted_job_and_compare(
     job: Job, folder: Path, expected_fingerprints: dict[str, str], max_delay_seconds: float, rng: random.Random
 ) -> tuple[list[str], str]:
-    """Run one trial. Return the signals that were sent, and how the result is wrong (``""`` if it is correct)."""
+    """Run one trial. Return the signals that were sent, and what is wrong with the result (``""`` if correct)."""
     sent = []
     for number in range(STARTS):
         process = start_job(job, folder)
@@ -321,7 +321,7 @@ def run_trials(work: Path, name: str, job: Job, args: argparse.Namespace, done: 
     process = start_job(job, plain)
     if wait_until_ended(process) or process.returncode:
         raise UserError(
-            f"{name} failed with exit status {process.returncode}, although no signal was sent; "
+            f"{name} failed with exit status {process.returncode} in a run without interruptions; "
             f"see {plain / 'output.txt'}"
         )
     seconds, wanted = time.monotonic() - began, job.made(plain)

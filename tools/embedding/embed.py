@@ -60,7 +60,7 @@ class Embedder:
         standardization: standardization.npz written by evaluate.py --out-dir for features of this checkpoint.
 
     Raises:
-        UserError: a file is missing or unreadable, or the checkpoint was trained on another table of locations.
+        UserError: a file is missing or unreadable, or the checkpoint was trained on a different location table.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Embedder:
     ):
         self.method, self.weights, self.min_dice = method, lungmask_weights, min_dice
         if method == "lungmask":
-            load_lungmask_network(lungmask_weights)  # raises here if weights are missing, instead of for every scan
+            load_lungmask_network(lungmask_weights)  # fail here if weights are missing, not once per scan
         self.atlas = read_atlas_mask(atlas_mask)
         self.table = make_location_table(self.atlas, atlas_patch_loc, PATCH_SIZE, STEP_SIZE)
         source = str(atlas_patch_loc or atlas_mask)
@@ -96,8 +96,8 @@ class Embedder:
             shape, self.width = (len(self.table), patch_width), 2 * patch_width
             if (there := self.standardization.mean.shape) != shape:
                 raise UserError(
-                    f"--standardization {standardization} has (locations, features) = {there}, but this checkpoint has "
-                    f"{shape}; make it from features of this checkpoint"
+                    f"--standardization {standardization} has shape (locations, features) = {there}, but this "
+                    f"checkpoint needs {shape}; make it from features of this checkpoint"
                 )
         self.encoder = encoder.to(device)
         self.locations = torch.from_numpy(normalize_locations(self.table)).to(device)
@@ -166,7 +166,7 @@ class Embedder:
 
 
 def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: str) -> Standardization | None:
-    """Read the standardisation for a patient vector. Raises UserError.
+    """Read the means and SDs that standardise the features of a patient vector. Raises UserError.
 
     Return None for the vector ``mean``, which needs no standardisation.
     """
@@ -181,14 +181,14 @@ def read_standardization(kind: str, path: str | os.PathLike | None, checkpoint: 
             f"--patient-vector {kind} needs --standardization FILE with the mean and SD of other subjects; give the "
             "standardization.npz that evaluate.py --out-dir writes"
         )
-    found, made_of = Standardization.load(path)
+    found, made_of = Standardization.load_with_checkpoint_sha256(path)
     if found.kind != kind:
         raise UserError(
             f"--standardization {path} is for --patient-vector {found.kind}, not {kind}; give a file for {kind}"
         )
     if made_of and made_of != checkpoint:
         raise UserError(
-            f"--standardization {path} was made for another checkpoint (sha256 {made_of[:12]}, this one has "
+            f"--standardization {path} was made for a different checkpoint (sha256 {made_of[:12]}, this one has "
             f"{checkpoint[:12]}); make it from features of this checkpoint"
         )
     return found

@@ -14,7 +14,7 @@ def summarize_runs(scores_per_run: pd.DataFrame, reference_arm: str) -> pd.DataF
         reference_arm: the arm that the other arms are compared with.
 
     Returns:
-        One row per column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the reference
+        One row per label column, arm and table, with mean, sd and seeds. Arms other than ``baseline`` and the reference
         also have the mean and SD of the difference from the reference over shared seeds (difference, difference_sd). An
         undefined number is NaN, for example the SD of one seed.
     """

@@ -107,7 +107,7 @@ class EvaluatedSubjects:
 
 
 def make_labels(cohort: EvaluatedSubjects, args: argparse.Namespace) -> list[tuple[Label, np.ndarray]]:
-    """Return the labels to predict, each with the subjects (N,) bool that have a value. Raises StoreError."""
+    """Return the labels to predict, each with a mask (N,) of the subjects that have a value. Raises StoreError."""
     taken = {args.held_out, args.group_column, args.time_column, args.event_column, *args.covariates}
     unknown = next((name for name in args.kind if name not in cohort.names), None)
     if unknown:

@@ -90,8 +90,8 @@ def evaluate_label(
 
     Returns:
         Metrics and predictions. For the first metric, every other table also has its paired difference from the first
-        table, ``{first}_minus_this``, with an interval. A table in ``base_table_names`` also has
-        ``this_minus_{other}``.
+        table, ``{first}_minus_this``, with an interval. A table in ``base_table_names`` also has its difference from
+        its base table, ``this_minus_{base}``.
     """
     metrics, repeats = select_metrics(label.kind), 1 if held_out is not None else REPEATS[label.kind]
     reported = np.ones(len(groups), dtype=bool) if held_out is None else held_out

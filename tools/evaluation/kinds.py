@@ -8,7 +8,7 @@ KINDS = ("regression", "log10", "grade", "class")
 MOST_GRADES = 10  # maximum number of different values of a grade or class label
 MISSING = (-9.0, -99.0, -999.0, -9999.0, -1024.0)
 MISSING_ABOVE = (9.0, 99.0, 999.0, 9999.0, 88.0, 888.0, 8888.0)
-EXCEL_DATES = (20000, 60000)  # Excel's day numbers for 1954 to 2064; follow-up times of so many days are implausible
+EXCEL_DATES = (20000, 60000)  # Excel's day numbers for 1954 to 2064; a follow-up time of 20000 days is implausibly long
 FEWEST = 5  # minimum number of held-out patients, of training events, and of held-out events
 
 
@@ -56,7 +56,7 @@ def find_label_problem(values: np.ndarray, kind: str, folds: int) -> str:
 def find_missing_code(values: np.ndarray) -> float | None:
     """Return the lowest or highest of known values (n,) if it looks like a code for missing values, else None.
 
-    A code for missing values is a number that is often used as one and does not fit the other values.
+    A number looks like a code if many tables use this number for missing values and it does not fit the other values.
     """
     if len(values) < 2:
         return None
@@ -92,7 +92,7 @@ def find_survival_problem(time: np.ndarray, event: np.ndarray, min_events: int, 
         time: (n,) follow-up times.
         event: (n,) events, 0 or 1.
         min_events: minimum number of events.
-        has_held_out: True if the subjects are one side of a --held-out split, so that there are no folds.
+        has_held_out: True if the subjects are one part of a --held-out split, which has no folds.
     """
     if kind := describe_date_format_of_times(time):
         return f"times such as {time[0]:g} look like {kind}; give the time from a start to the event or the last visit"

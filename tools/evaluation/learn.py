@@ -20,8 +20,8 @@ Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # features
 def make_even_table_weights(*widths: int) -> np.ndarray:
     """Return column weights for joined tables, (2, D), to measure what the other tables add to the last one.
 
-    Each row is a model: the first model uses only the last table, and the second model uses all tables. In the second
-    model, all tables have the same sum of squares, so that a table with many columns does not dominate the others. The
+    Each row holds the weights for one model: the first model uses only the last table, the second uses all tables. In
+    the second model, each table has the same sum of squares, so that a table with many columns does not dominate. The
     predictions of the two models are averaged. With a few hundred subjects, choosing the better model is noisier than
     averaging both (the forecast combination puzzle: Stock and Watson, 2004).
     """
@@ -126,7 +126,7 @@ def predict_copd_stage(train_features: np.ndarray, train_target: np.ndarray, tes
 
 
 def _predict_stage_from_tables(tables: list[tuple[np.ndarray, np.ndarray]], train_target: np.ndarray) -> np.ndarray:
-    """Predict a stage like predict_copd_stage, but from several tables.
+    """Predict a COPD stage as predict_copd_stage does, but from several tables.
 
     Predicted spirometry is averaged over the tables, because a mean of predicted stages may be a fraction.
     """
@@ -166,7 +166,7 @@ def fit_and_predict_held_out(
         model: one of MODELS.
         features: (N, D), or an object that computes features (N, D) for the rows that the model is fitted to.
         target: (N, ...).
-        held_out: (N,) bool, the rows to predict. The model and the scaling are fitted to all other rows.
+        held_out: (N,) bool, the rows to predict. The model and the scaling are not fitted to these rows.
         weights: column weights (D,), or (models, D) to average the predictions of several models.
 
     Returns:
@@ -190,7 +190,9 @@ def fit_and_predict_held_out(
 def _reduce_to_row_space(
     train_features: np.ndarray, test_features: np.ndarray, train_target: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (n,), (m, r).
+    """Reduce wide tables to r <= n columns without changing the predictions: (n, D), (m, D) -> (n, r), (m, r).
+
+    The target is returned unchanged between the two tables.
 
     If a model penalises its squared weights, the weights lie in the row space of ``train_features``. A rotation
     maps the row space of ``train_features`` to r columns. The rotation matrix is computed from the inner products of
@@ -227,7 +229,7 @@ def predict_out_of_fold(
 def compute_held_out_ridge_r2(
     features: Table, target: np.ndarray, held_out: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """Return the R² of the held-out subjects, predicted by a ridge regression that was fitted to the others.
+    """Fit a ridge regression to the subjects that are not held out, and return its R² for the held-out subjects.
 
     Args:
         features: (N, D), or an object as in :func:`fit_and_predict_held_out`.

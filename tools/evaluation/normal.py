@@ -16,7 +16,7 @@ class HealthyDensity:
     Args:
         features: (N, L, D) patch features, in memory or memory-mapped.
         healthy_rows: (n,) rows of the healthy subjects that the distribution is fitted to.
-        seed: random seed for choosing ENOUGH patches if the healthy subjects have more patches.
+        seed: random seed for drawing ENOUGH patches; used only if the healthy subjects have more than ENOUGH.
     """
 
     def __init__(self, features: np.ndarray, healthy_rows: np.ndarray, seed: int = 0):
@@ -39,7 +39,7 @@ class HealthyDensity:
         self.root = np.linalg.cholesky(np.linalg.inv(covariance + 1e-9 * np.eye(width)))  # (D, D)
 
     def score_by_mahalanobis_distance(self, features: np.ndarray, subject_rows: np.ndarray) -> np.ndarray:
-        """Score some rows by squared Mahalanobis distance / D: (N, L, D), (n,) -> (n, L).
+        """Score the given rows by squared Mahalanobis distance / D: (N, L, D), (n,) -> (n, L).
 
         The score is about 1 for typical patches.
         """
@@ -60,7 +60,7 @@ def score_patch_abnormality(features: np.ndarray, healthy: np.ndarray, seed: int
 
     The distribution that scores a healthy subject is fitted to other healthy subjects, because a distribution gives
     lower scores to the subjects it was fitted to. Subjects who are not healthy get the mean score over the
-    distributions of all folds. Each distribution is fitted to about the same number of healthy subjects.
+    distributions of all folds. In every fold, the distribution is fitted to about the same number of healthy subjects.
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(healthy))
     others = np.flatnonzero(~healthy)

@@ -8,7 +8,7 @@ from tools.evaluation.judge import Evaluation, Label
 
 
 def format_metric_overview(evaluations: list[tuple[Label, int, Evaluation]]) -> str:
-    """Return a row per label and a column per table: the first metric for this kind of label with its 95 % interval."""
+    """Format each label's main metric and 95 % interval as a table: one row per label, one column per feature table."""
     names = list(dict.fromkeys(name for *_, found in evaluations for name in found.figures))
     head = " | ".join(map(_escape_cell, names))
     lines = [f"| label | subjects | metric | {head} |", "| --- | --- | --- |" + " --- |" * len(names)]

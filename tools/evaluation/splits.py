@@ -11,11 +11,13 @@ _SCAN = re.compile(
 
 
 def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the fold of every subject, (n,). No group is split between folds, and every fold has about the same strata.
+    """Draw the fold of every subject, (n,).
+
+    No group is split between folds. Each stratum is spread evenly over the folds, as far as possible.
 
     Args:
-        strata: (n,) numbers, such as the class or the rank of the label. The first subject of a group determines the
-            stratum of the group.
+        strata: (n,) numbers, such as the class or the quantile group of the label. The first subject of a group
+            determines the stratum of the group.
         groups: (n,) patient numbers.
         folds: number of folds.
         rng: random generator.
@@ -37,7 +39,7 @@ def draw_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
 def make_strata(values: np.ndarray, kind: str, bins: int = 5) -> np.ndarray:
     """Return strata (n,) for balanced folds.
 
-    Each class or grade is a stratum. Other labels are split by rank into ``bins`` strata.
+    Each class or grade is a stratum. The strata of other kinds of labels are ``bins`` quantile groups.
     """
     if kind in ("class", "grade"):
         return np.unique(values, return_inverse=True)[1]
@@ -57,7 +59,7 @@ def find_patient_in_both_parts(groups: np.ndarray, held_out: np.ndarray) -> tupl
     """Find a patient with scans inside and outside the held-out part.
 
     Return the rows of two scans of this patient, first the scan that is not held out. Return None if no patient
-    has scans in both parts.
+    has both held-out scans and other scans.
     """
     shared = np.intersect1d(groups[held_out], groups[~held_out])
     if not len(shared):

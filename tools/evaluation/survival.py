@@ -116,7 +116,7 @@ def c_index(truth: np.ndarray, risk: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def kaplan_meier(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return event times and the share of subjects that survive each event time, computed by statsmodels."""
+    """Return event times and the share of subjects that survive past each event time, computed by statsmodels."""
     from statsmodels.duration.survfunc import SurvfuncRight
 
     curve = SurvfuncRight(time, event)

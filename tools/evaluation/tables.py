@@ -79,8 +79,8 @@ def read_patch_features(path: str | os.PathLike, sids: list[str] | None = None) 
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{path} has no features of subject {lacking!r}, unlike the patient features; use files that one run of "
-            "extract_feature.py wrote"
+            f"{path} has no features of subject {lacking!r}, which the patient features include; "
+            "use files that one run of extract_feature.py wrote"
         )
     return features[[rows[sid] for sid in sids]]
 
@@ -144,8 +144,8 @@ def read_vectors(chosen: ChosenVector, features: pd.DataFrame, sids: Sequence[st
     lacking = next((sid for sid in sids if sid not in rows), None)
     if lacking is not None:
         raise StoreError(
-            f"{chosen.patches} has no features of subject {lacking!r}, unlike the patient features; use files that "
-            "one run of extract_feature.py wrote, or --patient-vector mean"
+            f"{chosen.patches} has no features of subject {lacking!r}, which the patient features include; "
+            "use files that one run of extract_feature.py wrote, or --patient-vector mean"
         )
     return PatientVectors(chosen.kind, read_patch_features(chosen.patches), np.array([rows[sid] for sid in sids]))
 
@@ -174,7 +174,7 @@ def add_label_flags(parser: Parser) -> None:
 
 
 def _parse_order(text: str) -> tuple[str, list[str]]:
-    """Split COLUMN=A,B,C into the column and its words."""
+    """Split COLUMN=A,B,C into the column name and the list of words."""
     name, _, words = text.partition("=")
     found = words.split(",")
     if not name or len(found) < 2 or len(set(found)) < len(found):
@@ -202,7 +202,8 @@ def read_healthy_and_known_masks(
     Return two (N,) bool arrays: which subjects are healthy (value 1), and which subjects have a value.
 
     Raises:
-        StoreError: the column is missing, has other values, or has fewer healthy subjects than ``min_healthy``.
+        StoreError: the column is missing, has values other than 0 and 1, or has fewer healthy subjects than
+            ``min_healthy``.
     """
     values, names, words = read_numbers_and_words(
         labels_path, sids, lambda text: print(f"note: {text}", file=sys.stderr) if repr(column) in text else None
@@ -273,7 +274,7 @@ def is_constant(features: np.ndarray) -> bool:
 
 
 def describe_store_mismatch(features_path: str | os.PathLike, store: PatchStore, store_flag: str) -> str:
-    """Return a warning if extract_feature.py computed ``features_path`` from another store than ``store``, else "".
+    """Return a warning if extract_feature.py computed ``features_path`` from a store other than ``store``, else "".
 
     Different stores can have subjects with equal names, such as 0001.
     """
@@ -285,8 +286,8 @@ def describe_store_mismatch(features_path: str | os.PathLike, store: PatchStore,
     if theirs == store.version:
         return ""
     return (
-        f"{features_path} was extracted from {where}, but {store_flag} {store.layout.root} is another store "
-        "or has changed since; results are wrong for any sid that means different subjects in the two"
+        f"{features_path} was extracted from {where}, but {store_flag} {store.layout.root} is a different store "
+        "or has changed since; results are wrong for any sid that stands for different subjects in these stores"
     )
 
 
@@ -324,8 +325,8 @@ def match_sids(tables: dict[str, pd.DataFrame], labels: pd.DataFrame, path: str)
         if lacking:
             name = table_paths.get(name, name)
             hint = _describe_sid_spelling(lacking, index)
-            raise StoreError(f"{name} has none of the subjects that have features, such as {lacking[0]!r}{hint}")
-    raise StoreError(f"the tables and {path} have no sid in common")
+            raise StoreError(f"no subject is in all tables: {name} lacks subject {lacking[0]!r}{hint}")
+    raise StoreError(f"no subject is both in {path} and in every feature table")
 
 
 def _describe_sid_spelling(missing_sids: Sequence[str], present_sids: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ class Standardization(NamedTuple):
 
     @classmethod
     def fit(cls, vector_kind: str, patch_features: np.ndarray, rows: np.ndarray) -> "Standardization":
-        """Compute the mean and SD over some rows of ``patch_features`` (N, L, D) in one pass over the file or array."""
+        """Compute the mean and SD over ``rows`` of ``patch_features`` (N, L, D) in one pass over the file or array."""
         total = squares = 0.0
         origin = np.asarray(
             patch_features[rows[0]], dtype=np.float64
@@ -52,7 +52,7 @@ class Standardization(NamedTuple):
         return cls(vector_kind, origin + mean, factor)
 
     def compute_patient_vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return mean and SD of standardised features over locations: (N, L, D) -> (n, 2 D) float64, means first."""
+        """Return mean and SD of standardised features over locations, of n rows: (N, L, D) -> (n, 2 D), means first."""
         rows = np.arange(len(patches)) if rows is None else rows
         found = np.empty((len(rows), 2 * self.mean.shape[1]))
         start = 0
@@ -72,7 +72,7 @@ class Standardization(NamedTuple):
         write_atomically(path, lambda stream: np.savez(stream, **arrays))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
+    def load_with_checkpoint_sha256(cls, path: str | os.PathLike) -> tuple["Standardization", str]:
         """Read a file that :meth:`save` wrote. Return the standardisation and the checkpoint's SHA-256.
 
         Raises UserError if the file is not valid.
@@ -105,7 +105,7 @@ class PatientVectors:
     subjects that a model is fitted to.
 
     Args:
-        kind: moments or layers.
+        kind: kind of patient vector, ``moments`` or ``layers``.
         patches: (N', L, D) patch features.
         rows: (N,) row of each subject in ``patches``.
     """
@@ -117,7 +117,7 @@ class PatientVectors:
         self._kept: OrderedDict[tuple[bytes, bytes], np.ndarray] = OrderedDict()
 
     def __getitem__(self, row_mask: np.ndarray) -> "PatientVectors":
-        """Select some rows."""
+        """Select the rows in ``row_mask``."""
         part = PatientVectors(self.kind, self.patches, self.rows[row_mask])
         part._kept = self._kept
         return part
@@ -138,7 +138,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Feature tables joined side by side. At least one table is computed anew for each set of fitted subjects."""
+    """Feature tables joined side by side, for tables that depend on the subjects that a model is fitted to."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables

@@ -117,8 +117,8 @@ def fine_tune_and_predict(
         layers: one of LAYERS in tools.finetuning.network.
         pooling: one of POOLINGS in tools.finetuning.network.
         seed: random seed for the weights of the head and for the order of the training labels.
-        precomputed_features: (N, L, rep_dim) representations by the encoder before fine-tuning; None to compute them.
-            For the vector kind "layers", this argument is the summaries of the encoder's layers, (N, L, W).
+        precomputed_features: (N, L, rep_dim) representations from the encoder before fine-tuning; None to compute them.
+            For the vector kind "layers", this argument contains the summaries of the encoder's layers, (N, L, W).
         vector_kind: one of VECTORS in tools.evaluation.vectors. Vectors other than "mean" require
             ``precomputed_features``, ``layers`` = "frozen" and ``pooling`` = "mean".
     """

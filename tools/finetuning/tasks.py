@@ -39,7 +39,10 @@ def make_subject_task(sids: list[str], values: np.ndarray, column: str, kind: st
 
 
 def read_patch_label_task(labels_path: str, sids: list[str], num_locations: int, label_kind: str | None) -> Task:
-    """Make a task from a CSV with columns sid, patch and value. Raises StoreError and names an invalid line."""
+    """Make a task from a CSV with columns sid, patch and value.
+
+    Raises StoreError if a line is invalid, naming the line.
+    """
     table = read_table(labels_path, ("sid", "patch", "value"), file_names=False, one_row=False)
     row_of = {sid: row for row, sid in enumerate(sids)}
     rows, places, values = [], [], []
@@ -100,8 +103,8 @@ class Split(NamedTuple):
 def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | None = None) -> Split:
     """Split the labels of a task into training, validation and test sets, which are the same for every arm.
 
-    The subjects outside the test set are shuffled, and the first ``fraction`` of this list is used for training and
-    validation. The subjects of a smaller fraction are therefore a subset of the subjects of a larger fraction.
+    The subjects outside the test set are shuffled, and the first ``fraction`` of the shuffled subjects is used for
+    training and validation. A smaller fraction therefore contains a subset of the subjects of a larger fraction.
 
     Args:
         task: the labels.
@@ -144,7 +147,7 @@ def draw_split(task: Task, fraction: float, seed: int, held_out: np.ndarray | No
 
 
 def _reorder_to_alternate_classes(patients: np.ndarray, task: Task) -> np.ndarray:
-    """Reorder subjects so that classes alternate until one is used up, and small fractions contain all classes."""
+    """Reorder subjects to alternate classes until one class is used up, so that small fractions have all classes."""
     label = dict(zip(task.rows, task.target))
     kinds = [[p for p in patients if label[p] == number] for number in range(len(task.classes))]
     shortest = min(map(len, kinds))

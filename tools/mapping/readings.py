@@ -86,7 +86,7 @@ def compute_patch_features(
     """Compute features (n, D) of patches at several locations, one location at a time to save memory.
 
     Args:
-        readers: computes the features of patches at each location.
+        readers: object that computes the features of patches at each location.
         patch_locations: (n,) location of each patch, as a row of the location table.
         read_patches: function that takes a location and the indices (m,) of its patches in ``patch_locations``, and
             returns these patches, (m, 32, 32, 32) in HU.

@@ -52,8 +52,8 @@ def compute_location_importance(
 ) -> np.ndarray:
     """Compute how well each location alone predicts a label: R² of a 5-fold cross-validated ridge regression.
 
-    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Because
-    all locations share the penalty, choosing the penalty hardly raises the R² of a single location.
+    All locations use the same penalty, the one with the best mean R² (values below 0 count as 0). Choosing one penalty
+    for all locations hardly inflates the R² of a single location.
 
     Args:
         features: (N, L, D).

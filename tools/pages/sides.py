@@ -28,7 +28,7 @@ SIDES = (
 
 
 def make_atlas_views(locations: np.ndarray, patch_size: int, atlas: sitk.Image | None) -> list[dict[str, Any]]:
-    """Return the views with the centres of the locations.
+    """Return views of the atlas with the centres of the locations.
 
     Args:
         locations: (L, 3) corners, atlas voxel index (x, y, z).
@@ -72,9 +72,7 @@ def _draw_lung_thickness_as_data_url(lung_mask: np.ndarray, side: Side) -> str:
     from matplotlib.image import imsave
 
     depth = next(axis for axis in range(3) if axis not in (side.across, side.up))
-    thickness = lung_mask.sum(axis=depth).astype(
-        float
-    )  # axes (across, up), because the axis across has the lower number in every view
+    thickness = lung_mask.sum(axis=depth).astype(float)  # (across, up), because side.across < side.up in every view
     picture = thickness.T  # (up, across), because the first axis of a picture is vertical
     if side.upwards:
         picture = picture[::-1]

@@ -51,7 +51,7 @@ def measure_extraction(store: PatchStore, apart: LiteralProcess, args: argparse.
         error = float((freeze_at_locations(encoder, locations[:1], dtypes[kind])[0](x) - wanted).norm() / wanted.norm())
         amount, gflop = N * LOCATIONS_AT_ONCE / PUBLISHED_LOCATIONS, FORWARD_GFLOP * PUBLISHED_LOCATIONS
         rate = machine[f"matrix_gflops_{kind}"]
-        # The literal version is timed on this store's locations only, which are fewer than the published locations.
+        # The literal implementation is timed only on this store's locations, which are fewer than the published 581.
         one = store.num_locations / PUBLISHED_LOCATIONS
         row = make_comparison_row(what, "s", times[kind], times["literal"], amount, one, gflop, rate)
         row.goal, row.note = goal, f"error of h {error:.0e}"

@@ -70,8 +70,8 @@ def make_comparison_row(
         ours, literal: seconds per round of this package and of the literal implementation.
         work_per_round, literal_work_per_round: amount of work per round of each implementation.
         gflop_per_work: GFLOP per unit of work.
-        machine_gflop_per_s: GFLOP/s of the machine in matrix products. The row shows which fraction of this rate this
-            package reaches.
+        machine_gflop_per_s: GFLOP/s of the machine in matrix products. The row shows this package's GFLOP/s as a
+            fraction of the machine's GFLOP/s.
     """
     row = Row(row_name, unit, **more)
     middle = statistics.median(ours)

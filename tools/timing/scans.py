@@ -90,7 +90,7 @@ def measure_scan_peak_memory(image: str, atlas_mask: str, table: np.ndarray) -> 
 def time_scan_preprocessing(args: argparse.Namespace) -> list[Row]:
     """Measure every part of preprocessing on ``args.scan`` with ``args.atlas_mask`` and ``args.atlas_patch_loc``."""
     limit_threads(1)
-    import ants  # noqa: F401 - imported now, so that the time of the registration excludes the import
+    import ants  # noqa: F401 - imported here, so that the measured registration time excludes the import
 
     image, atlas_mask = os.path.abspath(args.scan), os.path.abspath(args.atlas_mask)
     atlas = load_atlas(atlas_mask)

@@ -51,7 +51,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, capsys):
 def test_a_background_save_writes_the_state_at_its_start(tmp_path, capsys):
     """Training continues while a slow disk writes a checkpoint.
 
-    A write in the background must finish before the next save starts, and before training stops or ends.
+    A background write must finish before the next save starts, and before a stopped or completed run exits.
     """
     state, free, done = {"step": 0}, threading.Event(), []
 
@@ -122,7 +122,7 @@ def test_the_step_that_diverged_is_named(tmp_path):
 
 
 def test_torchs_writer_reports_a_full_disk(tmp_path):
-    """A file-size limit simulates a full disk. The existing checkpoint is kept."""
+    """If the disk is full, the existing checkpoint is kept. A file-size limit simulates the full disk."""
     code = (
         "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom models.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"

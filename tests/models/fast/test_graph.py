@@ -45,7 +45,7 @@ def begin(step: WholeStep, location: int, number: int) -> Inputs:
     return Inputs(torch.tensor([location]), hu[:, 0].clone(), hu[:, 1:].clone(), draws, torch.arange(B) + number)
 
 
-# ---------------------------------------------------------------- the trace of a step
+# ---------------------------------------------------------------- the recorded operations of a step
 
 
 class Trace(TorchDispatchMode):

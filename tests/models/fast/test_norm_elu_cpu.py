@@ -113,7 +113,7 @@ class Layers(nn.Module):
 def test_compiled_it_is_the_same_also_twice_in_a_step():
     """A training step runs the same encoder twice: on patches and on neighbours.
 
-    The backward pass must not use statistics that the second call has changed.
+    The backward pass of the first call must not use statistics that the second call has changed.
     """
     torch.manual_seed(0)
     plain = Layers().double().train()

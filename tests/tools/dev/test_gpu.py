@@ -59,7 +59,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_every_section_on_a_cpu(tmp_path):
-    """The script needs only torch, NumPy and SciPy, because a GPU machine may have nothing else."""
+    """The script needs only torch, NumPy and SciPy, because a GPU machine may have no other packages."""
     script = ROOT / "tools" / "dev" / "gpu.py"
     command = [sys.executable, "-c", ALONE, script, "--out-dir", tmp_path, "--quick", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

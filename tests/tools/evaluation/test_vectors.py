@@ -49,7 +49,7 @@ def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
     fitted = np.arange(N) % 3 > 0
     ours = PatientVectors("moments", patches, np.arange(N)).compute_standardized_features(fitted)
     np.testing.assert_allclose(ours, literal_vectors(patches, fitted), rtol=1e-9, atol=1e-9)
-    some = np.array([4, 9, 11, 2])  # some rows in another order, because a label table may have another order
+    some = np.array([4, 9, 11, 2])  # a few rows in a different order, because a label table may be ordered differently
     part = PatientVectors("moments", patches, np.arange(N))[some]
     np.testing.assert_allclose(
         part.compute_standardized_features(np.ones(4, dtype=bool)),
@@ -124,7 +124,7 @@ def test_wide_tables_predict_the_same_in_their_row_space(kind, monkeypatch):
 def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
     kept = Standardization.fit("layers", patches, np.arange(10))
     kept.save(tmp_path / "s.npz", "abc")
-    read, checkpoint = Standardization.load(tmp_path / "s.npz")
+    read, checkpoint = Standardization.load_with_checkpoint_sha256(tmp_path / "s.npz")
     assert checkpoint == "abc" and read.kind == "layers"
     np.testing.assert_array_equal(read.compute_patient_vectors(patches), kept.compute_patient_vectors(patches))
     (tmp_path / "other.npz").write_bytes(b"no")
@@ -133,7 +133,7 @@ def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
     )
     for name in ("other.npz", "wrong.npz", "none.npz"):
         with pytest.raises(UserError, match=f"--standardization .*{name} is not a (valid )?standardization.npz"):
-            Standardization.load(tmp_path / name)
+            Standardization.load_with_checkpoint_sha256(tmp_path / name)
 
 
 # ---------------------------------------------------------------- the commands
@@ -141,7 +141,7 @@ def test_a_standardisation_can_be_saved_and_loaded(patches, tmp_path):
 
 @pytest.fixture
 def extracted(tmp_path, patches):
-    """Write a folder as extract_feature.py --layers does, and a label that depends on the spread between locations."""
+    """Write feature files as extract_feature.py --layers does, and a label: the SD of each subject's features."""
     rng = np.random.default_rng(3)
     spread = rng.uniform(0.2, 2, 40)
     h = rng.normal(size=(40, 9, 6)) * spread[:, None, None]
@@ -170,7 +170,7 @@ def test_evaluate_uses_the_best_available_vector(extracted, run_here):
     assert list(found["spread"]) == ["features", "mean"] and "note" not in done.stderr
     assert found["spread"]["features"]["r2"]["mean"] > 0.7 > 0.3 > found["spread"]["mean"]["r2"]["mean"]
     out = extracted.parent / "o"
-    assert Standardization.load(out / "standardization.npz")[0].mean.shape == (9, 12)
+    assert Standardization.load_with_checkpoint_sha256(out / "standardization.npz")[0].mean.shape == (9, 12)
     (extracted / "layer_arr_patch_full.npy").unlink()
     done, found = evaluate(run_here, extracted)
     assert "extract_feature.py --layers): using --patient-vector moments" in done.stderr

@@ -57,7 +57,7 @@ def test_words_are_classes_and_ordered_words_are_grades(study, run_here):
     assert done.returncode == 0, done.stderr
     assert found["sex"]["features"]["auroc"]["mean"] > 0.9 and found["smoker"]["features"]["auroc"]["mean"] > 0.9
     assert "auroc" in found["Histology"]["features"] and found["Histology"]["features"]["auroc"]["mean"] > 0.75
-    # Stage is a grade, because --order gives the order of its words; kappa is a metric of grades.
+    # Stage is a grade, because --order ranks the words of this column; kappa is a metric for grades.
     assert found["Stage"]["features"]["kappa"]["mean"] > 0.6
     assert "column 'sex': 0 is F, 1 is M" in done.stderr and "column 'smoker': 0 is no, 1 is Yes" in done.stderr
     assert "column 'Stage': 0 is II, 1 is I, 2 is IIIa" in done.stderr
@@ -99,7 +99,7 @@ def test_bad_orders_are_refused(study, run_here, order, message):
 def test_events_in_other_languages_and_other_words(study, run_here):
     """The word "yes" in several languages is read as 1.
 
-    For words other than yes and no, --order chooses the word for 1.
+    For words other than yes and no, --order determines which word is read as 1.
     """
     _, labels = study
     survival = ("--time-column", "years", "--event-column", "died")
@@ -138,7 +138,7 @@ def test_numbers_mixed_with_words_are_refused(tmp_path):
         ([1.5, 2.5, 3.5, 88, 88], 88),
         ([60, 70, 80, -999], -999),
         ([60, 70, 80, 999], None),  # a single 999 counts as an outlier, not as a code for missing values
-        ([80, 85, 90, 99, 99], None),  # 99 may be a true value, such as an age
+        ([80, 85, 90, 99, 99], None),  # 99 may be a real value, such as an age
         ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], None),
         ([0, 0, 9, 9], None),
     ],

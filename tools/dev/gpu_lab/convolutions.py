@@ -41,7 +41,7 @@ def convert_kernel_for_space_to_depth(kernel: torch.Tensor) -> torch.Tensor:
     """Convert a kernel for use after :func:`space_to_depth`: (out, in, 3, 3, 3) -> (8 out, 8 in, 3, 3, 3).
 
     Along each axis, voxel a of an output cube depends on voxel p of the input cube at offset t (a and p are 0 or 1).
-    The weight is the kernel element at 2 t + p - a from the kernel's centre, or 0 if this distance exceeds 1.
+    The weight is the kernel element at the offset between these voxels, 2 t + p - a, or 0 outside the kernel.
     """
     out, channels = kernel.shape[:2]
     cubes = kernel.new_zeros(2, 2, 2, out, 2, 2, 2, channels, 3, 3, 3)
@@ -70,7 +70,7 @@ def convert_to_space_to_depth_kernel(kernel: torch.Tensor) -> torch.Tensor:
 def convolve_by_space_to_depth(
     x: torch.Tensor, first_kernel: torch.Tensor, second_kernel: torch.Tensor
 ) -> torch.Tensor:
-    """Compute :func:`convolve_directly` on the 8 channels of :func:`space_to_depth`, which become 64 and again 8."""
+    """Compute :func:`convolve_directly` after :func:`space_to_depth`, with 8 channels, then 64, then 8 again."""
     x = F.conv3d(space_to_depth(x), channels_last(convert_kernel_for_space_to_depth(first_kernel)), padding=1)
     return F.conv3d(x, channels_last(convert_to_space_to_depth_kernel(second_kernel)), padding=1)
 

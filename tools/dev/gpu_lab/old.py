@@ -2,7 +2,7 @@
 
     python tools/dev/gpu_lab/old.py TREE FOLDER SIZES DEVICE PRECISION STEPS_OF_CURVE OUT
 
-The script calls the functions of commit 4eccfb9. If another commit has other functions, change this script accordingly.
+The script calls the functions of commit 4eccfb9. For a commit with different functions, change this script accordingly.
 """
 
 import importlib.util

@@ -114,7 +114,7 @@ def record_conv_layouts_and_kernels(lab: Lab) -> dict:
 
 
 def check_fast_path_correctness(lab: Lab) -> dict:
-    """Compare steps recorded as CUDA graphs with eager steps, and fast paths with plain paths; run the GPU tests."""
+    """Compare CUDA-graph steps with eager steps, and steps with and without fast paths; run the GPU tests."""
     found, steps = {}, 6
     for precision in lab.precisions:
         wanted = torch.stack(lab.make_training_run(precision, recorded=False).run_steps(steps))

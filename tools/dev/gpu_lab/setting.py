@@ -27,7 +27,7 @@ PRECISIONS = ("bf16", "tf32", "float32")
 
 
 class Sizes(NamedTuple):
-    """Sizes of the measurements. Batch, groups, K and neighbors have the published values by default."""
+    """Sizes of the measurements. The defaults of batch, groups, K and neighbors are the published values."""
 
     batch: int = 128
     groups: int = 4
