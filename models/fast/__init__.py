@@ -9,7 +9,7 @@ Effect of each fast path by itself, measured on 2 cores with AVX2 and with batch
 - fused and pieces (convolution and ELU in one pass) make extraction 1.07 times as fast, or 1.7 times as fast
   with AVX-512.
 
-The fast paths for GPUs (norm_elu_gpu, graph) are tested but have not been timed.
+The fast paths for GPUs (norm_elu_gpu, graph) were tested on a CPU, with interpreted kernels, and not yet timed.
 
 If a fast path does not apply, its function returns None, and the caller runs the plain code instead.
 The environment variable DRASCLR_FAST=off switches all fast paths off, and :func:`disable_fast_paths` does so for a

@@ -302,7 +302,7 @@ def test_a_gzipped_nrrd_or_metaimage_is_refused_with_advice_that_helps(tmp_path,
     whole = tmp_path / f"whole.{name.split('.')[1]}"
     sitk.WriteImage(chest(), str(whole))
     (tmp_path / name).write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(ScanError, match="not supported; unpack it with gunzip$"):
+    with pytest.raises(ScanError, match=r"not supported; unpack it with gunzip$"):
         load_scan(tmp_path / name)
 
 

@@ -135,7 +135,7 @@ def test_moments_and_layers_of_a_single_scan(study, run_here, tmp_path, rel, kin
         (dict(patient_vector="mean"), "has no effect with --patient-vector mean"),
         (dict(patient_vector={"moments": "layers", "layers": "moments"}[kind]), f"is for --patient-vector {kind}"),
         (dict(sha="0" * 64), "was made for a different checkpoint"),
-        (dict(locations=3), "has .locations, features."),
+        (dict(locations=3), "has shape .locations, features."),
     ):
         wrong = kept._replace(mean=kept.mean[: change.pop("locations", None)])
         wrong = wrong._replace(factor=kept.factor[: len(wrong.mean)])
