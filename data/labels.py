@@ -65,7 +65,8 @@ def read_numbers_and_words(
     Args:
         path, sids, note: as in :func:`read_labels`; ``note`` also receives the meaning of each class number.
         order: for each column, its words in the order of their class numbers, from 0. In columns that are
-            not in ``order``, words are numbered alphabetically, except that no is 0 and yes is 1 in several languages.
+            not in ``order``, words are numbered alphabetically. The words "no" and "yes", in several languages, are
+            always numbered 0 and 1.
         missing: numbers that stand for missing values in numeric columns, for example 999.
 
     Raises:

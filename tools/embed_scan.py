@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         "--input-csv",
         help="table with the columns sid, image and optionally series (the DICOM series in a folder); replaces SCAN",
     )
-    add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
+    add("--checkpoint", required=True, help="checkpoint from train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
     add("--atlas-mask", required=True, help="atlas lung mask of the store that the checkpoint was trained on")
     add(

@@ -1,4 +1,4 @@
-"""Map the prediction of a label over the lungs of each scan, and write each map as an image and a picture.
+"""Map the prediction of a label over the lungs of each scan, and write each map as a NIfTI volume and a PNG picture.
 
     python tools/emphysema_map.py --root-dir /data/patches --checkpoint ssl_exp/NAME/checkpoint_patch_0020.pth.tar \\
         --labels labels.csv --column emphysema_percent --input-csv some.csv --atlas-mask atlas_lung_mask.nii.gz \\
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         help="patch store with the grouped patches, lung masks and transforms of the scans to map",
     )
-    add("--checkpoint", required=True, help="checkpoint of train.py, or the published weights")
+    add("--checkpoint", required=True, help="checkpoint from train.py, or the published weights")
     add("--sha256", help="expected SHA-256 of the checkpoint; set it to verify downloaded weights")
     add(
         "--labels",

@@ -43,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--features-dir", required=True, help="output folder of extract_feature.py")
     text = (
-        "patch features to score: layers uses the mean and SD of every layer's channels; mean and moments both use the "
-        "encoder output h"
+        "patch features to score: 'layers' scores the mean and SD of every layer's channels; 'mean' and 'moments' both "
+        "score the encoder's output"
     )
     text += " (default: layers if extract_feature.py ran with --layers, else mean)"
     add("--patient-vector", type=OneOf(*VECTORS), help=text)

@@ -15,7 +15,7 @@ from tools.timing.step import TimedStep, make_encoder
 PUBLISHED_LOCATIONS = 581
 
 
-def run_literal_jobs(pipe: Connection, store_folder: str, K: int, batch: int, device: torch.device) -> None:
+def serve_jobs_of_literal_method(pipe: Connection, store_folder: str, K: int, batch: int, device: torch.device) -> None:
     """Receive names of jobs from ``pipe``, run each job with the literal implementation, and send back the result."""
     fast = TimedStep(
         PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
@@ -26,26 +26,31 @@ def run_literal_jobs(pipe: Connection, store_folder: str, K: int, batch: int, de
     x = torch.randn(batch, 1, 32, 32, 32, device=device)
     everywhere = torch.rand(fast.store.num_locations, 3, device=device)
 
-    def loss() -> float:
+    def compute_literal_loss() -> float:
         drawn = next(fast.batches)
         inputs = fast.make_inputs(drawn)
         views = fast.views(inputs.patches, inputs.neighbors, inputs.draws)
         return float(literal.compute_loss(drawn.location, *views, *fast.get_coordinates(drawn.location)).detach())
 
-    def encode() -> None:
+    def encode_and_backpropagate() -> None:
         encode_sample_by_sample(literal.encoder_q, x, everywhere[:1].expand(batch, 3))[0].sum().backward()
 
-    def step() -> None:
+    def run_literal_step() -> None:
         drawn = next(fast.batches)
         views = make_views_sample_by_sample(drawn.patches, drawn.neighbors, augment)
         literal.step(drawn.location, *(view.to(device) for view in views), *fast.get_coordinates(drawn.location))
 
     @torch.no_grad()
-    def features() -> None:
+    def compute_literal_features() -> None:
         patches = torch.zeros(len(everywhere), 32, 32, 32, dtype=torch.int16).to(device)
         encode_sample_by_sample(encoder, convert_hu_to_input(patches), everywhere)[1].cpu()
 
-    jobs = {work.__name__: work for work in (loss, encode, step, features)}
+    jobs = {
+        "loss": compute_literal_loss,
+        "encode": encode_and_backpropagate,
+        "step": run_literal_step,
+        "features": compute_literal_features,
+    }
     while (name := pipe.recv()) is not None:
         result = jobs[name]()
         synchronize()
@@ -59,7 +64,7 @@ class LiteralProcess:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         inputs = (theirs, str(store.layout.root), K, args.batch, args.device)
-        self.process = context.Process(target=run_literal_jobs, args=inputs, daemon=True)
+        self.process = context.Process(target=serve_jobs_of_literal_method, args=inputs, daemon=True)
         self.process.start()
         theirs.close()  # otherwise recv() would wait forever if the other process crashed
 

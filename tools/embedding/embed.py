@@ -48,7 +48,7 @@ class Embedder:
     """The models of one checkpoint and one atlas, loaded once for many scans.
 
     Args:
-        checkpoint: checkpoint of train.py, or the published weights.
+        checkpoint: checkpoint from train.py, or the published weights.
         atlas_mask: lung mask of the atlas, 50 right lung, 100 left lung.
         atlas_patch_loc: table of patch corners (default: made from the mask).
         method: ``lungmask`` or ``threshold``.

@@ -68,7 +68,7 @@ def main(tree: str, folder: str, sizes: str, device: str, precision: str, curve:
 
     given = forever()
 
-    def advance(steps: int) -> list[torch.Tensor]:
+    def run_training_steps(steps: int) -> list[torch.Tensor]:
         found = []
         for _ in range(steps):
             batch = next(given)
@@ -78,13 +78,13 @@ def main(tree: str, folder: str, sizes: str, device: str, precision: str, curve:
             found.append(outcome.statistics)
         return found
 
-    losses = [float(value[2]) for value in advance(int(curve))]
+    losses = [float(value[2]) for value in run_training_steps(int(curve))]
     times = []
     for _ in range(sizes["rounds"]):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        advance(sizes["steps"])
+        run_training_steps(sizes["steps"])
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(sizes["batch"] * sizes["steps"] / (time.perf_counter() - start))
