@@ -129,7 +129,7 @@ class TrainingState:
         refuse_nonfinite_or_huge_tensors(self.model.state_dict(), path)
         if "optimizer" in content:
             load_optimizer(self.optimizer, content["optimizer"], path)
-        if "queue_origin" in content:  # published checkpoints do not record the subjects of keys
+        if "queue_origin" in content:  # published checkpoints do not record which subject a key comes from
             self.model.restore_key_subjects_and_steps(content["queue_origin"])
             if config.get("store_version") != settings.get("store_version"):
                 self.model.queue_subject.fill_(-1)  # the saved row numbers of subjects belong to a different store

@@ -29,7 +29,7 @@ PLANES = (Plane("coronal", 1, 0, 2), Plane("sagittal", 0, 1, 2), Plane("axial", 
 def render_patch_picture(
     volume: sitk.Image, values: np.ndarray, mask: sitk.Image | None, corners: np.ndarray, patch_size: int, title: str
 ) -> bytes:
-    """Draw the figure of :func:`make_patch_figure`, which has the same arguments, and return it as PNG."""
+    """Draw the figure of :func:`make_patch_figure`, which takes the same arguments, and return PNG bytes."""
     stream = io.BytesIO()
     make_patch_figure(volume, values, mask, corners, patch_size, title).savefig(stream, dpi=70, format="png")
     return stream.getvalue()

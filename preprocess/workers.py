@@ -150,7 +150,7 @@ def _print_summary(script: str, layout: StoreLayout, rows: list[Row], strict: bo
 
 
 def _list_lowest_dice_subjects(rows: list[Row]) -> str:
-    """List the subjects with the lowest Dice coefficient of the worse lung; empty if Dice is not measured."""
+    """List the subjects whose worse lung has the lowest Dice coefficient; empty if Dice is not measured."""
     told = []
     for row in rows:
         sides = [str(row.get(name, "")) for name in ("dice_right", "dice_left")]

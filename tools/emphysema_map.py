@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def fit_probes(
+def fit_probes_on_other_subjects(
     args: argparse.Namespace, store: PatchStore, readers: Readers, mapped_sids: set[str]
 ) -> tuple[dict, np.ndarray]:
     """Fit a model for each column and each kind of features (from the encoder or a baseline).
@@ -256,7 +256,7 @@ def main() -> int:
         if device.type == "cpu":
             keep_freed_memory_in_process()
         readers = Readers(encoder, sizes["rep_dim"], store.locations, device, add_density_features=bool(args.truth))
-        fitted = fit_probes(args, store, readers, {subject.sid for subject in subjects})
+        fitted = fit_probes_on_other_subjects(args, store, readers, {subject.sid for subject in subjects})
         write_json(out_dir / "settings.json", settings)
         with progress_bar(args.no_progress, total=len(todo), desc="emphysema_map", unit="scan") as bar:
             for subject in todo:

@@ -193,12 +193,12 @@ def read_task_and_held_out_mask(args: argparse.Namespace, store: PatchStore) -> 
     if args.patch_labels:
         return read_patch_label_task(args.patch_labels, store.sids, store.num_locations, args.kind), None
 
-    def print_column_note(text: str) -> None:
+    def print_note_if_on_label_column(text: str) -> None:
         if repr(args.column) in text:
             print(f"note: {text}", file=sys.stderr)
 
     values, names, words = read_numbers_and_words(
-        args.labels, store.sids, print_column_note, dict(args.order), args.missing
+        args.labels, store.sids, print_note_if_on_label_column, dict(args.order), args.missing
     )
     if args.column not in names:
         raise StoreError(explain_missing_column(args.labels, args.column, names))
