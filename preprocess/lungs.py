@@ -142,7 +142,7 @@ def check_lungs(mask: sitk.Image, scan: sitk.Image, name: Path | str) -> list[st
         Warnings, one sentence each.
 
     Raises:
-        ScanError: the labels of right and left are swapped, or a lung contains no air.
+        ScanError: the right and left labels are swapped, or a lung contains no air.
     """
     labels, values = sitk.GetArrayViewFromImage(mask), sitk.GetArrayViewFromImage(scan)
     direction = np.array(mask.GetDirection()).reshape(3, 3)

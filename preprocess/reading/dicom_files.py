@@ -44,7 +44,7 @@ class Damaged(Exception):
 
 
 def read_text(dataset: Dataset, name: str) -> str:
-    """Return an element as text, with backslashes between several values; ``""`` for a missing element."""
+    """Return an element as text, with backslashes between multiple values; ``""`` for a missing element."""
     try:
         value = dataset.get(name)
     except Exception:  # pydicom converts on access and fails on some values that scanners write

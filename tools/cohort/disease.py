@@ -65,7 +65,7 @@ class Disease:
 
 
 def draw_class_shares(rng: np.random.Generator) -> tuple[float, ...]:
-    """Draw the fraction of the lung in each of CLASSES, with quantiles and correlations as in a cohort of smokers."""
+    """Draw random fractions of the lung for CLASSES, with quantiles and correlations as in a cohort of smokers."""
     scores = rng.multivariate_normal(np.zeros(len(SHARE_CORRELATION)), SHARE_CORRELATION)
     shares = np.zeros(len(CLASSES))
     for (kind, quantiles), probability in zip(SHARE_QUANTILES.items(), ndtr(scores)):

@@ -138,7 +138,7 @@ class PatientVectors:
 
 
 class JoinedTable:
-    """Feature tables joined side by side, for tables that depend on the subjects that a model is fitted to."""
+    """Feature tables side by side. Any of them may be PatientVectors, which are standardised for each fitted model."""
 
     def __init__(self, *tables: "np.ndarray | PatientVectors | JoinedTable"):
         self.tables = tables
