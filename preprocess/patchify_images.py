@@ -122,12 +122,12 @@ def patchify_subject(
     files, pictures = [patch_path, corner_path], [picture_path] if qc else []
     output = Output(layout, "patchify_images", subject.sid, previous, files, stamps, inputs, pictures)
 
-    def verify_stored_patches() -> dict[str, Any]:
+    def verify_patches_and_get_report_columns() -> dict[str, Any]:
         check_patch_array(patch_path, (len(table), *[patch_size] * 3))
         check_patch_array(corner_path, table.shape)
         return output.get_previous_report_columns(*FIGURES)
 
-    output.skip_if_valid(verify_stored_patches, overwrite)
+    output.skip_if_valid(verify_patches_and_get_report_columns, overwrite)
     output.claim_and_remove_old_files()
     atlas_image = load_atlas(atlas_mask)
     transform = read_affine(transform_path)

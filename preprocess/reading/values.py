@@ -48,14 +48,17 @@ def keep_parts_touching_slice_edge(mask: np.ndarray) -> np.ndarray:
 
 
 def fill_padding(
-    values: np.ndarray, ranges: Sequence[tuple[float, float]], where: slice | list[int], warnings: list[str]
+    values: np.ndarray,
+    padding_ranges_hu: Sequence[tuple[float, float]],
+    slice_indices: slice | list[int],
+    warnings: list[str],
 ) -> np.ndarray:
     """Set voxels to air if their value is the padding value that the file declares.
 
     Args:
         values: (slices, rows, columns) in HU; changed in place if their type can hold -1024, otherwise copied.
-        ranges: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
-        where: indices of the slices to change.
+        padding_ranges_hu: lowest and highest HU of the padding; several ranges if its encoding is ambiguous.
+        slice_indices: indices of the slices to change.
         warnings: list to which a warning is appended if the padding value is higher than the HU of air.
 
     Returns:
@@ -63,10 +66,10 @@ def fill_padding(
     """
     if values.dtype.kind in "iu" and np.iinfo(values.dtype).min > AIR:
         values = values.astype(np.int32)
-    for low, high in ranges:
+    for low, high in padding_ranges_hu:
         if low >= LOWEST_AIR and high <= AIR_BELOW:
             continue  # this padding already counts as air
-        part = values[where]
+        part = values[slice_indices]
         mask = (part >= low - 0.01) & (part <= high + 0.01)
         if not mask.any():
             continue
@@ -76,7 +79,7 @@ def fill_padding(
             if mask.mean() < 0.001:
                 continue
         part[mask] = AIR
-        values[where] = part
+        values[slice_indices] = part
         if high >= LOWEST_AIR:
             warnings.append(
                 f"padding of {low:g} HU (PixelPaddingValue, {mask.mean():.1%} of the voxels) is treated as air"
