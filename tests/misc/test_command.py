@@ -129,6 +129,24 @@ def test_an_unexpected_error_shows_a_traceback_and_exits_at_once(tmp_path):
     assert result.returncode == 1 and "IndexError: oh" in result.stderr and "in main" in result.stderr
 
 
+def test_a_rank_exits_without_shutting_down_the_interpreter(tmp_path):
+    """During the shutdown, a thread of Gloo may abort the rank. Threads that write a file must still end first."""
+    (tmp_path / "x.py").write_text(
+        f"import atexit, sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from misc.command import run, UserError\n"
+        "def write():\n    time.sleep(0.5)\n    open('written', 'w').close()\n"
+        "def main():\n    threading.Thread(target=write).start()\n    print('done')\n    raise UserError('disk full')\n"
+        "atexit.register(print, 'shut down')\nrun(main)\n"
+    )
+    for rank, words in (({"RANK": "0"}, "done\n"), ({}, "done\nshut down\n")):
+        (tmp_path / "written").unlink(missing_ok=True)
+        environment = {"PATH": os.environ["PATH"], **rank}
+        command = [sys.executable, tmp_path / "x.py"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        assert (result.returncode, result.stdout, result.stderr) == (2, words, "error: disk full\n")
+        assert (tmp_path / "written").exists()
+
+
 def test_errors_of_other_ranks_show_the_rank(monkeypatch, capsys):
     from misc import command
 
