@@ -21,11 +21,10 @@ from misc.files import write_atomically
 
 VECTORS = ("mean", "moments", "layers")
 FILES = {"moments": "pred_arr_patch_full.npy", "layers": "layer_arr_patch_full.npy"}
+LARGEST_Z = 10.0  # a channel that is off in all fitted subjects but on in another subject would exceed 100,000 SD
 LEAST_SD = 1e-6  # features with a smaller SD over subjects at a location are set to 0, for example constant features
 KEPT_BYTES = 2**29  # bytes; maximum size of the cache for the vectors of several folds
-BYTES_AT_ONCE = (
-    2**26
-)  # bytes of patch features read at once, so that a memory-mapped file may be larger than the memory
+BYTES_AT_ONCE = 2**26  # bytes of patch features read at once; a memory-mapped file may be larger than the memory
 
 
 class Standardization(NamedTuple):
@@ -52,12 +51,16 @@ class Standardization(NamedTuple):
         return cls(vector_kind, origin + mean, factor)
 
     def compute_patient_vectors(self, patches: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return mean and SD of standardised features over locations, of n rows: (N, L, D) -> (n, 2 D), means first."""
+        """Return mean and SD of standardised features over locations, of n rows: (N, L, D) -> (n, 2 D), means first.
+
+        Standardised features are clipped to ± LARGEST_Z.
+        """
         rows = np.arange(len(patches)) if rows is None else rows
         found = np.empty((len(rows), 2 * self.mean.shape[1]))
         start = 0
         for some in _split_rows_into_blocks(patches, rows):
             z = (np.asarray(patches[some], dtype=np.float64) - self.mean) * self.factor  # (n, L, D)
+            np.clip(z, -LARGEST_Z, LARGEST_Z, out=z)
             mean = z.mean(axis=1)
             z -= mean[:, None]
             spread = np.sqrt(np.einsum("nld,nld->nd", z, z) / z.shape[1])

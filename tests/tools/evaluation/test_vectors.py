@@ -38,7 +38,8 @@ def literal_vectors(patches, fitted):
             for feature in range(D):
                 known = [float(patches[row, location, feature]) for row in range(len(patches)) if fitted[row]]
                 sd = np.std(known)
-                z[location, feature] = 0 if sd < 1e-6 else (patches[subject, location, feature] - np.mean(known)) / sd
+                away = patches[subject, location, feature] - np.mean(known)
+                z[location, feature] = 0 if sd < 1e-6 else min(max(away / sd, -10), 10)
         found[subject] = [*z.mean(axis=0), *z.std(axis=0)]
     return found
 
@@ -56,6 +57,19 @@ def test_vectors_equal_their_definition(patches, monkeypatch, at_once):
         literal_vectors(patches[some], np.ones(4, dtype=bool)),
     )
     assert part.shape == (4, 2 * D)
+
+
+def test_a_channel_that_only_held_out_subjects_use_does_not_dominate(patches):
+    """Its SD over the fitted subjects is close to 0, so its standardised value would be a million."""
+    held_out = np.arange(N) >= 20
+    target = patches[:, :, 0].mean(axis=1).astype(np.float64)
+    patches[:, :, 3] += np.random.default_rng(1).normal(size=(N, L)) * 1e-5
+    patches[20:23, :, 3] = 15.0
+    table = PatientVectors("layers", patches, np.arange(N))
+    made = table.compute_standardized_features(~held_out)
+    assert np.abs(made).max() == 10
+    predicted = fit_and_predict_held_out(MODELS["regression"], table, target, held_out)
+    assert np.abs(predicted - target[held_out]).max() < 10 * target.std()
 
 
 def test_held_out_subjects_do_not_change_the_standardisation(patches):
