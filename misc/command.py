@@ -10,6 +10,7 @@ if __name__ == "__main__":
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -18,7 +19,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -202,11 +202,8 @@ def run(main: Callable[[], int | None], memory: str = "--batch-size, --workers o
         exit_at_once(1)
     if "RANK" in os.environ:
         # Gloo's threads outlive the process group. If one needs Python while the interpreter shuts down, it aborts the
-        # rank (pytorch pull request 179291), so a rank exits without this shutdown.
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
-        exit_at_once(status)
+        # rank (pytorch pull request 179291). Exit handlers run after all threads and pools have ended, but before that.
+        atexit.register(exit_at_once, status)
     sys.exit(status)
 
 

@@ -130,12 +130,16 @@ def test_an_unexpected_error_shows_a_traceback_and_exits_at_once(tmp_path):
 
 
 def test_a_rank_exits_without_shutting_down_the_interpreter(tmp_path):
-    """During the shutdown, a thread of Gloo may abort the rank. Threads that write a file must still end first."""
+    """During the shutdown, a thread of Gloo may abort the rank. Threads that write a file must still end first,
+    and idle threads of a pool must not delay the exit.
+    """
     (tmp_path / "x.py").write_text(
         f"import atexit, sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from misc.command import run, UserError\n"
         "def write():\n    time.sleep(0.5)\n    open('written', 'w').close()\n"
-        "def main():\n    threading.Thread(target=write).start()\n    print('done')\n    raise UserError('disk full')\n"
+        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\n"
+        "def main():\n    threading.Thread(target=write).start()\n    pool.submit(abs, 1).result()\n"
+        "    print('done')\n    raise UserError('disk full')\n"
         "atexit.register(print, 'shut down')\nrun(main)\n"
     )
     for rank, words in (({"RANK": "0"}, "done\n"), ({}, "done\nshut down\n")):
