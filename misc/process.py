@@ -28,12 +28,8 @@ PATIENCE = 30.0  # minutes that a rank waits for another rank; enough for a slow
 FEWEST_FILES = 256  # smallest accepted limit on open files; patch files take up to 128, and worker batches take more
 SLOWER = 1.5  # a slowdown above this factor is reported for --amp bf16
 MORE = 3.0  # minutes that a collective waits beyond --patience, so that misc/run/watch.py can report the hanging rank
-MAY_DIFFER = (
-    "root_dir",
-    "subjects",
-    "batch_table",
-    "no_progress",
-)  # paths may differ between ranks if the files have the same contents
+# Paths may differ between ranks if the files have the same contents.
+MAY_DIFFER = ("root_dir", "subjects", "batch_table", "no_progress")
 _waits: list[str] = []  # one name for each call of wait_for_slow_ranks so far
 _control: list = []  # the CPU process group for short messages between ranks; empty for a single process
 

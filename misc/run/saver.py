@@ -50,12 +50,8 @@ class Saver:
     ):
         self.state, self.experiment, self.stop = state, experiment, stop
         self._writing: tuple[threading.Thread, list[OSError]] | None = None  # the writing thread and its errors
-        self.epochs, self.every, self.minutes, self.keep = (
-            epochs,
-            epochs_between_saves,
-            minutes_between_saves,
-            checkpoints_to_keep,
-        )
+        self.epochs, self.every = epochs, epochs_between_saves
+        self.minutes, self.keep = minutes_between_saves, checkpoints_to_keep
         self.good = latest_checkpoint  # the latest saved checkpoint
         self.agreed = 0  # stop signal that any rank had received by the end of the last epoch; 0 for none
         self.saved_at = time.monotonic()

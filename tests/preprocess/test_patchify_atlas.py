@@ -40,9 +40,8 @@ def test_the_threshold_rises_while_a_thousand_locations_remain():
     lung[:, :, ::4] = True  # a quarter of each patch is lung, so thresholds of 0.1 and 0.2 keep the patch
     with pytest.raises(StoreError, match="no patch"):
         find_grid_locations(lung, 4, 2)  # all 11**3 patches pass thresholds 0.1 and 0.2; none passes 0.3
-    assert (
-        len(find_grid_locations(lung, 4, 3)) == 8**3
-    )  # a threshold of 0.1 gives fewer than 1000 locations, so it is not raised
+    # A threshold of 0.1 gives fewer than 1000 locations, so it is not raised.
+    assert len(find_grid_locations(lung, 4, 3)) == 8**3
 
 
 def test_a_share_equal_to_the_threshold_is_dropped():

@@ -95,9 +95,8 @@ class Lungs:
         levels = np.flatnonzero(self.mask.any(axis=(1, 2)))
         height = (np.arange(len(lung_mask)) - levels[0]) / max(1, levels[-1] - levels[0])  # 0 base, 1 apex
         self.height = np.broadcast_to(height[:, None, None], lung_mask.shape)[self.mask].astype(np.float32)
-        self.depth = ndimage.distance_transform_edt(self.mask, sampling=voxel_spacing)[self.mask].astype(
-            np.float32
-        )  # mm
+        depth = ndimage.distance_transform_edt(self.mask, sampling=voxel_spacing)  # mm
+        self.depth = depth[self.mask].astype(np.float32)
 
     def draw_smooth_noise(self, width: float, rng: np.random.Generator) -> np.ndarray:
         """Return smooth noise with SD 1 at the lung voxels, (n,). ``width`` is in mm."""

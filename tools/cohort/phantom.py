@@ -101,9 +101,8 @@ class Phantom:
         table = (y > a.depth + self.fat_adult + 24) & (y < a.depth + self.fat_adult + 31) & (np.abs(x) < a.width + 10)
         hu[np.broadcast_to(table, hu.shape)] = TABLE_HU
 
-        hu[inside] = (
-            LUNG_HU - self.anatomy.inflation + 0.25 * np.broadcast_to(y, hu.shape)[inside]
-        )  # denser at the back
+        # The lung is denser at the back.
+        hu[inside] = LUNG_HU - self.anatomy.inflation + 0.25 * np.broadcast_to(y, hu.shape)[inside]
         self.hu = hu
         self._draw_vessels()
         self._draw_airways()

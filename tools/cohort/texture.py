@@ -43,9 +43,8 @@ TEXTURES = (
     Texture((-1018, -984, -964, -939, -870, -775, -700), 0.68, 1.0, 0.68, 0.05, 20),  # moderate centrilobular
     Texture((-1030, -1001, -981, -966, -923, -808, -697), 0.68, 1.6, 0.27, 0.02, 17),  # severe centrilobular
     Texture((-1030, -1019, -995, -970, -958, -906, -807), 0.68, 1.6, 0.05, 0.005, 14),  # panlobular
-    Texture(
-        (-1034, -1016, -980, -926, -850, -720, -610), 0.68, 2.8, 0.85, 0.02, 30
-    ),  # paraseptal emphysema, next to the chest wall
+    # paraseptal emphysema, next to the chest wall
+    Texture((-1034, -1016, -980, -926, -850, -720, -610), 0.68, 2.8, 0.85, 0.02, 30),
 )
 
 

@@ -17,9 +17,8 @@ PUBLISHED_LOCATIONS = 581
 
 def serve_jobs_of_literal_method(pipe: Connection, store_folder: str, K: int, batch: int, device: torch.device) -> None:
     """Receive names of jobs from ``pipe``, run each job with the literal implementation, and send back the result."""
-    fast = TimedStep(
-        PatchStore(store_folder, require_grouped=True), batch, K, device, bf16=False
-    )  # weights and batches
+    store = PatchStore(store_folder, require_grouped=True)
+    fast = TimedStep(store, batch, K, device, bf16=False)  # weights and batches
     literal = LiteralStep(fast.model)
     encoder = make_encoder(device)
     augment = LiteralAugmentation("agc")

@@ -38,9 +38,8 @@ class Standardization(NamedTuple):
     def fit(cls, vector_kind: str, patch_features: np.ndarray, rows: np.ndarray) -> "Standardization":
         """Compute the mean and SD over ``rows`` of ``patch_features`` (N, L, D) in one pass over the file or array."""
         total = squares = 0.0
-        origin = np.asarray(
-            patch_features[rows[0]], dtype=np.float64
-        )  # (L, D); subtracting one subject's features from all features keeps the sums of squares accurate
+        # Subtracting one subject's features from all features keeps the sums of squares accurate.
+        origin = np.asarray(patch_features[rows[0]], dtype=np.float64)  # (L, D)
         for some in _split_rows_into_blocks(patch_features, rows):
             apart = np.asarray(patch_features[some], dtype=np.float64) - origin
             total = total + apart.sum(axis=0)

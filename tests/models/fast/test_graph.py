@@ -68,12 +68,8 @@ class Trace(TorchDispatchMode):
         return operation(*given, **(named or {}))
 
 
-READ_BACK = (
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "equal.",
-)  # operations that make the CPU wait for a value from the GPU
+# Operations that make the CPU wait for a value from the GPU.
+READ_BACK = ("_local_scalar_dense", "item", "is_nonzero", "equal.")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "bincount")
 MOVED = ("pin_memory", "_copy_from", "to.device")
 
