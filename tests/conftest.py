@@ -1,5 +1,6 @@
 """Fixtures shared by several test folders."""
 
+import atexit
 import functools
 import io
 import multiprocessing
@@ -100,6 +101,7 @@ def run_script(*command, cwd=None, check=True, env=None) -> subprocess.Completed
     except SystemExit as left:
         status = left.code or 0
     finally:
+        atexit.unregister(leave_test)  # run() registers its exit in a rank
         os.chdir(before[0])
         sys.argv, sys.path[:] = before[1], before[2]
         for number, handler in handlers.items():
